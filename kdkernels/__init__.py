@@ -1,0 +1,37 @@
+"""kdkernels: fused distillation losses for PyTorch."""
+
+from kdkernels.divergences import (
+    JSD,
+    TVD,
+    AlphaBeta,
+    Divergence,
+    ForwardKL,
+    Jeffreys,
+    ReverseKL,
+    SkewKL,
+    SkewReverseKL,
+    SoftCE,
+)
+from kdkernels.functional import KDStats, dkd_loss, kd_loss, logit_mse_loss, taid_loss
+from kdkernels.losses import KDLoss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "JSD",
+    "TVD",
+    "AlphaBeta",
+    "Divergence",
+    "ForwardKL",
+    "Jeffreys",
+    "KDLoss",
+    "KDStats",
+    "ReverseKL",
+    "SkewKL",
+    "SkewReverseKL",
+    "SoftCE",
+    "dkd_loss",
+    "kd_loss",
+    "logit_mse_loss",
+    "taid_loss",
+]

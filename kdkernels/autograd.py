@@ -1,0 +1,124 @@
+"""One torch.autograd.Function for all row losses: the forward launch leaves the gradient, backward only scales it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from kdkernels import ops
+
+
+class Launch(NamedTuple):
+    """A call of ``kdkernels::<pattern>_<backend>`` but for its three tensors of logits."""
+
+    pattern: str
+    backend: str
+    tensors: tuple[Any, ...]  # positional arguments after dstudent
+    options: dict[str, Any]  # keyword arguments
+
+
+class RowLoss(torch.autograd.Function):
+    """``forward`` returns ``(loss, stats)``; both gradients are computed there and kept until ``backward``.
+
+    The gradient buffer is handed out by the first backward and scaled in place, without a copy; where the graph is kept
+    (``retain_graph=True``) every backward gets a fresh product instead.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        more_teachers: tuple[Tensor, ...],
+        launch: Launch,
+        dual: Optional[Launch],
+        per_row: bool,
+        inplace: bool,
+    ) -> tuple[Tensor, Tensor]:
+        dteacher = None
+        if dual is not None:
+            # Before the student's launch, which may overwrite the student.
+            dteacher = _empty_grad(teacher)
+            run(dual, teacher, (student,), dteacher)
+        dstudent = None
+        if ctx.needs_input_grad[0]:
+            dstudent = student.detach() if inplace else _empty_grad(student)
+        rows, stats = run(launch, student, (teacher, *more_teachers), dstudent)
+        if inplace and dstudent is not None:
+            torch.autograd.graph.increment_version(student)
+        ctx.save_for_backward(dstudent, dteacher)
+        ctx.mark_non_differentiable(stats)
+        return (rows if per_row else rows.sum()), stats
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dloss: Tensor, _: Any) -> tuple[Any, ...]:
+        dstudent, dteacher = ctx.saved_tensors
+        backend = "torch" if torch.compiler.is_compiling() else ""
+        return (_scaled(dstudent, dloss, backend), _scaled(dteacher, dloss, backend), None, None, None, None, None)
+
+
+def run(launch: Launch, student: Tensor, teachers: tuple[Tensor, ...], dstudent: Optional[Tensor]) -> tuple[Tensor, Tensor]:
+    """Call the op; logits of any leading shape become ``[B, L, V]`` views."""
+    views = as_rows((student, *teachers, *(() if dstudent is None else (dstudent,))))
+    destination = None if dstudent is None else views[-1]
+    operands = list(views[1 : 1 + len(teachers)])
+    result = ops.op(launch.pattern, launch.backend)(
+        views[0], operands if launch.pattern == "dense_fwd" else operands[0], destination, *launch.tensors, **launch.options
+    )
+    if isinstance(result, Tensor):
+        return result, result.new_empty((result.shape[0], 0))
+    return result
+
+
+def as_rows(tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    """View tensors of one leading shape as ``[B, L, V]`` with a common B and L.
+
+    Any tensor of up to three dimensions is a view already, and so are those whose leading dimensions collapse into two.
+    Only what remains (four and more dimensions, cut in two places) is copied; in place that is refused in ``checks``.
+    """
+    leading = tensors[0].shape[:-1]
+    if len(leading) <= 2:
+        shape = (1, 1) if len(leading) == 0 else (1, leading[0]) if len(leading) == 1 else tuple(leading)
+        if len(leading) == 2 and all(_mergeable(t, 0, 2) for t in tensors):
+            shape = (1, leading[0] * leading[1])
+        return [_view(t, shape) for t in tensors]
+    for cut in range(len(leading)):
+        if all(_mergeable(t, 0, cut) and _mergeable(t, cut, len(leading)) for t in tensors):
+            shape = (leading[:cut].numel(), leading[cut:].numel())
+            return [_view(t, shape) for t in tensors]
+    return [t.reshape(1, leading.numel(), t.shape[-1]) for t in tensors]
+
+
+def _view(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return tensor.view(*shape, tensor.shape[-1])
+
+
+def _mergeable(tensor: Tensor, start: int, stop: int) -> bool:
+    """Whether dimensions ``start .. stop - 1`` collapse into one without a copy."""
+    return all(
+        tensor.shape[d] == 1 or tensor.shape[d + 1] == 1 or tensor.stride(d) == tensor.shape[d + 1] * tensor.stride(d + 1)
+        for d in range(start, stop - 1)
+    )
+
+
+def _empty_grad(logits: Tensor) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def _scaled(grad: Optional[Tensor], dloss: Tensor, backend: str) -> Optional[Tensor]:
+    if grad is None:
+        return None
+    if backend == "torch" or _graph_is_kept():
+        factor = dloss if dloss.dim() == 0 else dloss.reshape(*grad.shape[:-1], 1)
+        return grad * factor.to(grad.dtype)
+    ops.op("scale_grad", "cpu" if grad.device.type == "cpu" else "triton")(as_rows((grad,))[0], dloss)
+    return grad
+
+
+def _graph_is_kept() -> bool:
+    """Whether the running backward keeps its graph; where torch does not tell, the safe answer is yes."""
+    query = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if query is None else bool(query())

@@ -1,0 +1,51 @@
+"""Who can run what, and why not.
+
+A backend is a module with ``why_not(device_type) -> None | str``: None when it runs on such tensors here, else the reason.
+"auto" takes the first one that runs, in the order fused first; an explicit request that cannot be met raises.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+from kdkernels.backends import cpu, eager, triton
+
+# In the order in which "auto" tries them.
+BACKENDS = {"triton": triton, "cpu": cpu, "torch": eager}
+
+
+class Availability(NamedTuple):
+    """Whether a backend runs on a device type, and if not, why."""
+
+    name: str
+    ok: bool
+    reason: str
+
+
+def available(device_type: str) -> list[Availability]:
+    """Every backend's answer for tensors on ``device_type`` ("cpu", "cuda", ...), in the order "auto" tries them."""
+    answers = ((name, backend.why_not(device_type)) for name, backend in BACKENDS.items())
+    return [Availability(name, reason is None, reason or "") for name, reason in answers]
+
+
+def select(requested: str, device_type: str, *, torch_only: Optional[str] = None) -> str:
+    """The backend that runs a call.
+
+    Args:
+        requested: "auto" or a backend's name.
+        device_type: of the student.
+        torch_only: why only plain PyTorch can run this call, or None.
+
+    Raises:
+        ValueError: when the backend that was asked for cannot run the call, with its reason.
+    """
+    if requested == "auto":
+        if torch_only is not None:
+            return "torch"
+        return next(name for name, backend in BACKENDS.items() if backend.why_not(device_type) is None)
+    reason = BACKENDS[requested].why_not(device_type)
+    if reason is None and requested != "torch":
+        reason = torch_only
+    if reason is not None:
+        raise ValueError(f"backend {requested!r} cannot run this call: {reason}")
+    return requested

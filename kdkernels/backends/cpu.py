@@ -1,0 +1,43 @@
+"""The compiled CPU backend: loads ``_C``, which registers the ``kdkernels::*_cpu`` ops, on first use."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Optional
+
+import torch
+
+
+
+def library_path() -> Optional[Path]:
+    """The compiled library beside the package, or None where it was not built."""
+    found = sorted(Path(__file__).resolve().parent.parent.glob("_C.*"))
+    return next((path for path in found if path.suffix in (".so", ".dylib", ".pyd")), None)
+
+
+@functools.lru_cache(maxsize=None)
+def load_error() -> Optional[str]:
+    """Load the library once; None on success, else why it is not there."""
+    path = library_path()
+    if path is None:
+        return "the C++ extension was not built (KDKERNELS_BUILD=none, or no C++ compiler at installation)"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"the C++ extension does not load: {error}"
+    return None
+
+
+def isa() -> str:
+    """The instruction set in use; ``KDKERNELS_CPU_ISA`` in the environment may ask for a lower one."""
+    return torch.ops.kdkernels.cpu_isa()
+
+
+def why_not(device_type: str) -> Optional[str]:
+    """None on CPU tensors when the library loads."""
+    if device_type != "cpu":
+        return f"it runs on CPU tensors, not on {device_type}"
+    return load_error()
+
+

@@ -1,0 +1,211 @@
+"""Every error a caller can get, raised before anything is launched and before any tensor is touched.
+
+Messages name the argument, what was expected and what came. Values that live in tensors (labels, temperatures) are read
+on the CPU, where that costs nothing; on a GPU only when the environment variable ``KDKERNELS_DEBUG=1`` is set, because
+reading them waits for the device. Under ``torch.compile`` values are not read at all. The kernels themselves never
+read or write out of bounds, whatever the labels.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any, Optional, Sequence, Union
+
+import torch
+from torch import Tensor
+
+from kdkernels.reduction import REDUCTIONS
+
+BACKENDS = ("auto", "triton", "cpu", "torch")
+TEACHER_FORMS = ("logits", "log_probs", "probs")
+MIXTURES = ("probs", "logits")
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_TEACHERS = 4
+
+
+def choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """``value`` must be one of the strings ``allowed``."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be one of {', '.join(allowed)}, got {type(value).__name__}")
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def flag(name: str, value: object) -> None:
+    """``value`` must be a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
+def number(
+    name: str, value: Any, *, low: float = -math.inf, high: float = math.inf, exclusive_low: bool = False
+) -> float:
+    """``value`` must be a finite Python number in ``[low, high]``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    if value < low or value > high or (exclusive_low and value == low):
+        expected = f"> {low:g}" if exclusive_low else (f">= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]")
+        raise ValueError(f"{name} must be {expected}, got {value}")
+    return float(value)
+
+
+def integer(name: str, value: Any, *, low: Optional[int] = None) -> int:
+    """``value`` must be an int (``torch.SymInt`` counts) of at least ``low``."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if low is not None and value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}")
+    return value  # type: ignore[return-value]
+
+
+def softcap(name: str, value: Optional[float]) -> float:
+    """None means no cap, which the kernels know as 0."""
+    return 0.0 if value is None else number(name, value, low=0.0, exclusive_low=True)
+
+
+def logits(name: str, value: Any) -> None:
+    """A floating tensor ``(..., V)`` with unit stride in the last dimension; fp64 on the CPU only."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {_dtype(value)}")
+    if value.dtype == torch.float64 and value.device.type != "cpu":
+        raise TypeError(f"{name} may be float64 on the CPU only, got a tensor on {value.device}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+    if value.dim() == 0 or value.shape[-1] == 0:
+        raise ValueError(f"{name} must have shape (..., V) with V >= 1, got {tuple(value.shape)}")
+    if value.shape[-1] > 1 and value.stride(-1) != 1:
+        raise ValueError(f"{name} must have stride 1 in the last dimension, got strides {tuple(value.stride())}")
+
+
+def teacher_like(name: str, teacher: Any, student: Tensor, vocab_size: Optional[int]) -> None:
+    """The teacher's leading shape and device are the student's; so is its width, unless ``vocab_size`` is given."""
+    logits(name, teacher)
+    if teacher.device != student.device:
+        raise ValueError(f"{name} must be on the student's device {student.device}, got {teacher.device}")
+    same = teacher.shape == student.shape if vocab_size is None else teacher.shape[:-1] == student.shape[:-1]
+    if not same:
+        hint = ""
+        if teacher.shape[:-1] == student.shape[:-1]:
+            hint = "; pass vocab_size=... when the two are padded to different widths"
+        raise ValueError(f"{name} must have the student's shape {tuple(student.shape)}, got {tuple(teacher.shape)}{hint}")
+    if vocab_size is not None and vocab_size > teacher.shape[-1]:
+        raise ValueError(f"vocab_size must be at most {name}'s width {teacher.shape[-1]}, got {vocab_size}")
+
+
+def vocabulary(vocab_size: Optional[int], student: Tensor) -> int:
+    """The number of real columns."""
+    width = student.shape[-1]
+    if vocab_size is None:
+        return width
+    integer("vocab_size", vocab_size, low=1)
+    if vocab_size > width:
+        raise ValueError(f"vocab_size must be at most student's width {width}, got {vocab_size}")
+    return vocab_size
+
+
+def labels_like(value: Any, student: Tensor, columns: int, ignore_index: int) -> Optional[Tensor]:
+    """Integer labels of the student's leading shape, each ``ignore_index`` or in ``[0, columns)``."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels must be int64 or int32, got {_dtype(value)}")
+    if value.device != student.device:
+        raise ValueError(f"labels must be on the student's device {student.device}, got {value.device}")
+    if value.shape != student.shape[:-1]:
+        raise ValueError(f"labels must have shape {tuple(student.shape[:-1])}, got {tuple(value.shape)}")
+    if reads_values(value) and value.numel():
+        counted = torch.where(value == ignore_index, torch.zeros_like(value), value)
+        low, high = (int(v) for v in torch.aminmax(counted))
+        if low < 0 or high >= columns:
+            worst = low if low < 0 else high
+            raise ValueError(f"labels must be in [0, {columns}) or equal to ignore_index {ignore_index}, got {worst}")
+    return value.reshape(-1).to(torch.int64)
+
+
+def per_row(
+    name: str,
+    value: Any,
+    student: Tensor,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    exclusive: bool = True,
+) -> Union[float, Tensor]:
+    """A Python number, or a tensor of one value per row (or one value), returned as a float or as ``[N]``."""
+    if not isinstance(value, Tensor):
+        return number(name, value, low=low, high=high, exclusive_low=exclusive and low > -math.inf)
+    if not value.dtype.is_floating_point and value.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be a number or a tensor of numbers, got {_dtype(value)}")
+    if value.requires_grad:
+        raise ValueError(f"{name} must not require grad: it gets no gradient; detach it")
+    if value.device != student.device and value.dim() > 0:
+        raise ValueError(f"{name} must be on the student's device {student.device}, got {value.device}")
+    rows = student.shape[:-1]
+    if value.numel() != 1 and value.shape != rows:
+        raise ValueError(f"{name} must be a number or have one value per row, shape {tuple(rows)}, got {tuple(value.shape)}")
+    if reads_values(value) and value.numel():
+        bad = ~torch.isfinite(value) | (value < low) | (value > high)
+        if exclusive:
+            bad |= (value == low) | (value == high)
+        if bool(bad.any()):
+            worst = value[bad].reshape(-1)[0].item()
+            expected = f"> {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise ValueError(f"{name} must be finite{'' if low == -math.inf else f' and {expected}'}, got {worst}")
+    num_rows = student.numel() // student.shape[-1]
+    flat = value.detach().to(device=student.device, dtype=sum_dtype(student))
+    return flat.reshape(()).expand(num_rows) if value.numel() == 1 and num_rows != 1 else flat.reshape(-1)
+
+
+def normalizer_like(value: Any, reduction: str, student: Tensor) -> Any:
+    """A positive number or a 0-d tensor, for the reductions that it can stand in for."""
+    if value is None:
+        return None
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"normalizer needs reduction 'sum' or 'mean', got {reduction!r}")
+    if not isinstance(value, Tensor):
+        return number("normalizer", value, low=0.0, exclusive_low=True)
+    if value.numel() != 1:
+        raise ValueError(f"normalizer must be a number or a tensor of one element, got shape {tuple(value.shape)}")
+    if value.requires_grad:
+        raise ValueError("normalizer must not require grad: it gets no gradient; detach it")
+    if reads_values(value) and not 0.0 < float(value) < math.inf:
+        raise ValueError(f"normalizer must be finite and > 0, got {float(value)}")
+    return value.detach().to(student.device)
+
+
+def inplace_allowed(student: Tensor) -> None:
+    """``inplace`` is for eager mode, and for a student whose rows are a view."""
+    if torch.compiler.is_compiling():
+        raise ValueError("inplace=True works in eager mode only; under torch.compile leave it out")
+    if student.dim() > 3 and not student.is_contiguous():
+        raise ValueError(f"inplace needs a contiguous student or at most 3 dimensions, got strides {tuple(student.stride())}")
+
+
+def reduction_name(reduction: Any, student: Optional[Tensor] = None) -> None:
+    """One of the four reductions; "batchmean" needs a batch dimension."""
+    choice("reduction", reduction, REDUCTIONS)
+    if reduction == "batchmean" and student is not None and student.dim() < 2:
+        raise ValueError(f"reduction 'batchmean' needs a batch dimension, got student of shape {tuple(student.shape)}")
+
+
+def sum_dtype(student: Tensor) -> torch.dtype:
+    """The dtype of sums, losses and per-row numbers: fp64 for fp64, else fp32."""
+    return torch.float64 if student.dtype == torch.float64 else torch.float32
+
+
+def reads_values(value: Tensor) -> bool:
+    """Whether the values of a tensor may be read for a check."""
+    if torch.compiler.is_compiling():
+        return False
+    return value.device.type == "cpu" or os.environ.get("KDKERNELS_DEBUG") == "1"
+
+
+def _dtype(value: Tensor) -> str:
+    return str(value.dtype).replace("torch.", "")

@@ -1,0 +1,302 @@
+"""The divergences a user can name: frozen dataclasses that hold parameters, and no mathematics.
+
+Notation: teacher ``p`` with log-probabilities ``logp``, student ``q`` with ``logq``; sums run over the vocabulary.
+Every class states its formula; the pointwise functions live in ``kdkernels.reference.divergences`` (plain PyTorch),
+``kdkernels.kernels.divergences`` (Triton) and ``csrc/include/kdkernels/divergences.h`` (C++), keyed by ``name``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Optional, Union
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Base class: ``D(p, q) = sum_v f(p_v, logp_v, q_v, logq_v)`` with at most two float parameters."""
+
+    name: ClassVar[str] = ""
+    # The field that may also be given as one value per row, always params()[0].
+    row_param: ClassVar[Optional[str]] = None
+    formula: ClassVar[str] = ""
+    gradient: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    # Sweeps over the logits of a two-sweep kernel: (reads of each logits tensor) when the row is not resident on chip.
+    sweeps: ClassVar[int] = 3
+
+    def params(self) -> tuple[float, float]:
+        """The two run-time numbers handed to the kernels; unused ones are 0."""
+        return (0.0, 0.0)
+
+    def canonical(self) -> Divergence:
+        """The divergence that is computed: limits of a family resolve to the closed form of the limit."""
+        return self
+
+    def dual(self) -> Divergence:
+        """The divergence ``D*`` with ``D*(q, p) = D(p, q)``, used for the gradient to the teacher."""
+        raise ValueError(f"divergence {self.name!r} has no dual: it gives no gradient to the teacher")
+
+
+def _check_number(owner: str, name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{owner}: {name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{owner}: {name} must be finite, got {value}")
+    return float(value)
+
+
+def _check_fraction(owner: str, name: str, value: float) -> float:
+    value = _check_number(owner, name, value)
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{owner}: {name} must lie in [0, 1], got {value}")
+    return value
+
+
+@dataclass(frozen=True)
+class ForwardKL(Divergence):
+    """``KL(p || q) = sum p (logp - logq)``: the classic distillation loss (Hinton et al. 2015)."""
+
+    name = "forward_kl"
+    formula = "sum p (log p - log q)"
+    gradient = "(q - p) / T"
+    paper = "Hinton et al. 2015, arXiv:1503.02531"
+    sweeps = 2
+
+    def dual(self) -> Divergence:
+        return ReverseKL()
+
+
+@dataclass(frozen=True)
+class ReverseKL(Divergence):
+    """``KL(q || p) = sum q (logq - logp)``: mode seeking (MiniLLM, Gu et al. 2024)."""
+
+    name = "reverse_kl"
+    formula = "sum q (log q - log p)"
+    gradient = "q (log q - log p - D) / T"
+    paper = "Gu et al. 2024 (MiniLLM), arXiv:2306.08543"
+    sweeps = 2
+
+    def dual(self) -> Divergence:
+        return ForwardKL()
+
+
+@dataclass(frozen=True)
+class JSD(Divergence):
+    """Generalised Jensen-Shannon divergence ``beta KL(p || m) + (1 - beta) KL(q || m)``, ``m = beta p + (1 - beta) q``.
+
+    The convention is GKD's (Agarwal et al. 2024). The formula itself is 0 at ``beta = 0`` and ``beta = 1``; as in TRL and
+    Liger-Kernel, those two values mean its limits up to scale: ``JSD(0)`` is forward KL and ``JSD(1)`` is reverse KL.
+    axolotl's top-k loss uses the same reading but defaults to ``beta = 1``. Per-row ``beta`` must lie strictly between.
+    """
+
+    beta: float = 0.5
+
+    name = "jsd"
+    row_param = "beta"
+    formula = "beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q"
+    gradient = "(1 - beta) q (log q - log m - KL(q || m)) / T"
+    paper = "Agarwal et al. 2024 (GKD), arXiv:2306.13649"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "beta", _check_fraction("JSD", "beta", self.beta))
+
+    def params(self) -> tuple[float, float]:
+        return (self.beta, 0.0)
+
+    def canonical(self) -> Divergence:
+        if self.beta == 0.0:
+            return ForwardKL()
+        if self.beta == 1.0:
+            return ReverseKL()
+        return self
+
+    def dual(self) -> Divergence:
+        return JSD(1.0 - self.beta)
+
+
+@dataclass(frozen=True)
+class TVD(Divergence):
+    """Total variation distance ``1/2 sum |p - q|``; its gradient is 0 where ``p == q`` (Wen et al. 2023)."""
+
+    name = "tvd"
+    formula = "1/2 sum |p - q|"
+    gradient = "q (sign(q - p) - sum q sign(q - p)) / (2 T)"
+    paper = "Wen et al. 2023 (f-DISTILL), arXiv:2307.15190"
+
+    def dual(self) -> Divergence:
+        return TVD()
+
+
+@dataclass(frozen=True)
+class SkewKL(Divergence):
+    """Skew KL ``KL(p || alpha p + (1 - alpha) q)`` (DistiLLM, Ko et al. 2024); ``alpha = 0`` is forward KL."""
+
+    alpha: float = 0.1
+
+    name = "skew_kl"
+    row_param = "alpha"
+    formula = "KL(p || m), m = alpha p + (1 - alpha) q"
+    gradient = "(1 - alpha) q (sum p q / m - p / m) / T"
+    paper = "Ko et al. 2024 (DistiLLM), arXiv:2402.03898"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "alpha", _check_fraction("SkewKL", "alpha", self.alpha))
+
+    def params(self) -> tuple[float, float]:
+        return (self.alpha, 0.0)
+
+    def canonical(self) -> Divergence:
+        return ForwardKL() if self.alpha == 0.0 else self
+
+    def dual(self) -> Divergence:
+        return SkewReverseKL(self.alpha)
+
+
+@dataclass(frozen=True)
+class SkewReverseKL(Divergence):
+    """Skew reverse KL ``KL(q || alpha q + (1 - alpha) p)`` (DistiLLM, Ko et al. 2024); ``alpha = 0`` is reverse KL."""
+
+    alpha: float = 0.1
+
+    name = "skew_reverse_kl"
+    row_param = "alpha"
+    formula = "KL(q || m), m = alpha q + (1 - alpha) p"
+    gradient = "q (log q - log m - alpha q / m - D + alpha sum q^2 / m) / T"
+    paper = "Ko et al. 2024 (DistiLLM), arXiv:2402.03898"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "alpha", _check_fraction("SkewReverseKL", "alpha", self.alpha))
+
+    def params(self) -> tuple[float, float]:
+        return (self.alpha, 0.0)
+
+    def canonical(self) -> Divergence:
+        return ReverseKL() if self.alpha == 0.0 else self
+
+    def dual(self) -> Divergence:
+        return SkewKL(self.alpha)
+
+
+@dataclass(frozen=True)
+class AlphaBeta(Divergence):
+    """Alpha-beta divergence ``-1/(ab) sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)]`` (ABKD, Wang et al. 2025).
+
+    ``a = alpha``, ``b = beta``; ``(1, 0)`` is forward KL, ``(0, 1)`` reverse KL, and ``a = 0``, ``b = 0``, ``a + b = 0``
+    take the limits. Negative powers give ``inf`` where a probability is 0.
+    """
+
+    alpha: float = 0.2
+    beta: float = 0.7
+
+    name = "alpha_beta"
+    formula = "-1/(ab) sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)]"
+    gradient = "(g - q sum g) / T, g = q^b (q^a - p^a) / a"
+    paper = "Wang et al. 2025 (ABKD), arXiv:2505.04560"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "alpha", _check_number("AlphaBeta", "alpha", self.alpha))
+        object.__setattr__(self, "beta", _check_number("AlphaBeta", "beta", self.beta))
+
+    def params(self) -> tuple[float, float]:
+        return (self.alpha, self.beta)
+
+    def canonical(self) -> Divergence:
+        if (self.alpha, self.beta) == (1.0, 0.0):
+            return ForwardKL()
+        if (self.alpha, self.beta) == (0.0, 1.0):
+            return ReverseKL()
+        return self
+
+    def dual(self) -> Divergence:
+        return AlphaBeta(self.beta, self.alpha)
+
+
+@dataclass(frozen=True)
+class Jeffreys(Divergence):
+    """Symmetric KL ``KL(p || q) + KL(q || p)`` (Jeffreys 1946)."""
+
+    name = "jeffreys"
+    formula = "KL(p || q) + KL(q || p)"
+    gradient = "(q - p + q (log q - log p - KL(q || p))) / T"
+    paper = "Jeffreys 1946, doi:10.1098/rspa.1946.0056"
+    sweeps = 2
+
+    def dual(self) -> Divergence:
+        return Jeffreys()
+
+
+@dataclass(frozen=True)
+class SoftCE(Divergence):
+    """Soft cross entropy ``-sum p logq``: forward KL plus the teacher's entropy, the same gradient to the student."""
+
+    name = "soft_ce"
+    formula = "-sum p log q"
+    gradient = "(q - p) / T"
+    paper = "Hinton et al. 2015, arXiv:1503.02531"
+    sweeps = 2
+
+    def dual(self) -> Divergence:
+        return _DualSoftCE()
+
+
+@dataclass(frozen=True)
+class _DualSoftCE(Divergence):
+    """``-sum q logp``: soft cross entropy with the roles swapped, used for its gradient to the teacher."""
+
+    name = "dual_soft_ce"
+    formula = "-sum q log p"
+    gradient = "q (-log p + sum q log p) / T"
+    paper = SoftCE.paper
+    sweeps = 2
+
+    def dual(self) -> Divergence:
+        return SoftCE()
+
+
+_TABLE: dict[str, type[Divergence]] = {
+    cls.name: cls
+    for cls in (ForwardKL, ReverseKL, JSD, TVD, SkewKL, SkewReverseKL, AlphaBeta, Jeffreys, SoftCE, _DualSoftCE)
+}
+
+
+def names() -> tuple[str, ...]:
+    """The names accepted by ``divergence=``, built in and registered."""
+    return tuple(name for name, cls in _TABLE.items() if not cls.__name__.startswith("_"))
+
+
+def table() -> dict[str, type[Divergence]]:
+    """A copy of the table from name to class."""
+    return {name: _TABLE[name] for name in names()}
+
+
+def add(cls: type[Divergence]) -> None:
+    """Enter a dataclass into the table; ``kdkernels.register_divergence`` calls this."""
+    if not cls.name.isidentifier():
+        raise ValueError(f"a divergence's name must be an identifier, got {cls.name!r}")
+    if cls.name in _TABLE:
+        raise ValueError(f"divergence {cls.name!r} is registered already")
+    _TABLE[cls.name] = cls
+
+
+def remove(name: str) -> None:
+    """Take a registered divergence out of the table."""
+    del _TABLE[name]
+
+
+def resolve(divergence: Union[str, Divergence]) -> Divergence:
+    """Turn a name (with its default parameters) or an instance into the canonical divergence that is computed.
+
+    Raises:
+        ValueError: for an unknown name.
+        TypeError: for anything but a string or a ``Divergence``.
+    """
+    if isinstance(divergence, str):
+        if divergence not in names():
+            raise ValueError(f"divergence must be one of {', '.join(names())} or an instance, got {divergence!r}")
+        divergence = _TABLE[divergence]()
+    if not isinstance(divergence, Divergence):
+        raise TypeError(
+            f"divergence must be a name or an instance such as JSD(0.5), got {getattr(divergence, '__name__', divergence)!r}"
+        )
+    return divergence.canonical()

@@ -1,0 +1,577 @@
+"""The public functions: they check, choose a backend, and call the op or the reference."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Optional, Sequence, Union
+
+import torch
+from torch import Tensor
+
+from kdkernels import backends, checks, divergences, reduction, reference
+from kdkernels.autograd import Launch, RowLoss, run
+from kdkernels.divergences import Divergence
+
+PerRow = Union[float, Tensor]
+
+
+class KDStats(NamedTuple):
+    """Per-row statistics of the shape of the rows, detached; rows that do not count are 0.
+
+    ``divergence``, ``ce`` and ``lse`` are the parts of the objective before weights and T^2; the others are taken at the
+    tempered distributions. Entropies and KLs are in nats. ``acceptance`` is ``sum_v min(p_v, q_v)``, the chance that
+    speculative decoding accepts a draft of the student; ``agreement`` is 1 where both have the same most likely token.
+    """
+
+    divergence: Tensor
+    ce: Tensor
+    lse: Tensor
+    forward_kl: Tensor
+    reverse_kl: Tensor
+    teacher_entropy: Tensor
+    student_entropy: Tensor
+    agreement: Tensor
+    acceptance: Tensor
+
+
+def kd_loss(
+    student: Tensor,
+    teacher: Union[Tensor, Sequence[Tensor]],
+    labels: Optional[Tensor] = None,
+    *,
+    divergence: Union[str, Divergence] = "forward_kl",
+    temperature: PerRow = 1.0,
+    teacher_temperature: Optional[PerRow] = None,
+    scale_by_t_squared: bool = True,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    z_loss_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    row_weight: Optional[PerRow] = None,
+    reduction: str = "mean",
+    normalizer: Optional[Union[float, Tensor]] = None,
+    teacher_form: str = "logits",
+    teacher_weights: Optional[Union[Sequence[float], Tensor]] = None,
+    mixture: str = "probs",
+    vocab_size: Optional[int] = None,
+    student_softcap: Optional[float] = None,
+    teacher_softcap: Optional[float] = None,
+    standardize: bool = False,
+    row_param: Optional[Tensor] = None,
+    inplace: bool = False,
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> Any:
+    r"""Distillation loss between the tempered distributions of a student and a teacher, with its gradient in one pass.
+
+    With ``p = softmax(t / T_t)``, ``q = softmax(s / T)``, the weight of a row ``w_i`` and ``lse = logsumexp(s)``::
+
+        loss_i = w_i (kd_weight T^2 D(p, q) + ce_weight CE(s, label) + z_loss_weight lse^2)
+        CE     = lse - (1 - label_smoothing) s[label] - label_smoothing mean_v(s_v)
+
+    so that ``kd_loss(s, t, temperature=T, reduction="batchmean")`` equals
+    ``F.kl_div(F.log_softmax(s / T, -1), F.softmax(t / T, -1), reduction="batchmean") * T * T``.
+
+    Args:
+        student: logits ``(..., V)``, float32, bfloat16 or float16 (float64 on the CPU). Any strides with stride 1 in the
+            last dimension; nothing is copied.
+        teacher: logits of the same leading shape, device and width; its dtype may differ. When it requires grad it gets
+            its gradient too. A sequence of 1 to 4 tensors is a mixture of teachers, see ``teacher_weights``.
+        labels: int64 or int32 of the leading shape: the classes for ``ce_weight``, and the mask: rows equal to
+            ``ignore_index`` give loss 0 and gradient 0, and their logits are not read.
+        divergence: a name from ``kdkernels.divergences.names()`` (its default parameters) or an instance such as
+            ``JSD(0.3)``.
+        temperature: T of the student, > 0, a number or one value per row.
+        teacher_temperature: T_t, by default ``temperature``.
+        scale_by_t_squared: multiply the divergence by ``temperature**2`` (Hinton et al. 2015), in loss and gradient.
+        kd_weight, ce_weight, z_loss_weight: weights of the three terms, >= 0. Cross entropy and z-loss (PaLM,
+            Chowdhery et al. 2022) are taken at temperature 1.
+        label_smoothing: in [0, 1], as in ``F.cross_entropy``.
+        ignore_index: the label of rows that do not count.
+        row_weight: a number or one value per row that multiplies the row's loss; it does not enter the denominator.
+        reduction: "none" (the shape of the rows), "sum", "mean" (over the rows that count; 0 when there is none), or
+            "batchmean" (the sum over ``student.shape[0]``, as ``F.kl_div``).
+        normalizer: a number or 0-d tensor > 0 that divides the sum in place of the number of rows ("mean") or of 1
+            ("sum"): the tokens of a whole batch under gradient accumulation (``num_items_in_batch``).
+        teacher_form: what ``teacher`` holds: "logits", "log_probs" (normalised log-probabilities; a temperature acts on
+            them as on logits) or "probs".
+        teacher_weights: for a sequence of teachers, M weights >= 0, or a tensor ``(..., M)`` of weights per row; equal
+            weights by default. Weights are used as given: let them sum to 1.
+        mixture: "probs" (``p = sum_k w_k softmax(t_k / T_t)``) or "logits" (``p = softmax(sum_k w_k t_k / T_t)``).
+        vocab_size: columns from there on are padding: no probability, gradient 0. Student and teacher may then be padded to
+            different widths.
+        student_softcap, teacher_softcap: cap > 0 of ``cap * tanh(logits / cap)``, applied first (Gemma 2).
+        standardize: replace the logits of both in the divergence by ``(x - mean(x)) / std(x)`` per row before the
+            temperature (logit standardisation, Sun et al. 2024, arXiv:2403.01427). Cross entropy keeps the raw logits.
+        row_param: one value per row for the divergence's parameter (JSD's ``beta``, the skew forms' ``alpha``), strictly
+            between 0 and 1; overrides the instance's.
+        inplace: write the gradient over the student's logits: no ``[N, V]`` allocation at all, and the logits are gone after
+            the call. Eager only; needs a student that requires grad.
+        return_stats: also return ``KDStats``.
+        backend: "auto", "triton", "cpu" (C++) or "torch" (plain PyTorch, the reference).
+
+    Returns:
+        The loss: 0-d, or the shape of the rows for "none"; float32 for float32 and 16-bit students, float64 for float64.
+        With ``return_stats`` a pair ``(loss, KDStats)``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, before anything is launched. Values inside tensors are read on the
+            CPU always, on a GPU only when ``KDKERNELS_DEBUG=1``.
+    """
+    options = dict(locals())
+    for name in ("student", "teacher", "labels"):
+        del options[name]
+    plan = _plan("kd_loss", options, student)
+    teachers = _teachers(teacher)
+    for k, item in enumerate(teachers):
+        checks.teacher_like("teacher" if len(teachers) == 1 else f"teacher[{k}]", item, student, vocab_size)
+    weights = _mixture_weights(teacher_weights, len(teachers), student, single=isinstance(teacher, Tensor))
+    return _dense(plan, student, teachers, labels, weights, mixture)
+
+
+def taid_loss(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Optional[Tensor] = None,
+    *,
+    interpolation: PerRow,
+    **options: Any,
+) -> Any:
+    r"""Distillation towards a teacher interpolated with the student (TAID, Shing et al. 2025, arXiv:2501.16937).
+
+    The target is ``softmax(((1 - lam) stop_gradient(s) + lam t) / T)`` with ``lam = interpolation``, a number in [0, 1] or one
+    value per row; the other arguments are those of ``kd_loss`` for one teacher of logits.
+
+    Raises:
+        TypeError, ValueError: as ``kd_loss``; also for ``teacher_temperature``, ``teacher_form``, ``teacher_weights`` and
+            ``mixture``, which have no meaning here.
+    """
+    for name in ("teacher_temperature", "teacher_form", "teacher_weights", "mixture"):
+        if name in options:
+            raise TypeError(f"taid_loss takes no {name}")
+    plan = _plan("taid_loss", options, student)
+    checks.teacher_like("teacher", teacher, student, options.get("vocab_size"))
+    lam = checks.per_row("interpolation", interpolation, student, low=0.0, high=1.0, exclusive=False)
+    lam = lam if isinstance(lam, Tensor) else torch.full((), lam, dtype=checks.sum_dtype(student), device=student.device)
+    lam = lam.expand(_num_rows(student))
+    return _dense(plan, student, (student.detach(), teacher), labels, torch.stack([1 - lam, lam], -1), "logits")
+
+
+def dkd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float = 1.0,
+    teacher_temperature: Optional[float] = None,
+    scale_by_t_squared: bool = True,
+    ignore_index: int = -100,
+    row_weight: Optional[PerRow] = None,
+    reduction: str = "mean",
+    normalizer: Optional[Union[float, Tensor]] = None,
+    vocab_size: Optional[int] = None,
+    inplace: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Decoupled knowledge distillation ``T^2 (alpha TCKD + beta NCKD)`` (Zhao et al. 2022, arXiv:2203.08679).
+
+    ``TCKD = KL`` of the two-way distributions (label, all others) and ``NCKD = KL(p^ || q^)`` of the distributions over the
+    other classes, ``p^_v = p_v / (1 - p_label)``. ``labels`` are required; ``alpha`` and ``beta`` are numbers >= 0; the other
+    arguments, shapes, dtypes and errors are those of ``kd_loss`` with one temperature for all rows. The teacher gets no
+    gradient.
+    """
+    options = dict(locals())
+    for name in ("student", "teacher", "labels", "alpha", "beta"):
+        del options[name]
+    checks.number("alpha", alpha, low=0.0)
+    checks.number("beta", beta, low=0.0)
+    for name in ("temperature", "teacher_temperature"):
+        if isinstance(options[name], Tensor):
+            raise TypeError(f"{name} must be a number in dkd_loss, got a tensor")
+    if labels is None:
+        raise TypeError("labels are required by dkd_loss")
+    plan = _plan("dkd_loss", options, student)
+    checks.teacher_like("teacher", teacher, student, vocab_size)
+    _no_teacher_grad(teacher, "dkd_loss")
+    flat = checks.labels_like(labels, student, plan.columns, ignore_index)
+    scale, weight = plan.weights(flat)
+    name = backends.select(backend, student.device.type)
+    if name == "torch":
+        assert flat is not None
+        rows = reference.dkd_rows(
+            *_flat(student, teacher),
+            flat,
+            alpha=float(alpha),
+            beta=float(beta),
+            temperature=plan.temperature,
+            teacher_temperature=plan.teacher_temperature,
+            scale_by_t_squared=scale_by_t_squared,
+            vocab_size=plan.columns,
+            ignore_index=ignore_index,
+        )
+        return plan.reduced(rows * scale if weight is None else rows * (scale * weight))
+    launch = Launch(
+        "dkd_fwd",
+        name,
+        (flat, weight),
+        {
+            "alpha": float(alpha),
+            "beta": float(beta),
+            "temperature": plan.temperature,
+            "teacher_temperature": plan.teacher_temperature,
+            "vocab_size": plan.columns,
+            "ignore_index": ignore_index,
+            "scale": scale,
+            "scale_by_t_squared": scale_by_t_squared,
+        },
+    )
+    return plan.launch(launch, (teacher,))[0]
+
+
+def logit_mse_loss(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Optional[Tensor] = None,
+    *,
+    centered: bool = False,
+    ignore_index: int = -100,
+    row_weight: Optional[PerRow] = None,
+    reduction: str = "mean",
+    normalizer: Optional[Union[float, Tensor]] = None,
+    vocab_size: Optional[int] = None,
+    inplace: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Squared difference of logits, ``mean_v (s_v - t_v)^2`` per row (Ba & Caruana 2014, arXiv:1312.6184).
+
+    ``centered`` subtracts the row mean of ``s - t`` first, which makes the loss blind to a constant shift of the logits, as
+    softmax is (Kim et al. 2021, arXiv:2105.08919). ``labels`` only mask. With no mask and "mean" it equals
+    ``F.mse_loss(student, teacher)``. The other arguments, shapes, dtypes and errors are those of ``kd_loss``; the teacher
+    gets no gradient.
+    """
+    options = dict(locals())
+    for name in ("student", "teacher", "labels", "centered"):
+        del options[name]
+    checks.flag("centered", centered)
+    plan = _plan("logit_mse_loss", options, student)
+    checks.teacher_like("teacher", teacher, student, vocab_size)
+    _no_teacher_grad(teacher, "logit_mse_loss")
+    flat = checks.labels_like(labels, student, plan.columns, ignore_index)
+    scale, weight = plan.weights(flat)
+    name = backends.select(backend, student.device.type)
+    if name == "torch":
+        rows = reference.mse_rows(
+            *_flat(student, teacher), flat, centered=centered, vocab_size=plan.columns, ignore_index=ignore_index
+        )
+        return plan.reduced(rows * scale if weight is None else rows * (scale * weight))
+    scalars = {"centered": centered, "vocab_size": plan.columns, "ignore_index": ignore_index, "scale": scale}
+    return plan.launch(Launch("mse_fwd", name, (flat, weight), scalars), (teacher,))[0]
+
+
+DEFAULTS: dict[str, Any] = {
+    "divergence": "forward_kl",
+    "temperature": 1.0,
+    "teacher_temperature": None,
+    "scale_by_t_squared": True,
+    "kd_weight": 1.0,
+    "ce_weight": 0.0,
+    "z_loss_weight": 0.0,
+    "label_smoothing": 0.0,
+    "ignore_index": -100,
+    "row_weight": None,
+    "reduction": "mean",
+    "normalizer": None,
+    "teacher_form": "logits",
+    "teacher_weights": None,
+    "mixture": "probs",
+    "vocab_size": None,
+    "student_softcap": None,
+    "teacher_softcap": None,
+    "standardize": False,
+    "row_param": None,
+    "inplace": False,
+    "return_stats": False,
+    "backend": "auto",
+}
+
+
+def check_options(owner: str, options: dict[str, Any]) -> Divergence:
+    """Check all options whose check needs no tensor, and resolve the divergence."""
+    for name in options:
+        if name not in DEFAULTS:
+            raise TypeError(f"{owner} got an unexpected option {name!r}")
+    get = {**DEFAULTS, **options}
+    resolved = divergences.resolve(get["divergence"])
+    for name in ("temperature", "teacher_temperature"):
+        if get[name] is not None and not isinstance(get[name], Tensor):
+            checks.number(name, get[name], low=0.0, exclusive_low=True)
+    for name in ("scale_by_t_squared", "standardize", "inplace", "return_stats"):
+        checks.flag(name, get[name])
+    for name in ("kd_weight", "ce_weight", "z_loss_weight"):
+        checks.number(name, get[name], low=0.0)
+    checks.number("label_smoothing", get["label_smoothing"], low=0.0, high=1.0)
+    checks.integer("ignore_index", get["ignore_index"])
+    checks.reduction_name(get["reduction"])
+    checks.choice("teacher_form", get["teacher_form"], checks.TEACHER_FORMS)
+    checks.choice("mixture", get["mixture"], checks.MIXTURES)
+    if get["vocab_size"] is not None:
+        checks.integer("vocab_size", get["vocab_size"], low=1)
+    for name in ("student_softcap", "teacher_softcap"):
+        checks.softcap(name, get[name])
+    if get["row_param"] is not None and resolved.row_param is None:
+        raise ValueError(f"row_param needs a divergence with a parameter per row, got {resolved.name!r}")
+    checks.choice("backend", get["backend"], checks.BACKENDS)
+    return resolved
+
+
+class _Plan(NamedTuple):
+    """A call after its options were checked against the student."""
+
+    student: Tensor
+    options: dict[str, Any]
+    divergence: Divergence
+    columns: int
+    temperature: Any
+    teacher_temperature: Any
+    row_weight: Optional[PerRow]
+    normalizer: Any
+
+    def weights(self, labels: Optional[Tensor]) -> tuple[float, Optional[Tensor]]:
+        weight = self.row_weight
+        scale, rows = reduction.row_weights(
+            self.options["reduction"],
+            num_rows=_num_rows(self.student),
+            batch_size=self.student.shape[0] if self.student.dim() > 1 else 1,
+            labels=labels,
+            ignore_index=self.options["ignore_index"],
+            row_weight=weight if isinstance(weight, Tensor) else None,
+            normalizer=self.normalizer,
+            dtype=checks.sum_dtype(self.student),
+        )
+        return (scale if weight is None or isinstance(weight, Tensor) else scale * weight), rows
+
+    def reduced(self, rows: Tensor) -> Tensor:
+        return rows.reshape(self.student.shape[:-1]) if self.options["reduction"] == "none" else rows.sum()
+
+    def launch(
+        self, launch: Launch, teachers: tuple[Tensor, ...], dual: Optional[Launch] = None
+    ) -> tuple[Tensor, Tensor]:
+        per_row = self.options["reduction"] == "none"
+        with_grad = torch.is_grad_enabled() and (self.student.requires_grad or dual is not None)
+        if with_grad:
+            loss, stats = RowLoss.apply(
+                self.student, teachers[0], teachers[1:], launch, dual, per_row, self.options["inplace"]
+            )
+        else:
+            loss, stats = run(launch, self.student.detach(), teachers, None)
+            loss = loss if per_row else loss.sum()
+        return (loss.reshape(self.student.shape[:-1]) if per_row else loss), stats
+
+
+def _plan(owner: str, options: dict[str, Any], student: Any) -> _Plan:
+    resolved = check_options(owner, options)
+    get = {**DEFAULTS, **options}
+    checks.logits("student", student)
+    checks.reduction_name(get["reduction"], student)
+    temperature = checks.per_row("temperature", get["temperature"], student, low=0.0)
+    teacher_temperature = temperature
+    if get["teacher_temperature"] is not None:
+        teacher_temperature = checks.per_row("teacher_temperature", get["teacher_temperature"], student, low=0.0)
+    weight = get["row_weight"]
+    if weight is not None:
+        weight = checks.per_row("row_weight", weight, student)
+    if get["inplace"]:
+        checks.inplace_allowed(student)
+    return _Plan(
+        student,
+        get,
+        resolved,
+        checks.vocabulary(get["vocab_size"], student),
+        temperature,
+        teacher_temperature,
+        weight,
+        checks.normalizer_like(get["normalizer"], get["reduction"], student),
+    )
+
+
+def _dense(
+    plan: _Plan,
+    student: Tensor,
+    teachers: tuple[Tensor, ...],
+    labels: Optional[Tensor],
+    mixture_weights: Optional[Tensor],
+    mixture: str,
+) -> Any:
+    get = plan.options
+    flat = checks.labels_like(labels, student, plan.columns, get["ignore_index"])
+    if get["ce_weight"] and flat is None:
+        raise ValueError("labels are required when ce_weight is not 0")
+    param0, param1 = plan.divergence.params()
+    row_param = get["row_param"]
+    if row_param is not None:
+        row_param = checks.per_row("row_param", row_param, student, low=0.0, high=1.0)
+        if not isinstance(row_param, Tensor):
+            raise TypeError("row_param must be a tensor; give one number in the divergence itself")
+    teacher_grad = torch.is_grad_enabled() and any(t.requires_grad for t in teachers)
+    torch_only = _teacher_grad_needs_torch(get, teachers, mixture_weights) if teacher_grad else None
+    name = backends.select(get["backend"], student.device.type, torch_only=torch_only)
+    scale, weight = plan.weights(flat)
+    if name == "torch":
+        rows = reference.dense_rows(
+            _flat(student)[0],
+            _flat(*teachers),
+            flat,
+            divergence=plan.divergence.name,
+            params=(param0 if row_param is None else row_param, param1),
+            temperature=plan.temperature,
+            teacher_temperature=plan.teacher_temperature,
+            scale_by_t_squared=get["scale_by_t_squared"],
+            kd_weight=float(get["kd_weight"]),
+            ce_weight=float(get["ce_weight"]),
+            z_loss_weight=float(get["z_loss_weight"]),
+            label_smoothing=float(get["label_smoothing"]),
+            ignore_index=get["ignore_index"],
+            teacher_form=get["teacher_form"],
+            vocab_size=plan.columns,
+            student_softcap=checks.softcap("student_softcap", get["student_softcap"]),
+            teacher_softcap=checks.softcap("teacher_softcap", get["teacher_softcap"]),
+            standardize=get["standardize"],
+            mixture=mixture,
+            mixture_weights=mixture_weights,
+        )
+        loss = plan.reduced(rows.loss * scale if weight is None else rows.loss * (scale * weight))
+        stats = torch.stack(list(rows[1:]), -1) if get["return_stats"] else None
+    else:
+        launch = Launch(
+            "dense_fwd",
+            name,
+            (flat, weight, *_row_tensors(plan.temperature, plan.teacher_temperature), row_param, mixture_weights),
+            {
+                "divergence": plan.divergence.name,
+                "param0": param0,
+                "param1": param1,
+                "mixture": mixture,
+                "vocab_size": plan.columns,
+                "ignore_index": get["ignore_index"],
+                "scale": scale,
+                "temperature": _number(plan.temperature),
+                "teacher_temperature": _number(plan.teacher_temperature),
+                "kd_weight": float(get["kd_weight"]),
+                "ce_weight": float(get["ce_weight"]),
+                "z_loss_weight": float(get["z_loss_weight"]),
+                "label_smoothing": float(get["label_smoothing"]),
+                "scale_by_t_squared": get["scale_by_t_squared"],
+                "teacher_form": get["teacher_form"],
+                "student_softcap": checks.softcap("student_softcap", get["student_softcap"]),
+                "teacher_softcap": checks.softcap("teacher_softcap", get["teacher_softcap"]),
+                "standardize": get["standardize"],
+                "stats": get["return_stats"],
+            },
+        )
+        dual = _dual(plan, launch) if teacher_grad else None
+        loss, stats = plan.launch(launch, teachers, dual)
+    if not get["return_stats"]:
+        return loss
+    assert stats is not None
+    return loss, KDStats(*(column.reshape(student.shape[:-1]) for column in stats.unbind(-1)))
+
+
+def _dual(plan: _Plan, launch: Launch) -> Launch:
+    """The launch whose student is the teacher: the same divergence with the roles swapped, without the student's terms."""
+    get = plan.options
+    dual = plan.divergence.dual().canonical()
+    param0, param1 = dual.params()
+    labels, weight, student_rows, teacher_rows, row_param, _ = launch.tensors
+    scale = launch.options["scale"]
+    if row_param is not None and dual.name == plan.divergence.name:
+        row_param = 1 - row_param  # JSD's beta weighs the teacher
+    if get["scale_by_t_squared"]:
+        # T of the factor stays the student's, whose role the teacher plays here.
+        if student_rows is None:
+            scale = scale * launch.options["temperature"] ** 2
+        else:
+            weight = student_rows**2 if weight is None else weight * student_rows**2
+    options = {
+        **launch.options,
+        "divergence": dual.name,
+        "param0": param0,
+        "param1": param1,
+        "scale": scale,
+        "temperature": launch.options["teacher_temperature"],
+        "teacher_temperature": launch.options["temperature"],
+        "ce_weight": 0.0,
+        "z_loss_weight": 0.0,
+        "scale_by_t_squared": False,
+        "teacher_form": "logits",
+        "student_softcap": launch.options["teacher_softcap"],
+        "teacher_softcap": launch.options["student_softcap"],
+        "stats": False,
+    }
+    return Launch("dense_fwd", launch.backend, (labels, weight, teacher_rows, student_rows, row_param, None), options)
+
+
+def _teacher_grad_needs_torch(
+    options: dict[str, Any], teachers: tuple[Tensor, ...], mixture_weights: Optional[Tensor]
+) -> Optional[str]:
+    if len(teachers) > 1 or mixture_weights is not None:
+        return "a mixture of teachers gets a gradient from plain PyTorch only; detach the teachers"
+    if options["teacher_form"] == "probs":
+        return "teacher probabilities get a gradient from plain PyTorch only; detach the teacher"
+    if options["inplace"]:
+        return "inplace cannot be combined with a teacher that requires grad; detach the teacher"
+    return None
+
+
+def _teachers(teacher: Any) -> tuple[Any, ...]:
+    if isinstance(teacher, (list, tuple)):
+        if not 1 <= len(teacher) <= checks.MAX_TEACHERS:
+            raise ValueError(f"teacher must be a tensor or 1 to {checks.MAX_TEACHERS} tensors, got {len(teacher)}")
+        return tuple(teacher)
+    return (teacher,)
+
+
+def _mixture_weights(weights: Any, count: int, student: Tensor, *, single: bool) -> Optional[Tensor]:
+    if single:
+        if weights is not None:
+            raise ValueError("teacher_weights need a sequence of teachers, got one tensor")
+        return None
+    if weights is None:
+        weights = [1.0 / count] * count
+    dtype = checks.sum_dtype(student)
+    if not isinstance(weights, Tensor):
+        weights = torch.tensor(
+            [checks.number("teacher_weights", w, low=0.0) for w in weights], dtype=dtype, device=student.device
+        )
+    if weights.shape[-1:] != (count,) or weights.shape[:-1] not in ((), student.shape[:-1]):
+        raise ValueError(
+            f"teacher_weights must have shape ({count},) or {(*student.shape[:-1], count)}, got {tuple(weights.shape)}"
+        )
+    if weights.requires_grad:
+        raise ValueError("teacher_weights must not require grad: they get no gradient; detach them")
+    if checks.reads_values(weights) and weights.numel() and not bool((torch.isfinite(weights) & (weights >= 0)).all()):
+        raise ValueError("teacher_weights must be finite and >= 0")
+    weights = weights.to(device=student.device, dtype=dtype).reshape(-1, count)
+    return weights.expand(_num_rows(student), count)
+
+
+def _no_teacher_grad(teacher: Tensor, owner: str) -> None:
+    if teacher.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"teacher must not require grad in {owner}: it gets no gradient; detach it")
+
+
+def _row_tensors(*values: Any) -> tuple[Optional[Tensor], ...]:
+    return tuple(value if isinstance(value, Tensor) else None for value in values)
+
+
+def _number(value: Any) -> float:
+    return 1.0 if isinstance(value, Tensor) else float(value)
+
+
+def _num_rows(student: Tensor) -> int:
+    return student.shape[:-1].numel()
+
+
+def _flat(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]

@@ -1,0 +1,28 @@
+"""The losses as ``torch.nn.Module``: they store keyword arguments and call ``kdkernels.functional``."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from kdkernels import functional
+
+
+class KDLoss(torch.nn.Module):
+    """``kd_loss`` as a module: ``KDLoss(**options)(student, teacher, labels)``; see ``kdkernels.kd_loss`` for the options.
+
+    Options are checked when the module is built, tensors when it is called.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        functional.check_options("kd_loss", options)
+        self.options = options
+
+    def forward(self, student: Tensor, teacher: Tensor, labels: Optional[Tensor] = None) -> Any:
+        return functional.kd_loss(student, teacher, labels, **self.options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -1,0 +1,89 @@
+"""torch.library schemas and fakes of every op, and nothing else.
+
+One op per access pattern and backend, ``kdkernels::<pattern>_<backend>``; all backends of a pattern share one schema. The
+CPU implementations are registered by the compiled library ``_C`` when it is loaded, the Triton ones by
+``kdkernels.backends.triton``.
+
+Tensors of logits are ``[B, L, V]`` views (rows ``i = b * L + l``), so that ``logits[:, :-1]`` needs no copy.
+"""
+
+from __future__ import annotations
+
+from typing import Optional, Sequence
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "kdkernels"
+PATTERN_BACKENDS = ("cpu", "triton")
+# Columns of the second result of dense_fwd, at the tempered p and q; the parts of the objective are unweighted.
+STATS = (
+    "divergence",
+    "ce",
+    "lse",
+    "forward_kl",
+    "reverse_kl",
+    "teacher_entropy",
+    "student_entropy",
+    "agreement",
+    "acceptance",
+)
+
+SCHEMAS = {
+    # Writes the gradient of sum_i loss_i to dstudent, which may be the student itself, and returns (loss [N], stats [N, S]).
+    "dense_fwd": (
+        "(Tensor student, Tensor[] teachers, Tensor(a!)? dstudent, Tensor? labels, Tensor? row_weight, "
+        "Tensor? student_temperature_rows, Tensor? teacher_temperature_rows, Tensor? param_rows, Tensor? mixture_weights, *, "
+        "str divergence, float param0, float param1, str mixture, int vocab_size, int ignore_index, float scale, "
+        "float temperature, float teacher_temperature, float kd_weight, float ce_weight, float z_loss_weight, "
+        "float label_smoothing, bool scale_by_t_squared, str teacher_form, float student_softcap, float teacher_softcap, "
+        "bool standardize, bool stats) -> (Tensor, Tensor)"
+    ),
+    "dkd_fwd": (
+        "(Tensor student, Tensor teacher, Tensor(a!)? dstudent, Tensor labels, Tensor? row_weight, *, float alpha, float beta, "
+        "float temperature, float teacher_temperature, int vocab_size, int ignore_index, float scale, "
+        "bool scale_by_t_squared) -> Tensor"
+    ),
+    "mse_fwd": (
+        "(Tensor student, Tensor teacher, Tensor(a!)? dstudent, Tensor? labels, Tensor? row_weight, *, bool centered, "
+        "int vocab_size, int ignore_index, float scale) -> Tensor"
+    ),
+    # Multiplies the rows of grad [B, L, V] by grad_output (0-d, or [N]) in place; returns at once where it is 1.
+    "scale_grad": "(Tensor(a!) grad, Tensor grad_output) -> ()",
+}
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+_library.define("cpu_isa() -> str")
+
+
+def _rows(student: Tensor, columns: Optional[int] = None) -> Tensor:
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    num_rows = student.shape[0] * student.shape[1]
+    return student.new_empty((num_rows,) if columns is None else (num_rows, columns), dtype=dtype)
+
+
+def _dense_fake(student: Tensor, teachers: Sequence[Tensor], *args: object, stats: bool, **kwargs: object) -> tuple[Tensor, Tensor]:
+    return _rows(student), _rows(student, len(STATS) if stats else 0)
+
+
+def _rows_fake(student: Tensor, *args: object, **kwargs: object) -> Tensor:
+    return _rows(student)
+
+
+def _none_fake(*args: object, **kwargs: object) -> None:
+    return None
+
+
+_FAKES = {"dense_fwd": _dense_fake, "dkd_fwd": _rows_fake, "mse_fwd": _rows_fake, "scale_grad": _none_fake}
+
+for _backend in PATTERN_BACKENDS:
+    for _pattern, _schema in SCHEMAS.items():
+        _name = f"{_pattern}_{_backend}"
+        _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{NAMESPACE}::{_name}", _FAKES[_pattern], lib=_library)
+
+
+def op(pattern: str, backend: str) -> torch._ops.OpOverload:
+    """The overload ``torch.ops.kdkernels.<pattern>_<backend>.default``."""
+    packet = getattr(getattr(torch.ops, NAMESPACE), f"{pattern}_{backend}")
+    return packet.default

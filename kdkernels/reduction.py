@@ -1,0 +1,56 @@
+"""From ``reduction`` to what multiplies each row's loss, on the device and without a host synchronisation."""
+
+from __future__ import annotations
+
+from typing import Optional, Union
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
+
+
+def row_weights(
+    reduction: str,
+    *,
+    num_rows: int,
+    batch_size: int,
+    labels: Optional[Tensor],
+    ignore_index: int,
+    row_weight: Optional[Tensor],
+    normalizer: Optional[Union[int, float, Tensor]],
+    dtype: torch.dtype,
+) -> tuple[float, Optional[Tensor]]:
+    """Return ``(scale, weight)`` such that the reduced loss is ``sum_i scale * weight_i * loss_i``.
+
+    Args:
+        reduction: one of ``REDUCTIONS``.
+        num_rows: N. batch_size: ``student.shape[0]``.
+        labels: ``[N]`` or None; rows equal to ``ignore_index`` do not count (the kernels drop them).
+        row_weight: ``[N]`` in ``dtype`` or None.
+        normalizer: replaces the denominator of "mean"; divides the "sum".
+        dtype: of the weights, the dtype in which sums are made.
+
+    Returns:
+        A Python float, and None or a tensor ``[N]`` that may have stride 0.
+    """
+    scale = 1.0
+    divisor: Optional[Tensor] = None
+    if normalizer is not None:
+        if isinstance(normalizer, Tensor):
+            divisor = normalizer.to(dtype).reshape(())
+        else:
+            scale = 1.0 / float(normalizer)
+    elif reduction == "batchmean":
+        scale = 1.0 / max(batch_size, 1)
+    elif reduction == "mean":
+        if labels is None:
+            scale = 1.0 / max(num_rows, 1)
+        else:
+            # No counted row gives a loss of 0, not 0/0.
+            divisor = (labels != ignore_index).sum().clamp(min=1).to(dtype)
+    if divisor is None:
+        return scale, row_weight
+    if row_weight is None:
+        return scale, divisor.reciprocal().expand(num_rows)
+    return scale, row_weight / divisor

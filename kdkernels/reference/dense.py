@@ -1,0 +1,216 @@
+"""Row losses of the dense patterns in plain PyTorch; gradients come from autograd."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional, Sequence, Union
+
+import torch
+from torch import Tensor
+
+from kdkernels.reference import divergences
+
+Temperature = Union[float, Tensor]
+
+
+class DenseRows(NamedTuple):
+    """Unreduced and unweighted: the objective of each row and its parts, all ``[N]``."""
+
+    loss: Tensor
+    divergence: Tensor
+    ce: Tensor
+    lse: Tensor
+    forward_kl: Tensor
+    reverse_kl: Tensor
+    teacher_entropy: Tensor
+    student_entropy: Tensor
+    agreement: Tensor
+    acceptance: Tensor
+
+
+def _column(value: Temperature) -> Temperature:
+    return value.unsqueeze(-1) if isinstance(value, Tensor) and value.dim() == 1 else value
+
+
+def _softcap(logits: Tensor, cap: float) -> Tensor:
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def _standardized(logits: Tensor) -> Tensor:
+    centred = logits - logits.mean(-1, keepdim=True)
+    variance = centred.square().mean(-1, keepdim=True)
+    return centred / torch.where(variance > 0, variance, torch.ones_like(variance)).sqrt()
+
+
+def _teacher_log_probs(
+    teachers: Sequence[Tensor],
+    weights: Optional[Tensor],
+    *,
+    mixture: str,
+    temperature: Temperature,
+    form: str,
+    softcap: float,
+    standardize: bool,
+) -> Tensor:
+    logits = [teacher.log() if form == "probs" else _softcap(teacher, softcap) for teacher in teachers]
+    if standardize:
+        logits = [_standardized(item) for item in logits]
+    if weights is None:
+        return torch.log_softmax(logits[0] / temperature, -1)
+    columns = [weights[:, k : k + 1].to(logits[0].dtype) for k in range(len(logits))]
+    if mixture == "logits":
+        mixed = sum(torch.where(w != 0, w * item, torch.zeros_like(item)) for w, item in zip(columns, logits))
+        assert isinstance(mixed, Tensor)
+        return torch.log_softmax(mixed / temperature, -1)
+    terms = [w.log() + torch.log_softmax(item / temperature, -1) for w, item in zip(columns, logits)]
+    return torch.logsumexp(torch.stack(terms), 0)
+
+
+def dense_rows(
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    labels: Optional[Tensor] = None,
+    *,
+    divergence: str,
+    params: tuple[Union[float, Tensor], float] = (0.0, 0.0),
+    temperature: Temperature = 1.0,
+    teacher_temperature: Temperature = 1.0,
+    scale_by_t_squared: bool = True,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    z_loss_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    teacher_form: str = "logits",
+    vocab_size: Optional[int] = None,
+    student_softcap: float = 0.0,
+    teacher_softcap: float = 0.0,
+    standardize: bool = False,
+    mixture: str = "probs",
+    mixture_weights: Optional[Tensor] = None,
+) -> DenseRows:
+    """The objective of each row, by the formulas in ``kdkernels.kd_loss``.
+
+    Args:
+        student: logits ``[N, V]``. teachers: tensors ``[N, V']``; more than one needs ``mixture_weights [N, M]``.
+        labels: ``[N]`` int64; rows equal to ``ignore_index`` give 0 everywhere and pass no gradient.
+        temperature, teacher_temperature, params[0]: a float or ``[N]``.
+
+    Returns:
+        ``DenseRows``; statistics are detached.
+    """
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    columns = min([vocab_size or student.shape[-1], student.shape[-1], *(t.shape[-1] for t in teachers)])
+    s = student[:, :columns].to(dtype)
+    ts = [teacher[:, :columns].to(dtype) for teacher in teachers]
+    counted = torch.ones(s.shape[0], dtype=torch.bool, device=s.device) if labels is None else labels != ignore_index
+    # Ignored rows are replaced before any arithmetic, so that their NaN or -inf reach neither loss nor gradient.
+    s = torch.where(counted[:, None], s, torch.zeros_like(s))
+    ts = [torch.where(counted[:, None], t, torch.ones_like(t)) for t in ts]
+
+    capped = _softcap(s, student_softcap)
+    tempered = _standardized(capped) if standardize else capped
+    logq = torch.log_softmax(tempered / _column(temperature), -1)
+    logp = _teacher_log_probs(
+        ts,
+        mixture_weights,
+        mixture=mixture,
+        temperature=_column(teacher_temperature),
+        form=teacher_form,
+        softcap=teacher_softcap,
+        standardize=standardize,
+    )
+    d = divergences.TABLE[divergence](logp, logq, _column(params[0]), params[1])
+
+    lse = torch.logsumexp(capped, -1)
+    ce = torch.zeros_like(d)
+    if ce_weight and labels is not None:
+        inside = (labels >= 0) & (labels < columns)
+        picked = capped.gather(1, labels.clamp(0, columns - 1)[:, None]).squeeze(1)
+        picked = torch.where(inside | ~counted, picked, torch.full_like(picked, float("nan")))
+        ce = lse - (1 - label_smoothing) * picked
+        if label_smoothing:
+            ce = ce - label_smoothing * capped.mean(-1)
+    scale = _squared(temperature) if scale_by_t_squared else 1.0
+    loss = kd_weight * scale * d if kd_weight else torch.zeros_like(d)
+    if ce_weight:
+        loss = loss + ce_weight * ce
+    if z_loss_weight:
+        loss = loss + z_loss_weight * lse.square()
+
+    with torch.no_grad():
+        zero = torch.zeros_like(d)
+        table = divergences.TABLE
+        stats = [
+            d,
+            ce,
+            lse,
+            table["forward_kl"](logp, logq, 0, 0),
+            table["reverse_kl"](logp, logq, 0, 0),
+            table["soft_ce"](logp, logp, 0, 0),
+            table["soft_ce"](logq, logq, 0, 0),
+            (tempered.argmax(-1) == logp.argmax(-1)).to(dtype) if columns else zero,
+            torch.minimum(logp.exp(), logq.exp()).sum(-1),
+        ]
+        stats = [torch.where(counted, item.detach(), zero) for item in stats]
+    return DenseRows(torch.where(counted, loss, torch.zeros_like(loss)), *stats)
+
+
+def _squared(temperature: Temperature) -> Temperature:
+    return temperature * temperature
+
+
+def dkd_rows(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float,
+    beta: float,
+    temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
+    scale_by_t_squared: bool = True,
+    vocab_size: Optional[int] = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Decoupled distillation per row, ``[N]``: ``alpha KL(binary) + beta KL(non-target)`` (Zhao et al. 2022)."""
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    columns = min(vocab_size or student.shape[-1], student.shape[-1], teacher.shape[-1])
+    counted = labels != ignore_index
+    s = torch.where(counted[:, None], student[:, :columns].to(dtype), torch.zeros((), dtype=dtype)) / temperature
+    t = torch.where(counted[:, None], teacher[:, :columns].to(dtype), torch.zeros((), dtype=dtype)) / teacher_temperature
+    logq, logp = torch.log_softmax(s, -1), torch.log_softmax(t, -1)
+    target = torch.zeros_like(s, dtype=torch.bool).scatter_(1, labels.clamp(0, max(columns - 1, 0))[:, None], True)
+    minus_inf = torch.full_like(s, float("-inf"))
+
+    def binary(log_probs: Tensor) -> Tensor:
+        rest = torch.logsumexp(torch.where(target, minus_inf, log_probs), -1)
+        return torch.stack([log_probs.masked_fill(~target, 0.0).sum(-1), rest], -1)
+
+    tckd = divergences.TABLE["forward_kl"](binary(logp), binary(logq), 0, 0)
+    hat_q = torch.log_softmax(torch.where(target, minus_inf, s), -1) if columns > 1 else torch.zeros_like(s)
+    hat_p = torch.log_softmax(torch.where(target, minus_inf, t), -1) if columns > 1 else torch.zeros_like(s)
+    nckd = divergences.TABLE["forward_kl"](hat_p, hat_q, 0, 0)
+    scale = temperature**2 if scale_by_t_squared else 1.0
+    loss = scale * (alpha * tckd + beta * nckd)
+    return torch.where(counted, loss, torch.zeros_like(loss))
+
+
+def mse_rows(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Optional[Tensor] = None,
+    *,
+    centered: bool = False,
+    vocab_size: Optional[int] = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Mean over the vocabulary of the squared difference of logits, ``[N]``; ``centered`` subtracts its row mean first."""
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    columns = min(vocab_size or student.shape[-1], student.shape[-1], teacher.shape[-1])
+    difference = student[:, :columns].to(dtype) - teacher[:, :columns].to(dtype)
+    counted = torch.ones(student.shape[0], dtype=torch.bool) if labels is None else labels != ignore_index
+    counted = counted.to(student.device)
+    difference = torch.where(counted[:, None], difference, torch.zeros_like(difference))
+    if centered:
+        difference = difference - difference.mean(-1, keepdim=True)
+    return difference.square().mean(-1)
