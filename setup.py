@@ -1,0 +1,164 @@
+"""Builds ``kdkernels/_C``, the CPU kernels. All else about the package stands in pyproject.toml.
+
+``KDKERNELS_BUILD`` says what to build:
+    auto    what this machine can build; the last line of the build says what was left out and why (default)
+    cpu     the CPU kernels, or fail
+    none    nothing: Triton and plain PyTorch still work
+``CXX`` names the compiler, ``MAX_JOBS`` the number of files compiled at once.
+"""
+
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CHOICES = ("auto", "cpu", "none")
+# The oldest release whose stable ABI has all that csrc uses; the library then loads in every later one.
+TORCH_FLOOR = (2, 10)
+CXX_STANDARD = "-std=c++17"
+# Files compiled for one instruction set, by the end of their name; the dispatcher picks one at run time.
+X86_FLAGS = {
+    "_avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
+}
+X86_MACROS = [("KDK_HAVE_AVX2", "1"), ("KDK_HAVE_AVX512", "1")]
+
+
+class CannotBuild(Exception):
+    """Why this machine cannot build an extension, in words for its user."""
+
+
+def find_torch() -> Path:
+    """The folder of the installed torch, read and not imported: importing it takes seconds."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise CannotBuild(
+            "torch is not installed in the build environment (install torch first, then use pip's --no-build-isolation)"
+        )
+    folder = Path(spec.origin).parent
+    found = re.search(r"__version__ = '((\d+)\.(\d+)[^']*)'", (folder / "version.py").read_text())
+    if found and (int(found[2]), int(found[3])) < TORCH_FLOOR:
+        raise CannotBuild(f"torch {found[1]} is older than {TORCH_FLOOR[0]}.{TORCH_FLOOR[1]}")
+    return folder
+
+
+def find_compiler() -> tuple[str, bool]:
+    """A C++ compiler command line, and whether it compiles for x86-64."""
+    if os.name != "posix":
+        raise CannotBuild("only the command lines of GCC and Clang are known to this build")
+    # The compiler Python itself was built with need not be on this machine.
+    named = [os.environ["CXX"]] if os.environ.get("CXX") else [sysconfig.get_config_var("CXX"), "c++", "g++", "clang++"]
+    candidates = [name for name in named if name and shutil.which(shlex.split(name)[0])]
+    if not candidates:
+        raise CannotBuild(f"no C++ compiler found (looked for {', '.join(str(name) for name in named)})")
+    command = shlex.split(candidates[0]) + [CXX_STANDARD, "-x", "c++", "-E", "-dM", "-"]
+    probe = subprocess.run(command, input="#include <cmath>\n", capture_output=True, text=True)
+    if probe.returncode != 0:
+        raise CannotBuild(f"{candidates[0]} does not compile C++17: {(probe.stderr.strip() or '?').splitlines()[-1]}")
+    return candidates[0], "#define __x86_64__ " in probe.stdout
+
+
+def cpu_extension() -> Extension:
+    """``kdkernels/_C``: the schemas and the CPU kernels, against LibTorch's stable ABI and no Python API at all."""
+    torch = find_torch()
+    compiler, is_x86_64 = find_compiler()
+    os.environ["CXX"] = compiler
+    sources = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc" / "cpu").glob("*.cpp"))
+    # torch has no build for Macs with an x86 processor, and a universal compiler would refuse these flags.
+    use_x86 = is_x86_64 and sys.platform != "darwin"
+    if not use_x86:
+        sources = [source for source in sources if not isa_flags(source)]
+    return Extension(
+        "kdkernels._C",
+        sources,
+        depends=[path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.h")],
+        include_dirs=["csrc/include", str(torch / "include")],
+        library_dirs=[str(torch / "lib")],
+        libraries=["torch_cpu"],
+        define_macros=[
+            ("TORCH_TARGET_VERSION", f"0x{TORCH_FLOOR[0]:02x}{TORCH_FLOOR[1]:02x}000000000000"),
+            *(X86_MACROS if use_x86 else []),
+        ],
+        extra_compile_args=[CXX_STANDARD, "-O3", "-g0", "-fvisibility=hidden"],
+        py_limited_api=True,
+        language="c++",
+    )
+
+
+def isa_flags(source: str) -> list[str]:
+    return next((flags for suffix, flags in X86_FLAGS.items() if Path(source).stem.endswith(suffix)), [])
+
+
+def isa_rank(source: str) -> int:
+    return next((rank for rank, suffix in enumerate(X86_FLAGS, 1) if Path(source).stem.endswith(suffix)), 0)
+
+
+class BuildExt(build_ext):
+    """setuptools' build_ext with flags of a file's own, and files compiled side by side."""
+
+    def build_extension(self, ext):
+        output = self.get_ext_fullpath(ext.name)
+        if not self.force and os.path.exists(output):
+            built = os.path.getmtime(output)
+            if all(os.path.getmtime(path) < built for path in [*ext.sources, *ext.depends, __file__]):
+                return
+        # Of an inline function that several files emit the linker keeps the first copy: it must be the one that every
+        # processor can run.
+        sources = sorted(ext.sources, key=lambda source: (isa_rank(source), source))
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+            objects = list(pool.map(lambda source: self.compile_one(ext, source), sources))
+        self.compiler.link_shared_object(
+            objects,
+            output,
+            libraries=self.get_libraries(ext),
+            library_dirs=ext.library_dirs,
+            extra_postargs=ext.extra_link_args,
+            build_temp=self.build_temp,
+            target_lang="c++",
+        )
+
+    def compile_one(self, ext, source):
+        (compiled,) = self.compiler.compile(
+            [source],
+            output_dir=self.build_temp,
+            macros=ext.define_macros,
+            include_dirs=ext.include_dirs,
+            extra_postargs=ext.extra_compile_args + isa_flags(source),
+        )
+        return compiled
+
+
+def main() -> None:
+    choice = os.environ.get("KDKERNELS_BUILD") or "auto"
+    if choice not in CHOICES:
+        raise SystemExit(f"KDKERNELS_BUILD must be one of {', '.join(CHOICES)}, got {choice!r}")
+    extensions = []
+    outcome = "no extension, as KDKERNELS_BUILD=none asks"
+    if choice != "none":
+        try:
+            extensions.append(cpu_extension())
+            outcome = f"the CPU extension, with {os.environ['CXX']}"
+        except CannotBuild as reason:
+            if choice != "auto":
+                raise SystemExit(f"KDKERNELS_BUILD={choice}: {reason}") from None
+            outcome = f"no extension: {reason}; Triton and plain PyTorch still work"
+    distribution = setup(
+        ext_modules=extensions,
+        cmdclass={"build_ext": BuildExt},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )
+    if any(distribution.have_run.get(command) for command in ("build", "build_ext", "editable_wheel")):
+        print(f"kdkernels: built {outcome}", flush=True)
+
+
+main()
