@@ -1,0 +1,58 @@
+"""``python -m kdkernels.env``: versions, the backend "auto" takes for CPU and GPU tensors, and why not the others."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+import kdkernels
+from kdkernels import backends
+from kdkernels.backends import cpu
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "none that this torch can use"
+    names = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
+    return ", ".join(f"{gpu.name} (compute capability {gpu.major}.{gpu.minor})" for gpu in names)
+
+
+def _extension() -> str:
+    reason = cpu.load_error()
+    return reason or f"{cpu.library_path()} ({cpu.isa()})"
+
+
+def _choice(device_type: str) -> list[str]:
+    answers = backends.available(device_type)
+    lines = [f'{device_type} tensors: "auto" takes {backends.select("auto", device_type)!r}']
+    lines += [f"  {answer.name:<8}{'runs' if answer.ok else 'no: ' + answer.reason}" for answer in answers]
+    return lines
+
+
+def report() -> str:
+    """What is installed here and which backend runs what, as text of one fact a line."""
+    built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+    facts = {
+        "kdkernels": kdkernels.__version__,
+        "python": f"{platform.python_version()} ({platform.system()} {platform.machine()})",
+        "torch": f"{torch.__version__} ({built_for if torch.version.cuda or torch.version.hip else 'CPU build'})",
+        "triton": _version("triton"),
+        "extension": _extension(),
+        "threads": str(torch.get_num_threads()),
+        "gpu": _gpu(),
+    }
+    lines = [f"{name:<11}{fact}" for name, fact in facts.items()]
+    return "\n".join([*lines, *_choice("cpu"), *_choice("cuda")])
+
+
+if __name__ == "__main__":
+    print(report())

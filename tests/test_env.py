@@ -1,0 +1,81 @@
+"""``python -m kdkernels.env`` and the hook in conftest that keeps skips honest."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kdkernels
+from kdkernels import backends, env
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_module_prints_the_report():
+    done = subprocess.run([sys.executable, "-m", "kdkernels.env"], capture_output=True, text=True, check=True)
+    facts = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert facts["kdkernels"] == kdkernels.__version__
+    assert facts["torch"].startswith(torch.__version__)
+    assert set(facts) >= {"python", "triton", "extension", "threads", "gpu", "cpu", "cuda"}
+    assert not done.stderr
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_every_backend_is_named_with_the_choice_and_the_reason(device_type):
+    header, *lines = env._choice(device_type)
+    answers = backends.available(device_type)
+    assert header == f'{device_type} tensors: "auto" takes {next(a.name for a in answers if a.ok)!r}'
+    for line, answer in zip(lines, answers, strict=True):
+        assert line.split(maxsplit=1) == [answer.name, "runs" if answer.ok else f"no: {answer.reason}"]
+    assert all(a.reason for a in answers if not a.ok)
+
+
+def test_a_missing_extension_is_reported_with_its_reason(monkeypatch):
+    monkeypatch.setattr(backends.cpu, "load_error", lambda: "it was not built")
+    assert "extension  it was not built" in env.report()
+    assert "  cpu     no: it was not built" in env.report()
+
+
+PROBE = """
+import pytest
+
+def test_lazy():
+    pytest.skip("some package is not installed")
+
+def test_bare():
+    pytest.skip("this machine has no GPU")
+
+@pytest.mark.gpu
+def test_gpu():
+    assert {has_gpu}, "this needs a GPU and ran without one"
+
+@pytest.mark.skipif(True, reason="this machine has no wish to run it")
+def test_marked():
+    pass
+"""
+
+
+@pytest.mark.parametrize("require_all", [False, True], ids=["skips-allowed", "skips-fail"])
+def test_require_all_turns_avoidable_skips_into_failures(tmp_path, require_all):
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs a GPU\n")
+    (tmp_path / "test_probe.py").write_text(PROBE.format(has_gpu=torch.cuda.is_available()))
+    (tmp_path / "test_module.py").write_text('import pytest\npytest.importorskip("no_such_module")\n')
+    environment = {**os.environ, "KDKERNELS_REQUIRE_ALL": str(int(require_all))}
+    # Continue past the module that cannot be collected, so that both kinds of skip are seen in one run.
+    command = [sys.executable, "-m", "pytest", "-q", "--continue-on-collection-errors", "-p", "no:cacheprovider", "-rs"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    gpu = torch.cuda.is_available()
+    if require_all:
+        # test_lazy fails in its call, test_marked in its set-up, test_module when it is collected.
+        assert "1 failed" in done.stdout and "2 errors" in done.stdout, done.stdout
+        assert f"{1 if gpu else 2} skipped" in done.stdout, done.stdout
+        assert "allows no skip, and this one says: Skipped: some package is not installed" in done.stdout
+        assert done.returncode == 1
+    else:
+        assert f"{4 if gpu else 5} skipped" in done.stdout, done.stdout
+        assert "failed" not in done.stdout and "error" not in done.stdout, done.stdout
+        assert done.returncode == 0 if gpu else done.returncode in (0, 5)

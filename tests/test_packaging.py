@@ -1,0 +1,160 @@
+"""The package as a newcomer meets it: the README, what an installation contains, builds that fall back."""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import kdkernels
+from kdkernels.backends import cpu
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+BUILD = "from setuptools import build_meta; import sys; print(getattr(build_meta, 'build_' + sys.argv[1])('dist'))"
+
+
+def code_blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
+
+
+def python(*arguments, **keywords):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, **keywords)
+
+
+@pytest.mark.parametrize("block", code_blocks("python"))
+def test_readme_code_runs(block):
+    done = python("-c", block + "\nassert torch.isfinite(loss) and student.grad.isfinite().all()")
+    assert done.returncode == 0, done.stderr
+
+
+def test_readme_has_code_to_run():
+    assert len(code_blocks("python")) >= 1
+
+
+def test_readme_names_only_what_exists():
+    commands = [line for block in code_blocks("bash") for line in block.splitlines() if not line.startswith("#")]
+    assert "./scripts/demo" in " ".join(commands) and "./scripts/test" in " ".join(commands)
+    for line in commands:
+        for script in re.findall(r"(?:\./|\b)((?:scripts|\.ci|examples)/[\w.-]+)", line):
+            assert (ROOT / script).is_file(), line
+            assert script.endswith(".py") or os.access(ROOT / script, os.X_OK), line
+        for module in re.findall(r"-m ((?:kdkernels|benchmarks)[\w.]*)", line):
+            find = f"import importlib.util as u; assert u.find_spec({module!r}), {line!r}"
+            python("-c", find, cwd=ROOT, check=True)
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_contributing_is_short():
+    assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) < 150
+
+
+def test_metadata_agrees_with_the_package():
+    assert importlib.metadata.version("kdkernels") == kdkernels.__version__
+    assert importlib.metadata.metadata("kdkernels")["License-Expression"] == "Apache-2.0"
+    assert (Path(kdkernels.__file__).parent / "py.typed").is_file()
+
+
+def test_import_needs_torch_only_and_loads_no_backend():
+    code = "import sys, torch; before = set(sys.modules); import kdkernels; print(*sorted(set(sys.modules) - before))"
+    loaded = python("-c", code, check=True).stdout.split()
+    packages = {name.partition(".")[0] for name in loaded} - set(sys.stdlib_module_names)
+    assert packages <= {"kdkernels", "torch"}, packages
+    assert not [name for name in loaded if name.startswith("kdkernels.kernels.")]
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        assert "_C.abi3" not in python("-c", f"import kdkernels; print(open('{maps}').read())", check=True).stdout
+
+
+def test_the_extension_uses_the_stable_abi_only():
+    """Every symbol it wants comes from LibTorch's stable C shims, the C++ runtime or libc."""
+    library, nm = cpu.library_path(), shutil.which("nm")
+    if library is None:
+        pytest.skip("the C++ extension is not built here")
+    if nm is None:
+        pytest.skip("nm is not installed")
+    command = [nm, "-D", "-C", "--undefined-only", str(library)]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True)
+    symbols = [line.split(maxsplit=1)[1].strip() for line in listed.stdout.splitlines()]
+    assert any(symbol.startswith("torch_library_impl") for symbol in symbols), symbols
+    assert not [symbol for symbol in symbols if re.match(r"_?Py|.*\b(at|c10|torch)::", symbol)]
+    assert library.name.startswith("_C.abi3."), library.name
+
+
+@pytest.fixture
+def source(tmp_path):
+    """The files of the repository that a build reads, without what was built in place."""
+    if not (ROOT / "kdkernels").is_dir():
+        pytest.skip("not a checkout: the package's source is not here")
+    for name in ("kdkernels", "csrc", "tests"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for path in [
+        *ROOT.glob("*.md"),
+        *(ROOT / name for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE")),
+    ]:
+        shutil.copy(path, tmp_path)
+    return tmp_path
+
+
+def build(source, kind="wheel", **environment):
+    variables = {name: value for name, value in os.environ.items() if name not in ("CXX", "KDKERNELS_BUILD")}
+    return python("-c", BUILD, kind, cwd=source, env={**variables, **environment})
+
+
+def contents(source):
+    (wheel,) = (source / "dist").glob("*.whl")
+    return wheel.name, zipfile.ZipFile(wheel).namelist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "environment, outcome",
+    [
+        ({"KDKERNELS_BUILD": "none"}, "no extension, as KDKERNELS_BUILD=none asks"),
+        ({"CXX": "/nonexistent/c++"}, "no extension: no C++ compiler found (looked for /nonexistent/c++)"),
+        ({"CXX": "false"}, "no extension: false does not compile C++17"),
+    ],
+    ids=["none", "auto-without-compiler", "auto-with-broken-compiler"],
+)
+def test_a_build_without_extension_is_a_pure_wheel_and_says_why(source, environment, outcome):
+    done = build(source, **environment)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if line.startswith("kdkernels:")]
+    assert said[-1].startswith(f"kdkernels: built {outcome}"), done.stdout
+    name, files = contents(source)
+    assert name.endswith("-py3-none-any.whl") and "kdkernels/py.typed" in files
+    assert not [file for file in files if "_C." in file]
+    packages = {path.parent.relative_to(source) for path in (source / "kdkernels").rglob("*.py")}
+    assert {Path(file).parent for file in files if file.endswith(".py")} == packages
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "environment, complaint",
+    [
+        ({"KDKERNELS_BUILD": "cpu", "CXX": "/nonexistent/c++"}, "KDKERNELS_BUILD=cpu: no C++ compiler found"),
+        ({"KDKERNELS_BUILD": "gpu"}, "KDKERNELS_BUILD must be one of auto, cpu, none, got 'gpu'"),
+    ],
+    ids=["cpu-without-compiler", "unknown-value"],
+)
+def test_a_build_that_cannot_do_as_asked_fails_and_says_why(source, environment, complaint):
+    done = build(source, **environment)
+    assert done.returncode != 0 and complaint in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_sdist_has_the_native_sources(source):
+    done = build(source, "sdist", KDKERNELS_BUILD="none")
+    assert done.returncode == 0, done.stderr
+    (archive,) = (source / "dist").glob("*.tar.gz")
+    names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
+    native = {path.relative_to(source).as_posix() for path in (source / "csrc").rglob("*") if path.is_file()}
+    assert native and native <= names
+    assert {"setup.py", "LICENSE", "CHANGELOG.md", "tests/conftest.py", "kdkernels/py.typed"} <= names
