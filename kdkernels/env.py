@@ -33,7 +33,8 @@ def _extension() -> str:
 
 def _choice(device_type: str) -> list[str]:
     answers = backends.available(device_type)
-    lines = [f'{device_type} tensors: "auto" takes {backends.select("auto", device_type)!r}']
+    where = " (there is no such device here)" if device_type == "cuda" and not torch.cuda.is_available() else ""
+    lines = [f'{device_type} tensors{where}: "auto" takes {backends.select("auto", device_type)!r}']
     lines += [f"  {answer.name:<8}{'runs' if answer.ok else 'no: ' + answer.reason}" for answer in answers]
     return lines
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_the_module_prints_the_report():
     done = subprocess.run([sys.executable, "-m", "kdkernels.env"], capture_output=True, text=True, check=True)
-    facts = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    facts = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if not line.startswith(" "))
     assert facts["kdkernels"] == kdkernels.__version__
     assert facts["torch"].startswith(torch.__version__)
     assert set(facts) >= {"python", "triton", "extension", "threads", "gpu", "cpu", "cuda"}
@@ -27,7 +27,8 @@ def test_the_module_prints_the_report():
 def test_every_backend_is_named_with_the_choice_and_the_reason(device_type):
     header, *lines = env._choice(device_type)
     answers = backends.available(device_type)
-    assert header == f'{device_type} tensors: "auto" takes {next(a.name for a in answers if a.ok)!r}'
+    assert header.startswith(f"{device_type} tensors")
+    assert header.endswith(f'"auto" takes {next(a.name for a in answers if a.ok)!r}')
     for line, answer in zip(lines, answers, strict=True):
         assert line.split(maxsplit=1) == [answer.name, "runs" if answer.ok else f"no: {answer.reason}"]
     assert all(a.reason for a in answers if not a.ok)
