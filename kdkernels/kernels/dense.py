@@ -1,0 +1,713 @@
+"""The dense pattern: loss and gradient of rows of student and teacher logits given in full, one program a row.
+
+With a = s/T, b = t/T_t, q = softmax(a), p = softmax(b) and score = df/dlogq, the gradient of a divergence is
+(score - q * sum(score)) / T. A linear divergence is summed while the first sweep finds the normalisers, so the second
+sweep can write the gradient (4 reads and 1 write of [N, V] with one teacher); others need a sweep between for their
+sums (6 and 1). Sweeps alternate their direction: each begins with the columns the one before it left in cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Optional
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kdkernels.kernels import divergences, tuning
+from kdkernels.kernels.rows import (
+    LN2,
+    LOG2E,
+    LOWEST,
+    NEG_INF,
+    aligned_width,
+    combine,
+    fast_log2,
+    load_logits,
+    mul0,
+    raise_max,
+    rescale,
+    row_moments,
+    row_offset,
+    row_strides,
+    soft_cap,
+    tile_offsets,
+    zero_columns,
+)
+
+NUM_STATS = 9
+
+
+@triton.jit
+def load_teacher(teachers, weights, offs_v, V, load_width, softcap, PROBS: tl.constexpr):
+    """One tile of the teacher's logits; of several teachers the weighted sum."""
+    if len(teachers) == 1:
+        t = load_logits(teachers[0], offs_v, V, load_width, softcap, PROBS)
+    else:
+        t = tl.zeros(offs_v.shape, tl.float32)
+        for k in tl.static_range(len(teachers)):
+            t += mul0(weights[k], load_logits(teachers[k], offs_v, V, load_width, softcap, PROBS))
+        t = tl.where(offs_v < V, t, NEG_INF)
+    return t
+
+
+@triton.jit
+def add_hard(hard, old_max, new_max, s, inside, center):
+    """Lane sums for cross entropy at temperature 1: sum exp(s - max), and sum (s - center) if labels are smoothed."""
+    z, total = hard
+    z = z * tl.exp2((old_max - new_max) * LOG2E) + tl.sum(tl.exp2((s - new_max[None, :]) * LOG2E), axis=0)
+    if center is not None:
+        total += tl.sum(tl.where(inside, s - center, 0.0), axis=0)
+    return z, total
+
+
+@triton.jit
+def fold_hard(hard, lane_max, row_max):
+    """log2 of the row's sum exp(s - max), and the row's sum (s - center)."""
+    z, total = hard
+    return tl.log2(tl.sum(z * tl.exp2((lane_max - row_max) * LOG2E), axis=0)), tl.sum(total, axis=0)
+
+
+@triton.jit
+def linear_sweep(
+    student_ptr,
+    teachers,
+    weights,
+    center,
+    V,
+    load_width,
+    student_softcap,
+    teacher_softcap,
+    student_scale,
+    teacher_scale,
+    COEFFICIENTS: tl.constexpr,
+    TEACHER_PROBS: tl.constexpr,
+    HARD: tl.constexpr,
+    ROLL: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """First sweep of a linear divergence: normalisers of both sides and the sums sum p (...), sum q (...), base 2."""
+    C_PP: tl.constexpr = COEFFICIENTS[0]
+    C_PQ: tl.constexpr = COEFFICIENTS[1]
+    C_QP: tl.constexpr = COEFFICIENTS[2]
+    C_QQ: tl.constexpr = COEFFICIENTS[3]
+    offs_tile = tile_offsets(ROLL, LANES)
+    ms = tl.full([LANES], LOWEST, tl.float32)
+    mt = tl.full([LANES], LOWEST, tl.float32)
+    zs = tl.zeros([LANES], tl.float32)
+    zt = tl.zeros([LANES], tl.float32)
+    sum_p = tl.zeros([LANES], tl.float32)
+    sum_q = tl.zeros([LANES], tl.float32)
+    hard = (tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32))
+    for start in range(0, V, ROLL * LANES):
+        offs_v = start + offs_tile
+        s = load_logits(student_ptr, offs_v, V, load_width, student_softcap, False)
+        t = load_teacher(teachers, weights, offs_v, V, load_width, teacher_softcap, TEACHER_PROBS)
+        ns = raise_max(ms, s)
+        nt = raise_max(mt, t)
+        shift_s = (ms - ns) * student_scale
+        shift_t = (mt - nt) * teacher_scale
+        factor_s = tl.exp2(shift_s)
+        factor_t = tl.exp2(shift_t)
+        # The difference first: a logit of 1e4 at T = 0.05 keeps all its bits.
+        a = (s - ns[None, :]) * student_scale
+        b = (t - nt[None, :]) * teacher_scale
+        es = tl.exp2(a)
+        et = tl.exp2(b)
+        if C_PP != 0 or C_PQ != 0:
+            sum_p = rescale(sum_p, zt, factor_t, combine(C_PP, shift_t, C_PQ, shift_s))
+            sum_p += tl.sum(mul0(et, combine(C_PP, b, C_PQ, a)), axis=0)
+        if C_QP != 0 or C_QQ != 0:
+            sum_q = rescale(sum_q, zs, factor_s, combine(C_QP, shift_t, C_QQ, shift_s))
+            sum_q += tl.sum(mul0(es, combine(C_QP, b, C_QQ, a)), axis=0)
+        zs = zs * factor_s + tl.sum(es, axis=0)
+        zt = zt * factor_t + tl.sum(et, axis=0)
+        if HARD:
+            hard = add_hard(hard, ms, ns, s, offs_v < V, center)
+        ms = ns
+        mt = nt
+
+    row_ms = tl.max(ms, axis=0)
+    row_mt = tl.max(mt, axis=0)
+    shift_s = (ms - row_ms) * student_scale
+    shift_t = (mt - row_mt) * teacher_scale
+    factor_s = tl.exp2(shift_s)
+    factor_t = tl.exp2(shift_t)
+    row_zs = tl.sum(zs * factor_s, axis=0)
+    row_zt = tl.sum(zt * factor_t, axis=0)
+    log_zs = tl.log2(row_zs)
+    log_zt = tl.log2(row_zt)
+    mean_p = 0.0
+    mean_q = 0.0
+    if C_PP != 0 or C_PQ != 0:
+        sum_p = rescale(sum_p, zt, factor_t, combine(C_PP, shift_t, C_PQ, shift_s))
+        mean_p = tl.sum(sum_p, axis=0) / row_zt - combine(C_PP, log_zt, C_PQ, log_zs)
+    if C_QP != 0 or C_QQ != 0:
+        sum_q = rescale(sum_q, zs, factor_s, combine(C_QP, shift_t, C_QQ, shift_s))
+        mean_q = tl.sum(sum_q, axis=0) / row_zs - combine(C_QP, log_zt, C_QQ, log_zs)
+    log_z1, centered_sum = fold_hard(hard, ms, row_ms)
+    return row_ms, log_zs, row_mt, log_zt, mean_p, mean_q, log_z1, centered_sum
+
+
+@triton.jit
+def student_sweep(
+    student_ptr,
+    center,
+    V,
+    load_width,
+    softcap,
+    student_scale,
+    HARD: tl.constexpr,
+    ROLL: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """The student's maximum, log2 of its normaliser, and the sums of cross entropy."""
+    offs_tile = tile_offsets(ROLL, LANES)
+    m = tl.full([LANES], LOWEST, tl.float32)
+    z = tl.zeros([LANES], tl.float32)
+    hard = (tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32))
+    for start in range(0, V, ROLL * LANES):
+        offs_v = start + offs_tile
+        s = load_logits(student_ptr, offs_v, V, load_width, softcap, False)
+        n = raise_max(m, s)
+        z = z * tl.exp2((m - n) * student_scale) + tl.sum(tl.exp2((s - n[None, :]) * student_scale), axis=0)
+        if HARD:
+            hard = add_hard(hard, m, n, s, offs_v < V, center)
+        m = n
+    row_m = tl.max(m, axis=0)
+    log_z1, centered_sum = fold_hard(hard, m, row_m)
+    return row_m, tl.log2(tl.sum(z * tl.exp2((m - row_m) * student_scale), axis=0)), log_z1, centered_sum
+
+
+@triton.jit
+def teacher_sweep(
+    teachers,
+    weights,
+    V,
+    load_width,
+    softcap,
+    teacher_scale,
+    TEACHER_PROBS: tl.constexpr,
+    ROLL: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Maximum and log2 of the normaliser of one teacher, or of a weighted sum of teachers' logits."""
+    offs_tile = tile_offsets(ROLL, LANES)
+    m = tl.full([LANES], LOWEST, tl.float32)
+    z = tl.zeros([LANES], tl.float32)
+    for start in range(0, V, ROLL * LANES):
+        t = load_teacher(teachers, weights, start + offs_tile, V, load_width, softcap, TEACHER_PROBS)
+        n = raise_max(m, t)
+        z = z * tl.exp2((m - n) * teacher_scale) + tl.sum(tl.exp2((t - n[None, :]) * teacher_scale), axis=0)
+        m = n
+    row_m = tl.max(m, axis=0)
+    return row_m, tl.log2(tl.sum(z * tl.exp2((m - row_m) * teacher_scale), axis=0))
+
+
+@triton.jit
+def teacher_log2(
+    teachers, weights, norms, offs_v, V, load_width, softcap, MIX_PROBS: tl.constexpr, TEACHER_PROBS: tl.constexpr
+):
+    """log2 p of one tile, and a key that p grows with; norms: (maximum, scale, log2 normaliser) of every teacher."""
+    if MIX_PROBS:
+        top = tl.full(offs_v.shape, LOWEST, tl.float32)
+        total = tl.zeros(offs_v.shape, tl.float32)
+        for k in tl.static_range(len(teachers)):
+            t = load_logits(teachers[k], offs_v, V, load_width, softcap, TEACHER_PROBS)
+            term = (t - norms[k][0]) * norms[k][1] - norms[k][2] + tl.log2(weights[k])
+            new_top = tl.maximum(top, term)
+            total = total * tl.exp2(top - new_top) + tl.exp2(term - new_top)
+            top = new_top
+        log2p = top + fast_log2(total)
+        key = log2p
+    else:
+        key = load_teacher(teachers, weights, offs_v, V, load_width, softcap, TEACHER_PROBS)
+        log2p = (key - norms[0][0]) * norms[0][1] - norms[0][2]
+    return log2p, key
+
+
+@triton.jit
+def pointwise(p, logp, q, logq, param0, param1, COEFFICIENTS: tl.constexpr, FUNCTION: tl.constexpr):
+    """The divergence's summand."""
+    if COEFFICIENTS is None:
+        f = FUNCTION(p, logp, q, logq, param0, param1)
+    else:
+        f = tl.zeros(p.shape, tl.float32)
+        if COEFFICIENTS[0] != 0 or COEFFICIENTS[1] != 0:
+            f += mul0(p, combine(COEFFICIENTS[0], logp, COEFFICIENTS[1], logq))
+        if COEFFICIENTS[2] != 0 or COEFFICIENTS[3] != 0:
+            f += mul0(q, combine(COEFFICIENTS[2], logp, COEFFICIENTS[3], logq))
+    return f
+
+
+@triton.jit
+def pointwise_score(p, logp, q, logq, param0, param1, COEFFICIENTS: tl.constexpr, FUNCTION: tl.constexpr):
+    """Derivative of the summand by logq."""
+    if COEFFICIENTS is None:
+        f = FUNCTION(p, logp, q, logq, param0, param1)
+    else:
+        f = COEFFICIENTS[1] * p + COEFFICIENTS[3] * q
+        if COEFFICIENTS[2] != 0 or COEFFICIENTS[3] != 0:
+            f += mul0(q, combine(COEFFICIENTS[2], logp, COEFFICIENTS[3], logq))
+    return f
+
+
+@triton.jit
+def new_stats(LANES: tl.constexpr):
+    zeros = tl.zeros([LANES], tl.float32)
+    lowest = tl.full([LANES], NEG_INF, tl.float32)
+    first = tl.zeros([LANES], tl.int32)
+    return (zeros, zeros, zeros, zeros, zeros, lowest, first, lowest, first)
+
+
+@triton.jit
+def add_best(best, best_at, key, offs_v):
+    """The largest key of every lane and the lowest column that has it."""
+    top = tl.max(key, axis=0)
+    at = tl.min(tl.where(key == top[None, :], offs_v, 2147483647), axis=0)
+    take = (top > best) | ((top == best) & (at < best_at))
+    return tl.where(take, top, best), tl.where(take, at, best_at)
+
+
+@triton.jit
+def add_stats(stats, p, logp, q, logq, s, key, offs_v, dead):
+    """Lane sums of both KLs, both entropies and the overlap, and both argmaxes."""
+    forward, reverse, entropy_p, entropy_q, overlap, best_s, at_s, best_t, at_t = stats
+    forward += tl.sum(tl.where(dead, 0.0, mul0(p, logp - logq)), axis=0)
+    reverse += tl.sum(tl.where(dead, 0.0, mul0(q, logq - logp)), axis=0)
+    entropy_p -= tl.sum(mul0(p, logp), axis=0)
+    entropy_q -= tl.sum(mul0(q, logq), axis=0)
+    # A NaN must not lose against a number.
+    overlap += tl.sum(tl.where(p < q, p, q), axis=0)
+    best_s, at_s = add_best(best_s, at_s, s, offs_v)
+    best_t, at_t = add_best(best_t, at_t, key, offs_v)
+    return (forward, reverse, entropy_p, entropy_q, overlap, best_s, at_s, best_t, at_t)
+
+
+@triton.jit
+def fold_best(best, best_at):
+    return tl.min(tl.where(best == tl.max(best, axis=0), best_at, 2147483647), axis=0)
+
+
+@triton.jit
+def store_stats(row_ptr, divergence, ce, lse, stats):
+    forward, reverse, entropy_p, entropy_q, overlap, best_s, at_s, best_t, at_t = stats
+    tl.store(row_ptr, divergence)
+    tl.store(row_ptr + 1, ce)
+    tl.store(row_ptr + 2, lse)
+    tl.store(row_ptr + 3, tl.sum(forward, axis=0))
+    tl.store(row_ptr + 4, tl.sum(reverse, axis=0))
+    tl.store(row_ptr + 5, tl.sum(entropy_p, axis=0))
+    tl.store(row_ptr + 6, tl.sum(entropy_q, axis=0))
+    tl.store(row_ptr + 7, tl.where(fold_best(best_s, at_s) == fold_best(best_t, at_t), 1.0, 0.0))
+    tl.store(row_ptr + 8, tl.sum(overlap, axis=0))
+
+
+@triton.jit(do_not_specialize=["L", "ignore_index"])
+def dense_fwd_kernel(
+    student_ptr,  # [B, L, V]
+    teacher_ptr,  # [B, L, V], as are the three below
+    teacher1_ptr,
+    teacher2_ptr,
+    teacher3_ptr,
+    dstudent_ptr,  # [B, L, pad_width or V]
+    labels_ptr,  # [N]
+    row_weight_ptr,  # [N]
+    temperature_ptr,  # [N]
+    teacher_temperature_ptr,  # [N]
+    param_ptr,  # [N]
+    mixture_ptr,  # [N, M]
+    loss_ptr,  # [N]
+    stats_ptr,  # [N, 9]
+    stride_sb,
+    stride_sl,
+    stride_tb,
+    stride_tl,
+    stride_t1b,
+    stride_t1l,
+    stride_t2b,
+    stride_t2l,
+    stride_t3b,
+    stride_t3l,
+    stride_db,
+    stride_dl,
+    stride_wn,
+    stride_mn,
+    stride_mm,
+    L,
+    V,
+    load_width,
+    pad_width,
+    ignore_index,
+    scale,
+    temperature,
+    teacher_temperature,
+    t_squared,
+    kd_weight,
+    ce_weight,
+    z_loss_weight,
+    label_smoothing,
+    student_softcap,
+    teacher_softcap,
+    param0,
+    param1,
+    COEFFICIENTS: tl.constexpr,
+    VALUE: tl.constexpr,
+    SCORE: tl.constexpr,
+    MIX_PROBS: tl.constexpr,
+    TEACHER_PROBS: tl.constexpr,
+    STANDARDIZE: tl.constexpr,
+    ROLL: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    GRAD: tl.constexpr = dstudent_ptr is not None
+    STATS: tl.constexpr = stats_ptr is not None
+    CE: tl.constexpr = ce_weight is not None
+    HARD: tl.constexpr = CE or STATS or z_loss_weight is not None
+    # Standardised logits and mixed probabilities are known only after a sweep of their own, too late for online sums.
+    LINEAR: tl.constexpr = COEFFICIENTS is not None and not STANDARDIZE and not MIX_PROBS
+    BLOCK_V: tl.constexpr = ROLL * LANES
+
+    row = tl.program_id(0)
+    row64 = row.to(tl.int64)
+    student_ptr += row_offset(row, L, stride_sb, stride_sl)
+    if GRAD:
+        dstudent_ptr += row_offset(row, L, stride_db, stride_dl)
+
+    if labels_ptr is not None:
+        label = tl.load(labels_ptr + row64)
+        if label == ignore_index:
+            if GRAD:
+                zero_columns(dstudent_ptr, 0, V if pad_width is None else pad_width, ROLL, LANES)
+            tl.store(loss_ptr + row64, 0.0)
+            if STATS:
+                for k in tl.static_range(9):
+                    tl.store(stats_ptr + row64 * 9 + k, 0.0)
+            return
+
+    if row_weight_ptr is not None:
+        scale *= tl.load(row_weight_ptr + row64 * stride_wn)
+    if temperature_ptr is not None:
+        temperature = tl.load(temperature_ptr + row64)
+    if teacher_temperature_ptr is not None:
+        teacher_temperature = tl.load(teacher_temperature_ptr + row64)
+    if param_ptr is not None:
+        param0 = tl.load(param_ptr + row64)
+    center = None
+    if CE:
+        # A label out of range reads nothing and makes the row's loss NaN.
+        label_logit = tl.load(student_ptr + label, mask=(label >= 0) & (label < V), other=float("nan")).to(tl.float32)
+        if student_softcap is not None:
+            label_logit = soft_cap(label_logit, student_softcap)
+        if label_smoothing is not None:
+            center = tl.where(tl.abs(label_logit) < float("inf"), label_logit, 0.0)
+
+    teachers = (teacher_ptr + row_offset(row, L, stride_tb, stride_tl),)
+    weights = (1.0,)
+    if teacher1_ptr is not None:
+        mixture_ptr += row64 * stride_mn
+        teachers = teachers + (teacher1_ptr + row_offset(row, L, stride_t1b, stride_t1l),)
+        weights = (tl.load(mixture_ptr), tl.load(mixture_ptr + stride_mm))
+    if teacher2_ptr is not None:
+        teachers = teachers + (teacher2_ptr + row_offset(row, L, stride_t2b, stride_t2l),)
+        weights = weights + (tl.load(mixture_ptr + 2 * stride_mm),)
+    if teacher3_ptr is not None:
+        teachers = teachers + (teacher3_ptr + row_offset(row, L, stride_t3b, stride_t3l),)
+        weights = weights + (tl.load(mixture_ptr + 3 * stride_mm),)
+
+    student_scale = LOG2E / temperature
+    teacher_scale = LOG2E / teacher_temperature
+    teacher_scales = (teacher_scale,)
+    mean = 0.0
+    deviation = 1.0
+    if STANDARDIZE:
+        # Only the deviation matters to a softmax: it acts as a temperature of the row.
+        mean, deviation = row_moments(student_ptr, V, load_width, student_softcap, False, ROLL, LANES)
+        student_scale /= deviation
+        teacher_scales = ()
+        mixed_weights = ()
+        for k in tl.static_range(len(teachers)):
+            _, deviation_t = row_moments(teachers[k], V, load_width, teacher_softcap, TEACHER_PROBS, ROLL, LANES)
+            teacher_scales = teacher_scales + (teacher_scale / deviation_t,)
+            mixed_weights = mixed_weights + (weights[k] / deviation_t,)
+        if len(teachers) > 1 and not MIX_PROBS:
+            weights = mixed_weights
+            teacher_scales = (teacher_scale,)
+    elif MIX_PROBS:
+        for _ in tl.static_range(len(teachers) - 1):
+            teacher_scales = teacher_scales + (teacher_scale,)
+
+    if LINEAR:
+        ms, log_zs, mt, log_zt, mean_p, mean_q, log_z1, centered_sum = linear_sweep(
+            student_ptr,
+            teachers,
+            weights,
+            center,
+            V,
+            load_width,
+            student_softcap,
+            teacher_softcap,
+            student_scale,
+            teacher_scale,
+            COEFFICIENTS,
+            TEACHER_PROBS,
+            HARD,
+            ROLL,
+            LANES,
+        )
+        divergence = (mean_p + mean_q) * LN2
+        norms = ((mt, teacher_scale, log_zt),)
+    else:
+        ms, log_zs, log_z1, centered_sum = student_sweep(
+            student_ptr, center, V, load_width, student_softcap, student_scale, HARD, ROLL, LANES
+        )
+        norms = ()
+        if MIX_PROBS:
+            for k in tl.static_range(len(teachers)):
+                mt, log_zt = teacher_sweep(
+                    (teachers[k],),
+                    weights,
+                    V,
+                    load_width,
+                    teacher_softcap,
+                    teacher_scales[k],
+                    TEACHER_PROBS,
+                    ROLL,
+                    LANES,
+                )
+                norms = norms + ((mt, teacher_scales[k], log_zt),)
+        else:
+            mt, log_zt = teacher_sweep(
+                teachers, weights, V, load_width, teacher_softcap, teacher_scales[0], TEACHER_PROBS, ROLL, LANES
+            )
+            norms = ((mt, teacher_scales[0], log_zt),)
+
+    offs_tile = tile_offsets(ROLL, LANES)
+    num_tiles = tl.cdiv(V, BLOCK_V)
+    VALUE_SWEEP: tl.constexpr = not LINEAR or (STATS and not GRAD)
+    if STATS:
+        stats = new_stats(LANES)
+    score_sum = 0.0
+    slope_sum = 0.0
+    if VALUE_SWEEP:
+        lane_value = tl.zeros([LANES], tl.float32)
+        lane_score = tl.zeros([LANES], tl.float32)
+        lane_slope = tl.zeros([LANES], tl.float32)
+        lane_first = tl.zeros([LANES], tl.float32)
+        for k in range(num_tiles):
+            offs_v = (num_tiles - 1 - k) * BLOCK_V + offs_tile
+            s = load_logits(student_ptr, offs_v, V, load_width, student_softcap, False)
+            log2q = (s - ms) * student_scale - log_zs
+            log2p, key = teacher_log2(
+                teachers, weights, norms, offs_v, V, load_width, teacher_softcap, MIX_PROBS, TEACHER_PROBS
+            )
+            dead = tl.maximum(log2p, log2q) == NEG_INF
+            p = tl.exp2(log2p)
+            q = tl.exp2(log2q)
+            logp = log2p * LN2
+            logq = log2q * LN2
+            if not LINEAR:
+                value = pointwise(p, logp, q, logq, param0, param1, COEFFICIENTS, VALUE)
+                lane_value += tl.sum(tl.where(dead, 0.0, value), axis=0)
+                if GRAD:
+                    score = pointwise_score(p, logp, q, logq, param0, param1, COEFFICIENTS, SCORE)
+                    score = tl.where(dead, 0.0, score)
+                    lane_score += tl.sum(score, axis=0)
+                    if STANDARDIZE:
+                        z = tl.where(offs_v < V, (s - mean) / deviation, 0.0)
+                        lane_slope += tl.sum(score * z, axis=0)
+                        lane_first += tl.sum(q * z, axis=0)
+            if STATS:
+                stats = add_stats(stats, p, logp, q, logq, s, key, offs_v, dead)
+        if not LINEAR:
+            divergence = tl.sum(lane_value, axis=0)
+            score_sum = tl.sum(lane_score, axis=0)
+            slope_sum = (tl.sum(lane_slope, axis=0) - score_sum * tl.sum(lane_first, axis=0)) / V
+
+    lse = ms + log_z1 * LN2
+    kd_scale = scale * kd_weight * tl.where(t_squared != 0, temperature * temperature, 1.0)
+    loss = mul0(kd_scale, divergence)
+    ce = 0.0
+    hard_scale = 0.0
+    if CE:
+        ce = ms - label_logit + log_z1 * LN2
+        hard_scale = scale * ce_weight
+        if label_smoothing is not None:
+            ce -= label_smoothing * centered_sum / V
+        loss += hard_scale * ce
+    lse_scale = hard_scale
+    if z_loss_weight is not None:
+        loss += scale * z_loss_weight * lse * lse
+        lse_scale += 2.0 * scale * z_loss_weight * lse
+    tl.store(loss_ptr + row64, loss)
+
+    if GRAD:
+        kd_scale /= temperature * deviation
+        for k in range(num_tiles):
+            offs_v = (k if VALUE_SWEEP else num_tiles - 1 - k) * BLOCK_V + offs_tile
+            s = load_logits(student_ptr, offs_v, V, load_width, student_softcap, False)
+            log2q = (s - ms) * student_scale - log_zs
+            q = tl.exp2(log2q)
+            log2p, key = teacher_log2(
+                teachers, weights, norms, offs_v, V, load_width, teacher_softcap, MIX_PROBS, TEACHER_PROBS
+            )
+            p = tl.exp2(log2p)
+            if LINEAR:
+                g = (kd_scale * COEFFICIENTS[1]) * (p - q)
+                if COEFFICIENTS[2] != 0 or COEFFICIENTS[3] != 0:
+                    g += mul0(q, (combine(COEFFICIENTS[2], log2p, COEFFICIENTS[3], log2q) - mean_q) * (kd_scale * LN2))
+                if STATS:
+                    dead = tl.maximum(log2p, log2q) == NEG_INF
+                    stats = add_stats(stats, p, log2p * LN2, q, log2q * LN2, s, key, offs_v, dead)
+            else:
+                score = pointwise_score(p, log2p * LN2, q, log2q * LN2, param0, param1, COEFFICIENTS, SCORE)
+                g = tl.where(tl.maximum(log2p, log2q) == NEG_INF, 0.0, score) - q * score_sum
+                if STANDARDIZE:
+                    g -= (s - mean) / deviation * slope_sum
+                g *= kd_scale
+            if CE or z_loss_weight is not None:
+                g += lse_scale * tl.exp2((s - ms) * LOG2E - log_z1)
+            if CE:
+                if label_smoothing is None:
+                    g -= tl.where(offs_v == label, hard_scale, 0.0)
+                else:
+                    g -= tl.where(offs_v == label, hard_scale * (1.0 - label_smoothing), 0.0)
+                    g -= hard_scale * label_smoothing / V
+            if student_softcap is not None:
+                g *= 1.0 - (s / student_softcap) * (s / student_softcap)
+            g = g.to(dstudent_ptr.dtype.element_ty)
+            if pad_width is None:
+                tl.store(dstudent_ptr + offs_v, g, mask=offs_v < V)
+            else:
+                zero = tl.zeros(g.shape, g.dtype)
+                tl.store(dstudent_ptr + offs_v, tl.where(offs_v < V, g, zero), mask=offs_v < pad_width)
+        if pad_width is not None:
+            zero_columns(dstudent_ptr, num_tiles * BLOCK_V, pad_width, ROLL, LANES)
+    if STATS:
+        store_stats(stats_ptr + row64 * 9, divergence, ce, lse, stats)
+
+
+def dense_fwd(
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    dstudent: Optional[Tensor],
+    labels: Optional[Tensor],
+    row_weight: Optional[Tensor],
+    student_temperature_rows: Optional[Tensor],
+    teacher_temperature_rows: Optional[Tensor],
+    param_rows: Optional[Tensor],
+    mixture_weights: Optional[Tensor],
+    *,
+    divergence: str,
+    param0: float,
+    param1: float,
+    mixture: str,
+    vocab_size: int,
+    ignore_index: int,
+    scale: float,
+    temperature: float,
+    teacher_temperature: float,
+    kd_weight: float,
+    ce_weight: float,
+    z_loss_weight: float,
+    label_smoothing: float,
+    scale_by_t_squared: bool,
+    teacher_form: str,
+    student_softcap: float,
+    teacher_softcap: float,
+    standardize: bool,
+    stats: bool,
+) -> tuple[Tensor, Tensor]:
+    """Loss of every row, and its gradient where dstudent is given, in one launch.
+
+    Args:
+        student: logits [B, L, V] or [N, V] with unit last stride; rows are numbered b * L + l.
+        teachers: 1 to 4 tensors of the same leading shape, each of any float dtype.
+        dstudent: written, of the student's shape; may be the student itself.
+        labels: int64 [N]. row_weight: fp32 [N], any stride.
+        student_temperature_rows, teacher_temperature_rows, param_rows: fp32 [N].
+        mixture_weights: fp32 [N, M], any strides; read for more than one teacher.
+
+    Returns:
+        Loss fp32 [N], and statistics fp32 [N, 9] in the order of ``kdkernels.ops.STATS`` ([N, 0] unless asked for).
+    """
+    L = student.shape[-2]
+    N = L * (student.shape[0] if student.dim() == 3 else 1)
+    loss = student.new_empty(N, dtype=torch.float32)
+    row_stats = student.new_empty((N, NUM_STATS if stats else 0), dtype=torch.float32)
+    if N == 0:
+        return loss, row_stats
+    entry = divergences.lookup(divergence)
+    teacher, teacher1, teacher2, teacher3 = (*teachers, None, None, None)[:4]
+    mix_probs = len(teachers) > 1 and mixture == "probs"
+    light = entry.linear is not None and not (standardize or mix_probs or stats)
+    itemsize = max(x.element_size() for x in (student, *teachers))
+    shape = tuning.tile(vocab_size, itemsize, light=light)
+    width = student.shape[-1]
+    stride_sb, stride_sl = row_strides(student)
+    stride_tb, stride_tl = row_strides(teacher)
+    stride_t1b, stride_t1l = row_strides(teacher1)
+    stride_t2b, stride_t2l = row_strides(teacher2)
+    stride_t3b, stride_t3l = row_strides(teacher3)
+    stride_db, stride_dl = row_strides(dstudent)
+    stride_mn, stride_mm = (None, None) if mixture_weights is None else mixture_weights.stride()
+    dense_fwd_kernel[(N,)](
+        student,
+        teacher,
+        teacher1,
+        teacher2,
+        teacher3,
+        dstudent,
+        labels,
+        row_weight,
+        student_temperature_rows,
+        teacher_temperature_rows,
+        param_rows,
+        mixture_weights if len(teachers) > 1 else None,
+        loss,
+        row_stats if stats else None,
+        stride_sb,
+        stride_sl,
+        stride_tb,
+        stride_tl,
+        stride_t1b,
+        stride_t1l,
+        stride_t2b,
+        stride_t2l,
+        stride_t3b,
+        stride_t3l,
+        stride_db,
+        stride_dl,
+        None if row_weight is None else row_weight.stride(0),
+        stride_mn if len(teachers) > 1 else None,
+        stride_mm if len(teachers) > 1 else None,
+        L,
+        vocab_size,
+        aligned_width(vocab_size, student, *teachers),
+        None if width == vocab_size else width,
+        ignore_index,
+        scale,
+        temperature,
+        teacher_temperature,
+        1.0 if scale_by_t_squared else 0.0,
+        kd_weight,
+        ce_weight or None,
+        z_loss_weight or None,
+        (label_smoothing or None) if ce_weight else None,
+        student_softcap or None,
+        (teacher_softcap or None) if teacher_form != "probs" else None,
+        param0,
+        param1,
+        COEFFICIENTS=entry.linear,
+        VALUE=entry.value,
+        SCORE=entry.score,
+        MIX_PROBS=mix_probs,
+        TEACHER_PROBS=teacher_form == "probs",
+        STANDARDIZE=standardize,
+        ROLL=shape.ROLL,
+        LANES=shape.LANES,
+        num_warps=shape.num_warps,
+    )
+    return loss, row_stats

@@ -1,0 +1,175 @@
+"""The divergences as the Triton kernels see them: the only place under ``kernels`` that knows a name.
+
+With teacher ``p, logp`` and student ``q, logq`` (fp32 blocks, natural logarithms, ``-inf`` where a probability is 0),
+a divergence ``D = sum_v f(p, logp, q, logq)`` is given in one of two ways:
+
+- linear in the log-probabilities: four coefficients, ``f = p (c_pp logp + c_pq logq) + q (c_qp logp + c_qq logq)``.
+  The sum of the scores is then known after one sweep, so loss and gradient take two sweeps over the logits;
+- a pair of ``@triton.jit`` functions ``value(p, logp, q, logq, param0, param1)`` = f and ``score(...)`` = df/dlogq
+  with ``dq/dlogq = q``; three sweeps.
+
+A term of weight 0 must count 0 whatever its logarithm is (``rows.mul0``), also where ``p`` and ``q`` underflow to 0,
+and NaN must pass through. Where both logarithms are -inf the kernels count 0 without asking.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Optional
+
+import triton
+import triton.language as tl
+
+from kdkernels.kernels.rows import LOG2E, fast_log, mul0
+
+Coefficients = tuple[float, float, float, float]
+
+
+class TritonDivergence(NamedTuple):
+    """Either ``linear = (c_pp, c_pq, c_qp, c_qq)`` or both ``value`` and ``score``."""
+
+    linear: Optional[Coefficients] = None
+    value: Optional[Any] = None
+    score: Optional[Any] = None
+
+
+_TABLE: dict[str, TritonDivergence] = {}
+
+
+def register(
+    name: str, *, linear: Optional[Coefficients] = None, value: Optional[Any] = None, score: Optional[Any] = None
+) -> None:
+    """Enter a divergence into the table, by its coefficients or by its pair of ``@triton.jit`` functions.
+
+    Raises:
+        ValueError: when the name is taken, or when not exactly one of the two forms is given.
+    """
+    if name in _TABLE:
+        raise ValueError(f"divergence {name!r} is registered already")
+    if (linear is None) == (value is None) or (value is None) != (score is None):
+        raise ValueError(f"divergence {name!r} needs either linear coefficients or both value and score")
+    if linear is not None:
+        c_pp, c_pq, c_qp, c_qq = (float(c) for c in linear)
+        linear = (c_pp, c_pq, c_qp, c_qq)
+    _TABLE[name] = TritonDivergence(linear, value, score)
+
+
+def remove(name: str) -> None:
+    """Take a registered divergence out of the table."""
+    del _TABLE[name]
+
+
+def lookup(name: str) -> TritonDivergence:
+    """The entry of a name.
+
+    Raises:
+        ValueError: for a name that has no entry.
+    """
+    if name not in _TABLE:
+        raise ValueError(
+            f"divergence {name!r} has no Triton functions: pass them to register(), or use another backend"
+        )
+    return _TABLE[name]
+
+
+def names() -> tuple[str, ...]:
+    return tuple(_TABLE)
+
+
+@triton.jit
+def _jsd_value(p, logp, q, logq, beta, _):
+    wp = beta * p
+    wq = (1.0 - beta) * q
+    logm = fast_log(wp + wq)
+    return mul0(wp, logp - logm) + mul0(wq, logq - logm)
+
+
+@triton.jit
+def _jsd_score(p, logp, q, logq, beta, _):
+    wq = (1.0 - beta) * q
+    return mul0(wq, logq - fast_log(beta * p + wq))
+
+
+@triton.jit
+def _tvd_value(p, logp, q, logq, _0, _1):
+    return 0.5 * tl.abs(p - q)
+
+
+@triton.jit
+def _tvd_score(p, logp, q, logq, _0, _1):
+    # q * 0 where p == q keeps a NaN.
+    return 0.5 * q * tl.where(q > p, 1.0, tl.where(q < p, -1.0, 0.0))
+
+
+@triton.jit
+def _skew_kl_value(p, logp, q, logq, alpha, _):
+    return mul0(p, logp - fast_log(alpha * p + (1.0 - alpha) * q))
+
+
+@triton.jit
+def _skew_kl_score(p, logp, q, logq, alpha, _):
+    wq = (1.0 - alpha) * q
+    m = alpha * p + wq
+    return -p * tl.where(m == 0, 0.0, wq / m)
+
+
+@triton.jit
+def _skew_reverse_kl_value(p, logp, q, logq, alpha, _):
+    return mul0(q, logq - fast_log(alpha * q + (1.0 - alpha) * p))
+
+
+@triton.jit
+def _skew_reverse_kl_score(p, logp, q, logq, alpha, _):
+    wq = alpha * q
+    m = wq + (1.0 - alpha) * p
+    return mul0(q, logq - fast_log(m) + 1.0 - tl.where(m == 0, 0.0, wq / m))
+
+
+@triton.jit
+def _power(logx, exponent):
+    """x ** exponent of a probability given by its logarithm; x ** 0 = 1 also at 0."""
+    return tl.exp2(tl.where(exponent == 0, 0.0, logx * exponent) * LOG2E)
+
+
+@triton.jit
+def _alpha_beta_value(p, logp, q, logq, a, b):
+    if a == 0.0:
+        if b == 0.0:
+            d = logp - logq
+            f = 0.5 * d * d
+        else:
+            qb = _power(logq, b)
+            f = (mul0(qb, b * (logq - logp)) - qb + _power(logp, b)) / (b * b)
+    else:
+        pa = _power(logp, a)
+        if b == 0.0:
+            f = (mul0(pa, a * (logp - logq)) - pa + _power(logq, a)) / (a * a)
+        elif a + b == 0.0:
+            d = a * (logp - logq)
+            f = (tl.exp2(d * LOG2E) - d - 1.0) / (a * a)
+        else:
+            ab = a + b
+            mixed = mul0(pa, _power(logq, b))
+            f = (a / ab * _power(logp, ab) + b / ab * _power(logq, ab) - mixed) / (a * b)
+    return f
+
+
+@triton.jit
+def _alpha_beta_score(p, logp, q, logq, a, b):
+    qb = _power(logq, b)
+    if a == 0.0:
+        g = mul0(qb, logq - logp)
+    else:
+        g = mul0(_power(logq, a) - _power(logp, a), qb) / a
+    return g
+
+
+register("forward_kl", linear=(1, -1, 0, 0))
+register("reverse_kl", linear=(0, 0, -1, 1))
+register("jeffreys", linear=(1, -1, -1, 1))
+register("soft_ce", linear=(0, -1, 0, 0))
+register("dual_soft_ce", linear=(0, 0, -1, 0))
+register("jsd", value=_jsd_value, score=_jsd_score)
+register("tvd", value=_tvd_value, score=_tvd_score)
+register("skew_kl", value=_skew_kl_value, score=_skew_kl_score)
+register("skew_reverse_kl", value=_skew_reverse_kl_value, score=_skew_reverse_kl_score)
+register("alpha_beta", value=_alpha_beta_value, score=_alpha_beta_score)

@@ -1,0 +1,165 @@
+"""Pieces every row pattern shares: loads in fp32, the online softmax, and the arithmetic of zero times infinity.
+
+A row of V columns is swept in tiles of [ROLL, LANES] columns. The state of a sweep is a vector of LANES partial
+results, so that the loop has no exchange between threads; one reduction after the loop folds the lanes. Logits are
+scaled by log2(e) / T, exponentials are powers of two of differences to a running maximum, and logarithms are base 2
+until they leave the kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+NEG_INF = tl.constexpr(float("-inf"))
+# A running maximum starts at the lowest finite fp32, not at -inf: then no difference of two maxima is -inf minus -inf.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+
+if triton.knobs.runtime.interpret:
+
+    @triton.jit
+    def fast_log2(x):
+        return tl.log2(x)
+
+else:
+
+    @tl.core.builtin
+    def fast_log2(x, _semantic=None):
+        """log2 of a block of fp32 in one instruction on CUDA, where tl.log2 takes 35: more than the rest of a tile."""
+        if getattr(_semantic.builder.options, "backend_name", None) != "cuda":
+            return tl.log2(x, _semantic=_semantic)
+        asm = "lg2.approx.ftz.f32 $0, $1;"
+        return tl.inline_asm_elementwise(asm, "=f,f", [x], tl.float32, is_pure=True, pack=1, _semantic=_semantic)
+
+
+@triton.jit
+def fast_log(x):
+    """Natural logarithm of a block of probabilities."""
+    return fast_log2(x) * LN2
+
+
+@triton.jit
+def mul0(weight, x):
+    """weight * x, and 0 where the weight is 0 whatever x is: a term of probability 0 counts nothing, not 0 * inf."""
+    return tl.where(weight == 0, 0.0, weight * x)
+
+
+@triton.jit
+def combine(CX: tl.constexpr, x, CY: tl.constexpr, y):
+    """CX * x + CY * y without the term whose coefficient is 0, which may be infinite."""
+    if CX == 0:
+        r = CY * y
+    elif CY == 0:
+        r = CX * x
+    else:
+        r = CX * x + CY * y
+    return r
+
+
+@triton.jit
+def row_offset(row, L, stride_b, stride_l):
+    """Offset in elements of row b * L + l of a [B, L, V] tensor; int64, since N * V passes 2**31."""
+    return (row // L).to(tl.int64) * stride_b + (row % L).to(tl.int64) * stride_l
+
+
+@triton.jit
+def tile_offsets(ROLL: tl.constexpr, LANES: tl.constexpr):
+    return tl.arange(0, ROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]  # [ROLL, LANES]
+
+
+@triton.jit
+def soft_cap(x, cap):
+    """cap * tanh(x / cap), by an exponential that cannot overflow."""
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E / cap))
+    y = cap * (1.0 - e) / (1.0 + e)
+    return tl.where(x < 0, -y, y)
+
+
+@triton.jit
+def load_logits(row_ptr, offs_v, V, load_width, softcap, PROBS: tl.constexpr):
+    """Logits of one tile in fp32, -inf in columns from V on.
+
+    load_width, where it is not None, is a multiple of 16 that the row's storage covers: reading up to there keeps the
+    loads 16 bytes wide when V is not a multiple of 16.
+    """
+    if load_width is None:
+        x = tl.load(row_ptr + offs_v, mask=offs_v < V, other=NEG_INF).to(tl.float32)
+    else:
+        x = tl.load(row_ptr + offs_v, mask=offs_v < load_width, other=NEG_INF).to(tl.float32)
+    if PROBS:
+        x = tl.log2(x) * LN2
+    if softcap is not None:
+        x = soft_cap(x, softcap)
+    if load_width is not None or softcap is not None or PROBS:
+        x = tl.where(offs_v < V, x, NEG_INF)
+    return x
+
+
+@triton.jit
+def raise_max(lane_max, x):
+    """The running maximum of every lane after the tile x [ROLL, LANES]."""
+    return tl.maximum(lane_max, tl.max(x, axis=0))
+
+
+@triton.jit
+def rescale(total, mass, factor, shift):
+    """Move total = sum e * (x - m) to a new m: e shrinks by factor, x - m by -shift; mass is the old sum of e."""
+    moved = mass * factor
+    return tl.where(moved == 0, 0.0, total * factor + moved * shift)
+
+
+@triton.jit
+def row_sum(x):
+    """Sum of a tile [ROLL, LANES] to a scalar."""
+    return tl.sum(tl.sum(x, axis=0), axis=0)
+
+
+@triton.jit
+def row_moments(row_ptr, V, load_width, softcap, PROBS: tl.constexpr, ROLL: tl.constexpr, LANES: tl.constexpr):
+    """Mean and population standard deviation of a row; a deviation of 0 counts as 1. One sweep."""
+    offs_v = tile_offsets(ROLL, LANES)
+    # Deviations from the first tile's mean: the sum of squares cannot cancel, and a constant row gives exactly 0.
+    x = load_logits(row_ptr, offs_v, V, load_width, softcap, PROBS)
+    top = tl.max(tl.max(x, axis=0), axis=0)
+    pilot = top + row_sum(tl.where(offs_v < V, x - top, 0.0)) / tl.minimum(V, ROLL * LANES)
+    total = tl.zeros([LANES], tl.float32)
+    squares = tl.zeros([LANES], tl.float32)
+    for start in range(0, V, ROLL * LANES):
+        x = load_logits(row_ptr, start + offs_v, V, load_width, softcap, PROBS)
+        d = tl.where(start + offs_v < V, x - pilot, 0.0)
+        total += tl.sum(d, axis=0)
+        squares += tl.sum(d * d, axis=0)
+    mean = tl.sum(total, axis=0) / V
+    variance = tl.sum(squares, axis=0) / V - mean * mean
+    # Compared this way round a NaN stays NaN.
+    return pilot + mean, tl.where(variance <= 0, 1.0, tl.sqrt(variance))
+
+
+@triton.jit
+def zero_columns(row_ptr, start, stop, ROLL: tl.constexpr, LANES: tl.constexpr):
+    offs_v = tile_offsets(ROLL, LANES)
+    for begin in range(start, stop, ROLL * LANES):
+        tl.store(
+            row_ptr + begin + offs_v, tl.zeros([ROLL, LANES], row_ptr.dtype.element_ty), mask=begin + offs_v < stop
+        )
+
+
+def row_strides(x: Optional[Tensor]) -> tuple[Optional[int], Optional[int]]:
+    """Strides (b, l) of a [B, L, V] or [N, V] tensor, in elements."""
+    if x is None:
+        return None, None
+    if x.dim() == 2 or x.shape[0] == 1:
+        return 0, x.stride(-2)
+    return x.stride(0), x.stride(1)
+
+
+def aligned_width(V: int, *tensors: Tensor) -> Optional[int]:
+    """The next multiple of 16 when V is none and all tensors are that wide: loads up to there stay 16 bytes wide."""
+    width = (V + 15) // 16 * 16
+    return width if width != V and all(x.shape[-1] >= width for x in tensors) else None

@@ -1,0 +1,47 @@
+"""Multiply a gradient that is already there by grad_output, without asking the GPU what grad_output is."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kdkernels.kernels.rows import row_offset, row_strides
+
+BLOCK_V = 4096
+
+
+@triton.jit(do_not_specialize=["L"])
+def scale_grad_kernel(grad_ptr, grad_output_ptr, stride_gb, stride_gl, stride_on, L, V, BLOCK_V: tl.constexpr):
+    row = tl.program_id(0)
+    factor = tl.load(grad_output_ptr + row.to(tl.int64) * stride_on).to(tl.float32)
+    # The usual end of a loss: backward() hands in 1, and nothing is read or written.
+    if factor == 1.0:
+        return
+    grad_ptr += row_offset(row, L, stride_gb, stride_gl)
+    for start in range(tl.program_id(1) * BLOCK_V, V, tl.num_programs(1) * BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        g = tl.load(grad_ptr + offs_v, mask=offs_v < V)
+        tl.store(grad_ptr + offs_v, (g.to(tl.float32) * factor).to(g.dtype), mask=offs_v < V)
+
+
+def scale_grad(grad: Tensor, grad_output: Tensor) -> None:
+    """Multiply the rows of grad [B, L, V] or [N, V] by grad_output (0-d, or [N]) in place; no host sync."""
+    V, L = grad.shape[-1], grad.shape[-2]
+    N = L * (grad.shape[0] if grad.dim() == 3 else 1)
+    if grad.numel() == 0:
+        return
+    stride_gb, stride_gl = row_strides(grad)
+    # Few rows are cut into pieces, so that they still fill a GPU.
+    pieces = max(1, min(triton.cdiv(V, BLOCK_V), 1024 // N))
+    scale_grad_kernel[(N, pieces)](
+        grad,
+        grad_output,
+        stride_gb,
+        stride_gl,
+        0 if grad_output.dim() == 0 else grad_output.stride(0),
+        L,
+        V,
+        BLOCK_V=min(BLOCK_V, max(128, triton.next_power_of_2(V))),
+        num_warps=4,
+    )
