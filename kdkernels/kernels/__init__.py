@@ -9,6 +9,8 @@ from typing import Any
 def launchers() -> dict[str, Callable[..., Any]]:
     """The launcher of every pattern, by the name of its op."""
     from kdkernels.kernels.dense import dense_fwd
+    from kdkernels.kernels.dkd import dkd_fwd
+    from kdkernels.kernels.mse import mse_fwd
     from kdkernels.kernels.scale import scale_grad
 
-    return {"dense_fwd": dense_fwd, "scale_grad": scale_grad}
+    return {"dense_fwd": dense_fwd, "dkd_fwd": dkd_fwd, "mse_fwd": mse_fwd, "scale_grad": scale_grad}

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kdkernels.kernels import divergences, tuning
+from kdkernels.kernels.online import linear_sweep, load_teacher, student_sweep, teacher_sweep
 from kdkernels.kernels.rows import (
     LN2,
     LOG2E,
@@ -27,183 +28,17 @@ from kdkernels.kernels.rows import (
     fast_log2,
     load_logits,
     mul0,
-    raise_max,
-    rescale,
+    num_rows,
     row_moments,
     row_offset,
     row_strides,
     soft_cap,
+    store_gradient,
     tile_offsets,
     zero_columns,
 )
 
 NUM_STATS = 9
-
-
-@triton.jit
-def load_teacher(teachers, weights, offs_v, V, load_width, softcap, PROBS: tl.constexpr):
-    """One tile of the teacher's logits; of several teachers the weighted sum."""
-    if len(teachers) == 1:
-        t = load_logits(teachers[0], offs_v, V, load_width, softcap, PROBS)
-    else:
-        t = tl.zeros(offs_v.shape, tl.float32)
-        for k in tl.static_range(len(teachers)):
-            t += mul0(weights[k], load_logits(teachers[k], offs_v, V, load_width, softcap, PROBS))
-        t = tl.where(offs_v < V, t, NEG_INF)
-    return t
-
-
-@triton.jit
-def add_hard(hard, old_max, new_max, s, inside, center):
-    """Lane sums for cross entropy at temperature 1: sum exp(s - max), and sum (s - center) if labels are smoothed."""
-    z, total = hard
-    z = z * tl.exp2((old_max - new_max) * LOG2E) + tl.sum(tl.exp2((s - new_max[None, :]) * LOG2E), axis=0)
-    if center is not None:
-        total += tl.sum(tl.where(inside, s - center, 0.0), axis=0)
-    return z, total
-
-
-@triton.jit
-def fold_hard(hard, lane_max, row_max):
-    """log2 of the row's sum exp(s - max), and the row's sum (s - center)."""
-    z, total = hard
-    return tl.log2(tl.sum(z * tl.exp2((lane_max - row_max) * LOG2E), axis=0)), tl.sum(total, axis=0)
-
-
-@triton.jit
-def linear_sweep(
-    student_ptr,
-    teachers,
-    weights,
-    center,
-    V,
-    load_width,
-    student_softcap,
-    teacher_softcap,
-    student_scale,
-    teacher_scale,
-    COEFFICIENTS: tl.constexpr,
-    TEACHER_PROBS: tl.constexpr,
-    HARD: tl.constexpr,
-    ROLL: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    """First sweep of a linear divergence: normalisers of both sides and the sums sum p (...), sum q (...), base 2."""
-    C_PP: tl.constexpr = COEFFICIENTS[0]
-    C_PQ: tl.constexpr = COEFFICIENTS[1]
-    C_QP: tl.constexpr = COEFFICIENTS[2]
-    C_QQ: tl.constexpr = COEFFICIENTS[3]
-    offs_tile = tile_offsets(ROLL, LANES)
-    ms = tl.full([LANES], LOWEST, tl.float32)
-    mt = tl.full([LANES], LOWEST, tl.float32)
-    zs = tl.zeros([LANES], tl.float32)
-    zt = tl.zeros([LANES], tl.float32)
-    sum_p = tl.zeros([LANES], tl.float32)
-    sum_q = tl.zeros([LANES], tl.float32)
-    hard = (tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32))
-    for start in range(0, V, ROLL * LANES):
-        offs_v = start + offs_tile
-        s = load_logits(student_ptr, offs_v, V, load_width, student_softcap, False)
-        t = load_teacher(teachers, weights, offs_v, V, load_width, teacher_softcap, TEACHER_PROBS)
-        ns = raise_max(ms, s)
-        nt = raise_max(mt, t)
-        shift_s = (ms - ns) * student_scale
-        shift_t = (mt - nt) * teacher_scale
-        factor_s = tl.exp2(shift_s)
-        factor_t = tl.exp2(shift_t)
-        # The difference first: a logit of 1e4 at T = 0.05 keeps all its bits.
-        a = (s - ns[None, :]) * student_scale
-        b = (t - nt[None, :]) * teacher_scale
-        es = tl.exp2(a)
-        et = tl.exp2(b)
-        if C_PP != 0 or C_PQ != 0:
-            sum_p = rescale(sum_p, zt, factor_t, combine(C_PP, shift_t, C_PQ, shift_s))
-            sum_p += tl.sum(mul0(et, combine(C_PP, b, C_PQ, a)), axis=0)
-        if C_QP != 0 or C_QQ != 0:
-            sum_q = rescale(sum_q, zs, factor_s, combine(C_QP, shift_t, C_QQ, shift_s))
-            sum_q += tl.sum(mul0(es, combine(C_QP, b, C_QQ, a)), axis=0)
-        zs = zs * factor_s + tl.sum(es, axis=0)
-        zt = zt * factor_t + tl.sum(et, axis=0)
-        if HARD:
-            hard = add_hard(hard, ms, ns, s, offs_v < V, center)
-        ms = ns
-        mt = nt
-
-    row_ms = tl.max(ms, axis=0)
-    row_mt = tl.max(mt, axis=0)
-    shift_s = (ms - row_ms) * student_scale
-    shift_t = (mt - row_mt) * teacher_scale
-    factor_s = tl.exp2(shift_s)
-    factor_t = tl.exp2(shift_t)
-    row_zs = tl.sum(zs * factor_s, axis=0)
-    row_zt = tl.sum(zt * factor_t, axis=0)
-    log_zs = tl.log2(row_zs)
-    log_zt = tl.log2(row_zt)
-    mean_p = 0.0
-    mean_q = 0.0
-    if C_PP != 0 or C_PQ != 0:
-        sum_p = rescale(sum_p, zt, factor_t, combine(C_PP, shift_t, C_PQ, shift_s))
-        mean_p = tl.sum(sum_p, axis=0) / row_zt - combine(C_PP, log_zt, C_PQ, log_zs)
-    if C_QP != 0 or C_QQ != 0:
-        sum_q = rescale(sum_q, zs, factor_s, combine(C_QP, shift_t, C_QQ, shift_s))
-        mean_q = tl.sum(sum_q, axis=0) / row_zs - combine(C_QP, log_zt, C_QQ, log_zs)
-    log_z1, centered_sum = fold_hard(hard, ms, row_ms)
-    return row_ms, log_zs, row_mt, log_zt, mean_p, mean_q, log_z1, centered_sum
-
-
-@triton.jit
-def student_sweep(
-    student_ptr,
-    center,
-    V,
-    load_width,
-    softcap,
-    student_scale,
-    HARD: tl.constexpr,
-    ROLL: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    """The student's maximum, log2 of its normaliser, and the sums of cross entropy."""
-    offs_tile = tile_offsets(ROLL, LANES)
-    m = tl.full([LANES], LOWEST, tl.float32)
-    z = tl.zeros([LANES], tl.float32)
-    hard = (tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32))
-    for start in range(0, V, ROLL * LANES):
-        offs_v = start + offs_tile
-        s = load_logits(student_ptr, offs_v, V, load_width, softcap, False)
-        n = raise_max(m, s)
-        z = z * tl.exp2((m - n) * student_scale) + tl.sum(tl.exp2((s - n[None, :]) * student_scale), axis=0)
-        if HARD:
-            hard = add_hard(hard, m, n, s, offs_v < V, center)
-        m = n
-    row_m = tl.max(m, axis=0)
-    log_z1, centered_sum = fold_hard(hard, m, row_m)
-    return row_m, tl.log2(tl.sum(z * tl.exp2((m - row_m) * student_scale), axis=0)), log_z1, centered_sum
-
-
-@triton.jit
-def teacher_sweep(
-    teachers,
-    weights,
-    V,
-    load_width,
-    softcap,
-    teacher_scale,
-    TEACHER_PROBS: tl.constexpr,
-    ROLL: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    """Maximum and log2 of the normaliser of one teacher, or of a weighted sum of teachers' logits."""
-    offs_tile = tile_offsets(ROLL, LANES)
-    m = tl.full([LANES], LOWEST, tl.float32)
-    z = tl.zeros([LANES], tl.float32)
-    for start in range(0, V, ROLL * LANES):
-        t = load_teacher(teachers, weights, start + offs_tile, V, load_width, softcap, TEACHER_PROBS)
-        n = raise_max(m, t)
-        z = z * tl.exp2((m - n) * teacher_scale) + tl.sum(tl.exp2((t - n[None, :]) * teacher_scale), axis=0)
-        m = n
-    row_m = tl.max(m, axis=0)
-    return row_m, tl.log2(tl.sum(z * tl.exp2((m - row_m) * teacher_scale), axis=0))
 
 
 @triton.jit
@@ -445,6 +280,7 @@ def dense_fwd_kernel(
             teachers,
             weights,
             center,
+            None,
             V,
             load_width,
             student_softcap,
@@ -577,12 +413,7 @@ def dense_fwd_kernel(
                     g -= hard_scale * label_smoothing / V
             if student_softcap is not None:
                 g *= 1.0 - (s / student_softcap) * (s / student_softcap)
-            g = g.to(dstudent_ptr.dtype.element_ty)
-            if pad_width is None:
-                tl.store(dstudent_ptr + offs_v, g, mask=offs_v < V)
-            else:
-                zero = tl.zeros(g.shape, g.dtype)
-                tl.store(dstudent_ptr + offs_v, tl.where(offs_v < V, g, zero), mask=offs_v < pad_width)
+            store_gradient(dstudent_ptr, offs_v, g, V, pad_width)
         if pad_width is not None:
             zero_columns(dstudent_ptr, num_tiles * BLOCK_V, pad_width, ROLL, LANES)
     if STATS:
@@ -633,8 +464,7 @@ def dense_fwd(
     Returns:
         Loss fp32 [N], and statistics fp32 [N, 9] in the order of ``kdkernels.ops.STATS`` ([N, 0] unless asked for).
     """
-    L = student.shape[-2]
-    N = L * (student.shape[0] if student.dim() == 3 else 1)
+    L, N = num_rows(student)
     loss = student.new_empty(N, dtype=torch.float32)
     row_stats = student.new_empty((N, NUM_STATS if stats else 0), dtype=torch.float32)
     if N == 0:

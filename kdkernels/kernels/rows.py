@@ -142,12 +142,27 @@ def row_moments(row_ptr, V, load_width, softcap, PROBS: tl.constexpr, ROLL: tl.c
 
 
 @triton.jit
+def store_gradient(row_ptr, offs_v, g, V, pad_width):
+    """Round and store one tile; 0 in the padding, columns V to pad_width."""
+    g = g.to(row_ptr.dtype.element_ty)
+    if pad_width is None:
+        tl.store(row_ptr + offs_v, g, mask=offs_v < V)
+    else:
+        tl.store(row_ptr + offs_v, tl.where(offs_v < V, g, tl.zeros(g.shape, g.dtype)), mask=offs_v < pad_width)
+
+
+@triton.jit
 def zero_columns(row_ptr, start, stop, ROLL: tl.constexpr, LANES: tl.constexpr):
     offs_v = tile_offsets(ROLL, LANES)
     for begin in range(start, stop, ROLL * LANES):
         tl.store(
             row_ptr + begin + offs_v, tl.zeros([ROLL, LANES], row_ptr.dtype.element_ty), mask=begin + offs_v < stop
         )
+
+
+def num_rows(x: Tensor) -> tuple[int, int]:
+    """L and N = B * L of a [B, L, V] or [N, V] tensor."""
+    return x.shape[-2], x.shape[:-1].numel()
 
 
 def row_strides(x: Optional[Tensor]) -> tuple[Optional[int], Optional[int]]:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdkernels.kernels.rows import row_offset, row_strides
+from kdkernels.kernels.rows import num_rows, row_offset, row_strides
 
 BLOCK_V = 4096
 
@@ -27,8 +27,8 @@ def scale_grad_kernel(grad_ptr, grad_output_ptr, stride_gb, stride_gl, stride_on
 
 def scale_grad(grad: Tensor, grad_output: Tensor) -> None:
     """Multiply the rows of grad [B, L, V] or [N, V] by grad_output (0-d, or [N]) in place; no host sync."""
-    V, L = grad.shape[-1], grad.shape[-2]
-    N = L * (grad.shape[0] if grad.dim() == 3 else 1)
+    V = grad.shape[-1]
+    L, N = num_rows(grad)
     if grad.numel() == 0:
         return
     stride_gb, stride_gl = row_strides(grad)

@@ -1,0 +1,189 @@
+"""First sweeps over a row: normalisers, and the sums that can be had while they are found."""
+
+import triton
+import triton.language as tl
+
+from kdkernels.kernels.rows import (
+    LOG2E,
+    LOWEST,
+    NEG_INF,
+    combine,
+    load_logits,
+    mul0,
+    raise_max,
+    rescale,
+    tile_offsets,
+)
+
+
+@triton.jit
+def load_teacher(teachers, weights, offs_v, V, load_width, softcap, PROBS: tl.constexpr):
+    """One tile of the teacher's logits; of several teachers the weighted sum."""
+    if len(teachers) == 1:
+        t = load_logits(teachers[0], offs_v, V, load_width, softcap, PROBS)
+    else:
+        t = tl.zeros(offs_v.shape, tl.float32)
+        for k in tl.static_range(len(teachers)):
+            t += mul0(weights[k], load_logits(teachers[k], offs_v, V, load_width, softcap, PROBS))
+        t = tl.where(offs_v < V, t, NEG_INF)
+    return t
+
+
+@triton.jit
+def add_hard(hard, old_max, new_max, s, inside, center):
+    """Lane sums for cross entropy at temperature 1: sum exp(s - max), and sum (s - center) if labels are smoothed."""
+    z, total = hard
+    z = z * tl.exp2((old_max - new_max) * LOG2E) + tl.sum(tl.exp2((s - new_max[None, :]) * LOG2E), axis=0)
+    if center is not None:
+        total += tl.sum(tl.where(inside, s - center, 0.0), axis=0)
+    return z, total
+
+
+@triton.jit
+def fold_hard(hard, lane_max, row_max):
+    """log2 of the row's sum exp(s - max), and the row's sum (s - center)."""
+    z, total = hard
+    return tl.log2(tl.sum(z * tl.exp2((lane_max - row_max) * LOG2E), axis=0)), tl.sum(total, axis=0)
+
+
+@triton.jit
+def linear_sweep(
+    student_ptr,
+    teachers,
+    weights,
+    center,
+    skipped,
+    V,
+    load_width,
+    student_softcap,
+    teacher_softcap,
+    student_scale,
+    teacher_scale,
+    COEFFICIENTS: tl.constexpr,
+    TEACHER_PROBS: tl.constexpr,
+    HARD: tl.constexpr,
+    ROLL: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """First sweep of a linear divergence: maximum and log2 normaliser of both sides, and its two sums in base 2.
+
+    skipped: a column that is left out, or None.
+    """
+    C_PP: tl.constexpr = COEFFICIENTS[0]
+    C_PQ: tl.constexpr = COEFFICIENTS[1]
+    C_QP: tl.constexpr = COEFFICIENTS[2]
+    C_QQ: tl.constexpr = COEFFICIENTS[3]
+    offs_tile = tile_offsets(ROLL, LANES)
+    ms = tl.full([LANES], LOWEST, tl.float32)
+    mt = tl.full([LANES], LOWEST, tl.float32)
+    zs = tl.zeros([LANES], tl.float32)
+    zt = tl.zeros([LANES], tl.float32)
+    sum_p = tl.zeros([LANES], tl.float32)
+    sum_q = tl.zeros([LANES], tl.float32)
+    hard = (tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32))
+    for start in range(0, V, ROLL * LANES):
+        offs_v = start + offs_tile
+        s = load_logits(student_ptr, offs_v, V, load_width, student_softcap, False)
+        t = load_teacher(teachers, weights, offs_v, V, load_width, teacher_softcap, TEACHER_PROBS)
+        if skipped is not None:
+            s = tl.where(offs_v == skipped, NEG_INF, s)
+            t = tl.where(offs_v == skipped, NEG_INF, t)
+        ns = raise_max(ms, s)
+        nt = raise_max(mt, t)
+        shift_s = (ms - ns) * student_scale
+        shift_t = (mt - nt) * teacher_scale
+        factor_s = tl.exp2(shift_s)
+        factor_t = tl.exp2(shift_t)
+        # The difference first: a logit of 1e4 at T = 0.05 keeps all its bits.
+        a = (s - ns[None, :]) * student_scale
+        b = (t - nt[None, :]) * teacher_scale
+        es = tl.exp2(a)
+        et = tl.exp2(b)
+        if C_PP != 0 or C_PQ != 0:
+            sum_p = rescale(sum_p, zt, factor_t, combine(C_PP, shift_t, C_PQ, shift_s))
+            sum_p += tl.sum(mul0(et, combine(C_PP, b, C_PQ, a)), axis=0)
+        if C_QP != 0 or C_QQ != 0:
+            sum_q = rescale(sum_q, zs, factor_s, combine(C_QP, shift_t, C_QQ, shift_s))
+            sum_q += tl.sum(mul0(es, combine(C_QP, b, C_QQ, a)), axis=0)
+        zs = zs * factor_s + tl.sum(es, axis=0)
+        zt = zt * factor_t + tl.sum(et, axis=0)
+        if HARD:
+            hard = add_hard(hard, ms, ns, s, offs_v < V, center)
+        ms = ns
+        mt = nt
+
+    row_ms = tl.max(ms, axis=0)
+    row_mt = tl.max(mt, axis=0)
+    shift_s = (ms - row_ms) * student_scale
+    shift_t = (mt - row_mt) * teacher_scale
+    factor_s = tl.exp2(shift_s)
+    factor_t = tl.exp2(shift_t)
+    row_zs = tl.sum(zs * factor_s, axis=0)
+    row_zt = tl.sum(zt * factor_t, axis=0)
+    log_zs = tl.log2(row_zs)
+    log_zt = tl.log2(row_zt)
+    mean_p = 0.0
+    mean_q = 0.0
+    if C_PP != 0 or C_PQ != 0:
+        sum_p = rescale(sum_p, zt, factor_t, combine(C_PP, shift_t, C_PQ, shift_s))
+        mean_p = tl.sum(sum_p, axis=0) / row_zt - combine(C_PP, log_zt, C_PQ, log_zs)
+    if C_QP != 0 or C_QQ != 0:
+        sum_q = rescale(sum_q, zs, factor_s, combine(C_QP, shift_t, C_QQ, shift_s))
+        mean_q = tl.sum(sum_q, axis=0) / row_zs - combine(C_QP, log_zt, C_QQ, log_zs)
+    log_z1, centered_sum = fold_hard(hard, ms, row_ms)
+    return row_ms, log_zs, row_mt, log_zt, mean_p, mean_q, log_z1, centered_sum
+
+
+@triton.jit
+def student_sweep(
+    student_ptr,
+    center,
+    V,
+    load_width,
+    softcap,
+    student_scale,
+    HARD: tl.constexpr,
+    ROLL: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """The student's maximum, log2 of its normaliser, and the sums of cross entropy."""
+    offs_tile = tile_offsets(ROLL, LANES)
+    m = tl.full([LANES], LOWEST, tl.float32)
+    z = tl.zeros([LANES], tl.float32)
+    hard = (tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32))
+    for start in range(0, V, ROLL * LANES):
+        offs_v = start + offs_tile
+        s = load_logits(student_ptr, offs_v, V, load_width, softcap, False)
+        n = raise_max(m, s)
+        z = z * tl.exp2((m - n) * student_scale) + tl.sum(tl.exp2((s - n[None, :]) * student_scale), axis=0)
+        if HARD:
+            hard = add_hard(hard, m, n, s, offs_v < V, center)
+        m = n
+    row_m = tl.max(m, axis=0)
+    log_z1, centered_sum = fold_hard(hard, m, row_m)
+    return row_m, tl.log2(tl.sum(z * tl.exp2((m - row_m) * student_scale), axis=0)), log_z1, centered_sum
+
+
+@triton.jit
+def teacher_sweep(
+    teachers,
+    weights,
+    V,
+    load_width,
+    softcap,
+    teacher_scale,
+    TEACHER_PROBS: tl.constexpr,
+    ROLL: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Maximum and log2 of the normaliser of one teacher, or of a weighted sum of teachers' logits."""
+    offs_tile = tile_offsets(ROLL, LANES)
+    m = tl.full([LANES], LOWEST, tl.float32)
+    z = tl.zeros([LANES], tl.float32)
+    for start in range(0, V, ROLL * LANES):
+        t = load_teacher(teachers, weights, start + offs_tile, V, load_width, softcap, TEACHER_PROBS)
+        n = raise_max(m, t)
+        z = z * tl.exp2((m - n) * teacher_scale) + tl.sum(tl.exp2((t - n[None, :]) * teacher_scale), axis=0)
+        m = n
+    row_m = tl.max(m, axis=0)
+    return row_m, tl.log2(tl.sum(z * tl.exp2((m - row_m) * teacher_scale), axis=0))
