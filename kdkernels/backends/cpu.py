@@ -25,7 +25,7 @@ def load_error() -> Optional[str]:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return f"the C++ extension does not load: {error}"
+        return f"the C++ extension does not load: {error.__cause__ or error}"
     return None
 
 

@@ -1,0 +1,103 @@
+// What the dispatcher and the kernels of one instruction set share: plain data, no torch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace kdk {
+
+enum class DType { kFloat32, kBFloat16, kFloat16, kFloat64 };
+enum class TeacherForm { kLogits, kProbs };
+enum class Mixture { kNone, kProbs, kLogits };
+
+constexpr int kMaxTeachers = 4;
+constexpr int kStats = 9;
+
+// Logits [B, L, V] with unit stride in V.
+struct LogitsView {
+  void* data = nullptr;
+  int64_t stride_b = 0, stride_l = 0;
+  DType dtype = DType::kFloat32;
+};
+
+// One value per row, fp32 or fp64 as the student's sums; null means the scalar.
+struct PerRow {
+  const void* data = nullptr;
+  int64_t stride = 0;
+};
+
+struct RowArgs {
+  int64_t batch = 0, length = 0;
+  int64_t columns = 0;  // V: the real columns
+  int64_t width = 0;    // the student's columns, padding included
+  LogitsView student, dstudent;
+  bool wants_grad = false;
+  const int64_t* labels = nullptr;
+  int64_t ignore_index = -100;
+  PerRow row_weight;
+  double scale = 1;
+  void* loss = nullptr;  // [N]
+};
+
+struct DenseArgs : RowArgs {
+  LogitsView teachers[kMaxTeachers];
+  int num_teachers = 1;
+  PerRow student_temperature, teacher_temperature, param;
+  const void* mixture_weights = nullptr;
+  int64_t mixture_stride_n = 0, mixture_stride_m = 0;
+  Mixture mixture = Mixture::kNone;
+  int divergence = 0;  // index into the table of dense_kernels.h
+  double param0 = 0, param1 = 0;
+  double temperature = 1, teacher_temperature_value = 1;
+  double kd_weight = 1, ce_weight = 0, z_loss_weight = 0, label_smoothing = 0;
+  bool scale_by_t_squared = true;
+  TeacherForm teacher_form = TeacherForm::kLogits;
+  double student_softcap = 0, teacher_softcap = 0;
+  bool standardize = false;
+  void* stats = nullptr;  // [N, kStats] or null
+};
+
+struct DkdArgs : RowArgs {
+  LogitsView teacher;
+  double alpha = 1, beta = 1, temperature = 1, teacher_temperature = 1;
+  bool scale_by_t_squared = true;
+};
+
+struct MseArgs : RowArgs {
+  LogitsView teacher;
+  bool centered = false;
+};
+
+struct ScaleArgs {
+  int64_t batch = 0, length = 0, width = 0;
+  LogitsView grad;
+  const void* factor = nullptr;
+  int64_t factor_stride = 0;  // 0: one factor for all rows
+  DType factor_dtype = DType::kFloat32;
+};
+
+// The kernels of one instruction set, for rows [begin, end).
+struct KernelTable {
+  const char* name;
+  void (*dense)(const DenseArgs&, int64_t begin, int64_t end);
+  void (*dkd)(const DkdArgs&, int64_t begin, int64_t end);
+  void (*mse)(const MseArgs&, int64_t begin, int64_t end);
+  void (*scale)(const ScaleArgs&, int64_t begin, int64_t end);
+};
+
+const KernelTable& baseline_kernels();
+#if defined(KDK_HAVE_AVX2)
+const KernelTable& avx2_kernels();
+#endif
+#if defined(KDK_HAVE_AVX512)
+const KernelTable& avx512_kernels();
+#endif
+
+// Index of a divergence by name and parameters, or -1.
+int find_divergence(const char* name, double param0, double param1);
+
+// Asks for huge pages under a fresh output, where the system has them on request: faulting it in by 4 KB pages costs more than
+// the kernel.
+void prefer_huge_pages(void* data, size_t bytes);
+
+}  // namespace kdk

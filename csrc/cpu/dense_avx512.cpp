@@ -1,0 +1,10 @@
+#include "dense_kernels.h"
+
+namespace kdk {
+
+const KernelTable& avx512_kernels() {
+  static const KernelTable table{"avx512", run_dense, run_dkd, run_mse, run_scale};
+  return table;
+}
+
+}  // namespace kdk

@@ -1,0 +1,1162 @@
+// The dense row patterns for one instruction set; included once by every dense_<isa>.cpp.
+//
+// A row is swept in tiles that stay in L1. Sweep 1 takes the exponentials of student and teacher relative to a running reference
+// and keeps them in a row scratch (L2), with the sums that the divergence needs; what follows reads the scratch only, so that
+// every logit costs one exponential and is read from memory once. The reference is the maximum of the first elements of the row; a
+// row whose maximum passes it by 2^kRedo is swept again from its true maximum.
+//
+// x denotes a scaled logit relative to its reference in base 2: x = logit / (T ln 2) - r; z the sum of 2^x; p = 2^x / z.
+#pragma once
+
+#include "dense.h"
+#include "simd.h"
+
+#include <kdkernels/divergences.h>
+
+#include <algorithm>
+#include <vector>
+
+#define KDK_LAMBDA_INLINE __attribute__((always_inline))
+
+namespace kdk {
+inline namespace KDK_ISA {
+
+constexpr double kLn2 = 0.6931471805599453;
+constexpr double kLog2e = 1.4426950408889634;
+constexpr int64_t kTileElements = 2048;
+constexpr int64_t kSeedElements = 128;
+// Sums of 2^x * x over a row stay finite up to this; the squares of 2^x only up to half of it.
+constexpr double kRedo = 80.0, kRedoSquared = 40.0;
+constexpr int64_t kPrefetchBytes = 4096;
+// Gradients larger than this are written around the caches, which they would only flush.
+constexpr int64_t kStreamBytes = int64_t(8) << 20;
+
+// Which sums over e^x sweep 1 makes: of et (xt - xs), and of es (xs - xt) with both entropies' terms.
+enum Sums { kNoSums = 0, kForward = 1, kReverse = 2, kAll = 3 };
+// What carries the exponentials at temperature 1 for cross entropy and z-loss.
+enum CeSource { kCeNone, kCeSame, kCeSquare, kCeOwn };
+
+template <class T>
+constexpr int kExpDegree = 5;
+template <>
+constexpr int kExpDegree<BFloat16> = 4;
+template <>
+constexpr int kExpDegree<Half> = 4;
+
+inline double per_row(const PerRow& values, int64_t row, double otherwise, bool fp64) {
+  if (values.data == nullptr) return otherwise;
+  const int64_t offset = row * values.stride;
+  return fp64 ? static_cast<const double*>(values.data)[offset] : double(static_cast<const float*>(values.data)[offset]);
+}
+
+template <class X>
+X* row_pointer(const LogitsView& view, int64_t row, int64_t length) {
+  return static_cast<X*>(view.data) + (row / length) * view.stride_b + (row % length) * view.stride_l;
+}
+
+// Scale and reference of one side; see relative() for why the reference is kept twice.
+template <class C>
+struct Affine {
+  C c, r, m;
+  KDK_INLINE Vec<C> operator()(Vec<C> x) const { return relative(x, c, r, m); }
+  double reference() const { return scaled_reference(c, r, m); }
+  double scalar(double x) const { return x * double(c) - reference(); }
+};
+
+template <class C>
+Affine<C> affine(double c, double maximum) {
+  const C cc = C(c);
+  // A row that starts with -inf gets a finite reference, from which its first tile forces a new one.
+  const C m = C(std::max(maximum, -1e30));
+  return {cc, C(double(m) * double(cc)), m};
+}
+
+// One row of both models, cut into aligned blocks, with what does not fill a block copied to padded ones.
+template <class X>
+struct Row {
+  using C = typename Io<X>::C;
+  static constexpr int64_t kBlock = Io<X>::kBlock;
+  static constexpr int64_t kTileBlocks = kTileElements / kBlock;
+
+  const X *s, *t;
+  int64_t head, body, tail;  // elements, blocks, elements
+  int64_t excluded = -1;     // body block of which a masked copy is used
+  alignas(64) X edge_s[3][kBlock], edge_t[3][kBlock];
+
+  Row(const X* student, const X* teacher, int64_t n, int64_t head_elements) : s(student), t(teacher) {
+    head = std::min(head_elements, n);
+    body = (n - head) / kBlock;
+    tail = n - head - body * kBlock;
+    if (head) copy_edge(0, 0, head);
+    if (tail) copy_edge(1, n - tail, tail);
+  }
+
+  // Leaves element j out of all sums, by treating it as -inf on both sides.
+  void exclude(int64_t j) {
+    const X inf = minus_infinity();
+    if (j < head) {
+      edge_s[0][j] = edge_t[0][j] = inf;
+    } else if (j >= head + body * kBlock) {
+      edge_s[1][j - head - body * kBlock] = edge_t[1][j - head - body * kBlock] = inf;
+    } else {
+      excluded = (j - head) / kBlock;
+      const int64_t first = head + excluded * kBlock;
+      std::copy(s + first, s + first + kBlock, edge_s[2]);
+      std::copy(t + first, t + first + kBlock, edge_t[2]);
+      edge_s[2][j - first] = edge_t[2][j - first] = inf;
+    }
+  }
+
+  int64_t tiles() const { return std::max<int64_t>(1, (body + kTileBlocks - 1) / kTileBlocks); }
+  int64_t slots() const { return (body + (head > 0) + (tail > 0)) * kBlock; }
+
+  int64_t slot(int64_t j) const {
+    if (j < head) return Io<X>::slot(j);
+    const int64_t base = head > 0 ? kBlock : 0;
+    const int64_t rest = j - head;
+    return base + (rest / kBlock) * kBlock + Io<X>::slot(rest % kBlock);
+  }
+
+  // Calls visit(s, t, blocks, slot, first, valid) for the pieces of a tile in order; valid < kBlock marks a padded block.
+  template <class Visit>
+  KDK_INLINE void pieces(int64_t tile, Visit visit) const {
+    const int64_t base = head > 0 ? 1 : 0;
+    if (tile == 0 && head) visit(edge_s[0], edge_t[0], int64_t(1), int64_t(0), int64_t(0), head);
+    int64_t begin = tile * kTileBlocks;
+    const int64_t end = std::min(body, begin + kTileBlocks);
+    if (excluded >= begin && excluded < end) {
+      span(visit, begin, excluded, base);
+      visit(edge_s[2], edge_t[2], int64_t(1), (base + excluded) * kBlock, head + excluded * kBlock, kBlock);
+      begin = excluded + 1;
+    }
+    span(visit, begin, end, base);
+    if (tile == tiles() - 1 && tail)
+      visit(edge_s[1], edge_t[1], int64_t(1), (base + body) * kBlock, head + body * kBlock, tail);
+  }
+
+ private:
+  template <class Visit>
+  KDK_INLINE void span(Visit visit, int64_t begin, int64_t end, int64_t base) const {
+    if (begin < end) {
+      const int64_t first = head + begin * kBlock;
+      visit(s + first, t + first, end - begin, (base + begin) * kBlock, first, kBlock);
+    }
+  }
+
+  static X minus_infinity() {
+    X x;
+    from_compute(C(-std::numeric_limits<double>::infinity()), &x);
+    return x;
+  }
+
+  void copy_edge(int edge, int64_t first, int64_t count) {
+    std::fill(edge_s[edge], edge_s[edge] + kBlock, minus_infinity());
+    std::fill(edge_t[edge], edge_t[edge] + kBlock, minus_infinity());
+    std::copy(s + first, s + first + count, edge_s[edge]);
+    std::copy(t + first, t + first + count, edge_t[edge]);
+  }
+};
+
+struct Range {
+  int64_t begin, end;
+};
+
+// The elements, and the slots, that belong to a tile.
+template <class X>
+Range tile_elements(const Row<X>& row, int64_t tile, int64_t n) {
+  const int64_t begin = row.head + tile * Row<X>::kTileBlocks * Row<X>::kBlock;
+  return {tile == 0 ? 0 : begin, tile == row.tiles() - 1 ? n : begin + Row<X>::kTileBlocks * Row<X>::kBlock};
+}
+template <class X>
+Range tile_slots(const Row<X>& row, int64_t tile) {
+  const int64_t base = row.head > 0 ? Row<X>::kBlock : 0;
+  const int64_t begin = base + tile * Row<X>::kTileBlocks * Row<X>::kBlock;
+  return {tile == 0 ? 0 : begin, tile == row.tiles() - 1 ? row.slots() : begin + Row<X>::kTileBlocks * Row<X>::kBlock};
+}
+
+template <class X>
+double maximum(const X* x, int64_t n) {
+  using C = typename Io<X>::C;
+  constexpr int64_t block = Io<X>::kBlock;
+  double best = -std::numeric_limits<double>::infinity();
+  int64_t j = 0;
+  if (n >= block) {
+    Vec<C> high = Vec<C>{} - std::numeric_limits<C>::infinity();
+    for (; j + block <= n; j += block) {
+      Vec<C> a, b;
+      Io<X>::load2(x + j, a, b);
+      high = max_keep_nan(high, max_keep_nan(a, b));
+    }
+    best = double(horizontal_max<C>(high));
+  }
+  for (; j < n; ++j) best = std::max(best, double(to_compute(x[j])));
+  return best;
+}
+
+template <class C>
+struct Accumulators {
+  Vec<C> zs, zt, forward, teacher, reverse, student, max_s, max_t;
+};
+
+// Sums of a row relative to its references, in double.
+struct RowSums {
+  double zs = 0, zt = 0, forward = 0, teacher = 0, reverse = 0, student = 0;
+  double max_s = -std::numeric_limits<double>::infinity(), max_t = max_s;
+  int64_t best_tile_s = 0, best_tile_t = 0;
+};
+
+template <int SUMS, int DEGREE, class C>
+KDK_INLINE void accumulate(Vec<C> xs, Vec<C> xt, C* es_out, C* et_out, Accumulators<C>& acc) {
+  acc.max_s = max_keep_nan(acc.max_s, xs);
+  acc.max_t = max_keep_nan(acc.max_t, xt);
+  const Vec<C> es = exp2_fast<DEGREE>(xs), et = exp2_fast<DEGREE>(xt);
+  const Vec<C> zero = {};
+  acc.zs += es;
+  acc.zt += et;
+  if (SUMS & kForward) acc.forward += et * keep(et != zero, xt - xs);
+  if (SUMS & kReverse) acc.reverse += es * keep(es != zero, xs - xt);
+  if (SUMS == kAll) {
+    acc.teacher += et * keep(et != zero, xt);
+    acc.student += es * keep(es != zero, xs);
+  }
+  store(es_out, es);
+  store(et_out, et);
+}
+
+template <int SUMS, class X>
+void sweep_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>& as, const Affine<typename Io<X>::C>& at,
+                typename Io<X>::C* es, typename Io<X>::C* et, RowSums& sums) {
+  using C = typename Io<X>::C;
+  constexpr int64_t block = Io<X>::kBlock;
+  const Vec<C> low = Vec<C>{} - std::numeric_limits<C>::infinity();
+  Accumulators<C> acc[2] = {{{}, {}, {}, {}, {}, {}, low, low}, {{}, {}, {}, {}, {}, {}, low, low}};
+  row.pieces(tile, [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t, int64_t) KDK_LAMBDA_INLINE {
+    C *es_out = es + slot, *et_out = et + slot;
+    for (int64_t b = 0; b < blocks; ++b, s += block, t += block, es_out += block, et_out += block) {
+      __builtin_prefetch(reinterpret_cast<const char*>(s) + kPrefetchBytes);
+      __builtin_prefetch(reinterpret_cast<const char*>(t) + kPrefetchBytes);
+      Vec<C> s0, s1, t0, t1;
+      Io<X>::load2(s, s0, s1);
+      Io<X>::load2(t, t0, t1);
+      accumulate<SUMS, kExpDegree<X>, C>(as(s0), at(t0), es_out, et_out, acc[0]);
+      accumulate<SUMS, kExpDegree<X>, C>(as(s1), at(t1), es_out + kLanes<C>, et_out + kLanes<C>, acc[1]);
+    }
+  });
+  sums.zs += horizontal_sum<C>(acc[0].zs + acc[1].zs);
+  sums.zt += horizontal_sum<C>(acc[0].zt + acc[1].zt);
+  if (SUMS & kForward) sums.forward += horizontal_sum<C>(acc[0].forward + acc[1].forward);
+  if (SUMS & kReverse) sums.reverse += horizontal_sum<C>(acc[0].reverse + acc[1].reverse);
+  if (SUMS == kAll) {
+    sums.teacher += horizontal_sum<C>(acc[0].teacher + acc[1].teacher);
+    sums.student += horizontal_sum<C>(acc[0].student + acc[1].student);
+  }
+  const double high_s = horizontal_max<C>(max_keep_nan(acc[0].max_s, acc[1].max_s));
+  const double high_t = horizontal_max<C>(max_keep_nan(acc[0].max_t, acc[1].max_t));
+  if (high_s > sums.max_s) sums.max_s = high_s, sums.best_tile_s = tile;
+  if (high_t > sums.max_t) sums.max_t = high_t, sums.best_tile_t = tile;
+}
+
+// Sum of squares of the exponentials of a tile: at T = 2 they are the exponentials at T = 1.
+template <class C>
+double sum_of_squares(const C* e, int64_t count) {
+  Vec<C> sum0 = {}, sum1 = {};
+  for (int64_t j = 0; j < count; j += 2 * kLanes<C>) {
+    const Vec<C> a = load<Vec<C>>(e + j), b = load<Vec<C>>(e + j + kLanes<C>);
+    sum0 += a * a;
+    sum1 += b * b;
+  }
+  return horizontal_sum<C>(sum0 + sum1);
+}
+
+// Exponentials of the student at temperature 1 into e, their sum, and the largest x.
+template <class X>
+double own_exponentials(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>& a1, typename Io<X>::C* e, double& high) {
+  using C = typename Io<X>::C;
+  constexpr int64_t block = Io<X>::kBlock;
+  Vec<C> sum0 = {}, sum1 = {}, top = Vec<C>{} - std::numeric_limits<C>::infinity();
+  row.pieces(tile, [&](const X* s, const X*, int64_t blocks, int64_t slot, int64_t, int64_t) KDK_LAMBDA_INLINE {
+    C* out = e + slot;
+    for (int64_t b = 0; b < blocks; ++b, s += block, out += block) {
+      Vec<C> s0, s1;
+      Io<X>::load2(s, s0, s1);
+      const Vec<C> x0 = a1(s0), x1 = a1(s1);
+      top = max_keep_nan(top, max_keep_nan(x0, x1));
+      const Vec<C> e0 = exp2_fast<kExpDegree<X>>(x0), e1 = exp2_fast<kExpDegree<X>>(x1);
+      sum0 += e0;
+      sum1 += e1;
+      store(out, e0);
+      store(out + kLanes<C>, e1);
+    }
+  });
+  high = std::max(high, double(horizontal_max<C>(top)));
+  return horizontal_sum<C>(sum0 + sum1);
+}
+
+// Index of the first largest element of a tile, or -1 where all are NaN.
+template <class X>
+int64_t first_maximum(const Row<X>& row, const X* x, int64_t tile, int64_t n) {
+  const auto [begin, end] = tile_elements(row, tile, n);
+  const double best = maximum(x + begin, end - begin);
+  for (int64_t j = begin; j < end; ++j)
+    if (double(to_compute(x[j])) == best) return j;
+  return -1;
+}
+
+template <class X>
+double sum_of_logits(const X* s, int64_t n) {
+  using C = typename Io<X>::C;
+  constexpr int64_t block = Io<X>::kBlock;
+  double total = 0;
+  int64_t j = 0;
+  while (j + block <= n) {
+    Vec<C> sum0 = {}, sum1 = {};
+    for (const int64_t end = std::min(n - n % block, j + kTileElements); j < end; j += block) {
+      Vec<C> a, b;
+      Io<X>::load2(s + j, a, b);
+      sum0 += a;
+      sum1 += b;
+    }
+    total += horizontal_sum<C>(sum0 + sum1);
+  }
+  for (; j < n; ++j) total += to_compute(s[j]);
+  return total;
+}
+
+// Values and scores of a tile; the scores replace the teacher's exponentials.
+template <class F, class X>
+void value_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>& as, const Affine<typename Io<X>::C>& at,
+                double log2_zs, double log2_zt, Params<Vec<typename Io<X>::C>> params, const typename Io<X>::C* es,
+                typename Io<X>::C* et, double& value_sum, double& score_sum) {
+  using C = typename Io<X>::C;
+  using V = Vec<C>;
+  constexpr int64_t block = Io<X>::kBlock;
+  const C ip = C(std::exp2(-log2_zt)), iq = C(std::exp2(-log2_zs)), lzs = C(log2_zs), lzt = C(log2_zt), ln2 = C(kLn2);
+  V values = {}, scores = {};
+  row.pieces(tile, [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t, int64_t) KDK_LAMBDA_INLINE {
+    const C* es_in = es + slot;
+    C* et_io = et + slot;
+    for (int64_t b = 0; b < blocks; ++b, s += block, t += block, es_in += block, et_io += block) {
+      V s0, s1, t0, t1, value, score;
+      Io<X>::load2(s, s0, s1);
+      Io<X>::load2(t, t0, t1);
+      F::eval(params, load<V>(et_io) * ip, (at(t0) - lzt) * ln2, load<V>(es_in) * iq, (as(s0) - lzs) * ln2, value, score);
+      values += value;
+      scores += score;
+      store(et_io, score);
+      F::eval(params, load<V>(et_io + kLanes<C>) * ip, (at(t1) - lzt) * ln2, load<V>(es_in + kLanes<C>) * iq,
+              (as(s1) - lzs) * ln2, value, score);
+      values += value;
+      scores += score;
+      store(et_io + kLanes<C>, score);
+    }
+  });
+  value_sum += horizontal_sum<C>(values);
+  score_sum += horizontal_sum<C>(scores);
+}
+
+template <class C>
+double accepted(const C* es, const C* et, int64_t count, double iq, double ip) {
+  double total = 0;
+  for (int64_t j = 0; j < count;) {
+    Vec<C> sum = {};
+    for (const int64_t end = std::min(count, j + kTileElements); j < end; j += kLanes<C>)
+      sum += min_of(load<Vec<C>>(es + j) * C(iq), load<Vec<C>>(et + j) * C(ip));
+    total += horizontal_sum<C>(sum);
+  }
+  return total;
+}
+
+// The gradient es (a + ks (xs - xt) + kst xt) - et b + e1 c1 + c0; the middle terms only where LOGS.
+template <class C>
+struct GradientTerms {
+  double a = 0, b = 0, c0 = 0, c1 = 0, ks = 0, kst = 0;
+  CeSource ce = kCeNone;
+  bool logs = false;
+  Affine<C> as{}, at{};
+  const C *es = nullptr, *et = nullptr, *e1 = nullptr;
+};
+
+template <int CE, class C>
+KDK_INLINE Vec<C> plus_ce(Vec<C> g, Vec<C> es, const C* e1, C c1) {
+  if (CE == kCeSquare) return g + es * es * c1;
+  if (CE == kCeOwn) return g + load<Vec<C>>(e1) * c1;
+  return g;
+}
+
+template <bool LOGS, int CE, bool STREAM, class X>
+void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, X* out) {
+  using C = typename Io<X>::C;
+  using V = Vec<C>;
+  constexpr int64_t block = Io<X>::kBlock;
+  const C a = C(k.a), b = C(k.b), c0 = C(k.c0), c1 = C(k.c1), ks = C(k.ks), kst = C(k.kst);
+  const V zero = {};
+  for (int64_t tile = 0; tile < row.tiles(); ++tile) {
+    row.pieces(tile, [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t first, int64_t valid) KDK_LAMBDA_INLINE {
+      alignas(64) X edge[block];
+      X* to = valid < block ? edge : out + first;
+      const C *es_in = k.es + slot, *et_in = k.et + slot, *e1_in = k.e1 + slot;
+      for (int64_t i = 0; i < blocks; ++i, es_in += block, et_in += block, e1_in += block, to += block) {
+        const V es0 = load<V>(es_in), es1 = load<V>(es_in + kLanes<C>);
+        V g0, g1;
+        if (LOGS) {
+          V s0, s1, t0, t1;
+          Io<X>::load2(s + i * block, s0, s1);
+          Io<X>::load2(t + i * block, t0, t1);
+          const V xs0 = k.as(s0), xs1 = k.as(s1), xt0 = k.at(t0), xt1 = k.at(t1);
+          g0 = c0 + es0 * keep(es0 != zero, a + ks * (xs0 - xt0) + kst * xt0);
+          g1 = c0 + es1 * keep(es1 != zero, a + ks * (xs1 - xt1) + kst * xt1);
+        } else {
+          g0 = c0 + es0 * a;
+          g1 = c0 + es1 * a;
+        }
+        g0 = plus_ce<CE, C>(g0 - load<V>(et_in) * b, es0, e1_in, c1);
+        g1 = plus_ce<CE, C>(g1 - load<V>(et_in + kLanes<C>) * b, es1, e1_in + kLanes<C>, c1);
+        if (STREAM && valid == block) {
+          Io<X>::template store2<true>(to, g0, g1);
+        } else {
+          Io<X>::template store2<false>(to, g0, g1);
+        }
+      }
+      if (valid < block) std::copy(edge, edge + valid, out + first);
+    });
+  }
+}
+
+template <bool LOGS, int CE, class X>
+void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, X* out, bool streamed) {
+  if (streamed) {
+    write_gradient<LOGS, CE, true>(row, k, out);
+  } else {
+    write_gradient<LOGS, CE, false>(row, k, out);
+  }
+}
+
+template <bool LOGS, class X>
+void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, X* out, bool streamed) {
+  switch (k.ce) {
+    case kCeSquare: return write_gradient<LOGS, kCeSquare>(row, k, out, streamed);
+    case kCeOwn: return write_gradient<LOGS, kCeOwn>(row, k, out, streamed);
+    default: return write_gradient<LOGS, kCeNone>(row, k, out, streamed);
+  }
+}
+
+// The same formula for element j alone, less the label's part of cross entropy.
+template <class X>
+double gradient_at(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, int64_t j, double xs, double xt) {
+  const int64_t slot = row.slot(j);
+  const double es = k.es[slot], et = k.et[slot];
+  double g = k.c0 - et * k.b + es * k.a;
+  if (k.logs && es != 0) g += es * (k.ks * (xs - xt) + k.kst * xt);
+  if (k.ce == kCeSquare) g += es * es * k.c1;
+  if (k.ce == kCeOwn) g += double(k.e1[slot]) * k.c1;
+  return g;
+}
+
+// How many elements stand before the first aligned one, so that whole vectors can be streamed.
+template <class X>
+int64_t head_elements(const X* out, bool streamed) {
+  if (!streamed) return 0;
+  const int64_t over = int64_t(reinterpret_cast<uintptr_t>(out) % kVectorBytes);
+  return over == 0 ? 0 : (kVectorBytes - over) / int64_t(sizeof(X));
+}
+
+// Growing buffers of one thread, kept between calls.
+template <class C>
+struct Scratch {
+  std::vector<C> storage[7];
+  C* get(int which, int64_t elements) {
+    std::vector<C>& buffer = storage[which];
+    const size_t needed = size_t(elements) + 4 * 64;
+    if (buffer.size() < needed) buffer.resize(needed);
+    const uintptr_t address = reinterpret_cast<uintptr_t>(buffer.data());
+    return reinterpret_cast<C*>((address + 63) / 64 * 64);
+  }
+  static Scratch& mine() {
+    static thread_local Scratch scratch;
+    return scratch;
+  }
+};
+enum ScratchUse { kEs, kEt, kE1, kStudentRow, kTeacherRow, kOtherRow, kGradientRow };
+
+struct Divergence {
+  const char* name;
+  bool linear;
+  Linear coefficients;
+  // The functor's value_tile for fp32, bf16, fp16, fp64; null where linear.
+  void (*f32)(const Row<float>&, int64_t, const Affine<float>&, const Affine<float>&, double, double, Params<VecF>, const float*, float*,
+              double&, double&);
+  void (*bf16)(const Row<BFloat16>&, int64_t, const Affine<float>&, const Affine<float>&, double, double, Params<VecF>, const float*,
+               float*, double&, double&);
+  void (*f16)(const Row<Half>&, int64_t, const Affine<float>&, const Affine<float>&, double, double, Params<VecF>, const float*, float*,
+              double&, double&);
+  void (*f64)(const Row<double>&, int64_t, const Affine<double>&, const Affine<double>&, double, double, Params<VecD>, const double*,
+              double*, double&, double&);
+
+  auto tile(const Row<float>&) const { return f32; }
+  auto tile(const Row<BFloat16>&) const { return bf16; }
+  auto tile(const Row<Half>&) const { return f16; }
+  auto tile(const Row<double>&) const { return f64; }
+};
+
+template <class F>
+constexpr Divergence general(const char* name) {
+  return {name, false, {}, value_tile<F, float>, value_tile<F, BFloat16>, value_tile<F, Half>, value_tile<F, double>};
+}
+constexpr Divergence linear(const char* name, Linear c) { return {name, true, c, nullptr, nullptr, nullptr, nullptr}; }
+
+#include "divergence_table.h"
+
+// What one row of the objective needs, resolved for the row.
+struct RowNumbers {
+  double weight;  // omega
+  double student_scale, teacher_scale;  // log2(e) / T
+  double kd, tau, ce, z;                // weights of the terms, before omega
+  double param0;
+};
+
+// Losses and statistics of a row, before omega.
+struct RowResult {
+  double loss = 0;
+  double stats[kStats] = {};
+};
+
+// One row whose student and teacher are of type X; the gradient goes to out (null: none).
+template <class X>
+RowResult objective_row(const DenseArgs& args, const RowNumbers& num, const X* s, const X* t, int64_t label, X* out, bool streamed) {
+  using C = typename Io<X>::C;
+  const int64_t n = args.columns;
+  const Divergence& divergence = kDivergences[args.divergence];
+  Row<X> row(s, t, n, head_elements(out, streamed));
+  Scratch<C>& scratch = Scratch<C>::mine();
+  const bool whole_row = out != nullptr || !divergence.linear || args.stats != nullptr;
+  C* es = scratch.get(kEs, row.slots());
+  C* et = scratch.get(kEt, row.slots());
+
+  const bool wants_ce = num.ce != 0 || num.z != 0 || args.stats != nullptr;
+  CeSource ce = kCeNone;
+  if (wants_ce) ce = num.student_scale == kLog2e ? kCeSame : num.student_scale == kLog2e / 2 ? kCeSquare : kCeOwn;
+  C* e1 = ce == kCeOwn ? scratch.get(kE1, row.slots()) : es;
+
+  int sums_needed = kNoSums;
+  if (divergence.linear) {
+    const Linear& k = divergence.coefficients;
+    const bool entropies = k.c_pp + k.c_pq != 0 || k.c_qp + k.c_qq != 0;
+    sums_needed = entropies ? kAll : (k.c_pq != 0 ? kForward : 0) | (k.c_qp != 0 ? kReverse : 0);
+  }
+  if (args.stats != nullptr) sums_needed = kAll;
+
+  double max_s = maximum(s, std::min(n, kSeedElements)), max_t = maximum(t, std::min(n, kSeedElements));
+  Affine<C> as, at, a1{};
+  RowSums sums;
+  double z1 = 0;
+  for (int attempt = 0;; ++attempt) {
+    as = affine<C>(num.student_scale, max_s);
+    at = affine<C>(num.teacher_scale, max_t);
+    if (ce == kCeOwn) a1 = affine<C>(kLog2e, max_s);
+    sums = RowSums();
+    z1 = 0;
+    double high1 = -std::numeric_limits<double>::infinity();
+    const double limit = ce == kCeSquare ? kRedoSquared : kRedo;
+    bool redo = false;
+    for (int64_t tile = 0; tile < row.tiles() && !redo; ++tile) {
+      // Without a gradient nothing reads the exponentials again: every tile lands on the first one's place.
+      C* tile_es = whole_row ? es : es - tile * kTileElements;
+      C* tile_et = whole_row ? et : et - tile * kTileElements;
+      switch (sums_needed) {
+        case kNoSums: sweep_tile<kNoSums>(row, tile, as, at, tile_es, tile_et, sums); break;
+        case kForward: sweep_tile<kForward>(row, tile, as, at, tile_es, tile_et, sums); break;
+        case kReverse: sweep_tile<kReverse>(row, tile, as, at, tile_es, tile_et, sums); break;
+        default: sweep_tile<kAll>(row, tile, as, at, tile_es, tile_et, sums); break;
+      }
+      if (ce == kCeSquare) {
+        const auto [first, last] = tile_slots(row, tile);
+        z1 += sum_of_squares(tile_es + first, last - first);
+      }
+      if (ce == kCeOwn) z1 += own_exponentials(row, tile, a1, whole_row ? e1 : e1 - tile * kTileElements, high1);
+      redo = attempt == 0 && (sums.max_s > limit || sums.max_t > limit || high1 > limit);
+    }
+    if (!redo) break;
+    max_s = maximum(s, n);
+    max_t = maximum(t, n);
+  }
+  if (ce == kCeSame) z1 = sums.zs;
+
+  const double log2_zs = std::log2(sums.zs), log2_zt = std::log2(sums.zt);
+  const double iq = 1 / sums.zs, ip = 1 / sums.zt;
+  // In nats: the two KLs and the sums p logp, q logq.
+  const double kl_forward = kLn2 * (sums.forward * ip - log2_zt + log2_zs);
+  const double kl_reverse = kLn2 * (sums.reverse * iq - log2_zs + log2_zt);
+  const double p_logp = kLn2 * (sums.teacher * ip - log2_zt), q_logq = kLn2 * (sums.student * iq - log2_zs);
+
+  RowResult result;
+  if (args.stats != nullptr) {
+    result.stats[3] = kl_forward;
+    result.stats[4] = kl_reverse;
+    result.stats[5] = -p_logp;
+    result.stats[6] = -q_logq;
+    result.stats[7] = first_maximum(row, s, sums.best_tile_s, n) == first_maximum(row, t, sums.best_tile_t, n);
+    result.stats[8] = accepted(es, et, row.slots(), iq, ip);
+  }
+
+  const double f = num.weight * num.kd * num.tau * num.student_scale * kLn2;  // omega kd tau / T
+  GradientTerms<C> terms;
+  terms.as = as;
+  terms.at = at;
+  terms.es = es;
+  terms.et = et;
+  terms.e1 = e1;
+  double d = 0;
+  if (divergence.linear) {
+    const Linear& k = divergence.coefficients;
+    // Terms whose coefficient is 0 may be infinite.
+    if (k.c_pp + k.c_pq != 0) d += (k.c_pp + k.c_pq) * p_logp;
+    if (k.c_pq != 0) d -= k.c_pq * kl_forward;
+    double over_q = 0;  // sum q (c_qp logp + c_qq logq)
+    if (k.c_qp + k.c_qq != 0) over_q += (k.c_qp + k.c_qq) * q_logq;
+    if (k.c_qp != 0) over_q -= k.c_qp * kl_reverse;
+    d += over_q;
+    const double score_sum = k.c_pq + k.c_qq + over_q;
+    terms.b = -f * ip * k.c_pq;
+    terms.a = f * iq * (k.c_qq - score_sum);
+    terms.logs = k.c_qp != 0 || k.c_qq != 0;
+    if (terms.logs) {
+      terms.a -= f * iq * kLn2 * (k.c_qp * log2_zt + k.c_qq * log2_zs);
+      terms.ks = f * iq * kLn2 * k.c_qq;
+      terms.kst = f * iq * kLn2 * (k.c_qp + k.c_qq);
+    }
+  } else {
+    double score_sum = 0;
+    const Params<Vec<C>> params{Vec<C>{} + C(num.param0), Vec<C>{} + C(args.param1)};
+    for (int64_t tile = 0; tile < row.tiles(); ++tile)
+      divergence.tile(row)(row, tile, as, at, log2_zs, log2_zt, params, es, et, d, score_sum);
+    terms.b = -f;
+    terms.a = -f * iq * score_sum;
+  }
+  if (num.kd != 0) result.loss = num.kd * num.tau * d;
+  if (num.kd == 0 || num.weight == 0) terms.a = terms.b = terms.ks = terms.kst = 0, terms.logs = false;
+
+  if (wants_ce) {
+    const Affine<C>& base = ce == kCeOwn ? a1 : as;
+    const double scale = ce == kCeSquare ? 2 : 1;
+    const double lse = kLn2 * (scale * base.reference() + std::log2(z1));
+    double cross_entropy = 0;
+    if (num.ce != 0) {
+      const bool inside = label >= 0 && label < n;
+      const double picked = inside ? double(to_compute(s[label])) : std::numeric_limits<double>::quiet_NaN();
+      // Smoothing 1 gives the label no part, and smoothing 0 none to the mean: 0 * inf must not make a NaN.
+      cross_entropy = lse;
+      if (args.label_smoothing != 1) cross_entropy -= (1 - args.label_smoothing) * picked;
+      if (args.label_smoothing != 0) cross_entropy -= args.label_smoothing * sum_of_logits(s, n) / double(n);
+      result.loss += num.ce * cross_entropy;
+      terms.c0 = -num.weight * num.ce * args.label_smoothing / double(n);
+    }
+    if (num.z != 0) result.loss += num.z * lse * lse;
+    const double c1 = num.weight * (num.ce + 2 * num.z * lse) / z1;
+    if (ce == kCeSame) {
+      terms.a += c1;
+    } else if (c1 != 0) {
+      terms.ce = ce;
+      terms.c1 = c1;
+    }
+    result.stats[1] = cross_entropy;
+    result.stats[2] = lse;
+  }
+  result.stats[0] = d;
+
+  if (out != nullptr) {
+    const bool has_label = num.ce != 0 && label >= 0 && label < n;
+    // Read before the gradient may overwrite the student.
+    const double xs = has_label && terms.logs ? as.scalar(to_compute(s[label])) : 0;
+    const double xt = has_label && terms.logs ? at.scalar(to_compute(t[label])) : 0;
+    if (terms.logs) {
+      write_gradient<true>(row, terms, out, streamed);
+    } else {
+      write_gradient<false>(row, terms, out, streamed);
+    }
+    if (has_label) {
+      const double g = gradient_at(row, terms, label, xs, xt) - num.weight * num.ce * (1 - args.label_smoothing);
+      from_compute(C(g), out + label);
+    }
+  }
+  return result;
+}
+
+template <class X>
+void fill_zero(X* out, int64_t begin, int64_t end) {
+  if (begin < end) std::memset(static_cast<void*>(out + begin), 0, size_t(end - begin) * sizeof(X));
+}
+
+template <class C>
+void put(void* array, int64_t index, double value) {
+  static_cast<C*>(array)[index] = C(value);
+}
+
+// Runs body(row, label, weight) for the rows that count, and writes zeros for the others.
+template <class X, class Body>
+void for_rows(const RowArgs& args, int64_t begin, int64_t end, Body body) {
+  using C = typename Io<X>::C;
+  constexpr bool fp64 = sizeof(C) == 8;
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t label = args.labels == nullptr ? 0 : args.labels[row];
+    X* out = args.wants_grad ? row_pointer<X>(args.dstudent, row, args.length) : nullptr;
+    if (args.labels != nullptr && label == args.ignore_index) {
+      if (out != nullptr) fill_zero(out, 0, args.width);
+      put<C>(args.loss, row, 0);
+      continue;
+    }
+    const double weight = args.scale * per_row(args.row_weight, row, 1.0, fp64);
+    put<C>(args.loss, row, weight * body(row, label, weight, out));
+    if (out != nullptr) fill_zero(out, args.columns, args.width);
+  }
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+inline bool streams(const RowArgs& args, int64_t element_bytes) {
+  return args.wants_grad && args.dstudent.data != args.student.data &&
+         args.batch * args.length * args.width * element_bytes > kStreamBytes;
+}
+
+template <class C>
+RowNumbers row_numbers(const DenseArgs& args, int64_t row, double weight) {
+  constexpr bool fp64 = sizeof(C) == 8;
+  const double temperature = per_row(args.student_temperature, row, args.temperature, fp64);
+  const double teacher_temperature = per_row(args.teacher_temperature, row, args.teacher_temperature_value, fp64);
+  return {weight,         kLog2e / temperature, kLog2e / teacher_temperature, args.kd_weight, args.scale_by_t_squared ? temperature * temperature : 1.0,
+          args.ce_weight, args.z_loss_weight,   per_row(args.param, row, args.param0, fp64)};
+}
+
+template <class C>
+void put_stats(const DenseArgs& args, int64_t row, const RowResult& result) {
+  if (args.stats == nullptr) return;
+  for (int k = 0; k < kStats; ++k) put<C>(args.stats, row * kStats + k, result.stats[k]);
+}
+
+// Student and teacher of one type, used as they are.
+template <class X>
+void dense_direct(const DenseArgs& args, int64_t begin, int64_t end) {
+  using C = typename Io<X>::C;
+  const bool streamed = streams(args, sizeof(X));
+  for_rows<X>(args, begin, end, [&](int64_t row, int64_t label, double weight, X* out) {
+    const X* s = row_pointer<X>(args.student, row, args.length);
+    const X* t = row_pointer<X>(args.teachers[0], row, args.length);
+    const RowResult result = objective_row(args, row_numbers<C>(args, row, weight), s, t, label, out, streamed);
+    put_stats<C>(args, row, result);
+    return result.loss;
+  });
+}
+
+template <class C, class X>
+void widen_row(const X* in, int64_t n, C* out) {
+  for (int64_t j = 0; j < n; ++j) out[j] = C(to_compute(in[j]));
+}
+template <class C>
+void widen_row(const LogitsView& view, int64_t row, int64_t length, int64_t n, C* out) {
+  switch (view.dtype) {
+    case DType::kFloat32: return widen_row(row_pointer<float>(view, row, length), n, out);
+    case DType::kBFloat16: return widen_row(row_pointer<BFloat16>(view, row, length), n, out);
+    case DType::kFloat16: return widen_row(row_pointer<Half>(view, row, length), n, out);
+    case DType::kFloat64: return widen_row(row_pointer<double>(view, row, length), n, out);
+  }
+}
+
+// Applies update(x) to a row in place, padded up to whole vectors (the scratch has room).
+template <class C, class Update>
+void map_row(C* x, int64_t n, Update update) {
+  for (int64_t j = 0; j < n; j += kLanes<C>) store(x + j, update(load<Vec<C>>(x + j)));
+}
+
+// tanh with a relative error of a few ulp: minimax x + x^3 P(x^2) below 5/8, 1 - 2 / (1 + e^2|x|) above.
+KDK_INLINE VecF tanh_fast(VecF x) {
+  const VecF zero = {}, magnitude = kdk_where(x < zero, -x, x), square = x * x;
+  VecF poly = -0.005704987007f * square + 0.02063908726f;
+  poly = poly * square + -0.05373971509f;
+  poly = poly * square + 0.133314422f;
+  poly = poly * square + -0.3333328194f;
+  const VecF small = x + x * square * poly;
+  const VecF large = 1.0f - 2.0f / (1.0f + kdk_exp(2.0f * magnitude));
+  const VecF signed_large = kdk_where(x < zero, -large, large);
+  return kdk_where(magnitude < 0.625f, small, kdk_where(x != x, x, signed_large));
+}
+KDK_INLINE VecD tanh_fast(VecD x) {
+  VecD y;
+  for (int i = 0; i < kLanes<double>; ++i) y[i] = std::tanh(x[i]);
+  return y;
+}
+
+template <class C>
+void softcap_row(C* x, int64_t n, double cap) {
+  const C up = C(cap), down = C(1 / cap);
+  map_row(x, n, [=](Vec<C> v) { return up * tanh_fast(v * down); });
+}
+
+struct Moments {
+  double mean, std;
+};
+// Population mean and standard deviation; a constant row counts as having deviation 1.
+template <class C>
+Moments moments(const C* x, int64_t n) {
+  const double mean = sum_of_logits(x, n) / double(n);
+  double squares = 0;
+  int64_t j = 0;
+  const Vec<C> centre = Vec<C>{} + C(mean);
+  while (j + kLanes<C> <= n) {
+    Vec<C> sum = {};
+    for (const int64_t end = std::min(n - n % kLanes<C>, j + kTileElements); j < end; j += kLanes<C>) {
+      const Vec<C> d = load<Vec<C>>(x + j) - centre;
+      sum += d * d;
+    }
+    squares += horizontal_sum<C>(sum);
+  }
+  for (; j < n; ++j) squares += (double(x[j]) - mean) * (double(x[j]) - mean);
+  // The centre was rounded to C: take that part out again.
+  const double shift = mean - double(C(mean));
+  const double variance = squares / double(n) - shift * shift;
+  return {mean, variance > 0 ? std::sqrt(variance) : (variance != variance ? variance : 1.0)};
+}
+
+template <class C>
+void logits_of_teacher(const DenseArgs& args, int k, int64_t row, C* out) {
+  const int64_t n = args.columns;
+  widen_row(args.teachers[k], row, args.length, n, out);
+  if (args.teacher_form == TeacherForm::kProbs) {
+    const Vec<C> zero = {}, low = zero - std::numeric_limits<C>::infinity();
+    map_row(out, n, [=](Vec<C> v) { return kdk_where(v == zero, low, kdk_log(v)); });
+  } else if (args.teacher_softcap != 0) {
+    softcap_row(out, n, args.teacher_softcap);
+  }
+}
+
+// log(sum of 2^(x c)) in base 2.
+template <class C>
+double log2_sum_exp(const C* x, int64_t n, double c) {
+  const Affine<C> a = affine<C>(c, maximum(x, n));
+  double total = 0;
+  int64_t j = 0;
+  while (j + kLanes<C> <= n) {
+    Vec<C> sum = {};
+    for (const int64_t end = std::min(n - n % kLanes<C>, j + kTileElements); j < end; j += kLanes<C>)
+      sum += exp2_fast<5>(a(load<Vec<C>>(x + j)));
+    total += horizontal_sum<C>(sum);
+  }
+  for (; j < n; ++j) total += std::exp2(a.scalar(x[j]));
+  return a.reference() + std::log2(total);
+}
+
+template <class C>
+double mixture_weight(const DenseArgs& args, int64_t row, int k) {
+  return double(static_cast<const C*>(args.mixture_weights)[row * args.mixture_stride_n + k * args.mixture_stride_m]);
+}
+
+// The teacher's row as logits in C; scale becomes log2(e) / T of that row.
+template <class C>
+const C* teacher_row(const DenseArgs& args, int64_t row, double& scale) {
+  Scratch<C>& scratch = Scratch<C>::mine();
+  const int64_t n = args.columns;
+  C* out = scratch.get(kTeacherRow, n);
+  if (args.mixture == Mixture::kNone) {
+    logits_of_teacher(args, 0, row, out);
+    if (args.standardize) scale /= moments(out, n).std;
+    return out;
+  }
+  C* one = scratch.get(kOtherRow, n);
+  const Vec<C> low = Vec<C>{} - std::numeric_limits<C>::infinity(), zero = {};
+  const bool logits = args.mixture == Mixture::kLogits;
+  map_row(out, n, [=](Vec<C>) { return logits ? zero : low; });
+  for (int k = 0; k < args.num_teachers; ++k) {
+    const double weight = mixture_weight<C>(args, row, k);
+    if (weight == 0) continue;
+    logits_of_teacher(args, k, row, one);
+    double own_scale = scale;
+    if (args.standardize) {
+      const Moments m = moments(one, n);
+      own_scale /= m.std;
+      const C mean = C(m.mean), inverse = C(1 / m.std);
+      if (logits) map_row(one, n, [=](Vec<C> v) { return (v - mean) * inverse; });
+    }
+    const C* in = one;
+    if (logits) {
+      const C w = C(weight);
+      for (int64_t j = 0; j < n; j += kLanes<C>) store(out + j, load<Vec<C>>(out + j) + w * load<Vec<C>>(in + j));
+      continue;
+    }
+    // log(e^u + e^v) with u the mixture so far, v = log w + log p of this teacher.
+    const double maximum_of_row = maximum(one, n);
+    const Affine<C> a = affine<C>(own_scale, maximum_of_row);
+    const C offset = C(a.reference() - log2_sum_exp(one, n, own_scale)), ln2 = C(kLn2), log_weight = C(std::log(weight));
+    for (int64_t j = 0; j < n; j += kLanes<C>) {
+      const Vec<C> u = load<Vec<C>>(out + j), v = (a(load<Vec<C>>(in + j)) + offset) * ln2 + log_weight;
+      const Vec<C> high = max_keep_nan(u, v), under = min_of(u, v) - high;
+      const Vec<C> sum = high + kdk_log(1 + kdk_exp(kdk_where(high == low, zero, under)));
+      store(out + j, kdk_where(high == low, low, sum));
+    }
+  }
+  if (!logits) scale = kLog2e;
+  return out;
+}
+
+template <class C>
+void narrow_row(const C* in, int64_t n, DType dtype, void* out) {
+  switch (dtype) {
+    case DType::kFloat32: for (int64_t j = 0; j < n; ++j) static_cast<float*>(out)[j] = float(in[j]); return;
+    case DType::kFloat64: for (int64_t j = 0; j < n; ++j) static_cast<double*>(out)[j] = double(in[j]); return;
+    case DType::kBFloat16: for (int64_t j = 0; j < n; ++j) from_compute(float(in[j]), static_cast<BFloat16*>(out) + j); return;
+    case DType::kFloat16: for (int64_t j = 0; j < n; ++j) from_compute(float(in[j]), static_cast<Half*>(out) + j); return;
+  }
+}
+
+// Cross entropy and z-loss of a row of logits alone, added to result; their gradient is added to g.
+template <class C>
+void add_hard_terms(const DenseArgs& args, const RowNumbers& num, const C* s, int64_t label, C* g, RowResult& result) {
+  const int64_t n = args.columns;
+  const double lse2 = log2_sum_exp(s, n, kLog2e), lse = kLn2 * lse2;
+  const bool inside = label >= 0 && label < n;
+  double cross_entropy = 0;
+  if (num.ce != 0) {
+    cross_entropy = lse;
+    if (args.label_smoothing != 1)
+      cross_entropy -= (1 - args.label_smoothing) * (inside ? double(s[label]) : std::numeric_limits<double>::quiet_NaN());
+    if (args.label_smoothing != 0) cross_entropy -= args.label_smoothing * sum_of_logits(s, n) / double(n);
+  }
+  result.loss += num.ce * cross_entropy + num.z * lse * lse;
+  result.stats[1] = cross_entropy;
+  result.stats[2] = lse;
+  if (g == nullptr) return;
+  const Affine<C> a = affine<C>(kLog2e, maximum(s, n));
+  const C c1 = C(num.weight * (num.ce + 2 * num.z * lse) * std::exp2(a.reference() - lse2));
+  const C c0 = C(-num.weight * num.ce * args.label_smoothing / double(n));
+  for (int64_t j = 0; j < n; j += kLanes<C>) store(g + j, load<Vec<C>>(g + j) + exp2_fast<5>(a(load<Vec<C>>(s + j))) * c1 + c0);
+  if (inside) g[label] -= C(num.weight * num.ce * (1 - args.label_smoothing));
+}
+
+// Anything else: rows are first brought to logits in C, and the gradient is taken back through what was done to the student.
+template <class X>
+void dense_generic(const DenseArgs& args, int64_t begin, int64_t end) {
+  using C = typename Io<X>::C;
+  const int64_t n = args.columns;
+  Scratch<C>& scratch = Scratch<C>::mine();
+  for_rows<X>(args, begin, end, [&](int64_t row, int64_t label, double weight, X* out) {
+    RowNumbers num = row_numbers<C>(args, row, weight);
+    const double tempered = num.student_scale;
+    const C* t = teacher_row<C>(args, row, num.teacher_scale);
+    C* s = scratch.get(kStudentRow, n);
+    widen_row(args.student, row, args.length, n, s);
+    if (args.student_softcap != 0) softcap_row(s, n, args.student_softcap);
+    C* g = out == nullptr ? nullptr : scratch.get(kGradientRow, n);
+    RowResult result;
+    if (args.standardize) {
+      // The divergence sees z = (s - mean) / std, whose softmax is that of s at T std; the other terms see s.
+      const Moments m = moments(s, n);
+      RowNumbers soft = num;
+      soft.student_scale = tempered / m.std;
+      soft.ce = soft.z = 0;
+      result = objective_row(args, soft, s, t, label, g, false);
+      if (g != nullptr) {
+        // objective_row divided by T std: dz = std * that, ds = (dz - z mean(dz z)) / std.
+        const C mean = C(m.mean);
+        double along = 0;
+        for (int64_t j = 0; j < n; ++j) along += double(g[j]) * double(s[j] - mean);
+        const C slope = C(along / (m.std * m.std * double(n)));
+        for (int64_t j = 0; j < n; j += kLanes<C>)
+          store(g + j, load<Vec<C>>(g + j) - (load<Vec<C>>(s + j) - mean) * slope);
+      }
+      if (num.ce != 0 || num.z != 0 || args.stats != nullptr) add_hard_terms(args, num, s, label, g, result);
+    } else {
+      result = objective_row(args, num, s, t, label, g, false);
+    }
+    if (g != nullptr) {
+      if (args.student_softcap != 0) {
+        const C inverse = C(1 / args.student_softcap);
+        for (int64_t j = 0; j < n; j += kLanes<C>) {
+          const Vec<C> ratio = load<Vec<C>>(s + j) * inverse;
+          store(g + j, load<Vec<C>>(g + j) * (1 - ratio * ratio));
+        }
+      }
+      narrow_row(g, n, args.dstudent.dtype, out);
+    }
+    put_stats<C>(args, row, result);
+    return result.loss;
+  });
+}
+
+inline void run_dense(const DenseArgs& args, int64_t begin, int64_t end) {
+  const bool direct = args.mixture == Mixture::kNone && args.teachers[0].dtype == args.student.dtype &&
+                      args.teacher_form == TeacherForm::kLogits && args.student_softcap == 0 && args.teacher_softcap == 0 &&
+                      !args.standardize;
+  switch (args.student.dtype) {
+    case DType::kFloat32: return direct ? dense_direct<float>(args, begin, end) : dense_generic<float>(args, begin, end);
+    case DType::kBFloat16: return direct ? dense_direct<BFloat16>(args, begin, end) : dense_generic<BFloat16>(args, begin, end);
+    case DType::kFloat16: return direct ? dense_direct<Half>(args, begin, end) : dense_generic<Half>(args, begin, end);
+    case DType::kFloat64: return direct ? dense_direct<double>(args, begin, end) : dense_generic<double>(args, begin, end);
+  }
+}
+
+// Decoupled distillation of one row: forward KL over the other classes, and the two-way KL of the label against them in scalars.
+template <class X>
+double dkd_row(const DkdArgs& args, double weight, const X* s, const X* t, int64_t label, X* out, bool streamed) {
+  using C = typename Io<X>::C;
+  const int64_t n = args.columns;
+  if (label < 0 || label >= n) {
+    if (out != nullptr) fill_zero(out, 0, n);
+    return std::numeric_limits<double>::quiet_NaN();
+  }
+  Row<X> row(s, t, n, head_elements(out, streamed));
+  row.exclude(label);
+  Scratch<C>& scratch = Scratch<C>::mine();
+  C *es = scratch.get(kEs, row.slots()), *et = scratch.get(kEt, row.slots());
+  double max_s = maximum(s, std::min(n, kSeedElements)), max_t = maximum(t, std::min(n, kSeedElements));
+  Affine<C> as, at;
+  RowSums sums;
+  for (int attempt = 0;; ++attempt) {
+    as = affine<C>(kLog2e / args.temperature, max_s);
+    at = affine<C>(kLog2e / args.teacher_temperature, max_t);
+    sums = RowSums();
+    for (int64_t tile = 0; tile < row.tiles(); ++tile) sweep_tile<kForward>(row, tile, as, at, es, et, sums);
+    // The label may have set the reference far above the others: then theirs is taken.
+    const bool low = sums.max_s < -kRedo || sums.max_t < -kRedo;
+    if (attempt > 0 || !(low || sums.max_s > kRedo || sums.max_t > kRedo)) break;
+    max_s = max_t = -std::numeric_limits<double>::infinity();
+    for (int64_t tile = 0; tile < row.tiles(); ++tile)
+      row.pieces(tile, [&](const X* ps, const X* pt, int64_t blocks, int64_t, int64_t, int64_t) {
+        max_s = std::max(max_s, maximum(ps, blocks * Row<X>::kBlock));
+        max_t = std::max(max_t, maximum(pt, blocks * Row<X>::kBlock));
+      });
+  }
+  const double label_s = to_compute(s[label]), label_t = to_compute(t[label]);
+  const double xs = as.scalar(label_s), xt = at.scalar(label_t);
+  const double log2_zs = std::log2(sums.zs), log2_zt = std::log2(sums.zt);
+  const bool others = n > 1;
+  const double nckd = others ? kLn2 * (sums.forward / sums.zt - log2_zt + log2_zs) : 0;
+  // Two-way distribution from the difference between the label and all others, stable on both ends.
+  const double gap_q = kLn2 * (xs - log2_zs), gap_p = kLn2 * (xt - log2_zt);
+  const auto log_sigmoid = [](double x) { return x > 0 ? -std::log1p(std::exp(-x)) : x - std::log1p(std::exp(x)); };
+  const double log_q = others ? log_sigmoid(gap_q) : 0, log_p = others ? log_sigmoid(gap_p) : 0;
+  const double log_rest_q = log_sigmoid(-gap_q), log_rest_p = log_sigmoid(-gap_p);
+  const double p = std::exp(log_p), rest_p = others ? std::exp(log_rest_p) : 0;
+  double tckd = p > 0 ? p * (log_p - log_q) : 0;
+  if (rest_p > 0) tckd += rest_p * (log_rest_p - log_rest_q);
+  const double tau = args.scale_by_t_squared ? args.temperature * args.temperature : 1;
+  if (out != nullptr) {
+    const double f = weight * tau / args.temperature;
+    // p - q, from the two small ones of the four probabilities. For another class, dTCKD = q^ (p - q) with q^ its share of the rest.
+    const double difference = p < 0.5 ? p - std::exp(log_q) : std::exp(log_rest_q) - rest_p;
+    GradientTerms<C> terms;
+    terms.es = es;
+    terms.et = et;
+    terms.e1 = es;
+    if (others) {
+      terms.a = f * (args.beta + args.alpha * difference) / sums.zs;
+      terms.b = f * args.beta / sums.zt;
+    }
+    write_gradient<false>(row, terms, out, streamed);
+    from_compute(C(others ? -f * args.alpha * difference : 0), out + label);
+  }
+  return tau * (args.alpha * tckd + args.beta * nckd);
+}
+
+template <class X>
+void dkd_rows(const DkdArgs& args, int64_t begin, int64_t end) {
+  using C = typename Io<X>::C;
+  const bool direct = args.teacher.dtype == args.student.dtype, streamed = direct && streams(args, sizeof(X));
+  for_rows<X>(args, begin, end, [&](int64_t row, int64_t label, double weight, X* out) {
+    const X* s = row_pointer<X>(args.student, row, args.length);
+    if (direct) return dkd_row(args, weight, s, row_pointer<X>(args.teacher, row, args.length), label, out, streamed);
+    Scratch<C>& scratch = Scratch<C>::mine();
+    C *student = scratch.get(kStudentRow, args.columns), *teacher = scratch.get(kTeacherRow, args.columns);
+    C* g = out == nullptr ? nullptr : scratch.get(kGradientRow, args.columns);
+    widen_row(args.student, row, args.length, args.columns, student);
+    widen_row(args.teacher, row, args.length, args.columns, teacher);
+    const double loss = dkd_row<C>(args, weight, student, teacher, label, g, false);
+    if (g != nullptr) narrow_row(g, args.columns, args.dstudent.dtype, out);
+    return loss;
+  });
+}
+
+inline void run_dkd(const DkdArgs& args, int64_t begin, int64_t end) {
+  switch (args.student.dtype) {
+    case DType::kFloat32: return dkd_rows<float>(args, begin, end);
+    case DType::kBFloat16: return dkd_rows<BFloat16>(args, begin, end);
+    case DType::kFloat16: return dkd_rows<Half>(args, begin, end);
+    case DType::kFloat64: return dkd_rows<double>(args, begin, end);
+  }
+}
+
+// Mean squared difference of the logits of one row.
+template <class C>
+double mse_row(const MseArgs& args, double weight, const C* s, const C* t, C* g) {
+  const int64_t n = args.columns;
+  double mean = 0, squares = 0;
+  for (int64_t j = 0; j < n; ++j) mean += args.centered ? double(s[j]) - double(t[j]) : 0;
+  mean /= double(n);
+  for (int64_t j = 0; j < n; ++j) {
+    const double d = double(s[j]) - double(t[j]) - mean;
+    squares += d * d;
+  }
+  // The derivative of the mean falls out: the centred differences sum to 0.
+  const double factor = 2 * weight / double(n);
+  if (g != nullptr)
+    for (int64_t j = 0; j < n; ++j) g[j] = C(factor * (double(s[j]) - double(t[j]) - mean));
+  return squares / double(n);
+}
+
+template <class X>
+void mse_rows(const MseArgs& args, int64_t begin, int64_t end) {
+  using C = typename Io<X>::C;
+  for_rows<X>(args, begin, end, [&](int64_t row, int64_t, double weight, X* out) {
+    Scratch<C>& scratch = Scratch<C>::mine();
+    C *student = scratch.get(kStudentRow, args.columns), *teacher = scratch.get(kTeacherRow, args.columns);
+    C* g = out == nullptr ? nullptr : scratch.get(kGradientRow, args.columns);
+    widen_row(args.student, row, args.length, args.columns, student);
+    widen_row(args.teacher, row, args.length, args.columns, teacher);
+    const double loss = mse_row<C>(args, weight, student, teacher, g);
+    if (g != nullptr) narrow_row(g, args.columns, args.dstudent.dtype, out);
+    return loss;
+  });
+}
+
+inline void run_mse(const MseArgs& args, int64_t begin, int64_t end) {
+  switch (args.student.dtype) {
+    case DType::kFloat32: return mse_rows<float>(args, begin, end);
+    case DType::kBFloat16: return mse_rows<BFloat16>(args, begin, end);
+    case DType::kFloat16: return mse_rows<Half>(args, begin, end);
+    case DType::kFloat64: return mse_rows<double>(args, begin, end);
+  }
+}
+
+template <class X>
+void scale_rows(const ScaleArgs& args, int64_t begin, int64_t end) {
+  using C = typename Io<X>::C;
+  for (int64_t row = begin; row < end; ++row) {
+    double factor = 1;
+    const int64_t at = row * args.factor_stride;
+    switch (args.factor_dtype) {
+      case DType::kFloat32: factor = static_cast<const float*>(args.factor)[at]; break;
+      case DType::kFloat64: factor = static_cast<const double*>(args.factor)[at]; break;
+      case DType::kBFloat16: factor = to_compute(static_cast<const BFloat16*>(args.factor)[at]); break;
+      case DType::kFloat16: factor = to_compute(static_cast<const Half*>(args.factor)[at]); break;
+    }
+    if (factor == 1) continue;
+    X* g = row_pointer<X>(args.grad, row, args.length);
+    const C c = C(factor);
+    int64_t j = 0;
+    for (; j + Io<X>::kBlock <= args.width; j += Io<X>::kBlock) {
+      Vec<C> a, b;
+      Io<X>::load2(g + j, a, b);
+      Io<X>::template store2<false>(g + j, a * c, b * c);
+    }
+    for (; j < args.width; ++j) from_compute(to_compute(g[j]) * c, g + j);
+  }
+}
+
+inline void run_scale(const ScaleArgs& args, int64_t begin, int64_t end) {
+  switch (args.grad.dtype) {
+    case DType::kFloat32: return scale_rows<float>(args, begin, end);
+    case DType::kBFloat16: return scale_rows<BFloat16>(args, begin, end);
+    case DType::kFloat16: return scale_rows<Half>(args, begin, end);
+    case DType::kFloat64: return scale_rows<double>(args, begin, end);
+  }
+}
+
+}  // namespace KDK_ISA
+}  // namespace kdk

@@ -1,0 +1,28 @@
+// The divergences the CPU kernels know; included inside the namespace of an instruction set. A new one is one line here, and its
+// functor in kdkernels/divergences.h.
+constexpr Divergence kDivergences[] = {
+    linear("forward_kl", {1, -1, 0, 0}),
+    linear("reverse_kl", {0, 0, -1, 1}),
+    linear("jeffreys", {1, -1, -1, 1}),
+    linear("soft_ce", {0, -1, 0, 0}),
+    linear("dual_soft_ce", {0, 0, -1, 0}),
+    general<Jsd>("jsd"),
+    general<Tvd>("tvd"),
+    general<SkewKl>("skew_kl"),
+    general<SkewReverseKl>("skew_reverse_kl"),
+    general<AlphaBeta>("alpha_beta"),
+    general<AlphaBetaZeroA>("alpha_beta/a=0"),
+    general<AlphaBetaZeroB>("alpha_beta/b=0"),
+    general<AlphaBetaZeroSum>("alpha_beta/a+b=0"),
+    general<AlphaBetaZero>("alpha_beta/a=b=0"),
+};
+constexpr int kNumDivergences = int(sizeof(kDivergences) / sizeof(kDivergences[0]));
+
+// The entry that computes a divergence at given parameters: limits have entries of their own.
+inline const char* entry_name(const char* name, double x0, double x1) {
+  if (std::strcmp(name, "alpha_beta") != 0) return name;
+  if (x0 == 0 && x1 == 0) return "alpha_beta/a=b=0";
+  if (x0 == 0) return "alpha_beta/a=0";
+  if (x1 == 0) return "alpha_beta/b=0";
+  return x0 + x1 == 0 ? "alpha_beta/a+b=0" : name;
+}

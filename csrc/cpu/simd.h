@@ -1,0 +1,354 @@
+// SIMD vectors of one width, chosen by the flags of the including file: AVX-512, AVX2, or 16 bytes anywhere else.
+//
+// Everything lives in an inline namespace named after the instruction set: copies compiled with different flags never meet in
+// the linker. GCC and Clang vector extensions carry the arithmetic; intrinsics only where the compilers
+// do not find the instruction.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define KDK_ISA avx512
+#define KDK_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define KDK_ISA avx2
+#define KDK_VECTOR_BYTES 32
+#else
+#define KDK_ISA baseline
+#define KDK_VECTOR_BYTES 16
+#endif
+
+#define KDK_INLINE inline __attribute__((always_inline))
+
+namespace kdk {
+inline namespace KDK_ISA {
+
+constexpr int kVectorBytes = KDK_VECTOR_BYTES;
+
+typedef float VecF __attribute__((vector_size(KDK_VECTOR_BYTES)));
+typedef int32_t VecI __attribute__((vector_size(KDK_VECTOR_BYTES)));
+typedef uint32_t VecU __attribute__((vector_size(KDK_VECTOR_BYTES)));
+typedef double VecD __attribute__((vector_size(KDK_VECTOR_BYTES)));
+typedef int64_t VecL __attribute__((vector_size(KDK_VECTOR_BYTES)));
+typedef uint16_t HalfVecU __attribute__((vector_size(KDK_VECTOR_BYTES / 2)));
+
+template <class C>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  using V = VecF;
+  using Mask = VecI;
+};
+template <>
+struct VecOf<double> {
+  using V = VecD;
+  using Mask = VecL;
+};
+template <class C>
+using Vec = typename VecOf<C>::V;
+template <class C>
+constexpr int kLanes = kVectorBytes / int(sizeof(C));
+
+template <class V>
+KDK_INLINE V load(const void* address) {
+  V v;
+  std::memcpy(&v, address, sizeof(V));
+  return v;
+}
+template <class V>
+KDK_INLINE void store(void* address, V v) {
+  std::memcpy(address, &v, sizeof(V));
+}
+template <class To, class From>
+KDK_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast between different sizes");
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+// A write that goes around the caches; the address is aligned to the vector.
+template <class V>
+KDK_INLINE void stream(void* address, V v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(address), bit_cast<__m512i>(v));
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(address), bit_cast<__m256i>(v));
+#elif defined(__x86_64__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(address), bit_cast<__m128i>(v));
+#else
+  store(address, v);
+#endif
+}
+
+// The second operand wins where either is NaN, as in the x86 instruction.
+KDK_INLINE VecF max_keep_nan(VecF a, VecF b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#elif defined(__x86_64__)
+  return _mm_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+KDK_INLINE VecD max_keep_nan(VecD a, VecD b) { return a > b ? a : b; }
+
+KDK_INLINE VecF kdk_where(VecI mask, VecF a, VecF b) { return mask ? a : b; }
+KDK_INLINE VecD kdk_where(VecL mask, VecD a, VecD b) { return mask ? a : b; }
+KDK_INLINE VecF keep(VecI mask, VecF a) { return bit_cast<VecF>(mask & bit_cast<VecI>(a)); }
+KDK_INLINE VecD keep(VecL mask, VecD a) { return bit_cast<VecD>(mask & bit_cast<VecL>(a)); }
+
+KDK_INLINE VecF min_of(VecF a, VecF b) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(a, b);
+#elif defined(__x86_64__)
+  return _mm_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+KDK_INLINE VecD min_of(VecD a, VecD b) { return a < b ? a : b; }
+
+template <class C>
+KDK_INLINE C horizontal_sum(Vec<C> v) {
+  C sum = 0;
+  for (int i = 0; i < kLanes<C>; ++i) sum += v[i];
+  return sum;
+}
+template <class C>
+KDK_INLINE C horizontal_max(Vec<C> v) {
+  C best = v[0];
+  for (int i = 1; i < kLanes<C>; ++i) best = v[i] > best || v[i] != v[i] ? v[i] : best;
+  return best;
+}
+
+// 2^x with x clamped to [-127, ...); exactly 0 from -127 down, so also for -inf. NaN stays NaN because the exponent is applied by a
+// multiplication. Polynomials are minimax in relative error on [-1/2, 1/2]: degree 4 2.6e-6, degree 5 7.5e-8.
+template <int DEGREE>
+KDK_INLINE VecF exp2_fast(VecF x) {
+  static_assert(DEGREE == 4 || DEGREE == 5, "no such polynomial");
+  const float magic = 12582912.0f + 127.0f;  // 1.5 * 2^23: adding it rounds to an integer; 127: the exponent's bias
+  x = max_keep_nan(VecF{} - 127.0f, x);
+  const VecF shifted = x + magic;
+  const VecF f = x - (shifted - magic);
+  VecF poly;
+  if (DEGREE == 5) {
+    poly = 0.0013276472454890609f * f + 0.009675540961325169f;
+    poly = poly * f + 0.05550713092088699f;
+    poly = poly * f + 0.24022120237350464f;
+    poly = poly * f + 0.6931469440460205f;
+    poly = poly * f + 1.0000001192092896f;
+  } else {
+    poly = 0.009570102207362652f * f + 0.05591785907745361f;
+    poly = poly * f + 0.240247443318367f;
+    poly = poly * f + 0.6931217908859253f;
+    poly = poly * f + 0.9999992847442627f;
+  }
+  return poly * bit_cast<VecF>(bit_cast<VecI>(shifted) << 23);
+}
+template <int DEGREE>
+KDK_INLINE VecD exp2_fast(VecD x) {
+  VecD y;
+  for (int i = 0; i < kLanes<double>; ++i) y[i] = std::exp2(x[i]);
+  return y;
+}
+
+// Natural exponential for the functors; inf from 2^128 on.
+KDK_INLINE VecF kdk_exp(VecF x) { return exp2_fast<5>(min_of(VecF{} + 128.0f, x * 1.4426950408889634f)); }
+KDK_INLINE VecD kdk_exp(VecD x) {
+  VecD y;
+  for (int i = 0; i < kLanes<double>; ++i) y[i] = std::exp(x[i]);
+  return y;
+}
+
+// Natural logarithm of a finite number >= 0: log(2^e (1 + f)) = e log 2 + f + f^2 P(f), |error| < 4e-8 + rounding. Numbers below the
+// normal range, 0 included, count as the smallest normal one: what multiplies them is 0. NaN stays NaN.
+KDK_INLINE VecF kdk_log(VecF x) {
+  x = max_keep_nan(VecF{} + 1.17549435e-38f, x);
+  const VecI bits = bit_cast<VecI>(x);
+  // Mantissa in [sqrt(1/2), sqrt(2)): subtract the bits of sqrt(1/2) before taking the exponent.
+  const VecI exponent = (bits - 0x3f3504f3) >> 23;
+  const VecF mantissa = bit_cast<VecF>(bits - (exponent << 23));
+  const VecF f = mantissa - 1.0f;
+  VecF poly = -0.1003461480140686f * f + 0.16335639357566833f;
+  poly = poly * f + -0.1732599437236786f;
+  poly = poly * f + 0.19888277351856232f;
+  poly = poly * f + -0.2496146559715271f;
+  poly = poly * f + 0.33335262537002563f;
+  poly = poly * f + -0.500005841255188f;
+  const VecF e = __builtin_convertvector(exponent, VecF);
+  const VecF y = e * 0.6931471805599453f + (f + f * f * poly);
+  return y + (x - x);  // NaN for a NaN argument
+}
+KDK_INLINE VecD kdk_log(VecD x) {
+  VecD y;
+  for (int i = 0; i < kLanes<double>; ++i) y[i] = std::log(x[i]);
+  return y;
+}
+
+// x * c - r in one rounding where the machine has it. Without it the reference is subtracted before scaling, which keeps logits
+// of 1e4 at T = 0.05 exact: m is the raw reference, r = m * c.
+KDK_INLINE VecF relative(VecF x, float c, float r, float m) {
+#if defined(__AVX2__) || defined(__AVX512F__) || defined(__aarch64__)
+  (void)m;
+  return x * c - r;
+#else
+  (void)r;
+  return (x - m) * c;
+#endif
+}
+KDK_INLINE VecD relative(VecD x, double c, double r, double m) {
+  (void)r;
+  return (x - m) * c;
+}
+// What relative() subtracted, in the scaled domain.
+KDK_INLINE double scaled_reference(float c, float r, float m) {
+#if defined(__AVX2__) || defined(__AVX512F__) || defined(__aarch64__)
+  (void)c, (void)m;
+  return double(r);
+#else
+  (void)r;
+  return double(m) * double(c);
+#endif
+}
+KDK_INLINE double scaled_reference(double c, double, double m) { return m * c; }
+
+// bf16 and fp16 as bits.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+KDK_INLINE float to_compute(float x) { return x; }
+KDK_INLINE double to_compute(double x) { return x; }
+KDK_INLINE float to_compute(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+KDK_INLINE float to_compute(Half h) {
+  // Exponent and mantissa move to their places in fp32; 2^112 rebiases, also for denormals.
+  const uint32_t magnitude = uint32_t(h.bits & 0x7fff) << 13;
+  float x = bit_cast<float>(magnitude) * 5.192296858534828e+33f;
+  if (magnitude >= (0x7c00u << 13)) x = bit_cast<float>(magnitude | 0x7f800000u);
+  return h.bits & 0x8000 ? -x : x;
+}
+KDK_INLINE uint16_t half_bits(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00);
+  if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00);
+  if (magnitude < 0x38800000u) {
+    // Adding 0.5 leaves the rounded denormal in the low bits.
+    const float rounded = bit_cast<float>(magnitude) + 0.5f;
+    return uint16_t(sign | (bit_cast<uint32_t>(rounded) - 0x3f000000u));
+  }
+  return uint16_t(sign | ((magnitude - 0x38000000u + 0xfff + ((magnitude >> 13) & 1)) >> 13));
+}
+KDK_INLINE void from_compute(float x, float* out) { *out = x; }
+KDK_INLINE void from_compute(double x, double* out) { *out = x; }
+KDK_INLINE void from_compute(float x, BFloat16* out) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  out->bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+KDK_INLINE void from_compute(float x, Half* out) { out->bits = half_bits(x); }
+
+// Blocks of two vectors. load2 and store2 agree on an order of the elements in the two vectors, which is theirs alone: slot(j) is
+// the place of element j in the scratch where the two vectors lie side by side.
+template <class T>
+struct Io {  // float, double
+  using C = T;
+  static constexpr int kBlock = 2 * kLanes<C>;
+  KDK_INLINE static void load2(const T* address, Vec<C>& a, Vec<C>& b) {
+    a = load<Vec<C>>(address);
+    b = load<Vec<C>>(address + kLanes<C>);
+  }
+  template <bool STREAM>
+  KDK_INLINE static void store2(T* address, Vec<C> a, Vec<C> b) {
+    if (STREAM) {
+      stream(address, a);
+      stream(address + kLanes<C>, b);
+    } else {
+      store(address, a);
+      store(address + kLanes<C>, b);
+    }
+  }
+  KDK_INLINE static int64_t slot(int64_t j) { return j; }
+};
+
+template <>
+struct Io<BFloat16> {
+  using C = float;
+  static constexpr int kBlock = 2 * kLanes<float>;
+  // Even elements in a, odd ones in b: one shift and one mask for a whole register of pairs.
+  KDK_INLINE static void load2(const BFloat16* address, VecF& a, VecF& b) {
+    const VecU pairs = load<VecU>(address);
+    a = bit_cast<VecF>(pairs << 16);
+    b = bit_cast<VecF>(pairs & 0xffff0000u);
+  }
+  // Round to nearest even. The NaNs that arithmetic makes survive the carry: their low bits are 0.
+  KDK_INLINE static VecU rounded(VecF v) {
+    const VecU bits = bit_cast<VecU>(v);
+    return bits + 0x7fffu + ((bits >> 16) & 1u);
+  }
+  template <bool STREAM>
+  KDK_INLINE static void store2(BFloat16* address, VecF a, VecF b) {
+    const VecU pairs = (rounded(a) >> 16) | (rounded(b) & 0xffff0000u);
+    if (STREAM) {
+      stream(address, pairs);
+    } else {
+      store(address, pairs);
+    }
+  }
+  KDK_INLINE static int64_t slot(int64_t j) {
+    const int64_t in_block = j % kBlock;
+    return j - in_block + (in_block & 1) * kLanes<float> + in_block / 2;
+  }
+};
+
+template <>
+struct Io<Half> {
+  using C = float;
+  static constexpr int kBlock = 2 * kLanes<float>;
+  KDK_INLINE static VecF widen(const Half* address) {
+#if defined(__AVX512F__)
+    return _mm512_cvtph_ps(load<__m256i>(address));
+#elif defined(__AVX2__)
+    return _mm256_cvtph_ps(load<__m128i>(address));
+#else
+    VecF v;
+    for (int i = 0; i < kLanes<float>; ++i) v[i] = to_compute(address[i]);
+    return v;
+#endif
+  }
+  KDK_INLINE static void load2(const Half* address, VecF& a, VecF& b) {
+    a = widen(address);
+    b = widen(address + kLanes<float>);
+  }
+  KDK_INLINE static void narrow(Half* address, VecF v) {
+#if defined(__AVX512F__)
+    store(address, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+    store(address, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int i = 0; i < kLanes<float>; ++i) address[i].bits = half_bits(v[i]);
+#endif
+  }
+  template <bool STREAM>
+  KDK_INLINE static void store2(Half* address, VecF a, VecF b) {
+    narrow(address, a);
+    narrow(address + kLanes<float>, b);
+  }
+  KDK_INLINE static int64_t slot(int64_t j) { return j; }
+};
+
+}  // namespace KDK_ISA
+}  // namespace kdk

@@ -1,0 +1,145 @@
+// Pointwise divergences, once for host and device: framework-free.
+//
+// A functor evaluates f(p, logp, q, logq) and score = df/dlogq for a value type V: a float, a double, or a SIMD vector of
+// them. V needs arithmetic, comparison, and the functions kdk_log, kdk_exp and kdk_where found for V by argument-dependent
+// or ordinary lookup. Contract: 0 * inf counts as 0, and f = score = 0 where both probabilities are 0.
+//
+// A divergence that is linear in the log-probabilities needs four coefficients only:
+//   D = sum p (c_pp logp + c_pq logq) + q (c_qp logp + c_qq logq).
+#pragma once
+
+#if defined(__CUDACC__)
+#define KDK_HD __host__ __device__ __forceinline__
+#else
+#define KDK_HD inline __attribute__((always_inline))
+#endif
+
+namespace kdk {
+
+struct Linear {
+  double c_pp, c_pq, c_qp, c_qq;
+};
+
+// The two run-time numbers of a divergence, param0 possibly different for every row.
+template <class V>
+struct Params {
+  V x0, x1;
+};
+
+// m = beta p + (1 - beta) q; f = beta p log(p/m) + (1 - beta) q log(q/m).
+struct Jsd {
+  template <class V>
+  KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V logq, V& value, V& score) {
+    const V zero = V{}, rest = zero + 1.0f - k.x0;
+    const V logm = kdk_log(k.x0 * p + rest * q);
+    score = kdk_where(q > zero, rest * q * (logq - logm), zero);
+    value = kdk_where(p > zero, k.x0 * p * (logp - logm), zero) + score;
+  }
+};
+
+// f = |p - q| / 2; the score is 0 where p == q.
+struct Tvd {
+  template <class V>
+  KDK_HD static void eval(const Params<V>&, V p, V, V q, V, V& value, V& score) {
+    const V zero = V{}, half = zero + 0.5f;
+    const V difference = q - p;
+    const V sign = kdk_where(difference > zero, half, kdk_where(difference < zero, -half, zero));
+    value = difference * sign;
+    score = q * sign;
+    // A NaN difference compares false both ways; let it through.
+    score = score + zero * difference;
+    value = value + zero * difference;
+  }
+};
+
+// m = alpha p + (1 - alpha) q; f = p log(p/m).
+struct SkewKl {
+  template <class V>
+  KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V, V& value, V& score) {
+    const V zero = V{}, rest = zero + 1.0f - k.x0;
+    const V m = k.x0 * p + rest * q;
+    value = kdk_where(p > zero, p * (logp - kdk_log(m)), zero);
+    score = kdk_where(p > zero, -rest * p * (q / m), zero);
+  }
+};
+
+// m = alpha q + (1 - alpha) p; f = q log(q/m).
+struct SkewReverseKl {
+  template <class V>
+  KDK_HD static void eval(const Params<V>& k, V p, V, V q, V logq, V& value, V& score) {
+    const V zero = V{};
+    const V m = k.x0 * q + (zero + 1.0f - k.x0) * p;
+    value = kdk_where(q > zero, q * (logq - kdk_log(m)), zero);
+    score = kdk_where(q > zero, value + q * (zero + 1.0f - k.x0 * (q / m)), zero);
+  }
+};
+
+// Alpha-beta divergence with a = x0, b = x1; the limits of the value are taken by the caller's choice of functor below.
+// score = q^b (q^a - p^a) / a for every a != 0, and q^b (logq - logp) for a = 0.
+struct AlphaBeta {
+  template <class V>
+  KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V logq, V& value, V& score) {
+    const V a = k.x0, b = k.x1, zero = V{};
+    const auto dead = (logp == logq) & (p == zero) & (q == zero);
+    const V p_a = kdk_exp(a * logp), q_b = kdk_exp(b * logq);
+    const V q_a = kdk_exp(a * logq), p_b = kdk_exp(b * logp);
+    value = (p_a * p_b / (b * (a + b)) + q_a * q_b / (a * (a + b))) - p_a * q_b / (a * b);
+    score = q_b * (q_a - p_a) / a;
+    value = kdk_where(dead, zero, value);
+    score = kdk_where(dead, zero, score);
+  }
+};
+
+// The limit a = 0, b != 0: (q^b log(q^b / p^b) - q^b + p^b) / b^2.
+struct AlphaBetaZeroA {
+  template <class V>
+  KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V logq, V& value, V& score) {
+    const V b = k.x1, zero = V{};
+    const V q_b = kdk_exp(b * logq), p_b = kdk_exp(b * logp);
+    const auto dead = (logp == logq) & (p == zero) & (q == zero);
+    score = kdk_where(q_b > zero, q_b * (logq - logp), zero);
+    value = (b * score - q_b + p_b) / (b * b);
+    value = kdk_where(dead, zero, value);
+    score = kdk_where(dead, zero, score);
+  }
+};
+
+// The limit b = 0, a != 0: (p^a log(p^a / q^a) - p^a + q^a) / a^2.
+struct AlphaBetaZeroB {
+  template <class V>
+  KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V logq, V& value, V& score) {
+    const V a = k.x0, zero = V{};
+    const V q_a = kdk_exp(a * logq), p_a = kdk_exp(a * logp);
+    const auto dead = (logp == logq) & (p == zero) & (q == zero);
+    value = (kdk_where(p_a > zero, p_a * (a * (logp - logq)), zero) - p_a + q_a) / (a * a);
+    score = (q_a - p_a) / a;
+    value = kdk_where(dead, zero, value);
+    score = kdk_where(dead, zero, score);
+  }
+};
+
+// The limit a + b = 0: ((p/q)^a - a log(p/q) - 1) / a^2.
+struct AlphaBetaZeroSum {
+  template <class V>
+  KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V logq, V& value, V& score) {
+    const V a = k.x0, zero = V{};
+    const auto dead = (logp == logq) & (p == zero) & (q == zero);
+    const V log_ratio = a * (logp - logq);
+    const V ratio = kdk_exp(log_ratio);
+    value = kdk_where(dead, zero, (ratio - log_ratio - 1.0f) / (a * a));
+    score = kdk_where(dead, zero, (zero + 1.0f - ratio) / a);
+  }
+};
+
+// The limit a = b = 0: (log p - log q)^2 / 2.
+struct AlphaBetaZero {
+  template <class V>
+  KDK_HD static void eval(const Params<V>&, V p, V logp, V q, V logq, V& value, V& score) {
+    const V zero = V{};
+    const auto dead = (logp == logq) & (p == zero) & (q == zero);
+    score = kdk_where(dead, zero, logq - logp);
+    value = 0.5f * score * score;
+  }
+};
+
+}  // namespace kdk
