@@ -26,6 +26,9 @@ from kdkernels.kernels.rows import (
     aligned_width,
     combine,
     fast_log2,
+    fold_max,
+    fold_sum,
+    lane_zeros,
     load_logits,
     mul0,
     num_rows,
@@ -33,12 +36,15 @@ from kdkernels.kernels.rows import (
     row_offset,
     row_strides,
     soft_cap,
+    spread,
     store_gradient,
     tile_offsets,
     zero_columns,
 )
 
 NUM_STATS = 9
+# Above every column.
+NOWHERE = tl.constexpr(2147483647)
 
 
 @triton.jit
@@ -64,58 +70,71 @@ def teacher_log2(
 
 
 @triton.jit
-def pointwise(p, logp, q, logq, param0, param1, COEFFICIENTS: tl.constexpr, FUNCTION: tl.constexpr):
+def both_dead(log2p, log2q):
+    """Where neither side has any probability: padding, and columns that both mask with -inf."""
+    return tl.maximum(log2p, log2q) == NEG_INF
+
+
+@triton.jit
+def value_of(p, log2p, q, log2q, param0, param1, COEFFICIENTS: tl.constexpr, VALUE: tl.constexpr):
     """The divergence's summand."""
+    logp = log2p * LN2
+    logq = log2q * LN2
     if COEFFICIENTS is None:
-        f = FUNCTION(p, logp, q, logq, param0, param1)
+        f = VALUE(p, logp, q, logq, param0, param1)
     else:
         f = tl.zeros(p.shape, tl.float32)
         if COEFFICIENTS[0] != 0 or COEFFICIENTS[1] != 0:
             f += mul0(p, combine(COEFFICIENTS[0], logp, COEFFICIENTS[1], logq))
         if COEFFICIENTS[2] != 0 or COEFFICIENTS[3] != 0:
             f += mul0(q, combine(COEFFICIENTS[2], logp, COEFFICIENTS[3], logq))
-    return f
+    return tl.where(both_dead(log2p, log2q), 0.0, f)
 
 
 @triton.jit
-def pointwise_score(p, logp, q, logq, param0, param1, COEFFICIENTS: tl.constexpr, FUNCTION: tl.constexpr):
+def score_of(p, log2p, q, log2q, param0, param1, COEFFICIENTS: tl.constexpr, SCORE: tl.constexpr):
     """Derivative of the summand by logq."""
+    logp = log2p * LN2
+    logq = log2q * LN2
     if COEFFICIENTS is None:
-        f = FUNCTION(p, logp, q, logq, param0, param1)
+        f = SCORE(p, logp, q, logq, param0, param1)
     else:
         f = COEFFICIENTS[1] * p + COEFFICIENTS[3] * q
         if COEFFICIENTS[2] != 0 or COEFFICIENTS[3] != 0:
             f += mul0(q, combine(COEFFICIENTS[2], logp, COEFFICIENTS[3], logq))
-    return f
+    return tl.where(both_dead(log2p, log2q), 0.0, f)
 
 
 @triton.jit
-def new_stats(LANES: tl.constexpr):
-    zeros = tl.zeros([LANES], tl.float32)
-    lowest = tl.full([LANES], NEG_INF, tl.float32)
-    first = tl.zeros([LANES], tl.int32)
+def new_stats(TILE: tl.constexpr):
+    zeros = lane_zeros(TILE)
+    lowest = tl.full([TILE[1]], NEG_INF, tl.float32)
+    first = tl.zeros([TILE[1]], tl.int32)
     return (zeros, zeros, zeros, zeros, zeros, lowest, first, lowest, first)
 
 
 @triton.jit
 def add_best(best, best_at, key, offs_v):
     """The largest key of every lane and the lowest column that has it."""
-    top = tl.max(key, axis=0)
-    at = tl.min(tl.where(key == top[None, :], offs_v, 2147483647), axis=0)
+    top = fold_max(key)
+    at = tl.min(tl.min(tl.where(key == spread(top), offs_v, NOWHERE), axis=2), axis=0)
     take = (top > best) | ((top == best) & (at < best_at))
     return tl.where(take, top, best), tl.where(take, at, best_at)
 
 
 @triton.jit
-def add_stats(stats, p, logp, q, logq, s, key, offs_v, dead):
+def add_stats(stats, p, log2p, q, log2q, s, key, offs_v):
     """Lane sums of both KLs, both entropies and the overlap, and both argmaxes."""
+    logp = log2p * LN2
+    logq = log2q * LN2
+    dead = both_dead(log2p, log2q)
     forward, reverse, entropy_p, entropy_q, overlap, best_s, at_s, best_t, at_t = stats
-    forward += tl.sum(tl.where(dead, 0.0, mul0(p, logp - logq)), axis=0)
-    reverse += tl.sum(tl.where(dead, 0.0, mul0(q, logq - logp)), axis=0)
-    entropy_p -= tl.sum(mul0(p, logp), axis=0)
-    entropy_q -= tl.sum(mul0(q, logq), axis=0)
+    forward += fold_sum(tl.where(dead, 0.0, mul0(p, logp - logq)))
+    reverse += fold_sum(tl.where(dead, 0.0, mul0(q, logq - logp)))
+    entropy_p -= fold_sum(mul0(p, logp))
+    entropy_q -= fold_sum(mul0(q, logq))
     # A NaN must not lose against a number.
-    overlap += tl.sum(tl.where(p < q, p, q), axis=0)
+    overlap += fold_sum(tl.where(p < q, p, q))
     best_s, at_s = add_best(best_s, at_s, s, offs_v)
     best_t, at_t = add_best(best_t, at_t, key, offs_v)
     return (forward, reverse, entropy_p, entropy_q, overlap, best_s, at_s, best_t, at_t)
@@ -123,7 +142,7 @@ def add_stats(stats, p, logp, q, logq, s, key, offs_v, dead):
 
 @triton.jit
 def fold_best(best, best_at):
-    return tl.min(tl.where(best == tl.max(best, axis=0), best_at, 2147483647), axis=0)
+    return tl.min(tl.where(best == tl.max(best, axis=0), best_at, NOWHERE), axis=0)
 
 
 @triton.jit
@@ -194,8 +213,7 @@ def dense_fwd_kernel(
     MIX_PROBS: tl.constexpr,
     TEACHER_PROBS: tl.constexpr,
     STANDARDIZE: tl.constexpr,
-    ROLL: tl.constexpr,
-    LANES: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     GRAD: tl.constexpr = dstudent_ptr is not None
     STATS: tl.constexpr = stats_ptr is not None
@@ -203,7 +221,14 @@ def dense_fwd_kernel(
     HARD: tl.constexpr = CE or STATS or z_loss_weight is not None
     # Standardised logits and mixed probabilities are known only after a sweep of their own, too late for online sums.
     LINEAR: tl.constexpr = COEFFICIENTS is not None and not STANDARDIZE and not MIX_PROBS
-    BLOCK_V: tl.constexpr = ROLL * LANES
+    if COEFFICIENTS is None:
+        Q_TERMS: tl.constexpr = True
+    else:
+        Q_TERMS: tl.constexpr = COEFFICIENTS[2] != 0 or COEFFICIENTS[3] != 0
+    # Without terms in q the sum of the scores is a constant, so the last sweep can do what is left of the sums.
+    SCORE_SUM_KNOWN: tl.constexpr = LINEAR or not (Q_TERMS or STANDARDIZE)
+    VALUE_SWEEP: tl.constexpr = not SCORE_SUM_KNOWN or (not GRAD and (STATS or not LINEAR))
+    BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
 
     row = tl.program_id(0)
     row64 = row.to(tl.int64)
@@ -215,7 +240,7 @@ def dense_fwd_kernel(
         label = tl.load(labels_ptr + row64)
         if label == ignore_index:
             if GRAD:
-                zero_columns(dstudent_ptr, 0, V if pad_width is None else pad_width, ROLL, LANES)
+                zero_columns(dstudent_ptr, 0, V if pad_width is None else pad_width, TILE)
             tl.store(loss_ptr + row64, 0.0)
             if STATS:
                 for k in tl.static_range(9):
@@ -259,12 +284,12 @@ def dense_fwd_kernel(
     deviation = 1.0
     if STANDARDIZE:
         # Only the deviation matters to a softmax: it acts as a temperature of the row.
-        mean, deviation = row_moments(student_ptr, V, load_width, student_softcap, False, ROLL, LANES)
+        mean, deviation = row_moments(student_ptr, V, load_width, student_softcap, False, TILE)
         student_scale /= deviation
         teacher_scales = ()
         mixed_weights = ()
         for k in tl.static_range(len(teachers)):
-            _, deviation_t = row_moments(teachers[k], V, load_width, teacher_softcap, TEACHER_PROBS, ROLL, LANES)
+            _, deviation_t = row_moments(teachers[k], V, load_width, teacher_softcap, TEACHER_PROBS, TILE)
             teacher_scales = teacher_scales + (teacher_scale / deviation_t,)
             mixed_weights = mixed_weights + (weights[k] / deviation_t,)
         if len(teachers) > 1 and not MIX_PROBS:
@@ -274,6 +299,8 @@ def dense_fwd_kernel(
         for _ in tl.static_range(len(teachers) - 1):
             teacher_scales = teacher_scales + (teacher_scale,)
 
+    # What p sums to: the weights of a mixture are taken as they are.
+    mass = 1.0
     if LINEAR:
         ms, log_zs, mt, log_zt, mean_p, mean_q, log_z1, centered_sum = linear_sweep(
             student_ptr,
@@ -290,18 +317,19 @@ def dense_fwd_kernel(
             COEFFICIENTS,
             TEACHER_PROBS,
             HARD,
-            ROLL,
-            LANES,
+            TILE,
         )
         divergence = (mean_p + mean_q) * LN2
         norms = ((mt, teacher_scale, log_zt),)
     else:
         ms, log_zs, log_z1, centered_sum = student_sweep(
-            student_ptr, center, V, load_width, student_softcap, student_scale, HARD, ROLL, LANES
+            student_ptr, center, V, load_width, student_softcap, student_scale, HARD, TILE
         )
         norms = ()
         if MIX_PROBS:
+            mass = 0.0
             for k in tl.static_range(len(teachers)):
+                mass += weights[k]
                 mt, log_zt = teacher_sweep(
                     (teachers[k],),
                     weights,
@@ -310,28 +338,26 @@ def dense_fwd_kernel(
                     teacher_softcap,
                     teacher_scales[k],
                     TEACHER_PROBS,
-                    ROLL,
-                    LANES,
+                    TILE,
                 )
                 norms = norms + ((mt, teacher_scales[k], log_zt),)
         else:
             mt, log_zt = teacher_sweep(
-                teachers, weights, V, load_width, teacher_softcap, teacher_scales[0], TEACHER_PROBS, ROLL, LANES
+                teachers, weights, V, load_width, teacher_softcap, teacher_scales[0], TEACHER_PROBS, TILE
             )
             norms = ((mt, teacher_scales[0], log_zt),)
 
-    offs_tile = tile_offsets(ROLL, LANES)
+    offs_tile = tile_offsets(TILE)
     num_tiles = tl.cdiv(V, BLOCK_V)
-    VALUE_SWEEP: tl.constexpr = not LINEAR or (STATS and not GRAD)
     if STATS:
-        stats = new_stats(LANES)
+        stats = new_stats(TILE)
+    lane_value = lane_zeros(TILE)
     score_sum = 0.0
-    slope_sum = 0.0
+    slope_mean = 0.0
     if VALUE_SWEEP:
-        lane_value = tl.zeros([LANES], tl.float32)
-        lane_score = tl.zeros([LANES], tl.float32)
-        lane_slope = tl.zeros([LANES], tl.float32)
-        lane_first = tl.zeros([LANES], tl.float32)
+        lane_score = lane_zeros(TILE)
+        lane_slope = lane_zeros(TILE)
+        lane_first = lane_zeros(TILE)
         for k in range(num_tiles):
             offs_v = (num_tiles - 1 - k) * BLOCK_V + offs_tile
             s = load_logits(student_ptr, offs_v, V, load_width, student_softcap, False)
@@ -339,70 +365,67 @@ def dense_fwd_kernel(
             log2p, key = teacher_log2(
                 teachers, weights, norms, offs_v, V, load_width, teacher_softcap, MIX_PROBS, TEACHER_PROBS
             )
-            dead = tl.maximum(log2p, log2q) == NEG_INF
             p = tl.exp2(log2p)
             q = tl.exp2(log2q)
-            logp = log2p * LN2
-            logq = log2q * LN2
             if not LINEAR:
-                value = pointwise(p, logp, q, logq, param0, param1, COEFFICIENTS, VALUE)
-                lane_value += tl.sum(tl.where(dead, 0.0, value), axis=0)
+                lane_value += fold_sum(value_of(p, log2p, q, log2q, param0, param1, COEFFICIENTS, VALUE))
                 if GRAD:
-                    score = pointwise_score(p, logp, q, logq, param0, param1, COEFFICIENTS, SCORE)
-                    score = tl.where(dead, 0.0, score)
-                    lane_score += tl.sum(score, axis=0)
+                    score = score_of(p, log2p, q, log2q, param0, param1, COEFFICIENTS, SCORE)
+                    lane_score += fold_sum(score)
                     if STANDARDIZE:
                         z = tl.where(offs_v < V, (s - mean) / deviation, 0.0)
-                        lane_slope += tl.sum(score * z, axis=0)
-                        lane_first += tl.sum(q * z, axis=0)
+                        lane_slope += fold_sum(score * z)
+                        lane_first += fold_sum(q * z)
             if STATS:
-                stats = add_stats(stats, p, logp, q, logq, s, key, offs_v, dead)
-        if not LINEAR:
-            divergence = tl.sum(lane_value, axis=0)
-            score_sum = tl.sum(lane_score, axis=0)
-            slope_sum = (tl.sum(lane_slope, axis=0) - score_sum * tl.sum(lane_first, axis=0)) / V
+                stats = add_stats(stats, p, log2p, q, log2q, s, key, offs_v)
+        score_sum = tl.sum(lane_score, axis=0)
+        slope_mean = (tl.sum(lane_slope, axis=0) - score_sum * tl.sum(lane_first, axis=0)) / V
 
-    lse = ms + log_z1 * LN2
-    kd_scale = scale * kd_weight * tl.where(t_squared != 0, temperature * temperature, 1.0)
-    loss = mul0(kd_scale, divergence)
     ce = 0.0
     hard_scale = 0.0
+    hard_loss = 0.0
+    lse = ms + log_z1 * LN2
     if CE:
         ce = ms - label_logit + log_z1 * LN2
         hard_scale = scale * ce_weight
         if label_smoothing is not None:
             ce -= label_smoothing * centered_sum / V
-        loss += hard_scale * ce
+        hard_loss = hard_scale * ce
     lse_scale = hard_scale
     if z_loss_weight is not None:
-        loss += scale * z_loss_weight * lse * lse
+        hard_loss += scale * z_loss_weight * lse * lse
         lse_scale += 2.0 * scale * z_loss_weight * lse
-    tl.store(loss_ptr + row64, loss)
+    if kd_weight is not None:
+        kd_scale = scale * kd_weight * tl.where(t_squared != 0, temperature * temperature, 1.0)
 
     if GRAD:
-        kd_scale /= temperature * deviation
+        if kd_weight is not None:
+            g_scale = kd_scale / (temperature * deviation)
         for k in range(num_tiles):
             offs_v = (k if VALUE_SWEEP else num_tiles - 1 - k) * BLOCK_V + offs_tile
             s = load_logits(student_ptr, offs_v, V, load_width, student_softcap, False)
             log2q = (s - ms) * student_scale - log_zs
-            q = tl.exp2(log2q)
             log2p, key = teacher_log2(
                 teachers, weights, norms, offs_v, V, load_width, teacher_softcap, MIX_PROBS, TEACHER_PROBS
             )
             p = tl.exp2(log2p)
-            if LINEAR:
-                g = (kd_scale * COEFFICIENTS[1]) * (p - q)
-                if COEFFICIENTS[2] != 0 or COEFFICIENTS[3] != 0:
-                    g += mul0(q, (combine(COEFFICIENTS[2], log2p, COEFFICIENTS[3], log2q) - mean_q) * (kd_scale * LN2))
-                if STATS:
-                    dead = tl.maximum(log2p, log2q) == NEG_INF
-                    stats = add_stats(stats, p, log2p * LN2, q, log2q * LN2, s, key, offs_v, dead)
+            q = tl.exp2(log2q)
+            if kd_weight is None:
+                g = tl.zeros(q.shape, tl.float32)
+            elif SCORE_SUM_KNOWN:
+                g = (g_scale * COEFFICIENTS[1]) * (p - q * mass)
+                if Q_TERMS:
+                    g += mul0(q, (combine(COEFFICIENTS[2], log2p, COEFFICIENTS[3], log2q) - mean_q) * (g_scale * LN2))
             else:
-                score = pointwise_score(p, log2p * LN2, q, log2q * LN2, param0, param1, COEFFICIENTS, SCORE)
-                g = tl.where(tl.maximum(log2p, log2q) == NEG_INF, 0.0, score) - q * score_sum
+                g = score_of(p, log2p, q, log2q, param0, param1, COEFFICIENTS, SCORE) - q * score_sum
                 if STANDARDIZE:
-                    g -= (s - mean) / deviation * slope_sum
-                g *= kd_scale
+                    g -= (s - mean) / deviation * slope_mean
+                g *= g_scale
+            if not VALUE_SWEEP:
+                if not LINEAR:
+                    lane_value += fold_sum(value_of(p, log2p, q, log2q, param0, param1, COEFFICIENTS, VALUE))
+                if STATS:
+                    stats = add_stats(stats, p, log2p, q, log2q, s, key, offs_v)
             if CE or z_loss_weight is not None:
                 g += lse_scale * tl.exp2((s - ms) * LOG2E - log_z1)
             if CE:
@@ -415,7 +438,14 @@ def dense_fwd_kernel(
                 g *= 1.0 - (s / student_softcap) * (s / student_softcap)
             store_gradient(dstudent_ptr, offs_v, g, V, pad_width)
         if pad_width is not None:
-            zero_columns(dstudent_ptr, num_tiles * BLOCK_V, pad_width, ROLL, LANES)
+            zero_columns(dstudent_ptr, num_tiles * BLOCK_V, pad_width, TILE)
+
+    if not LINEAR:
+        divergence = tl.sum(lane_value, axis=0)
+    loss = hard_loss
+    if kd_weight is not None:
+        loss += kd_scale * divergence
+    tl.store(loss_ptr + row64, loss)
     if STATS:
         store_stats(stats_ptr + row64 * 9, divergence, ce, lse, stats)
 
@@ -472,9 +502,8 @@ def dense_fwd(
     entry = divergences.lookup(divergence)
     teacher, teacher1, teacher2, teacher3 = (*teachers, None, None, None)[:4]
     mix_probs = len(teachers) > 1 and mixture == "probs"
-    light = entry.linear is not None and not (standardize or mix_probs or stats)
     itemsize = max(x.element_size() for x in (student, *teachers))
-    shape = tuning.tile(vocab_size, itemsize, light=light)
+    shape = tuning.shape(vocab_size, itemsize, heavy=stats or mix_probs)
     width = student.shape[-1]
     stride_sb, stride_sl = row_strides(student)
     stride_tb, stride_tl = row_strides(teacher)
@@ -522,7 +551,7 @@ def dense_fwd(
         temperature,
         teacher_temperature,
         1.0 if scale_by_t_squared else 0.0,
-        kd_weight,
+        kd_weight or None,
         ce_weight or None,
         z_loss_weight or None,
         (label_smoothing or None) if ce_weight else None,
@@ -536,8 +565,7 @@ def dense_fwd(
         MIX_PROBS=mix_probs,
         TEACHER_PROBS=teacher_form == "probs",
         STANDARDIZE=standardize,
-        ROLL=shape.ROLL,
-        LANES=shape.LANES,
+        TILE=shape.TILE,
         num_warps=shape.num_warps,
     )
     return loss, row_stats

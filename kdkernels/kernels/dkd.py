@@ -65,10 +65,9 @@ def dkd_fwd_kernel(
     beta,
     temperature,
     teacher_temperature,
-    ROLL: tl.constexpr,
-    LANES: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    BLOCK_V: tl.constexpr = ROLL * LANES
+    BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
     row = tl.program_id(0)
     row64 = row.to(tl.int64)
     student_ptr += row_offset(row, L, stride_sb, stride_sl)
@@ -78,7 +77,7 @@ def dkd_fwd_kernel(
     label = tl.load(labels_ptr + row64)
     if label == ignore_index:
         if dstudent_ptr is not None:
-            zero_columns(dstudent_ptr, 0, V if pad_width is None else pad_width, ROLL, LANES)
+            zero_columns(dstudent_ptr, 0, V if pad_width is None else pad_width, TILE)
         tl.store(loss_ptr + row64, 0.0)
         return
     if row_weight_ptr is not None:
@@ -105,8 +104,7 @@ def dkd_fwd_kernel(
         _REST,
         False,
         False,
-        ROLL,
-        LANES,
+        TILE,
     )
     # With one column there is no rest.
     rest = tl.where(V == 1, 0.0, rest)
@@ -122,7 +120,7 @@ def dkd_fwd_kernel(
     if dstudent_ptr is not None:
         scale /= temperature
         away = scale * alpha * (p_y - q_y)
-        offs_tile = tile_offsets(ROLL, LANES)
+        offs_tile = tile_offsets(TILE)
         num_tiles = tl.cdiv(V, BLOCK_V)
         for k in range(num_tiles):
             offs_v = (num_tiles - 1 - k) * BLOCK_V + offs_tile
@@ -133,7 +131,7 @@ def dkd_fwd_kernel(
             g = tl.where(offs_v == label, -away, away * q + scale * beta * (q - p))
             store_gradient(dstudent_ptr, offs_v, g, V, pad_width)
         if pad_width is not None:
-            zero_columns(dstudent_ptr, num_tiles * BLOCK_V, pad_width, ROLL, LANES)
+            zero_columns(dstudent_ptr, num_tiles * BLOCK_V, pad_width, TILE)
 
 
 def dkd_fwd(
@@ -167,7 +165,7 @@ def dkd_fwd(
     if N == 0:
         return loss
     width = student.shape[-1]
-    shape = tuning.tile(vocab_size, max(student.element_size(), teacher.element_size()))
+    shape = tuning.shape(vocab_size, max(student.element_size(), teacher.element_size()))
     stride_sb, stride_sl = row_strides(student)
     stride_tb, stride_tl = row_strides(teacher)
     stride_db, stride_dl = row_strides(dstudent)
@@ -195,8 +193,7 @@ def dkd_fwd(
         beta,
         temperature,
         teacher_temperature,
-        ROLL=shape.ROLL,
-        LANES=shape.LANES,
+        TILE=shape.TILE,
         num_warps=shape.num_warps,
     )
     return loss

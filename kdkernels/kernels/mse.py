@@ -16,11 +16,12 @@ from torch import Tensor
 from kdkernels.kernels import tuning
 from kdkernels.kernels.rows import (
     aligned_width,
+    fold_sum,
+    lane_zeros,
     load_logits,
     num_rows,
     row_offset,
     row_strides,
-    row_sum,
     store_gradient,
     tile_offsets,
     zero_columns,
@@ -57,11 +58,10 @@ def mse_fwd_kernel(
     ignore_index,
     scale,
     CENTERED: tl.constexpr,
-    ROLL: tl.constexpr,
-    LANES: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     GRAD: tl.constexpr = dstudent_ptr is not None
-    BLOCK_V: tl.constexpr = ROLL * LANES
+    BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
     row = tl.program_id(0)
     row64 = row.to(tl.int64)
     student_ptr += row_offset(row, L, stride_sb, stride_sl)
@@ -71,21 +71,23 @@ def mse_fwd_kernel(
     if labels_ptr is not None:
         if tl.load(labels_ptr + row64) == ignore_index:
             if GRAD:
-                zero_columns(dstudent_ptr, 0, V if pad_width is None else pad_width, ROLL, LANES)
+                zero_columns(dstudent_ptr, 0, V if pad_width is None else pad_width, TILE)
             tl.store(loss_ptr + row64, 0.0)
             return
     if row_weight_ptr is not None:
         scale *= tl.load(row_weight_ptr + row64 * stride_wn)
 
-    offs_tile = tile_offsets(ROLL, LANES)
+    offs_tile = tile_offsets(TILE)
     num_tiles = tl.cdiv(V, BLOCK_V)
     slope = 2.0 * scale / V
     pilot = 0.0
     if CENTERED:
         # Deviations from the first tile's mean: a large common shift of the logits cancels before it is squared.
-        pilot = row_sum(load_difference(student_ptr, teacher_ptr, offs_tile, V, load_width)) / tl.minimum(V, BLOCK_V)
-    total = tl.zeros([LANES], tl.float32)
-    squares = tl.zeros([LANES], tl.float32)
+        pilot = tl.sum(
+            fold_sum(load_difference(student_ptr, teacher_ptr, offs_tile, V, load_width)), axis=0
+        ) / tl.minimum(V, BLOCK_V)
+    total = lane_zeros(TILE)
+    squares = lane_zeros(TILE)
     for k in range(num_tiles):
         offs_v = k * BLOCK_V + offs_tile
         d = load_difference(student_ptr, teacher_ptr, offs_v, V, load_width)
@@ -93,8 +95,8 @@ def mse_fwd_kernel(
             store_gradient(dstudent_ptr, offs_v, d * slope, V, pad_width)
         if CENTERED:
             d = tl.where(offs_v < V, d - pilot, 0.0)
-            total += tl.sum(d, axis=0)
-        squares += tl.sum(d * d, axis=0)
+            total += fold_sum(d)
+        squares += fold_sum(d * d)
     loss = tl.sum(squares, axis=0) / V
     if CENTERED:
         mean = tl.sum(total, axis=0) / V
@@ -105,7 +107,7 @@ def mse_fwd_kernel(
                 d = load_difference(student_ptr, teacher_ptr, offs_v, V, load_width)
                 store_gradient(dstudent_ptr, offs_v, (d - pilot - mean) * slope, V, pad_width)
     if GRAD and pad_width is not None:
-        zero_columns(dstudent_ptr, num_tiles * BLOCK_V, pad_width, ROLL, LANES)
+        zero_columns(dstudent_ptr, num_tiles * BLOCK_V, pad_width, TILE)
     tl.store(loss_ptr + row64, loss * scale)
 
 
@@ -136,7 +138,7 @@ def mse_fwd(
     if N == 0:
         return loss
     width = student.shape[-1]
-    shape = tuning.tile(vocab_size, max(student.element_size(), teacher.element_size()))
+    shape = tuning.shape(vocab_size, max(student.element_size(), teacher.element_size()))
     stride_sb, stride_sl = row_strides(student)
     stride_tb, stride_tl = row_strides(teacher)
     stride_db, stride_dl = row_strides(dstudent)
@@ -161,8 +163,7 @@ def mse_fwd(
         ignore_index,
         scale,
         CENTERED=centered,
-        ROLL=shape.ROLL,
-        LANES=shape.LANES,
+        TILE=shape.TILE,
         num_warps=shape.num_warps,
     )
     return loss

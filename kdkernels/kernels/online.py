@@ -5,13 +5,16 @@ import triton.language as tl
 
 from kdkernels.kernels.rows import (
     LOG2E,
-    LOWEST,
     NEG_INF,
     combine,
+    fold_max,
+    fold_sum,
+    lane_lowest,
+    lane_zeros,
     load_logits,
     mul0,
-    raise_max,
     rescale,
+    spread,
     tile_offsets,
 )
 
@@ -33,9 +36,9 @@ def load_teacher(teachers, weights, offs_v, V, load_width, softcap, PROBS: tl.co
 def add_hard(hard, old_max, new_max, s, inside, center):
     """Lane sums for cross entropy at temperature 1: sum exp(s - max), and sum (s - center) if labels are smoothed."""
     z, total = hard
-    z = z * tl.exp2((old_max - new_max) * LOG2E) + tl.sum(tl.exp2((s - new_max[None, :]) * LOG2E), axis=0)
+    z = z * tl.exp2((old_max - new_max) * LOG2E) + fold_sum(tl.exp2((s - spread(new_max)) * LOG2E))
     if center is not None:
-        total += tl.sum(tl.where(inside, s - center, 0.0), axis=0)
+        total += fold_sum(tl.where(inside, s - center, 0.0))
     return z, total
 
 
@@ -62,8 +65,7 @@ def linear_sweep(
     COEFFICIENTS: tl.constexpr,
     TEACHER_PROBS: tl.constexpr,
     HARD: tl.constexpr,
-    ROLL: tl.constexpr,
-    LANES: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """First sweep of a linear divergence: maximum and log2 normaliser of both sides, and its two sums in base 2.
 
@@ -73,40 +75,41 @@ def linear_sweep(
     C_PQ: tl.constexpr = COEFFICIENTS[1]
     C_QP: tl.constexpr = COEFFICIENTS[2]
     C_QQ: tl.constexpr = COEFFICIENTS[3]
-    offs_tile = tile_offsets(ROLL, LANES)
-    ms = tl.full([LANES], LOWEST, tl.float32)
-    mt = tl.full([LANES], LOWEST, tl.float32)
-    zs = tl.zeros([LANES], tl.float32)
-    zt = tl.zeros([LANES], tl.float32)
-    sum_p = tl.zeros([LANES], tl.float32)
-    sum_q = tl.zeros([LANES], tl.float32)
-    hard = (tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32))
-    for start in range(0, V, ROLL * LANES):
+    BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
+    offs_tile = tile_offsets(TILE)
+    ms = lane_lowest(TILE)
+    mt = lane_lowest(TILE)
+    zs = lane_zeros(TILE)
+    zt = lane_zeros(TILE)
+    sum_p = lane_zeros(TILE)
+    sum_q = lane_zeros(TILE)
+    hard = (lane_zeros(TILE), lane_zeros(TILE))
+    for start in range(0, V, BLOCK_V):
         offs_v = start + offs_tile
         s = load_logits(student_ptr, offs_v, V, load_width, student_softcap, False)
         t = load_teacher(teachers, weights, offs_v, V, load_width, teacher_softcap, TEACHER_PROBS)
         if skipped is not None:
             s = tl.where(offs_v == skipped, NEG_INF, s)
             t = tl.where(offs_v == skipped, NEG_INF, t)
-        ns = raise_max(ms, s)
-        nt = raise_max(mt, t)
+        ns = tl.maximum(ms, fold_max(s))
+        nt = tl.maximum(mt, fold_max(t))
         shift_s = (ms - ns) * student_scale
         shift_t = (mt - nt) * teacher_scale
         factor_s = tl.exp2(shift_s)
         factor_t = tl.exp2(shift_t)
         # The difference first: a logit of 1e4 at T = 0.05 keeps all its bits.
-        a = (s - ns[None, :]) * student_scale
-        b = (t - nt[None, :]) * teacher_scale
+        a = (s - spread(ns)) * student_scale
+        b = (t - spread(nt)) * teacher_scale
         es = tl.exp2(a)
         et = tl.exp2(b)
         if C_PP != 0 or C_PQ != 0:
             sum_p = rescale(sum_p, zt, factor_t, combine(C_PP, shift_t, C_PQ, shift_s))
-            sum_p += tl.sum(mul0(et, combine(C_PP, b, C_PQ, a)), axis=0)
+            sum_p += fold_sum(mul0(et, combine(C_PP, b, C_PQ, a)))
         if C_QP != 0 or C_QQ != 0:
             sum_q = rescale(sum_q, zs, factor_s, combine(C_QP, shift_t, C_QQ, shift_s))
-            sum_q += tl.sum(mul0(es, combine(C_QP, b, C_QQ, a)), axis=0)
-        zs = zs * factor_s + tl.sum(es, axis=0)
-        zt = zt * factor_t + tl.sum(et, axis=0)
+            sum_q += fold_sum(mul0(es, combine(C_QP, b, C_QQ, a)))
+        zs = zs * factor_s + fold_sum(es)
+        zt = zt * factor_t + fold_sum(et)
         if HARD:
             hard = add_hard(hard, ms, ns, s, offs_v < V, center)
         ms = ns
@@ -143,19 +146,19 @@ def student_sweep(
     softcap,
     student_scale,
     HARD: tl.constexpr,
-    ROLL: tl.constexpr,
-    LANES: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """The student's maximum, log2 of its normaliser, and the sums of cross entropy."""
-    offs_tile = tile_offsets(ROLL, LANES)
-    m = tl.full([LANES], LOWEST, tl.float32)
-    z = tl.zeros([LANES], tl.float32)
-    hard = (tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32))
-    for start in range(0, V, ROLL * LANES):
+    BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
+    offs_tile = tile_offsets(TILE)
+    m = lane_lowest(TILE)
+    z = lane_zeros(TILE)
+    hard = (lane_zeros(TILE), lane_zeros(TILE))
+    for start in range(0, V, BLOCK_V):
         offs_v = start + offs_tile
         s = load_logits(student_ptr, offs_v, V, load_width, softcap, False)
-        n = raise_max(m, s)
-        z = z * tl.exp2((m - n) * student_scale) + tl.sum(tl.exp2((s - n[None, :]) * student_scale), axis=0)
+        n = tl.maximum(m, fold_max(s))
+        z = z * tl.exp2((m - n) * student_scale) + fold_sum(tl.exp2((s - spread(n)) * student_scale))
         if HARD:
             hard = add_hard(hard, m, n, s, offs_v < V, center)
         m = n
@@ -173,17 +176,17 @@ def teacher_sweep(
     softcap,
     teacher_scale,
     TEACHER_PROBS: tl.constexpr,
-    ROLL: tl.constexpr,
-    LANES: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Maximum and log2 of the normaliser of one teacher, or of a weighted sum of teachers' logits."""
-    offs_tile = tile_offsets(ROLL, LANES)
-    m = tl.full([LANES], LOWEST, tl.float32)
-    z = tl.zeros([LANES], tl.float32)
-    for start in range(0, V, ROLL * LANES):
+    BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
+    offs_tile = tile_offsets(TILE)
+    m = lane_lowest(TILE)
+    z = lane_zeros(TILE)
+    for start in range(0, V, BLOCK_V):
         t = load_teacher(teachers, weights, start + offs_tile, V, load_width, softcap, TEACHER_PROBS)
-        n = raise_max(m, t)
-        z = z * tl.exp2((m - n) * teacher_scale) + tl.sum(tl.exp2((t - n[None, :]) * teacher_scale), axis=0)
+        n = tl.maximum(m, fold_max(t))
+        z = z * tl.exp2((m - n) * teacher_scale) + fold_sum(tl.exp2((t - spread(n)) * teacher_scale))
         m = n
     row_m = tl.max(m, axis=0)
     return row_m, tl.log2(tl.sum(z * tl.exp2((m - row_m) * teacher_scale), axis=0))

@@ -1,9 +1,9 @@
 """Pieces every row pattern shares: loads in fp32, the online softmax, and the arithmetic of zero times infinity.
 
-A row of V columns is swept in tiles of [ROLL, LANES] columns. The state of a sweep is a vector of LANES partial
-results, so that the loop has no exchange between threads; one reduction after the loop folds the lanes. Logits are
-scaled by log2(e) / T, exponentials are powers of two of differences to a running maximum, and logarithms are base 2
-until they leave the kernel.
+A row of V columns is swept in tiles [ROLL, LANES, VEC]: a lane, which is a thread, holds ROLL pieces of VEC columns,
+one 16-byte access each. The state of a sweep is one number a lane, so the loop has no exchange between threads and no
+barrier; reductions after the loop fold the lanes. Logits are scaled by log2(e) / T, exponentials are powers of two of
+differences to a running maximum, and logarithms are base 2 until they leave the kernel.
 """
 
 from __future__ import annotations
@@ -69,8 +69,40 @@ def row_offset(row, L, stride_b, stride_l):
 
 
 @triton.jit
-def tile_offsets(ROLL: tl.constexpr, LANES: tl.constexpr):
-    return tl.arange(0, ROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]  # [ROLL, LANES]
+def tile_offsets(TILE: tl.constexpr):
+    ROLL: tl.constexpr = TILE[0]
+    LANES: tl.constexpr = TILE[1]
+    VEC: tl.constexpr = TILE[2]
+    lane = tl.arange(0, LANES)[None, :, None] * VEC + tl.arange(0, VEC)[None, None, :]
+    return tl.arange(0, ROLL)[:, None, None] * (LANES * VEC) + lane  # [ROLL, LANES, VEC]
+
+
+@triton.jit
+def lane_zeros(TILE: tl.constexpr):
+    return tl.zeros([TILE[1]], tl.float32)  # [LANES]
+
+
+@triton.jit
+def lane_lowest(TILE: tl.constexpr):
+    return tl.full([TILE[1]], LOWEST, tl.float32)  # [LANES]
+
+
+@triton.jit
+def fold_sum(x):
+    """Sum of a tile [ROLL, LANES, VEC] to [LANES]; no thread needs another."""
+    return tl.sum(tl.sum(x, axis=2), axis=0)
+
+
+@triton.jit
+def fold_max(x):
+    """Maximum of a tile [ROLL, LANES, VEC] to [LANES]; a NaN loses against a number."""
+    return tl.max(tl.max(x, axis=2), axis=0)
+
+
+@triton.jit
+def spread(lane):
+    """[LANES] to the shape of a tile."""
+    return lane[None, :, None]
 
 
 @triton.jit
@@ -102,12 +134,6 @@ def load_logits(row_ptr, offs_v, V, load_width, softcap, PROBS: tl.constexpr):
 
 
 @triton.jit
-def raise_max(lane_max, x):
-    """The running maximum of every lane after the tile x [ROLL, LANES]."""
-    return tl.maximum(lane_max, tl.max(x, axis=0))
-
-
-@triton.jit
 def rescale(total, mass, factor, shift):
     """Move total = sum e * (x - m) to a new m: e shrinks by factor, x - m by -shift; mass is the old sum of e."""
     moved = mass * factor
@@ -115,26 +141,21 @@ def rescale(total, mass, factor, shift):
 
 
 @triton.jit
-def row_sum(x):
-    """Sum of a tile [ROLL, LANES] to a scalar."""
-    return tl.sum(tl.sum(x, axis=0), axis=0)
-
-
-@triton.jit
-def row_moments(row_ptr, V, load_width, softcap, PROBS: tl.constexpr, ROLL: tl.constexpr, LANES: tl.constexpr):
+def row_moments(row_ptr, V, load_width, softcap, PROBS: tl.constexpr, TILE: tl.constexpr):
     """Mean and population standard deviation of a row; a deviation of 0 counts as 1. One sweep."""
-    offs_v = tile_offsets(ROLL, LANES)
+    BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
+    offs_v = tile_offsets(TILE)
     # Deviations from the first tile's mean: the sum of squares cannot cancel, and a constant row gives exactly 0.
     x = load_logits(row_ptr, offs_v, V, load_width, softcap, PROBS)
-    top = tl.max(tl.max(x, axis=0), axis=0)
-    pilot = top + row_sum(tl.where(offs_v < V, x - top, 0.0)) / tl.minimum(V, ROLL * LANES)
-    total = tl.zeros([LANES], tl.float32)
-    squares = tl.zeros([LANES], tl.float32)
-    for start in range(0, V, ROLL * LANES):
+    top = tl.max(fold_max(x), axis=0)
+    pilot = top + tl.sum(fold_sum(tl.where(offs_v < V, x - top, 0.0)), axis=0) / tl.minimum(V, BLOCK_V)
+    total = lane_zeros(TILE)
+    squares = lane_zeros(TILE)
+    for start in range(0, V, BLOCK_V):
         x = load_logits(row_ptr, start + offs_v, V, load_width, softcap, PROBS)
         d = tl.where(start + offs_v < V, x - pilot, 0.0)
-        total += tl.sum(d, axis=0)
-        squares += tl.sum(d * d, axis=0)
+        total += fold_sum(d)
+        squares += fold_sum(d * d)
     mean = tl.sum(total, axis=0) / V
     variance = tl.sum(squares, axis=0) / V - mean * mean
     # Compared this way round a NaN stays NaN.
@@ -152,12 +173,11 @@ def store_gradient(row_ptr, offs_v, g, V, pad_width):
 
 
 @triton.jit
-def zero_columns(row_ptr, start, stop, ROLL: tl.constexpr, LANES: tl.constexpr):
-    offs_v = tile_offsets(ROLL, LANES)
-    for begin in range(start, stop, ROLL * LANES):
-        tl.store(
-            row_ptr + begin + offs_v, tl.zeros([ROLL, LANES], row_ptr.dtype.element_ty), mask=begin + offs_v < stop
-        )
+def zero_columns(row_ptr, start, stop, TILE: tl.constexpr):
+    BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
+    offs_v = tile_offsets(TILE)
+    for begin in range(start, stop, BLOCK_V):
+        tl.store(row_ptr + begin + offs_v, tl.zeros(offs_v.shape, row_ptr.dtype.element_ty), mask=begin + offs_v < stop)
 
 
 def num_rows(x: Tensor) -> tuple[int, int]:

@@ -7,33 +7,36 @@ from typing import NamedTuple
 import torch
 import triton
 
-# Beyond 32 values a thread and tensor a sweep over two tensors begins to spill; with 16 warps that is 16384 columns.
-MAX_BLOCK_V = 16384
 # One warp covers 32 lanes of a CUDA GPU, 64 of a CDNA one.
 WARP = 64 if torch.version.hip else 32
 
+# Columns of one tensor a thread holds at a time: four independent 16-byte loads of two bf16 tensors, eight of fp32.
+ELEMENTS = 16
 
-class Tile(NamedTuple):
-    """A tile of ROLL * LANES columns; LANES of them are side by side, one 16-byte access of every thread."""
 
-    ROLL: int
-    LANES: int
+class Shape(NamedTuple):
+    """A tile (ROLL, LANES, VEC) of ROLL * LANES * VEC columns, and the warps that hold its LANES."""
+
+    TILE: tuple[int, int, int]
     num_warps: int
 
 
-def tile(V: int, itemsize: int, *, light: bool = True, warp: int = WARP) -> Tile:
+def shape(V: int, itemsize: int, *, heavy: bool = False, warp: int = WARP) -> Shape:
     """The tile of a sweep over rows of V columns.
 
     Args:
-        itemsize: bytes of the widest element that is loaded.
-        light: few live values an element (sums of a linear divergence); otherwise a thread gets half as many elements.
+        itemsize: bytes of the widest element that is loaded; its accesses are 16 bytes wide.
+        heavy: many live values a thread (statistics, mixtures).
         warp: threads in a warp.
     """
-    # A wide row gets 16 warps and so a multiprocessor almost to itself: the fewer rows in flight, the more of a row the
-    # second sweep finds in L2. Narrow rows get few warps, for fewer idle lanes and cheaper reductions.
-    num_warps = 16 if V > 16384 else 8 if V > 4096 else 4 if V > 1024 else 1
-    num_warps = max(1, num_warps * 32 // warp)
-    lanes = min(num_warps * warp * (16 // itemsize), max(triton.next_power_of_2(V), warp))
-    elements = 32 if light else 16
-    roll = max(1, min(num_warps * warp * elements, MAX_BLOCK_V, triton.next_power_of_2(V)) // lanes)
-    return Tile(roll, lanes, num_warps)
+    # 1024 threads leave 64 registers each and fill a multiprocessor with one row: the fewer rows are in flight, the
+    # more of a wide row the next sweep finds in L2 (132 rows of two 128k bf16 tensors are 68 MB, an H100 has 50). Two
+    # rows of up to 128 KB a tensor fit, and hide each other's reductions. Narrow rows get the threads for one tile.
+    threads = min(max(triton.next_power_of_2(V) // ELEMENTS, 32), 256)
+    if V * itemsize > 16384 and not heavy:
+        threads = 512
+    if V * itemsize > 131072 and not heavy:
+        threads = 1024
+    num_warps = max(1, threads // warp)
+    vec = 16 // itemsize
+    return Shape((ELEMENTS // vec, num_warps * warp, vec), num_warps)
