@@ -195,65 +195,91 @@ double maximum(const X* x, int64_t n) {
 
 template <class C>
 struct Accumulators {
-  Vec<C> zs, zt, forward, teacher, reverse, student, max_s, max_t;
+  Vec<C> zs = {}, zt = {}, forward = {}, teacher = {}, reverse = {}, student = {}, max_s, max_t;
 };
 
 // Sums of a row relative to its references, in double.
 struct RowSums {
   double zs = 0, zt = 0, forward = 0, teacher = 0, reverse = 0, student = 0;
-  double max_s = -std::numeric_limits<double>::infinity(), max_t = max_s;
+  double max_s = -std::numeric_limits<double>::infinity(), max_t = max_s;  // of x, under kAll only
   int64_t best_tile_s = 0, best_tile_t = 0;
 };
 
-template <int SUMS, int DEGREE, class C>
-KDK_INLINE void accumulate(Vec<C> xs, Vec<C> xt, C* es_out, C* et_out, Accumulators<C>& acc) {
-  acc.max_s = max_keep_nan(acc.max_s, xs);
-  acc.max_t = max_keep_nan(acc.max_t, xt);
-  const Vec<C> es = exp2_fast<DEGREE>(xs), et = exp2_fast<DEGREE>(xt);
-  const Vec<C> zero = {};
-  acc.zs += es;
-  acc.zt += et;
-  if (SUMS & kForward) acc.forward += et * keep(et != zero, xt - xs);
-  if (SUMS & kReverse) acc.reverse += es * keep(es != zero, xs - xt);
-  if (SUMS == kAll) {
-    acc.teacher += et * keep(et != zero, xt);
-    acc.student += es * keep(es != zero, xs);
+// Adds a block, two vectors of both models, to the sums, and stores its exponentials. A clamped x stands for x wherever its
+// exponential is 0, so that 0 * inf does not arise. Only the other model's x must stay as it is, for mass where the other has none
+// costs infinitely much; MASKED covers its -inf where there is no mass.
+template <int SUMS, bool MASKED, int DEGREE, class C>
+KDK_INLINE void accumulate(Vec<C> xs0, Vec<C> xs1, Vec<C> xt0, Vec<C> xt1, C* es_out, C* et_out, Accumulators<C>& acc) {
+  using V = Vec<C>;
+  const V zero = {};
+  const V cs0 = clamp_exponent(xs0), cs1 = clamp_exponent(xs1), ct0 = clamp_exponent(xt0), ct1 = clamp_exponent(xt1);
+  const V es0 = exp2_fast<DEGREE>(cs0), et0 = exp2_fast<DEGREE>(ct0);
+  const V es1 = exp2_fast<DEGREE>(cs1), et1 = exp2_fast<DEGREE>(ct1);
+  acc.zs += es0 + es1;
+  acc.zt += et0 + et1;
+  if (SUMS & kForward) {
+    acc.forward += et0 * (MASKED ? keep(et0 != zero, ct0 - xs0) : ct0 - xs0);
+    acc.forward += et1 * (MASKED ? keep(et1 != zero, ct1 - xs1) : ct1 - xs1);
   }
-  store(es_out, es);
-  store(et_out, et);
+  if (SUMS & kReverse) {
+    acc.reverse += es0 * (MASKED ? keep(es0 != zero, cs0 - xt0) : cs0 - xt0);
+    acc.reverse += es1 * (MASKED ? keep(es1 != zero, cs1 - xt1) : cs1 - xt1);
+  }
+  if (SUMS == kAll) {
+    acc.teacher += et0 * ct0;
+    acc.teacher += et1 * ct1;
+    acc.student += es0 * cs0;
+    acc.student += es1 * cs1;
+    acc.max_s = max_keep_nan(acc.max_s, max_keep_nan(xs0, xs1));
+    acc.max_t = max_keep_nan(acc.max_t, max_keep_nan(xt0, xt1));
+  }
+  store(es_out, es0);
+  store(es_out + kLanes<C>, es1);
+  store(et_out, et0);
+  store(et_out + kLanes<C>, et1);
 }
 
-template <int SUMS, class X>
-void sweep_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>& as, const Affine<typename Io<X>::C>& at,
+template <int SUMS, bool MASKED, class X>
+void sweep_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C> as, const Affine<typename Io<X>::C> at,
                 typename Io<X>::C* es, typename Io<X>::C* et, RowSums& sums) {
   using C = typename Io<X>::C;
   constexpr int64_t block = Io<X>::kBlock;
-  const Vec<C> low = Vec<C>{} - std::numeric_limits<C>::infinity();
-  Accumulators<C> acc[2] = {{{}, {}, {}, {}, {}, {}, low, low}, {{}, {}, {}, {}, {}, {}, low, low}};
+  constexpr int degree = kExpDegree<X>;
+  Accumulators<C> acc;
+  acc.max_s = acc.max_t = Vec<C>{} - std::numeric_limits<C>::infinity();
   row.pieces(tile, [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t, int64_t) KDK_LAMBDA_INLINE {
     C *es_out = es + slot, *et_out = et + slot;
+    Accumulators<C> local = acc;
     for (int64_t b = 0; b < blocks; ++b, s += block, t += block, es_out += block, et_out += block) {
       __builtin_prefetch(reinterpret_cast<const char*>(s) + kPrefetchBytes);
       __builtin_prefetch(reinterpret_cast<const char*>(t) + kPrefetchBytes);
       Vec<C> s0, s1, t0, t1;
       Io<X>::load2(s, s0, s1);
       Io<X>::load2(t, t0, t1);
-      accumulate<SUMS, kExpDegree<X>, C>(as(s0), at(t0), es_out, et_out, acc[0]);
-      accumulate<SUMS, kExpDegree<X>, C>(as(s1), at(t1), es_out + kLanes<C>, et_out + kLanes<C>, acc[1]);
+      accumulate<SUMS, MASKED, degree, C>(as(s0), as(s1), at(t0), at(t1), es_out, et_out, local);
     }
+    acc = local;
   });
-  sums.zs += horizontal_sum<C>(acc[0].zs + acc[1].zs);
-  sums.zt += horizontal_sum<C>(acc[0].zt + acc[1].zt);
-  if (SUMS & kForward) sums.forward += horizontal_sum<C>(acc[0].forward + acc[1].forward);
-  if (SUMS & kReverse) sums.reverse += horizontal_sum<C>(acc[0].reverse + acc[1].reverse);
+  sums.zs += horizontal_sum<C>(acc.zs);
+  sums.zt += horizontal_sum<C>(acc.zt);
+  if (SUMS & kForward) sums.forward += horizontal_sum<C>(acc.forward);
+  if (SUMS & kReverse) sums.reverse += horizontal_sum<C>(acc.reverse);
   if (SUMS == kAll) {
-    sums.teacher += horizontal_sum<C>(acc[0].teacher + acc[1].teacher);
-    sums.student += horizontal_sum<C>(acc[0].student + acc[1].student);
+    sums.teacher += horizontal_sum<C>(acc.teacher);
+    sums.student += horizontal_sum<C>(acc.student);
+    const double high_s = horizontal_max<C>(acc.max_s), high_t = horizontal_max<C>(acc.max_t);
+    if (high_s > sums.max_s) sums.max_s = high_s, sums.best_tile_s = tile;
+    if (high_t > sums.max_t) sums.max_t = high_t, sums.best_tile_t = tile;
   }
-  const double high_s = horizontal_max<C>(max_keep_nan(acc[0].max_s, acc[1].max_s));
-  const double high_t = horizontal_max<C>(max_keep_nan(acc[0].max_t, acc[1].max_t));
-  if (high_s > sums.max_s) sums.max_s = high_s, sums.best_tile_s = tile;
-  if (high_t > sums.max_t) sums.max_t = high_t, sums.best_tile_t = tile;
+}
+
+template <int SUMS, class X, class C>
+void sweep_tile(const Row<X>& row, int64_t tile, const Affine<C>& as, const Affine<C>& at, C* es, C* et, bool masked, RowSums& sums) {
+  if (masked) {
+    sweep_tile<SUMS, true>(row, tile, as, at, es, et, sums);
+  } else {
+    sweep_tile<SUMS, false>(row, tile, as, at, es, et, sums);
+  }
 }
 
 // Sum of squares of the exponentials of a tile: at T = 2 they are the exponentials at T = 1.
@@ -268,28 +294,26 @@ double sum_of_squares(const C* e, int64_t count) {
   return horizontal_sum<C>(sum0 + sum1);
 }
 
-// Exponentials of the student at temperature 1 into e, their sum, and the largest x.
+// Exponentials of the student at temperature 1 into e, and their sum.
 template <class X>
-double own_exponentials(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>& a1, typename Io<X>::C* e, double& high) {
+double own_exponentials(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C> a1, typename Io<X>::C* e) {
   using C = typename Io<X>::C;
   constexpr int64_t block = Io<X>::kBlock;
-  Vec<C> sum0 = {}, sum1 = {}, top = Vec<C>{} - std::numeric_limits<C>::infinity();
+  Vec<C> sum = {};
   row.pieces(tile, [&](const X* s, const X*, int64_t blocks, int64_t slot, int64_t, int64_t) KDK_LAMBDA_INLINE {
     C* out = e + slot;
+    Vec<C> local = sum;
     for (int64_t b = 0; b < blocks; ++b, s += block, out += block) {
       Vec<C> s0, s1;
       Io<X>::load2(s, s0, s1);
-      const Vec<C> x0 = a1(s0), x1 = a1(s1);
-      top = max_keep_nan(top, max_keep_nan(x0, x1));
-      const Vec<C> e0 = exp2_fast<kExpDegree<X>>(x0), e1 = exp2_fast<kExpDegree<X>>(x1);
-      sum0 += e0;
-      sum1 += e1;
+      const Vec<C> e0 = exp2_fast<kExpDegree<X>>(clamp_exponent(a1(s0))), e1 = exp2_fast<kExpDegree<X>>(clamp_exponent(a1(s1)));
+      local += e0 + e1;
       store(out, e0);
       store(out + kLanes<C>, e1);
     }
+    sum = local;
   });
-  high = std::max(high, double(horizontal_max<C>(top)));
-  return horizontal_sum<C>(sum0 + sum1);
+  return horizontal_sum<C>(sum);
 }
 
 // Index of the first largest element of a tile, or -1 where all are NaN.
@@ -324,31 +348,38 @@ double sum_of_logits(const X* s, int64_t n) {
 
 // Values and scores of a tile; the scores replace the teacher's exponentials.
 template <class F, class X>
-void value_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>& as, const Affine<typename Io<X>::C>& at,
-                double log2_zs, double log2_zt, Params<Vec<typename Io<X>::C>> params, const typename Io<X>::C* es,
+void value_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>& student, const Affine<typename Io<X>::C>& teacher,
+                double log2_zs, double log2_zt, Params<Vec<typename Io<X>::C>> parameters, const typename Io<X>::C* es,
                 typename Io<X>::C* et, double& value_sum, double& score_sum) {
   using C = typename Io<X>::C;
   using V = Vec<C>;
   constexpr int64_t block = Io<X>::kBlock;
-  const C ip = C(std::exp2(-log2_zt)), iq = C(std::exp2(-log2_zs)), lzs = C(log2_zs), lzt = C(log2_zt), ln2 = C(kLn2);
+  using P = Pair<V>;
+  const auto both = [](double x) { return P(V{} + C(x), V{} + C(x)); };
+  const P ip = both(std::exp2(-log2_zt)), iq = both(std::exp2(-log2_zs)), lzs = both(kLn2 * log2_zs), lzt = both(kLn2 * log2_zt);
+  const P ln2 = both(kLn2);
   V values = {}, scores = {};
   row.pieces(tile, [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t, int64_t) KDK_LAMBDA_INLINE {
     const C* es_in = es + slot;
     C* et_io = et + slot;
+    const Affine<C> as = student, at = teacher;
+    const Params<P> params{P(parameters.x0, parameters.x0), P(parameters.x1, parameters.x1)};
+    V local_values = values, local_scores = scores;
     for (int64_t b = 0; b < blocks; ++b, s += block, t += block, es_in += block, et_io += block) {
-      V s0, s1, t0, t1, value, score;
+      V s0, s1, t0, t1;
       Io<X>::load2(s, s0, s1);
       Io<X>::load2(t, t0, t1);
-      F::eval(params, load<V>(et_io) * ip, (at(t0) - lzt) * ln2, load<V>(es_in) * iq, (as(s0) - lzs) * ln2, value, score);
-      values += value;
-      scores += score;
-      store(et_io, score);
-      F::eval(params, load<V>(et_io + kLanes<C>) * ip, (at(t1) - lzt) * ln2, load<V>(es_in + kLanes<C>) * iq,
-              (as(s1) - lzs) * ln2, value, score);
-      values += value;
-      scores += score;
-      store(et_io + kLanes<C>, score);
+      const P p = P(load<V>(et_io), load<V>(et_io + kLanes<C>)) * ip, q = P(load<V>(es_in), load<V>(es_in + kLanes<C>)) * iq;
+      const P logp = P(at(t0), at(t1)) * ln2 - lzt, logq = P(as(s0), as(s1)) * ln2 - lzs;
+      P value, score;
+      F::eval(params, p, logp, q, logq, value, score);
+      local_values += value.a + value.b;
+      local_scores += score.a + score.b;
+      store(et_io, score.a);
+      store(et_io + kLanes<C>, score.b);
     }
+    values = local_values;
+    scores = local_scores;
   });
   value_sum += horizontal_sum<C>(values);
   score_sum += horizontal_sum<C>(scores);
@@ -394,6 +425,7 @@ void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k
     row.pieces(tile, [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t first, int64_t valid) KDK_LAMBDA_INLINE {
       alignas(64) X edge[block];
       X* to = valid < block ? edge : out + first;
+      const Affine<C> as = k.as, at = k.at;
       const C *es_in = k.es + slot, *et_in = k.et + slot, *e1_in = k.e1 + slot;
       for (int64_t i = 0; i < blocks; ++i, es_in += block, et_in += block, e1_in += block, to += block) {
         const V es0 = load<V>(es_in), es1 = load<V>(es_in + kLanes<C>);
@@ -402,7 +434,7 @@ void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k
           V s0, s1, t0, t1;
           Io<X>::load2(s + i * block, s0, s1);
           Io<X>::load2(t + i * block, t0, t1);
-          const V xs0 = k.as(s0), xs1 = k.as(s1), xt0 = k.at(t0), xt1 = k.at(t1);
+          const V xs0 = as(s0), xs1 = as(s1), xt0 = at(t0), xt1 = at(t1);
           g0 = c0 + es0 * keep(es0 != zero, a + ks * (xs0 - xt0) + kst * xt0);
           g1 = c0 + es1 * keep(es1 != zero, a + ks * (xs1 - xt1) + kst * xt1);
         } else {
@@ -520,9 +552,11 @@ struct RowResult {
   double stats[kStats] = {};
 };
 
-// One row whose student and teacher are of type X; the gradient goes to out (null: none).
+// One row whose student and teacher are of type X; the gradient goes to out (null: none). masked is set when a row has -inf logits
+// that need the slower sums, and stays so for the caller's next rows.
 template <class X>
-RowResult objective_row(const DenseArgs& args, const RowNumbers& num, const X* s, const X* t, int64_t label, X* out, bool streamed) {
+RowResult objective_row(const DenseArgs& args, const RowNumbers& num, const X* s, const X* t, int64_t label, X* out, bool streamed,
+                        bool& masked) {
   using C = typename Io<X>::C;
   const int64_t n = args.columns;
   const Divergence& divergence = kDivergences[args.divergence];
@@ -549,35 +583,40 @@ RowResult objective_row(const DenseArgs& args, const RowNumbers& num, const X* s
   Affine<C> as, at, a1{};
   RowSums sums;
   double z1 = 0;
-  for (int attempt = 0;; ++attempt) {
+  const double limit = std::exp2(ce == kCeSquare ? kRedoSquared : kRedo);
+  for (bool from_maximum = false;;) {
     as = affine<C>(num.student_scale, max_s);
     at = affine<C>(num.teacher_scale, max_t);
     if (ce == kCeOwn) a1 = affine<C>(kLog2e, max_s);
     sums = RowSums();
     z1 = 0;
-    double high1 = -std::numeric_limits<double>::infinity();
-    const double limit = ce == kCeSquare ? kRedoSquared : kRedo;
     bool redo = false;
     for (int64_t tile = 0; tile < row.tiles() && !redo; ++tile) {
       // Without a gradient nothing reads the exponentials again: every tile lands on the first one's place.
       C* tile_es = whole_row ? es : es - tile * kTileElements;
       C* tile_et = whole_row ? et : et - tile * kTileElements;
       switch (sums_needed) {
-        case kNoSums: sweep_tile<kNoSums>(row, tile, as, at, tile_es, tile_et, sums); break;
-        case kForward: sweep_tile<kForward>(row, tile, as, at, tile_es, tile_et, sums); break;
-        case kReverse: sweep_tile<kReverse>(row, tile, as, at, tile_es, tile_et, sums); break;
-        default: sweep_tile<kAll>(row, tile, as, at, tile_es, tile_et, sums); break;
+        case kNoSums: sweep_tile<kNoSums>(row, tile, as, at, tile_es, tile_et, false, sums); break;
+        case kForward: sweep_tile<kForward>(row, tile, as, at, tile_es, tile_et, masked, sums); break;
+        case kReverse: sweep_tile<kReverse>(row, tile, as, at, tile_es, tile_et, masked, sums); break;
+        default: sweep_tile<kAll>(row, tile, as, at, tile_es, tile_et, masked, sums); break;
       }
       if (ce == kCeSquare) {
         const auto [first, last] = tile_slots(row, tile);
         z1 += sum_of_squares(tile_es + first, last - first);
       }
-      if (ce == kCeOwn) z1 += own_exponentials(row, tile, a1, whole_row ? e1 : e1 - tile * kTileElements, high1);
-      redo = attempt == 0 && (sums.max_s > limit || sums.max_t > limit || high1 > limit);
+      if (ce == kCeOwn) z1 += own_exponentials(row, tile, a1, whole_row ? e1 : e1 - tile * kTileElements);
+      redo = !from_maximum && (sums.zs > limit || sums.zt > limit || z1 > limit * limit);
+    }
+    const bool broken = std::isnan(sums.forward) || std::isnan(sums.reverse);
+    if (!redo && broken && !masked && !std::isnan(sums.zs) && !std::isnan(sums.zt)) {
+      masked = redo = true;  // and for the rows that follow
+    } else if (redo) {
+      from_maximum = true;
+      max_s = maximum(s, n);
+      max_t = maximum(t, n);
     }
     if (!redo) break;
-    max_s = maximum(s, n);
-    max_t = maximum(t, n);
   }
   if (ce == kCeSame) z1 = sums.zs;
 
@@ -625,9 +664,11 @@ RowResult objective_row(const DenseArgs& args, const RowNumbers& num, const X* s
       terms.kst = f * iq * kLn2 * (k.c_qp + k.c_qq);
     }
   } else {
-    double score_sum = 0;
+    // A NaN logit has spoilt the whole row; functors see none.
+    double score_sum = std::isnan(sums.zs + sums.zt) ? std::numeric_limits<double>::quiet_NaN() : 0;
+    d = score_sum;
     const Params<Vec<C>> params{Vec<C>{} + C(num.param0), Vec<C>{} + C(args.param1)};
-    for (int64_t tile = 0; tile < row.tiles(); ++tile)
+    for (int64_t tile = 0; tile < row.tiles() && !std::isnan(score_sum); ++tile)
       divergence.tile(row)(row, tile, as, at, log2_zs, log2_zt, params, es, et, d, score_sum);
     terms.b = -f;
     terms.a = -f * iq * score_sum;
@@ -738,10 +779,11 @@ template <class X>
 void dense_direct(const DenseArgs& args, int64_t begin, int64_t end) {
   using C = typename Io<X>::C;
   const bool streamed = streams(args, sizeof(X));
+  bool masked = false;
   for_rows<X>(args, begin, end, [&](int64_t row, int64_t label, double weight, X* out) {
     const X* s = row_pointer<X>(args.student, row, args.length);
     const X* t = row_pointer<X>(args.teachers[0], row, args.length);
-    const RowResult result = objective_row(args, row_numbers<C>(args, row, weight), s, t, label, out, streamed);
+    const RowResult result = objective_row(args, row_numbers<C>(args, row, weight), s, t, label, out, streamed, masked);
     put_stats<C>(args, row, result);
     return result.loss;
   });
@@ -837,7 +879,7 @@ double log2_sum_exp(const C* x, int64_t n, double c) {
   while (j + kLanes<C> <= n) {
     Vec<C> sum = {};
     for (const int64_t end = std::min(n - n % kLanes<C>, j + kTileElements); j < end; j += kLanes<C>)
-      sum += exp2_fast<5>(a(load<Vec<C>>(x + j)));
+      sum += exp2_fast<5>(clamp_exponent(a(load<Vec<C>>(x + j))));
     total += horizontal_sum<C>(sum);
   }
   for (; j < n; ++j) total += std::exp2(a.scalar(x[j]));
@@ -926,7 +968,7 @@ void add_hard_terms(const DenseArgs& args, const RowNumbers& num, const C* s, in
   const Affine<C> a = affine<C>(kLog2e, maximum(s, n));
   const C c1 = C(num.weight * (num.ce + 2 * num.z * lse) * std::exp2(a.reference() - lse2));
   const C c0 = C(-num.weight * num.ce * args.label_smoothing / double(n));
-  for (int64_t j = 0; j < n; j += kLanes<C>) store(g + j, load<Vec<C>>(g + j) + exp2_fast<5>(a(load<Vec<C>>(s + j))) * c1 + c0);
+  for (int64_t j = 0; j < n; j += kLanes<C>) store(g + j, load<Vec<C>>(g + j) + exp2_fast<5>(clamp_exponent(a(load<Vec<C>>(s + j)))) * c1 + c0);
   if (inside) g[label] -= C(num.weight * num.ce * (1 - args.label_smoothing));
 }
 
@@ -936,6 +978,7 @@ void dense_generic(const DenseArgs& args, int64_t begin, int64_t end) {
   using C = typename Io<X>::C;
   const int64_t n = args.columns;
   Scratch<C>& scratch = Scratch<C>::mine();
+  bool masked = false;
   for_rows<X>(args, begin, end, [&](int64_t row, int64_t label, double weight, X* out) {
     RowNumbers num = row_numbers<C>(args, row, weight);
     const double tempered = num.student_scale;
@@ -951,7 +994,7 @@ void dense_generic(const DenseArgs& args, int64_t begin, int64_t end) {
       RowNumbers soft = num;
       soft.student_scale = tempered / m.std;
       soft.ce = soft.z = 0;
-      result = objective_row(args, soft, s, t, label, g, false);
+      result = objective_row(args, soft, s, t, label, g, false, masked);
       if (g != nullptr) {
         // objective_row divided by T std: dz = std * that, ds = (dz - z mean(dz z)) / std.
         const C mean = C(m.mean);
@@ -963,7 +1006,7 @@ void dense_generic(const DenseArgs& args, int64_t begin, int64_t end) {
       }
       if (num.ce != 0 || num.z != 0 || args.stats != nullptr) add_hard_terms(args, num, s, label, g, result);
     } else {
-      result = objective_row(args, num, s, t, label, g, false);
+      result = objective_row(args, num, s, t, label, g, false, masked);
     }
     if (g != nullptr) {
       if (args.student_softcap != 0) {
@@ -1012,10 +1055,10 @@ double dkd_row(const DkdArgs& args, double weight, const X* s, const X* t, int64
     as = affine<C>(kLog2e / args.temperature, max_s);
     at = affine<C>(kLog2e / args.teacher_temperature, max_t);
     sums = RowSums();
-    for (int64_t tile = 0; tile < row.tiles(); ++tile) sweep_tile<kForward>(row, tile, as, at, es, et, sums);
-    // The label may have set the reference far above the others: then theirs is taken.
-    const bool low = sums.max_s < -kRedo || sums.max_t < -kRedo;
-    if (attempt > 0 || !(low || sums.max_s > kRedo || sums.max_t > kRedo)) break;
+    for (int64_t tile = 0; tile < row.tiles(); ++tile) sweep_tile<kForward>(row, tile, as, at, es, et, true, sums);
+    // The label may have set the reference far above all others, which are alone in these sums.
+    const auto lost = [](double z) { return z > std::exp2(kRedo) || z < std::exp2(-kRedo); };
+    if (attempt > 0 || !(lost(sums.zs) || lost(sums.zt))) break;
     max_s = max_t = -std::numeric_limits<double>::infinity();
     for (int64_t tile = 0; tile < row.tiles(); ++tile)
       row.pieces(tile, [&](const X* ps, const X* pt, int64_t blocks, int64_t, int64_t, int64_t) {

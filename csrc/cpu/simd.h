@@ -133,13 +133,19 @@ KDK_INLINE C horizontal_max(Vec<C> v) {
   return best;
 }
 
-// 2^x with x clamped to [-127, ...); exactly 0 from -127 down, so also for -inf. NaN stays NaN because the exponent is applied by a
+// Bounds of x in which exp2_fast works: 2^-127 counts as 0, 2^128 as inf. NaN passes.
+KDK_INLINE VecF clamp_exponent(VecF x) { return min_of(VecF{} + 128.0f, max_keep_nan(VecF{} - 127.0f, x)); }
+KDK_INLINE VecD clamp_exponent(VecD x) {
+  // Doubles go to the library's exp2, which needs no bounds; a finite one keeps 0 * x at 0.
+  return max_keep_nan(VecD{} - 2000.0, x);
+}
+
+// 2^x for x in [-127, 128]; exactly 0 at -127, so also for a clamped -inf. NaN stays NaN because the exponent is applied by a
 // multiplication. Polynomials are minimax in relative error on [-1/2, 1/2]: degree 4 2.6e-6, degree 5 7.5e-8.
 template <int DEGREE>
 KDK_INLINE VecF exp2_fast(VecF x) {
   static_assert(DEGREE == 4 || DEGREE == 5, "no such polynomial");
   const float magic = 12582912.0f + 127.0f;  // 1.5 * 2^23: adding it rounds to an integer; 127: the exponent's bias
-  x = max_keep_nan(VecF{} - 127.0f, x);
   const VecF shifted = x + magic;
   const VecF f = x - (shifted - magic);
   VecF poly;
@@ -165,7 +171,7 @@ KDK_INLINE VecD exp2_fast(VecD x) {
 }
 
 // Natural exponential for the functors; inf from 2^128 on.
-KDK_INLINE VecF kdk_exp(VecF x) { return exp2_fast<5>(min_of(VecF{} + 128.0f, x * 1.4426950408889634f)); }
+KDK_INLINE VecF kdk_exp(VecF x) { return exp2_fast<5>(clamp_exponent(x * 1.4426950408889634f)); }
 KDK_INLINE VecD kdk_exp(VecD x) {
   VecD y;
   for (int i = 0; i < kLanes<double>; ++i) y[i] = std::exp(x[i]);
@@ -173,29 +179,84 @@ KDK_INLINE VecD kdk_exp(VecD x) {
 }
 
 // Natural logarithm of a finite number >= 0: log(2^e (1 + f)) = e log 2 + f + f^2 P(f), |error| < 4e-8 + rounding. Numbers below the
-// normal range, 0 included, count as the smallest normal one: what multiplies them is 0. NaN stays NaN.
+// normal range, 0 included, give about -88: what multiplies them is 0.
 KDK_INLINE VecF kdk_log(VecF x) {
-  x = max_keep_nan(VecF{} + 1.17549435e-38f, x);
   const VecI bits = bit_cast<VecI>(x);
   // Mantissa in [sqrt(1/2), sqrt(2)): subtract the bits of sqrt(1/2) before taking the exponent.
   const VecI exponent = (bits - 0x3f3504f3) >> 23;
-  const VecF mantissa = bit_cast<VecF>(bits - (exponent << 23));
-  const VecF f = mantissa - 1.0f;
+  const VecF f = bit_cast<VecF>(bits - (exponent << 23)) - 1.0f;
   VecF poly = -0.1003461480140686f * f + 0.16335639357566833f;
   poly = poly * f + -0.1732599437236786f;
   poly = poly * f + 0.19888277351856232f;
   poly = poly * f + -0.2496146559715271f;
   poly = poly * f + 0.33335262537002563f;
   poly = poly * f + -0.500005841255188f;
-  const VecF e = __builtin_convertvector(exponent, VecF);
-  const VecF y = e * 0.6931471805599453f + (f + f * f * poly);
-  return y + (x - x);  // NaN for a NaN argument
+  return __builtin_convertvector(exponent, VecF) * 0.6931471805599453f + (f * f * poly + f);
 }
 KDK_INLINE VecD kdk_log(VecD x) {
   VecD y;
   for (int i = 0; i < kLanes<double>; ++i) y[i] = std::log(x[i]);
   return y;
 }
+
+// Two values that go through the same instructions side by side. A functor's chain of dependent instructions is longer than the
+// window in which the processor looks for independent ones; written in pairs, they stand next to each other.
+template <class T>
+struct Pair {
+  T a, b;
+  Pair() = default;
+  KDK_INLINE Pair(T x, T y) : a(x), b(y) {}
+};
+#define KDK_PAIR_OPERATOR(op)                                                                             \
+  template <class T>                                                                                      \
+  KDK_INLINE auto operator op(const Pair<T>& x, const Pair<T>& y) {                                       \
+    return Pair<decltype(x.a op y.a)>(x.a op y.a, x.b op y.b);                                            \
+  }                                                                                                       \
+  template <class T>                                                                                      \
+  KDK_INLINE Pair<T> operator op(const Pair<T>& x, float y) {                                             \
+    return Pair<T>(x.a op y, x.b op y);                                                                   \
+  }                                                                                                       \
+  template <class T>                                                                                      \
+  KDK_INLINE Pair<T> operator op(float x, const Pair<T>& y) {                                             \
+    return Pair<T>(x op y.a, x op y.b);                                                                   \
+  }
+KDK_PAIR_OPERATOR(+)
+KDK_PAIR_OPERATOR(-)
+KDK_PAIR_OPERATOR(*)
+KDK_PAIR_OPERATOR(/)
+KDK_PAIR_OPERATOR(>)
+KDK_PAIR_OPERATOR(<)
+KDK_PAIR_OPERATOR(==)
+KDK_PAIR_OPERATOR(&)
+#undef KDK_PAIR_OPERATOR
+template <class T>
+KDK_INLINE Pair<T> operator-(const Pair<T>& x) {
+  return Pair<T>(-x.a, -x.b);
+}
+template <class M, class T>
+KDK_INLINE Pair<T> kdk_where(const Pair<M>& mask, const Pair<T>& x, const Pair<T>& y) {
+  return Pair<T>(kdk_where(mask.a, x.a, y.a), kdk_where(mask.b, x.b, y.b));
+}
+KDK_INLINE Pair<VecF> kdk_exp(const Pair<VecF>& x) {
+  const VecF xa = clamp_exponent(x.a * 1.4426950408889634f), xb = clamp_exponent(x.b * 1.4426950408889634f);
+  return Pair<VecF>(exp2_fast<5>(xa), exp2_fast<5>(xb));
+}
+KDK_INLINE Pair<VecD> kdk_exp(const Pair<VecD>& x) { return Pair<VecD>(kdk_exp(x.a), kdk_exp(x.b)); }
+KDK_INLINE Pair<VecF> kdk_log(const Pair<VecF>& x) {
+  using P = Pair<VecF>;
+  const VecI bits_a = bit_cast<VecI>(x.a), bits_b = bit_cast<VecI>(x.b);
+  const VecI ea = (bits_a - 0x3f3504f3) >> 23, eb = (bits_b - 0x3f3504f3) >> 23;
+  const P f = P(bit_cast<VecF>(bits_a - (ea << 23)), bit_cast<VecF>(bits_b - (eb << 23))) - 1.0f;
+  P poly = -0.1003461480140686f * f + P(VecF{} + 0.16335639357566833f, VecF{} + 0.16335639357566833f);
+  poly = poly * f + -0.1732599437236786f;
+  poly = poly * f + 0.19888277351856232f;
+  poly = poly * f + -0.2496146559715271f;
+  poly = poly * f + 0.33335262537002563f;
+  poly = poly * f + -0.500005841255188f;
+  const P e(__builtin_convertvector(ea, VecF), __builtin_convertvector(eb, VecF));
+  return e * 0.6931471805599453f + (f * f * poly + f);
+}
+KDK_INLINE Pair<VecD> kdk_log(const Pair<VecD>& x) { return Pair<VecD>(kdk_log(x.a), kdk_log(x.b)); }
 
 // x * c - r in one rounding where the machine has it. Without it the reference is subtracted before scaling, which keeps logits
 // of 1e4 at T = 0.05 exact: m is the raw reference, r = m * c.

@@ -46,9 +46,6 @@ struct Tvd {
     const V sign = kdk_where(difference > zero, half, kdk_where(difference < zero, -half, zero));
     value = difference * sign;
     score = q * sign;
-    // A NaN difference compares false both ways; let it through.
-    score = score + zero * difference;
-    value = value + zero * difference;
   }
 };
 
