@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple, Optional
 
+import torch
+
 from kdkernels.backends import cpu, eager, triton
 
 # In the order in which "auto" tries them.
@@ -28,6 +30,8 @@ def available(device_type: str) -> list[Availability]:
     return [Availability(name, reason is None, reason or "") for name, reason in answers]
 
 
+# Under torch.compile the answer is asked once, while tracing: it loads libraries, which no graph can hold.
+@torch.compiler.assume_constant_result
 def select(requested: str, device_type: str, *, torch_only: Optional[str] = None) -> str:
     """The backend that runs a call.
 
