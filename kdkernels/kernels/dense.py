@@ -503,7 +503,10 @@ def dense_fwd(
     teacher, teacher1, teacher2, teacher3 = (*teachers, None, None, None)[:4]
     mix_probs = len(teachers) > 1 and mixture == "probs"
     itemsize = max(x.element_size() for x in (student, *teachers))
-    shape = tuning.shape(vocab_size, itemsize, heavy=stats or mix_probs)
+    plain = entry.linear is not None and not (ce_weight or z_loss_weight or student_softcap or teacher_softcap)
+    plain = plain and not standardize and teacher_form != "probs"
+    load = tuning.HEAVY if stats or mix_probs else tuning.LIGHT if plain else tuning.MEDIUM
+    shape = tuning.shape(vocab_size, itemsize, load=load)
     width = student.shape[-1]
     stride_sb, stride_sl = row_strides(student)
     stride_tb, stride_tl = row_strides(teacher)

@@ -130,37 +130,48 @@ def _power(logx, exponent):
     return tl.exp2(tl.where(exponent == 0, 0.0, logx * exponent) * LOG2E)
 
 
+# With s = a + b, x = p^a q^b and d = logp - logq, the family and its limits are one form with other coefficients,
+# A p^s + B q^s + C x + D x d + E d + F d^2: a branch on a or b would keep a whole tile alive across it.
+#
+#             A         B         C         D      E      F
+#   a, b, s   1/(b s)   1/(a s)   -1/(a b)
+#   b = 0     -1/a^2    1/a^2               1/a
+#   a = 0     1/b^2     -1/b^2              -1/b
+#   s = 0     -1/a^2              1/a^2            -1/a
+#   a = b = 0                                             1/2
 @triton.jit
 def _alpha_beta_value(p, logp, q, logq, a, b):
-    if a == 0.0:
-        if b == 0.0:
-            d = logp - logq
-            f = 0.5 * d * d
-        else:
-            qb = _power(logq, b)
-            f = (mul0(qb, b * (logq - logp)) - qb + _power(logp, b)) / (b * b)
-    else:
-        pa = _power(logp, a)
-        if b == 0.0:
-            f = (mul0(pa, a * (logp - logq)) - pa + _power(logq, a)) / (a * a)
-        elif a + b == 0.0:
-            d = a * (logp - logq)
-            f = (tl.exp2(d * LOG2E) - d - 1.0) / (a * a)
-        else:
-            ab = a + b
-            mixed = mul0(pa, _power(logq, b))
-            f = (a / ab * _power(logp, ab) + b / ab * _power(logq, ab) - mixed) / (a * b)
-    return f
+    s = a + b
+    a_is_0 = a == 0
+    b_is_0 = b == 0
+    s_is_0 = s == 0
+    limit = a_is_0 | b_is_0
+    both = a_is_0 & b_is_0
+    safe_a = tl.where(a_is_0, 1.0, a)
+    safe_b = tl.where(b_is_0, 1.0, b)
+    safe_s = tl.where(s_is_0, 1.0, s)
+    # b^2 where a = 0, a^2 where b = 0 or a + b = 0.
+    square = tl.where(a_is_0, safe_b * safe_b, safe_a * safe_a)
+    sign = tl.where(a_is_0, 1.0, -1.0)
+    A = tl.where(both, 0.0, tl.where(limit | s_is_0, sign / square, 1.0 / (safe_b * safe_s)))
+    B = tl.where(s_is_0, 0.0, tl.where(limit, -sign / square, 1.0 / (safe_a * safe_s)))
+    C = tl.where(limit, 0.0, -1.0 / (safe_a * safe_b))
+    D = tl.where(both | (limit == 0), 0.0, tl.where(a_is_0, -1.0 / safe_b, 1.0 / safe_a))
+    E = tl.where(s_is_0 & (a_is_0 == 0), -1.0 / safe_a, 0.0)
+    F = tl.where(both, 0.5, 0.0)
+    x = mul0(_power(logp, a), _power(logq, b))
+    d = logp - logq
+    f = A * _power(logp, s) + B * _power(logq, s) + mul0(C, x) + mul0(D * x, d)
+    return f + mul0(E, d) + mul0(F, d * d)
 
 
 @triton.jit
 def _alpha_beta_score(p, logp, q, logq, a, b):
-    qb = _power(logq, b)
-    if a == 0.0:
-        g = mul0(qb, logq - logp)
-    else:
-        g = mul0(_power(logq, a) - _power(logp, a), qb) / a
-    return g
+    a_is_0 = a == 0
+    inverse = 1.0 / tl.where(a_is_0, 1.0, a)
+    x = mul0(_power(logp, a), _power(logq, b))
+    limit = mul0(x, logq - logp)
+    return tl.where(a_is_0, limit, (_power(logq, a + b) - x) * inverse)
 
 
 register("forward_kl", linear=(1, -1, 0, 0))

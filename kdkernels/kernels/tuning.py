@@ -12,6 +12,9 @@ WARP = 64 if torch.version.hip else 32
 
 # Columns of one tensor a thread holds at a time: four independent 16-byte loads of two bf16 tensors, eight of fp32.
 ELEMENTS = 16
+# More threads would leave them fewer registers than they need: 64, 128 and 255 a thread.
+LIGHT, MEDIUM, HEAVY = range(3)
+MAX_THREADS = (1024, 512, 256)
 
 
 class Shape(NamedTuple):
@@ -21,22 +24,20 @@ class Shape(NamedTuple):
     num_warps: int
 
 
-def shape(V: int, itemsize: int, *, heavy: bool = False, warp: int = WARP) -> Shape:
+def shape(V: int, itemsize: int, *, load: int = LIGHT, warp: int = WARP) -> Shape:
     """The tile of a sweep over rows of V columns.
 
     Args:
         itemsize: bytes of the widest element that is loaded; its accesses are 16 bytes wide.
-        heavy: many live values a thread (statistics, mixtures).
+        load: how many values a thread keeps alive: LIGHT (sums of a linear divergence), MEDIUM (a pair of functions, or
+            more than one term), HEAVY (statistics, mixtures of probabilities).
         warp: threads in a warp.
     """
     # 1024 threads leave 64 registers each and fill a multiprocessor with one row: the fewer rows are in flight, the
     # more of a wide row the next sweep finds in L2 (132 rows of two 128k bf16 tensors are 68 MB, an H100 has 50). Two
     # rows of up to 128 KB a tensor fit, and hide each other's reductions. Narrow rows get the threads for one tile.
-    threads = min(max(triton.next_power_of_2(V) // ELEMENTS, 32), 256)
-    if V * itemsize > 16384 and not heavy:
-        threads = 512
-    if V * itemsize > 131072 and not heavy:
-        threads = 1024
+    most = 256 if V * itemsize <= 16384 else 512 if V * itemsize <= 131072 else 1024
+    threads = min(triton.next_power_of_2(V) // ELEMENTS, most, MAX_THREADS[load])
     num_warps = max(1, threads // warp)
     vec = 16 // itemsize
     return Shape((ELEMENTS // vec, num_warps * warp, vec), num_warps)
