@@ -1,0 +1,1 @@
+"""Benchmarks of kdkernels: ``python -m benchmarks --help``, or ``pytest benchmarks --benchmark-only``."""

@@ -1,0 +1,206 @@
+"""Command line: ``python -m benchmarks --help``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+
+from benchmarks import machine, report, runner, worker
+from benchmarks.model import DTYPES, SUITES, Candidate, Case, Suite, load_suite
+from benchmarks.summary import Report
+
+SEED = 20240607
+# Below this a gradient is lost in what threads and allocators take.
+SMALLEST_MEMORY_UNIT = 4 * 2**20
+
+DESCRIPTION = """\
+Times loss + backward of kdkernels beside eager PyTorch and torch.compile.
+
+Every candidate's loss and gradient are checked against an fp64 reference before and after it is timed; when
+one is wrong, no figure is printed and the exit status is 1. All candidates run once per round, in shuffled
+order; a figure is the median over the rounds with the quartiles beside it, and a ratio is taken per round
+before its median. Each number of threads, and each candidate's peak memory, is measured in a process of its own.
+"""
+EPILOG = """\
+examples:
+  python -m benchmarks --quick                        one small shape, to see that everything runs
+  python -m benchmarks                                the dense suite, all shapes, 1 thread and all
+  python -m benchmarks --suite divergences objective  every divergence; every term of the objective
+  python -m benchmarks --shapes 512x32000 --dtypes bf16 --threads 1 --rounds 30
+  pytest benchmarks --benchmark-only                  the same candidates through pytest-benchmark
+"""
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        device = resolve_device(options.device)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for suite in options.suite:
+        try:
+            found = _run_suite(suite, device, options)
+        except (runner.CheckFailed, worker.WorkerFailed) as error:
+            print(f"no figures for suite {suite.name!r}: {error}", file=sys.stderr)
+            return 1
+        written = report.write(found, options.output_dir)
+        print(report.text(found, tablefmt="simple"))
+        print("\n".join(f"wrote {path}" for path in written))
+    return 0
+
+
+def resolve_device(name: str) -> str:
+    """ "auto" is CUDA where there is one; an explicit "cuda" without one is a ValueError."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def _run_suite(suite: Suite, device: str, options: argparse.Namespace) -> Report:
+    cases, threads, rounds = _plan(suite, device, options)
+    listed = [{"shape": case.shape, "dtype": case.dtype} for case in cases]
+    about = machine.describe(device)
+    job: dict[str, Any] = {"suite": _importable(suite, options), "device": device, "seed": SEED}
+    timed = {}
+    for count in threads:
+        timed[count] = worker.run({**job, "mode": "time", "cases": listed, "threads": count, "rounds": rounds})
+    memory: dict[str, dict[str, Optional[int]]] = {}
+    if options.memory:
+        memory = _memory(suite, cases, job, max(threads))
+    return Report(
+        suite=suite,
+        machine=about,
+        versions=machine.versions(),
+        options={"rounds": rounds, "threads": threads, "seed": SEED, "device": device},
+        cases=cases,
+        timed=timed,
+        memory=memory,
+    )
+
+
+def _plan(suite: Suite, device: str, options: argparse.Namespace) -> tuple[list[Case], list[int], int]:
+    sizes = options.shapes or (suite.quick_shapes if options.quick else suite.shapes)
+    types = options.dtypes or (suite.dtypes[:1] if options.quick else suite.dtypes)
+    every = machine.usable_cpus()
+    threads = options.threads or ([every] if options.quick or device == "cuda" else sorted({1, every}))
+    rounds = options.rounds or (5 if options.quick else 15)
+    return [Case(shape, dtype, device) for shape in sizes for dtype in types], threads, rounds
+
+
+def _memory(suite: Suite, cases: list[Case], job: dict[str, Any], threads: int) -> dict[str, dict[str, Optional[int]]]:
+    """Peak bytes by case and ``Candidate.key``."""
+    found: dict[str, dict[str, Optional[int]]] = {str(case): {} for case in cases}
+    large = [case for case in cases if suite.unit_bytes(case) >= SMALLEST_MEMORY_UNIT]
+    members: dict[str, tuple[Candidate, list[Case]]] = {}
+    for case in large:
+        for item in suite.make_candidates(case):
+            if isinstance(item, Candidate):
+                members.setdefault(item.key, (item, []))[1].append(case)
+    # Where a peak cannot be reset, one process can measure one case only.
+    together = job["device"] == "cuda" or runner.peak_can_be_reset()
+    for number, (key, (candidate, its_cases)) in enumerate(members.items(), start=1):
+        print(f"[{suite.name}] peak memory {number}/{len(members)}: {key}", file=sys.stderr, flush=True)
+        for batch in [its_cases] if together else [[case] for case in its_cases]:
+            listed = [{"shape": case.shape, "dtype": case.dtype} for case in batch]
+            identity = {"group": candidate.group, "name": candidate.name, "threads": threads}
+            answer = worker.run({**job, **identity, "mode": "memory", "cases": listed})
+            for case, peak in zip(batch, answer["peaks"], strict=True):
+                found[str(case)][key] = peak
+    return found
+
+
+def _importable(suite: Suite, options: argparse.Namespace) -> str:
+    return options.suite_names[suite.name]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(suite_names={"dense": "dense"})
+    parser.add_argument(
+        "--suite",
+        nargs="+",
+        action=_Suites,
+        default=[load_suite("dense")],
+        metavar="NAME",
+        help=f"{', '.join(SUITES)}, or the dotted path of a module with a SUITE of your own (default: dense)",
+    )
+    parser.add_argument(
+        "--shapes", type=shapes, metavar="NxV,...", help="rows x vocabulary, comma separated (default: the suite's)"
+    )
+    parser.add_argument(
+        "--dtypes", type=dtypes, metavar="NAME,...", help=f"of {', '.join(DTYPES)} (default: the suite's)"
+    )
+    parser.add_argument("--threads", type=_counts, metavar="N,...", help="CPU threads (default: 1 and all; quick: all)")
+    parser.add_argument("--rounds", type=_count, metavar="N", help="timed rounds (default: 15; quick: 5)")
+    parser.add_argument("--quick", action="store_true", help="one small shape, one dtype, few rounds")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out the peak memory")
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path("out/benchmarks"),
+        metavar="DIR",
+        help="for SUITE.json, SUITE.md and SUITE.png (default: %(default)s)",
+    )
+    return parser
+
+
+class _Suites(argparse.Action):
+    """Loads suites while arguments are parsed, so that a wrong name is a usage error."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, _: Any = None
+    ) -> None:
+        try:
+            suites = [load_suite(name) for name in values]
+        except ValueError as error:
+            raise argparse.ArgumentError(self, str(error)) from error
+        namespace.suite = suites
+        namespace.suite_names = {suite.name: name for suite, name in zip(suites, values, strict=True)}
+
+
+def shapes(text: str) -> list[tuple[int, ...]]:
+    """Parse ``512x32000,4096x1000``."""
+    found = []
+    for item in text.split(","):
+        try:
+            shape = tuple(int(size) for size in item.lower().split("x"))
+        except ValueError:
+            shape = ()
+        if len(shape) < 2 or min(shape) < 1:
+            raise argparse.ArgumentTypeError(f"a shape is written 512x32000, got {item!r}")
+        found.append(shape)
+    return found
+
+
+def dtypes(text: str) -> list[str]:
+    """Parse ``fp32,bf16``."""
+    for item in text.split(","):
+        if item not in DTYPES:
+            raise argparse.ArgumentTypeError(f"a dtype is one of {', '.join(DTYPES)}, got {item!r}")
+    return text.split(",")
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _counts(text: str) -> list[int]:
+    return [_count(item) for item in text.split(",")]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

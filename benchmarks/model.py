@@ -1,0 +1,123 @@
+"""What a benchmark is made of: a case (the workload), candidates (ways to compute it) and a suite of both."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Optional, Protocol, Union
+
+import torch
+from torch import Tensor
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+SUITES = ("dense", "divergences", "objective")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One workload: a shape (rows, vocabulary, and what else a suite needs), a dtype and a device."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    device: str = "cpu"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    def __str__(self) -> str:
+        return f"{'x'.join(map(str, self.shape))} {self.dtype}"
+
+
+class Outcome(NamedTuple):
+    """What a candidate computed: the scalar loss and the gradients of the inputs that have one."""
+
+    loss: Tensor
+    gradients: tuple[Tensor, ...]
+
+
+class Inputs(Protocol):
+    """The tensors of a case; ``reset`` undoes what a run did to them (gradients, logits overwritten in place)."""
+
+    def reset(self) -> None: ...
+
+
+Run = Callable[[Any], Outcome]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to compute a group's loss and gradients.
+
+    Args:
+        name: unique within its group.
+        group: what is computed; candidates of one group share the expected outcome and the baselines.
+        family: "eager", "compile", "kdkernels" (through autograd), "kernel" (the op alone), "reference" (kdkernels in
+            plain PyTorch) or "probe" (a yardstick).
+        build: returns the function to time, compiling it where it must be compiled.
+        expected: replaces the suite's expected outcome, for probes that compute something else.
+    """
+
+    name: str
+    group: str
+    family: str
+    build: Callable[[], Run]
+    expected: Optional[Callable[[Any], Outcome]] = None
+
+    @property
+    def key(self) -> str:
+        return f"{self.group} / {self.name}"
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A candidate that cannot run here, and why: it is listed in the report."""
+
+    name: str
+    group: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A set of candidates over cases.
+
+    Args:
+        make_inputs: tensors of a case from a seed.
+        make_candidates: what to compare; whatever cannot run is returned as ``Absent``.
+        expected: the fp64 outcome of a group.
+        unit_bytes: what peak memory is counted in (one gradient).
+        floor_bytes: the least a loss with its gradient has to move, for the share of the bandwidth limit.
+        baseline_group: the group that the others are compared with, if any.
+    """
+
+    name: str
+    title: str
+    shapes: Sequence[tuple[int, ...]]
+    dtypes: Sequence[str]
+    quick_shapes: Sequence[tuple[int, ...]]
+    make_inputs: Callable[[Case, int], Inputs]
+    make_candidates: Callable[[Case], Sequence[Union[Candidate, Absent]]]
+    expected: Callable[[Any, str], Outcome]
+    unit_bytes: Callable[[Case], int]
+    floor_bytes: Callable[[Case], int]
+    unit: str = "[N, V] gradient"
+    baseline_group: Optional[str] = None
+    notes: Sequence[str] = field(default=())
+
+
+def load_suite(name: str) -> Suite:
+    """Import a suite: one of ``SUITES``, or the dotted path of any module that has a ``SUITE``.
+
+    Raises:
+        ValueError: for a name that is neither.
+    """
+    path = f"benchmarks.suites.{name}" if name in SUITES else name
+    try:
+        suite = importlib.import_module(path).SUITE
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(f"suite must be one of {', '.join(SUITES)} or a module with a SUITE, got {name!r}") from error
+    if not isinstance(suite, Suite):
+        raise ValueError(f"{path}.SUITE must be a benchmarks.model.Suite, got {type(suite).__name__}")
+    return suite

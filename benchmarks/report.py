@@ -1,0 +1,148 @@
+"""What a person reads: tables and a JSON file; the plot is drawn in ``plots``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Optional
+
+from tabulate import tabulate
+
+from benchmarks import plots
+from benchmarks.model import Case
+from benchmarks.summary import Report, Row, Spread, rows, where
+
+SCHEMA = 1
+
+
+def text(report: Report, *, tablefmt: str) -> str:
+    """Every table, with the machine and the limits it was measured against."""
+    parts = [heading(report)]
+    several = len({item["group"] for item in _measured(report)}) > 1
+    for case in report.cases:
+        for threads in report.options["threads"]:
+            table = _table(report, case, threads, several, tablefmt)
+            parts.append(f"{report.suite.title}: {case}, {where(report, threads)}\n\n{table}")
+    absent = _absent(report)
+    if absent:
+        parts.append("Not run here:\n" + "\n".join(f"- {line}" for line in absent))
+    parts.append(LEGEND.format(unit=report.suite.unit))
+    return "\n\n".join(parts) + "\n"
+
+
+LEGEND = """\
+"ms": median of the rounds, then the quartiles. "x eager", "x compile": how many times faster than the fastest eager
+and the fastest compiled formulation of the same loss. "of add": time beside torch.add(s, t, out=g) on the same tensors.
+"of limit": the least time that the triad bandwidth allows for two reads and one write, over the time taken (more than
+100 % is cache). "memory": peak of forward and backward beyond the inputs, in units of one {unit}.
+Ratios are taken per round, then their median."""
+
+
+def heading(report: Report) -> str:
+    """Versions, machine and bandwidths in a few lines."""
+    about = report.machine
+    processor = about.get("gpu") or f"{about['processor']} ({about['vector_isa']}), {about['cpus']} CPUs"
+    lines = [
+        f"{processor}; {about['system']}; transparent huge pages: {about['transparent_huge_pages']}; "
+        f"load before the run {about['load_average_before']}",
+        ", ".join(f"{name} {version}" for name, version in report.versions.items()),
+    ]
+    for threads, answer in report.timed.items():
+        bandwidth = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in answer["limits"].items() if k != "measured_by")
+        lines.append(f"GB/s, {where(report, threads)}: {bandwidth}")
+    return "\n".join(lines)
+
+
+def _table(report: Report, case: Case, threads: int, several: bool, tablefmt: str) -> str:
+    found = rows(report, case, threads)
+    columns = ["candidate", "ms", "quartiles", "x eager", "x compile", "of add", "of limit"]
+    columns = (["of"] if several else []) + columns + ([f"of {report.suite.baseline_group}"] if several else [])
+    has_memory = any(row.peak_units is not None for row in found)
+    columns += ["memory"] if has_memory else []
+    lines = []
+    for row in found:
+        line = [row.group] if several else []
+        line += [
+            row.name,
+            f"{row.seconds.median * 1e3:.2f}",
+            f"{row.seconds.q1 * 1e3:.2f} - {row.seconds.q3 * 1e3:.2f}",
+            _ratio(row.faster_than_eager),
+            _ratio(row.faster_than_compile),
+            _ratio(row.of_probe),
+            "" if row.of_bandwidth is None else f"{row.of_bandwidth:.0%}",
+        ]
+        line += [_ratio(row.of_baseline)] if several else []
+        line += ["" if row.peak_units is None else f"{row.peak_units:.2f}"] if has_memory else []
+        lines.append(line)
+    align = ["left" if name in ("of", "candidate") else "right" for name in columns]
+    return tabulate(lines, headers=columns, tablefmt=tablefmt, colalign=align, disable_numparse=True)
+
+
+def write(report: Report, folder: Path) -> list[Path]:
+    """Write SUITE.json, SUITE.md and SUITE.png and return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    base = folder / report.suite.name
+    data, table, plot = (base.with_suffix(suffix) for suffix in (".json", ".md", ".png"))
+    data.write_text(json.dumps(as_json(report), indent=1, allow_nan=False) + "\n")
+    table.write_text(text(report, tablefmt="github"))
+    plots.draw(report, plot)
+    return [data, table, plot]
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """Everything, raw rounds included."""
+    results = []
+    for index, case in enumerate(report.cases):
+        for threads in report.options["threads"]:
+            results.append(
+                {
+                    "case": str(case),
+                    "shape": list(case.shape),
+                    "dtype": case.dtype,
+                    "device": case.device,
+                    "threads": threads,
+                    "unit_bytes": report.suite.unit_bytes(case),
+                    "floor_bytes": report.suite.floor_bytes(case),
+                    "candidates": [_row_as_json(row) for row in rows(report, case, threads)],
+                    "absent": report.timed[threads]["results"][index]["absent"],
+                }
+            )
+    return {
+        "schema": SCHEMA,
+        "suite": report.suite.name,
+        "title": report.suite.title,
+        "options": report.options,
+        "versions": report.versions,
+        "machine": report.machine,
+        "limits_gb_per_s": {str(threads): answer["limits"] for threads, answer in report.timed.items()},
+        "results": results,
+    }
+
+
+def _row_as_json(row: Row) -> dict[str, Any]:
+    def plain(value: Any) -> Any:
+        if isinstance(value, Spread):
+            return {"median": value.median, "q1": value.q1, "q3": value.q3}
+        return value
+
+    return {name: plain(value) for name, value in vars(row).items()}
+
+
+def _measured(report: Report) -> list[dict[str, Any]]:
+    return [item for answer in report.timed.values() for result in answer["results"] for item in result["candidates"]]
+
+
+def _absent(report: Report) -> list[str]:
+    """One line per reason."""
+    by_reason: dict[str, list[str]] = {}
+    for answer in report.timed.values():
+        for result in answer["results"]:
+            for item in result["absent"]:
+                names = by_reason.setdefault(item["reason"], [])
+                if item["name"] not in names:
+                    names.append(item["name"])
+    return [f"{', '.join(names)}: {reason}" for reason, names in by_reason.items()]
+
+
+def _ratio(value: Optional[Spread]) -> str:
+    return "" if value is None else f"{value.median:.2f}"

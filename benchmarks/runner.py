@@ -1,0 +1,263 @@
+"""What one process does: check all candidates against the truth and time interleaved rounds, or measure peak memory."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.model import Absent, Candidate, Case, Inputs, Outcome, Run, Suite
+
+# Largest relative errors against fp64: (loss and whole gradient, worst row of the gradient). Eager PyTorch in 16 bits
+# rounds its log-probabilities before it subtracts them, so little is asked of it there.
+TOLERANCE = {"fp64": (1e-9, 1e-8), "fp32": (1e-4, 1e-3), "fp16": (2e-2, 0.2), "bf16": (0.1, 0.9)}
+# kdkernels sums in fp32 whatever the logits are: what remains is the rounding of the gradient as it is stored.
+OWN_TOLERANCE = {"fp64": (1e-12, 1e-10), "fp32": (5e-6, 1e-4), "fp16": (1e-3, 2e-3), "bf16": (4e-3, 8e-3)}
+OWN_FAMILIES = ("kdkernels", "kernel", "reference")
+SETTLING_ROUNDS = 2
+
+
+class CheckFailed(Exception):
+    """A candidate's result is wrong, so no figure of the run is worth reading."""
+
+
+def measure_time(suite: Suite, case: Case, *, rounds: int, seed: int) -> dict[str, Any]:
+    """Check every candidate against the truth, time them in interleaved rounds, and check them again.
+
+    Returns:
+        A dict with ``candidates``: dicts with name, group, family, ``seconds`` (one per round), ``first_run_seconds``
+        and ``errors``; and ``absent``: what could not run, and why.
+
+    Raises:
+        CheckFailed: naming every candidate whose loss or gradient is wrong.
+    """
+    torch.compiler.reset()
+    listed = suite.make_candidates(case)
+    candidates = [item for item in listed if isinstance(item, Candidate)]
+    buffers = [suite.make_inputs(case, seed + index) for index in range(_buffer_count(suite, case))]
+    built = []
+    for candidate in candidates:
+        start = time.perf_counter()
+        run = candidate.build()
+        run(buffers[0])
+        synchronize(case.device)
+        buffers[0].reset()
+        built.append((candidate, run, time.perf_counter() - start))
+    runs = [(candidate, run) for candidate, run, _ in built]
+
+    errors = check(suite, case, runs, buffers[0])
+    seconds = np.empty((SETTLING_ROUNDS + rounds, len(runs)))
+    order = np.random.default_rng(seed)
+    turn = 0
+    gc.collect()
+    gc.disable()
+    try:
+        for r in range(len(seconds)):
+            for k in order.permutation(len(runs)):
+                inputs = buffers[turn % len(buffers)]
+                seconds[r, k] = _timed(runs[k][1], inputs, case.device)
+                inputs.reset()
+                turn += 1
+    finally:
+        gc.enable()
+    check(suite, case, runs, buffers[0])
+
+    return {
+        "candidates": [
+            {
+                "name": candidate.name,
+                "group": candidate.group,
+                "family": candidate.family,
+                "seconds": seconds[SETTLING_ROUNDS:, k].tolist(),
+                "first_run_seconds": first,
+                "errors": errors[candidate.key],
+            }
+            for k, (candidate, _, first) in enumerate(built)
+        ],
+        "absent": [
+            {"name": item.name, "group": item.group, "reason": item.reason}
+            for item in listed
+            if isinstance(item, Absent)
+        ],
+    }
+
+
+def measure_memory(suite: Suite, case: Case, group: str, name: str, *, seed: int) -> int:
+    """Bytes that forward and backward of one candidate need beyond its inputs, at their peak.
+
+    To be called in a process of its own. A run before the measured one loads libraries, compiles, and starts threads.
+    """
+    torch.compiler.reset()
+    [run] = [
+        item.build()
+        for item in suite.make_candidates(case)
+        if isinstance(item, Candidate) and (item.group, item.name) == (group, name)
+    ]
+    inputs = suite.make_inputs(case, seed)
+    if case.device == "cpu" and not peak_can_be_reset():
+        # The peak of the process's whole life: a run before the measured one would hide it.
+        inputs.reset()
+        before = _lifetime_peak()
+        outcome = run(inputs)
+        peak = _lifetime_peak() - before
+        del outcome
+        return peak
+    for _ in range(2):
+        outcome = run(inputs)
+        synchronize(case.device)
+        del outcome
+        inputs.reset()
+    gc.collect()
+    before = _reset_peak(case.device)
+    outcome = run(inputs)
+    synchronize(case.device)
+    peak = _peak(case.device)
+    del outcome
+    return max(0, peak - before)
+
+
+def check(suite: Suite, case: Case, runs: Sequence[tuple[Candidate, Run]], inputs: Any) -> dict[str, dict[str, float]]:
+    """Errors of every candidate's loss and gradients, keyed by ``Candidate.key``.
+
+    Raises:
+        CheckFailed: naming all that are wrong.
+    """
+    errors: dict[str, dict[str, float]] = {}
+    wrong: list[str] = []
+    for group in dict.fromkeys(candidate.group for candidate, _ in runs):
+        truth: Optional[Outcome] = None
+        for candidate, run in runs:
+            if candidate.group != group:
+                continue
+            if candidate.expected is not None:
+                expected = candidate.expected(inputs)
+            else:
+                truth = expected = suite.expected(inputs, group) if truth is None else truth
+            if hasattr(inputs, "poison"):
+                inputs.poison()
+            outcome = run(inputs)
+            found = _errors(outcome, expected)
+            del outcome
+            inputs.reset()
+            errors[candidate.key] = found
+            bounds = (OWN_TOLERANCE if candidate.family in OWN_FAMILIES else TOLERANCE)[case.dtype]
+            for what, error in found.items():
+                bound = bounds[what.startswith("worst row")]
+                if not error <= bound:  # also when it is NaN
+                    wrong.append(f"{candidate.key}: {what} is off by {error:.2e}, allowed {bound:.2e}")
+    if wrong:
+        raise CheckFailed(f"{suite.name} {case}: " + "; ".join(wrong))
+    return errors
+
+
+def _errors(outcome: Outcome, expected: Outcome) -> dict[str, float]:
+    found = {"loss": _relative(outcome.loss.detach(), expected.loss)}
+    if len(outcome.gradients) != len(expected.gradients):
+        raise CheckFailed(f"expected {len(expected.gradients)} gradients, got {len(outcome.gradients)}")
+    for index, (gradient, truth) in enumerate(zip(outcome.gradients, expected.gradients, strict=True)):
+        suffix = f" {index}" if len(expected.gradients) > 1 else ""
+        if gradient is None or gradient.shape != truth.shape:
+            raise CheckFailed(f"gradient{suffix} must have shape {tuple(truth.shape)}")
+        norm, largest = _gradient_errors(gradient, truth)
+        found[f"gradient{suffix}"] = norm
+        found[f"worst row of gradient{suffix}"] = largest
+    return found
+
+
+def _relative(value: Tensor, truth: Tensor) -> float:
+    difference = abs(float(value.double()) - float(truth))
+    return difference / max(float(truth.abs()), torch.finfo(torch.float64).tiny) if difference else 0.0
+
+
+def _gradient_errors(gradient: Tensor, truth: Tensor) -> tuple[float, float]:
+    """Error over all elements in the 2-norm, and the largest error of a row beside the row's largest element."""
+    squares = size = 0.0
+    worst = 0.0
+    flat, flat_truth = gradient.flatten(0, -2), truth.flatten(0, -2)
+    step = max(1, 2**22 // max(flat.shape[-1], 1))
+    for start in range(0, flat.shape[0], step):
+        exact = flat_truth[start : start + step]
+        difference = flat[start : start + step].to(exact.device, torch.float64) - exact
+        squares += float(difference.square().sum())
+        size += float(exact.square().sum())
+        ratio = difference.abs().amax(-1) / exact.abs().amax(-1)
+        # A row whose gradient is exactly 0 and was found so has no error.
+        ratio = torch.where(difference.abs().amax(-1) == 0, torch.zeros_like(ratio), ratio)
+        worst = float(np.maximum(worst, float(ratio.amax())))  # np.maximum keeps a NaN
+    return (squares / size) ** 0.5 if squares else 0.0, worst
+
+
+def _timed(run: Run, inputs: Inputs, device: str) -> float:
+    if device != "cuda":
+        start = time.perf_counter()
+        outcome = run(inputs)
+        stop = time.perf_counter()
+        del outcome
+        return stop - start
+    start_event, end_event = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    # About a millisecond of sleep in the queue, so that launches from Python overlap with it and not with the work.
+    torch.cuda._sleep(2_000_000)
+    start_event.record()
+    outcome = run(inputs)
+    end_event.record()
+    torch.cuda.synchronize()
+    del outcome
+    return start_event.elapsed_time(end_event) / 1e3
+
+
+def _buffer_count(suite: Suite, case: Case) -> int:
+    """Input sets to rotate through: enough on a GPU that its L2 holds none of them; on the CPU one, as in training."""
+    if case.device != "cuda":
+        return 1
+    l2 = torch.cuda.get_device_properties(0).L2_cache_size
+    return int(np.clip(np.ceil(3 * l2 / suite.floor_bytes(case)) + 1, 2, 16))
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_can_be_reset() -> bool:
+    """Whether the kernel lets a process reset its peak resident size (Linux; some containers forbid it)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _reset_peak(device: str) -> int:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except AttributeError:
+        pass  # not glibc
+    Path("/proc/self/clear_refs").write_text("5")
+    return _peak(device)
+
+
+def _peak(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status has no VmHWM")
+
+
+def _lifetime_peak() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

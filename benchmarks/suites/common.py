@@ -1,0 +1,219 @@
+"""What suites over student and teacher logits ``[N, V]`` share: inputs, the fp64 truth, and how to build candidates."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor
+
+from benchmarks.model import Absent, Candidate, Case, Outcome, Run
+from kdkernels import ops
+from kdkernels.backends import Availability, available
+
+TEMPERATURE = 2.0
+FUSED = ("cpu", "triton")
+
+# From (inputs or a block of their rows, backend, reduction, inplace) to kdkernels' loss.
+Ours = Callable[[Any, str, str, bool], Tensor]
+Loss = Callable[..., Tensor]
+Arguments = Callable[[Any], tuple[Any, ...]]
+
+
+class LogitInputs:
+    """Logits as language models give them: a broad body, and a likely token that student and teacher mostly share.
+
+    Every tensor in ``PER_ROW`` has one row per token, so that the truth can be computed in blocks of rows.
+    """
+
+    PER_ROW: Sequence[str] = ("pristine", "teacher", "labels")
+
+    def __init__(self, case: Case, seed: int) -> None:
+        rows, columns = case.shape
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.randint(0, columns, (rows, 1), generator=generator)
+        teacher = torch.randn(rows, columns, generator=generator).mul_(2)
+        teacher.scatter_add_(1, labels, torch.full((rows, 1), 8.0))
+        student = torch.randn(rows, columns, generator=generator).add_(teacher, alpha=0.8)
+        self.pristine = student.to(case.torch_dtype).to(case.device)
+        self.teacher = teacher.to(case.torch_dtype).to(case.device)
+        self.labels = labels.squeeze(1).to(case.device)
+        self.student = self.pristine.clone().requires_grad_()
+        self.out = torch.empty_like(self.pristine)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Put the student's logits back and drop its gradient: every candidate finds the caches in the same state."""
+        self.student.grad = None
+        self.student.copy_(self.pristine)
+
+    def poison(self) -> None:
+        """Fill the preallocated output with NaN, so that an element left out shows."""
+        self.out.fill_(float("nan"))
+
+    def block(self, part: slice) -> SimpleNamespace:
+        """Some rows in fp64, on the CPU, where kdkernels takes fp64."""
+        picked = {name: getattr(self, name)[part].cpu() for name in self.PER_ROW}
+        block = {name: t.double() if t.is_floating_point() else t for name, t in picked.items()}
+        return SimpleNamespace(**block, student=block["pristine"].clone().requires_grad_())
+
+
+def unit_bytes(case: Case) -> int:
+    """One ``[N, V]`` gradient."""
+    return case.shape[0] * case.shape[1] * case.torch_dtype.itemsize
+
+
+def floor_bytes(case: Case) -> int:
+    """Two reads and one write of ``[N, V]``."""
+    return 3 * unit_bytes(case)
+
+
+def truth(inputs: Any, ours: Ours) -> Outcome:
+    """Loss and gradient of the reference in fp64, in blocks of rows, for the sake of the intermediates' size."""
+    rows, columns = inputs.pristine.shape
+    step = max(1, 2**22 // columns)
+    total = torch.zeros((), dtype=torch.float64)
+    gradient = torch.empty(rows, columns, dtype=torch.float64)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        block = inputs.block(part)
+        value = ours(block, "torch", "none", False).sum() / rows
+        value.backward()
+        total += value.detach()
+        gradient[part] = block.student.grad
+    return Outcome(total, (gradient,))
+
+
+def logits_and_labels(inputs: Any) -> tuple[Any, ...]:
+    """The arguments of most eager formulations."""
+    return inputs.student, inputs.teacher, inputs.labels, TEMPERATURE
+
+
+def autograd(loss: Loss, arguments: Arguments = logits_and_labels) -> Run:
+    """Loss and backward as a training step does them; the gradient ends in ``student.grad``."""
+
+    def run(inputs: Any) -> Outcome:
+        value = loss(*arguments(inputs))
+        value.backward()
+        return Outcome(value, (inputs.student.grad,))
+
+    return run
+
+
+def eager(name: str, group: str, loss: Loss, arguments: Arguments = logits_and_labels) -> Candidate:
+    """An eager formulation."""
+    return Candidate(name, group, "eager", lambda: autograd(loss, arguments))
+
+
+def compiled(
+    name: str, group: str, loss: Loss, case: Case, arguments: Arguments = logits_and_labels
+) -> Union[Candidate, Absent]:
+    """torch.compile of an eager formulation, for one fixed shape."""
+    reason = _compile_unavailable(case.device)
+    if reason:
+        return Absent(name, group, reason)
+    return Candidate(
+        name, group, "compile", lambda: autograd(torch.compile(loss, dynamic=False, fullgraph=True), arguments)
+    )
+
+
+def ours(
+    group: str, loss: Ours, case: Case, *, backends: Sequence[str], inplace: bool = False
+) -> list[Union[Candidate, Absent]]:
+    """kdkernels through autograd, one candidate per backend."""
+    found: list[Union[Candidate, Absent]] = []
+    for backend in _availability(case, backends):
+        name = f"kdkernels {backend.name}{', in place' if inplace else ''}"
+        if backend.ok:
+            family = "kdkernels" if backend.name in FUSED else "reference"
+            found.append(Candidate(name, group, family, _build_ours(loss, backend.name, inplace)))
+        else:
+            found.append(Absent(name, group, backend.reason))
+    return found
+
+
+def _availability(case: Case, names: Sequence[str]) -> list[Availability]:
+    return [backend for backend in available(case.device) if backend.name in names]
+
+
+def _build_ours(loss: Ours, backend: str, inplace: bool) -> Callable[[], Run]:
+    return lambda: autograd(lambda inputs: loss(inputs, backend, "batchmean", inplace), lambda inputs: (inputs,))
+
+
+def kernels(group: str, case: Case) -> list[Union[Candidate, Absent]]:
+    """The forward KL op alone, its gradient written to memory that is there already: no autograd, no allocation."""
+    found: list[Union[Candidate, Absent]] = []
+    for backend in _availability(case, FUSED):
+        name = f"{backend.name} kernel, output allocated"
+        if backend.ok:
+            found.append(Candidate(name, group, "kernel", _build_kernel(backend.name)))
+        else:
+            found.append(Absent(name, group, backend.reason))
+    return found
+
+
+def _build_kernel(backend: str) -> Callable[[], Run]:
+    op = ops.op("dense_fwd", backend)
+
+    def run(inputs: Any) -> Outcome:
+        rows, columns = inputs.pristine.shape
+        student, teacher, out = (t.detach().unsqueeze(0) for t in (inputs.student, inputs.teacher, inputs.out))
+        loss, _ = op(
+            student,
+            [teacher],
+            out,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            divergence="forward_kl",
+            param0=0.0,
+            param1=0.0,
+            mixture="probs",
+            vocab_size=columns,
+            ignore_index=-100,
+            scale=1.0 / rows,
+            temperature=TEMPERATURE,
+            teacher_temperature=TEMPERATURE,
+            kd_weight=1.0,
+            ce_weight=0.0,
+            z_loss_weight=0.0,
+            label_smoothing=0.0,
+            scale_by_t_squared=True,
+            teacher_form="logits",
+            student_softcap=0.0,
+            teacher_softcap=0.0,
+            standardize=False,
+            stats=False,
+        )
+        return Outcome(loss.sum(), (inputs.out,))
+
+    return lambda: run
+
+
+def add_probe(group: str) -> Candidate:
+    """``torch.add(s, t, out=g)``: two reads and one write of the same tensors, a yardstick for memory-bound kernels."""
+
+    def run(inputs: Any) -> Outcome:
+        torch.add(inputs.student.detach(), inputs.teacher, out=inputs.out)
+        return Outcome(torch.zeros(()), (inputs.out,))
+
+    def expected(inputs: Any) -> Outcome:
+        return Outcome(torch.zeros(()), (inputs.pristine.double() + inputs.teacher.double(),))
+
+    return Candidate("torch.add(s, t, out=g)", group, "probe", lambda: run, expected)
+
+
+def _compile_unavailable(device: str) -> Optional[str]:
+    if device == "cpu":
+        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+        if not shutil.which(compiler):
+            return f"torch.compile needs a C++ compiler on the CPU, and {compiler} is not on PATH"
+    return None

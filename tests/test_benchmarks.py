@@ -1,0 +1,377 @@
+"""The benchmarks measure what they say, and refuse to report on a wrong result."""
+
+import dataclasses
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import kdkernels as kd
+from kdkernels import divergences
+from kdkernels.backends import available
+
+# ruff: noqa: E402  the benchmarks cannot be imported where their own dependencies are not installed
+for _package in ("matplotlib", "tabulate"):
+    pytest.importorskip(_package, reason=f"{_package} is not installed; the extra 'bench' brings it")
+
+from benchmarks import __main__ as command_line
+from benchmarks import eager, plots, report, runner, worker
+from benchmarks.model import SUITES, Absent, Candidate, Case, Outcome, load_suite
+from benchmarks.suites import dense
+from benchmarks.summary import Report, rows
+
+ROOT = Path(__file__).resolve().parent.parent
+CASE = Case((6, 130), "fp32")
+
+
+def eager_candidates():
+    listed = dense.make_candidates(CASE)
+    return [item for item in listed if isinstance(item, Candidate) and item.family == "eager"]
+
+
+def run_command(*arguments, pythonpath=None):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if pythonpath is not None:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(pythonpath), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "benchmarks", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.slow
+def test_quick_run_writes_table_json_and_plot(tmp_path):
+    done = run_command("--quick", "--device", "cpu", "--shapes", "16x512", "--rounds", 3, "--output-dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "dense.json").read_text())
+
+    assert found["suite"] == "dense" and found["options"]["rounds"] == 3
+    assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert found["versions"]["kdkernels"] == kd.__version__
+    assert found["machine"]["processor"] and found["machine"]["cpus"] >= 1
+    [(threads, limits)] = found["limits_gb_per_s"].items()
+    assert threads == str(found["machine"]["cpus"]) and min(limits[name] for name in ("read", "copy", "triad")) > 0
+    assert os.uname().nodename not in json.dumps(found).split('"')
+
+    assert [result["case"] for result in found["results"]] == ["16x512 fp32"]
+    fused = [backend for backend in available("cpu") if backend.name != "torch"]
+    for result in found["results"]:
+        measured = {row["name"]: row for row in result["candidates"]}
+        absent = {item["name"]: item["reason"] for item in result["absent"]}
+        expected = {"eager, as written", "eager, log_target", "torch.compile, log_target", "kdkernels torch"}
+        expected |= {"torch.add(s, t, out=g)"}
+        for backend in fused:
+            mine = {f"kdkernels {backend.name}", f"kdkernels {backend.name}, in place"}
+            mine |= {f"{backend.name} kernel, output allocated"}
+            assert mine <= set(measured if backend.ok else absent)
+            expected |= mine
+        assert set(measured) | set(absent) == expected and not set(measured) & set(absent)
+        assert all(absent.values())
+        for row in measured.values():
+            assert len(row["rounds"]) == 3 and min(row["rounds"]) > 0
+            assert row["seconds"]["q1"] <= row["seconds"]["median"] <= row["seconds"]["q3"]
+
+    table = (tmp_path / "dense.md").read_text()
+    assert "| eager, as written" in table and "GB/s, " in table
+    assert "eager, as written" in done.stdout and "Not run here:" in done.stdout
+    assert_is_picture(tmp_path / "dense.png")
+
+
+def assert_is_picture(path):
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG")
+    width, height = (int.from_bytes(data[start : start + 4], "big") for start in (16, 20))
+    assert width > 500 and height > 200 and len(data) > 10_000
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--shapes", "512"], ["--dtypes", "int8"], ["--threads", "0"], ["--suite", "no"]]
+)
+def test_a_wrong_argument_is_a_usage_error(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        command_line.main(arguments)
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    assert f"argument {arguments[0]}: " in message and repr(arguments[1]) in message
+
+
+def test_each_thread_count_and_each_peak_has_a_process_of_its_own(monkeypatch, tmp_path, capsys):
+    jobs = []
+
+    def run(job):
+        jobs.append(job)
+        if job["mode"] == "memory":
+            return {"peaks": [5 * 2**20] * len(job["cases"])}
+        return {
+            "limits": {"measured_by": "nothing", "triad": 25.0},
+            "results": [{"candidates": fake_measurements(SECONDS), "absent": []} for _ in job["cases"]],
+        }
+
+    monkeypatch.setattr(worker, "run", run)
+    sizes = ["--shapes", "256x8192,16x512", "--dtypes", "fp32", "--threads", "1,2"]
+    assert command_line.main(["--device", "cpu", *sizes, "--output-dir", str(tmp_path)]) == 0
+    assert [job["threads"] for job in jobs if job["mode"] == "time"] == [1, 2]
+    memory = [job for job in jobs if job["mode"] == "memory"]
+    listed = dense.make_candidates(Case((256, 8192), "fp32"))
+    assert [job["name"] for job in memory] == [item.name for item in listed if isinstance(item, Candidate)]
+    # A gradient of 32 kB is too small to be seen, so its case is left out.
+    assert all([case["shape"] for case in job["cases"]] == [(256, 8192)] for job in memory)
+    assert len(capsys.readouterr().out.split("Forward KL")) == 1 + 4
+
+
+WRONG_SUITE = """
+    import dataclasses
+
+    from benchmarks.model import Candidate, Outcome
+    from benchmarks.suites import dense
+
+
+    def make_candidates(case):
+        right = dense.make_candidates(case)[0]
+
+        def build():
+            run = right.build()
+
+            def wrong(inputs):
+                outcome = run(inputs)
+                outcome.gradients[0][3, 7] += 0.01
+                return outcome
+
+            return wrong
+
+        return [right, Candidate("wrong by one element", right.group, "kdkernels", build)]
+
+
+    SUITE = dataclasses.replace(dense.SUITE, name="wrong", make_candidates=make_candidates)
+"""
+
+
+@pytest.mark.slow
+def test_the_command_refuses_figures_on_a_wrong_gradient(tmp_path):
+    (tmp_path / "wrong_suite.py").write_text(textwrap.dedent(WRONG_SUITE))
+    output = tmp_path / "output"
+    options = ["--quick", "--device", "cpu", "--shapes", "16x64", "--threads", 1, "--output-dir", output]
+    done = run_command("--suite", "wrong_suite", *options, pythonpath=tmp_path)
+    assert done.returncode == 1
+    assert "no figures for suite 'wrong'" in done.stderr
+    assert "forward_kl / wrong by one element: worst row of gradient is off by" in done.stderr
+    assert "eager, as written:" not in done.stderr
+    assert done.stdout == "" and not output.exists()
+
+
+def scaled(outcome):
+    return Outcome(outcome.loss, (outcome.gradients[0] * 1.001,))
+
+
+def one_row_flipped(outcome):
+    outcome.gradients[0][2] *= -1
+    return outcome
+
+
+def one_element_left_out(outcome):
+    outcome.gradients[0][5, 129] = float("nan")
+    return outcome
+
+
+def wrong_loss(outcome):
+    return Outcome(outcome.loss * 1.001, outcome.gradients)
+
+
+def no_gradient(outcome):
+    return Outcome(outcome.loss, (torch.zeros_like(outcome.gradients[0]),))
+
+
+@pytest.mark.parametrize("spoil", [scaled, one_row_flipped, one_element_left_out, wrong_loss, no_gradient])
+@pytest.mark.parametrize("family", ["eager", "kdkernels"])
+def test_the_check_sees_a_wrong_result(spoil, family, monkeypatch):
+    right = eager_candidates()[0]
+    run = right.build()
+    candidate = Candidate("spoilt", right.group, family, lambda: lambda inputs: spoil(run(inputs)))
+    suite = dataclasses.replace(dense.SUITE, make_candidates=lambda case: [right, candidate])
+    monkeypatch.setattr(runner, "_timed", lambda *arguments: pytest.fail("a check comes before any timing"))
+    with pytest.raises(runner.CheckFailed, match="forward_kl / spoilt: ") as caught:
+        runner.measure_time(suite, CASE, rounds=1, seed=0)
+    assert right.key not in str(caught.value)
+
+
+def test_the_check_sees_a_result_that_turns_wrong_while_it_is_timed():
+    right = eager_candidates()[0]
+    run = right.build()
+    count = itertools.count()
+    # Right in its first run and in the check before the timing.
+    candidate = Candidate(
+        "drifting",
+        right.group,
+        "kdkernels",
+        lambda: lambda inputs: (run if next(count) < 2 else lambda i: wrong_loss(run(i)))(inputs),
+    )
+    suite = dataclasses.replace(dense.SUITE, make_candidates=lambda case: [right, candidate])
+    with pytest.raises(runner.CheckFailed, match="forward_kl / drifting: loss"):
+        runner.measure_time(suite, CASE, rounds=3, seed=0)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", SUITES)
+def test_every_formulation_computes_what_it_stands_for(name, dtype):
+    suite, case = load_suite(name), Case((24, 515), dtype)
+    listed = suite.make_candidates(case)
+    # Compiling them takes minutes; what is compiled are these functions.
+    built = [(item, item.build()) for item in listed if isinstance(item, Candidate) and item.family != "compile"]
+    assert {item.group for item, _ in built} == {item.group for item in listed}
+    errors = runner.check(suite, case, built, suite.make_inputs(case, 0))
+    assert set(errors) == {item.key for item, _ in built}
+
+
+def test_every_divergence_has_eager_formulations():
+    assert set(divergences.names()) == set(eager.BEST) == set(eager.AS_WRITTEN)
+
+
+def test_a_divergence_without_a_formulation_is_listed_as_absent(monkeypatch):
+    monkeypatch.setattr(eager, "BEST", {})
+    absent = [item for item in load_suite("divergences").make_candidates(CASE) if isinstance(item, Absent)]
+    missing = {item.group for item in absent if "eager.py" in item.reason}
+    assert missing == set(divergences.names())
+
+
+def test_rounds_are_shuffled_and_every_candidate_is_timed_once_in_each():
+    order: list[str] = []
+
+    def watched(candidate):
+        run = candidate.build()
+
+        def watched_run(inputs):
+            order.append(candidate.name)
+            return run(inputs)
+
+        return dataclasses.replace(candidate, build=lambda: watched_run)
+
+    candidates = [watched(dataclasses.replace(c, name=f"{c.name} {k}")) for k in range(2) for c in eager_candidates()]
+    names = sorted(candidate.name for candidate in candidates)
+    suite = dataclasses.replace(dense.SUITE, make_candidates=lambda case: candidates)
+    found = runner.measure_time(suite, CASE, rounds=12, seed=3)
+    assert [len(item["seconds"]) for item in found["candidates"]] == [12] * len(names)
+    # First runs and a check come before, a check after.
+    timed = order[2 * len(names) : -len(names)]
+    rounds = [timed[start : start + len(names)] for start in range(0, len(timed), len(names))]
+    assert len(rounds) == 12 + runner.SETTLING_ROUNDS
+    assert all(sorted(each) == names for each in rounds)
+    assert len({tuple(each) for each in rounds}) > 1
+
+
+def fake_measurements(seconds, groups=("forward_kl",)):
+    families = {"slow": "eager", "fast": "eager", "compiled": "compile", "ours": "kdkernels", "add": "probe"}
+    return [
+        {
+            "name": name,
+            "group": group,
+            "family": families[name],
+            "seconds": [(1 + index) * value for value in values],
+            "first_run_seconds": 1.0,
+            "errors": {"loss": 0.0},
+        }
+        for index, group in enumerate(groups)
+        for name, values in seconds.items()
+    ]
+
+
+def synthetic_report(seconds, *, memory=None, groups=("forward_kl",), suite=dense.SUITE):
+    measured = fake_measurements(seconds, groups)
+    absent = [{"name": "kdkernels triton", "group": "forward_kl", "reason": "no GPU"}]
+    limits = {"measured_by": "nothing", "read": 10.0, "copy": 20.0, "triad": 25.0}
+    return Report(
+        suite=suite,
+        machine={
+            "processor": "a processor",
+            "vector_isa": "none",
+            "cpus": 1,
+            "system": "none",
+            "transparent_huge_pages": "never",
+            "load_average_before": 0.0,
+        },
+        versions={"torch": "0"},
+        options={"rounds": 3, "threads": [1], "seed": 0, "device": "cpu"},
+        cases=[Case((100, 1000), "fp32")],
+        timed={1: {"limits": limits, "results": [{"candidates": measured, "absent": absent}]}},
+        memory=memory or {},
+    )
+
+
+SECONDS = {
+    "slow": [9.0, 9.0, 9.0],
+    "fast": [6.0, 4.0, 8.0],
+    "compiled": [3.0, 3.0, 3.0],
+    "ours": [1.0, 2.0, 4.0],
+    "add": [0.5, 0.5, 0.5],
+}
+
+
+def test_ratios_are_taken_per_round_against_the_fastest_of_a_family():
+    memory = {"100x1000 fp32": {"forward_kl / ours": 400_000, "forward_kl / slow": 2_000_000}}
+    slow, _, _, ours, add = rows(synthetic_report(SECONDS, memory=memory), Case((100, 1000), "fp32"), 1)
+    assert ours.faster_than_eager is not None and ours.faster_than_compile is not None and ours.of_probe is not None
+    # Rounds 6/1, 4/2, 8/4: the median is 2, where the ratio of medians would be 3.
+    assert ours.faster_than_eager.median == 2.0
+    assert ours.faster_than_compile.median == 1.5
+    assert ours.of_probe.median == 4.0
+    assert (ours.seconds.q1, ours.seconds.median, ours.seconds.q3) == (1.5, 2.0, 3.0)
+    assert (ours.peak_units, slow.peak_units) == (1.0, 5.0)
+    # 3 x 400 kB at 25 GB/s are 48 microseconds.
+    assert ours.of_bandwidth == pytest.approx(48e-6 / 2.0)
+    assert add.faster_than_eager is None and ours.of_baseline is None
+
+
+def test_table_and_plot_of_several_groups(tmp_path):
+    suite = dataclasses.replace(dense.SUITE, baseline_group="forward_kl")
+    found = synthetic_report(SECONDS, groups=("forward_kl", "jsd"), suite=suite)
+    ours = {row.group: row for row in rows(found, found.cases[0], 1) if row.name == "ours"}
+    assert ours["jsd"].of_baseline is not None and ours["jsd"].of_baseline.median == 2.0
+    lines = report.text(found, tablefmt="github").splitlines()
+    [line] = [line for line in lines if re.match(r"\| jsd +\| ours ", line)]
+    assert [cell.strip() for cell in line.strip("|").split("|")][2] == "4000.00"
+    assert "- kdkernels triton: no GPU" in lines
+    plots.draw(found, tmp_path / "plot.png")
+    assert_is_picture(tmp_path / "plot.png")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", [item.name for item in available("cpu") if item.name == "cpu"])
+def test_peak_memory_of_one_gradient_and_of_none(backend):
+    if not runner.peak_can_be_reset():
+        pytest.skip("this machine does not let a process reset its peak memory")
+    [reason] = [item.reason for item in available("cpu") if item.name == backend]
+    if reason:
+        pytest.skip(reason)
+    case = {"shape": [256, 16000], "dtype": "fp32"}
+    unit = dense.SUITE.unit_bytes(Case((256, 16000), "fp32"))
+    peaks = {}
+    for name in ("eager, as written", f"kdkernels {backend}", f"kdkernels {backend}, in place"):
+        job = {"mode": "memory", "suite": "dense", "device": "cpu", "seed": 0, "threads": 1, "cases": [case]}
+        [peak] = worker.run({**job, "group": dense.GROUP, "name": name})["peaks"]
+        peaks[name] = peak / unit
+    assert 3 < peaks["eager, as written"] < 8
+    assert 0.9 < peaks[f"kdkernels {backend}"] < 1.1
+    assert peaks[f"kdkernels {backend}, in place"] < 0.1
+
+
+@pytest.mark.slow
+def test_a_failing_process_is_an_error_and_not_an_empty_result():
+    job = {"mode": "memory", "suite": "dense", "device": "cpu", "seed": 0, "threads": 1}
+    with pytest.raises(worker.WorkerFailed, match="ended with status 1"):
+        worker.run(
+            {**job, "cases": [{"shape": [4, 8], "dtype": "fp32"}], "group": "forward_kl", "name": "no such name"}
+        )
+
+
+def test_seconds_are_seconds(monkeypatch):
+    clock = iter(np.arange(0.0, 100.0, 0.25))
+    monkeypatch.setattr(runner.time, "perf_counter", lambda: float(next(clock)))
+    right = eager_candidates()[0]
+    suite = dataclasses.replace(dense.SUITE, make_candidates=lambda case: [right])
+    [item] = runner.measure_time(suite, CASE, rounds=2, seed=0)["candidates"]
+    assert item["seconds"] == [0.25, 0.25]
