@@ -30,6 +30,7 @@ from kdkernels.kernels.rows import (
     fold_sum,
     lane_zeros,
     load_logits,
+    log2_softmax,
     mul0,
     num_rows,
     row_moments,
@@ -57,7 +58,7 @@ def teacher_log2(
         total = tl.zeros(offs_v.shape, tl.float32)
         for k in tl.static_range(len(teachers)):
             t = load_logits(teachers[k], offs_v, V, load_width, softcap, TEACHER_PROBS)
-            term = (t - norms[k][0]) * norms[k][1] - norms[k][2] + tl.log2(weights[k])
+            term = log2_softmax(t, norms[k][0], norms[k][1], norms[k][2]) + tl.log2(weights[k])
             new_top = tl.maximum(top, term)
             total = total * tl.exp2(top - new_top) + tl.exp2(term - new_top)
             top = new_top
@@ -65,7 +66,7 @@ def teacher_log2(
         key = log2p
     else:
         key = load_teacher(teachers, weights, offs_v, V, load_width, softcap, TEACHER_PROBS)
-        log2p = (key - norms[0][0]) * norms[0][1] - norms[0][2]
+        log2p = log2_softmax(key, norms[0][0], norms[0][1], norms[0][2])
     return log2p, key
 
 
@@ -361,7 +362,7 @@ def dense_fwd_kernel(
         for k in range(num_tiles):
             offs_v = (num_tiles - 1 - k) * BLOCK_V + offs_tile
             s = load_logits(student_ptr, offs_v, V, load_width, student_softcap, False)
-            log2q = (s - ms) * student_scale - log_zs
+            log2q = log2_softmax(s, ms, student_scale, log_zs)
             log2p, key = teacher_log2(
                 teachers, weights, norms, offs_v, V, load_width, teacher_softcap, MIX_PROBS, TEACHER_PROBS
             )
@@ -404,7 +405,7 @@ def dense_fwd_kernel(
         for k in range(num_tiles):
             offs_v = (k if VALUE_SWEEP else num_tiles - 1 - k) * BLOCK_V + offs_tile
             s = load_logits(student_ptr, offs_v, V, load_width, student_softcap, False)
-            log2q = (s - ms) * student_scale - log_zs
+            log2q = log2_softmax(s, ms, student_scale, log_zs)
             log2p, key = teacher_log2(
                 teachers, weights, norms, offs_v, V, load_width, teacher_softcap, MIX_PROBS, TEACHER_PROBS
             )
@@ -427,7 +428,7 @@ def dense_fwd_kernel(
                 if STATS:
                     stats = add_stats(stats, p, log2p, q, log2q, s, key, offs_v)
             if CE or z_loss_weight is not None:
-                g += lse_scale * tl.exp2((s - ms) * LOG2E - log_z1)
+                g += lse_scale * tl.exp2(log2_softmax(s, ms, LOG2E, log_z1))
             if CE:
                 if label_smoothing is None:
                     g -= tl.where(offs_v == label, hard_scale, 0.0)
@@ -570,5 +571,7 @@ def dense_fwd(
         STANDARDIZE=standardize,
         TILE=shape.TILE,
         num_warps=shape.num_warps,
+        # A multiplication fused into one of two equal terms would leave a difference: equal logits must give exactly 0.
+        enable_fp_fusion=False,
     )
     return loss, row_stats

@@ -21,6 +21,7 @@ from kdkernels.kernels.rows import (
     LOG2E,
     aligned_width,
     load_logits,
+    log2_softmax,
     mul0,
     num_rows,
     row_offset,
@@ -126,8 +127,8 @@ def dkd_fwd_kernel(
             offs_v = (num_tiles - 1 - k) * BLOCK_V + offs_tile
             s = load_logits(student_ptr, offs_v, V, load_width, None, False)
             t = load_logits(teacher_ptr, offs_v, V, load_width, None, False)
-            q = tl.exp2((s - ms) * student_scale - log_zs)
-            p = tl.exp2((t - mt) * teacher_scale - log_zt)
+            q = tl.exp2(log2_softmax(s, ms, student_scale, log_zs))
+            p = tl.exp2(log2_softmax(t, mt, teacher_scale, log_zt))
             g = tl.where(offs_v == label, -away, away * q + scale * beta * (q - p))
             store_gradient(dstudent_ptr, offs_v, g, V, pad_width)
         if pad_width is not None:
@@ -195,5 +196,7 @@ def dkd_fwd(
         teacher_temperature,
         TILE=shape.TILE,
         num_warps=shape.num_warps,
+        # As in the dense pattern: equal logits must give exactly 0.
+        enable_fp_fusion=False,
     )
     return loss

@@ -97,7 +97,6 @@ def linear_sweep(
         shift_t = (mt - nt) * teacher_scale
         factor_s = tl.exp2(shift_s)
         factor_t = tl.exp2(shift_t)
-        # The difference first: a logit of 1e4 at T = 0.05 keeps all its bits.
         a = (s - spread(ns)) * student_scale
         b = (t - spread(nt)) * teacher_scale
         es = tl.exp2(a)
@@ -108,8 +107,8 @@ def linear_sweep(
         if C_QP != 0 or C_QQ != 0:
             sum_q = rescale(sum_q, zs, factor_s, combine(C_QP, shift_t, C_QQ, shift_s))
             sum_q += fold_sum(mul0(es, combine(C_QP, b, C_QQ, a)))
-        zs = zs * factor_s + fold_sum(es)
-        zt = zt * factor_t + fold_sum(et)
+        zs = tl.fma(zs, factor_s, fold_sum(es))
+        zt = tl.fma(zt, factor_t, fold_sum(et))
         if HARD:
             hard = add_hard(hard, ms, ns, s, offs_v < V, center)
         ms = ns

@@ -69,6 +69,12 @@ def row_offset(row, L, stride_b, stride_l):
 
 
 @triton.jit
+def log2_softmax(x, row_max, scale, log2_z):
+    """log2 of exp2((x - row_max) * scale) / z; the difference comes first, so that large logits keep their bits."""
+    return tl.fma(x - row_max, scale, -log2_z)
+
+
+@triton.jit
 def tile_offsets(TILE: tl.constexpr):
     ROLL: tl.constexpr = TILE[0]
     LANES: tl.constexpr = TILE[1]
@@ -137,7 +143,7 @@ def load_logits(row_ptr, offs_v, V, load_width, softcap, PROBS: tl.constexpr):
 def rescale(total, mass, factor, shift):
     """Move total = sum e * (x - m) to a new m: e shrinks by factor, x - m by -shift; mass is the old sum of e."""
     moved = mass * factor
-    return tl.where(moved == 0, 0.0, total * factor + moved * shift)
+    return tl.where(moved == 0, 0.0, tl.fma(total, factor, moved * shift))
 
 
 @triton.jit
