@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import NamedTuple, Optional
 
-import torch
-
 from kdkernels.backends import cpu, eager, triton
 
 # In the order in which "auto" tries them.
@@ -30,8 +28,6 @@ def available(device_type: str) -> list[Availability]:
     return [Availability(name, reason is None, reason or "") for name, reason in answers]
 
 
-# Under torch.compile the answer is asked once, while tracing: it loads libraries, which no graph can hold.
-@torch.compiler.assume_constant_result
 def select(requested: str, device_type: str, *, torch_only: Optional[str] = None) -> str:
     """The backend that runs a call.
 
@@ -53,3 +49,8 @@ def select(requested: str, device_type: str, *, torch_only: Optional[str] = None
     if reason is not None:
         raise ValueError(f"backend {requested!r} cannot run this call: {reason}")
     return requested
+
+
+# Under torch.compile the answer is asked once, while tracing: it loads libraries, which no graph can hold. This is what
+# torch.compiler.assume_constant_result does, which imports all of torch._dynamo and doubles the time of `import kdkernels`.
+select._dynamo_marked_constant = True  # type: ignore[attr-defined]
