@@ -15,7 +15,6 @@ from benchmarks.model import DTYPES, SUITES, Candidate, Case, Suite, load_suite
 from benchmarks.summary import Report
 
 SEED = 20240607
-# Below this a gradient is lost in what threads and allocators take.
 SMALLEST_MEMORY_UNIT = 4 * 2**20
 
 DESCRIPTION = """\
@@ -37,21 +36,26 @@ examples:
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     try:
         device = resolve_device(options.device)
     except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    for suite in options.suite:
+        parser.error(str(error))
+    for _, suite in options.suite:
+        for shape in options.shapes or ():
+            if len(shape) != len(suite.axes):
+                written = "x".join(map(str, shape))
+                parser.error(f"argument --shapes: suite {suite.name!r} takes {'x'.join(suite.axes)}, got {written!r}")
+    for name, suite in options.suite:
         try:
-            found = _run_suite(suite, device, options)
+            found = _run_suite(name, suite, device, options)
         except (runner.CheckFailed, worker.WorkerFailed) as error:
             print(f"no figures for suite {suite.name!r}: {error}", file=sys.stderr)
             return 1
-        written = report.write(found, options.output_dir)
+        paths = report.write(found, options.output_dir)
         print(report.text(found, tablefmt="simple"))
-        print("\n".join(f"wrote {path}" for path in written))
+        print("\n".join(f"wrote {path}" for path in paths))
     return 0
 
 
@@ -62,16 +66,17 @@ def resolve_device(name: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
-def _run_suite(suite: Suite, device: str, options: argparse.Namespace) -> Report:
+def _run_suite(name: str, suite: Suite, device: str, options: argparse.Namespace) -> Report:
     cases, threads, rounds = _plan(suite, device, options)
     listed = [{"shape": case.shape, "dtype": case.dtype} for case in cases]
     about = machine.describe(device)
-    job: dict[str, Any] = {"suite": _importable(suite, options), "device": device, "seed": SEED}
+    job: dict[str, Any] = {"suite": name, "device": device, "seed": SEED}
     timed = {}
     for count in threads:
         timed[count] = worker.run({**job, "mode": "time", "cases": listed, "threads": count, "rounds": rounds})
-    memory: dict[str, dict[str, Optional[int]]] = {}
-    if options.memory:
+    memory: dict[str, dict[str, int]] = {}
+    memory_note = _why_no_memory(suite, cases, device, options)
+    if memory_note is None:
         memory = _memory(suite, cases, job, max(threads))
     return Report(
         suite=suite,
@@ -81,6 +86,7 @@ def _run_suite(suite: Suite, device: str, options: argparse.Namespace) -> Report
         cases=cases,
         timed=timed,
         memory=memory,
+        memory_note=memory_note,
     )
 
 
@@ -93,30 +99,33 @@ def _plan(suite: Suite, device: str, options: argparse.Namespace) -> tuple[list[
     return [Case(shape, dtype, device) for shape in sizes for dtype in types], threads, rounds
 
 
-def _memory(suite: Suite, cases: list[Case], job: dict[str, Any], threads: int) -> dict[str, dict[str, Optional[int]]]:
-    """Peak bytes by case and ``Candidate.key``."""
-    found: dict[str, dict[str, Optional[int]]] = {str(case): {} for case in cases}
-    large = [case for case in cases if suite.unit_bytes(case) >= SMALLEST_MEMORY_UNIT]
+def _why_no_memory(suite: Suite, cases: list[Case], device: str, options: argparse.Namespace) -> Optional[str]:
+    if not options.memory:
+        return "--no-memory"
+    if device == "cpu" and not runner.peak_can_be_reset():
+        return "this system does not let a process reset its peak"
+    if all(suite.unit_bytes(case) < SMALLEST_MEMORY_UNIT for case in cases):
+        return f"a gradient under {SMALLEST_MEMORY_UNIT >> 20} MiB is lost in what threads and allocators take"
+    return None
+
+
+def _memory(suite: Suite, cases: list[Case], job: dict[str, Any], threads: int) -> dict[str, dict[str, int]]:
+    """Peak bytes by case and ``Candidate.key``, of the cases that are large enough."""
+    found: dict[str, dict[str, int]] = {}
     members: dict[str, tuple[Candidate, list[Case]]] = {}
-    for case in large:
-        for item in suite.make_candidates(case):
-            if isinstance(item, Candidate):
-                members.setdefault(item.key, (item, []))[1].append(case)
-    # Where a peak cannot be reset, one process can measure one case only.
-    together = job["device"] == "cuda" or runner.peak_can_be_reset()
+    for case in cases:
+        if suite.unit_bytes(case) >= SMALLEST_MEMORY_UNIT:
+            for item in suite.make_candidates(case):
+                if isinstance(item, Candidate):
+                    members.setdefault(item.key, (item, []))[1].append(case)
     for number, (key, (candidate, its_cases)) in enumerate(members.items(), start=1):
         print(f"[{suite.name}] peak memory {number}/{len(members)}: {key}", file=sys.stderr, flush=True)
-        for batch in [its_cases] if together else [[case] for case in its_cases]:
-            listed = [{"shape": case.shape, "dtype": case.dtype} for case in batch]
-            identity = {"group": candidate.group, "name": candidate.name, "threads": threads}
-            answer = worker.run({**job, **identity, "mode": "memory", "cases": listed})
-            for case, peak in zip(batch, answer["peaks"], strict=True):
-                found[str(case)][key] = peak
+        listed = [{"shape": case.shape, "dtype": case.dtype} for case in its_cases]
+        identity = {"group": candidate.group, "name": candidate.name, "threads": threads}
+        answer = worker.run({**job, **identity, "mode": "memory", "cases": listed})
+        for case, peak in zip(its_cases, answer["peaks"], strict=True):
+            found.setdefault(str(case), {})[key] = peak
     return found
-
-
-def _importable(suite: Suite, options: argparse.Namespace) -> str:
-    return options.suite_names[suite.name]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -126,12 +135,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(suite_names={"dense": "dense"})
     parser.add_argument(
         "--suite",
         nargs="+",
-        action=_Suites,
-        default=[load_suite("dense")],
+        type=_suite,
+        default=[_suite("dense")],
         metavar="NAME",
         help=f"{', '.join(SUITES)}, or the dotted path of a module with a SUITE of your own (default: dense)",
     )
@@ -156,18 +164,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-class _Suites(argparse.Action):
-    """Loads suites while arguments are parsed, so that a wrong name is a usage error."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, _: Any = None
-    ) -> None:
-        try:
-            suites = [load_suite(name) for name in values]
-        except ValueError as error:
-            raise argparse.ArgumentError(self, str(error)) from error
-        namespace.suite = suites
-        namespace.suite_names = {suite.name: name for suite, name in zip(suites, values, strict=True)}
+def _suite(text: str) -> tuple[str, Suite]:
+    try:
+        return text, load_suite(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def shapes(text: str) -> list[tuple[int, ...]]:

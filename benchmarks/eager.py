@@ -148,7 +148,8 @@ def kl_ce(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) 
 
 
 def kl_ce_smoothed(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    ce = F.cross_entropy(student, labels, label_smoothing=0.1)
+    # Its sum over the vocabulary overflows fp16.
+    ce = F.cross_entropy(student.float() if student.dtype == torch.float16 else student, labels, label_smoothing=0.1)
     return kl_log_target(student, teacher, labels, temperature) + 0.5 * ce
 
 

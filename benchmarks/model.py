@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Optional, Protocol, Union
 
 import torch
 from torch import Tensor
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SUITES = ("dense", "divergences", "objective")
 
 
@@ -90,6 +90,7 @@ class Suite:
         unit_bytes: what peak memory is counted in (one gradient).
         floor_bytes: the least a loss with its gradient has to move, for the share of the bandwidth limit.
         baseline_group: the group that the others are compared with, if any.
+        axes: what the numbers of a shape are.
     """
 
     name: str
@@ -104,7 +105,7 @@ class Suite:
     floor_bytes: Callable[[Case], int]
     unit: str = "[N, V] gradient"
     baseline_group: Optional[str] = None
-    notes: Sequence[str] = field(default=())
+    axes: Sequence[str] = ("N", "V")
 
 
 def load_suite(name: str) -> Suite:
@@ -114,10 +115,12 @@ def load_suite(name: str) -> Suite:
         ValueError: for a name that is neither.
     """
     path = f"benchmarks.suites.{name}" if name in SUITES else name
+    suite = None
     try:
-        suite = importlib.import_module(path).SUITE
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise ValueError(f"suite must be one of {', '.join(SUITES)} or a module with a SUITE, got {name!r}") from error
+        suite = getattr(importlib.import_module(path), "SUITE", None)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{path}.".startswith(f"{error.name}."):
+            raise  # the module is there, and something that it imports is not
     if not isinstance(suite, Suite):
-        raise ValueError(f"{path}.SUITE must be a benchmarks.model.Suite, got {type(suite).__name__}")
+        raise ValueError(f"a suite is one of {', '.join(SUITES)} or a module with a SUITE, got {name!r}")
     return suite

@@ -34,7 +34,7 @@ MEANING = {
 }
 EDGE = "#555555"
 PANEL_INCHES, LABEL_INCHES, BAR_INCHES = 4.1, 2.7, 0.26
-CAPTION_LETTERS_PER_INCH = 15
+CAPTION_LETTERS_PER_INCH, TITLE_LETTERS_PER_INCH = 15, 8
 # Width of a letter of a bar's label beside a panel's width: labels make room for themselves.
 LETTER = 0.0142
 
@@ -60,13 +60,15 @@ def draw(report: Report, path: Path) -> None:
     heights = [BAR_INCHES * (bars[-1].position + 1) + 0.75 for bars in layouts]
     width = LABEL_INCHES + PANEL_INCHES * len(panels)
     caption = textwrap.fill(_caption(report), int(width * CAPTION_LETTERS_PER_INCH))
-    top = 0.55 + 0.16 * (caption.count("\n") + 1)
+    title = textwrap.fill(report.suite.title, int(width * TITLE_LETTERS_PER_INCH))
+    below_title = 0.2 + 0.24 * (title.count("\n") + 1)
+    top = below_title + 0.13 + 0.16 * (caption.count("\n") + 1)
     height = sum(heights) + top + 0.7
     # A Figure of its own, not pyplot's: no window system, no state shared with the caller.
     figure = Figure(figsize=(width, height), layout="constrained")
     engine = figure.get_layout_engine()
     assert engine is not None
-    engine.set(rect=(0, 0, 1, 1 - top / height), hspace=0.06)  # type: ignore[call-arg]
+    engine.set(rect=(0.01, 0, 0.98, 1 - top / height), hspace=0.06)  # type: ignore[call-arg]
     axes = figure.subplots(len(report.cases), len(panels), squeeze=False, height_ratios=heights)
     for case, bars, line in zip(report.cases, layouts, axes, strict=True):
         for threads, ax in zip(panels, line, strict=True):
@@ -83,8 +85,8 @@ def draw(report: Report, path: Path) -> None:
         frameon=False,
         fontsize=9,
     )
-    figure.text(0.5, 1 - 0.12 / height, report.suite.title, ha="center", va="top", fontsize=13, fontweight="bold")
-    figure.text(0.5, 1 - 0.42 / height, caption, ha="center", va="top", fontsize=8.5, color="#444444")
+    figure.text(0.5, 1 - 0.12 / height, title, ha="center", va="top", fontsize=13, fontweight="bold")
+    figure.text(0.5, 1 - below_title / height, caption, ha="center", va="top", fontsize=8.5, color="#444444")
     figure.savefig(path, dpi=130)
 
 

@@ -26,6 +26,8 @@ def text(report: Report, *, tablefmt: str) -> str:
     absent = _absent(report)
     if absent:
         parts.append("Not run here:\n" + "\n".join(f"- {line}" for line in absent))
+    if report.memory_note:
+        parts.append(f"Peak memory was not measured: {report.memory_note}.")
     parts.append(LEGEND.format(unit=report.suite.unit))
     return "\n\n".join(parts) + "\n"
 
@@ -112,6 +114,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "suite": report.suite.name,
         "title": report.suite.title,
         "options": report.options,
+        "memory_note": report.memory_note,
         "versions": report.versions,
         "machine": report.machine,
         "limits_gb_per_s": {str(threads): answer["limits"] for threads, answer in report.timed.items()},

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +17,9 @@ from benchmarks.model import Absent, Candidate, Case, Inputs, Outcome, Run, Suit
 
 # Largest relative errors against fp64: (loss and whole gradient, worst row of the gradient). Eager PyTorch in 16 bits
 # rounds its log-probabilities before it subtracts them, so little is asked of it there.
-TOLERANCE = {"fp64": (1e-9, 1e-8), "fp32": (1e-4, 1e-3), "fp16": (2e-2, 0.2), "bf16": (0.1, 0.9)}
+TOLERANCE = {"fp32": (1e-4, 1e-3), "fp16": (2e-2, 0.2), "bf16": (0.1, 0.9)}
 # kdkernels sums in fp32 whatever the logits are: what remains is the rounding of the gradient as it is stored.
-OWN_TOLERANCE = {"fp64": (1e-12, 1e-10), "fp32": (5e-6, 1e-4), "fp16": (1e-3, 2e-3), "bf16": (4e-3, 8e-3)}
+OWN_TOLERANCE = {"fp32": (5e-6, 1e-4), "fp16": (1e-3, 2e-3), "bf16": (4e-3, 8e-3)}
 OWN_FAMILIES = ("kdkernels", "kernel", "reference")
 SETTLING_ROUNDS = 2
 
@@ -103,14 +101,6 @@ def measure_memory(suite: Suite, case: Case, group: str, name: str, *, seed: int
         if isinstance(item, Candidate) and (item.group, item.name) == (group, name)
     ]
     inputs = suite.make_inputs(case, seed)
-    if case.device == "cpu" and not peak_can_be_reset():
-        # The peak of the process's whole life: a run before the measured one would hide it.
-        inputs.reset()
-        before = _lifetime_peak()
-        outcome = run(inputs)
-        peak = _lifetime_peak() - before
-        del outcome
-        return peak
     for _ in range(2):
         outcome = run(inputs)
         synchronize(case.device)
@@ -256,8 +246,3 @@ def _peak(device: str) -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError("/proc/self/status has no VmHWM")
-
-
-def _lifetime_peak() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -21,7 +21,8 @@ class Report:
     options: dict[str, Any]
     cases: Sequence[Case]
     timed: dict[int, dict[str, Any]]
-    memory: dict[str, dict[str, Optional[int]]]
+    memory: dict[str, dict[str, int]]
+    memory_note: Optional[str]  # why there is none
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def expected(inputs: Any, group: str) -> Outcome:
 
 SUITE = Suite(
     name="dense",
-    title="Forward KL, loss and gradient of the student's logits",
+    title="Forward KL, loss and gradient",
     shapes=((512, 32000), (256, 128256), (4096, 1000)),
     dtypes=("fp32", "bf16"),
     quick_shapes=((256, 8192),),

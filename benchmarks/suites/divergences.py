@@ -49,7 +49,7 @@ def expected(inputs: Any, group: str) -> Outcome:
 
 SUITE = Suite(
     name="divergences",
-    title="Every divergence, loss and gradient of the student's logits",
+    title="Every divergence, loss and gradient",
     shapes=((512, 32000),),
     dtypes=("bf16",),
     quick_shapes=((256, 8192),),
