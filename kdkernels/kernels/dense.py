@@ -30,13 +30,13 @@ from kdkernels.kernels.rows import (
     fold_sum,
     lane_zeros,
     load_logits,
-    log2_softmax,
     mul0,
     num_rows,
     row_moments,
     row_offset,
     row_strides,
     soft_cap,
+    softmax,
     spread,
     store_gradient,
     tile_offsets,
@@ -49,25 +49,27 @@ NOWHERE = tl.constexpr(2147483647)
 
 
 @triton.jit
-def teacher_log2(
+def teacher_softmax(
     teachers, weights, norms, offs_v, V, load_width, softcap, MIX_PROBS: tl.constexpr, TEACHER_PROBS: tl.constexpr
 ):
-    """log2 p of one tile, and a key that p grows with; norms: (maximum, scale, log2 normaliser) of every teacher."""
+    """p and log2 p of one tile, and a key that p grows with; norms holds one norm, or one for every teacher."""
     if MIX_PROBS:
         top = tl.full(offs_v.shape, LOWEST, tl.float32)
         total = tl.zeros(offs_v.shape, tl.float32)
         for k in tl.static_range(len(teachers)):
             t = load_logits(teachers[k], offs_v, V, load_width, softcap, TEACHER_PROBS)
-            term = log2_softmax(t, norms[k][0], norms[k][1], norms[k][2]) + tl.log2(weights[k])
-            new_top = tl.maximum(top, term)
-            total = total * tl.exp2(top - new_top) + tl.exp2(term - new_top)
+            _, log2p = softmax(t, norms[k])
+            log2p += tl.log2(weights[k])
+            new_top = tl.maximum(top, log2p)
+            total = total * tl.exp2(top - new_top) + tl.exp2(log2p - new_top)
             top = new_top
+        p = tl.exp2(top) * total
         log2p = top + fast_log2(total)
         key = log2p
     else:
         key = load_teacher(teachers, weights, offs_v, V, load_width, softcap, TEACHER_PROBS)
-        log2p = log2_softmax(key, norms[0][0], norms[0][1], norms[0][2])
-    return log2p, key
+        p, log2p = softmax(key, norms[0])
+    return p, log2p, key
 
 
 @triton.jit
@@ -303,7 +305,7 @@ def dense_fwd_kernel(
     # What p sums to: the weights of a mixture are taken as they are.
     mass = 1.0
     if LINEAR:
-        ms, log_zs, mt, log_zt, mean_p, mean_q, log_z1, centered_sum = linear_sweep(
+        student_norm, norm, mean_p, mean_q, hard_norm, centered_sum = linear_sweep(
             student_ptr,
             teachers,
             weights,
@@ -321,9 +323,9 @@ def dense_fwd_kernel(
             TILE,
         )
         divergence = (mean_p + mean_q) * LN2
-        norms = ((mt, teacher_scale, log_zt),)
+        norms = (norm,)
     else:
-        ms, log_zs, log_z1, centered_sum = student_sweep(
+        student_norm, hard_norm, centered_sum = student_sweep(
             student_ptr, center, V, load_width, student_softcap, student_scale, HARD, TILE
         )
         norms = ()
@@ -331,7 +333,7 @@ def dense_fwd_kernel(
             mass = 0.0
             for k in tl.static_range(len(teachers)):
                 mass += weights[k]
-                mt, log_zt = teacher_sweep(
+                norm = teacher_sweep(
                     (teachers[k],),
                     weights,
                     V,
@@ -341,12 +343,12 @@ def dense_fwd_kernel(
                     TEACHER_PROBS,
                     TILE,
                 )
-                norms = norms + ((mt, teacher_scales[k], log_zt),)
+                norms = norms + (norm,)
         else:
-            mt, log_zt = teacher_sweep(
+            norm = teacher_sweep(
                 teachers, weights, V, load_width, teacher_softcap, teacher_scales[0], TEACHER_PROBS, TILE
             )
-            norms = ((mt, teacher_scales[0], log_zt),)
+            norms = (norm,)
 
     offs_tile = tile_offsets(TILE)
     num_tiles = tl.cdiv(V, BLOCK_V)
@@ -362,12 +364,10 @@ def dense_fwd_kernel(
         for k in range(num_tiles):
             offs_v = (num_tiles - 1 - k) * BLOCK_V + offs_tile
             s = load_logits(student_ptr, offs_v, V, load_width, student_softcap, False)
-            log2q = log2_softmax(s, ms, student_scale, log_zs)
-            log2p, key = teacher_log2(
+            q, log2q = softmax(s, student_norm)
+            p, log2p, key = teacher_softmax(
                 teachers, weights, norms, offs_v, V, load_width, teacher_softcap, MIX_PROBS, TEACHER_PROBS
             )
-            p = tl.exp2(log2p)
-            q = tl.exp2(log2q)
             if not LINEAR:
                 lane_value += fold_sum(value_of(p, log2p, q, log2q, param0, param1, COEFFICIENTS, VALUE))
                 if GRAD:
@@ -385,9 +385,9 @@ def dense_fwd_kernel(
     ce = 0.0
     hard_scale = 0.0
     hard_loss = 0.0
-    lse = ms + log_z1 * LN2
+    lse = hard_norm[0] + hard_norm[2] * LN2
     if CE:
-        ce = ms - label_logit + log_z1 * LN2
+        ce = hard_norm[0] - label_logit + hard_norm[2] * LN2
         hard_scale = scale * ce_weight
         if label_smoothing is not None:
             ce -= label_smoothing * centered_sum / V
@@ -405,12 +405,10 @@ def dense_fwd_kernel(
         for k in range(num_tiles):
             offs_v = (k if VALUE_SWEEP else num_tiles - 1 - k) * BLOCK_V + offs_tile
             s = load_logits(student_ptr, offs_v, V, load_width, student_softcap, False)
-            log2q = log2_softmax(s, ms, student_scale, log_zs)
-            log2p, key = teacher_log2(
+            q, log2q = softmax(s, student_norm)
+            p, log2p, key = teacher_softmax(
                 teachers, weights, norms, offs_v, V, load_width, teacher_softcap, MIX_PROBS, TEACHER_PROBS
             )
-            p = tl.exp2(log2p)
-            q = tl.exp2(log2q)
             if kd_weight is None:
                 g = tl.zeros(q.shape, tl.float32)
             elif SCORE_SUM_KNOWN:
@@ -428,7 +426,8 @@ def dense_fwd_kernel(
                 if STATS:
                     stats = add_stats(stats, p, log2p, q, log2q, s, key, offs_v)
             if CE or z_loss_weight is not None:
-                g += lse_scale * tl.exp2(log2_softmax(s, ms, LOG2E, log_z1))
+                q1, _ = softmax(s, hard_norm)
+                g += lse_scale * q1
             if CE:
                 if label_smoothing is None:
                     g -= tl.where(offs_v == label, hard_scale, 0.0)

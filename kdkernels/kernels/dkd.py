@@ -21,11 +21,11 @@ from kdkernels.kernels.rows import (
     LOG2E,
     aligned_width,
     load_logits,
-    log2_softmax,
     mul0,
     num_rows,
     row_offset,
     row_strides,
+    softmax,
     store_gradient,
     tile_offsets,
     zero_columns,
@@ -90,7 +90,7 @@ def dkd_fwd_kernel(
     label_t = tl.load(teacher_ptr + label, mask=inside, other=float("nan")).to(tl.float32)
     student_scale = LOG2E / temperature
     teacher_scale = LOG2E / teacher_temperature
-    ms, log_zs, mt, log_zt, rest, _, _, _ = linear_sweep(
+    student_norm, teacher_norm, rest, _, _, _ = linear_sweep(
         student_ptr,
         (teacher_ptr,),
         (1.0,),
@@ -109,8 +109,8 @@ def dkd_fwd_kernel(
     )
     # With one column there is no rest.
     rest = tl.where(V == 1, 0.0, rest)
-    odds_q = (label_s - ms) * student_scale - log_zs
-    odds_p = (label_t - mt) * teacher_scale - log_zt
+    odds_q = (label_s - student_norm[0]) * student_scale - student_norm[2]
+    odds_p = (label_t - teacher_norm[0]) * teacher_scale - teacher_norm[2]
     logp_y = log2_sigmoid(odds_p)
     logp_n = log2_sigmoid(-odds_p)
     p_y = tl.exp2(logp_y)
@@ -127,8 +127,8 @@ def dkd_fwd_kernel(
             offs_v = (num_tiles - 1 - k) * BLOCK_V + offs_tile
             s = load_logits(student_ptr, offs_v, V, load_width, None, False)
             t = load_logits(teacher_ptr, offs_v, V, load_width, None, False)
-            q = tl.exp2(log2_softmax(s, ms, student_scale, log_zs))
-            p = tl.exp2(log2_softmax(t, mt, teacher_scale, log_zt))
+            q, _ = softmax(s, student_norm)
+            p, _ = softmax(t, teacher_norm)
             g = tl.where(offs_v == label, -away, away * q + scale * beta * (q - p))
             store_gradient(dstudent_ptr, offs_v, g, V, pad_width)
         if pad_width is not None:

@@ -43,10 +43,11 @@ def add_hard(hard, old_max, new_max, s, inside, center):
 
 
 @triton.jit
-def fold_hard(hard, lane_max, row_max):
-    """log2 of the row's sum exp(s - max), and the row's sum (s - center)."""
-    z, total = hard
-    return tl.log2(tl.sum(z * tl.exp2((lane_max - row_max) * LOG2E), axis=0)), tl.sum(total, axis=0)
+def fold_norm(lane_max, lane_z, scale):
+    """The row's norm, see rows.softmax, from the maxima and sums of the lanes."""
+    row_max = tl.max(lane_max, axis=0)
+    z = tl.sum(lane_z * tl.exp2((lane_max - row_max) * scale), axis=0)
+    return row_max, scale, tl.log2(z), 1.0 / z
 
 
 @triton.jit
@@ -67,9 +68,10 @@ def linear_sweep(
     HARD: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """First sweep of a linear divergence: maximum and log2 normaliser of both sides, and its two sums in base 2.
+    """First sweep of a linear divergence: the norms of both sides, and its sums over p and over q in base 2.
 
-    skipped: a column that is left out, or None.
+    skipped: a column that is left out, or None. The last two results are the student's norm at temperature 1, and its
+    sum (s - center).
     """
     C_PP: tl.constexpr = COEFFICIENTS[0]
     C_PQ: tl.constexpr = COEFFICIENTS[1]
@@ -114,26 +116,19 @@ def linear_sweep(
         ms = ns
         mt = nt
 
-    row_ms = tl.max(ms, axis=0)
-    row_mt = tl.max(mt, axis=0)
-    shift_s = (ms - row_ms) * student_scale
-    shift_t = (mt - row_mt) * teacher_scale
-    factor_s = tl.exp2(shift_s)
-    factor_t = tl.exp2(shift_t)
-    row_zs = tl.sum(zs * factor_s, axis=0)
-    row_zt = tl.sum(zt * factor_t, axis=0)
-    log_zs = tl.log2(row_zs)
-    log_zt = tl.log2(row_zt)
+    student_norm = fold_norm(ms, zs, student_scale)
+    teacher_norm = fold_norm(mt, zt, teacher_scale)
+    shift_s = (ms - student_norm[0]) * student_scale
+    shift_t = (mt - teacher_norm[0]) * teacher_scale
     mean_p = 0.0
     mean_q = 0.0
     if C_PP != 0 or C_PQ != 0:
-        sum_p = rescale(sum_p, zt, factor_t, combine(C_PP, shift_t, C_PQ, shift_s))
-        mean_p = tl.sum(sum_p, axis=0) / row_zt - combine(C_PP, log_zt, C_PQ, log_zs)
+        sum_p = rescale(sum_p, zt, tl.exp2(shift_t), combine(C_PP, shift_t, C_PQ, shift_s))
+        mean_p = tl.sum(sum_p, axis=0) * teacher_norm[3] - combine(C_PP, teacher_norm[2], C_PQ, student_norm[2])
     if C_QP != 0 or C_QQ != 0:
-        sum_q = rescale(sum_q, zs, factor_s, combine(C_QP, shift_t, C_QQ, shift_s))
-        mean_q = tl.sum(sum_q, axis=0) / row_zs - combine(C_QP, log_zt, C_QQ, log_zs)
-    log_z1, centered_sum = fold_hard(hard, ms, row_ms)
-    return row_ms, log_zs, row_mt, log_zt, mean_p, mean_q, log_z1, centered_sum
+        sum_q = rescale(sum_q, zs, tl.exp2(shift_s), combine(C_QP, shift_t, C_QQ, shift_s))
+        mean_q = tl.sum(sum_q, axis=0) * student_norm[3] - combine(C_QP, teacher_norm[2], C_QQ, student_norm[2])
+    return student_norm, teacher_norm, mean_p, mean_q, fold_norm(ms, hard[0], LOG2E), tl.sum(hard[1], axis=0)
 
 
 @triton.jit
@@ -147,7 +142,7 @@ def student_sweep(
     HARD: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The student's maximum, log2 of its normaliser, and the sums of cross entropy."""
+    """The student's norm, its norm at temperature 1, and its sum (s - center)."""
     BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
     offs_tile = tile_offsets(TILE)
     m = lane_lowest(TILE)
@@ -161,9 +156,7 @@ def student_sweep(
         if HARD:
             hard = add_hard(hard, m, n, s, offs_v < V, center)
         m = n
-    row_m = tl.max(m, axis=0)
-    log_z1, centered_sum = fold_hard(hard, m, row_m)
-    return row_m, tl.log2(tl.sum(z * tl.exp2((m - row_m) * student_scale), axis=0)), log_z1, centered_sum
+    return fold_norm(m, z, student_scale), fold_norm(m, hard[0], LOG2E), tl.sum(hard[1], axis=0)
 
 
 @triton.jit
@@ -177,7 +170,7 @@ def teacher_sweep(
     TEACHER_PROBS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Maximum and log2 of the normaliser of one teacher, or of a weighted sum of teachers' logits."""
+    """The norm of one teacher, or of a weighted sum of teachers' logits."""
     BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
     offs_tile = tile_offsets(TILE)
     m = lane_lowest(TILE)
@@ -187,5 +180,4 @@ def teacher_sweep(
         n = tl.maximum(m, fold_max(t))
         z = z * tl.exp2((m - n) * teacher_scale) + fold_sum(tl.exp2((t - spread(n)) * teacher_scale))
         m = n
-    row_m = tl.max(m, axis=0)
-    return row_m, tl.log2(tl.sum(z * tl.exp2((m - row_m) * teacher_scale), axis=0))
+    return fold_norm(m, z, teacher_scale)

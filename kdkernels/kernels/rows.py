@@ -69,9 +69,15 @@ def row_offset(row, L, stride_b, stride_l):
 
 
 @triton.jit
-def log2_softmax(x, row_max, scale, log2_z):
-    """log2 of exp2((x - row_max) * scale) / z; the difference comes first, so that large logits keep their bits."""
-    return tl.fma(x - row_max, scale, -log2_z)
+def softmax(x, norm):
+    """Probabilities and their log2; norm = (maximum, scale, log2 z, 1 / z) of exp2((x - maximum) * scale) / z.
+
+    The difference comes first, so that large logits keep their bits. exp2 of the logarithm would save a multiplication,
+    and put the rounding of log2 z, several ulp, into every probability of the row.
+    """
+    row_max, scale, log2_z, inverse_z = norm
+    a = (x - row_max) * scale
+    return tl.exp2(a) * inverse_z, a - log2_z
 
 
 @triton.jit
