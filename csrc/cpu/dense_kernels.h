@@ -1,11 +1,12 @@
 // The dense row patterns for one instruction set; included once by every dense_<isa>.cpp.
 //
-// A row is swept in tiles that stay in L1. Sweep 1 takes the exponentials of student and teacher relative to a running reference
-// and keeps them in a row scratch (L2), with the sums that the divergence needs; what follows reads the scratch only, so that
-// every logit costs one exponential and is read from memory once. The reference is the maximum of the first elements of the row; a
-// row whose maximum passes it by 2^kRedo is swept again from its true maximum.
+// A row is swept in tiles that stay in L1. Sweep 1 takes the exponentials of student and teacher relative to a running
+// reference and keeps them in a row scratch (L2), with the sums that the divergence needs; what follows reads the
+// scratch only, so that every logit costs one exponential and is read from memory once. The reference is the maximum of
+// the first elements of the row; a row whose sums pass kRedo is swept again from its true maximum.
 //
-// x denotes a scaled logit relative to its reference in base 2: x = logit / (T ln 2) - r; z the sum of 2^x; p = 2^x / z.
+// x denotes a scaled logit relative to its reference in base 2: x = logit / (T ln 2) - r; z the sum of 2^x; p = 2^x /
+// z.
 #pragma once
 
 #include "dense.h"
@@ -25,17 +26,25 @@ constexpr double kLn2 = 0.6931471805599453;
 constexpr double kLog2e = 1.4426950408889634;
 constexpr int64_t kTileElements = 2048;
 constexpr int64_t kSeedElements = 128;
-// Sums of 2^x * x over a row stay finite up to this; the squares of 2^x only up to half of it.
-constexpr double kRedo = 80.0, kRedoSquared = 40.0;
+// A sum of 2^x above this sends the row back for its true maximum: sums of 2^x * x stay finite up to it, those of the
+// squares of 2^x only up to its root.
+constexpr double kRedo = 0x1p80, kRedoSquared = 0x1p40;
 constexpr int64_t kPrefetchBytes = 4096;
-// Gradients larger than this are written around the caches, which they would only flush.
-constexpr int64_t kStreamBytes = int64_t(8) << 20;
+// Gradients larger than this are written around the caches, which they would only flush; but not short rows, where
+// aligning the writes costs more than it saves.
+constexpr int64_t kStreamBytes = int64_t(8) << 20, kStreamRowBytes = 4 << 10;
 
 // Which sums over e^x sweep 1 makes: of et (xt - xs), and of es (xs - xt) with both entropies' terms.
+// How much sweep 1 trusts a row. kTrusting leaves the bounds of exp2_fast to a guard that is asked once a tile;
+// kClamping bounds every x; kMasking also keeps -inf from meeting 0. A row that needs more care than the last passes it
+// on to the rows after it.
+enum Care { kTrusting, kClamping, kMasking };
 enum Sums { kNoSums = 0, kForward = 1, kReverse = 2, kAll = 3 };
 // What carries the exponentials at temperature 1 for cross entropy and z-loss.
 enum CeSource { kCeNone, kCeSame, kCeSquare, kCeOwn };
 
+// 2^x to 2.6e-6 for 16-bit logits, which carry errors of 2^-9 and 2^-11 themselves. Degree 3 (7.5e-5) would be 4 %
+// faster, but shows as divergences of -1e-4 where student and teacher are equally sure.
 template <class T>
 constexpr int kExpDegree = 5;
 template <>
@@ -46,7 +55,8 @@ constexpr int kExpDegree<Half> = 4;
 inline double per_row(const PerRow& values, int64_t row, double otherwise, bool fp64) {
   if (values.data == nullptr) return otherwise;
   const int64_t offset = row * values.stride;
-  return fp64 ? static_cast<const double*>(values.data)[offset] : double(static_cast<const float*>(values.data)[offset]);
+  return fp64 ? static_cast<const double*>(values.data)[offset]
+              : double(static_cast<const float*>(values.data)[offset]);
 }
 
 template <class X>
@@ -61,6 +71,10 @@ struct Affine {
   KDK_INLINE Vec<C> operator()(Vec<C> x) const { return relative(x, c, r, m); }
   double reference() const { return scaled_reference(c, r, m); }
   double scalar(double x) const { return x * double(c) - reference(); }
+  // The logits between which x stays within the bounds of exp2_fast, with room for roundings.
+  float lowest() const { return float((reference() - 126.0) / double(c)); }
+  float highest() const { return float((reference() + 126.0) / double(c)); }
+  bool bounds_logits() const { return lowest() < 0 && highest() > 0; }
 };
 
 template <class C>
@@ -107,6 +121,7 @@ struct Row {
     }
   }
 
+  bool padded(int64_t tile) const { return (tile == 0 && head > 0) || (tile == tiles() - 1 && tail > 0); }
   int64_t tiles() const { return std::max<int64_t>(1, (body + kTileBlocks - 1) / kTileBlocks); }
   int64_t slots() const { return (body + (head > 0) + (tail > 0)) * kBlock; }
 
@@ -117,7 +132,8 @@ struct Row {
     return base + (rest / kBlock) * kBlock + Io<X>::slot(rest % kBlock);
   }
 
-  // Calls visit(s, t, blocks, slot, first, valid) for the pieces of a tile in order; valid < kBlock marks a padded block.
+  // Calls visit(s, t, blocks, slot, first, valid) for the pieces of a tile in order; valid < kBlock marks a padded
+  // block.
   template <class Visit>
   KDK_INLINE void pieces(int64_t tile, Visit visit) const {
     const int64_t base = head > 0 ? 1 : 0;
@@ -193,6 +209,11 @@ double maximum(const X* x, int64_t n) {
   return best;
 }
 
+// The address may lie past the end of the logits; it is only a hint.
+KDK_INLINE void prefetch_ahead(const void* address) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(address) + kPrefetchBytes));
+}
+
 template <class C>
 struct Accumulators {
   Vec<C> zs = {}, zt = {}, forward = {}, teacher = {}, reverse = {}, student = {}, max_s, max_t;
@@ -205,25 +226,27 @@ struct RowSums {
   int64_t best_tile_s = 0, best_tile_t = 0;
 };
 
-// Adds a block, two vectors of both models, to the sums, and stores its exponentials. A clamped x stands for x wherever its
-// exponential is 0, so that 0 * inf does not arise. Only the other model's x must stay as it is, for mass where the other has none
-// costs infinitely much; MASKED covers its -inf where there is no mass.
-template <int SUMS, bool MASKED, int DEGREE, class C>
+// Adds a block, two vectors of both models, to the sums, and stores its exponentials. A clamped x stands for x wherever
+// its exponential is 0, so that 0 * inf does not arise. Only the other model's x must stay as it is, for mass where the
+// other has none costs infinitely much; kMasking covers its -inf where there is no mass.
+template <int SUMS, int CARE, int DEGREE, class C>
 KDK_INLINE void accumulate(Vec<C> xs0, Vec<C> xs1, Vec<C> xt0, Vec<C> xt1, C* es_out, C* et_out, Accumulators<C>& acc) {
   using V = Vec<C>;
+  constexpr bool masking = CARE == kMasking;
   const V zero = {};
-  const V cs0 = clamp_exponent(xs0), cs1 = clamp_exponent(xs1), ct0 = clamp_exponent(xt0), ct1 = clamp_exponent(xt1);
+  const V cs0 = CARE == kTrusting ? xs0 : clamp_exponent(xs0), cs1 = CARE == kTrusting ? xs1 : clamp_exponent(xs1);
+  const V ct0 = CARE == kTrusting ? xt0 : clamp_exponent(xt0), ct1 = CARE == kTrusting ? xt1 : clamp_exponent(xt1);
   const V es0 = exp2_fast<DEGREE>(cs0), et0 = exp2_fast<DEGREE>(ct0);
   const V es1 = exp2_fast<DEGREE>(cs1), et1 = exp2_fast<DEGREE>(ct1);
   acc.zs += es0 + es1;
   acc.zt += et0 + et1;
   if (SUMS & kForward) {
-    acc.forward += et0 * (MASKED ? keep(et0 != zero, ct0 - xs0) : ct0 - xs0);
-    acc.forward += et1 * (MASKED ? keep(et1 != zero, ct1 - xs1) : ct1 - xs1);
+    acc.forward += et0 * (masking ? keep(et0 != zero, ct0 - xs0) : ct0 - xs0);
+    acc.forward += et1 * (masking ? keep(et1 != zero, ct1 - xs1) : ct1 - xs1);
   }
   if (SUMS & kReverse) {
-    acc.reverse += es0 * (MASKED ? keep(es0 != zero, cs0 - xt0) : cs0 - xt0);
-    acc.reverse += es1 * (MASKED ? keep(es1 != zero, cs1 - xt1) : cs1 - xt1);
+    acc.reverse += es0 * (masking ? keep(es0 != zero, cs0 - xt0) : cs0 - xt0);
+    acc.reverse += es1 * (masking ? keep(es1 != zero, cs1 - xt1) : cs1 - xt1);
   }
   if (SUMS == kAll) {
     acc.teacher += et0 * ct0;
@@ -239,27 +262,38 @@ KDK_INLINE void accumulate(Vec<C> xs0, Vec<C> xs1, Vec<C> xt0, Vec<C> xt1, C* es
   store(et_out + kLanes<C>, et1);
 }
 
-template <int SUMS, bool MASKED, class X>
-void sweep_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C> as, const Affine<typename Io<X>::C> at,
+// False when a trusting sweep met a logit out of bounds: then nothing was added to the sums.
+template <int SUMS, int CARE, class X>
+bool sweep_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C> as, const Affine<typename Io<X>::C> at,
                 typename Io<X>::C* es, typename Io<X>::C* et, RowSums& sums) {
   using C = typename Io<X>::C;
   constexpr int64_t block = Io<X>::kBlock;
   constexpr int degree = kExpDegree<X>;
   Accumulators<C> acc;
   acc.max_s = acc.max_t = Vec<C>{} - std::numeric_limits<C>::infinity();
+  Guard guard_s, guard_t;
   row.pieces(tile, [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t, int64_t) KDK_LAMBDA_INLINE {
     C *es_out = es + slot, *et_out = et + slot;
     Accumulators<C> local = acc;
+    Guard local_s = guard_s, local_t = guard_t;
     for (int64_t b = 0; b < blocks; ++b, s += block, t += block, es_out += block, et_out += block) {
-      __builtin_prefetch(reinterpret_cast<const char*>(s) + kPrefetchBytes);
-      __builtin_prefetch(reinterpret_cast<const char*>(t) + kPrefetchBytes);
+      prefetch_ahead(s);
+      prefetch_ahead(t);
       Vec<C> s0, s1, t0, t1;
       Io<X>::load2(s, s0, s1);
       Io<X>::load2(t, t0, t1);
-      accumulate<SUMS, MASKED, degree, C>(as(s0), as(s1), at(t0), at(t1), es_out, et_out, local);
+      if (CARE == kTrusting) {
+        local_s.look(s);
+        local_t.look(t);
+      }
+      accumulate<SUMS, CARE, degree, C>(as(s0), as(s1), at(t0), at(t1), es_out, et_out, local);
     }
     acc = local;
+    guard_s = local_s;
+    guard_t = local_t;
   });
+  if (CARE == kTrusting && !(guard_s.inside(as.lowest(), as.highest()) && guard_t.inside(at.lowest(), at.highest())))
+    return false;
   sums.zs += horizontal_sum<C>(acc.zs);
   sums.zt += horizontal_sum<C>(acc.zt);
   if (SUMS & kForward) sums.forward += horizontal_sum<C>(acc.forward);
@@ -271,14 +305,25 @@ void sweep_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>
     if (high_s > sums.max_s) sums.max_s = high_s, sums.best_tile_s = tile;
     if (high_t > sums.max_t) sums.max_t = high_t, sums.best_tile_t = tile;
   }
+  return true;
 }
 
 template <int SUMS, class X, class C>
-void sweep_tile(const Row<X>& row, int64_t tile, const Affine<C>& as, const Affine<C>& at, C* es, C* et, bool masked, RowSums& sums) {
-  if (masked) {
-    sweep_tile<SUMS, true>(row, tile, as, at, es, et, sums);
+void sweep_tile(const Row<X>& row, int64_t tile, const Affine<C>& as, const Affine<C>& at, C* es, C* et, int& care,
+                RowSums& sums) {
+  if constexpr (Io<X>::kGuarded) {
+    if (care == kTrusting && as.bounds_logits() && at.bounds_logits()) {
+      // A padded block holds -inf: such a tile may be in order all the same.
+      if (!row.padded(tile)) {
+        if (sweep_tile<SUMS, kTrusting>(row, tile, as, at, es, et, sums)) return;
+        care = kClamping;
+      }
+    }
+  }
+  if (care == kMasking) {
+    sweep_tile<SUMS, kMasking>(row, tile, as, at, es, et, sums);
   } else {
-    sweep_tile<SUMS, false>(row, tile, as, at, es, et, sums);
+    sweep_tile<SUMS, kClamping>(row, tile, as, at, es, et, sums);
   }
 }
 
@@ -306,7 +351,8 @@ double own_exponentials(const Row<X>& row, int64_t tile, const Affine<typename I
     for (int64_t b = 0; b < blocks; ++b, s += block, out += block) {
       Vec<C> s0, s1;
       Io<X>::load2(s, s0, s1);
-      const Vec<C> e0 = exp2_fast<kExpDegree<X>>(clamp_exponent(a1(s0))), e1 = exp2_fast<kExpDegree<X>>(clamp_exponent(a1(s1)));
+      const Vec<C> e0 = exp2_fast<kExpDegree<X>>(clamp_exponent(a1(s0))),
+                   e1 = exp2_fast<kExpDegree<X>>(clamp_exponent(a1(s1)));
       local += e0 + e1;
       store(out, e0);
       store(out + kLanes<C>, e1);
@@ -348,15 +394,17 @@ double sum_of_logits(const X* s, int64_t n) {
 
 // Values and scores of a tile; the scores replace the teacher's exponentials.
 template <class F, class X>
-void value_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>& student, const Affine<typename Io<X>::C>& teacher,
-                double log2_zs, double log2_zt, Params<Vec<typename Io<X>::C>> parameters, const typename Io<X>::C* es,
-                typename Io<X>::C* et, double& value_sum, double& score_sum) {
+void value_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>& student,
+                const Affine<typename Io<X>::C>& teacher, double log2_zs, double log2_zt,
+                Params<Vec<typename Io<X>::C>> parameters, const typename Io<X>::C* es, typename Io<X>::C* et,
+                double& value_sum, double& score_sum) {
   using C = typename Io<X>::C;
   using V = Vec<C>;
   constexpr int64_t block = Io<X>::kBlock;
   using P = Pair<V>;
   const auto both = [](double x) { return P(V{} + C(x), V{} + C(x)); };
-  const P ip = both(std::exp2(-log2_zt)), iq = both(std::exp2(-log2_zs)), lzs = both(kLn2 * log2_zs), lzt = both(kLn2 * log2_zt);
+  const P ip = both(std::exp2(-log2_zt)), iq = both(std::exp2(-log2_zs)), lzs = both(kLn2 * log2_zs),
+          lzt = both(kLn2 * log2_zt);
   const P ln2 = both(kLn2);
   V values = {}, scores = {};
   row.pieces(tile, [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t, int64_t) KDK_LAMBDA_INLINE {
@@ -369,7 +417,8 @@ void value_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>
       V s0, s1, t0, t1;
       Io<X>::load2(s, s0, s1);
       Io<X>::load2(t, t0, t1);
-      const P p = P(load<V>(et_io), load<V>(et_io + kLanes<C>)) * ip, q = P(load<V>(es_in), load<V>(es_in + kLanes<C>)) * iq;
+      const P p = P(load<V>(et_io), load<V>(et_io + kLanes<C>)) * ip,
+              q = P(load<V>(es_in), load<V>(es_in + kLanes<C>)) * iq;
       const P logp = P(at(t0), at(t1)) * ln2 - lzt, logq = P(as(s0), as(s1)) * ln2 - lzs;
       P value, score;
       F::eval(params, p, logp, q, logq, value, score);
@@ -414,6 +463,19 @@ KDK_INLINE Vec<C> plus_ce(Vec<C> g, Vec<C> es, const C* e1, C c1) {
   return g;
 }
 
+// The first block of a run that begins a cache line, and the one after the last that ends one.
+constexpr int64_t kLineBytes = 64;
+template <class X>
+int64_t lines_begin(const X* to) {
+  constexpr int64_t bytes = Io<X>::kBlock * int64_t(sizeof(X));
+  return (kLineBytes - int64_t(reinterpret_cast<uintptr_t>(to) % kLineBytes)) % kLineBytes / bytes;
+}
+template <class X>
+int64_t lines_end(const X* to, int64_t blocks) {
+  constexpr int64_t bytes = Io<X>::kBlock * int64_t(sizeof(X));
+  return blocks - int64_t(reinterpret_cast<uintptr_t>(to + blocks * Io<X>::kBlock) % kLineBytes) / bytes;
+}
+
 template <bool LOGS, int CE, bool STREAM, class X>
 void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, X* out) {
   using C = typename Io<X>::C;
@@ -422,9 +484,13 @@ void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k
   const C a = C(k.a), b = C(k.b), c0 = C(k.c0), c1 = C(k.c1), ks = C(k.ks), kst = C(k.kst);
   const V zero = {};
   for (int64_t tile = 0; tile < row.tiles(); ++tile) {
-    row.pieces(tile, [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t first, int64_t valid) KDK_LAMBDA_INLINE {
+    row.pieces(tile, [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t first,
+                         int64_t valid) KDK_LAMBDA_INLINE {
       alignas(64) X edge[block];
       X* to = valid < block ? edge : out + first;
+      // Whole cache lines only: one that is half streamed and half stored costs a read.
+      const int64_t stream_begin = STREAM && valid == block ? lines_begin(to) : blocks;
+      const int64_t stream_end = STREAM && valid == block ? lines_end(to, blocks) : blocks;
       const Affine<C> as = k.as, at = k.at;
       const C *es_in = k.es + slot, *et_in = k.et + slot, *e1_in = k.e1 + slot;
       for (int64_t i = 0; i < blocks; ++i, es_in += block, et_in += block, e1_in += block, to += block) {
@@ -443,7 +509,7 @@ void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k
         }
         g0 = plus_ce<CE, C>(g0 - load<V>(et_in) * b, es0, e1_in, c1);
         g1 = plus_ce<CE, C>(g1 - load<V>(et_in + kLanes<C>) * b, es1, e1_in + kLanes<C>, c1);
-        if (STREAM && valid == block) {
+        if (STREAM && i >= stream_begin && i < stream_end) {
           Io<X>::template store2<true>(to, g0, g1);
         } else {
           Io<X>::template store2<false>(to, g0, g1);
@@ -484,12 +550,14 @@ double gradient_at(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k,
   return g;
 }
 
-// How many elements stand before the first aligned one, so that whole vectors can be streamed.
+// How many elements stand before the first aligned one, so that whole blocks, and at best whole cache lines, can be
+// streamed.
 template <class X>
 int64_t head_elements(const X* out, bool streamed) {
   if (!streamed) return 0;
-  const int64_t over = int64_t(reinterpret_cast<uintptr_t>(out) % kVectorBytes);
-  return over == 0 ? 0 : (kVectorBytes - over) / int64_t(sizeof(X));
+  constexpr int64_t alignment = std::min<int64_t>(kLineBytes, Io<X>::kBlock * int64_t(sizeof(X)));
+  const int64_t over = int64_t(reinterpret_cast<uintptr_t>(out) % alignment);
+  return over == 0 ? 0 : (alignment - over) / int64_t(sizeof(X));
 }
 
 // Growing buffers of one thread, kept between calls.
@@ -515,14 +583,14 @@ struct Divergence {
   bool linear;
   Linear coefficients;
   // The functor's value_tile for fp32, bf16, fp16, fp64; null where linear.
-  void (*f32)(const Row<float>&, int64_t, const Affine<float>&, const Affine<float>&, double, double, Params<VecF>, const float*, float*,
-              double&, double&);
-  void (*bf16)(const Row<BFloat16>&, int64_t, const Affine<float>&, const Affine<float>&, double, double, Params<VecF>, const float*,
-               float*, double&, double&);
-  void (*f16)(const Row<Half>&, int64_t, const Affine<float>&, const Affine<float>&, double, double, Params<VecF>, const float*, float*,
-              double&, double&);
-  void (*f64)(const Row<double>&, int64_t, const Affine<double>&, const Affine<double>&, double, double, Params<VecD>, const double*,
-              double*, double&, double&);
+  void (*f32)(const Row<float>&, int64_t, const Affine<float>&, const Affine<float>&, double, double, Params<VecF>,
+              const float*, float*, double&, double&);
+  void (*bf16)(const Row<BFloat16>&, int64_t, const Affine<float>&, const Affine<float>&, double, double, Params<VecF>,
+               const float*, float*, double&, double&);
+  void (*f16)(const Row<Half>&, int64_t, const Affine<float>&, const Affine<float>&, double, double, Params<VecF>,
+              const float*, float*, double&, double&);
+  void (*f64)(const Row<double>&, int64_t, const Affine<double>&, const Affine<double>&, double, double, Params<VecD>,
+              const double*, double*, double&, double&);
 
   auto tile(const Row<float>&) const { return f32; }
   auto tile(const Row<BFloat16>&) const { return bf16; }
@@ -540,7 +608,7 @@ constexpr Divergence linear(const char* name, Linear c) { return {name, true, c,
 
 // What one row of the objective needs, resolved for the row.
 struct RowNumbers {
-  double weight;  // omega
+  double weight;                        // omega
   double student_scale, teacher_scale;  // log2(e) / T
   double kd, tau, ce, z;                // weights of the terms, before omega
   double param0;
@@ -552,11 +620,11 @@ struct RowResult {
   double stats[kStats] = {};
 };
 
-// One row whose student and teacher are of type X; the gradient goes to out (null: none). masked is set when a row has -inf logits
-// that need the slower sums, and stays so for the caller's next rows.
+// One row whose student and teacher are of type X; the gradient goes to out (null: none). care is raised where a row
+// needs it.
 template <class X>
-RowResult objective_row(const DenseArgs& args, const RowNumbers& num, const X* s, const X* t, int64_t label, X* out, bool streamed,
-                        bool& masked) {
+RowResult objective_row(const DenseArgs& args, const RowNumbers& num, const X* s, const X* t, int64_t label, X* out,
+                        bool streamed, int& care) {
   using C = typename Io<X>::C;
   const int64_t n = args.columns;
   const Divergence& divergence = kDivergences[args.divergence];
@@ -583,7 +651,7 @@ RowResult objective_row(const DenseArgs& args, const RowNumbers& num, const X* s
   Affine<C> as, at, a1{};
   RowSums sums;
   double z1 = 0;
-  const double limit = std::exp2(ce == kCeSquare ? kRedoSquared : kRedo);
+  const double limit = ce == kCeSquare ? kRedoSquared : kRedo;
   for (bool from_maximum = false;;) {
     as = affine<C>(num.student_scale, max_s);
     at = affine<C>(num.teacher_scale, max_t);
@@ -596,10 +664,10 @@ RowResult objective_row(const DenseArgs& args, const RowNumbers& num, const X* s
       C* tile_es = whole_row ? es : es - tile * kTileElements;
       C* tile_et = whole_row ? et : et - tile * kTileElements;
       switch (sums_needed) {
-        case kNoSums: sweep_tile<kNoSums>(row, tile, as, at, tile_es, tile_et, false, sums); break;
-        case kForward: sweep_tile<kForward>(row, tile, as, at, tile_es, tile_et, masked, sums); break;
-        case kReverse: sweep_tile<kReverse>(row, tile, as, at, tile_es, tile_et, masked, sums); break;
-        default: sweep_tile<kAll>(row, tile, as, at, tile_es, tile_et, masked, sums); break;
+        case kNoSums: sweep_tile<kNoSums>(row, tile, as, at, tile_es, tile_et, care, sums); break;
+        case kForward: sweep_tile<kForward>(row, tile, as, at, tile_es, tile_et, care, sums); break;
+        case kReverse: sweep_tile<kReverse>(row, tile, as, at, tile_es, tile_et, care, sums); break;
+        default: sweep_tile<kAll>(row, tile, as, at, tile_es, tile_et, care, sums); break;
       }
       if (ce == kCeSquare) {
         const auto [first, last] = tile_slots(row, tile);
@@ -609,8 +677,9 @@ RowResult objective_row(const DenseArgs& args, const RowNumbers& num, const X* s
       redo = !from_maximum && (sums.zs > limit || sums.zt > limit || z1 > limit * limit);
     }
     const bool broken = std::isnan(sums.forward) || std::isnan(sums.reverse);
-    if (!redo && broken && !masked && !std::isnan(sums.zs) && !std::isnan(sums.zt)) {
-      masked = redo = true;  // and for the rows that follow
+    if (!redo && broken && care != kMasking && !std::isnan(sums.zs) && !std::isnan(sums.zt)) {
+      care = kMasking;
+      redo = true;
     } else if (redo) {
       from_maximum = true;
       max_s = maximum(s, n);
@@ -755,7 +824,7 @@ void for_rows(const RowArgs& args, int64_t begin, int64_t end, Body body) {
 }
 
 inline bool streams(const RowArgs& args, int64_t element_bytes) {
-  return args.wants_grad && args.dstudent.data != args.student.data &&
+  return args.wants_grad && args.dstudent.data != args.student.data && args.width * element_bytes >= kStreamRowBytes &&
          args.batch * args.length * args.width * element_bytes > kStreamBytes;
 }
 
@@ -764,8 +833,14 @@ RowNumbers row_numbers(const DenseArgs& args, int64_t row, double weight) {
   constexpr bool fp64 = sizeof(C) == 8;
   const double temperature = per_row(args.student_temperature, row, args.temperature, fp64);
   const double teacher_temperature = per_row(args.teacher_temperature, row, args.teacher_temperature_value, fp64);
-  return {weight,         kLog2e / temperature, kLog2e / teacher_temperature, args.kd_weight, args.scale_by_t_squared ? temperature * temperature : 1.0,
-          args.ce_weight, args.z_loss_weight,   per_row(args.param, row, args.param0, fp64)};
+  return {weight,
+          kLog2e / temperature,
+          kLog2e / teacher_temperature,
+          args.kd_weight,
+          args.scale_by_t_squared ? temperature * temperature : 1.0,
+          args.ce_weight,
+          args.z_loss_weight,
+          per_row(args.param, row, args.param0, fp64)};
 }
 
 template <class C>
@@ -779,11 +854,11 @@ template <class X>
 void dense_direct(const DenseArgs& args, int64_t begin, int64_t end) {
   using C = typename Io<X>::C;
   const bool streamed = streams(args, sizeof(X));
-  bool masked = false;
+  int care = kTrusting;
   for_rows<X>(args, begin, end, [&](int64_t row, int64_t label, double weight, X* out) {
     const X* s = row_pointer<X>(args.student, row, args.length);
     const X* t = row_pointer<X>(args.teachers[0], row, args.length);
-    const RowResult result = objective_row(args, row_numbers<C>(args, row, weight), s, t, label, out, streamed, masked);
+    const RowResult result = objective_row(args, row_numbers<C>(args, row, weight), s, t, label, out, streamed, care);
     put_stats<C>(args, row, result);
     return result.loss;
   });
@@ -926,7 +1001,8 @@ const C* teacher_row(const DenseArgs& args, int64_t row, double& scale) {
     // log(e^u + e^v) with u the mixture so far, v = log w + log p of this teacher.
     const double maximum_of_row = maximum(one, n);
     const Affine<C> a = affine<C>(own_scale, maximum_of_row);
-    const C offset = C(a.reference() - log2_sum_exp(one, n, own_scale)), ln2 = C(kLn2), log_weight = C(std::log(weight));
+    const C offset = C(a.reference() - log2_sum_exp(one, n, own_scale)), ln2 = C(kLn2),
+            log_weight = C(std::log(weight));
     for (int64_t j = 0; j < n; j += kLanes<C>) {
       const Vec<C> u = load<Vec<C>>(out + j), v = (a(load<Vec<C>>(in + j)) + offset) * ln2 + log_weight;
       const Vec<C> high = max_keep_nan(u, v), under = min_of(u, v) - high;
@@ -941,10 +1017,18 @@ const C* teacher_row(const DenseArgs& args, int64_t row, double& scale) {
 template <class C>
 void narrow_row(const C* in, int64_t n, DType dtype, void* out) {
   switch (dtype) {
-    case DType::kFloat32: for (int64_t j = 0; j < n; ++j) static_cast<float*>(out)[j] = float(in[j]); return;
-    case DType::kFloat64: for (int64_t j = 0; j < n; ++j) static_cast<double*>(out)[j] = double(in[j]); return;
-    case DType::kBFloat16: for (int64_t j = 0; j < n; ++j) from_compute(float(in[j]), static_cast<BFloat16*>(out) + j); return;
-    case DType::kFloat16: for (int64_t j = 0; j < n; ++j) from_compute(float(in[j]), static_cast<Half*>(out) + j); return;
+    case DType::kFloat32:
+      for (int64_t j = 0; j < n; ++j) static_cast<float*>(out)[j] = float(in[j]);
+      return;
+    case DType::kFloat64:
+      for (int64_t j = 0; j < n; ++j) static_cast<double*>(out)[j] = double(in[j]);
+      return;
+    case DType::kBFloat16:
+      for (int64_t j = 0; j < n; ++j) from_compute(float(in[j]), static_cast<BFloat16*>(out) + j);
+      return;
+    case DType::kFloat16:
+      for (int64_t j = 0; j < n; ++j) from_compute(float(in[j]), static_cast<Half*>(out) + j);
+      return;
   }
 }
 
@@ -958,7 +1042,8 @@ void add_hard_terms(const DenseArgs& args, const RowNumbers& num, const C* s, in
   if (num.ce != 0) {
     cross_entropy = lse;
     if (args.label_smoothing != 1)
-      cross_entropy -= (1 - args.label_smoothing) * (inside ? double(s[label]) : std::numeric_limits<double>::quiet_NaN());
+      cross_entropy -=
+          (1 - args.label_smoothing) * (inside ? double(s[label]) : std::numeric_limits<double>::quiet_NaN());
     if (args.label_smoothing != 0) cross_entropy -= args.label_smoothing * sum_of_logits(s, n) / double(n);
   }
   result.loss += num.ce * cross_entropy + num.z * lse * lse;
@@ -968,17 +1053,19 @@ void add_hard_terms(const DenseArgs& args, const RowNumbers& num, const C* s, in
   const Affine<C> a = affine<C>(kLog2e, maximum(s, n));
   const C c1 = C(num.weight * (num.ce + 2 * num.z * lse) * std::exp2(a.reference() - lse2));
   const C c0 = C(-num.weight * num.ce * args.label_smoothing / double(n));
-  for (int64_t j = 0; j < n; j += kLanes<C>) store(g + j, load<Vec<C>>(g + j) + exp2_fast<5>(clamp_exponent(a(load<Vec<C>>(s + j)))) * c1 + c0);
+  for (int64_t j = 0; j < n; j += kLanes<C>)
+    store(g + j, load<Vec<C>>(g + j) + exp2_fast<5>(clamp_exponent(a(load<Vec<C>>(s + j)))) * c1 + c0);
   if (inside) g[label] -= C(num.weight * num.ce * (1 - args.label_smoothing));
 }
 
-// Anything else: rows are first brought to logits in C, and the gradient is taken back through what was done to the student.
+// Anything else: rows are first brought to logits in C, and the gradient is taken back through what was done to the
+// student.
 template <class X>
 void dense_generic(const DenseArgs& args, int64_t begin, int64_t end) {
   using C = typename Io<X>::C;
   const int64_t n = args.columns;
   Scratch<C>& scratch = Scratch<C>::mine();
-  bool masked = false;
+  int care = kTrusting;
   for_rows<X>(args, begin, end, [&](int64_t row, int64_t label, double weight, X* out) {
     RowNumbers num = row_numbers<C>(args, row, weight);
     const double tempered = num.student_scale;
@@ -994,7 +1081,7 @@ void dense_generic(const DenseArgs& args, int64_t begin, int64_t end) {
       RowNumbers soft = num;
       soft.student_scale = tempered / m.std;
       soft.ce = soft.z = 0;
-      result = objective_row(args, soft, s, t, label, g, false, masked);
+      result = objective_row(args, soft, s, t, label, g, false, care);
       if (g != nullptr) {
         // objective_row divided by T std: dz = std * that, ds = (dz - z mean(dz z)) / std.
         const C mean = C(m.mean);
@@ -1006,7 +1093,7 @@ void dense_generic(const DenseArgs& args, int64_t begin, int64_t end) {
       }
       if (num.ce != 0 || num.z != 0 || args.stats != nullptr) add_hard_terms(args, num, s, label, g, result);
     } else {
-      result = objective_row(args, num, s, t, label, g, false, masked);
+      result = objective_row(args, num, s, t, label, g, false, care);
     }
     if (g != nullptr) {
       if (args.student_softcap != 0) {
@@ -1025,17 +1112,21 @@ void dense_generic(const DenseArgs& args, int64_t begin, int64_t end) {
 
 inline void run_dense(const DenseArgs& args, int64_t begin, int64_t end) {
   const bool direct = args.mixture == Mixture::kNone && args.teachers[0].dtype == args.student.dtype &&
-                      args.teacher_form == TeacherForm::kLogits && args.student_softcap == 0 && args.teacher_softcap == 0 &&
-                      !args.standardize;
+                      args.teacher_form == TeacherForm::kLogits && args.student_softcap == 0 &&
+                      args.teacher_softcap == 0 && !args.standardize;
   switch (args.student.dtype) {
-    case DType::kFloat32: return direct ? dense_direct<float>(args, begin, end) : dense_generic<float>(args, begin, end);
-    case DType::kBFloat16: return direct ? dense_direct<BFloat16>(args, begin, end) : dense_generic<BFloat16>(args, begin, end);
+    case DType::kFloat32:
+      return direct ? dense_direct<float>(args, begin, end) : dense_generic<float>(args, begin, end);
+    case DType::kBFloat16:
+      return direct ? dense_direct<BFloat16>(args, begin, end) : dense_generic<BFloat16>(args, begin, end);
     case DType::kFloat16: return direct ? dense_direct<Half>(args, begin, end) : dense_generic<Half>(args, begin, end);
-    case DType::kFloat64: return direct ? dense_direct<double>(args, begin, end) : dense_generic<double>(args, begin, end);
+    case DType::kFloat64:
+      return direct ? dense_direct<double>(args, begin, end) : dense_generic<double>(args, begin, end);
   }
 }
 
-// Decoupled distillation of one row: forward KL over the other classes, and the two-way KL of the label against them in scalars.
+// Decoupled distillation of one row: forward KL over the other classes, and the two-way KL of the label against them in
+// scalars.
 template <class X>
 double dkd_row(const DkdArgs& args, double weight, const X* s, const X* t, int64_t label, X* out, bool streamed) {
   using C = typename Io<X>::C;
@@ -1055,9 +1146,9 @@ double dkd_row(const DkdArgs& args, double weight, const X* s, const X* t, int64
     as = affine<C>(kLog2e / args.temperature, max_s);
     at = affine<C>(kLog2e / args.teacher_temperature, max_t);
     sums = RowSums();
-    for (int64_t tile = 0; tile < row.tiles(); ++tile) sweep_tile<kForward>(row, tile, as, at, es, et, true, sums);
+    for (int64_t tile = 0; tile < row.tiles(); ++tile) sweep_tile<kForward, kMasking>(row, tile, as, at, es, et, sums);
     // The label may have set the reference far above all others, which are alone in these sums.
-    const auto lost = [](double z) { return z > std::exp2(kRedo) || z < std::exp2(-kRedo); };
+    const auto lost = [](double z) { return z > kRedo || z < 1 / kRedo; };
     if (attempt > 0 || !(lost(sums.zs) || lost(sums.zt))) break;
     max_s = max_t = -std::numeric_limits<double>::infinity();
     for (int64_t tile = 0; tile < row.tiles(); ++tile)
@@ -1082,7 +1173,8 @@ double dkd_row(const DkdArgs& args, double weight, const X* s, const X* t, int64
   const double tau = args.scale_by_t_squared ? args.temperature * args.temperature : 1;
   if (out != nullptr) {
     const double f = weight * tau / args.temperature;
-    // p - q, from the two small ones of the four probabilities. For another class, dTCKD = q^ (p - q) with q^ its share of the rest.
+    // p - q, from the two small ones of the four probabilities. For another class, dTCKD = q^ (p - q) with q^ its share
+    // of the rest.
     const double difference = p < 0.5 ? p - std::exp(log_q) : std::exp(log_rest_q) - rest_p;
     GradientTerms<C> terms;
     terms.es = es;

@@ -1,5 +1,5 @@
-// The divergences the CPU kernels know; included inside the namespace of an instruction set. A new one is one line here, and its
-// functor in kdkernels/divergences.h.
+// The divergences the CPU kernels know; included inside the namespace of an instruction set. A new one is one line
+// here, and its functor in kdkernels/divergences.h.
 constexpr Divergence kDivergences[] = {
     linear("forward_kl", {1, -1, 0, 0}),
     linear("reverse_kl", {0, 0, -1, 1}),

@@ -1,5 +1,6 @@
-// Torch glue of the CPU backend, through the LibTorch stable ABI: checks what would break memory safety, turns tensors into plain
-// arguments, and runs rows in parallel on torch's threads. What a caller can get wrong was reported by kdkernels.checks before.
+// Torch glue of the CPU backend, through the LibTorch stable ABI: checks what would break memory safety, turns tensors
+// into plain arguments, and runs rows in parallel on torch's threads. What a caller can get wrong was reported by
+// kdkernels.checks before.
 #include "dense.h"
 
 #include <torch/csrc/stable/library.h>
@@ -32,7 +33,8 @@ void prefer_huge_pages(void* data, size_t bytes) {
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + 4095) / 4096 * 4096;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / 4096 * 4096;
   // Advice only: a failure changes nothing.
-  if (end > begin && end - begin >= 2 * kHuge) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  if (end > begin && end - begin >= 2 * kHuge)
+    (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
   (void)data, (void)bytes;
 #endif
@@ -115,28 +117,33 @@ Tensor new_rows(const Tensor& student, std::vector<int64_t> shape) {
 }
 
 // Fills what all row losses share, and allocates the losses.
-Tensor fill_rows(RowArgs& args, const Tensor& student, const std::optional<Tensor>& dstudent, const std::optional<Tensor>& labels,
-                 const std::optional<Tensor>& row_weight, int64_t vocab_size, int64_t ignore_index, double scale) {
+Tensor fill_rows(RowArgs& args, const Tensor& student, const std::optional<Tensor>& dstudent,
+                 const std::optional<Tensor>& labels, const std::optional<Tensor>& row_weight, int64_t vocab_size,
+                 int64_t ignore_index, double scale) {
   args.student = view(student, "student", false);
   args.batch = student.size(0);
   args.length = student.size(1);
   args.width = student.size(2);
   args.columns = vocab_size;
   const int64_t rows = args.batch * args.length;
-  STD_TORCH_CHECK(vocab_size >= 1 && vocab_size <= args.width, "vocab_size must be in [1, ", args.width, "], got ", vocab_size);
+  STD_TORCH_CHECK(vocab_size >= 1 && vocab_size <= args.width, "vocab_size must be in [1, ", args.width, "], got ",
+                  vocab_size);
   if (dstudent) {
     args.wants_grad = true;
     args.dstudent = view(*dstudent, "dstudent", true);
-    STD_TORCH_CHECK(dstudent->size(0) == args.batch && dstudent->size(1) == args.length && dstudent->size(2) == args.width &&
-                        args.dstudent.dtype == args.student.dtype,
+    STD_TORCH_CHECK(dstudent->size(0) == args.batch && dstudent->size(1) == args.length &&
+                        dstudent->size(2) == args.width && args.dstudent.dtype == args.student.dtype,
                     "dstudent must have the student's shape and dtype");
     if (dstudent->is_contiguous() && args.dstudent.data != args.student.data) {
-      const size_t element = args.dstudent.dtype == DType::kFloat64 ? 8 : args.dstudent.dtype == DType::kFloat32 ? 4 : 2;
+      const size_t element = args.dstudent.dtype == DType::kFloat64   ? 8
+                             : args.dstudent.dtype == DType::kFloat32 ? 4
+                                                                      : 2;
       prefer_huge_pages(args.dstudent.data, size_t(rows * args.width) * element);
     }
   }
   if (labels) {
-    STD_TORCH_CHECK(labels->dim() == 1 && labels->size(0) == rows && labels->scalar_type() == ScalarType::Long && labels->is_contiguous(),
+    STD_TORCH_CHECK(labels->dim() == 1 && labels->size(0) == rows && labels->scalar_type() == ScalarType::Long &&
+                        labels->is_contiguous(),
                     "labels must be contiguous int64 [N]");
     args.labels = static_cast<const int64_t*>(labels->const_data_ptr());
   }
@@ -149,7 +156,8 @@ Tensor fill_rows(RowArgs& args, const Tensor& student, const std::optional<Tenso
 }
 
 LogitsView teacher_view(const Tensor& teacher, const RowArgs& args) {
-  STD_TORCH_CHECK(teacher.dim() == 3 && teacher.size(0) == args.batch && teacher.size(1) == args.length && teacher.size(2) >= args.columns,
+  STD_TORCH_CHECK(teacher.dim() == 3 && teacher.size(0) == args.batch && teacher.size(1) == args.length &&
+                      teacher.size(2) >= args.columns,
                   "teacher must have the student's rows and at least vocab_size columns");
   return view(teacher, "teacher", false);
 }
@@ -165,16 +173,19 @@ void parallel_rows(int64_t rows, int64_t width, const Body& body) {
 
 std::tuple<Tensor, Tensor> dense_fwd(Tensor student, std::vector<Tensor> teachers, std::optional<Tensor> dstudent,
                                      std::optional<Tensor> labels, std::optional<Tensor> row_weight,
-                                     std::optional<Tensor> student_temperature_rows, std::optional<Tensor> teacher_temperature_rows,
-                                     std::optional<Tensor> param_rows, std::optional<Tensor> mixture_weights, std::string divergence,
-                                     double param0, double param1, std::string mixture, int64_t vocab_size, int64_t ignore_index,
-                                     double scale, double temperature, double teacher_temperature, double kd_weight, double ce_weight,
-                                     double z_loss_weight, double label_smoothing, bool scale_by_t_squared, std::string teacher_form,
-                                     double student_softcap, double teacher_softcap, bool standardize, bool stats) {
+                                     std::optional<Tensor> student_temperature_rows,
+                                     std::optional<Tensor> teacher_temperature_rows, std::optional<Tensor> param_rows,
+                                     std::optional<Tensor> mixture_weights, std::string divergence, double param0,
+                                     double param1, std::string mixture, int64_t vocab_size, int64_t ignore_index,
+                                     double scale, double temperature, double teacher_temperature, double kd_weight,
+                                     double ce_weight, double z_loss_weight, double label_smoothing,
+                                     bool scale_by_t_squared, std::string teacher_form, double student_softcap,
+                                     double teacher_softcap, bool standardize, bool stats) {
   DenseArgs args;
   Tensor loss = fill_rows(args, student, dstudent, labels, row_weight, vocab_size, ignore_index, scale);
   const int64_t rows = args.batch * args.length;
-  STD_TORCH_CHECK(!teachers.empty() && teachers.size() <= size_t(kMaxTeachers), "1 to 4 teachers, got ", teachers.size());
+  STD_TORCH_CHECK(!teachers.empty() && teachers.size() <= size_t(kMaxTeachers), "1 to 4 teachers, got ",
+                  teachers.size());
   STD_TORCH_CHECK(teachers.size() == 1 || mixture_weights, "a mixture needs mixture_weights");
   STD_TORCH_CHECK(ce_weight == 0 || labels, "ce_weight needs labels");
   args.num_teachers = int(teachers.size());
@@ -217,9 +228,10 @@ std::tuple<Tensor, Tensor> dense_fwd(Tensor student, std::vector<Tensor> teacher
   return {loss, out_stats};
 }
 
-Tensor dkd_fwd(Tensor student, Tensor teacher, std::optional<Tensor> dstudent, Tensor labels, std::optional<Tensor> row_weight,
-               double alpha, double beta, double temperature, double teacher_temperature, int64_t vocab_size, int64_t ignore_index,
-               double scale, bool scale_by_t_squared) {
+Tensor dkd_fwd(Tensor student, Tensor teacher, std::optional<Tensor> dstudent, Tensor labels,
+               std::optional<Tensor> row_weight, double alpha, double beta, double temperature,
+               double teacher_temperature, int64_t vocab_size, int64_t ignore_index, double scale,
+               bool scale_by_t_squared) {
   DkdArgs args;
   Tensor loss = fill_rows(args, student, dstudent, labels, row_weight, vocab_size, ignore_index, scale);
   args.teacher = teacher_view(teacher, args);
@@ -234,7 +246,8 @@ Tensor dkd_fwd(Tensor student, Tensor teacher, std::optional<Tensor> dstudent, T
 }
 
 Tensor mse_fwd(Tensor student, Tensor teacher, std::optional<Tensor> dstudent, std::optional<Tensor> labels,
-               std::optional<Tensor> row_weight, bool centered, int64_t vocab_size, int64_t ignore_index, double scale) {
+               std::optional<Tensor> row_weight, bool centered, int64_t vocab_size, int64_t ignore_index,
+               double scale) {
   MseArgs args;
   Tensor loss = fill_rows(args, student, dstudent, labels, row_weight, vocab_size, ignore_index, scale);
   args.teacher = teacher_view(teacher, args);
@@ -251,7 +264,8 @@ void scale_grad(Tensor grad, Tensor grad_output) {
   args.length = grad.size(1);
   args.width = grad.size(2);
   const int64_t rows = args.batch * args.length;
-  STD_TORCH_CHECK(grad_output.numel() == 1 || grad_output.numel() == rows, "grad_output must hold one value, or one per row");
+  STD_TORCH_CHECK(grad_output.numel() == 1 || grad_output.numel() == rows,
+                  "grad_output must hold one value, or one per row");
   STD_TORCH_CHECK(grad_output.dim() <= 1, "grad_output must be 0-d or [N]");
   args.factor = grad_output.const_data_ptr();
   args.factor_dtype = dtype_of(grad_output);

@@ -1,8 +1,8 @@
 // SIMD vectors of one width, chosen by the flags of the including file: AVX-512, AVX2, or 16 bytes anywhere else.
 //
-// Everything lives in an inline namespace named after the instruction set: copies compiled with different flags never meet in
-// the linker. GCC and Clang vector extensions carry the arithmetic; intrinsics only where the compilers
-// do not find the instruction.
+// Everything lives in an inline namespace named after the instruction set: copies compiled with different flags never
+// meet in the linker. GCC and Clang vector extensions carry the arithmetic; intrinsics only where the compilers do not
+// find the instruction.
 #pragma once
 
 #include <cmath>
@@ -37,7 +37,8 @@ typedef int32_t VecI __attribute__((vector_size(KDK_VECTOR_BYTES)));
 typedef uint32_t VecU __attribute__((vector_size(KDK_VECTOR_BYTES)));
 typedef double VecD __attribute__((vector_size(KDK_VECTOR_BYTES)));
 typedef int64_t VecL __attribute__((vector_size(KDK_VECTOR_BYTES)));
-typedef uint16_t HalfVecU __attribute__((vector_size(KDK_VECTOR_BYTES / 2)));
+typedef int16_t VecS __attribute__((vector_size(KDK_VECTOR_BYTES)));
+typedef uint16_t VecW __attribute__((vector_size(KDK_VECTOR_BYTES)));
 
 template <class C>
 struct VecOf;
@@ -120,17 +121,23 @@ KDK_INLINE VecF min_of(VecF a, VecF b) {
 }
 KDK_INLINE VecD min_of(VecD a, VecD b) { return a < b ? a : b; }
 
+// Lanes are folded in halves: a chain of eight additions would cost as much as a hundred elements.
 template <class C>
 KDK_INLINE C horizontal_sum(Vec<C> v) {
-  C sum = 0;
-  for (int i = 0; i < kLanes<C>; ++i) sum += v[i];
-  return sum;
+  C lanes[kLanes<C>];
+  store(lanes, v);
+  for (int half = kLanes<C> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
 }
 template <class C>
 KDK_INLINE C horizontal_max(Vec<C> v) {
-  C best = v[0];
-  for (int i = 1; i < kLanes<C>; ++i) best = v[i] > best || v[i] != v[i] ? v[i] : best;
-  return best;
+  C lanes[kLanes<C>];
+  store(lanes, v);
+  const auto larger = [](C x, C y) { return y > x || y != y ? y : x; };
+  for (int half = kLanes<C> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = larger(lanes[i], lanes[i + half]);
+  return lanes[0];
 }
 
 // Bounds of x in which exp2_fast works: 2^-127 counts as 0, 2^128 as inf. NaN passes.
@@ -140,8 +147,9 @@ KDK_INLINE VecD clamp_exponent(VecD x) {
   return max_keep_nan(VecD{} - 2000.0, x);
 }
 
-// 2^x for x in [-127, 128]; exactly 0 at -127, so also for a clamped -inf. NaN stays NaN because the exponent is applied by a
-// multiplication. Polynomials are minimax in relative error on [-1/2, 1/2]: degree 4 2.6e-6, degree 5 7.5e-8.
+// 2^x for x in [-127, 128]; exactly 0 at -127, so also for a clamped -inf. NaN stays NaN because the exponent is
+// applied by a multiplication. Polynomials are minimax in relative error on [-1/2, 1/2]: degree 4 2.6e-6, degree
+// 5 7.5e-8.
 template <int DEGREE>
 KDK_INLINE VecF exp2_fast(VecF x) {
   static_assert(DEGREE == 4 || DEGREE == 5, "no such polynomial");
@@ -178,8 +186,8 @@ KDK_INLINE VecD kdk_exp(VecD x) {
   return y;
 }
 
-// Natural logarithm of a finite number >= 0: log(2^e (1 + f)) = e log 2 + f + f^2 P(f), |error| < 4e-8 + rounding. Numbers below the
-// normal range, 0 included, give about -88: what multiplies them is 0.
+// Natural logarithm of a finite number >= 0: log(2^e (1 + f)) = e log 2 + f + f^2 P(f), |error| < 4e-8 + rounding.
+// Numbers below the normal range, 0 included, give about -88: what multiplies them is 0.
 KDK_INLINE VecF kdk_log(VecF x) {
   const VecI bits = bit_cast<VecI>(x);
   // Mantissa in [sqrt(1/2), sqrt(2)): subtract the bits of sqrt(1/2) before taking the exponent.
@@ -199,26 +207,26 @@ KDK_INLINE VecD kdk_log(VecD x) {
   return y;
 }
 
-// Two values that go through the same instructions side by side. A functor's chain of dependent instructions is longer than the
-// window in which the processor looks for independent ones; written in pairs, they stand next to each other.
+// Two values that go through the same instructions side by side. A functor's chain of dependent instructions is longer
+// than the window in which the processor looks for independent ones; written in pairs, they stand next to each other.
 template <class T>
 struct Pair {
   T a, b;
   Pair() = default;
   KDK_INLINE Pair(T x, T y) : a(x), b(y) {}
 };
-#define KDK_PAIR_OPERATOR(op)                                                                             \
-  template <class T>                                                                                      \
-  KDK_INLINE auto operator op(const Pair<T>& x, const Pair<T>& y) {                                       \
-    return Pair<decltype(x.a op y.a)>(x.a op y.a, x.b op y.b);                                            \
-  }                                                                                                       \
-  template <class T>                                                                                      \
-  KDK_INLINE Pair<T> operator op(const Pair<T>& x, float y) {                                             \
-    return Pair<T>(x.a op y, x.b op y);                                                                   \
-  }                                                                                                       \
-  template <class T>                                                                                      \
-  KDK_INLINE Pair<T> operator op(float x, const Pair<T>& y) {                                             \
-    return Pair<T>(x op y.a, x op y.b);                                                                   \
+#define KDK_PAIR_OPERATOR(op)                                       \
+  template <class T>                                                \
+  KDK_INLINE auto operator op(const Pair<T>& x, const Pair<T>& y) { \
+    return Pair<decltype(x.a op y.a)>(x.a op y.a, x.b op y.b);      \
+  }                                                                 \
+  template <class T>                                                \
+  KDK_INLINE Pair<T> operator op(const Pair<T>& x, float y) {       \
+    return Pair<T>(x.a op y, x.b op y);                             \
+  }                                                                 \
+  template <class T>                                                \
+  KDK_INLINE Pair<T> operator op(float x, const Pair<T>& y) {       \
+    return Pair<T>(x op y.a, x op y.b);                             \
   }
 KDK_PAIR_OPERATOR(+)
 KDK_PAIR_OPERATOR(-)
@@ -258,8 +266,8 @@ KDK_INLINE Pair<VecF> kdk_log(const Pair<VecF>& x) {
 }
 KDK_INLINE Pair<VecD> kdk_log(const Pair<VecD>& x) { return Pair<VecD>(kdk_log(x.a), kdk_log(x.b)); }
 
-// x * c - r in one rounding where the machine has it. Without it the reference is subtracted before scaling, which keeps logits
-// of 1e4 at T = 0.05 exact: m is the raw reference, r = m * c.
+// x * c - r in one rounding where the machine has it. Without it the reference is subtracted before scaling, which
+// keeps logits of 1e4 at T = 0.05 exact: m is the raw reference, r = m * c.
 KDK_INLINE VecF relative(VecF x, float c, float r, float m) {
 #if defined(__AVX2__) || defined(__AVX512F__) || defined(__aarch64__)
   (void)m;
@@ -322,11 +330,12 @@ KDK_INLINE void from_compute(float x, BFloat16* out) {
 }
 KDK_INLINE void from_compute(float x, Half* out) { out->bits = half_bits(x); }
 
-// Blocks of two vectors. load2 and store2 agree on an order of the elements in the two vectors, which is theirs alone: slot(j) is
-// the place of element j in the scratch where the two vectors lie side by side.
+// Blocks of two vectors. load2 and store2 agree on an order of the elements in the two vectors, which is theirs alone:
+// slot(j) is the place of element j in the scratch where the two vectors lie side by side.
 template <class T>
 struct Io {  // float, double
   using C = T;
+  static constexpr bool kGuarded = false;
   static constexpr int kBlock = 2 * kLanes<C>;
   KDK_INLINE static void load2(const T* address, Vec<C>& a, Vec<C>& b) {
     a = load<Vec<C>>(address);
@@ -345,9 +354,45 @@ struct Io {  // float, double
   KDK_INLINE static int64_t slot(int64_t j) { return j; }
 };
 
+// The largest and the smallest of many bf16 numbers, found on packed pairs by two integer instructions. Bits of one
+// sign order as integers do: the signed maximum is the largest number if one is positive, the unsigned one the smallest
+// if one is negative.
+struct Guard {
+  VecS high = VecS{} - 0x7fff;
+  VecW low = {};
+  KDK_INLINE void look(const void* address) {
+#if defined(__AVX512BW__)
+    const __m512i v = load<__m512i>(address);
+    high = bit_cast<VecS>(_mm512_max_epi16(bit_cast<__m512i>(high), v));
+    low = bit_cast<VecW>(_mm512_max_epu16(bit_cast<__m512i>(low), v));
+#elif defined(__AVX2__)
+    const __m256i v = load<__m256i>(address);
+    high = bit_cast<VecS>(_mm256_max_epi16(bit_cast<__m256i>(high), v));
+    low = bit_cast<VecW>(_mm256_max_epu16(bit_cast<__m256i>(low), v));
+#else
+    const VecS v = load<VecS>(address);
+    high = v > high ? v : high;
+    low = bit_cast<VecW>(v) > low ? bit_cast<VecW>(v) : low;
+#endif
+  }
+  // Whether all numbers lie in [lowest, highest], lowest < 0 < highest; NaN does not.
+  bool inside(float lowest, float highest) const {
+    int16_t top = high[0];
+    uint16_t bottom = low[0];
+    for (int i = 1; i < kVectorBytes / 2; ++i) {
+      if (high[i] > top) top = high[i];
+      if (low[i] > bottom) bottom = low[i];
+    }
+    const float largest = bit_cast<float>(uint32_t(uint16_t(top)) << 16),
+                smallest = bit_cast<float>(uint32_t(bottom) << 16);
+    return largest <= highest && smallest >= lowest;
+  }
+};
+
 template <>
 struct Io<BFloat16> {
   using C = float;
+  static constexpr bool kGuarded = true;
   static constexpr int kBlock = 2 * kLanes<float>;
   // Even elements in a, odd ones in b: one shift and one mask for a whole register of pairs.
   KDK_INLINE static void load2(const BFloat16* address, VecF& a, VecF& b) {
@@ -355,11 +400,9 @@ struct Io<BFloat16> {
     a = bit_cast<VecF>(pairs << 16);
     b = bit_cast<VecF>(pairs & 0xffff0000u);
   }
-  // Round to nearest even. The NaNs that arithmetic makes survive the carry: their low bits are 0.
-  KDK_INLINE static VecU rounded(VecF v) {
-    const VecU bits = bit_cast<VecU>(v);
-    return bits + 0x7fffu + ((bits >> 16) & 1u);
-  }
+  // Round to nearest, ties away from zero: exact ties are one result in 65536, and the even rule would cost half of the
+  // loop that writes a gradient. NaN stays NaN, for what arithmetic makes has low bits of 0.
+  KDK_INLINE static VecU rounded(VecF v) { return bit_cast<VecU>(v) + 0x8000u; }
   template <bool STREAM>
   KDK_INLINE static void store2(BFloat16* address, VecF a, VecF b) {
     const VecU pairs = (rounded(a) >> 16) | (rounded(b) & 0xffff0000u);
@@ -378,6 +421,7 @@ struct Io<BFloat16> {
 template <>
 struct Io<Half> {
   using C = float;
+  static constexpr bool kGuarded = false;
   static constexpr int kBlock = 2 * kLanes<float>;
   KDK_INLINE static VecF widen(const Half* address) {
 #if defined(__AVX512F__)

@@ -1,8 +1,9 @@
 // Pointwise divergences, once for host and device: framework-free.
 //
-// A functor evaluates f(p, logp, q, logq) and score = df/dlogq for a value type V: a float, a double, or a SIMD vector of
-// them. V needs arithmetic, comparison, and the functions kdk_log, kdk_exp and kdk_where found for V by argument-dependent
-// or ordinary lookup. Contract: 0 * inf counts as 0, and f = score = 0 where both probabilities are 0.
+// A functor evaluates f(p, logp, q, logq) and score = df/dlogq for a value type V: a float, a double, or a SIMD vector
+// of them. V needs arithmetic, comparison, and the functions kdk_log, kdk_exp and kdk_where found for V by
+// argument-dependent or ordinary lookup. Contract: 0 * inf counts as 0, and f = score = 0 where both probabilities are
+// 0.
 //
 // A divergence that is linear in the log-probabilities needs four coefficients only:
 //   D = sum p (c_pp logp + c_pq logq) + q (c_qp logp + c_qq logq).
