@@ -440,6 +440,7 @@ def _dense(
             standardize=get["standardize"],
             mixture=mixture,
             mixture_weights=mixture_weights,
+            stats=get["return_stats"],
         )
         loss = plan.reduced(rows.loss * scale if weight is None else rows.loss * (scale * weight))
         stats = torch.stack(list(rows[1:]), -1) if get["return_stats"] else None

@@ -13,18 +13,18 @@ Temperature = Union[float, Tensor]
 
 
 class DenseRows(NamedTuple):
-    """Unreduced and unweighted: the objective of each row and its parts, all ``[N]``."""
+    """Unreduced and unweighted: the objective of each row and the statistics of ``kdkernels.KDStats``, all ``[N]``."""
 
     loss: Tensor
-    divergence: Tensor
-    ce: Tensor
-    lse: Tensor
-    forward_kl: Tensor
-    reverse_kl: Tensor
-    teacher_entropy: Tensor
-    student_entropy: Tensor
-    agreement: Tensor
-    acceptance: Tensor
+    divergence: Optional[Tensor] = None
+    ce: Optional[Tensor] = None
+    lse: Optional[Tensor] = None
+    forward_kl: Optional[Tensor] = None
+    reverse_kl: Optional[Tensor] = None
+    teacher_entropy: Optional[Tensor] = None
+    student_entropy: Optional[Tensor] = None
+    agreement: Optional[Tensor] = None
+    acceptance: Optional[Tensor] = None
 
 
 def _column(value: Temperature) -> Temperature:
@@ -87,6 +87,7 @@ def dense_rows(
     standardize: bool = False,
     mixture: str = "probs",
     mixture_weights: Optional[Tensor] = None,
+    stats: bool = True,
 ) -> DenseRows:
     """The objective of each row, by the formulas in ``kdkernels.kd_loss``.
 
@@ -96,7 +97,7 @@ def dense_rows(
         temperature, teacher_temperature, params[0]: a float or ``[N]``.
 
     Returns:
-        ``DenseRows``; statistics are detached.
+        ``DenseRows``; statistics are detached, and None unless ``stats``.
     """
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     columns = min([vocab_size or student.shape[-1], student.shape[-1], *(t.shape[-1] for t in teachers)])
@@ -121,8 +122,12 @@ def dense_rows(
     )
     d = divergences.TABLE[divergence](logp, logq, _column(params[0]), params[1])
 
-    lse = torch.logsumexp(capped, -1)
-    ce = torch.zeros_like(d)
+    loss = torch.zeros_like(capped[:, 0])
+    if kd_weight:
+        scale = _squared(temperature) if scale_by_t_squared else 1.0
+        loss = kd_weight * scale * divergences.TABLE[divergence](logp, logq, _column(params[0]), params[1])
+    lse = torch.logsumexp(capped, -1) if ce_weight or z_loss_weight or stats else torch.zeros_like(loss)
+    ce = torch.zeros_like(loss)
     if ce_weight and labels is not None:
         inside = (labels >= 0) & (labels < columns)
         picked = capped.gather(1, labels.clamp(0, columns - 1)[:, None]).squeeze(1)
@@ -130,29 +135,28 @@ def dense_rows(
         ce = lse - (1 - label_smoothing) * picked
         if label_smoothing:
             ce = ce - label_smoothing * capped.mean(-1)
-    scale = _squared(temperature) if scale_by_t_squared else 1.0
-    loss = kd_weight * scale * d if kd_weight else torch.zeros_like(d)
-    if ce_weight:
         loss = loss + ce_weight * ce
     if z_loss_weight:
         loss = loss + z_loss_weight * lse.square()
+    zero = torch.zeros_like(loss)
+    if not stats:
+        return DenseRows(torch.where(counted, loss, zero))
 
     with torch.no_grad():
-        zero = torch.zeros_like(d)
         table = divergences.TABLE
-        stats = [
-            d,
+        found = [
+            table[divergence](logp, logq, _column(params[0]), params[1]),
             ce,
             lse,
             table["forward_kl"](logp, logq, 0, 0),
             table["reverse_kl"](logp, logq, 0, 0),
             table["soft_ce"](logp, logp, 0, 0),
             table["soft_ce"](logq, logq, 0, 0),
-            (tempered.argmax(-1) == logp.argmax(-1)).to(dtype) if columns else zero,
+            (tempered.argmax(-1) == logp.argmax(-1)).to(dtype),
             torch.minimum(logp.exp(), logq.exp()).sum(-1),
         ]
-        stats = [torch.where(counted, item.detach(), zero) for item in stats]
-    return DenseRows(torch.where(counted, loss, torch.zeros_like(loss)), *stats)
+        found = [torch.where(counted, item.detach(), zero) for item in found]
+    return DenseRows(torch.where(counted, loss, zero), *found)
 
 
 def _squared(temperature: Temperature) -> Temperature:
