@@ -14,6 +14,7 @@ from kdkernels.divergences import (
 )
 from kdkernels.functional import KDStats, dkd_loss, kd_loss, logit_mse_loss, taid_loss
 from kdkernels.losses import KDLoss
+from kdkernels.registry import register_divergence, unregister_divergence
 
 __version__ = "0.1.0"
 
@@ -33,5 +34,7 @@ __all__ = [
     "dkd_loss",
     "kd_loss",
     "logit_mse_loss",
+    "register_divergence",
     "taid_loss",
+    "unregister_divergence",
 ]

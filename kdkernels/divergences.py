@@ -270,18 +270,34 @@ def table() -> dict[str, type[Divergence]]:
     return {name: _TABLE[name] for name in names()}
 
 
-def add(cls: type[Divergence]) -> None:
+# Names registered at run time, and whether they came with Triton functions.
+_registered: dict[str, bool] = {}
+
+
+def add(cls: type[Divergence], *, on_triton: bool) -> None:
     """Enter a dataclass into the table; ``kdkernels.register_divergence`` calls this."""
     if not cls.name.isidentifier():
         raise ValueError(f"a divergence's name must be an identifier, got {cls.name!r}")
     if cls.name in _TABLE:
         raise ValueError(f"divergence {cls.name!r} is registered already")
     _TABLE[cls.name] = cls
+    _registered[cls.name] = on_triton
 
 
 def remove(name: str) -> None:
     """Take a registered divergence out of the table."""
+    del _registered[name]
     del _TABLE[name]
+
+
+def registered(name: str) -> bool:
+    """Whether the divergence was entered at run time, so that compiled code does not know it."""
+    return name in _registered
+
+
+def has_triton(name: str) -> bool:
+    """Whether the Triton kernels know the divergence."""
+    return _registered.get(name, True)
 
 
 def resolve(divergence: Union[str, Divergence]) -> Divergence:

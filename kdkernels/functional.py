@@ -152,7 +152,9 @@ def taid_loss(
     plan = _plan("taid_loss", options, student)
     checks.teacher_like("teacher", teacher, student, options.get("vocab_size"))
     lam = checks.per_row("interpolation", interpolation, student, low=0.0, high=1.0, exclusive=False)
-    lam = lam if isinstance(lam, Tensor) else torch.full((), lam, dtype=checks.sum_dtype(student), device=student.device)
+    lam = (
+        lam if isinstance(lam, Tensor) else torch.full((), lam, dtype=checks.sum_dtype(student), device=student.device)
+    )
     lam = lam.expand(_num_rows(student))
     return _dense(plan, student, (student.detach(), teacher), labels, torch.stack([1 - lam, lam], -1), "logits")
 
@@ -200,8 +202,10 @@ def dkd_loss(
     name = backends.select(backend, student.device.type)
     if name == "torch":
         assert flat is not None
+        s, t = _flat(student, teacher)
         rows = reference.dkd_rows(
-            *_flat(student, teacher),
+            s,
+            t,
             flat,
             alpha=float(alpha),
             beta=float(beta),
@@ -262,9 +266,8 @@ def logit_mse_loss(
     scale, weight = plan.weights(flat)
     name = backends.select(backend, student.device.type)
     if name == "torch":
-        rows = reference.mse_rows(
-            *_flat(student, teacher), flat, centered=centered, vocab_size=plan.columns, ignore_index=ignore_index
-        )
+        s, t = _flat(student, teacher)
+        rows = reference.mse_rows(s, t, flat, centered=centered, vocab_size=plan.columns, ignore_index=ignore_index)
         return plan.reduced(rows * scale if weight is None else rows * (scale * weight))
     scalars = {"centered": centered, "vocab_size": plan.columns, "ignore_index": ignore_index, "scale": scale}
     return plan.launch(Launch("mse_fwd", name, (flat, weight), scalars), (teacher,))[0]
@@ -416,7 +419,7 @@ def _dense(
             raise TypeError("row_param must be a tensor; give one number in the divergence itself")
     teacher_grad = torch.is_grad_enabled() and any(t.requires_grad for t in teachers)
     torch_only = _teacher_grad_needs_torch(get, teachers, mixture_weights) if teacher_grad else None
-    name = backends.select(get["backend"], student.device.type, torch_only=torch_only)
+    name = backends.select(get["backend"], student.device.type, divergence=plan.divergence.name, torch_only=torch_only)
     scale, weight = plan.weights(flat)
     if name == "torch":
         rows = reference.dense_rows(
@@ -443,7 +446,7 @@ def _dense(
             stats=get["return_stats"],
         )
         loss = plan.reduced(rows.loss * scale if weight is None else rows.loss * (scale * weight))
-        stats = torch.stack(list(rows[1:]), -1) if get["return_stats"] else None
+        stats = torch.stack([item for item in rows[1:] if item is not None], -1) if get["return_stats"] else None
     else:
         launch = Launch(
             "dense_fwd",

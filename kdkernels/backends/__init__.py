@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Optional
 
+from kdkernels import divergences
 from kdkernels.backends import cpu, eager, triton
 
 # In the order in which "auto" tries them.
@@ -51,6 +52,36 @@ def select(requested: str, device_type: str, *, torch_only: Optional[str] = None
     return requested
 
 
-# Under torch.compile the answer is asked once, while tracing: it loads libraries, which no graph can hold. This is what
-# torch.compiler.assume_constant_result does, which imports all of torch._dynamo and doubles the time of `import kdkernels`.
-select._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# Under torch.compile the answer is asked once, while tracing: it loads libraries, which no graph can hold.
+@torch.compiler.assume_constant_result
+def select(
+    requested: str, device_type: str, *, divergence: str = "forward_kl", torch_only: Optional[str] = None
+) -> str:
+    """The backend that runs a call.
+
+    Args:
+        requested: "auto" or a backend's name.
+        device_type: of the student.
+        divergence: the canonical name; those registered at run time are not everywhere.
+        torch_only: why only plain PyTorch can run this call, or None.
+
+    Raises:
+        ValueError: when the backend that was asked for cannot run the call, with its reason.
+    """
+    if requested == "auto":
+        return next(name for name in BACKENDS if _refusal(name, device_type, divergence, torch_only) is None)
+    reason = _refusal(requested, device_type, divergence, torch_only)
+    if reason is not None:
+        raise ValueError(f"backend {requested!r} cannot run this call: {reason}")
+    return requested
+
+
+def _refusal(name: str, device_type: str, divergence: str, torch_only: Optional[str]) -> Optional[str]:
+    reason = BACKENDS[name].why_not(device_type)
+    if reason is None and name != "torch":
+        reason = torch_only
+    if reason is None and name == "cpu" and divergences.registered(divergence):
+        reason = f"divergence {divergence!r} was registered at run time, which compiled code does not see"
+    if reason is None and name == "triton" and not divergences.has_triton(divergence):
+        reason = f"divergence {divergence!r} was registered without Triton functions"
+    return reason
