@@ -29,31 +29,6 @@ def available(device_type: str) -> list[Availability]:
     return [Availability(name, reason is None, reason or "") for name, reason in answers]
 
 
-def select(requested: str, device_type: str, *, torch_only: Optional[str] = None) -> str:
-    """The backend that runs a call.
-
-    Args:
-        requested: "auto" or a backend's name.
-        device_type: of the student.
-        torch_only: why only plain PyTorch can run this call, or None.
-
-    Raises:
-        ValueError: when the backend that was asked for cannot run the call, with its reason.
-    """
-    if requested == "auto":
-        if torch_only is not None:
-            return "torch"
-        return next(name for name, backend in BACKENDS.items() if backend.why_not(device_type) is None)
-    reason = BACKENDS[requested].why_not(device_type)
-    if reason is None and requested != "torch":
-        reason = torch_only
-    if reason is not None:
-        raise ValueError(f"backend {requested!r} cannot run this call: {reason}")
-    return requested
-
-
-# Under torch.compile the answer is asked once, while tracing: it loads libraries, which no graph can hold.
-@torch.compiler.assume_constant_result
 def select(
     requested: str, device_type: str, *, divergence: str = "forward_kl", torch_only: Optional[str] = None
 ) -> str:
@@ -74,6 +49,11 @@ def select(
     if reason is not None:
         raise ValueError(f"backend {requested!r} cannot run this call: {reason}")
     return requested
+
+
+# Under torch.compile the answer is asked once, while tracing: it loads libraries, which no graph can hold. This is what
+# torch.compiler.assume_constant_result does, which also imports all of torch._dynamo: twice the time of `import torch`.
+select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _refusal(name: str, device_type: str, divergence: str, torch_only: Optional[str]) -> Optional[str]:
