@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Optional
 import triton
 import triton.language as tl
 
-from kdkernels.kernels.rows import LOG2E, fast_log, mul0
+from kdkernels.kernels.rows import LOG2E, TINY, fast_log, mul0
 
 Coefficients = tuple[float, float, float, float]
 
@@ -109,7 +109,7 @@ def _skew_kl_value(p, logp, q, logq, alpha, _):
 def _skew_kl_score(p, logp, q, logq, alpha, _):
     wq = (1.0 - alpha) * q
     m = alpha * p + wq
-    return -p * tl.where(m == 0, 0.0, wq / m)
+    return -p * tl.where(m < TINY, 0.0, wq / m)
 
 
 @triton.jit
@@ -121,7 +121,7 @@ def _skew_reverse_kl_value(p, logp, q, logq, alpha, _):
 def _skew_reverse_kl_score(p, logp, q, logq, alpha, _):
     wq = alpha * q
     m = wq + (1.0 - alpha) * p
-    return mul0(q, logq - fast_log(m) + 1.0 - tl.where(m == 0, 0.0, wq / m))
+    return mul0(q, logq - fast_log(m) + 1.0 - tl.where(m < TINY, 0.0, wq / m))
 
 
 @triton.jit
@@ -131,14 +131,14 @@ def _power(logx, exponent):
 
 
 # With s = a + b, x = p^a q^b and d = logp - logq, the family and its limits are one form with other coefficients,
-# A p^s + B q^s + C x + D x d + E d + F d^2: a branch on a or b would keep a whole tile alive across it.
+# A (p^s - x) + B (q^s - x) + D x d + E d + F d^2: a branch on a or b would keep a whole tile alive across it.
 #
-#             A         B         C         D      E      F
-#   a, b, s   1/(b s)   1/(a s)   -1/(a b)
-#   b = 0     -1/a^2    1/a^2               1/a
-#   a = 0     1/b^2     -1/b^2              -1/b
-#   s = 0     -1/a^2              1/a^2            -1/a
-#   a = b = 0                                             1/2
+#             A         B         D      E      F
+#   a, b, s   1/(b s)   1/(a s)
+#   b = 0     -1/a^2    1/a^2     1/a
+#   a = 0     1/b^2     -1/b^2    -1/b
+#   s = 0     -1/a^2                     -1/a
+#   a = b = 0                                   1/2
 @triton.jit
 def _alpha_beta_value(p, logp, q, logq, a, b):
     s = a + b
@@ -155,14 +155,14 @@ def _alpha_beta_value(p, logp, q, logq, a, b):
     sign = tl.where(a_is_0, 1.0, -1.0)
     A = tl.where(both, 0.0, tl.where(limit | s_is_0, sign / square, 1.0 / (safe_b * safe_s)))
     B = tl.where(s_is_0, 0.0, tl.where(limit, -sign / square, 1.0 / (safe_a * safe_s)))
-    C = tl.where(limit, 0.0, -1.0 / (safe_a * safe_b))
     D = tl.where(both | (limit == 0), 0.0, tl.where(a_is_0, -1.0 / safe_b, 1.0 / safe_a))
     E = tl.where(s_is_0 & (a_is_0 == 0), -1.0 / safe_a, 0.0)
     F = tl.where(both, 0.5, 0.0)
     x = mul0(_power(logp, a), _power(logq, b))
     d = logp - logq
-    f = A * _power(logp, s) + B * _power(logq, s) + mul0(C, x) + mul0(D * x, d)
-    return f + mul0(E, d) + mul0(F, d * d)
+    f = mul0(A, _power(logp, s) - x) + mul0(B, _power(logq, s) - x) + mul0(D * x, d) + mul0(E, d) + mul0(F, d * d)
+    # A negative power of 0: its two infinities may have opposite signs.
+    return tl.where(x == float("inf"), -(A + B) * x, f)
 
 
 @triton.jit

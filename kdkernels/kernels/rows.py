@@ -19,6 +19,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 NEG_INF = tl.constexpr(float("-inf"))
 # A running maximum starts at the lowest finite fp32, not at -inf: then no difference of two maxima is -inf minus -inf.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
+# The smallest normal fp32: GPUs flush what is below, some instructions sooner than others.
+TINY = tl.constexpr(1.1754943508222875e-38)
 
 
 if triton.knobs.runtime.interpret:
@@ -40,8 +42,8 @@ else:
 
 @triton.jit
 def fast_log(x):
-    """Natural logarithm of a block of probabilities."""
-    return fast_log2(x) * LN2
+    """Natural logarithm of a block of probabilities, finite also where they underflow."""
+    return fast_log2(tl.maximum(x, TINY, propagate_nan=tl.PropagateNan.ALL)) * LN2
 
 
 @triton.jit

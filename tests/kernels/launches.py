@@ -1,0 +1,143 @@
+"""Calls of the Triton launchers with everything at its default, and what they compile to without a GPU."""
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from kdkernels.kernels.dense import dense_fwd
+from kdkernels.kernels.dkd import dkd_fwd
+from kdkernels.kernels.mse import mse_fwd
+
+DENSE = {
+    "divergence": "forward_kl",
+    "param0": 0.0,
+    "param1": 0.0,
+    "mixture": "probs",
+    "ignore_index": -100,
+    "scale": 1.0,
+    "temperature": 1.0,
+    "teacher_temperature": 1.0,
+    "kd_weight": 1.0,
+    "ce_weight": 0.0,
+    "z_loss_weight": 0.0,
+    "label_smoothing": 0.0,
+    "scale_by_t_squared": True,
+    "teacher_form": "logits",
+    "student_softcap": 0.0,
+    "teacher_softcap": 0.0,
+    "standardize": False,
+    "stats": False,
+}
+DKD = {
+    "alpha": 1.0,
+    "beta": 8.0,
+    "temperature": 1.0,
+    "teacher_temperature": 1.0,
+    "ignore_index": -100,
+    "scale": 1.0,
+    "scale_by_t_squared": True,
+}
+MSE = {"centered": False, "ignore_index": -100, "scale": 1.0}
+
+
+def dense(
+    student,
+    teachers,
+    dstudent=None,
+    labels=None,
+    row_weight=None,
+    *,
+    temperature_rows=None,
+    teacher_temperature_rows=None,
+    param_rows=None,
+    mixture_weights=None,
+    **options,
+):
+    options = {**DENSE, "vocab_size": student.shape[-1], **options}
+    tensors = (labels, row_weight, temperature_rows, teacher_temperature_rows, param_rows, mixture_weights)
+    return dense_fwd(student, teachers, dstudent, *tensors, **options)
+
+
+def dkd(student, teacher, dstudent, labels, row_weight=None, **options):
+    options = {**DKD, "vocab_size": student.shape[-1], **options}
+    return dkd_fwd(student, teacher, dstudent, labels, row_weight, **options)
+
+
+def mse(student, teacher, dstudent=None, labels=None, row_weight=None, **options):
+    options = {**MSE, "vocab_size": student.shape[-1], **options}
+    return mse_fwd(student, teacher, dstudent, labels, row_weight, **options)
+
+
+class Launch(NamedTuple):
+    """A launch, recorded instead of run."""
+
+    fn: JITFunction
+    args: tuple
+    kwargs: dict
+
+
+class Binary(NamedTuple):
+    """What a compilation shows: registers a thread, bytes (AMD: registers) spilled a thread, and the assembly."""
+
+    registers: int
+    spilled: int
+    text: str
+
+    def widths(self, kind):
+        """Bytes of every global load ("ld") or store ("st") in PTX."""
+        found = re.findall(rf"\b{kind}\.global[a-zA-Z_:.]*?(?:\.v(\d))?\.[busf](\d+)\b", self.text)
+        return [int(vector or 1) * int(bits) // 8 for vector, bits in found]
+
+
+@contextlib.contextmanager
+def recorded():
+    """Inside, kernel[grid](...) runs nothing; yields the list of launches."""
+    launches = []
+
+    def record(self, *args, grid, warmup, **kwargs):
+        launches.append(Launch(self, args, kwargs))
+
+    run, JITFunction.run = JITFunction.run, record
+    try:
+        yield launches
+    finally:
+        JITFunction.run = run
+
+
+def compile_for(launch, name):
+    """Compile a recorded launch for "sm_90" or "gfx942", specialised to its arguments as a launch there would be."""
+    cuda = name.startswith("sm_")
+    target = GPUTarget("cuda", int(name[3:]), 32) if cuda else GPUTarget("hip", name, 64)
+    backend = make_backend(target)
+    kwargs = {**launch.kwargs, "debug": False, "instrumentation_mode": triton.knobs.compilation.instrumentation_mode}
+    bind = create_function_from_signature(launch.fn.signature, launch.fn.params, backend)
+    bound, specialization, options = bind(*launch.args, **kwargs)
+    options, signature, constexprs, attrs = launch.fn._pack_args(backend, kwargs, bound, specialization, options)
+    source = ASTSource(launch.fn, signature, constexprs, attrs)
+    kernel = triton.compile(source, target=target, options=options.__dict__)
+    if cuda:
+        return Binary(*_resources(kernel.asm["cubin"]), kernel.asm["ptx"])
+    text = kernel.asm["amdgcn"]
+    registers, spilled = (
+        int(re.search(rf"\.{key}:\s+(\d+)", text).group(1)) for key in ("vgpr_count", "vgpr_spill_count")
+    )
+    return Binary(registers, spilled, text)
+
+
+def _resources(cubin):
+    """Registers and bytes of stack a thread, by the tool that comes with Triton; it reads no pipe."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        out = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", out)
+    return int(found.group(1)), int(found.group(2))
