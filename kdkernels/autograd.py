@@ -60,13 +60,19 @@ class RowLoss(torch.autograd.Function):
         return (_scaled(dstudent, dloss, backend), _scaled(dteacher, dloss, backend), None, None, None, None, None)
 
 
-def run(launch: Launch, student: Tensor, teachers: tuple[Tensor, ...], dstudent: Optional[Tensor]) -> tuple[Tensor, Tensor]:
+def run(
+    launch: Launch, student: Tensor, teachers: tuple[Tensor, ...], dstudent: Optional[Tensor]
+) -> tuple[Tensor, Tensor]:
     """Call the op; logits of any leading shape become ``[B, L, V]`` views."""
     views = as_rows((student, *teachers, *(() if dstudent is None else (dstudent,))))
     destination = None if dstudent is None else views[-1]
     operands = list(views[1 : 1 + len(teachers)])
     result = ops.op(launch.pattern, launch.backend)(
-        views[0], operands if launch.pattern == "dense_fwd" else operands[0], destination, *launch.tensors, **launch.options
+        views[0],
+        operands if launch.pattern == "dense_fwd" else operands[0],
+        destination,
+        *launch.tensors,
+        **launch.options,
     )
     if isinstance(result, Tensor):
         return result, result.new_empty((result.shape[0], 0))
@@ -99,7 +105,9 @@ def _view(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _mergeable(tensor: Tensor, start: int, stop: int) -> bool:
     """Whether dimensions ``start .. stop - 1`` collapse into one without a copy."""
     return all(
-        tensor.shape[d] == 1 or tensor.shape[d + 1] == 1 or tensor.stride(d) == tensor.shape[d + 1] * tensor.stride(d + 1)
+        tensor.shape[d] == 1
+        or tensor.shape[d + 1] == 1
+        or tensor.stride(d) == tensor.shape[d + 1] * tensor.stride(d + 1)
         for d in range(start, stop - 1)
     )
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any, Optional, Sequence, Union
+from collections.abc import Sequence
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor
@@ -92,7 +93,9 @@ def teacher_like(name: str, teacher: Any, student: Tensor, vocab_size: Optional[
         hint = ""
         if teacher.shape[:-1] == student.shape[:-1]:
             hint = "; pass vocab_size=... when the two are padded to different widths"
-        raise ValueError(f"{name} must have the student's shape {tuple(student.shape)}, got {tuple(teacher.shape)}{hint}")
+        raise ValueError(
+            f"{name} must have the student's shape {tuple(student.shape)}, got {tuple(teacher.shape)}{hint}"
+        )
     if vocab_size is not None and vocab_size > teacher.shape[-1]:
         raise ValueError(f"vocab_size must be at most {name}'s width {teacher.shape[-1]}, got {vocab_size}")
 
@@ -149,7 +152,9 @@ def per_row(
         raise ValueError(f"{name} must be on the student's device {student.device}, got {value.device}")
     rows = student.shape[:-1]
     if value.numel() != 1 and value.shape != rows:
-        raise ValueError(f"{name} must be a number or have one value per row, shape {tuple(rows)}, got {tuple(value.shape)}")
+        raise ValueError(
+            f"{name} must be a number or have one value per row, shape {tuple(rows)}, got {tuple(value.shape)}"
+        )
     if reads_values(value) and value.numel():
         bad = ~torch.isfinite(value) | (value < low) | (value > high)
         if exclusive:
@@ -185,7 +190,9 @@ def inplace_allowed(student: Tensor) -> None:
     if torch.compiler.is_compiling():
         raise ValueError("inplace=True works in eager mode only; under torch.compile leave it out")
     if student.dim() > 3 and not student.is_contiguous():
-        raise ValueError(f"inplace needs a contiguous student or at most 3 dimensions, got strides {tuple(student.stride())}")
+        raise ValueError(
+            f"inplace needs a contiguous student or at most 3 dimensions, got strides {tuple(student.stride())}"
+        )
 
 
 def reduction_name(reduction: Any, student: Optional[Tensor] = None) -> None:

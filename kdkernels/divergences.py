@@ -85,7 +85,8 @@ class ReverseKL(Divergence):
 class JSD(Divergence):
     """Generalised Jensen-Shannon divergence ``beta KL(p || m) + (1 - beta) KL(q || m)``, ``m = beta p + (1 - beta) q``.
 
-    The convention is GKD's (Agarwal et al. 2024). The formula itself is 0 at ``beta = 0`` and ``beta = 1``; as in TRL and
+    The convention is GKD's (Agarwal et al. 2024). The formula itself is 0 at ``beta = 0`` and ``beta = 1``; as in TRL
+    and
     Liger-Kernel, those two values mean its limits up to scale: ``JSD(0)`` is forward KL and ``JSD(1)`` is reverse KL.
     axolotl's top-k loss uses the same reading but defaults to ``beta = 1``. Per-row ``beta`` must lie strictly between.
     """
@@ -182,8 +183,8 @@ class SkewReverseKL(Divergence):
 class AlphaBeta(Divergence):
     """Alpha-beta divergence ``-1/(ab) sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)]`` (ABKD, Wang et al. 2025).
 
-    ``a = alpha``, ``b = beta``; ``(1, 0)`` is forward KL, ``(0, 1)`` reverse KL, and ``a = 0``, ``b = 0``, ``a + b = 0``
-    take the limits. Negative powers give ``inf`` where a probability is 0.
+    ``a = alpha``, ``b = beta``; ``(1, 0)`` is forward KL, ``(0, 1)`` reverse KL, and ``a = 0``, ``b = 0``, ``a + b =
+    0`` take the limits. Negative powers give ``inf`` where a probability is 0.
     """
 
     alpha: float = 0.2
@@ -312,7 +313,6 @@ def resolve(divergence: Union[str, Divergence]) -> Divergence:
             raise ValueError(f"divergence must be one of {', '.join(names())} or an instance, got {divergence!r}")
         divergence = _TABLE[divergence]()
     if not isinstance(divergence, Divergence):
-        raise TypeError(
-            f"divergence must be a name or an instance such as JSD(0.5), got {getattr(divergence, '__name__', divergence)!r}"
-        )
+        got = getattr(divergence, "__name__", divergence)
+        raise TypeError(f"divergence must be a name or an instance such as JSD(0.5), got {got!r}")
     return divergence.canonical()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Optional, Sequence, Union
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
@@ -17,8 +18,8 @@ PerRow = Union[float, Tensor]
 class KDStats(NamedTuple):
     """Per-row statistics of the shape of the rows, detached; rows that do not count are 0.
 
-    ``divergence``, ``ce`` and ``lse`` are the parts of the objective before weights and T^2; the others are taken at the
-    tempered distributions. Entropies and KLs are in nats. ``acceptance`` is ``sum_v min(p_v, q_v)``, the chance that
+    ``divergence``, ``ce`` and ``lse`` are the parts of the objective before weights and T^2; the others are taken at
+    the tempered distributions. Entropies and KLs are in nats. ``acceptance`` is ``sum_v min(p_v, q_v)``, the chance that
     speculative decoding accepts a draft of the student; ``agreement`` is 1 where both have the same most likely token.
     """
 
@@ -73,8 +74,8 @@ def kd_loss(
     ``F.kl_div(F.log_softmax(s / T, -1), F.softmax(t / T, -1), reduction="batchmean") * T * T``.
 
     Args:
-        student: logits ``(..., V)``, float32, bfloat16 or float16 (float64 on the CPU). Any strides with stride 1 in the
-            last dimension; nothing is copied.
+        student: logits ``(..., V)``, float32, bfloat16 or float16 (float64 on the CPU). Any strides with stride 1 in
+            the last dimension; nothing is copied.
         teacher: logits of the same leading shape, device and width; its dtype may differ. When it requires grad it gets
             its gradient too. A sequence of 1 to 4 tensors is a mixture of teachers, see ``teacher_weights``.
         labels: int64 or int32 of the leading shape: the classes for ``ce_weight``, and the mask: rows equal to
@@ -98,21 +99,21 @@ def kd_loss(
         teacher_weights: for a sequence of teachers, M weights >= 0, or a tensor ``(..., M)`` of weights per row; equal
             weights by default. Weights are used as given: let them sum to 1.
         mixture: "probs" (``p = sum_k w_k softmax(t_k / T_t)``) or "logits" (``p = softmax(sum_k w_k t_k / T_t)``).
-        vocab_size: columns from there on are padding: no probability, gradient 0. Student and teacher may then be padded to
-            different widths.
+        vocab_size: columns from there on are padding: no probability, gradient 0. Student and teacher may then be
+            padded to different widths.
         student_softcap, teacher_softcap: cap > 0 of ``cap * tanh(logits / cap)``, applied first (Gemma 2).
         standardize: replace the logits of both in the divergence by ``(x - mean(x)) / std(x)`` per row before the
             temperature (logit standardisation, Sun et al. 2024, arXiv:2403.01427). Cross entropy keeps the raw logits.
-        row_param: one value per row for the divergence's parameter (JSD's ``beta``, the skew forms' ``alpha``), strictly
-            between 0 and 1; overrides the instance's.
-        inplace: write the gradient over the student's logits: no ``[N, V]`` allocation at all, and the logits are gone after
-            the call. Eager only; needs a student that requires grad.
+        row_param: one value per row for the divergence's parameter (JSD's ``beta``, the skew forms' ``alpha``),
+            strictly between 0 and 1; overrides the instance's.
+        inplace: write the gradient over the student's logits: no ``[N, V]`` allocation at all, and the logits are gone
+            after the call. Eager only; needs a student that requires grad.
         return_stats: also return ``KDStats``.
         backend: "auto", "triton", "cpu" (C++) or "torch" (plain PyTorch, the reference).
 
     Returns:
-        The loss: 0-d, or the shape of the rows for "none"; float32 for float32 and 16-bit students, float64 for float64.
-        With ``return_stats`` a pair ``(loss, KDStats)``.
+        The loss: 0-d, or the shape of the rows for "none"; float32 for float32 and 16-bit students, float64 for
+        float64. With ``return_stats`` a pair ``(loss, KDStats)``.
 
     Raises:
         TypeError, ValueError: naming the argument, before anything is launched. Values inside tensors are read on the
@@ -139,12 +140,12 @@ def taid_loss(
 ) -> Any:
     r"""Distillation towards a teacher interpolated with the student (TAID, Shing et al. 2025, arXiv:2501.16937).
 
-    The target is ``softmax(((1 - lam) stop_gradient(s) + lam t) / T)`` with ``lam = interpolation``, a number in [0, 1] or one
-    value per row; the other arguments are those of ``kd_loss`` for one teacher of logits.
+    The target is ``softmax(((1 - lam) stop_gradient(s) + lam t) / T)`` with ``lam = interpolation``, a number in [0,
+    1] or one value per row; the other arguments are those of ``kd_loss`` for one teacher of logits.
 
     Raises:
-        TypeError, ValueError: as ``kd_loss``; also for ``teacher_temperature``, ``teacher_form``, ``teacher_weights`` and
-            ``mixture``, which have no meaning here.
+        TypeError, ValueError: as ``kd_loss``; also for ``teacher_temperature``, ``teacher_form``, ``teacher_weights``
+            and ``mixture``, which have no meaning here.
     """
     for name in ("teacher_temperature", "teacher_form", "teacher_weights", "mixture"):
         if name in options:
@@ -179,9 +180,9 @@ def dkd_loss(
 ) -> Tensor:
     r"""Decoupled knowledge distillation ``T^2 (alpha TCKD + beta NCKD)`` (Zhao et al. 2022, arXiv:2203.08679).
 
-    ``TCKD = KL`` of the two-way distributions (label, all others) and ``NCKD = KL(p^ || q^)`` of the distributions over the
-    other classes, ``p^_v = p_v / (1 - p_label)``. ``labels`` are required; ``alpha`` and ``beta`` are numbers >= 0; the other
-    arguments, shapes, dtypes and errors are those of ``kd_loss`` with one temperature for all rows. The teacher gets no
+    ``TCKD = KL`` of the two-way distributions (label, all others) and ``NCKD = KL(p^ || q^)`` of the distributions
+    over the other classes, ``p^_v = p_v / (1 - p_label)``. ``labels`` are required; ``alpha`` and ``beta`` are
+    numbers >= 0; the other arguments, shapes, dtypes and errors are those of ``kd_loss`` with one temperature for all rows. The teacher gets no
     gradient.
     """
     options = dict(locals())
@@ -250,10 +251,10 @@ def logit_mse_loss(
 ) -> Tensor:
     r"""Squared difference of logits, ``mean_v (s_v - t_v)^2`` per row (Ba & Caruana 2014, arXiv:1312.6184).
 
-    ``centered`` subtracts the row mean of ``s - t`` first, which makes the loss blind to a constant shift of the logits, as
-    softmax is (Kim et al. 2021, arXiv:2105.08919). ``labels`` only mask. With no mask and "mean" it equals
-    ``F.mse_loss(student, teacher)``. The other arguments, shapes, dtypes and errors are those of ``kd_loss``; the teacher
-    gets no gradient.
+    ``centered`` subtracts the row mean of ``s - t`` first, which makes the loss blind to a constant shift of the
+    logits, as softmax is (Kim et al. 2021, arXiv:2105.08919). ``labels`` only mask. With no mask and "mean" it equals
+    ``F.mse_loss(student, teacher)``. The other arguments, shapes, dtypes and errors are those of ``kd_loss``; the
+    teacher gets no gradient.
     """
     options = dict(locals())
     for name in ("student", "teacher", "labels", "centered"):
@@ -483,7 +484,7 @@ def _dense(
 
 
 def _dual(plan: _Plan, launch: Launch) -> Launch:
-    """The launch whose student is the teacher: the same divergence with the roles swapped, without the student's terms."""
+    """The launch whose student is the teacher: roles swapped, without the student's terms."""
     get = plan.options
     dual = plan.divergence.dual().canonical()
     param0, param1 = dual.params()

@@ -11,7 +11,7 @@ from kdkernels import functional
 
 
 class KDLoss(torch.nn.Module):
-    """``kd_loss`` as a module: ``KDLoss(**options)(student, teacher, labels)``; see ``kdkernels.kd_loss`` for the options.
+    """``kd_loss`` as a module: ``KDLoss(**options)(student, teacher, labels)``, with the options of ``kd_loss``.
 
     Options are checked when the module is built, tensors when it is called.
     """

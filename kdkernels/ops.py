@@ -1,7 +1,7 @@
 """torch.library schemas and fakes of every op, and nothing else.
 
-One op per access pattern and backend, ``kdkernels::<pattern>_<backend>``; all backends of a pattern share one schema. The
-CPU implementations are registered by the compiled library ``_C`` when it is loaded, the Triton ones by
+One op per access pattern and backend, ``kdkernels::<pattern>_<backend>``; all backends of a pattern share one schema.
+The CPU implementations are registered by the compiled library ``_C`` when it is loaded, the Triton ones by
 ``kdkernels.backends.triton``.
 
 Tensors of logits are ``[B, L, V]`` views (rows ``i = b * L + l``), so that ``logits[:, :-1]`` needs no copy.
@@ -9,7 +9,8 @@ Tensors of logits are ``[B, L, V]`` views (rows ``i = b * L + l``), so that ``lo
 
 from __future__ import annotations
 
-from typing import Optional, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -30,19 +31,21 @@ STATS = (
 )
 
 SCHEMAS = {
-    # Writes the gradient of sum_i loss_i to dstudent, which may be the student itself, and returns (loss [N], stats [N, S]).
+    # Writes the gradient of sum_i loss_i to dstudent, which may be the student itself, and returns (loss [N], stats
+    # [N, S]).
     "dense_fwd": (
         "(Tensor student, Tensor[] teachers, Tensor(a!)? dstudent, Tensor? labels, Tensor? row_weight, "
-        "Tensor? student_temperature_rows, Tensor? teacher_temperature_rows, Tensor? param_rows, Tensor? mixture_weights, *, "
+        "Tensor? student_temperature_rows, Tensor? teacher_temperature_rows, Tensor? param_rows, "
+        "Tensor? mixture_weights, *, "
         "str divergence, float param0, float param1, str mixture, int vocab_size, int ignore_index, float scale, "
         "float temperature, float teacher_temperature, float kd_weight, float ce_weight, float z_loss_weight, "
-        "float label_smoothing, bool scale_by_t_squared, str teacher_form, float student_softcap, float teacher_softcap, "
-        "bool standardize, bool stats) -> (Tensor, Tensor)"
+        "float label_smoothing, bool scale_by_t_squared, str teacher_form, float student_softcap, "
+        "float teacher_softcap, bool standardize, bool stats) -> (Tensor, Tensor)"
     ),
     "dkd_fwd": (
-        "(Tensor student, Tensor teacher, Tensor(a!)? dstudent, Tensor labels, Tensor? row_weight, *, float alpha, float beta, "
-        "float temperature, float teacher_temperature, int vocab_size, int ignore_index, float scale, "
-        "bool scale_by_t_squared) -> Tensor"
+        "(Tensor student, Tensor teacher, Tensor(a!)? dstudent, Tensor labels, Tensor? row_weight, *, "
+        "float alpha, float beta, float temperature, float teacher_temperature, int vocab_size, int ignore_index, "
+        "float scale, bool scale_by_t_squared) -> Tensor"
     ),
     "mse_fwd": (
         "(Tensor student, Tensor teacher, Tensor(a!)? dstudent, Tensor? labels, Tensor? row_weight, *, bool centered, "
@@ -62,7 +65,9 @@ def _rows(student: Tensor, columns: Optional[int] = None) -> Tensor:
     return student.new_empty((num_rows,) if columns is None else (num_rows, columns), dtype=dtype)
 
 
-def _dense_fake(student: Tensor, teachers: Sequence[Tensor], *args: object, stats: bool, **kwargs: object) -> tuple[Tensor, Tensor]:
+def _dense_fake(
+    student: Tensor, teachers: Sequence[Tensor], *args: object, stats: bool, **kwargs: object
+) -> tuple[Tensor, Tensor]:
     return _rows(student), _rows(student, len(STATS) if stats else 0)
 
 
@@ -74,7 +79,12 @@ def _none_fake(*args: object, **kwargs: object) -> None:
     return None
 
 
-_FAKES = {"dense_fwd": _dense_fake, "dkd_fwd": _rows_fake, "mse_fwd": _rows_fake, "scale_grad": _none_fake}
+_FAKES: dict[str, Callable[..., Any]] = {
+    "dense_fwd": _dense_fake,
+    "dkd_fwd": _rows_fake,
+    "mse_fwd": _rows_fake,
+    "scale_grad": _none_fake,
+}
 
 for _backend in PATTERN_BACKENDS:
     for _pattern, _schema in SCHEMAS.items():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Optional
+from collections.abc import Callable
+from typing import Any, Optional
 
 from torch import Tensor
 
@@ -23,12 +24,12 @@ def register_divergence(
     r"""Enter a divergence ``D(p, q) = sum_v f(p_v, logp_v, q_v, logq_v)`` under ``cls.name``.
 
     Args:
-        cls: a frozen dataclass derived from ``kdkernels.Divergence`` with a ``name`` of its own; its ``params()`` are the two
-            numbers handed to the functions.
-        value: f in PyTorch, ``value(p, logp, q, logq, param0, param1)``, elementwise over ``[N, V]``; autograd takes its
-            gradient. Infinite logarithms of zero probabilities are its business, as is ``0 * inf``.
-        triton_value, triton_score: f and ``df/dlogq`` (with ``dq/dlogq = q``) as ``@triton.jit`` functions of the same six
-            arguments, fp32 blocks. Without them a GPU falls back to PyTorch, and asking for "triton" raises.
+        cls: a frozen dataclass derived from ``kdkernels.Divergence`` with a ``name`` of its own; its ``params()`` are
+            the two numbers handed to the functions.
+        value: f in PyTorch, ``value(p, logp, q, logq, param0, param1)``, elementwise over ``[N, V]``; autograd takes
+            its gradient. Infinite logarithms of zero probabilities are its business, as is ``0 * inf``.
+        triton_value, triton_score: f and ``df/dlogq`` (with ``dq/dlogq = q``) as ``@triton.jit`` functions of the same
+            six arguments, fp32 blocks. Without them a GPU falls back to PyTorch, and asking for "triton" raises.
 
     The "cpu" backend knows only what was compiled into it, so that CPU tensors go to PyTorch.
 

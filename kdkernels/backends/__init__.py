@@ -1,7 +1,7 @@
 """Who can run what, and why not.
 
-A backend is a module with ``why_not(device_type) -> None | str``: None when it runs on such tensors here, else the reason.
-"auto" takes the first one that runs, in the order fused first; an explicit request that cannot be met raises.
+A backend is a module with ``why_not(device_type) -> None | str``: None when it runs on such tensors here, else the
+reason. "auto" takes the first one that runs, in the order fused first; an explicit request that cannot be met raises.
 """
 
 from __future__ import annotations

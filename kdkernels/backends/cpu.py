@@ -9,14 +9,13 @@ from typing import Optional
 import torch
 
 
-
 def library_path() -> Optional[Path]:
     """The compiled library beside the package, or None where it was not built."""
     found = sorted(Path(__file__).resolve().parent.parent.glob("_C.*"))
     return next((path for path in found if path.suffix in (".so", ".dylib", ".pyd")), None)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def load_error() -> Optional[str]:
     """Load the library once; None on success, else why it is not there."""
     path = library_path()
@@ -39,5 +38,3 @@ def why_not(device_type: str) -> Optional[str]:
     if device_type != "cpu":
         return f"it runs on CPU tensors, not on {device_type}"
     return load_error()
-
-

@@ -1,4 +1,4 @@
-"""The Triton backend: registers the launchers of ``kdkernels.kernels`` as the ``kdkernels::*_triton`` ops on first use."""
+"""The Triton backend: registers the launchers of ``kdkernels.kernels`` as ``kdkernels::*_triton`` on first use."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def why_not(device_type: str) -> Optional[str]:
     return None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _register() -> None:
     from kdkernels import kernels
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Sequence, Union
+from collections.abc import Sequence
+from typing import NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
@@ -58,10 +59,12 @@ def _teacher_log_probs(
         return torch.log_softmax(logits[0] / temperature, -1)
     columns = [weights[:, k : k + 1].to(logits[0].dtype) for k in range(len(logits))]
     if mixture == "logits":
-        mixed = sum(torch.where(w != 0, w * item, torch.zeros_like(item)) for w, item in zip(columns, logits))
+        mixed = sum(
+            torch.where(w != 0, w * item, torch.zeros_like(item)) for w, item in zip(columns, logits, strict=True)
+        )
         assert isinstance(mixed, Tensor)
         return torch.log_softmax(mixed / temperature, -1)
-    terms = [w.log() + torch.log_softmax(item / temperature, -1) for w, item in zip(columns, logits)]
+    terms = [w.log() + torch.log_softmax(item / temperature, -1) for w, item in zip(columns, logits, strict=True)]
     return torch.logsumexp(torch.stack(terms), 0)
 
 
@@ -120,7 +123,6 @@ def dense_rows(
         softcap=teacher_softcap,
         standardize=standardize,
     )
-    d = divergences.TABLE[divergence](logp, logq, _column(params[0]), params[1])
 
     loss = torch.zeros_like(capped[:, 0])
     if kd_weight:
@@ -181,7 +183,10 @@ def dkd_rows(
     columns = min(vocab_size or student.shape[-1], student.shape[-1], teacher.shape[-1])
     counted = labels != ignore_index
     s = torch.where(counted[:, None], student[:, :columns].to(dtype), torch.zeros((), dtype=dtype)) / temperature
-    t = torch.where(counted[:, None], teacher[:, :columns].to(dtype), torch.zeros((), dtype=dtype)) / teacher_temperature
+    t = (
+        torch.where(counted[:, None], teacher[:, :columns].to(dtype), torch.zeros((), dtype=dtype))
+        / teacher_temperature
+    )
     logq, logp = torch.log_softmax(s, -1), torch.log_softmax(t, -1)
     target = torch.zeros_like(s, dtype=torch.bool).scatter_(1, labels.clamp(0, max(columns - 1, 0))[:, None], True)
     minus_inf = torch.full_like(s, float("-inf"))
@@ -208,7 +213,7 @@ def mse_rows(
     vocab_size: Optional[int] = None,
     ignore_index: int = -100,
 ) -> Tensor:
-    """Mean over the vocabulary of the squared difference of logits, ``[N]``; ``centered`` subtracts its row mean first."""
+    """Mean over the vocabulary of the squared difference of logits, ``[N]``, less its row mean if ``centered``."""
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     columns = min(vocab_size or student.shape[-1], student.shape[-1], teacher.shape[-1])
     difference = student[:, :columns].to(dtype) - teacher[:, :columns].to(dtype)

@@ -6,7 +6,8 @@ against ``[N, 1]``, to the divergence of each row ``[N]``. ``0 * inf`` counts as
 
 from __future__ import annotations
 
-from typing import Callable, Union
+from collections.abc import Callable
+from typing import Union
 
 import torch
 from torch import Tensor
@@ -25,7 +26,9 @@ def log_mix(logp: Tensor, logq: Tensor, weight_p: Param) -> Tensor:
     weight = torch.as_tensor(weight_p, dtype=logp.dtype, device=logp.device)
     dead = torch.isneginf(logp) & torch.isneginf(logq)
     zero = torch.zeros_like(logp)
-    mixed = torch.logaddexp(torch.where(dead, zero, logp) + weight.log(), torch.where(dead, zero, logq) + (1 - weight).log())
+    mixed = torch.logaddexp(
+        torch.where(dead, zero, logp) + weight.log(), torch.where(dead, zero, logq) + (1 - weight).log()
+    )
     return torch.where(dead, logp, mixed)
 
 
