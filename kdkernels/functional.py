@@ -19,8 +19,9 @@ class KDStats(NamedTuple):
     """Per-row statistics of the shape of the rows, detached; rows that do not count are 0.
 
     ``divergence``, ``ce`` and ``lse`` are the parts of the objective before weights and T^2; the others are taken at
-    the tempered distributions. Entropies and KLs are in nats. ``acceptance`` is ``sum_v min(p_v, q_v)``, the chance that
-    speculative decoding accepts a draft of the student; ``agreement`` is 1 where both have the same most likely token.
+    the tempered distributions. Entropies and KLs are in nats. ``acceptance`` is ``sum_v min(p_v, q_v)``, the chance
+    that speculative decoding accepts a draft of the student; ``agreement`` is 1 where both have the same most likely
+    token.
     """
 
     divergence: Tensor
@@ -182,8 +183,8 @@ def dkd_loss(
 
     ``TCKD = KL`` of the two-way distributions (label, all others) and ``NCKD = KL(p^ || q^)`` of the distributions
     over the other classes, ``p^_v = p_v / (1 - p_label)``. ``labels`` are required; ``alpha`` and ``beta`` are
-    numbers >= 0; the other arguments, shapes, dtypes and errors are those of ``kd_loss`` with one temperature for all rows. The teacher gets no
-    gradient.
+    numbers >= 0; the other arguments, shapes, dtypes and errors are those of ``kd_loss`` with one temperature for all
+    rows. The teacher gets no gradient.
     """
     options = dict(locals())
     for name in ("student", "teacher", "labels", "alpha", "beta"):
