@@ -392,8 +392,8 @@ double sum_of_logits(const X* s, int64_t n) {
   return total;
 }
 
-// Values and scores of a tile; the scores replace the teacher's exponentials.
-template <class F, class X>
+// Values and scores of a tile; the scores replace the teacher's exponentials. FINITE: no logit of the row is infinite.
+template <bool FINITE, class F, class X>
 void value_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>& student,
                 const Affine<typename Io<X>::C>& teacher, double log2_zs, double log2_zt,
                 Params<Vec<typename Io<X>::C>> parameters, const typename Io<X>::C* es, typename Io<X>::C* et,
@@ -421,7 +421,7 @@ void value_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>
               q = P(load<V>(es_in), load<V>(es_in + kLanes<C>)) * iq;
       const P logp = P(at(t0), at(t1)) * ln2 - lzt, logq = P(as(s0), as(s1)) * ln2 - lzs;
       P value, score;
-      F::eval(params, p, logp, q, logq, value, score);
+      F::template eval<FINITE>(params, p, logp, q, logq, value, score);
       local_values += value.a + value.b;
       local_scores += score.a + score.b;
       store(et_io, score.a);
@@ -578,31 +578,50 @@ struct Scratch {
 };
 enum ScratchUse { kEs, kEt, kE1, kStudentRow, kTeacherRow, kOtherRow, kGradientRow };
 
+template <class X, class C = typename Io<X>::C>
+using ValueTile = void (*)(const Row<X>&, int64_t, const Affine<C>&, const Affine<C>&, double, double, Params<Vec<C>>,
+                           const C*, C*, double&, double&);
+
+// A functor's two value_tile for one type of logits.
+template <class X>
+struct ValueTiles {
+  ValueTile<X> any = nullptr, finite = nullptr;
+};
+template <class F, class X>
+constexpr ValueTiles<X> value_tiles() {
+  if constexpr (Io<X>::kGuarded) {
+    return {value_tile<false, F, X>, value_tile<true, F, X>};
+  } else {
+    return {value_tile<false, F, X>, value_tile<false, F, X>};
+  }
+}
+
 struct Divergence {
   const char* name;
   bool linear;
   Linear coefficients;
-  // The functor's value_tile for fp32, bf16, fp16, fp64; null where linear.
-  void (*f32)(const Row<float>&, int64_t, const Affine<float>&, const Affine<float>&, double, double, Params<VecF>,
-              const float*, float*, double&, double&);
-  void (*bf16)(const Row<BFloat16>&, int64_t, const Affine<float>&, const Affine<float>&, double, double, Params<VecF>,
-               const float*, float*, double&, double&);
-  void (*f16)(const Row<Half>&, int64_t, const Affine<float>&, const Affine<float>&, double, double, Params<VecF>,
-              const float*, float*, double&, double&);
-  void (*f64)(const Row<double>&, int64_t, const Affine<double>&, const Affine<double>&, double, double, Params<VecD>,
-              const double*, double*, double&, double&);
+  ValueTiles<float> f32;
+  ValueTiles<BFloat16> bf16;
+  ValueTiles<Half> f16;
+  ValueTiles<double> f64;
 
-  auto tile(const Row<float>&) const { return f32; }
-  auto tile(const Row<BFloat16>&) const { return bf16; }
-  auto tile(const Row<Half>&) const { return f16; }
-  auto tile(const Row<double>&) const { return f64; }
+  ValueTile<float> tile(const Row<float>&, bool) const { return f32.any; }
+  ValueTile<BFloat16> tile(const Row<BFloat16>&, bool finite) const { return finite ? bf16.finite : bf16.any; }
+  ValueTile<Half> tile(const Row<Half>&, bool) const { return f16.any; }
+  ValueTile<double> tile(const Row<double>&, bool) const { return f64.any; }
 };
 
 template <class F>
 constexpr Divergence general(const char* name) {
-  return {name, false, {}, value_tile<F, float>, value_tile<F, BFloat16>, value_tile<F, Half>, value_tile<F, double>};
+  return {name,
+          false,
+          {},
+          value_tiles<F, float>(),
+          value_tiles<F, BFloat16>(),
+          value_tiles<F, Half>(),
+          value_tiles<F, double>()};
 }
-constexpr Divergence linear(const char* name, Linear c) { return {name, true, c, nullptr, nullptr, nullptr, nullptr}; }
+constexpr Divergence linear(const char* name, Linear c) { return {name, true, c, {}, {}, {}, {}}; }
 
 #include "divergence_table.h"
 
@@ -737,8 +756,11 @@ RowResult objective_row(const DenseArgs& args, const RowNumbers& num, const X* s
     double score_sum = std::isnan(sums.zs + sums.zt) ? std::numeric_limits<double>::quiet_NaN() : 0;
     d = score_sum;
     const Params<Vec<C>> params{Vec<C>{} + C(num.param0), Vec<C>{} + C(args.param1)};
+    // A guard watched every tile of a trusted row but the padded ones.
+    const bool finite = care == kTrusting && row.head == 0 && row.tail == 0 && as.bounds_logits() && at.bounds_logits();
+    const auto value_of_tile = divergence.tile(row, finite);
     for (int64_t tile = 0; tile < row.tiles() && !std::isnan(score_sum); ++tile)
-      divergence.tile(row)(row, tile, as, at, log2_zs, log2_zt, params, es, et, d, score_sum);
+      value_of_tile(row, tile, as, at, log2_zs, log2_zt, params, es, et, d, score_sum);
     terms.b = -f;
     terms.a = -f * iq * score_sum;
   }
@@ -1217,21 +1239,39 @@ inline void run_dkd(const DkdArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// Mean squared difference of the logits of one row.
-template <class C>
-double mse_row(const MseArgs& args, double weight, const C* s, const C* t, C* g) {
-  const int64_t n = args.columns;
-  double mean = 0, squares = 0;
-  for (int64_t j = 0; j < n; ++j) mean += args.centered ? double(s[j]) - double(t[j]) : 0;
-  mean /= double(n);
-  for (int64_t j = 0; j < n; ++j) {
-    const double d = double(s[j]) - double(t[j]) - mean;
-    squares += d * d;
+// Calls body(j) for every whole vector of a row; what is left over goes through padded copies made by the caller.
+template <class C, class Body>
+double sum_over_row(int64_t n, Body body) {
+  double total = 0;
+  for (int64_t j = 0; j < n;) {
+    Vec<C> sum = {};
+    for (const int64_t end = std::min(n, j + kTileElements); j < end; j += kLanes<C>) sum += body(j);
+    total += horizontal_sum<C>(sum);
   }
-  // The derivative of the mean falls out: the centred differences sum to 0.
-  const double factor = 2 * weight / double(n);
-  if (g != nullptr)
-    for (int64_t j = 0; j < n; ++j) g[j] = C(factor * (double(s[j]) - double(t[j]) - mean));
+  return total;
+}
+
+// Mean squared difference of the logits of one row; the scratch rows have room for whole vectors.
+template <class C>
+double mse_row(const MseArgs& args, double weight, C* s, C* t, C* g) {
+  using V = Vec<C>;
+  const int64_t n = args.columns;
+  std::fill(s + n, s + n + kLanes<C>, C(0));
+  std::fill(t + n, t + n + kLanes<C>, C(0));
+  V centre = {};
+  if (args.centered) {
+    const double mean = sum_over_row<C>(n, [&](int64_t j) { return load<V>(s + j) - load<V>(t + j); }) / double(n);
+    centre = V{} + C(mean);
+    // The padding counts as no difference after the mean is taken off.
+    std::fill(s + n, s + n + kLanes<C>, C(mean));
+  }
+  const V factor = V{} + C(2 * weight / double(n));
+  const double squares = sum_over_row<C>(n, [&](int64_t j) {
+    const V d = load<V>(s + j) - load<V>(t + j) - centre;
+    // The derivative of the mean falls out: the centred differences sum to 0.
+    if (g != nullptr) store(g + j, factor * d);
+    return d * d;
+  });
   return squares / double(n);
 }
 

@@ -27,20 +27,26 @@ struct Params {
   V x0, x1;
 };
 
+// weight * x, and 0 where the weight is 0. FINITE: the caller knows that no logarithm is infinite.
+template <bool FINITE, class V>
+KDK_HD V kdk_weigh(V weight, V x) {
+  return FINITE ? weight * x : kdk_where(weight > V{}, weight * x, V{});
+}
+
 // m = beta p + (1 - beta) q; f = beta p log(p/m) + (1 - beta) q log(q/m).
 struct Jsd {
-  template <class V>
+  template <bool FINITE = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V logq, V& value, V& score) {
-    const V zero = V{}, rest = zero + 1.0f - k.x0;
-    const V logm = kdk_log(k.x0 * p + rest * q);
-    score = kdk_where(q > zero, rest * q * (logq - logm), zero);
-    value = kdk_where(p > zero, k.x0 * p * (logp - logm), zero) + score;
+    const V wp = k.x0 * p, wq = (V{} + 1.0f - k.x0) * q;
+    const V logm = kdk_log(wp + wq);
+    score = kdk_weigh<FINITE>(wq, logq - logm);
+    value = kdk_weigh<FINITE>(wp, logp - logm) + score;
   }
 };
 
 // f = |p - q| / 2; the score is 0 where p == q.
 struct Tvd {
-  template <class V>
+  template <bool FINITE = false, class V>
   KDK_HD static void eval(const Params<V>&, V p, V, V q, V, V& value, V& score) {
     const V zero = V{}, half = zero + 0.5f;
     const V difference = q - p;
@@ -52,22 +58,22 @@ struct Tvd {
 
 // m = alpha p + (1 - alpha) q; f = p log(p/m).
 struct SkewKl {
-  template <class V>
+  template <bool FINITE = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V, V& value, V& score) {
     const V zero = V{}, rest = zero + 1.0f - k.x0;
     const V m = k.x0 * p + rest * q;
-    value = kdk_where(p > zero, p * (logp - kdk_log(m)), zero);
+    value = kdk_weigh<FINITE>(p, logp - kdk_log(m));
     score = kdk_where(p > zero, -rest * p * (q / m), zero);
   }
 };
 
 // m = alpha q + (1 - alpha) p; f = q log(q/m).
 struct SkewReverseKl {
-  template <class V>
+  template <bool FINITE = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V, V q, V logq, V& value, V& score) {
     const V zero = V{};
     const V m = k.x0 * q + (zero + 1.0f - k.x0) * p;
-    value = kdk_where(q > zero, q * (logq - kdk_log(m)), zero);
+    value = kdk_weigh<FINITE>(q, logq - kdk_log(m));
     score = kdk_where(q > zero, value + q * (zero + 1.0f - k.x0 * (q / m)), zero);
   }
 };
@@ -75,7 +81,7 @@ struct SkewReverseKl {
 // Alpha-beta divergence with a = x0, b = x1; the limits of the value are taken by the caller's choice of functor below.
 // score = q^b (q^a - p^a) / a for every a != 0, and q^b (logq - logp) for a = 0.
 struct AlphaBeta {
-  template <class V>
+  template <bool FINITE = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V logq, V& value, V& score) {
     const V a = k.x0, b = k.x1, zero = V{};
     const auto dead = (logp == logq) & (p == zero) & (q == zero);
@@ -90,7 +96,7 @@ struct AlphaBeta {
 
 // The limit a = 0, b != 0: (q^b log(q^b / p^b) - q^b + p^b) / b^2.
 struct AlphaBetaZeroA {
-  template <class V>
+  template <bool FINITE = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V logq, V& value, V& score) {
     const V b = k.x1, zero = V{};
     const V q_b = kdk_exp(b * logq), p_b = kdk_exp(b * logp);
@@ -104,7 +110,7 @@ struct AlphaBetaZeroA {
 
 // The limit b = 0, a != 0: (p^a log(p^a / q^a) - p^a + q^a) / a^2.
 struct AlphaBetaZeroB {
-  template <class V>
+  template <bool FINITE = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V logq, V& value, V& score) {
     const V a = k.x0, zero = V{};
     const V q_a = kdk_exp(a * logq), p_a = kdk_exp(a * logp);
@@ -118,7 +124,7 @@ struct AlphaBetaZeroB {
 
 // The limit a + b = 0: ((p/q)^a - a log(p/q) - 1) / a^2.
 struct AlphaBetaZeroSum {
-  template <class V>
+  template <bool FINITE = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V logq, V& value, V& score) {
     const V a = k.x0, zero = V{};
     const auto dead = (logp == logq) & (p == zero) & (q == zero);
@@ -131,7 +137,7 @@ struct AlphaBetaZeroSum {
 
 // The limit a = b = 0: (log p - log q)^2 / 2.
 struct AlphaBetaZero {
-  template <class V>
+  template <bool FINITE = false, class V>
   KDK_HD static void eval(const Params<V>&, V p, V logp, V q, V logq, V& value, V& score) {
     const V zero = V{};
     const auto dead = (logp == logq) & (p == zero) & (q == zero);
