@@ -392,6 +392,19 @@ double sum_of_logits(const X* s, int64_t n) {
   return total;
 }
 
+template <class C>
+KDK_INLINE Pair<Pair<Vec<C>>> load4(const C* x) {
+  using V = Vec<C>;
+  return {{load<V>(x), load<V>(x + kLanes<C>)}, {load<V>(x + 2 * kLanes<C>), load<V>(x + 3 * kLanes<C>)}};
+}
+template <class C>
+KDK_INLINE void store4(C* x, const Pair<Pair<Vec<C>>>& v) {
+  store(x, v.a.a);
+  store(x + kLanes<C>, v.a.b);
+  store(x + 2 * kLanes<C>, v.b.a);
+  store(x + 3 * kLanes<C>, v.b.b);
+}
+
 // Values and scores of a tile; the scores replace the teacher's exponentials. FINITE: no logit of the row is infinite.
 template <bool FINITE, class F, class X>
 void value_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>& student,
@@ -401,31 +414,44 @@ void value_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>
   using C = typename Io<X>::C;
   using V = Vec<C>;
   constexpr int64_t block = Io<X>::kBlock;
-  using P = Pair<V>;
-  const auto both = [](double x) { return P(V{} + C(x), V{} + C(x)); };
-  const P ip = both(std::exp2(-log2_zt)), iq = both(std::exp2(-log2_zs)), lzs = both(kLn2 * log2_zs),
-          lzt = both(kLn2 * log2_zt);
-  const P ln2 = both(kLn2);
+  using Quad = Pair<Pair<V>>;
+  const V ip = V{} + C(std::exp2(-log2_zt)), iq = V{} + C(std::exp2(-log2_zs)), lzs = V{} + C(kLn2 * log2_zs);
+  const V lzt = V{} + C(kLn2 * log2_zt), ln2 = V{} + C(kLn2);
+  const auto quad = [](V x) { return Quad({x, x}, {x, x}); };
   V values = {}, scores = {};
   row.pieces(tile, [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t, int64_t) KDK_LAMBDA_INLINE {
     const C* es_in = es + slot;
     C* et_io = et + slot;
     const Affine<C> as = student, at = teacher;
-    const Params<P> params{P(parameters.x0, parameters.x0), P(parameters.x1, parameters.x1)};
+    const Params<Quad> params4{quad(parameters.x0), quad(parameters.x1)};
     V local_values = values, local_scores = scores;
-    for (int64_t b = 0; b < blocks; ++b, s += block, t += block, es_in += block, et_io += block) {
-      V s0, s1, t0, t1;
+    for (; blocks >= 2; blocks -= 2, s += 2 * block, t += 2 * block, es_in += 2 * block, et_io += 2 * block) {
+      V s0, s1, s2, s3, t0, t1, t2, t3;
+      Io<X>::load2(s, s0, s1);
+      Io<X>::load2(s + block, s2, s3);
+      Io<X>::load2(t, t0, t1);
+      Io<X>::load2(t + block, t2, t3);
+      const Quad p = load4<C>(et_io) * quad(ip), q = load4<C>(es_in) * quad(iq);
+      const Quad logp = Quad({at(t0), at(t1)}, {at(t2), at(t3)}) * quad(ln2) - quad(lzt);
+      const Quad logq = Quad({as(s0), as(s1)}, {as(s2), as(s3)}) * quad(ln2) - quad(lzs);
+      Quad value, score;
+      F::template eval<FINITE>(params4, p, logp, q, logq, value, score);
+      local_values += horizontal(horizontal(value));
+      local_scores += horizontal(horizontal(score));
+      store4<C>(et_io, score);
+    }
+    for (; blocks > 0; --blocks, s += block, t += block, es_in += block, et_io += block) {
+      V s0, s1, t0, t1, value0, score0, value1, score1;
       Io<X>::load2(s, s0, s1);
       Io<X>::load2(t, t0, t1);
-      const P p = P(load<V>(et_io), load<V>(et_io + kLanes<C>)) * ip,
-              q = P(load<V>(es_in), load<V>(es_in + kLanes<C>)) * iq;
-      const P logp = P(at(t0), at(t1)) * ln2 - lzt, logq = P(as(s0), as(s1)) * ln2 - lzs;
-      P value, score;
-      F::template eval<FINITE>(params, p, logp, q, logq, value, score);
-      local_values += value.a + value.b;
-      local_scores += score.a + score.b;
-      store(et_io, score.a);
-      store(et_io + kLanes<C>, score.b);
+      F::template eval<FINITE>(parameters, load<V>(et_io) * ip, at(t0) * ln2 - lzt, load<V>(es_in) * iq,
+                               as(s0) * ln2 - lzs, value0, score0);
+      F::template eval<FINITE>(parameters, load<V>(et_io + kLanes<C>) * ip, at(t1) * ln2 - lzt,
+                               load<V>(es_in + kLanes<C>) * iq, as(s1) * ln2 - lzs, value1, score1);
+      local_values += value0 + value1;
+      local_scores += score0 + score1;
+      store(et_io, score0);
+      store(et_io + kLanes<C>, score1);
     }
     values = local_values;
     scores = local_scores;

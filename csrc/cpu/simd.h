@@ -186,29 +186,9 @@ KDK_INLINE VecD kdk_exp(VecD x) {
   return y;
 }
 
-// Natural logarithm of a finite number >= 0: log(2^e (1 + f)) = e log 2 + f + f^2 P(f), |error| < 4e-8 + rounding.
-// Numbers below the normal range, 0 included, give about -88: what multiplies them is 0.
-KDK_INLINE VecF kdk_log(VecF x) {
-  const VecI bits = bit_cast<VecI>(x);
-  // Mantissa in [sqrt(1/2), sqrt(2)): subtract the bits of sqrt(1/2) before taking the exponent.
-  const VecI exponent = (bits - 0x3f3504f3) >> 23;
-  const VecF f = bit_cast<VecF>(bits - (exponent << 23)) - 1.0f;
-  VecF poly = -0.1003461480140686f * f + 0.16335639357566833f;
-  poly = poly * f + -0.1732599437236786f;
-  poly = poly * f + 0.19888277351856232f;
-  poly = poly * f + -0.2496146559715271f;
-  poly = poly * f + 0.33335262537002563f;
-  poly = poly * f + -0.500005841255188f;
-  return __builtin_convertvector(exponent, VecF) * 0.6931471805599453f + (f * f * poly + f);
-}
-KDK_INLINE VecD kdk_log(VecD x) {
-  VecD y;
-  for (int i = 0; i < kLanes<double>; ++i) y[i] = std::log(x[i]);
-  return y;
-}
-
-// Two values that go through the same instructions side by side. A functor's chain of dependent instructions is longer
-// than the window in which the processor looks for independent ones; written in pairs, they stand next to each other.
+// Two values that go through the same instructions side by side, and pairs of pairs. A functor's chain of dependent
+// instructions outlasts the window in which the processor looks for independent ones; written four abreast they stand
+// next to each other.
 template <class T>
 struct Pair {
   T a, b;
@@ -245,26 +225,58 @@ template <class M, class T>
 KDK_INLINE Pair<T> kdk_where(const Pair<M>& mask, const Pair<T>& x, const Pair<T>& y) {
   return Pair<T>(kdk_where(mask.a, x.a, y.a), kdk_where(mask.b, x.b, y.b));
 }
-KDK_INLINE Pair<VecF> kdk_exp(const Pair<VecF>& x) {
-  const VecF xa = clamp_exponent(x.a * 1.4426950408889634f), xb = clamp_exponent(x.b * 1.4426950408889634f);
-  return Pair<VecF>(exp2_fast<5>(xa), exp2_fast<5>(xb));
+template <class T>
+KDK_INLINE T horizontal(const Pair<T>& x) {
+  return x.a + x.b;
 }
-KDK_INLINE Pair<VecD> kdk_exp(const Pair<VecD>& x) { return Pair<VecD>(kdk_exp(x.a), kdk_exp(x.b)); }
-KDK_INLINE Pair<VecF> kdk_log(const Pair<VecF>& x) {
-  using P = Pair<VecF>;
-  const VecI bits_a = bit_cast<VecI>(x.a), bits_b = bit_cast<VecI>(x.b);
-  const VecI ea = (bits_a - 0x3f3504f3) >> 23, eb = (bits_b - 0x3f3504f3) >> 23;
-  const P f = P(bit_cast<VecF>(bits_a - (ea << 23)), bit_cast<VecF>(bits_b - (eb << 23))) - 1.0f;
-  P poly = -0.1003461480140686f * f + P(VecF{} + 0.16335639357566833f, VecF{} + 0.16335639357566833f);
+
+// The steps of a logarithm that arithmetic cannot say: the exponent as a number, and the mantissa in [sqrt(1/2),
+// sqrt(2)).
+KDK_INLINE VecI exponent_of(VecF x) { return (bit_cast<VecI>(x) - 0x3f3504f3) >> 23; }
+KDK_INLINE VecF mantissa_of(VecF x, VecI exponent) { return bit_cast<VecF>(bit_cast<VecI>(x) - (exponent << 23)); }
+KDK_INLINE VecF to_float(VecI x) { return __builtin_convertvector(x, VecF); }
+template <class T>
+KDK_INLINE auto exponent_of(const Pair<T>& x) {
+  return Pair<decltype(exponent_of(x.a))>(exponent_of(x.a), exponent_of(x.b));
+}
+template <class T, class E>
+KDK_INLINE Pair<T> mantissa_of(const Pair<T>& x, const Pair<E>& exponent) {
+  return Pair<T>(mantissa_of(x.a, exponent.a), mantissa_of(x.b, exponent.b));
+}
+template <class E>
+KDK_INLINE auto to_float(const Pair<E>& x) {
+  return Pair<decltype(to_float(x.a))>(to_float(x.a), to_float(x.b));
+}
+
+// Natural logarithm of a finite number >= 0: log(2^e (1 + f)) = e log 2 + f + f^2 P(f), |error| < 4e-8 + rounding.
+// Numbers below the normal range, 0 included, give about -88: what multiplies them is 0.
+template <class V>
+KDK_INLINE V log_of_floats(V x) {
+  const auto exponent = exponent_of(x);
+  const V f = mantissa_of(x, exponent) - 1.0f;
+  V poly = -0.1003461480140686f * f + 0.16335639357566833f;
   poly = poly * f + -0.1732599437236786f;
   poly = poly * f + 0.19888277351856232f;
   poly = poly * f + -0.2496146559715271f;
   poly = poly * f + 0.33335262537002563f;
   poly = poly * f + -0.500005841255188f;
-  const P e(__builtin_convertvector(ea, VecF), __builtin_convertvector(eb, VecF));
-  return e * 0.6931471805599453f + (f * f * poly + f);
+  return to_float(exponent) * 0.6931471805599453f + (f * f * poly + f);
 }
-KDK_INLINE Pair<VecD> kdk_log(const Pair<VecD>& x) { return Pair<VecD>(kdk_log(x.a), kdk_log(x.b)); }
+KDK_INLINE VecF kdk_log(VecF x) { return log_of_floats(x); }
+KDK_INLINE Pair<Pair<VecF>> kdk_log(const Pair<Pair<VecF>>& x) { return log_of_floats(x); }
+KDK_INLINE VecD kdk_log(VecD x) {
+  VecD y;
+  for (int i = 0; i < kLanes<double>; ++i) y[i] = std::log(x[i]);
+  return y;
+}
+template <class T>
+KDK_INLINE Pair<T> kdk_log(const Pair<T>& x) {
+  return Pair<T>(kdk_log(x.a), kdk_log(x.b));
+}
+template <class T>
+KDK_INLINE Pair<T> kdk_exp(const Pair<T>& x) {
+  return Pair<T>(kdk_exp(x.a), kdk_exp(x.b));
+}
 
 // x * c - r in one rounding where the machine has it. Without it the reference is subtracted before scaling, which
 // keeps logits of 1e4 at T = 0.05 exact: m is the raw reference, r = m * c.
