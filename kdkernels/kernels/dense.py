@@ -58,8 +58,7 @@ def teacher_softmax(
         total = tl.zeros(offs_v.shape, tl.float32)
         for k in tl.static_range(len(teachers)):
             t = load_logits(teachers[k], offs_v, V, load_width, softcap, TEACHER_PROBS)
-            _, log2p = softmax(t, norms[k])
-            log2p += tl.log2(weights[k])
+            log2p = softmax(t, norms[k])[1] + tl.log2(weights[k])
             new_top = tl.maximum(top, log2p)
             total = total * tl.exp2(top - new_top) + tl.exp2(log2p - new_top)
             top = new_top
@@ -111,8 +110,9 @@ def score_of(p, log2p, q, log2q, param0, param1, COEFFICIENTS: tl.constexpr, SCO
 @triton.jit
 def new_stats(TILE: tl.constexpr):
     zeros = lane_zeros(TILE)
-    lowest = tl.full([TILE[1]], NEG_INF, tl.float32)
-    first = tl.zeros([TILE[1]], tl.int32)
+    LANES: tl.constexpr = TILE[1]
+    lowest = tl.full([LANES], NEG_INF, tl.float32)
+    first = tl.zeros([LANES], tl.int32)
     return (zeros, zeros, zeros, zeros, zeros, lowest, first, lowest, first)
 
 
@@ -292,7 +292,7 @@ def dense_fwd_kernel(
         teacher_scales = ()
         mixed_weights = ()
         for k in tl.static_range(len(teachers)):
-            _, deviation_t = row_moments(teachers[k], V, load_width, teacher_softcap, TEACHER_PROBS, TILE)
+            deviation_t = row_moments(teachers[k], V, load_width, teacher_softcap, TEACHER_PROBS, TILE)[1]
             teacher_scales = teacher_scales + (teacher_scale / deviation_t,)
             mixed_weights = mixed_weights + (weights[k] / deviation_t,)
         if len(teachers) > 1 and not MIX_PROBS:
@@ -426,8 +426,7 @@ def dense_fwd_kernel(
                 if STATS:
                     stats = add_stats(stats, p, log2p, q, log2q, s, key, offs_v)
             if CE or z_loss_weight is not None:
-                q1, _ = softmax(s, hard_norm)
-                g += lse_scale * q1
+                g += lse_scale * softmax(s, hard_norm)[0]
             if CE:
                 if label_smoothing is None:
                     g -= tl.where(offs_v == label, hard_scale, 0.0)

@@ -127,8 +127,8 @@ def dkd_fwd_kernel(
             offs_v = (num_tiles - 1 - k) * BLOCK_V + offs_tile
             s = load_logits(student_ptr, offs_v, V, load_width, None, False)
             t = load_logits(teacher_ptr, offs_v, V, load_width, None, False)
-            q, _ = softmax(s, student_norm)
-            p, _ = softmax(t, teacher_norm)
+            q = softmax(s, student_norm)[0]
+            p = softmax(t, teacher_norm)[0]
             g = tl.where(offs_v == label, -away, away * q + scale * beta * (q - p))
             store_gradient(dstudent_ptr, offs_v, g, V, pad_width)
         if pad_width is not None:

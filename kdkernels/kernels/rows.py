@@ -93,12 +93,14 @@ def tile_offsets(TILE: tl.constexpr):
 
 @triton.jit
 def lane_zeros(TILE: tl.constexpr):
-    return tl.zeros([TILE[1]], tl.float32)  # [LANES]
+    LANES: tl.constexpr = TILE[1]
+    return tl.zeros([LANES], tl.float32)
 
 
 @triton.jit
 def lane_lowest(TILE: tl.constexpr):
-    return tl.full([TILE[1]], LOWEST, tl.float32)  # [LANES]
+    LANES: tl.constexpr = TILE[1]
+    return tl.full([LANES], LOWEST, tl.float32)
 
 
 @triton.jit
