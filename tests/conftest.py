@@ -12,6 +12,8 @@ import zlib
 import pytest
 import torch
 
+from kdkernels import backends
+
 HARDWARE = re.compile(r"(Skipped: )?this machine has no (GPU|AVX2|AVX-512)\b")
 REQUIRE_ALL = os.environ.get("KDKERNELS_REQUIRE_ALL", "0") not in ("", "0")
 
@@ -34,6 +36,15 @@ def seed(request):
     value = zlib.crc32(request.node.nodeid.encode())
     random.seed(value)
     torch.manual_seed(value)
+
+
+@pytest.fixture(params=["cpu", "torch"])
+def backend(request):
+    """Every backend that takes CPU tensors; the Triton one has tests of its own, in the interpreter."""
+    reason = backends.BACKENDS[request.param].why_not("cpu")
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
 
 
 def _fail_if_avoidable(report):
