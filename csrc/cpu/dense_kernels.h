@@ -232,7 +232,7 @@ struct RowSums {
 template <int SUMS, int CARE, int DEGREE, class C>
 KDK_INLINE void accumulate(Vec<C> xs0, Vec<C> xs1, Vec<C> xt0, Vec<C> xt1, C* es_out, C* et_out, Accumulators<C>& acc) {
   using V = Vec<C>;
-  constexpr bool masking = CARE == kMasking;
+  constexpr bool masking = CARE == kMasking, trusting = CARE == kTrusting;
   const V zero = {};
   const V cs0 = CARE == kTrusting ? xs0 : clamp_exponent(xs0), cs1 = CARE == kTrusting ? xs1 : clamp_exponent(xs1);
   const V ct0 = CARE == kTrusting ? xt0 : clamp_exponent(xt0), ct1 = CARE == kTrusting ? xt1 : clamp_exponent(xt1);
@@ -245,21 +245,36 @@ KDK_INLINE void accumulate(Vec<C> xs0, Vec<C> xs1, Vec<C> xt0, Vec<C> xt1, C* es
     acc.forward += et1 * (masking ? keep(et1 != zero, ct1 - xs1) : ct1 - xs1);
   }
   if (SUMS & kReverse) {
-    acc.reverse += es0 * (masking ? keep(es0 != zero, cs0 - xt0) : cs0 - xt0);
-    acc.reverse += es1 * (masking ? keep(es1 != zero, cs1 - xt1) : cs1 - xt1);
+    // Without clamps the difference is the one that the forward sum has taken already.
+    acc.reverse += es0 * (masking ? keep(es0 != zero, cs0 - xt0) : trusting ? -(ct0 - xs0) : cs0 - xt0);
+    acc.reverse += es1 * (masking ? keep(es1 != zero, cs1 - xt1) : trusting ? -(ct1 - xs1) : cs1 - xt1);
   }
   if (SUMS == kAll) {
     acc.teacher += et0 * ct0;
     acc.teacher += et1 * ct1;
     acc.student += es0 * cs0;
     acc.student += es1 * cs1;
-    acc.max_s = max_keep_nan(acc.max_s, max_keep_nan(xs0, xs1));
-    acc.max_t = max_keep_nan(acc.max_t, max_keep_nan(xt0, xt1));
+    if (!trusting) {
+      acc.max_s = max_keep_nan(acc.max_s, max_keep_nan(xs0, xs1));
+      acc.max_t = max_keep_nan(acc.max_t, max_keep_nan(xt0, xt1));
+    }
   }
   store(es_out, es0);
   store(es_out + kLanes<C>, es1);
   store(et_out, et0);
   store(et_out + kLanes<C>, et1);
+}
+
+// The largest x of a whole tile, from what the guard saw.
+template <class X, class C>
+double guarded_maximum(const Row<X>& row, const X* logits, int64_t tile, const Guard& guard, const Affine<C>& affine) {
+  double largest = guard.largest();
+  if (!(largest > 0)) {
+    const int64_t first = row.head + tile * Row<X>::kTileBlocks * Row<X>::kBlock;
+    largest =
+        maximum(logits + first, std::min(row.body - tile * Row<X>::kTileBlocks, Row<X>::kTileBlocks) * Row<X>::kBlock);
+  }
+  return double(affine(Vec<C>{} + C(largest))[0]);
 }
 
 // False when a trusting sweep met a logit out of bounds: then nothing was added to the sums.
@@ -301,7 +316,14 @@ bool sweep_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>
   if (SUMS == kAll) {
     sums.teacher += horizontal_sum<C>(acc.teacher);
     sums.student += horizontal_sum<C>(acc.student);
-    const double high_s = horizontal_max<C>(acc.max_s), high_t = horizontal_max<C>(acc.max_t);
+    double high_s = 0, high_t = 0;
+    if (CARE == kTrusting) {
+      high_s = guarded_maximum(row, row.s, tile, guard_s, as);
+      high_t = guarded_maximum(row, row.t, tile, guard_t, at);
+    } else {
+      high_s = horizontal_max<C>(acc.max_s);
+      high_t = horizontal_max<C>(acc.max_t);
+    }
     if (high_s > sums.max_s) sums.max_s = high_s, sums.best_tile_s = tile;
     if (high_t > sums.max_t) sums.max_t = high_t, sums.best_tile_t = tile;
   }
@@ -417,6 +439,8 @@ void value_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>
   using Quad = Pair<Pair<V>>;
   const V ip = V{} + C(std::exp2(-log2_zt)), iq = V{} + C(std::exp2(-log2_zs)), lzs = V{} + C(kLn2 * log2_zs);
   const V lzt = V{} + C(kLn2 * log2_zt), ln2 = V{} + C(kLn2);
+  const V cs = V{} + C(kLn2 * double(student.c)), rs = V{} + C(kLn2 * (student.reference() + log2_zs));
+  const V ct = V{} + C(kLn2 * double(teacher.c)), rt = V{} + C(kLn2 * (teacher.reference() + log2_zt));
   const auto quad = [](V x) { return Quad({x, x}, {x, x}); };
   V values = {}, scores = {};
   row.pieces(tile, [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t, int64_t) KDK_LAMBDA_INLINE {
@@ -432,8 +456,11 @@ void value_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>
       Io<X>::load2(t, t0, t1);
       Io<X>::load2(t + block, t2, t3);
       const Quad p = load4<C>(et_io) * quad(ip), q = load4<C>(es_in) * quad(iq);
-      const Quad logp = Quad({at(t0), at(t1)}, {at(t2), at(t3)}) * quad(ln2) - quad(lzt);
-      const Quad logq = Quad({as(s0), as(s1)}, {as(s2), as(s3)}) * quad(ln2) - quad(lzs);
+      // Where the guard bounds the logits, one multiplication is exact enough.
+      const Quad logp = FINITE ? Quad({t0, t1}, {t2, t3}) * quad(ct) - quad(rt)
+                               : Quad({at(t0), at(t1)}, {at(t2), at(t3)}) * quad(ln2) - quad(lzt);
+      const Quad logq = FINITE ? Quad({s0, s1}, {s2, s3}) * quad(cs) - quad(rs)
+                               : Quad({as(s0), as(s1)}, {as(s2), as(s3)}) * quad(ln2) - quad(lzs);
       Quad value, score;
       F::template eval<FINITE>(params4, p, logp, q, logq, value, score);
       local_values += horizontal(horizontal(value));

@@ -387,17 +387,17 @@ struct Guard {
     low = bit_cast<VecW>(v) > low ? bit_cast<VecW>(v) : low;
 #endif
   }
+  // The largest number, if it is positive.
+  float largest() const {
+    int16_t top = high[0];
+    for (int i = 1; i < kVectorBytes / 2; ++i) top = high[i] > top ? high[i] : top;
+    return bit_cast<float>(uint32_t(uint16_t(top)) << 16);
+  }
   // Whether all numbers lie in [lowest, highest], lowest < 0 < highest; NaN does not.
   bool inside(float lowest, float highest) const {
-    int16_t top = high[0];
     uint16_t bottom = low[0];
-    for (int i = 1; i < kVectorBytes / 2; ++i) {
-      if (high[i] > top) top = high[i];
-      if (low[i] > bottom) bottom = low[i];
-    }
-    const float largest = bit_cast<float>(uint32_t(uint16_t(top)) << 16),
-                smallest = bit_cast<float>(uint32_t(bottom) << 16);
-    return largest <= highest && smallest >= lowest;
+    for (int i = 1; i < kVectorBytes / 2; ++i) bottom = low[i] > bottom ? low[i] : bottom;
+    return largest() <= highest && bit_cast<float>(uint32_t(bottom) << 16) >= lowest;
   }
 };
 
