@@ -65,7 +65,11 @@ def test_require_all_turns_avoidable_skips_into_failures(tmp_path, require_all):
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs a GPU\n")
     (tmp_path / "test_probe.py").write_text(PROBE.format(has_gpu=torch.cuda.is_available()))
     (tmp_path / "test_module.py").write_text('import pytest\npytest.importorskip("no_such_module")\n')
-    environment = {**os.environ, "KDKERNELS_REQUIRE_ALL": str(int(require_all))}
+    environment = {
+        **os.environ,
+        "KDKERNELS_REQUIRE_ALL": str(int(require_all)),
+        "PYTHONPATH": str(Path(kdkernels.__file__).parent.parent),
+    }
     # Continue past the module that cannot be collected, so that both kinds of skip are seen in one run.
     command = [sys.executable, "-m", "pytest", "-q", "--continue-on-collection-errors", "-p", "no:cacheprovider", "-rs"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
