@@ -127,7 +127,10 @@ def dense_rows(
     loss = torch.zeros_like(capped[:, 0])
     if kd_weight:
         scale = _squared(temperature) if scale_by_t_squared else 1.0
-        loss = kd_weight * scale * divergences.TABLE[divergence](logp, logq, _column(params[0]), params[1])
+        d = divergences.TABLE[divergence](logp, logq, _column(params[0]), params[1])
+        # The derivative of a NaN need not be NaN (that of abs is 0): such a row's gradient must show what its loss shows.
+        d = torch.where(torch.isnan(d), d * d.detach(), d)
+        loss = kd_weight * scale * d
     lse = torch.logsumexp(capped, -1) if ce_weight or z_loss_weight or stats else torch.zeros_like(loss)
     ce = torch.zeros_like(loss)
     if ce_weight and labels is not None:
