@@ -18,7 +18,7 @@ Rows = Callable[[Tensor, Tensor, Param, Param], Tensor]
 
 def weighted(weight: Tensor, value: Tensor) -> Tensor:
     """``weight * value`` where a weight of 0 silences infinities, also in the gradient."""
-    return weight * torch.where(weight > 0, value, torch.zeros_like(value))
+    return weight * torch.where(weight == 0, torch.zeros_like(value), value)
 
 
 def log_mix(logp: Tensor, logq: Tensor, weight_p: Param) -> Tensor:
