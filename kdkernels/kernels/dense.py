@@ -25,6 +25,7 @@ from kdkernels.kernels.rows import (
     NEG_INF,
     aligned_width,
     combine,
+    contiguous,
     fast_log2,
     fold_max,
     fold_sum,
@@ -32,6 +33,7 @@ from kdkernels.kernels.rows import (
     load_logits,
     mul0,
     num_rows,
+    on_device_of,
     row_moments,
     row_offset,
     row_strides,
@@ -43,7 +45,7 @@ from kdkernels.kernels.rows import (
     zero_columns,
 )
 
-NUM_STATS = 9
+NUM_STATS = tl.constexpr(9)
 # Above every column.
 NOWHERE = tl.constexpr(2147483647)
 
@@ -246,8 +248,8 @@ def dense_fwd_kernel(
                 zero_columns(dstudent_ptr, 0, V if pad_width is None else pad_width, TILE)
             tl.store(loss_ptr + row64, 0.0)
             if STATS:
-                for k in tl.static_range(9):
-                    tl.store(stats_ptr + row64 * 9 + k, 0.0)
+                for k in tl.static_range(NUM_STATS):
+                    tl.store(stats_ptr + row64 * NUM_STATS + k, 0.0)
             return
 
     if row_weight_ptr is not None:
@@ -299,7 +301,7 @@ def dense_fwd_kernel(
             weights = mixed_weights
             teacher_scales = (teacher_scale,)
     elif MIX_PROBS:
-        for _ in tl.static_range(len(teachers) - 1):
+        for _k in tl.static_range(len(teachers) - 1):
             teacher_scales = teacher_scales + (teacher_scale,)
 
     # What p sums to: the weights of a mixture are taken as they are.
@@ -446,7 +448,7 @@ def dense_fwd_kernel(
         loss += kd_scale * divergence
     tl.store(loss_ptr + row64, loss)
     if STATS:
-        store_stats(stats_ptr + row64 * 9, divergence, ce, lse, stats)
+        store_stats(stats_ptr + row64 * NUM_STATS, divergence, ce, lse, stats)
 
 
 def dense_fwd(
@@ -495,7 +497,7 @@ def dense_fwd(
     """
     L, N = num_rows(student)
     loss = student.new_empty(N, dtype=torch.float32)
-    row_stats = student.new_empty((N, NUM_STATS if stats else 0), dtype=torch.float32)
+    row_stats = student.new_empty((N, NUM_STATS.value if stats else 0), dtype=torch.float32)
     if N == 0:
         return loss, row_stats
     entry = divergences.lookup(divergence)
@@ -514,62 +516,63 @@ def dense_fwd(
     stride_t3b, stride_t3l = row_strides(teacher3)
     stride_db, stride_dl = row_strides(dstudent)
     stride_mn, stride_mm = (None, None) if mixture_weights is None else mixture_weights.stride()
-    dense_fwd_kernel[(N,)](
-        student,
-        teacher,
-        teacher1,
-        teacher2,
-        teacher3,
-        dstudent,
-        labels,
-        row_weight,
-        student_temperature_rows,
-        teacher_temperature_rows,
-        param_rows,
-        mixture_weights if len(teachers) > 1 else None,
-        loss,
-        row_stats if stats else None,
-        stride_sb,
-        stride_sl,
-        stride_tb,
-        stride_tl,
-        stride_t1b,
-        stride_t1l,
-        stride_t2b,
-        stride_t2l,
-        stride_t3b,
-        stride_t3l,
-        stride_db,
-        stride_dl,
-        None if row_weight is None else row_weight.stride(0),
-        stride_mn if len(teachers) > 1 else None,
-        stride_mm if len(teachers) > 1 else None,
-        L,
-        vocab_size,
-        aligned_width(vocab_size, student, *teachers),
-        None if width == vocab_size else width,
-        ignore_index,
-        scale,
-        temperature,
-        teacher_temperature,
-        1.0 if scale_by_t_squared else 0.0,
-        kd_weight or None,
-        ce_weight or None,
-        z_loss_weight or None,
-        (label_smoothing or None) if ce_weight else None,
-        student_softcap or None,
-        (teacher_softcap or None) if teacher_form != "probs" else None,
-        param0,
-        param1,
-        COEFFICIENTS=entry.linear,
-        VALUE=entry.value,
-        SCORE=entry.score,
-        MIX_PROBS=mix_probs,
-        TEACHER_PROBS=teacher_form == "probs",
-        STANDARDIZE=standardize,
-        TILE=shape.TILE,
-        num_warps=shape.num_warps,
-        # A multiplication fused into one of two equal terms would leave a difference: equal logits must give exactly 0.
-        enable_fp_fusion=False,
-    )
+    with on_device_of(student):
+        dense_fwd_kernel[(N,)](
+            student,
+            teacher,
+            teacher1,
+            teacher2,
+            teacher3,
+            dstudent,
+            contiguous(labels),
+            row_weight,
+            contiguous(student_temperature_rows),
+            contiguous(teacher_temperature_rows),
+            contiguous(param_rows),
+            mixture_weights if len(teachers) > 1 else None,
+            loss,
+            row_stats if stats else None,
+            stride_sb,
+            stride_sl,
+            stride_tb,
+            stride_tl,
+            stride_t1b,
+            stride_t1l,
+            stride_t2b,
+            stride_t2l,
+            stride_t3b,
+            stride_t3l,
+            stride_db,
+            stride_dl,
+            None if row_weight is None else row_weight.stride(0),
+            stride_mn if len(teachers) > 1 else None,
+            stride_mm if len(teachers) > 1 else None,
+            L,
+            vocab_size,
+            aligned_width(vocab_size, student, *teachers),
+            None if width == vocab_size else width,
+            ignore_index,
+            scale,
+            temperature,
+            teacher_temperature,
+            1.0 if scale_by_t_squared else 0.0,
+            kd_weight or None,
+            ce_weight or None,
+            z_loss_weight or None,
+            (label_smoothing or None) if ce_weight else None,
+            student_softcap or None,
+            (teacher_softcap or None) if teacher_form != "probs" else None,
+            param0,
+            param1,
+            COEFFICIENTS=entry.linear,
+            VALUE=entry.value,
+            SCORE=entry.score,
+            MIX_PROBS=mix_probs,
+            TEACHER_PROBS=teacher_form == "probs",
+            STANDARDIZE=standardize,
+            TILE=shape.TILE,
+            num_warps=shape.num_warps,
+            # Equal logits must give exactly 0: a product fused into one of two equal terms would leave its rounding.
+            enable_fp_fusion=False,
+        )
     return loss, row_stats

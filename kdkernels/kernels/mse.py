@@ -16,10 +16,12 @@ from torch import Tensor
 from kdkernels.kernels import tuning
 from kdkernels.kernels.rows import (
     aligned_width,
+    contiguous,
     fold_sum,
     lane_zeros,
     load_logits,
     num_rows,
+    on_device_of,
     row_offset,
     row_strides,
     store_gradient,
@@ -142,28 +144,29 @@ def mse_fwd(
     stride_sb, stride_sl = row_strides(student)
     stride_tb, stride_tl = row_strides(teacher)
     stride_db, stride_dl = row_strides(dstudent)
-    mse_fwd_kernel[(N,)](
-        student,
-        teacher,
-        dstudent,
-        labels,
-        row_weight,
-        loss,
-        stride_sb,
-        stride_sl,
-        stride_tb,
-        stride_tl,
-        stride_db,
-        stride_dl,
-        None if row_weight is None else row_weight.stride(0),
-        L,
-        vocab_size,
-        aligned_width(vocab_size, student, teacher),
-        None if width == vocab_size else width,
-        ignore_index,
-        scale,
-        CENTERED=centered,
-        TILE=shape.TILE,
-        num_warps=shape.num_warps,
-    )
+    with on_device_of(student):
+        mse_fwd_kernel[(N,)](
+            student,
+            teacher,
+            dstudent,
+            contiguous(labels),
+            row_weight,
+            loss,
+            stride_sb,
+            stride_sl,
+            stride_tb,
+            stride_tl,
+            stride_db,
+            stride_dl,
+            None if row_weight is None else row_weight.stride(0),
+            L,
+            vocab_size,
+            aligned_width(vocab_size, student, teacher),
+            None if width == vocab_size else width,
+            ignore_index,
+            scale,
+            CENTERED=centered,
+            TILE=shape.TILE,
+            num_warps=shape.num_warps,
+        )
     return loss

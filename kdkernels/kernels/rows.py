@@ -8,8 +8,10 @@ differences to a running maximum, and logarithms are base 2 until they leave the
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Optional
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -194,6 +196,16 @@ def zero_columns(row_ptr, start, stop, TILE: tl.constexpr):
     offs_v = tile_offsets(TILE)
     for begin in range(start, stop, BLOCK_V):
         tl.store(row_ptr + begin + offs_v, tl.zeros(offs_v.shape, row_ptr.dtype.element_ty), mask=begin + offs_v < stop)
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which may be another GPU than the tensors'."""
+    return nullcontext() if x.device.type == "cpu" else torch.get_device_module(x.device).device(x.device)
+
+
+def contiguous(x: Optional[Tensor]) -> Optional[Tensor]:
+    """A vector of one value a row as the kernels index it."""
+    return None if x is None else x.contiguous()
 
 
 def num_rows(x: Tensor) -> tuple[int, int]:

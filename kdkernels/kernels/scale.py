@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdkernels.kernels.rows import num_rows, row_offset, row_strides
+from kdkernels.kernels.rows import num_rows, on_device_of, row_offset, row_strides
 
 BLOCK_V = 4096
 
@@ -34,14 +34,15 @@ def scale_grad(grad: Tensor, grad_output: Tensor) -> None:
     stride_gb, stride_gl = row_strides(grad)
     # Few rows are cut into pieces, so that they still fill a GPU.
     pieces = max(1, min(triton.cdiv(V, BLOCK_V), 1024 // N))
-    scale_grad_kernel[(N, pieces)](
-        grad,
-        grad_output,
-        stride_gb,
-        stride_gl,
-        0 if grad_output.dim() == 0 else grad_output.stride(0),
-        L,
-        V,
-        BLOCK_V=min(BLOCK_V, max(128, triton.next_power_of_2(V))),
-        num_warps=4,
-    )
+    with on_device_of(grad):
+        scale_grad_kernel[(N, pieces)](
+            grad,
+            grad_output,
+            stride_gb,
+            stride_gl,
+            0 if grad_output.dim() == 0 else grad_output.stride(0),
+            L,
+            V,
+            BLOCK_V=min(BLOCK_V, max(128, triton.next_power_of_2(V))),
+            num_warps=4,
+        )

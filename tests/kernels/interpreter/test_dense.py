@@ -249,6 +249,18 @@ def test_strided_rows(name):
     assert torch.equal(out[:, :-1].reshape(-1, 300), grad) and out[:, -1].isnan().all()
 
 
+def test_strided_vectors():
+    student, teachers = make(3, 40)
+    labels = torch.tensor([[1, 7], [-100, 7], [39, 7]])[:, 0]
+    options = {
+        "temperature_rows": torch.tensor([[0.5, 9.0], [1.0, 9.0], [4.0, 9.0]])[:, 0],
+        "teacher_temperature_rows": torch.tensor(2.0).expand(3),
+        "param_rows": torch.tensor([0.9, 9.0, 0.5, 9.0, 0.1])[::2],
+        "row_weight": torch.tensor([1.0, 9.0, 2.0, 9.0, 3.0])[::2],
+    }
+    check(dense, dense_rows, student, teachers, labels, divergence="jsd", ce_weight=0.5, **options)
+
+
 def test_rows_beyond_2_to_the_31():
     stride = 2**31 + 8
     no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named from Python 3.13 on
