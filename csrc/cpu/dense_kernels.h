@@ -427,8 +427,8 @@ KDK_INLINE void store4(C* x, const Pair<Pair<Vec<C>>>& v) {
   store(x + 3 * kLanes<C>, v.b.b);
 }
 
-// Values and scores of a tile; the scores replace the teacher's exponentials. FINITE: no logit of the row is infinite.
-template <bool FINITE, class F, class X>
+// Values and scores of a tile; the scores replace the teacher's exponentials. GUARDED: see divergences.h.
+template <bool GUARDED, class F, class X>
 void value_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>& student,
                 const Affine<typename Io<X>::C>& teacher, double log2_zs, double log2_zt,
                 Params<Vec<typename Io<X>::C>> parameters, const typename Io<X>::C* es, typename Io<X>::C* et,
@@ -457,12 +457,12 @@ void value_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>
       Io<X>::load2(t + block, t2, t3);
       const Quad p = load4<C>(et_io) * quad(ip), q = load4<C>(es_in) * quad(iq);
       // Where the guard bounds the logits, one multiplication is exact enough.
-      const Quad logp = FINITE ? Quad({t0, t1}, {t2, t3}) * quad(ct) - quad(rt)
-                               : Quad({at(t0), at(t1)}, {at(t2), at(t3)}) * quad(ln2) - quad(lzt);
-      const Quad logq = FINITE ? Quad({s0, s1}, {s2, s3}) * quad(cs) - quad(rs)
-                               : Quad({as(s0), as(s1)}, {as(s2), as(s3)}) * quad(ln2) - quad(lzs);
+      const Quad logp = GUARDED ? Quad({t0, t1}, {t2, t3}) * quad(ct) - quad(rt)
+                                : Quad({at(t0), at(t1)}, {at(t2), at(t3)}) * quad(ln2) - quad(lzt);
+      const Quad logq = GUARDED ? Quad({s0, s1}, {s2, s3}) * quad(cs) - quad(rs)
+                                : Quad({as(s0), as(s1)}, {as(s2), as(s3)}) * quad(ln2) - quad(lzs);
       Quad value, score;
-      F::template eval<FINITE>(params4, p, logp, q, logq, value, score);
+      F::template eval<GUARDED>(params4, p, logp, q, logq, value, score);
       local_values += horizontal(horizontal(value));
       local_scores += horizontal(horizontal(score));
       store4<C>(et_io, score);
@@ -471,10 +471,10 @@ void value_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>
       V s0, s1, t0, t1, value0, score0, value1, score1;
       Io<X>::load2(s, s0, s1);
       Io<X>::load2(t, t0, t1);
-      F::template eval<FINITE>(parameters, load<V>(et_io) * ip, at(t0) * ln2 - lzt, load<V>(es_in) * iq,
-                               as(s0) * ln2 - lzs, value0, score0);
-      F::template eval<FINITE>(parameters, load<V>(et_io + kLanes<C>) * ip, at(t1) * ln2 - lzt,
-                               load<V>(es_in + kLanes<C>) * iq, as(s1) * ln2 - lzs, value1, score1);
+      F::template eval<GUARDED>(parameters, load<V>(et_io) * ip, at(t0) * ln2 - lzt, load<V>(es_in) * iq,
+                                as(s0) * ln2 - lzs, value0, score0);
+      F::template eval<GUARDED>(parameters, load<V>(et_io + kLanes<C>) * ip, at(t1) * ln2 - lzt,
+                                load<V>(es_in + kLanes<C>) * iq, as(s1) * ln2 - lzs, value1, score1);
       local_values += value0 + value1;
       local_scores += score0 + score1;
       store(et_io, score0);
@@ -638,7 +638,7 @@ using ValueTile = void (*)(const Row<X>&, int64_t, const Affine<C>&, const Affin
 // A functor's two value_tile for one type of logits.
 template <class X>
 struct ValueTiles {
-  ValueTile<X> any = nullptr, finite = nullptr;
+  ValueTile<X> any = nullptr, guarded = nullptr;
 };
 template <class F, class X>
 constexpr ValueTiles<X> value_tiles() {
@@ -659,7 +659,7 @@ struct Divergence {
   ValueTiles<double> f64;
 
   ValueTile<float> tile(const Row<float>&, bool) const { return f32.any; }
-  ValueTile<BFloat16> tile(const Row<BFloat16>&, bool finite) const { return finite ? bf16.finite : bf16.any; }
+  ValueTile<BFloat16> tile(const Row<BFloat16>&, bool guarded) const { return guarded ? bf16.guarded : bf16.any; }
   ValueTile<Half> tile(const Row<Half>&, bool) const { return f16.any; }
   ValueTile<double> tile(const Row<double>&, bool) const { return f64.any; }
 };
@@ -810,8 +810,9 @@ RowResult objective_row(const DenseArgs& args, const RowNumbers& num, const X* s
     d = score_sum;
     const Params<Vec<C>> params{Vec<C>{} + C(num.param0), Vec<C>{} + C(args.param1)};
     // A guard watched every tile of a trusted row but the padded ones.
-    const bool finite = care == kTrusting && row.head == 0 && row.tail == 0 && as.bounds_logits() && at.bounds_logits();
-    const auto value_of_tile = divergence.tile(row, finite);
+    const bool guarded =
+        care == kTrusting && row.head == 0 && row.tail == 0 && as.bounds_logits() && at.bounds_logits();
+    const auto value_of_tile = divergence.tile(row, guarded);
     for (int64_t tile = 0; tile < row.tiles() && !std::isnan(score_sum); ++tile)
       value_of_tile(row, tile, as, at, log2_zs, log2_zt, params, es, et, d, score_sum);
     terms.b = -f;

@@ -27,26 +27,38 @@ struct Params {
   V x0, x1;
 };
 
-// weight * x, and 0 where the weight is 0. FINITE: the caller knows that no logarithm is infinite.
-template <bool FINITE, class V>
+// GUARDED: the logits are 16-bit numbers within known bounds, so that no logarithm is infinite, and one to 3e-7 adds no
+// error.
+
+// weight * x, and 0 where the weight is 0.
+template <bool GUARDED, class V>
 KDK_HD V kdk_weigh(V weight, V x) {
-  return FINITE ? weight * x : kdk_where(weight > V{}, weight * x, V{});
+  return GUARDED ? weight * x : kdk_where(weight > V{}, weight * x, V{});
+}
+
+template <bool GUARDED, class V>
+KDK_HD V kdk_log_of(V x) {
+  if constexpr (GUARDED) {
+    return kdk_log_coarse(x);
+  } else {
+    return kdk_log(x);
+  }
 }
 
 // m = beta p + (1 - beta) q; f = beta p log(p/m) + (1 - beta) q log(q/m).
 struct Jsd {
-  template <bool FINITE = false, class V>
+  template <bool GUARDED = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V logq, V& value, V& score) {
     const V wp = k.x0 * p, wq = (V{} + 1.0f - k.x0) * q;
-    const V logm = kdk_log(wp + wq);
-    score = kdk_weigh<FINITE>(wq, logq - logm);
-    value = kdk_weigh<FINITE>(wp, logp - logm) + score;
+    const V logm = kdk_log_of<GUARDED>(wp + wq);
+    score = kdk_weigh<GUARDED>(wq, logq - logm);
+    value = kdk_weigh<GUARDED>(wp, logp - logm) + score;
   }
 };
 
 // f = |p - q| / 2; the score is 0 where p == q.
 struct Tvd {
-  template <bool FINITE = false, class V>
+  template <bool GUARDED = false, class V>
   KDK_HD static void eval(const Params<V>&, V p, V, V q, V, V& value, V& score) {
     const V zero = V{}, half = zero + 0.5f;
     const V difference = q - p;
@@ -58,22 +70,22 @@ struct Tvd {
 
 // m = alpha p + (1 - alpha) q; f = p log(p/m).
 struct SkewKl {
-  template <bool FINITE = false, class V>
+  template <bool GUARDED = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V, V& value, V& score) {
     const V zero = V{}, rest = zero + 1.0f - k.x0;
     const V m = k.x0 * p + rest * q;
-    value = kdk_weigh<FINITE>(p, logp - kdk_log(m));
+    value = kdk_weigh<GUARDED>(p, logp - kdk_log_of<GUARDED>(m));
     score = kdk_where(p > zero, -rest * p * (q / m), zero);
   }
 };
 
 // m = alpha q + (1 - alpha) p; f = q log(q/m).
 struct SkewReverseKl {
-  template <bool FINITE = false, class V>
+  template <bool GUARDED = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V, V q, V logq, V& value, V& score) {
     const V zero = V{};
     const V m = k.x0 * q + (zero + 1.0f - k.x0) * p;
-    value = kdk_weigh<FINITE>(q, logq - kdk_log(m));
+    value = kdk_weigh<GUARDED>(q, logq - kdk_log_of<GUARDED>(m));
     score = kdk_where(q > zero, value + q * (zero + 1.0f - k.x0 * (q / m)), zero);
   }
 };
@@ -81,7 +93,7 @@ struct SkewReverseKl {
 // Alpha-beta divergence with a = x0, b = x1; the limits of the value are taken by the caller's choice of functor below.
 // score = q^b (q^a - p^a) / a for every a != 0, and q^b (logq - logp) for a = 0.
 struct AlphaBeta {
-  template <bool FINITE = false, class V>
+  template <bool GUARDED = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V logq, V& value, V& score) {
     const V a = k.x0, b = k.x1, zero = V{};
     const auto dead = (logp == logq) & (p == zero) & (q == zero);
@@ -96,7 +108,7 @@ struct AlphaBeta {
 
 // The limit a = 0, b != 0: (q^b log(q^b / p^b) - q^b + p^b) / b^2.
 struct AlphaBetaZeroA {
-  template <bool FINITE = false, class V>
+  template <bool GUARDED = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V logq, V& value, V& score) {
     const V b = k.x1, zero = V{};
     const V q_b = kdk_exp(b * logq), p_b = kdk_exp(b * logp);
@@ -110,7 +122,7 @@ struct AlphaBetaZeroA {
 
 // The limit b = 0, a != 0: (p^a log(p^a / q^a) - p^a + q^a) / a^2.
 struct AlphaBetaZeroB {
-  template <bool FINITE = false, class V>
+  template <bool GUARDED = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V logq, V& value, V& score) {
     const V a = k.x0, zero = V{};
     const V q_a = kdk_exp(a * logq), p_a = kdk_exp(a * logp);
@@ -124,7 +136,7 @@ struct AlphaBetaZeroB {
 
 // The limit a + b = 0: ((p/q)^a - a log(p/q) - 1) / a^2.
 struct AlphaBetaZeroSum {
-  template <bool FINITE = false, class V>
+  template <bool GUARDED = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V logq, V& value, V& score) {
     const V a = k.x0, zero = V{};
     const auto dead = (logp == logq) & (p == zero) & (q == zero);
@@ -137,7 +149,7 @@ struct AlphaBetaZeroSum {
 
 // The limit a = b = 0: (log p - log q)^2 / 2.
 struct AlphaBetaZero {
-  template <bool FINITE = false, class V>
+  template <bool GUARDED = false, class V>
   KDK_HD static void eval(const Params<V>&, V p, V logp, V q, V logq, V& value, V& score) {
     const V zero = V{};
     const auto dead = (logp == logq) & (p == zero) & (q == zero);
