@@ -316,3 +316,15 @@ def resolve(divergence: Union[str, Divergence]) -> Divergence:
         got = getattr(divergence, "__name__", divergence)
         raise TypeError(f"divergence must be a name or an instance such as JSD(0.5), got {got!r}")
     return divergence.canonical()
+
+
+def markdown_table() -> str:
+    """The table of docs/divergences.md: name, formula, gradient, sweeps of a two-pass kernel, paper."""
+    rows = [
+        "| name | class | D | gradient to the student's logits | sweeps | paper |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, cls in table().items():
+        formula, gradient = (text.replace("|", "\\|") for text in (cls.formula, cls.gradient))
+        rows.append(f"| `{name}` | `{cls()}` | {formula} | {gradient} | {cls.sweeps} | {cls.paper} |")
+    return "\n".join(rows) + "\n"
