@@ -129,7 +129,7 @@ def labels_like(value: Any, student: Tensor, columns: int, ignore_index: int) ->
         if low < 0 or high >= columns:
             worst = low if low < 0 else high
             raise ValueError(f"labels must be in [0, {columns}) or equal to ignore_index {ignore_index}, got {worst}")
-    return value.reshape(-1).to(torch.int64)
+    return value.reshape(-1).to(torch.int64).contiguous()
 
 
 def per_row(
