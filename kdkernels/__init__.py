@@ -12,8 +12,8 @@ from kdkernels.divergences import (
     SkewReverseKL,
     SoftCE,
 )
-from kdkernels.functional import KDStats, dkd_loss, kd_loss, logit_mse_loss, taid_loss
-from kdkernels.losses import KDLoss
+from kdkernels.functional import KDStats, TopKStats, dkd_loss, kd_loss, logit_mse_loss, taid_loss, topk_kd_loss
+from kdkernels.losses import KDLoss, TopKKDLoss
 from kdkernels.registry import register_divergence, unregister_divergence
 
 __version__ = "0.1.0"
@@ -31,10 +31,13 @@ __all__ = [
     "SkewKL",
     "SkewReverseKL",
     "SoftCE",
+    "TopKKDLoss",
+    "TopKStats",
     "dkd_loss",
     "kd_loss",
     "logit_mse_loss",
     "register_divergence",
     "taid_loss",
+    "topk_kd_loss",
     "unregister_divergence",
 ]

@@ -11,12 +11,14 @@ from kdkernels import ops
 
 
 class Launch(NamedTuple):
-    """A call of ``kdkernels::<pattern>_<backend>`` but for its three tensors of logits."""
+    """A call of ``kdkernels::<pattern>_<backend>`` but for its tensors of logits."""
 
     pattern: str
     backend: str
     tensors: tuple[Any, ...]  # positional arguments after dstudent
     options: dict[str, Any]  # keyword arguments
+    # Ids and log-probabilities [N, K], where they stand for the teacher's logits.
+    sparse_teacher: tuple[Tensor, ...] = ()
 
 
 class RowLoss(torch.autograd.Function):
@@ -30,7 +32,7 @@ class RowLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         student: Tensor,
-        teacher: Tensor,
+        teacher: Optional[Tensor],
         more_teachers: tuple[Tensor, ...],
         launch: Launch,
         dual: Optional[Launch],
@@ -38,14 +40,15 @@ class RowLoss(torch.autograd.Function):
         inplace: bool,
     ) -> tuple[Tensor, Tensor]:
         dteacher = None
-        if dual is not None:
+        if dual is not None and teacher is not None:
             # Before the student's launch, which may overwrite the student.
             dteacher = _empty_grad(teacher)
             run(dual, teacher, (student,), dteacher)
         dstudent = None
         if ctx.needs_input_grad[0]:
             dstudent = student.detach() if inplace else _empty_grad(student)
-        rows, stats = run(launch, student, (teacher, *more_teachers), dstudent)
+        teachers = () if teacher is None else (teacher, *more_teachers)
+        rows, stats = run(launch, student, teachers, dstudent)
         if inplace and dstudent is not None:
             torch.autograd.graph.increment_version(student)
         ctx.save_for_backward(dstudent, dteacher)
@@ -66,13 +69,11 @@ def run(
     """Call the op; logits of any leading shape become ``[B, L, V]`` views."""
     views = as_rows((student, *teachers, *(() if dstudent is None else (dstudent,))))
     destination = None if dstudent is None else views[-1]
-    operands = list(views[1 : 1 + len(teachers)])
+    operands: list[Any] = list(views[1 : 1 + len(teachers)])
+    if launch.pattern == "dense_fwd":
+        operands = [operands]
     result = ops.op(launch.pattern, launch.backend)(
-        views[0],
-        operands if launch.pattern == "dense_fwd" else operands[0],
-        destination,
-        *launch.tensors,
-        **launch.options,
+        views[0], *operands, *launch.sparse_teacher, destination, *launch.tensors, **launch.options
     )
     if isinstance(result, Tensor):
         return result, result.new_empty((result.shape[0], 0))

@@ -21,6 +21,7 @@ from kdkernels.reduction import REDUCTIONS
 BACKENDS = ("auto", "triton", "cpu", "torch")
 TEACHER_FORMS = ("logits", "log_probs", "probs")
 MIXTURES = ("probs", "logits")
+TAILS = ("bucket", "renormalize", "renormalize_both", "uniform", "drop")
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_TEACHERS = 4
 
@@ -98,6 +99,37 @@ def teacher_like(name: str, teacher: Any, student: Tensor, vocab_size: Optional[
         )
     if vocab_size is not None and vocab_size > teacher.shape[-1]:
         raise ValueError(f"vocab_size must be at most {name}'s width {teacher.shape[-1]}, got {vocab_size}")
+
+
+def sparse_teacher(ids: Any, logprobs: Any, student: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Ids and log-probabilities of the student's leading shape with K slots, returned as contiguous ``[N, K]``."""
+    for name, value in (("teacher_ids", ids), ("teacher_logprobs", logprobs)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        if value.device != student.device:
+            raise ValueError(f"{name} must be on the student's device {student.device}, got {value.device}")
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"teacher_ids must be int32 or int64, got {_dtype(ids)}")
+    if logprobs.dtype not in FLOATING:
+        raise TypeError(f"teacher_logprobs must be float32, bfloat16, float16 or float64, got {_dtype(logprobs)}")
+    leading = tuple(student.shape[:-1])
+    if ids.dim() != student.dim() or tuple(ids.shape[:-1]) != leading or ids.shape[-1] == 0:
+        raise ValueError(f"teacher_ids must have shape {(*leading, 'K')} with K >= 1, got {tuple(ids.shape)}")
+    if logprobs.shape != ids.shape:
+        raise ValueError(
+            f"teacher_logprobs must have the shape of teacher_ids {tuple(ids.shape)}, got {tuple(logprobs.shape)}"
+        )
+    if logprobs.requires_grad and torch.is_grad_enabled():
+        raise ValueError("teacher_logprobs must not require grad: they get no gradient; detach them")
+    if reads_values(ids) and ids.numel():
+        low, high = (int(v) for v in torch.aminmax(ids))
+        if low < -1 or high >= columns:
+            worst = low if low < -1 else high
+            raise ValueError(f"teacher_ids must be in [0, {columns}) or -1 for an unused slot, got {worst}")
+        if not bool((torch.where(ids < 0, -torch.inf, logprobs) < torch.inf).all()):
+            raise ValueError("teacher_logprobs must not be NaN or +inf, where teacher_ids is not -1")
+    k = ids.shape[-1]
+    return ids.reshape(-1, k).contiguous(), logprobs.detach().reshape(-1, k).contiguous()
 
 
 def vocabulary(vocab_size: Optional[int], student: Tensor) -> int:

@@ -131,6 +131,146 @@ def kd_loss(
     return _dense(plan, student, teachers, labels, weights, mixture)
 
 
+class TopKStats(NamedTuple):
+    """Per-row statistics of ``topk_kd_loss`` of the shape of the rows, detached; rows that do not count are 0.
+
+    ``divergence``, ``ce`` and ``lse`` are the parts of the objective before weights and T^2. ``teacher_mass`` is the
+    sum of the teacher's probabilities as they were given, ``student_mass`` what the tempered student gives to the same
+    ids.
+    """
+
+    divergence: Tensor
+    ce: Tensor
+    lse: Tensor
+    teacher_mass: Tensor
+    student_mass: Tensor
+
+
+def topk_kd_loss(
+    student: Tensor,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    labels: Optional[Tensor] = None,
+    *,
+    tail: str = "bucket",
+    divergence: Union[str, Divergence] = "forward_kl",
+    temperature: PerRow = 1.0,
+    teacher_temperature: Optional[PerRow] = None,
+    scale_by_t_squared: bool = True,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    z_loss_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    row_weight: Optional[PerRow] = None,
+    reduction: str = "mean",
+    normalizer: Optional[Union[float, Tensor]] = None,
+    vocab_size: Optional[int] = None,
+    student_softcap: Optional[float] = None,
+    row_param: Optional[Tensor] = None,
+    inplace: bool = False,
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> Any:
+    r"""Distillation from a teacher of which only K ids and log-probabilities a row are known.
+
+    The objective is that of ``kd_loss``: ``loss_i = w_i (kd_weight T^2 D + ce_weight CE + z_loss_weight lse^2)``. With
+    ``q = softmax(s / T)`` over the V columns, ``P`` the given probabilities, ``S`` the set of their ids and ``m`` their
+    sum, ``D = sum f(p, q)`` is taken over the outcomes of ``tail``::
+
+        tail                teacher p                                student q             outcomes
+        "bucket"            P on S, max(0, 1 - m) in the bucket      1 - sum_S q there     S and a bucket of all others
+        "renormalize"       P / m on S, 0 elsewhere                  q                     all V
+        "renormalize_both"  P / m on S                               q / sum_S q           S
+        "uniform"           P on S, (1 - m) / (V - |S|) elsewhere    q                     all V
+        "drop"              P on S, 0 elsewhere                      q                     all V
+
+    The bucket's masses are exact in loss and gradient however small they are; nothing is clamped. Where S is the whole
+    vocabulary there is no bucket, and no other id to spread mass over. A mass m above 1 leaves nothing to the tail, and
+    "uniform" scales it back to 1. With "drop" p need not sum to 1: ``sum p (log p - log q)`` may then be negative; it
+    is an unbiased estimate where the P are the weights of sampled ids (random sampling KD, Anshumann et al. 2025,
+    arXiv:2503.16870).
+
+    Where the teacher has probability 0 (outside S with "renormalize" and "drop", or in an empty tail) forward KL, soft
+    cross entropy and skew KL have no term; JSD, TVD, skew reverse KL, and alpha-beta with ``alpha > 0`` and
+    ``alpha + beta > 0`` have one in q alone; reverse KL, Jeffreys and the other alpha-beta divergences are infinite:
+    with "renormalize" and "drop" they are refused, and an empty tail of "bucket" or "uniform" gives ``inf``.
+
+    A row with no probability at all, such as one whose slots are all unused, is all tail: "bucket" gives 0, "uniform"
+    has the uniform teacher, and "drop" has p = 0. "renormalize" and "renormalize_both" have no teacher there and give
+    ``D = 0`` with no gradient.
+
+    Args:
+        student: logits ``(..., V)``, as in ``kd_loss``.
+        teacher_ids: int32 or int64 ``(..., K)`` with the student's leading shape, in any order; -1 is an unused slot,
+            so that rows may have fewer entries. An id given twice counts once, with the sum of its probabilities.
+        teacher_logprobs: natural log-probabilities ``(..., K)``, float32, bfloat16, float16 or float64; what stands in
+            unused slots is not looked at. They get no gradient.
+        labels: as in ``kd_loss``: the classes for ``ce_weight``, and the mask.
+        tail: see above.
+        divergence: a name or an instance, as in ``kd_loss``.
+        temperature: T of the student, > 0, a number or one value per row. By itself it does nothing to the teacher.
+        teacher_temperature: T_t, applied to the teacher as it was given; by default ``temperature``. With a teacher
+            taken at temperature 1, ``p`` on S becomes proportional to ``P^(1 / T_t)``. For "renormalize" and
+            "renormalize_both" that is exactly the teacher at T_t, given S; "uniform" raises each of its ``V - |S|``
+            equal probabilities to ``1 / T_t`` as well. With "bucket" and "drop" the mass outside S at T_t cannot be
+            known, and T_t must be 1: take the log-probabilities at the temperature of the loss, and pass
+            ``teacher_temperature=1.0``.
+        scale_by_t_squared, kd_weight, ce_weight, z_loss_weight, label_smoothing, ignore_index, row_weight, reduction,
+            normalizer, vocab_size, student_softcap, row_param, inplace: as in ``kd_loss``.
+        return_stats: also return ``TopKStats``.
+        backend: "auto", "cpu" (C++) or "torch" (plain PyTorch, which "auto" takes on a GPU: this loss has no GPU
+            kernels yet).
+
+    Returns:
+        The loss: 0-d, or the shape of the rows for "none"; float32 for float32 and 16-bit students, float64 for
+        float64. With ``return_stats`` a pair ``(loss, TopKStats)``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, before anything is launched. Values inside tensors are read on the
+            CPU always, on a GPU only when ``KDKERNELS_DEBUG=1``; the row of an id out of range that was not seen gives
+            NaN.
+    """
+    options = dict(locals())
+    for name in ("student", "teacher_ids", "teacher_logprobs", "labels"):
+        del options[name]
+    plan = _plan("topk_kd_loss", options, student)
+    teacher = checks.sparse_teacher(teacher_ids, teacher_logprobs, student, plan.columns)
+    flat, row_param = _labels_and_param(plan, labels)
+    param0, param1 = plan.divergence.params()
+    name = backends.select(backend, student.device.type, divergence=plan.divergence.name, pattern="topk_fwd")
+    scale, weight = plan.weights(flat)
+    if name == "torch":
+        rows = reference.topk_rows(
+            _flat(student)[0],
+            *teacher,
+            flat,
+            tail=tail,
+            params=(param0 if row_param is None else row_param, param1),
+            temperature=plan.temperature,
+            teacher_temperature=plan.teacher_temperature,
+            **plan.objective(),
+        )
+        loss = plan.reduced(rows.loss * scale if weight is None else rows.loss * (scale * weight))
+        return plan.result(loss, rows.stats, TopKStats)
+    launch = Launch(
+        "topk_fwd",
+        name,
+        (flat, weight, *_row_tensors(plan.temperature, plan.teacher_temperature), row_param),
+        {
+            "tail": tail,
+            "param0": param0,
+            "param1": param1,
+            "scale": scale,
+            "temperature": _number(plan.temperature),
+            "teacher_temperature": _number(plan.teacher_temperature),
+            **plan.objective(),
+        },
+        teacher,
+    )
+    return plan.result(*plan.launch(launch, ()), TopKStats)
+
+
 def taid_loss(
     student: Tensor,
     teacher: Tensor,
@@ -302,10 +442,45 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def check_options(owner: str, options: dict[str, Any]) -> Divergence:
+# Those of kd_loss that describe a teacher's logits mean nothing to a sparse teacher.
+TOPK_DEFAULTS = {
+    "tail": "bucket",
+    **{
+        name: value
+        for name, value in DEFAULTS.items()
+        if name not in ("teacher_form", "teacher_weights", "mixture", "teacher_softcap", "standardize")
+    },
+}
+
+
+def check_topk_options(options: dict[str, Any]) -> Divergence:
+    """Check the options of ``topk_kd_loss`` whose check needs no tensor, and resolve the divergence."""
+    resolved = check_options("topk_kd_loss", options, TOPK_DEFAULTS)
+    get = {**TOPK_DEFAULTS, **options}
+    tail = get["tail"]
+    checks.choice("tail", tail, checks.TAILS)
+    if tail in ("renormalize", "drop") and not reference.topk.defined_without_teacher(
+        resolved.name, *resolved.params()
+    ):
+        raise ValueError(
+            f"tail {tail!r} gives the teacher probability 0 outside its entries, where divergence {resolved.name!r}, "
+            f"{resolved.formula}, is infinite; use tail 'bucket', 'uniform' or 'renormalize_both'"
+        )
+    teacher_temperature = get["temperature"] if get["teacher_temperature"] is None else get["teacher_temperature"]
+    if tail in ("bucket", "drop") and (isinstance(teacher_temperature, Tensor) or teacher_temperature != 1):
+        got = "a tensor" if isinstance(teacher_temperature, Tensor) else teacher_temperature
+        raise ValueError(
+            f"teacher_temperature must be 1 with tail {tail!r}, got {got}: K log-probabilities do not tell the mass "
+            "outside them at another temperature; take them at the temperature of the loss and pass "
+            "teacher_temperature=1.0, or choose another tail"
+        )
+    return resolved
+
+
+def check_options(owner: str, options: dict[str, Any], defaults: dict[str, Any] = DEFAULTS) -> Divergence:
     """Check all options whose check needs no tensor, and resolve the divergence."""
     for name in options:
-        if name not in DEFAULTS:
+        if name not in defaults:
             raise TypeError(f"{owner} got an unexpected option {name!r}")
     get = {**DEFAULTS, **options}
     resolved = divergences.resolve(get["divergence"])
@@ -357,6 +532,29 @@ class _Plan(NamedTuple):
         )
         return (scale if weight is None or isinstance(weight, Tensor) else scale * weight), rows
 
+    def objective(self) -> dict[str, Any]:
+        """What the ops and references of an objective take alike."""
+        get = self.options
+        return {
+            "divergence": self.divergence.name,
+            "scale_by_t_squared": get["scale_by_t_squared"],
+            "kd_weight": float(get["kd_weight"]),
+            "ce_weight": float(get["ce_weight"]),
+            "z_loss_weight": float(get["z_loss_weight"]),
+            "label_smoothing": float(get["label_smoothing"]),
+            "ignore_index": get["ignore_index"],
+            "vocab_size": self.columns,
+            "student_softcap": checks.softcap("student_softcap", get["student_softcap"]),
+            "stats": get["return_stats"],
+        }
+
+    def result(self, loss: Tensor, stats: Optional[Tensor], kind: Any) -> Any:
+        """The loss, with the columns of ``stats`` as a named tuple of type ``kind`` where they were asked for."""
+        if not self.options["return_stats"]:
+            return loss
+        assert stats is not None
+        return loss, kind(*(column.reshape(self.student.shape[:-1]) for column in stats.unbind(-1)))
+
     def reduced(self, rows: Tensor) -> Tensor:
         return rows.reshape(self.student.shape[:-1]) if self.options["reduction"] == "none" else rows.sum()
 
@@ -367,7 +565,13 @@ class _Plan(NamedTuple):
         with_grad = torch.is_grad_enabled() and (self.student.requires_grad or dual is not None)
         if with_grad:
             loss, stats = RowLoss.apply(
-                self.student, teachers[0], teachers[1:], launch, dual, per_row, self.options["inplace"]
+                self.student,
+                teachers[0] if teachers else None,
+                teachers[1:],
+                launch,
+                dual,
+                per_row,
+                self.options["inplace"],
             )
         else:
             loss, stats = run(launch, self.student.detach(), teachers, None)
@@ -376,7 +580,7 @@ class _Plan(NamedTuple):
 
 
 def _plan(owner: str, options: dict[str, Any], student: Any) -> _Plan:
-    resolved = check_options(owner, options)
+    resolved = check_topk_options(options) if owner == "topk_kd_loss" else check_options(owner, options)
     get = {**DEFAULTS, **options}
     checks.logits("student", student)
     checks.reduction_name(get["reduction"], student)
@@ -410,15 +614,8 @@ def _dense(
     mixture: str,
 ) -> Any:
     get = plan.options
-    flat = checks.labels_like(labels, student, plan.columns, get["ignore_index"])
-    if get["ce_weight"] and flat is None:
-        raise ValueError("labels are required when ce_weight is not 0")
+    flat, row_param = _labels_and_param(plan, labels)
     param0, param1 = plan.divergence.params()
-    row_param = get["row_param"]
-    if row_param is not None:
-        row_param = checks.per_row("row_param", row_param, student, low=0.0, high=1.0)
-        if not isinstance(row_param, Tensor):
-            raise TypeError("row_param must be a tensor; give one number in the divergence itself")
     teacher_grad = torch.is_grad_enabled() and any(t.requires_grad for t in teachers)
     torch_only = _teacher_grad_needs_torch(get, teachers, mixture_weights) if teacher_grad else None
     name = backends.select(get["backend"], student.device.type, divergence=plan.divergence.name, torch_only=torch_only)
@@ -428,24 +625,15 @@ def _dense(
             _flat(student)[0],
             _flat(*teachers),
             flat,
-            divergence=plan.divergence.name,
             params=(param0 if row_param is None else row_param, param1),
             temperature=plan.temperature,
             teacher_temperature=plan.teacher_temperature,
-            scale_by_t_squared=get["scale_by_t_squared"],
-            kd_weight=float(get["kd_weight"]),
-            ce_weight=float(get["ce_weight"]),
-            z_loss_weight=float(get["z_loss_weight"]),
-            label_smoothing=float(get["label_smoothing"]),
-            ignore_index=get["ignore_index"],
             teacher_form=get["teacher_form"],
-            vocab_size=plan.columns,
-            student_softcap=checks.softcap("student_softcap", get["student_softcap"]),
             teacher_softcap=checks.softcap("teacher_softcap", get["teacher_softcap"]),
             standardize=get["standardize"],
             mixture=mixture,
             mixture_weights=mixture_weights,
-            stats=get["return_stats"],
+            **plan.objective(),
         )
         loss = plan.reduced(rows.loss * scale if weight is None else rows.loss * (scale * weight))
         stats = torch.stack([item for item in rows[1:] if item is not None], -1) if get["return_stats"] else None
@@ -455,33 +643,35 @@ def _dense(
             name,
             (flat, weight, *_row_tensors(plan.temperature, plan.teacher_temperature), row_param, mixture_weights),
             {
-                "divergence": plan.divergence.name,
                 "param0": param0,
                 "param1": param1,
                 "mixture": mixture,
-                "vocab_size": plan.columns,
-                "ignore_index": get["ignore_index"],
                 "scale": scale,
                 "temperature": _number(plan.temperature),
                 "teacher_temperature": _number(plan.teacher_temperature),
-                "kd_weight": float(get["kd_weight"]),
-                "ce_weight": float(get["ce_weight"]),
-                "z_loss_weight": float(get["z_loss_weight"]),
-                "label_smoothing": float(get["label_smoothing"]),
-                "scale_by_t_squared": get["scale_by_t_squared"],
                 "teacher_form": get["teacher_form"],
-                "student_softcap": checks.softcap("student_softcap", get["student_softcap"]),
                 "teacher_softcap": checks.softcap("teacher_softcap", get["teacher_softcap"]),
                 "standardize": get["standardize"],
-                "stats": get["return_stats"],
+                **plan.objective(),
             },
         )
         dual = _dual(plan, launch) if teacher_grad else None
         loss, stats = plan.launch(launch, teachers, dual)
-    if not get["return_stats"]:
-        return loss
-    assert stats is not None
-    return loss, KDStats(*(column.reshape(student.shape[:-1]) for column in stats.unbind(-1)))
+    return plan.result(loss, stats, KDStats)
+
+
+def _labels_and_param(plan: _Plan, labels: Optional[Tensor]) -> tuple[Optional[Tensor], Optional[Tensor]]:
+    """Labels and ``row_param`` of an objective, checked, as ``[N]``."""
+    get = plan.options
+    flat = checks.labels_like(labels, plan.student, plan.columns, get["ignore_index"])
+    if get["ce_weight"] and flat is None:
+        raise ValueError("labels are required when ce_weight is not 0")
+    row_param = get["row_param"]
+    if row_param is not None:
+        row_param = checks.per_row("row_param", row_param, plan.student, low=0.0, high=1.0)
+        if not isinstance(row_param, Tensor):
+            raise TypeError("row_param must be a tensor; give one number in the divergence itself")
+    return flat, row_param
 
 
 def _dual(plan: _Plan, launch: Launch) -> Launch:

@@ -10,6 +10,27 @@ from torch import Tensor
 from kdkernels import functional
 
 
+class TopKKDLoss(torch.nn.Module):
+    """``topk_kd_loss`` as a module: ``TopKKDLoss(**options)(student, teacher_ids, teacher_logprobs, labels)``.
+
+    See ``kdkernels.topk_kd_loss`` for the options; they are checked when the module is built, tensors when it is
+    called.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        functional.check_topk_options(options)
+        self.options = options
+
+    def forward(
+        self, student: Tensor, teacher_ids: Tensor, teacher_logprobs: Tensor, labels: Optional[Tensor] = None
+    ) -> Any:
+        return functional.topk_kd_loss(student, teacher_ids, teacher_logprobs, labels, **self.options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
 class KDLoss(torch.nn.Module):
     """``kd_loss`` as a module: ``KDLoss(**options)(student, teacher, labels)``, with the options of ``kd_loss``.
 

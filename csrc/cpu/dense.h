@@ -9,9 +9,11 @@ namespace kdk {
 enum class DType { kFloat32, kBFloat16, kFloat16, kFloat64 };
 enum class TeacherForm { kLogits, kProbs };
 enum class Mixture { kNone, kProbs, kLogits };
+// What the mass outside a sparse teacher's entries is; in the order of kdkernels.checks.TAILS.
+enum class Tail { kBucket, kRenormalize, kRenormalizeBoth, kUniform, kDrop };
 
 constexpr int kMaxTeachers = 4;
-constexpr int kStats = 9;
+constexpr int kStats = 9, kTopkStats = 5;
 
 // Logits [B, L, V] with unit stride in V.
 struct LogitsView {
@@ -39,22 +41,35 @@ struct RowArgs {
   void* loss = nullptr;  // [N]
 };
 
-struct DenseArgs : RowArgs {
-  LogitsView teachers[kMaxTeachers];
-  int num_teachers = 1;
+// A divergence with cross entropy and z-loss.
+struct ObjectiveArgs : RowArgs {
   PerRow student_temperature, teacher_temperature, param;
-  const void* mixture_weights = nullptr;
-  int64_t mixture_stride_n = 0, mixture_stride_m = 0;
-  Mixture mixture = Mixture::kNone;
-  int divergence = 0;  // index into the table of dense_kernels.h
+  int divergence = 0;  // index into divergence_table.h
   double param0 = 0, param1 = 0;
   double temperature = 1, teacher_temperature_value = 1;
   double kd_weight = 1, ce_weight = 0, z_loss_weight = 0, label_smoothing = 0;
   bool scale_by_t_squared = true;
+  double student_softcap = 0;
+  void* stats = nullptr;  // [N, columns] or null
+};
+
+struct DenseArgs : ObjectiveArgs {
+  LogitsView teachers[kMaxTeachers];
+  int num_teachers = 1;
+  const void* mixture_weights = nullptr;
+  int64_t mixture_stride_n = 0, mixture_stride_m = 0;
+  Mixture mixture = Mixture::kNone;
   TeacherForm teacher_form = TeacherForm::kLogits;
-  double student_softcap = 0, teacher_softcap = 0;
+  double teacher_softcap = 0;
   bool standardize = false;
-  void* stats = nullptr;  // [N, kStats] or null
+};
+
+struct TopkArgs : ObjectiveArgs {
+  const void* ids = nullptr;  // [N, K] int32 or int64
+  bool ids_are_64_bits = false;
+  LogitsView logprobs;  // [N, K]; stride_l from row to row
+  int64_t entries = 0;  // K
+  Tail tail = Tail::kBucket;
 };
 
 struct DkdArgs : RowArgs {
@@ -82,6 +97,7 @@ struct KernelTable {
   void (*dense)(const DenseArgs&, int64_t begin, int64_t end);
   void (*dkd)(const DkdArgs&, int64_t begin, int64_t end);
   void (*mse)(const MseArgs&, int64_t begin, int64_t end);
+  void (*topk)(const TopkArgs&, int64_t begin, int64_t end);
   void (*scale)(const ScaleArgs&, int64_t begin, int64_t end);
 };
 

@@ -1,9 +1,10 @@
 #include "dense_kernels.h"
+#include "topk_kernels.h"
 
 namespace kdk {
 
 const KernelTable& baseline_kernels() {
-  static const KernelTable table{"baseline", run_dense, run_dkd, run_mse, run_scale};
+  static const KernelTable table{"baseline", run_dense, run_dkd, run_mse, run_topk, run_scale};
   return table;
 }
 

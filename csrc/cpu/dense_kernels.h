@@ -905,7 +905,7 @@ inline bool streams(const RowArgs& args, int64_t element_bytes) {
 }
 
 template <class C>
-RowNumbers row_numbers(const DenseArgs& args, int64_t row, double weight) {
+RowNumbers row_numbers(const ObjectiveArgs& args, int64_t row, double weight) {
   constexpr bool fp64 = sizeof(C) == 8;
   const double temperature = per_row(args.student_temperature, row, args.temperature, fp64);
   const double teacher_temperature = per_row(args.teacher_temperature, row, args.teacher_temperature_value, fp64);
@@ -919,10 +919,10 @@ RowNumbers row_numbers(const DenseArgs& args, int64_t row, double weight) {
           per_row(args.param, row, args.param0, fp64)};
 }
 
-template <class C>
-void put_stats(const DenseArgs& args, int64_t row, const RowResult& result) {
+template <class C, int COLUMNS = kStats>
+void put_stats(const ObjectiveArgs& args, int64_t row, const RowResult& result) {
   if (args.stats == nullptr) return;
-  for (int k = 0; k < kStats; ++k) put<C>(args.stats, row * kStats + k, result.stats[k]);
+  for (int k = 0; k < COLUMNS; ++k) put<C>(args.stats, row * COLUMNS + k, result.stats[k]);
 }
 
 // Student and teacher of one type, used as they are.

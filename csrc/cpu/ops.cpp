@@ -171,6 +171,41 @@ void parallel_rows(int64_t rows, int64_t width, const Body& body) {
   torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kGrainElements / std::max<int64_t>(width, 1)), body);
 }
 
+// Fills what the objectives with a divergence share.
+void fill_objective(ObjectiveArgs& args, const Tensor& student, const std::optional<Tensor>& student_temperature_rows,
+                    const std::optional<Tensor>& teacher_temperature_rows, const std::optional<Tensor>& param_rows,
+                    const std::string& divergence, double param0, double param1, double temperature,
+                    double teacher_temperature, double kd_weight, double ce_weight, double z_loss_weight,
+                    double label_smoothing, bool scale_by_t_squared, double student_softcap) {
+  STD_TORCH_CHECK(ce_weight == 0 || args.labels != nullptr || args.batch * args.length == 0, "ce_weight needs labels");
+  const ScalarType dtype = sum_dtype(student);
+  const int64_t rows = args.batch * args.length;
+  args.student_temperature = per_row(student_temperature_rows, dtype, rows, "student_temperature_rows");
+  args.teacher_temperature = per_row(teacher_temperature_rows, dtype, rows, "teacher_temperature_rows");
+  args.param = per_row(param_rows, dtype, rows, "param_rows");
+  args.divergence = find_divergence(divergence.c_str(), param0, param1);
+  STD_TORCH_CHECK(args.divergence >= 0, "the cpu backend does not know the divergence ", divergence);
+  args.param0 = param0;
+  args.param1 = param1;
+  args.temperature = temperature;
+  args.teacher_temperature_value = teacher_temperature;
+  args.kd_weight = kd_weight;
+  args.ce_weight = ce_weight;
+  args.z_loss_weight = z_loss_weight;
+  args.label_smoothing = label_smoothing;
+  args.scale_by_t_squared = scale_by_t_squared;
+  args.student_softcap = student_softcap;
+}
+
+Tensor new_stats(ObjectiveArgs& args, const Tensor& student, int64_t columns) {
+  Tensor stats = new_rows(student, {args.batch * args.length, columns});
+  if (columns > 0 && args.batch * args.length > 0) {
+    args.stats = stats.mutable_data_ptr();
+    torch::stable::zero_(stats);  // rows that do not count are left out by the kernel
+  }
+  return stats;
+}
+
 std::tuple<Tensor, Tensor> dense_fwd(Tensor student, std::vector<Tensor> teachers, std::optional<Tensor> dstudent,
                                      std::optional<Tensor> labels, std::optional<Tensor> row_weight,
                                      std::optional<Tensor> student_temperature_rows,
@@ -187,44 +222,64 @@ std::tuple<Tensor, Tensor> dense_fwd(Tensor student, std::vector<Tensor> teacher
   STD_TORCH_CHECK(!teachers.empty() && teachers.size() <= size_t(kMaxTeachers), "1 to 4 teachers, got ",
                   teachers.size());
   STD_TORCH_CHECK(teachers.size() == 1 || mixture_weights, "a mixture needs mixture_weights");
-  STD_TORCH_CHECK(ce_weight == 0 || labels, "ce_weight needs labels");
   args.num_teachers = int(teachers.size());
   for (size_t k = 0; k < teachers.size(); ++k) args.teachers[k] = teacher_view(teachers[k], args);
-  const ScalarType dtype = sum_dtype(student);
-  args.student_temperature = per_row(student_temperature_rows, dtype, rows, "student_temperature_rows");
-  args.teacher_temperature = per_row(teacher_temperature_rows, dtype, rows, "teacher_temperature_rows");
-  args.param = per_row(param_rows, dtype, rows, "param_rows");
+  fill_objective(args, student, student_temperature_rows, teacher_temperature_rows, param_rows, divergence, param0,
+                 param1, temperature, teacher_temperature, kd_weight, ce_weight, z_loss_weight, label_smoothing,
+                 scale_by_t_squared, student_softcap);
   if (mixture_weights) {
     STD_TORCH_CHECK(mixture_weights->dim() == 2 && mixture_weights->size(0) == rows &&
-                        mixture_weights->size(1) == int64_t(teachers.size()) && mixture_weights->scalar_type() == dtype,
+                        mixture_weights->size(1) == int64_t(teachers.size()) &&
+                        mixture_weights->scalar_type() == sum_dtype(student),
                     "mixture_weights must be [N, M] in the dtype of the sums");
     args.mixture_weights = mixture_weights->const_data_ptr();
     args.mixture_stride_n = mixture_weights->stride(0);
     args.mixture_stride_m = mixture_weights->stride(1);
     args.mixture = mixture == "logits" ? Mixture::kLogits : Mixture::kProbs;
   }
-  args.divergence = find_divergence(divergence.c_str(), param0, param1);
-  STD_TORCH_CHECK(args.divergence >= 0, "the cpu backend does not know the divergence ", divergence);
-  args.param0 = param0;
-  args.param1 = param1;
-  args.temperature = temperature;
-  args.teacher_temperature_value = teacher_temperature;
-  args.kd_weight = kd_weight;
-  args.ce_weight = ce_weight;
-  args.z_loss_weight = z_loss_weight;
-  args.label_smoothing = label_smoothing;
-  args.scale_by_t_squared = scale_by_t_squared;
   args.teacher_form = teacher_form == "probs" ? TeacherForm::kProbs : TeacherForm::kLogits;
-  args.student_softcap = student_softcap;
   args.teacher_softcap = teacher_softcap;
   args.standardize = standardize;
-  Tensor out_stats = new_rows(student, {rows, stats ? kStats : 0});
-  if (stats && rows > 0) {
-    args.stats = out_stats.mutable_data_ptr();
-    torch::stable::zero_(out_stats);  // rows that do not count are left out by the kernel
-  }
+  Tensor out_stats = new_stats(args, student, stats ? kStats : 0);
   const KernelTable& table = kernels();
   parallel_rows(rows, args.width, [&](int64_t begin, int64_t end) { table.dense(args, begin, end); });
+  return {loss, out_stats};
+}
+
+std::tuple<Tensor, Tensor> topk_fwd(Tensor student, Tensor teacher_ids, Tensor teacher_logprobs,
+                                    std::optional<Tensor> dstudent, std::optional<Tensor> labels,
+                                    std::optional<Tensor> row_weight, std::optional<Tensor> student_temperature_rows,
+                                    std::optional<Tensor> teacher_temperature_rows, std::optional<Tensor> param_rows,
+                                    std::string tail, std::string divergence, double param0, double param1,
+                                    int64_t vocab_size, int64_t ignore_index, double scale, double temperature,
+                                    double teacher_temperature, double kd_weight, double ce_weight,
+                                    double z_loss_weight, double label_smoothing, bool scale_by_t_squared,
+                                    double student_softcap, bool stats) {
+  TopkArgs args;
+  Tensor loss = fill_rows(args, student, dstudent, labels, row_weight, vocab_size, ignore_index, scale);
+  fill_objective(args, student, student_temperature_rows, teacher_temperature_rows, param_rows, divergence, param0,
+                 param1, temperature, teacher_temperature, kd_weight, ce_weight, z_loss_weight, label_smoothing,
+                 scale_by_t_squared, student_softcap);
+  const int64_t rows = args.batch * args.length;
+  for (const Tensor* tensor : {&teacher_ids, &teacher_logprobs})
+    STD_TORCH_CHECK(tensor->dim() == 2 && tensor->size(0) == rows && tensor->size(1) == teacher_ids.size(1) &&
+                        tensor->is_contiguous(),
+                    "teacher_ids and teacher_logprobs must be contiguous [N, K]");
+  STD_TORCH_CHECK(teacher_ids.scalar_type() == ScalarType::Int || teacher_ids.scalar_type() == ScalarType::Long,
+                  "teacher_ids must be int32 or int64");
+  args.entries = teacher_ids.size(1);
+  args.ids = teacher_ids.const_data_ptr();
+  args.ids_are_64_bits = teacher_ids.scalar_type() == ScalarType::Long;
+  args.logprobs.data = const_cast<void*>(teacher_logprobs.const_data_ptr());
+  args.logprobs.stride_l = args.entries;
+  args.logprobs.dtype = dtype_of(teacher_logprobs);
+  static const char* const tails[] = {"bucket", "renormalize", "renormalize_both", "uniform", "drop"};
+  const auto found = std::find(std::begin(tails), std::end(tails), tail);
+  STD_TORCH_CHECK(found != std::end(tails), "the cpu backend does not know the tail ", tail);
+  args.tail = Tail(found - std::begin(tails));
+  Tensor out_stats = new_stats(args, student, stats ? kTopkStats : 0);
+  const KernelTable& table = kernels();
+  parallel_rows(rows, args.width, [&](int64_t begin, int64_t end) { table.topk(args, begin, end); });
   return {loss, out_stats};
 }
 
@@ -283,6 +338,7 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
   m.impl("dense_fwd_cpu", TORCH_BOX(&kdk::dense_fwd));
   m.impl("dkd_fwd_cpu", TORCH_BOX(&kdk::dkd_fwd));
   m.impl("mse_fwd_cpu", TORCH_BOX(&kdk::mse_fwd));
+  m.impl("topk_fwd_cpu", TORCH_BOX(&kdk::topk_fwd));
   m.impl("scale_grad_cpu", TORCH_BOX(&kdk::scale_grad));
 }
 

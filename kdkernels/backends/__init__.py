@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Optional
 
-from kdkernels import divergences
+from kdkernels import divergences, ops
 from kdkernels.backends import cpu, eager, triton
 
 # In the order in which "auto" tries them.
@@ -30,7 +30,12 @@ def available(device_type: str) -> list[Availability]:
 
 
 def select(
-    requested: str, device_type: str, *, divergence: str = "forward_kl", torch_only: Optional[str] = None
+    requested: str,
+    device_type: str,
+    *,
+    divergence: str = "forward_kl",
+    torch_only: Optional[str] = None,
+    pattern: str = "dense_fwd",
 ) -> str:
     """The backend that runs a call.
 
@@ -39,13 +44,14 @@ def select(
         device_type: of the student.
         divergence: the canonical name; those registered at run time are not everywhere.
         torch_only: why only plain PyTorch can run this call, or None.
+        pattern: the name of the op, which not every backend has.
 
     Raises:
         ValueError: when the backend that was asked for cannot run the call, with its reason.
     """
     if requested == "auto":
-        return next(name for name in BACKENDS if _refusal(name, device_type, divergence, torch_only) is None)
-    reason = _refusal(requested, device_type, divergence, torch_only)
+        return next(name for name in BACKENDS if _refusal(name, device_type, divergence, torch_only, pattern) is None)
+    reason = _refusal(requested, device_type, divergence, torch_only, pattern)
     if reason is not None:
         raise ValueError(f"backend {requested!r} cannot run this call: {reason}")
     return requested
@@ -56,8 +62,8 @@ def select(
 select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _refusal(name: str, device_type: str, divergence: str, torch_only: Optional[str]) -> Optional[str]:
-    reason = BACKENDS[name].why_not(device_type)
+def _refusal(name: str, device_type: str, divergence: str, torch_only: Optional[str], pattern: str) -> Optional[str]:
+    reason = ops.NOT_YET.get(pattern, {}).get(name) or BACKENDS[name].why_not(device_type)
     if reason is None and name != "torch":
         reason = torch_only
     if reason is None and name == "cpu" and divergences.registered(divergence):

@@ -28,11 +28,11 @@ class DenseRows(NamedTuple):
     acceptance: Optional[Tensor] = None
 
 
-def _column(value: Temperature) -> Temperature:
+def column(value: Temperature) -> Temperature:
     return value.unsqueeze(-1) if isinstance(value, Tensor) and value.dim() == 1 else value
 
 
-def _softcap(logits: Tensor, cap: float) -> Tensor:
+def apply_softcap(logits: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
@@ -52,7 +52,7 @@ def _teacher_log_probs(
     softcap: float,
     standardize: bool,
 ) -> Tensor:
-    logits = [teacher.log() if form == "probs" else _softcap(teacher, softcap) for teacher in teachers]
+    logits = [teacher.log() if form == "probs" else apply_softcap(teacher, softcap) for teacher in teachers]
     if standardize:
         logits = [_standardized(item) for item in logits]
     if weights is None:
@@ -66,6 +66,16 @@ def _teacher_log_probs(
         return torch.log_softmax(mixed / temperature, -1)
     terms = [w.log() + torch.log_softmax(item / temperature, -1) for w, item in zip(columns, logits, strict=True)]
     return torch.logsumexp(torch.stack(terms), 0)
+
+
+def cross_entropy(logits: Tensor, lse: Tensor, labels: Tensor, counted: Tensor, label_smoothing: float) -> Tensor:
+    """Cross entropy of each row ``[N]``; NaN for a label out of range in a row that counts."""
+    columns = logits.shape[-1]
+    inside = (labels >= 0) & (labels < columns)
+    picked = logits.gather(1, labels.clamp(0, columns - 1)[:, None]).squeeze(1)
+    picked = torch.where(inside | ~counted, picked, torch.full_like(picked, float("nan")))
+    ce = lse - (1 - label_smoothing) * picked
+    return ce - label_smoothing * logits.mean(-1) if label_smoothing else ce
 
 
 def dense_rows(
@@ -111,14 +121,14 @@ def dense_rows(
     s = torch.where(counted[:, None], s, torch.zeros_like(s))
     ts = [torch.where(counted[:, None], t, torch.ones_like(t)) for t in ts]
 
-    capped = _softcap(s, student_softcap)
+    capped = apply_softcap(s, student_softcap)
     tempered = _standardized(capped) if standardize else capped
-    logq = torch.log_softmax(tempered / _column(temperature), -1)
+    logq = torch.log_softmax(tempered / column(temperature), -1)
     logp = _teacher_log_probs(
         ts,
         mixture_weights,
         mixture=mixture,
-        temperature=_column(teacher_temperature),
+        temperature=column(teacher_temperature),
         form=teacher_form,
         softcap=teacher_softcap,
         standardize=standardize,
@@ -126,20 +136,15 @@ def dense_rows(
 
     loss = torch.zeros_like(capped[:, 0])
     if kd_weight:
-        scale = _squared(temperature) if scale_by_t_squared else 1.0
-        d = divergences.TABLE[divergence](logp, logq, _column(params[0]), params[1])
-        # The derivative of a NaN need not be NaN (that of abs is 0): such a row's gradient must show what its loss shows.
+        scale = squared(temperature) if scale_by_t_squared else 1.0
+        d = divergences.TABLE[divergence](logp, logq, column(params[0]), params[1])
+        # The derivative of a NaN need not be NaN (that of abs is 0): the gradient must show what the loss shows.
         d = torch.where(torch.isnan(d), d * d.detach(), d)
         loss = kd_weight * scale * d
     lse = torch.logsumexp(capped, -1) if ce_weight or z_loss_weight or stats else torch.zeros_like(loss)
     ce = torch.zeros_like(loss)
     if ce_weight and labels is not None:
-        inside = (labels >= 0) & (labels < columns)
-        picked = capped.gather(1, labels.clamp(0, columns - 1)[:, None]).squeeze(1)
-        picked = torch.where(inside | ~counted, picked, torch.full_like(picked, float("nan")))
-        ce = lse - (1 - label_smoothing) * picked
-        if label_smoothing:
-            ce = ce - label_smoothing * capped.mean(-1)
+        ce = cross_entropy(capped, lse, labels, counted, label_smoothing)
         loss = loss + ce_weight * ce
     if z_loss_weight:
         loss = loss + z_loss_weight * lse.square()
@@ -150,7 +155,7 @@ def dense_rows(
     with torch.no_grad():
         table = divergences.TABLE
         found = [
-            table[divergence](logp, logq, _column(params[0]), params[1]),
+            table[divergence](logp, logq, column(params[0]), params[1]),
             ce,
             lse,
             table["forward_kl"](logp, logq, 0, 0),
@@ -164,7 +169,7 @@ def dense_rows(
     return DenseRows(torch.where(counted, loss, zero), *found)
 
 
-def _squared(temperature: Temperature) -> Temperature:
+def squared(temperature: Temperature) -> Temperature:
     return temperature * temperature
 
 

@@ -1,0 +1,709 @@
+// The sparse top-k pattern for one instruction set: a teacher of K ids and log-probabilities a row.
+//
+// The student's row is read once: its exponentials go to a row scratch (L2), and the gradient is written from there.
+// All that concerns the K entries is computed in double. Of the outcomes outside the K entries only two things are
+// needed in most modes: their mass, which is added up without the entries where subtracting those would cancel, and one
+// factor, for their gradient is proportional to q. Where the teacher spreads mass over them, or a divergence is not
+// homogeneous in (p, q), values and scores of all outcomes are computed instead, in the scratch.
+//
+// x, z and r as in dense_kernels.h.
+#pragma once
+
+#include "dense_kernels.h"
+
+#include <cmath>
+#include <type_traits>
+
+namespace kdk {
+inline namespace KDK_ISA {
+namespace topk {
+
+// e^x in double to about 1 ulp: x = n log 2 + r, Taylor to r^13 on |r| < 0.35. 0 below the normal range.
+KDK_INLINE VecD exp_double(VecD x) {
+  const VecD zero = {};
+  const VecD lowest = zero - 708.0, highest = zero + 709.0;
+  const VecD c = kdk_where(x < lowest, lowest, kdk_where(x > highest, highest, x));
+  const double magic = 6755399441055744.0 + 1023.0;  // 1.5 * 2^52: adding it rounds to an integer; 1023: the bias
+  const VecD shifted = c * kLog2e + magic;
+  const VecD n = shifted - magic;
+  const VecD r = (c - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
+  constexpr double inverse_factorials[] = {1.6059043836821613e-10,
+                                           2.0876756987868099e-09,
+                                           2.5052108385441720e-08,
+                                           2.7557319223985893e-07,
+                                           2.7557319223985888e-06,
+                                           2.4801587301587302e-05,
+                                           1.9841269841269841e-04,
+                                           1.3888888888888889e-03,
+                                           8.3333333333333332e-03,
+                                           4.1666666666666664e-02,
+                                           1.6666666666666666e-01,
+                                           0.5,
+                                           1.0,
+                                           1.0};
+  VecD poly = zero + inverse_factorials[0];
+  for (int i = 1; i < 14; ++i) poly = poly * r + inverse_factorials[i];
+  const VecD y = poly * bit_cast<VecD>(bit_cast<VecL>(shifted) << 52);
+  return kdk_where(x < lowest, zero, y);
+}
+
+// Values and scores of n outcomes; the teacher's step is 0 where one p serves all. Reads and writes whole vectors.
+template <class C>
+using Evaluate = void (*)(const Linear&, double x0, double x1, const C* p, const C* logp, int64_t step, const C* q,
+                          const C* logq, C* value, C* score, int64_t n);
+
+// The divergences that are linear in the log-probabilities, as a functor with run-time coefficients.
+struct LinearTerms {
+  template <class V, class C>
+  KDK_INLINE static V log_terms(C c_p, C c_q, V logp, V logq) {
+    // A coefficient of 0 silences an infinite logarithm.
+    V sum = {};
+    if (c_p != 0) sum = c_p * logp;
+    if (c_q != 0) sum = sum + c_q * logq;
+    return sum;
+  }
+  template <class C>
+  KDK_INLINE static void eval(const Linear& k, Vec<C> p, Vec<C> logp, Vec<C> q, Vec<C> logq, Vec<C>& value,
+                              Vec<C>& score) {
+    using V = Vec<C>;
+    const V zero = {};
+    const V over_p = kdk_where(p > zero, p * log_terms<V, C>(C(k.c_pp), C(k.c_pq), logp, logq), zero);
+    const V over_q = kdk_where(q > zero, q * log_terms<V, C>(C(k.c_qp), C(k.c_qq), logp, logq), zero);
+    value = over_p + over_q;
+    score = C(k.c_pq) * p + C(k.c_qq) * q + over_q;
+  }
+};
+
+// What an alpha-beta divergence is at p = 0: q^(a + b) / (a (a + b)).
+struct AlphaBetaNoTeacher {
+  template <class V>
+  KDK_INLINE static void eval(const Params<V>& k, V, V, V q, V logq, V& value, V& score) {
+    const V power = kdk_exp((k.x0 + k.x1) * logq);
+    (void)q;
+    score = power / k.x0;
+    value = score / (k.x0 + k.x1);
+  }
+};
+
+template <class F, class C>
+void evaluate(const Linear& linear, double x0, double x1, const C* p, const C* logp, int64_t step, const C* q,
+              const C* logq, C* value, C* score, int64_t n) {
+  using V = Vec<C>;
+  const Params<V> params{V{} + C(x0), V{} + C(x1)};
+  (void)linear, (void)params;
+  for (int64_t j = 0; j < n; j += kLanes<C>) {
+    const V vp = step ? load<V>(p + j) : V{} + *p, vlogp = step ? load<V>(logp + j) : V{} + *logp;
+    const V vq = load<V>(q + j), vlogq = load<V>(logq + j);
+    V vvalue, vscore;
+    if constexpr (std::is_same_v<F, LinearTerms>) {
+      LinearTerms::eval<C>(linear, vp, vlogp, vq, vlogq, vvalue, vscore);
+    } else {
+      F::eval(params, vp, vlogp, vq, vlogq, vvalue, vscore);
+    }
+    store(value + j, vvalue);
+    store(score + j, vscore);
+  }
+}
+
+struct Divergence {
+  const char* name;
+  Linear coefficients;
+  Evaluate<float> f32;
+  Evaluate<double> f64;
+  auto in(float) const { return f32; }
+  auto in(double) const { return f64; }
+};
+template <class F>
+constexpr Divergence general(const char* name) {
+  return {name, {}, evaluate<F, float>, evaluate<F, double>};
+}
+constexpr Divergence linear(const char* name, Linear c) {
+  return {name, c, evaluate<LinearTerms, float>, evaluate<LinearTerms, double>};
+}
+
+// The same table as the dense kernels', and so the same indices.
+#include "divergence_table.h"
+
+// The distinct entries of a row, and the room to compute with them; kept by a thread between calls.
+struct Entries {
+  int64_t count = 0;
+  std::vector<int64_t> ids;
+  enum Column { kP, kLogP, kQ, kLogQ, kValue, kScore, kColumns };
+  std::vector<double> columns[kColumns];
+  std::vector<int32_t> marks;  // by id: 1 + its entry, all 0 between rows
+  bool invalid = false;        // an id out of range was met
+  double mass = 0;             // sum of the probabilities as they were given
+
+  double* operator[](Column c) { return columns[c].data(); }
+  static Entries& mine() {
+    static thread_local Entries entries;
+    return entries;
+  }
+
+  template <class I, class L>
+  void read(const I* id, const L* logprob, int64_t slots, int64_t vocabulary) {
+    if (marks.size() < size_t(vocabulary)) marks.resize(size_t(vocabulary), 0);
+    // One more for the bucket, and whole vectors.
+    const size_t room = size_t(slots) + 1 + 8;
+    if (ids.size() < room) {
+      ids.resize(room);
+      for (auto& column : columns) column.resize(room);
+    }
+    count = 0;
+    invalid = false;
+    double* logp = columns[kLogP].data();
+    for (int64_t j = 0; j < slots; ++j) {
+      const int64_t v = int64_t(id[j]);
+      if (v == -1) continue;
+      if (v < 0 || v >= vocabulary) {
+        invalid = true;
+        continue;
+      }
+      const double l = double(to_compute(logprob[j]));
+      if (marks[size_t(v)] != 0) {
+        double& sum = logp[marks[size_t(v)] - 1];
+        sum = log_add(sum, l);
+      } else {
+        ids[size_t(count)] = v;
+        logp[count] = l;
+        marks[size_t(v)] = int32_t(++count);
+      }
+    }
+    for (int64_t k = 0; k < count; ++k) marks[size_t(ids[size_t(k)])] = 0;
+    mass = exponentials(logp, columns[kP].data(), count);
+  }
+
+  static double log_add(double a, double b) {
+    const double high = std::max(a, b), low = std::min(a, b);
+    return std::isinf(high) ? high : high + std::log1p(std::exp(low - high));
+  }
+  // e^x of count numbers, and their sum.
+  static double exponentials(const double* x, double* e, int64_t count) {
+    double sum = 0;
+    for (int64_t j = 0; j < count; j += kLanes<double>) store(e + j, exp_double(load<VecD>(x + j)));
+    for (int64_t j = 0; j < count; ++j) sum += e[j];
+    return sum;
+  }
+};
+
+// What the teacher says of the outcomes outside its entries.
+struct Outside {
+  double rest = 0;  // probability of all of them, for the bucket
+  double each = 0;  // probability of each, for the uniform tail
+  double log_each = 0;
+  bool known = true;  // false: there is no teacher at all
+};
+
+// Turns the log-probabilities as given into the teacher's distribution over the entries, by the tail mode.
+inline Outside resolve_teacher(Tail tail, double inverse_temperature, int64_t outcomes_outside, Entries& entries) {
+  Outside outside;
+  double *p = entries[Entries::kP], *logp = entries[Entries::kLogP];
+  const int64_t count = entries.count;
+  const double infinity = std::numeric_limits<double>::infinity();
+  const double rest = outcomes_outside > 0 ? std::max(0.0, 1 - entries.mass) : 0;
+  if (tail == Tail::kDrop) return outside;
+  if (tail == Tail::kBucket) {
+    outside.rest = rest;
+    return outside;
+  }
+  double log_each = -infinity;
+  if (tail == Tail::kUniform && rest > 0)
+    log_each = inverse_temperature * (std::log(rest) - std::log(double(outcomes_outside)));
+  double high = log_each;
+  for (int64_t k = 0; k < count; ++k) {
+    logp[k] *= inverse_temperature;
+    high = std::max(high, logp[k]);
+  }
+  if (high == -infinity) {
+    outside.known = false;
+    return outside;
+  }
+  for (int64_t k = 0; k < count; ++k) logp[k] -= high;
+  double z = Entries::exponentials(logp, p, count);
+  if (rest > 0) z += double(outcomes_outside) * std::exp(log_each - high);
+  const double log_z = std::log(z);
+  for (int64_t k = 0; k < count; ++k) logp[k] -= log_z;
+  Entries::exponentials(logp, p, count);
+  outside.log_each = log_each - high - log_z;
+  outside.each = std::exp(outside.log_each);
+  return outside;
+}
+
+// Sum of a row's scratch.
+template <class C>
+double sum_of(const C* e, int64_t slots) {
+  double total = 0;
+  for (int64_t j = 0; j < slots;) {
+    Vec<C> sum0 = {}, sum1 = {};
+    for (const int64_t end = std::min(slots, j + kTileElements); j < end; j += 2 * kLanes<C>) {
+      sum0 += load<Vec<C>>(e + j);
+      sum1 += load<Vec<C>>(e + j + kLanes<C>);
+    }
+    total += horizontal_sum<C>(sum0 + sum1);
+  }
+  return total;
+}
+
+// Exponentials of a tile of the student into es, its x into xs where KEEP_X, and their sum. False when a trusting sweep
+// met a logit out of bounds.
+template <bool KEEP_X, bool TRUSTING, class X>
+bool sweep_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C> student, typename Io<X>::C* es,
+                typename Io<X>::C* xs, double& z) {
+  using C = typename Io<X>::C;
+  using V = Vec<C>;
+  constexpr int64_t block = Io<X>::kBlock;
+  V sum0 = {}, sum1 = {};
+  Guard guard;
+  row.pieces(tile, [&](const X* s, const X*, int64_t blocks, int64_t slot, int64_t, int64_t) KDK_LAMBDA_INLINE {
+    C *es_out = es + slot, *xs_out = xs + slot;
+    V local0 = sum0, local1 = sum1;
+    Guard local_guard = guard;
+    const Affine<C> as = student;
+    for (int64_t b = 0; b < blocks; ++b, s += block, es_out += block, xs_out += block) {
+      prefetch_ahead(s);
+      V s0, s1;
+      Io<X>::load2(s, s0, s1);
+      if (TRUSTING) local_guard.look(s);
+      const V x0 = as(s0), x1 = as(s1);
+      const V e0 = exp2_fast<kExpDegree<X>>(TRUSTING ? x0 : clamp_exponent(x0)),
+              e1 = exp2_fast<kExpDegree<X>>(TRUSTING ? x1 : clamp_exponent(x1));
+      local0 += e0;
+      local1 += e1;
+      store(es_out, e0);
+      store(es_out + kLanes<C>, e1);
+      if (KEEP_X) {
+        store(xs_out, x0);
+        store(xs_out + kLanes<C>, x1);
+      }
+    }
+    sum0 = local0;
+    sum1 = local1;
+    guard = local_guard;
+  });
+  if (TRUSTING && !guard.inside(student.lowest(), student.highest())) return false;
+  z += horizontal_sum<C>(sum0 + sum1);
+  return true;
+}
+
+template <bool KEEP_X, class X>
+void sweep_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>& as, typename Io<X>::C* es,
+                typename Io<X>::C* xs, int& care, double& z) {
+  if constexpr (Io<X>::kGuarded) {
+    if (care == kTrusting && as.bounds_logits() && !row.padded(tile)) {
+      if (sweep_tile<KEEP_X, true>(row, tile, as, es, xs, z)) return;
+      care = kClamping;
+    }
+  }
+  sweep_tile<KEEP_X, false>(row, tile, as, es, xs, z);
+}
+
+// The whole row from the reference of its first elements, or from its maximum where those were too far below it.
+template <bool KEEP_X, class X>
+double sweep(const Row<X>& row, int64_t n, double scale, Affine<typename Io<X>::C>& as, typename Io<X>::C* es,
+             typename Io<X>::C* xs, int& care) {
+  double high = maximum(row.s, std::min(n, kSeedElements));
+  for (bool from_maximum = false;; from_maximum = true) {
+    as = affine<typename Io<X>::C>(scale, high);
+    double z = 0;
+    for (int64_t tile = 0; tile < row.tiles() && (from_maximum || !(z > kRedo)); ++tile)
+      sweep_tile<KEEP_X>(row, tile, as, es, xs, care, z);
+    if (from_maximum || !(z > kRedo)) return z;
+    high = maximum(row.s, n);
+  }
+}
+
+// Calls visit(slot) for the slots of a row that hold no element.
+template <class X, class Visit>
+void for_padding(const Row<X>& row, Visit visit) {
+  constexpr int64_t block = Row<X>::kBlock;
+  if (row.head > 0)
+    for (int64_t j = row.head; j < block; ++j) visit(Io<X>::slot(j));
+  if (row.tail > 0)
+    for (int64_t j = row.tail; j < block; ++j) visit(row.slots() - block + Io<X>::slot(j));
+}
+
+// The gradient es a + score b + e1 c1 + c0 of all elements; score only where SCORES, e1 only where OWN.
+template <class C>
+struct Gradient {
+  double a = 0, b = 0, c1 = 0, c0 = 0;
+  const C *es = nullptr, *scores = nullptr, *e1 = nullptr;
+  bool has_scores = false, has_e1 = false;
+
+  double at(int64_t slot) const {
+    double g = c0 + a * double(es[slot]);
+    if (has_scores) g += b * double(scores[slot]);
+    if (has_e1) g += c1 * double(e1[slot]);
+    return g;
+  }
+};
+
+template <bool SCORES, bool OWN, bool STREAM, class X>
+void write_gradient(const Row<X>& row, const Gradient<typename Io<X>::C>& k, X* out) {
+  using C = typename Io<X>::C;
+  using V = Vec<C>;
+  constexpr int64_t block = Io<X>::kBlock;
+  const C a = C(k.a), b = C(k.b), c1 = C(k.c1), c0 = C(k.c0);
+  for (int64_t tile = 0; tile < row.tiles(); ++tile) {
+    row.pieces(tile,
+               [&](const X*, const X*, int64_t blocks, int64_t slot, int64_t first, int64_t valid) KDK_LAMBDA_INLINE {
+                 alignas(64) X edge[block];
+                 X* to = valid < block ? edge : out + first;
+                 const int64_t stream_begin = STREAM && valid == block ? lines_begin(to) : blocks;
+                 const int64_t stream_end = STREAM && valid == block ? lines_end(to, blocks) : blocks;
+                 const C *es_in = k.es + slot, *scores_in = k.scores + slot, *e1_in = k.e1 + slot;
+                 for (int64_t i = 0; i < blocks; ++i, es_in += block, scores_in += block, e1_in += block, to += block) {
+                   V g0 = c0 + load<V>(es_in) * a, g1 = c0 + load<V>(es_in + kLanes<C>) * a;
+                   if (SCORES) {
+                     g0 += load<V>(scores_in) * b;
+                     g1 += load<V>(scores_in + kLanes<C>) * b;
+                   }
+                   if (OWN) {
+                     g0 += load<V>(e1_in) * c1;
+                     g1 += load<V>(e1_in + kLanes<C>) * c1;
+                   }
+                   if (STREAM && i >= stream_begin && i < stream_end) {
+                     Io<X>::template store2<true>(to, g0, g1);
+                   } else {
+                     Io<X>::template store2<false>(to, g0, g1);
+                   }
+                 }
+                 if (valid < block) std::copy(edge, edge + valid, out + first);
+               });
+  }
+}
+
+template <bool SCORES, bool OWN, class X>
+void write_gradient(const Row<X>& row, const Gradient<typename Io<X>::C>& k, X* out, bool streamed) {
+  return streamed ? write_gradient<SCORES, OWN, true>(row, k, out) : write_gradient<SCORES, OWN, false>(row, k, out);
+}
+template <class X>
+void write_gradient(const Row<X>& row, const Gradient<typename Io<X>::C>& k, X* out, bool streamed) {
+  if (k.has_scores) {
+    return k.has_e1 ? write_gradient<true, true>(row, k, out, streamed)
+                    : write_gradient<true, false>(row, k, out, streamed);
+  }
+  return k.has_e1 ? write_gradient<false, true>(row, k, out, streamed)
+                  : write_gradient<false, false>(row, k, out, streamed);
+}
+
+// Values and scores of the outcomes outside the entries, all with the teacher's probability p; returns their sums. The
+// scores replace x.
+template <class X>
+void evaluate_outside(const Row<X>& row, Evaluate<typename Io<X>::C> function, const Linear& linear, double x0,
+                      double x1, double p, double logp, double iq, double log_z, const Entries& entries,
+                      const typename Io<X>::C* es, typename Io<X>::C* xs, typename Io<X>::C* values, double& value,
+                      double& score) {
+  using C = typename Io<X>::C;
+  using V = Vec<C>;
+  constexpr int64_t piece = 512;
+  alignas(64) C q[piece], logq[piece];
+  const C cp = C(p), clogp = C(logp), scale = C(iq), ln2 = C(kLn2), clog_z = C(log_z);
+  const int64_t slots = row.slots();
+  for (int64_t begin = 0; begin < slots; begin += piece) {
+    const int64_t count = std::min(piece, slots - begin);
+    for (int64_t j = 0; j < count; j += kLanes<C>) {
+      store(q + j, load<V>(es + begin + j) * scale);
+      store(logq + j, load<V>(xs + begin + j) * ln2 - clog_z);
+    }
+    function(linear, x0, x1, &cp, &clogp, 0, q, logq, values + begin, xs + begin, count);
+  }
+  const auto silence = [&](int64_t slot) { values[slot] = xs[slot] = C(0); };
+  for (int64_t k = 0; k < entries.count; ++k) silence(row.slot(entries.ids[size_t(k)]));
+  for_padding(row, silence);
+  value = sum_of(values, slots);
+  score = sum_of(xs, slots);
+}
+
+// One row of logits of type X; the gradient goes to out (null: none).
+template <class X>
+RowResult objective_row(const TopkArgs& args, const RowNumbers& num, int64_t index, const X* s, int64_t label, X* out,
+                        bool streamed, int& care) {
+  using C = typename Io<X>::C;
+  const int64_t n = args.columns;
+  const Divergence& divergence = kDivergences[args.divergence];
+  const Tail tail = args.tail;
+
+  Entries& entries = Entries::mine();
+  const auto read = [&](auto* logprobs) {
+    const int64_t at = index * args.logprobs.stride_l;
+    if (args.ids_are_64_bits) {
+      entries.read(static_cast<const int64_t*>(args.ids) + at, logprobs + at, args.entries, n);
+    } else {
+      entries.read(static_cast<const int32_t*>(args.ids) + at, logprobs + at, args.entries, n);
+    }
+  };
+  switch (args.logprobs.dtype) {
+    case DType::kFloat32: read(static_cast<const float*>(args.logprobs.data)); break;
+    case DType::kBFloat16: read(static_cast<const BFloat16*>(args.logprobs.data)); break;
+    case DType::kFloat16: read(static_cast<const Half*>(args.logprobs.data)); break;
+    case DType::kFloat64: read(static_cast<const double*>(args.logprobs.data)); break;
+  }
+  const int64_t count = entries.count, outcomes_outside = n - count;
+  const double given_mass = entries.mass;
+  const Outside outside = resolve_teacher(tail, num.teacher_scale * kLn2, outcomes_outside, entries);
+  double *p = entries[Entries::kP], *logp = entries[Entries::kLogP], *q = entries[Entries::kQ],
+         *logq = entries[Entries::kLogQ], *value = entries[Entries::kValue], *score = entries[Entries::kScore];
+  const bool wants_ce = num.ce != 0 || num.z != 0 || args.stats != nullptr;
+  const bool own = wants_ce && num.student_scale != kLog2e;
+  const bool restricted = tail == Tail::kRenormalizeBoth;
+  const bool no_teacher = tail == Tail::kRenormalize || tail == Tail::kDrop;
+  const bool is_alpha_beta = std::strncmp(divergence.name, "alpha_beta", 10) == 0;
+  const bool pointwise = outcomes_outside > 0 && (tail == Tail::kUniform || (no_teacher && is_alpha_beta));
+
+  Row<X> row(s, s, n, head_elements(out, streamed));
+  const int64_t slots = row.slots();
+  Scratch<C>& scratch = Scratch<C>::mine();
+  C *es = scratch.get(kEs, slots), *xs = pointwise ? scratch.get(kEt, slots) : es;
+  C* e1 = own ? scratch.get(kE1, slots) : es;
+
+  const bool swept = !restricted || wants_ce;
+  Affine<C> as = affine<C>(num.student_scale, 0);
+  double z = 0;
+  if (swept) {
+    z = pointwise ? sweep<true>(row, n, num.student_scale, as, es, xs, care)
+                  : sweep<false>(row, n, num.student_scale, as, es, xs, care);
+  }
+
+  // The student on the entries: e^x in double, and the sum of what stands for them in the scratch.
+  double in_scratch = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    const int64_t id = entries.ids[size_t(k)];
+    logq[k] = kLn2 * as.scalar(to_compute(s[id]));
+    if (swept) in_scratch += double(es[row.slot(id)]);
+  }
+  double z_entries = Entries::exponentials(logq, q, count), z_outside = 0, log_z = 0;
+  if (swept) {
+    const auto without_entries = [&] {
+      for (int64_t k = 0; k < count; ++k) es[row.slot(entries.ids[size_t(k)])] = C(0);
+      return sum_of(es, slots);
+    };
+    // Where the entries hold most of the mass, subtracting them would cancel.
+    z_outside = count == 0 || std::isnan(z) ? z : z - in_scratch;
+    if (count > 0 && !(z_outside > 0.5 * z) && !std::isnan(z)) z_outside = without_entries();
+    z = z_outside + z_entries;
+    log_z = std::log(z);
+  }
+  double lse = kLn2 * as.reference() + log_z, z1 = z;
+  if (own) {
+    int own_care = kClamping;
+    Affine<C> a1;
+    z1 = sweep<false>(row, n, kLog2e, a1, e1, e1, own_care);
+    lse = kLn2 * (a1.reference() + std::log2(z1));
+  }
+  const double student_mass = swept ? z_entries / z : 0;
+  // Functors may take what is NaN for 0.
+  bool nan = entries.invalid || std::isnan(z) || std::isnan(given_mass);
+  double iq = 1 / z, q_outside = 0, log_q_outside = -std::numeric_limits<double>::infinity();
+  if (restricted) {
+    if (!swept) iq = 0;
+    double high = -std::numeric_limits<double>::infinity();
+    for (int64_t k = 0; k < count; ++k) high = std::max(high, logq[k]);
+    for (int64_t k = 0; k < count; ++k) logq[k] -= high;
+    const double log_sum = std::log(Entries::exponentials(logq, q, count));
+    nan = nan || (count > 0 && std::isnan(log_sum));
+    for (int64_t k = 0; k < count; ++k) logq[k] -= log_sum;
+    Entries::exponentials(logq, q, count);
+  } else {
+    for (int64_t k = 0; k < count; ++k) {
+      logq[k] -= log_z;
+      q[k] *= iq;
+    }
+    if (!pointwise && outcomes_outside > 0) {
+      log_q_outside = std::log(z_outside) - log_z;
+      if (z_outside < 0x1p-90) {
+        // Those outside have left the range of their exponentials: take these relative to their own maximum.
+        C* masked = scratch.get(kOtherRow, n);
+        widen_row(s, n, masked);
+        for (int64_t k = 0; k < count; ++k) masked[entries.ids[size_t(k)]] = -std::numeric_limits<C>::infinity();
+        const Affine<C> again = affine<C>(num.student_scale, maximum(masked, n));
+        int clamping = kClamping;
+        double unused = 0;
+        for (int64_t tile = 0; tile < row.tiles(); ++tile)
+          topk::sweep_tile<false>(row, tile, again, es, es, clamping, unused);
+        for (int64_t k = 0; k < count; ++k) es[row.slot(entries.ids[size_t(k)])] = C(0);
+        z_outside = sum_of(es, slots);
+        log_q_outside = kLn2 * (again.reference() - as.reference()) + std::log(z_outside) - log_z;
+        iq = z_outside > 0 ? std::exp(log_q_outside) / z_outside : 0;
+      }
+      q_outside = std::exp(log_q_outside);
+    }
+  }
+
+  // The divergence: the sums of values and scores, and the outside's part of both.
+  double d = 0, score_sum = 0, score_outside = 0;
+  int64_t outcomes = count;
+  if (tail == Tail::kBucket && outcomes_outside > 0) {
+    p[count] = outside.rest;
+    logp[count] = std::log(outside.rest);
+    q[count] = q_outside;
+    logq[count] = log_q_outside;
+    ++outcomes;
+  }
+  divergence.f64(divergence.coefficients, num.param0, args.param1, p, logp, 1, q, logq, value, score, outcomes);
+  for (int64_t k = 0; k < outcomes; ++k) {
+    d += value[k];
+    score_sum += score[k];
+  }
+  if (outcomes > count) score_outside = score[count];
+  if (pointwise) {
+    C* values = scratch.get(kOtherRow, slots);
+    double value_outside = 0;
+    Evaluate<C> function = divergence.in(C());
+    if (no_teacher) function = evaluate<AlphaBetaNoTeacher, C>;
+    evaluate_outside(row, function, divergence.coefficients, num.param0, args.param1, no_teacher ? 0.0 : outside.each,
+                     no_teacher ? -std::numeric_limits<double>::infinity() : outside.log_each, iq, log_z, entries, es,
+                     xs, values, value_outside, score_outside);
+    d += value_outside;
+    score_sum += score_outside;
+  } else if (no_teacher && outcomes_outside > 0) {
+    // Homogeneous of degree 1: f(0, q) = q f(0, 1), and so is the score.
+    alignas(64) double none[kLanes<double>], log_none[kLanes<double>], one[kLanes<double>], log_one[kLanes<double>],
+        f[kLanes<double>], df[kLanes<double>];
+    std::fill(none, none + kLanes<double>, 0.0);
+    std::fill(log_none, log_none + kLanes<double>, -std::numeric_limits<double>::infinity());
+    std::fill(one, one + kLanes<double>, 1.0);
+    std::fill(log_one, log_one + kLanes<double>, 0.0);
+    divergence.f64(divergence.coefficients, num.param0, args.param1, none, log_none, 1, one, log_one, f, df, 1);
+    d += f[0] * q_outside;
+    score_outside = df[0] * q_outside;
+    score_sum += score_outside;
+  }
+  double w = num.weight * num.kd * num.tau * num.student_scale * kLn2;  // omega kd tau / T
+  const double spoilt = nan ? std::numeric_limits<double>::quiet_NaN() : 0;
+  d = (outside.known ? d : 0) + spoilt;
+  if (!outside.known || num.kd == 0 || num.weight == 0) w = 0;
+
+  RowResult result;
+  if (num.kd != 0) result.loss = num.kd * num.tau * d;
+  double hard = 0, c0 = 0;
+  if (wants_ce) {
+    double cross_entropy = 0;
+    if (num.ce != 0) {
+      const bool inside = label >= 0 && label < n;
+      const double picked = inside ? double(to_compute(s[label])) : std::numeric_limits<double>::quiet_NaN();
+      cross_entropy = lse;
+      if (args.label_smoothing != 1) cross_entropy -= (1 - args.label_smoothing) * picked;
+      if (args.label_smoothing != 0) cross_entropy -= args.label_smoothing * sum_of_logits(s, n) / double(n);
+      result.loss += num.ce * cross_entropy;
+      c0 = -num.weight * num.ce * args.label_smoothing / double(n);
+    }
+    if (num.z != 0) result.loss += num.z * lse * lse;
+    hard = num.weight * (num.ce + 2 * num.z * lse);
+    result.stats[1] = cross_entropy;
+    result.stats[2] = lse;
+  }
+  result.stats[0] = d;
+  result.stats[3] = given_mass + spoilt;
+  result.stats[4] = student_mass;
+  if (out == nullptr) return result;
+
+  Gradient<C> gradient;
+  gradient.es = es;
+  gradient.scores = xs;
+  gradient.e1 = e1;
+  gradient.c0 = c0;
+  if (w != 0 && !restricted) {
+    if (pointwise) {
+      gradient.has_scores = true;
+      gradient.b = w;
+      gradient.a = -w * iq * score_sum;
+    } else if (!(z_outside <= 0)) {
+      gradient.a = w * (score_outside - q_outside * score_sum) / z_outside;
+    }
+  }
+  if (hard != 0) {
+    if (own) {
+      gradient.has_e1 = true;
+      gradient.c1 = hard / z1;
+    } else {
+      gradient.a += hard * iq;
+    }
+  }
+  // The entries, before the student may be overwritten; the place of their values is free now.
+  double* g = value;
+  for (int64_t k = 0; k < count; ++k) {
+    g[k] = c0;
+    if (w != 0) g[k] += w * (score[k] - q[k] * score_sum);
+    if (hard != 0) g[k] += hard * std::exp(double(to_compute(s[entries.ids[size_t(k)]])) - lse);
+  }
+  const bool has_label = num.ce != 0 && label >= 0 && label < n;
+  if (has_label) {
+    const double step = num.weight * num.ce * (1 - args.label_smoothing);
+    const auto begin = entries.ids.begin(), end = begin + count, found = std::find(begin, end, label);
+    if (found != end) {
+      g[found - begin] -= step;
+    } else {
+      // One more entry, past the bucket's.
+      entries.ids[size_t(count)] = label;
+      g[count] = gradient.at(row.slot(label)) - step;
+      ++entries.count;
+    }
+  }
+  const bool reads_scratch = gradient.a != 0 || gradient.has_scores || gradient.has_e1 || std::isnan(gradient.a);
+  if (reads_scratch || c0 != 0) {
+    write_gradient(row, gradient, out, streamed);
+  } else {
+    fill_zero(out, 0, n);
+  }
+  for (int64_t k = 0; k < entries.count; ++k) from_compute(C(g[k] + spoilt), out + entries.ids[size_t(k)]);
+  return result;
+}
+
+template <class X>
+void rows_direct(const TopkArgs& args, int64_t begin, int64_t end) {
+  using C = typename Io<X>::C;
+  const bool streamed = streams(args, sizeof(X));
+  int care = kTrusting;
+  for_rows<X>(args, begin, end, [&](int64_t row, int64_t label, double weight, X* out) {
+    const X* s = row_pointer<X>(args.student, row, args.length);
+    const RowResult result =
+        topk::objective_row(args, row_numbers<C>(args, row, weight), row, s, label, out, streamed, care);
+    put_stats<C, kTopkStats>(args, row, result);
+    return result.loss;
+  });
+}
+
+// With a softcap: the row is capped in C first, and the gradient taken back through the cap.
+template <class X>
+void rows_capped(const TopkArgs& args, int64_t begin, int64_t end) {
+  using C = typename Io<X>::C;
+  const int64_t n = args.columns;
+  int care = kTrusting;
+  for_rows<X>(args, begin, end, [&](int64_t row, int64_t label, double weight, X* out) {
+    Scratch<C>& scratch = Scratch<C>::mine();
+    C *s = scratch.get(kStudentRow, n), *g = out == nullptr ? nullptr : scratch.get(kGradientRow, n);
+    widen_row(args.student, row, args.length, n, s);
+    softcap_row(s, n, args.student_softcap);
+    const RowResult result =
+        topk::objective_row(args, row_numbers<C>(args, row, weight), row, s, label, g, false, care);
+    if (g != nullptr) {
+      const C inverse = C(1 / args.student_softcap);
+      for (int64_t j = 0; j < n; j += kLanes<C>) {
+        const Vec<C> ratio = load<Vec<C>>(s + j) * inverse;
+        store(g + j, load<Vec<C>>(g + j) * (1 - ratio * ratio));
+      }
+      narrow_row(g, n, args.dstudent.dtype, out);
+    }
+    put_stats<C, kTopkStats>(args, row, result);
+    return result.loss;
+  });
+}
+
+template <class X>
+void rows(const TopkArgs& args, int64_t begin, int64_t end) {
+  return args.student_softcap != 0 ? rows_capped<X>(args, begin, end) : rows_direct<X>(args, begin, end);
+}
+
+}  // namespace topk
+
+inline void run_topk(const TopkArgs& args, int64_t begin, int64_t end) {
+  switch (args.student.dtype) {
+    case DType::kFloat32: return topk::rows<float>(args, begin, end);
+    case DType::kBFloat16: return topk::rows<BFloat16>(args, begin, end);
+    case DType::kFloat16: return topk::rows<Half>(args, begin, end);
+    case DType::kFloat64: return topk::rows<double>(args, begin, end);
+  }
+}
+
+}  // namespace KDK_ISA
+}  // namespace kdk

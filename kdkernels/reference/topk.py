@@ -1,0 +1,204 @@
+"""The sparse top-k objective in plain PyTorch: a teacher of K ids and log-probabilities a row."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional, Union
+
+import torch
+from torch import Tensor
+
+from kdkernels.reference import divergences
+from kdkernels.reference.dense import Temperature, apply_softcap, column, cross_entropy, squared
+
+# Divergences with f(c p, c q) = c f(p, q), that are finite at p = 0.
+HOMOGENEOUS = ("forward_kl", "soft_ce", "jsd", "tvd", "skew_kl", "skew_reverse_kl")
+
+
+class TopKRows(NamedTuple):
+    """Unreduced and unweighted: the objective of each row ``[N]``, and on request ``ops.TOPK_STATS`` ``[N, 5]``."""
+
+    loss: Tensor
+    stats: Optional[Tensor] = None
+
+
+class Teacher(NamedTuple):
+    """The teacher's distribution over its distinct ids, and what it says of the others."""
+
+    logp: Tensor  # [N, K]
+    log_rest: Optional[Tensor]  # [N], of all other ids together; only for the bucket
+    log_each: Optional[Tensor]  # [N], of each other id; only for the uniform tail
+    known: Tensor  # [N], whether there is any probability
+
+
+def defined_without_teacher(divergence: str, param0: float, param1: float) -> bool:
+    """Whether the divergence is finite at ``p = 0, q = 1``."""
+    zero = torch.zeros(1, 1, dtype=torch.float64)
+    return bool(torch.isfinite(divergences.TABLE[divergence](zero - torch.inf, zero, param0, param1)))
+
+
+# As backends.select: asked once while torch.compile traces.
+defined_without_teacher._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def distinct(ids: Tensor, logprobs: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort the ids of each row and add up the probabilities of equal ones.
+
+    Returns:
+        ids ``[N, K]``, ``columns`` in slots that are not used; log-probabilities ``[N, K]``; which slots are used.
+    """
+    valid = (ids >= 0) & (ids < columns)
+    ids, order = torch.where(valid, ids, columns).long().sort(-1)
+    logp = torch.where(valid, logprobs, 0.0).gather(1, order)
+    first = torch.ones_like(valid)
+    first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    place = first.cumsum(-1) - 1  # of each slot's id among the distinct ones
+    high = torch.full_like(logp, -torch.inf).scatter_reduce(1, place, logp, "amax")
+    shift = torch.where(torch.isneginf(high), 0.0, high)
+    total = torch.zeros_like(logp).scatter_add(1, place, (logp - shift.gather(1, place)).exp())
+    ids = torch.full_like(ids, columns).scatter(1, place, ids)
+    return ids, shift + total.log(), ids < columns
+
+
+def resolve_teacher(
+    logp: Tensor, used: Tensor, outside: Tensor, tail: str, teacher_temperature: Temperature
+) -> Teacher:
+    """Make the given log-probabilities a distribution; ``outside [N]`` counts the ids that are not among them."""
+    logp = torch.where(used, logp, -torch.inf)
+    rest = torch.where(outside > 0, 1 - logp.exp().sum(-1), 0.0).clamp(min=0.0)
+    known = torch.ones_like(rest, dtype=torch.bool)
+    if tail == "drop":
+        return Teacher(logp, None, None, known)
+    if tail == "bucket":
+        return Teacher(logp, rest.log(), None, known)
+    scores = logp / column(teacher_temperature)
+    log_z, log_each = torch.logsumexp(scores, -1), None
+    if tail == "uniform":
+        count = outside.to(logp.dtype)
+        log_each = (rest.log() - count.log()) / teacher_temperature
+        log_each = torch.where(rest > 0, log_each, -torch.inf)
+        log_z = torch.logaddexp(log_z, torch.where(rest > 0, log_each + count.log(), -torch.inf))
+    known = ~torch.isneginf(log_z)
+    log_z = torch.where(known, log_z, 0.0)
+    return Teacher(scores - log_z[:, None], None, None if log_each is None else log_each - log_z, known)
+
+
+def topk_rows(
+    student: Tensor,
+    ids: Tensor,
+    logprobs: Tensor,
+    labels: Optional[Tensor] = None,
+    *,
+    tail: str,
+    divergence: str,
+    params: tuple[Union[float, Tensor], float] = (0.0, 0.0),
+    temperature: Temperature = 1.0,
+    teacher_temperature: Temperature = 1.0,
+    scale_by_t_squared: bool = True,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    z_loss_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    vocab_size: Optional[int] = None,
+    student_softcap: float = 0.0,
+    stats: bool = False,
+) -> TopKRows:
+    """The objective of each row, by the formulas in ``kdkernels.topk_kd_loss``.
+
+    Args:
+        student: logits ``[N, V]``. ids, logprobs: ``[N, K]``; -1 is no entry, another id out of range a NaN row.
+        labels: ``[N]`` int64; rows equal to ``ignore_index`` give 0 everywhere and pass no gradient.
+        temperature, teacher_temperature, params[0]: a float or ``[N]``.
+
+    Returns:
+        ``TopKRows``; statistics are detached, and None unless ``stats``.
+    """
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    columns = vocab_size or student.shape[-1]
+    s = student[:, :columns].to(dtype)
+    counted = torch.ones(s.shape[0], dtype=torch.bool, device=s.device) if labels is None else labels != ignore_index
+    # Ignored rows are replaced before any arithmetic, so that their NaN or -inf reach neither loss nor gradient.
+    s = torch.where(counted[:, None], s, 0.0)
+    ids = torch.where(counted[:, None], ids, -1)
+    capped = apply_softcap(s, student_softcap)
+    logq = torch.log_softmax(capped / column(temperature), -1)
+
+    spoilt = ((ids < -1) | (ids >= columns)).any(-1)
+    # The teacher is small: fp64 keeps the tail of a teacher that is nearly sure.
+    exact = dtype if s.device.type == "mps" else torch.float64
+    ids, given, used = distinct(ids, logprobs.to(exact), columns)
+    outside = columns - used.sum(-1)
+    teacher = resolve_teacher(given, used, outside, tail, teacher_temperature)
+    picked = logq.gather(1, ids.clamp(max=columns - 1))  # [N, K]
+    student_mass = torch.where(used, picked, -torch.inf).exp().sum(-1)
+    d = _divergence(logq, picked, ids, used, outside, teacher, tail, divergence, params)
+    d = torch.where(teacher.known, d, 0.0) + torch.where(spoilt, torch.nan, 0.0)
+    # As in dense_rows: the derivative of a NaN need not be NaN.
+    d = torch.where(torch.isnan(d), d * d.detach(), d)
+
+    zero = torch.zeros_like(d)
+    loss = zero
+    if kd_weight:
+        loss = kd_weight * (squared(temperature) if scale_by_t_squared else 1.0) * d
+    lse = torch.logsumexp(capped, -1) if ce_weight or z_loss_weight or stats else zero
+    ce = zero
+    if ce_weight and labels is not None:
+        ce = cross_entropy(capped, lse, labels, counted, label_smoothing)
+        loss = loss + ce_weight * ce
+    if z_loss_weight:
+        loss = loss + z_loss_weight * lse.square()
+    loss = torch.where(counted, loss, zero)
+    if not stats:
+        return TopKRows(loss)
+    teacher_mass = torch.where(used, given, -torch.inf).exp().sum(-1).to(dtype)
+    found = [d, ce, lse, teacher_mass + torch.where(spoilt, torch.nan, 0.0), student_mass]
+    return TopKRows(loss, torch.stack([torch.where(counted, item.detach(), zero) for item in found], -1))
+
+
+def _divergence(
+    logq: Tensor,
+    picked: Tensor,
+    ids: Tensor,
+    used: Tensor,
+    outside: Tensor,
+    teacher: Teacher,
+    tail: str,
+    divergence: str,
+    params: tuple[Union[float, Tensor], float],
+) -> Tensor:
+    param0 = params[0][:, None, None] if isinstance(params[0], Tensor) else params[0]
+
+    def pointwise(logp: Tensor, logq: Tensor) -> Tensor:
+        """``f`` of every element of ``[N, M]``: the sum over one outcome."""
+        return divergences.TABLE[divergence](logp.to(logq.dtype)[..., None], logq[..., None], param0, params[1])
+
+    if tail == "renormalize_both":
+        present = used & teacher.known[:, None]
+        # A row without entries must not take the log-softmax of nothing.
+        picked = torch.log_softmax(torch.where(used | ~teacher.known[:, None], picked, -torch.inf), -1)
+    else:
+        present = used
+    # p = q = 1 stands in for slots that are not used.
+    f = pointwise(torch.where(present, teacher.logp, 0.0), torch.where(present, picked, 0.0))
+    d = torch.where(present, f, 0.0).sum(-1)
+    if tail == "renormalize_both":
+        return d
+
+    among = torch.zeros(logq.shape[0], logq.shape[1] + 1, dtype=torch.bool, device=logq.device)
+    among = among.scatter(1, ids, True)[:, :-1]  # [N, V], the teacher's ids
+    log_each = teacher.log_each
+    if tail in ("renormalize", "drop") and divergence not in HOMOGENEOUS:
+        log_each = torch.full_like(d, -torch.inf)
+    if log_each is not None:
+        f = pointwise(log_each[:, None].expand_as(logq), torch.where(among, 0.0, logq))
+        return d + torch.where(among, 0.0, f).sum(-1)
+    alive = (~among & ~torch.isneginf(logq)).any(-1)
+    log_q = torch.logsumexp(torch.where(among & alive[:, None], -torch.inf, logq), -1)
+    log_q = torch.where(alive, log_q, -torch.inf)
+    if tail == "bucket":
+        assert teacher.log_rest is not None
+        f = pointwise(teacher.log_rest[:, None], log_q[:, None]).squeeze(1)
+        return d + torch.where(outside > 0, f, 0.0)
+    # The terms at p = 0 add up to f(0, 1) sum q.
+    one = torch.zeros_like(d)[:, None]
+    return d + pointwise(one - torch.inf, one).squeeze(1) * log_q.exp()

@@ -1,0 +1,709 @@
+"""topk_kd_loss against an fp64 oracle written here, row by row: the sparse teacher spread over the vocabulary."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kdkernels as kd
+from kdkernels import backends, checks
+
+BACKENDS = ("torch", "cpu")
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DIVERGENCES = {
+    **{name: cls() for name, cls in kd.divergences.table().items()},
+    "jsd0.1": kd.JSD(0.1),
+    "ab_b<0": kd.AlphaBeta(1.5, -0.5),
+    "ab_a=0": kd.AlphaBeta(0.0, 1.0 / 3),
+    "ab_b=0": kd.AlphaBeta(0.5, 0.0),
+    "ab_a+b=0": kd.AlphaBeta(0.5, -0.5),
+    "ab_0": kd.AlphaBeta(0.0, 0.0),
+}
+# Those that are infinite where the teacher has no mass and the student has some.
+NEEDS_TEACHER = ("reverse_kl", "jeffreys", "ab_a=0", "ab_a+b=0", "ab_0")
+TAILS_WITHOUT_TEACHER = ("renormalize", "drop")
+CASES = [
+    pytest.param(tail, name, id=f"{tail}-{name}")
+    for tail in checks.TAILS
+    for name in DIVERGENCES
+    if not (tail in TAILS_WITHOUT_TEACHER and name in NEEDS_TEACHER)
+]
+KL_CASES = [case for case in CASES if case.values[1] in ("forward_kl", "reverse_kl", "jsd", "tvd", "skew_reverse_kl")]
+
+
+def needs_backend(name):
+    reason = backends.BACKENDS[name].why_not("cpu")
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    needs_backend(request.param)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """``torch.empty`` returns NaN, so that an output that is not written shows."""
+    enabled, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(enabled)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def times(weight, value):
+    """The product, with 0 * inf = 0."""
+    return weight * torch.where(weight == 0, 0.0, value)
+
+
+def pointwise(divergence, p, logp, q, logq):
+    """``f`` of each outcome, in probabilities."""
+    name = divergence.name
+    if name == "forward_kl":
+        return times(p, logp - logq)
+    if name == "reverse_kl":
+        return times(q, logq - logp)
+    if name == "jeffreys":
+        return times(p, logp - logq) + times(q, logq - logp)
+    if name == "soft_ce":
+        return -times(p, logq)
+    if name == "tvd":
+        return (p - q).abs() / 2
+    w, b = divergence.params()
+    if name == "jsd":
+        logm = torch.log(w * p + (1 - w) * q)
+        return w * times(p, logp - logm) + (1 - w) * times(q, logq - logm)
+    if name == "skew_kl":
+        return times(p, logp - torch.log(w * p + (1 - w) * q))
+    if name == "skew_reverse_kl":
+        return times(q, logq - torch.log(w * q + (1 - w) * p))
+    a, c = w, w + b
+    if a == 0 and b == 0:
+        return (logp - logq) ** 2 / 2
+    if a == 0:
+        return (times((b * logq).exp(), b * (logq - logp)) - (b * logq).exp() + (b * logp).exp()) / b**2
+    if b == 0:
+        return (times((a * logp).exp(), a * (logp - logq)) - (a * logp).exp() + (a * logq).exp()) / a**2
+    if c == 0:
+        return ((a * (logp - logq)).exp() - a * (logp - logq) - 1) / a**2
+    return -((a * logp + b * logq).exp() - a / c * (c * logp).exp() - b / c * (c * logq).exp()) / (a * b)
+
+
+def row_divergence(s, ids, logprobs, tail, divergence, temperature, teacher_temperature):
+    """``D`` of one row of logits ``[V]``, computed in its dtype."""
+    logq = torch.log_softmax(s / temperature, -1)
+    mass = {}
+    for v, lp in zip(ids.tolist(), logprobs.double().tolist(), strict=True):
+        if v != -1:
+            mass.setdefault(v, []).append(lp)
+    inside = torch.tensor(sorted(mass), dtype=torch.long)
+    outside = torch.tensor([v for v in range(len(s)) if v not in mass], dtype=torch.long)
+    sums = (mass[v][0] if len(mass[v]) == 1 else math.log(math.fsum(map(math.exp, mass[v]))) for v in sorted(mass))
+    logp = torch.tensor(list(sums), dtype=torch.float64)
+    rest = max(0.0, 1 - math.fsum(logp.exp().tolist())) if len(outside) else 0.0
+
+    def total(logp, logq):
+        return pointwise(divergence, logp.exp(), logp, logq.exp(), logq).sum()
+
+    if tail == "drop":
+        full = torch.full_like(logq, -torch.inf).index_put((inside,), logp.to(logq))
+        return total(full, logq)
+    if tail == "bucket":
+        if not len(outside):
+            return total(logp.to(logq), logq)
+        log_rest = torch.tensor([rest], dtype=torch.float64).log()
+        logq_rest = torch.logsumexp(logq[outside], 0, keepdim=True)
+        return total(torch.cat([logp, log_rest]).to(logq), torch.cat([logq[inside], logq_rest]))
+    if tail == "uniform":
+        full = torch.full((len(s),), rest / max(len(outside), 1), dtype=torch.float64).log()
+        full[inside] = logp
+        return total(torch.log_softmax(full / teacher_temperature, -1).to(logq), logq)
+    if not mass or logp.max() == -torch.inf:
+        return 0.0 * s.nan_to_num().sum()
+    logp = torch.log_softmax(logp / teacher_temperature, -1).to(logq)
+    if tail == "renormalize_both":
+        return total(logp, torch.log_softmax(s[inside] / temperature, -1))
+    return total(torch.full_like(logq, -torch.inf).index_put((inside,), logp), logq)
+
+
+def oracle(s, ids, logprobs, labels=None, *, tail, divergence, temperature=1.0, teacher_temperature=None, **options):
+    """Loss of each row ``[N]`` in the dtype of ``s``."""
+    columns = options.get("vocab_size") or s.shape[-1]
+    cap, rows = options.get("student_softcap"), []
+    for i in range(len(s)):
+        if labels is not None and labels[i] == -100:
+            rows.append(s.new_zeros(()))
+            continue
+        row = s[i, :columns]
+        row = cap * torch.tanh(row / cap) if cap else row
+        t = float(temperature[i]) if isinstance(temperature, torch.Tensor) else temperature
+        tt = t if teacher_temperature is None else teacher_temperature
+        loss = row_divergence(row, ids[i], logprobs[i], tail, divergence, t, tt) * options.get("kd_weight", 1.0)
+        loss = loss * (t * t if options.get("scale_by_t_squared", True) else 1.0)
+        if options.get("ce_weight"):
+            smoothing = options.get("label_smoothing", 0.0)
+            loss = loss + options["ce_weight"] * F.cross_entropy(row, labels[i], label_smoothing=smoothing)
+        if options.get("z_loss_weight"):
+            loss = loss + options["z_loss_weight"] * torch.logsumexp(row, -1) ** 2
+        rows.append(loss if options.get("row_weight") is None else loss * float(options["row_weight"][i]))
+    return torch.stack(rows)
+
+
+def evaluate(loss, s, grad_output):
+    s = s.detach().requires_grad_()
+    value = loss(s)
+    value.backward(grad_output.to(value.dtype))
+    return value.detach(), s.grad
+
+
+def check(s, ids, logprobs, labels=None, *, backend, **options):
+    """Errors are at most those of the textbook in the dtype of sums, plus a margin, and roundings of the gradient."""
+    divergence = kd.divergences.resolve(options.pop("divergence"))
+    sums = torch.float64 if s.dtype == torch.float64 else torch.float32
+    grad_output = torch.linspace(-1.5, 2.0, len(s)).double()
+
+    def textbook(x):
+        return oracle(x, ids, logprobs, labels, divergence=divergence, **options)
+
+    truth, dtruth = evaluate(textbook, s.double(), grad_output)
+    eager, deager = evaluate(textbook, s.to(sums), grad_output)
+    arguments = {**options, "divergence": divergence, "reduction": "none", "backend": backend}
+    if "row_weight" in arguments:
+        arguments["row_weight"] = arguments["row_weight"].to(sums)
+    loss, grad = evaluate(lambda x: kd.topk_kd_loss(x, ids, logprobs, labels, **arguments), s, grad_output)
+    assert loss.dtype == sums and grad.dtype == s.dtype
+    # Kernels use a polynomial of lower degree for 16-bit logits; log p and log q are as large as the logits.
+    size = 2 + s.double().nan_to_num().abs().amax() / 4
+    epsilon = torch.finfo(sums).eps * (256 if s.dtype.itemsize == 2 else 64) * size
+    finite = torch.isfinite(truth)
+    assert torch.equal(loss[~finite].double(), truth[~finite]), "infinite losses differ"
+    if not bool(finite.any()):
+        return loss, grad
+    truth, dtruth, weight = truth[finite], dtruth[finite], 1 + truth[finite].abs()
+    error, margin = (loss.double()[finite] - truth).abs(), (eager.double()[finite] - truth).abs().nan_to_num().max()
+    assert bool((error <= margin + epsilon * weight).all()), f"loss {loss}: error {error}"
+    error, margin = (grad.double()[finite] - dtruth).abs(), (deager.double()[finite] - dtruth).abs().nan_to_num().max()
+    # What cancels is of the size of p and q: on the set that of the row, outside that of each one's share.
+    columns = s.shape[-1]
+    slots = torch.where(ids < 0, columns, ids)[finite].long()
+    outside = F.pad(s.double()[finite].nan_to_num(), (0, 1), value=-1e4).scatter(1, slots, -1e4)
+    unit = torch.softmax(outside, -1).scatter(1, slots, 1.0)[:, :columns]
+    # Rounded when it is stored, and once more when grad_output multiplies it.
+    info = torch.finfo(s.dtype)
+    bound = margin + epsilon * weight[:, None] * (dtruth.abs() + unit) + info.eps * dtruth.abs() + info.smallest_normal
+    assert bool((error <= bound).all()), f"gradient: {error.max():.3g}, {(error - bound).max():.3g} too much"
+    return loss, grad
+
+
+def ragged(n, columns, k, dtype, spread=3.0):
+    """Rows with all slots, some, none, equal ids, in order and not; the last is ignored and holds NaN."""
+    s = (torch.randn(n, columns) * spread).to(dtype)
+    teacher = torch.randn(n, columns) * spread + 0.5 * s.float()
+    logprobs, ids = torch.log_softmax(teacher, -1).topk(k)
+    order = torch.randperm(k)
+    logprobs[1], ids[1] = logprobs[1, order], ids[1, order]
+    ids[2, torch.rand(k) < 0.5] = -1
+    ids[3] = -1
+    logprobs[2:4][ids[2:4] == -1] = torch.nan
+    if k > 1:
+        ids[4, k // 2] = ids[4, 0]
+    labels = torch.randint(0, columns, (n,))
+    labels[-1] = -100
+    s[-1] = torch.nan
+    return s, ids, logprobs, labels
+
+
+def temperatures(tail, temperature):
+    return {"temperature": temperature, **({"teacher_temperature": 1.0} if tail in ("bucket", "drop") else {})}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tail,name", CASES)
+def test_every_divergence(tail, name, dtype, backend):
+    s, ids, logprobs, labels = ragged(6, 61, 5, DTYPES[dtype])
+    check(s, ids, logprobs, labels, backend=backend, tail=tail, divergence=DIVERGENCES[name], **temperatures(tail, 1.5))
+
+
+# K on either side of a vector and of the vocabulary; 4101 columns need three tiles and a padded block.
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("k", [1, 64, 256, 2048])
+@pytest.mark.parametrize("tail,name", [case for case in KL_CASES if case.values[1] in ("forward_kl", "jsd")])
+def test_sizes(tail, name, k, dtype, backend):
+    s, ids, logprobs, labels = ragged(6, 4101 if k == 2048 else 600, k, DTYPES[dtype])
+    check(s, ids, logprobs, labels, backend=backend, tail=tail, divergence=name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tail,name", [("bucket", "forward_kl"), ("renormalize", "jsd"), ("uniform", "tvd")])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_whole_objective(tail, name, temperature, dtype, backend):
+    s, ids, logprobs, labels = ragged(7, 53, 4, DTYPES[dtype])
+    labels[0] = ids[0, 1]
+    check(
+        s,
+        ids,
+        logprobs,
+        labels,
+        backend=backend,
+        tail=tail,
+        divergence=name,
+        **temperatures(tail, temperature),
+        kd_weight=0.7,
+        ce_weight=0.3,
+        z_loss_weight=1e-3,
+        label_smoothing=0.1,
+        row_weight=torch.rand(7).double(),
+    )
+
+
+@pytest.mark.parametrize("tail", checks.TAILS)
+def test_hard_terms_alone(tail, backend):
+    s, ids, logprobs, labels = ragged(6, 41, 4, torch.float32)
+    options = {"kd_weight": 0.0, "ce_weight": 1.0, "label_smoothing": 0.2}
+    check(s, ids, logprobs, labels, backend=backend, tail=tail, divergence="forward_kl", **options)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("tail", checks.TAILS)
+def test_padding_softcap_and_rows_of_their_own_temperature(tail, dtype, backend):
+    s, ids, logprobs, labels = ragged(6, 45, 4, DTYPES[dtype])
+    s = torch.cat([s, torch.full((6, 19), torch.nan, dtype=s.dtype)], -1)
+    temperature = torch.tensor([0.5, 1.0, 1.5, 2.0, 3.0, 1.0])
+    _, grad = check(
+        s,
+        ids,
+        logprobs,
+        labels,
+        backend=backend,
+        tail=tail,
+        divergence="forward_kl",
+        temperature=temperature,
+        teacher_temperature=1.0,
+        vocab_size=45,
+        student_softcap=20.0 if dtype == "fp32" else None,
+        ce_weight=0.5,
+    )
+    assert bool((grad[:, 45:] == 0).all())
+
+
+def test_row_param(backend):
+    s, ids, logprobs, _ = ragged(6, 41, 4, torch.float64)
+    s[-1] = 0.0
+    beta = torch.tensor([0.1, 0.2, 0.5, 0.7, 0.9, 0.3])
+    got = kd.topk_kd_loss(s, ids, logprobs, divergence="jsd", row_param=beta, reduction="none", backend=backend)
+    for i, b in enumerate(beta.tolist()):
+        want = row_divergence(s[i], ids[i], logprobs[i], "bucket", kd.JSD(b), 1.0, 1.0)
+        torch.testing.assert_close(got[i], want, atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("tail,name", CASES)
+def test_gradcheck(tail, name, backend):
+    s, ids, logprobs, labels = ragged(5, 9, 3, torch.float64, spread=1.0)
+    s = torch.where(torch.isnan(s), 0.0, s).requires_grad_()
+
+    def loss(x):
+        return kd.topk_kd_loss(
+            x * 1.0,
+            ids,
+            logprobs,
+            labels,
+            tail=tail,
+            divergence=DIVERGENCES[name],
+            **temperatures(tail, 1.3),
+            ce_weight=0.2,
+            reduction="none",
+            backend=backend,
+        )
+
+    assert torch.autograd.gradcheck(loss, (s,), fast_mode=True)
+
+
+# 100 nats are beyond the range of fp32 exponentials: the outcomes outside have to be taken relative to each other.
+@pytest.mark.parametrize(
+    "nats,dtype",
+    [(50, "fp64"), (50, "bf16"), (50, "fp32"), (-50, "fp32"), (-50, "bf16"), (100, "fp32"), (-100, "fp32")],
+)
+@pytest.mark.parametrize("tail,name", KL_CASES)
+def test_student_far_ahead_or_behind_on_the_set(tail, name, nats, dtype, backend):
+    s, ids, logprobs, _ = ragged(6, 300, 5, DTYPES[dtype], spread=1.0)
+    s[-1] = 0.0
+    ids[3] = ids[0]
+    logprobs[3] = logprobs[0]
+    s.scatter_add_(1, ids.clamp(min=0), torch.full(ids.shape, float(nats), dtype=s.dtype) * (ids >= 0))
+    loss, grad = check(s, ids, logprobs, backend=backend, tail=tail, divergence=name)
+    assert bool(torch.isfinite(loss).all()) and bool(torch.isfinite(grad).all())
+
+
+@pytest.mark.parametrize("above", [0.0, 1e-6])
+@pytest.mark.parametrize("tail,name", KL_CASES)
+def test_teacher_mass_of_one(tail, name, above, backend):
+    s = torch.randn(2, 30)
+    ids = torch.tensor([[3, 7], [20, -1]])
+    logprobs = torch.tensor([[0.25, 0.75], [1.0, 0.0]]).log() + above
+    check(s, ids, logprobs, backend=backend, tail=tail, divergence=name)
+    loss = kd.topk_kd_loss(s, ids, logprobs, tail=tail, divergence=name, reduction="none", backend=backend)
+    infinite = name == "reverse_kl" and tail in ("bucket", "uniform")
+    assert bool(torch.isinf(loss).all()) == infinite and bool(torch.isfinite(loss).all()) != infinite
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "tvd", "alpha_beta"])
+def test_all_slots_unused(name, backend):
+    s = torch.randn(3, 40, requires_grad=True)
+    ids, logprobs = torch.full((3, 4), -1), torch.full((3, 4), torch.nan)
+    for tail in checks.TAILS:
+        if tail in TAILS_WITHOUT_TEACHER and name == "reverse_kl":
+            continue
+        s.grad = None
+        loss = kd.topk_kd_loss(s, ids, logprobs, tail=tail, divergence=name, reduction="none", backend=backend)
+        loss.sum().backward()
+        if tail in ("bucket", "renormalize", "renormalize_both"):
+            torch.testing.assert_close(loss, torch.zeros(3), atol=1e-6, rtol=0)
+            torch.testing.assert_close(s.grad, torch.zeros(3, 40), atol=1e-6, rtol=0)
+        elif tail == "uniform":
+            want = kd.kd_loss(s, torch.zeros(3, 40), divergence=name, reduction="none", backend="torch")
+            torch.testing.assert_close(loss, want)
+
+
+@pytest.mark.parametrize("tail,name", CASES)
+def test_equal_ids_add_up(tail, name, backend):
+    s = torch.randn(1, 20, dtype=torch.float64)
+    twice = torch.tensor([[4, 9, 4, -1, 4]]), torch.tensor([[0.1, 0.3, 0.2, 0.0, 0.05]], dtype=torch.float64).log()
+    once = torch.tensor([[9, 4]]), torch.tensor([[0.3, 0.35]], dtype=torch.float64).log()
+    grad_output = torch.ones(1)
+    options = {"tail": tail, "divergence": DIVERGENCES[name], "reduction": "none", "backend": backend}
+    got, want = (evaluate(lambda x, t=t: kd.topk_kd_loss(x, *t, **options), s, grad_output) for t in (twice, once))
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("tail", checks.TAILS)
+def test_set_is_the_whole_vocabulary(tail, dtype, backend):
+    """Then every mode is dense distillation, and what the log-probabilities lack of 1 by rounding is no tail."""
+    s, t = (torch.randn(4, 24) * 3).to(DTYPES[dtype]), torch.randn(4, 24) * 3
+    logprobs, ids = torch.log_softmax(t, -1).sort(-1)
+    for name in ("forward_kl", "jsd"):
+        got = kd.topk_kd_loss(
+            s, ids, logprobs.bfloat16() if dtype == "bf16" else logprobs, tail=tail, divergence=name, backend=backend
+        )
+        want = kd.kd_loss(s, t, divergence=name, backend="torch")
+        torch.testing.assert_close(
+            got, want, atol=2e-2 if dtype == "bf16" else 1e-5, rtol=2e-2 if dtype == "bf16" else 1e-5
+        )
+
+
+def test_dtypes_of_ids_and_log_probabilities(backend):
+    s, ids, logprobs, labels = ragged(6, 50, 5, torch.float32)
+    options = {"reduction": "none", "backend": backend}
+    for dtype in DTYPES.values():
+        rounded = logprobs.to(dtype)
+        want = kd.topk_kd_loss(s, ids, rounded.double(), labels, **options)
+        for id_dtype in (torch.int32, torch.int64):
+            got = kd.topk_kd_loss(s, ids.to(id_dtype), rounded, labels, **options)
+            torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("tail", checks.TAILS)
+def test_sequences_cut_short_are_views(tail, backend):
+    """``logits[:, :-1]`` of ``[B, L, V]``: nothing is out of place, and the last position gets a gradient of 0."""
+    logits = torch.randn(2, 5, 30, requires_grad=True)
+    lp, ids = torch.log_softmax(torch.randn(2, 5, 30), -1).topk(3)
+    labels = torch.randint(0, 30, (2, 5))
+    labels[1, 2] = -100
+    options = {"tail": tail, "ce_weight": 0.5, "reduction": "none", "backend": backend}
+    loss = kd.topk_kd_loss(logits[:, :-1], ids[:, 1:], lp[:, 1:], labels[:, 1:], **options)
+    assert loss.shape == (2, 4)
+    weight = torch.rand(2, 4)
+    (loss * weight).sum().backward()
+    flat = logits.detach()[:, :-1].reshape(-1, 30).requires_grad_()
+    want = kd.topk_kd_loss(
+        flat, ids[:, 1:].reshape(-1, 3), lp[:, 1:].reshape(-1, 3), labels[:, 1:].reshape(-1), **options
+    )
+    (want * weight.reshape(-1)).sum().backward()
+    torch.testing.assert_close(loss.reshape(-1), want)
+    torch.testing.assert_close(logits.grad[:, :-1].reshape(-1, 30), flat.grad)
+    assert bool((logits.grad[:, -1] == 0).all())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("tail", checks.TAILS)
+def test_in_place(tail, dtype):
+    needs_backend("cpu")
+    s, ids, logprobs, labels = ragged(6, 77, 5, DTYPES[dtype])
+    options = {"tail": tail, "ce_weight": 0.5, "backend": "cpu", **temperatures(tail, 2.0)}
+    for name in ("forward_kl", "jsd"):
+        want = evaluate(
+            lambda x, n=name: kd.topk_kd_loss(x, ids, logprobs, labels, divergence=n, **options), s, torch.ones(())
+        )
+        leaf = s.clone().requires_grad_()
+        logits = leaf * 1
+        address = logits.data_ptr()
+        loss = kd.topk_kd_loss(logits, ids, logprobs, labels, divergence=name, inplace=True, **options)
+        grad = torch.autograd.grad(loss, logits)[0]
+        assert grad.data_ptr() == address
+        torch.testing.assert_close((loss.detach(), grad), want)
+
+
+def test_statistics(backend):
+    s, ids, logprobs, labels = ragged(6, 50, 5, torch.float64)
+    for tail in checks.TAILS:
+        options = {"tail": tail, "reduction": "none", "backend": backend, **temperatures(tail, 2.0)}
+        loss, stats = kd.topk_kd_loss(s, ids, logprobs, labels, ce_weight=0.5, return_stats=True, **options)
+        counted = torch.tensor([True] * 5 + [False])
+        q = torch.softmax(s / 2, -1)
+        for i in range(5):
+            distinct = sorted({v for v in ids[i].tolist() if v != -1})
+            used = ids[i] != -1
+            torch.testing.assert_close(stats.student_mass[i], q[i, distinct].sum())
+            torch.testing.assert_close(stats.teacher_mass[i], logprobs[i][used].double().exp().sum())
+        torch.testing.assert_close(stats.lse[counted], torch.logsumexp(s[counted], -1))
+        torch.testing.assert_close(stats.ce[counted], F.cross_entropy(s[counted], labels[counted], reduction="none"))
+        torch.testing.assert_close(loss, 4 * stats.divergence + 0.5 * stats.ce)
+        assert all(bool((column[~counted] == 0).all()) and not column.requires_grad for column in stats)
+
+
+def test_reductions(backend):
+    s, ids, logprobs, labels = ragged(6, 50, 5, torch.float32)
+    rows = kd.topk_kd_loss(s, ids, logprobs, labels, reduction="none", backend=backend)
+    for reduction, divisor in (("sum", 1), ("mean", 5), ("batchmean", 6)):
+        got = kd.topk_kd_loss(s, ids, logprobs, labels, reduction=reduction, backend=backend)
+        torch.testing.assert_close(got, rows.sum() / divisor)
+    got = kd.topk_kd_loss(s, ids, logprobs, labels, normalizer=torch.tensor(7.0), backend=backend)
+    torch.testing.assert_close(got, rows.sum() / 7)
+    got = kd.TopKKDLoss(reduction="mean", backend=backend)(s, ids, logprobs, labels)
+    torch.testing.assert_close(got, rows.sum() / 5)
+
+
+def test_no_rows_and_no_counted_rows(backend):
+    s = torch.empty(0, 20, requires_grad=True)
+    loss = kd.topk_kd_loss(s, torch.empty(0, 3, dtype=torch.long), torch.empty(0, 3), backend=backend)
+    loss.backward()
+    assert loss == 0 and s.grad.shape == (0, 20)
+    s = torch.full((2, 20), torch.nan, requires_grad=True)
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    loss = kd.topk_kd_loss(s, ids, torch.zeros(2, 3), torch.full((2,), -100), backend=backend)
+    loss.backward()
+    assert loss == 0 and bool((s.grad == 0).all())
+
+
+@pytest.mark.parametrize("tail", checks.TAILS)
+def test_nan_stays_in_its_row(tail, backend):
+    s, ids, logprobs, _ = ragged(6, 50, 5, torch.float32)
+    s[-1] = 1.0
+    s[1, ids[1, 0]] = torch.nan
+    for name in ("forward_kl", "jsd", "tvd"):
+        options = {"tail": tail, "divergence": name, "reduction": "none", "backend": backend}
+        loss, grad = evaluate(lambda x, o=options: kd.topk_kd_loss(x, ids, logprobs, **o), s, torch.ones(6))
+        assert loss.isnan().nonzero().reshape(-1).tolist() == [1]
+        assert bool(grad[1, ids[1]].isnan().all()) and not bool(grad[[0, 2, 3, 4, 5]].isnan().any())
+
+
+@pytest.mark.parametrize("nats", [20.0, 30.0, 60.0])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["forward_kl", "jsd"])
+def test_distillkit_45_sure_student_has_a_finite_gradient(name, dtype, nats, backend):
+    """arcee-ai/DistillKit#45: ``clamp(1 - 1e-8)`` of the student's mass gave inf and NaN from a lead of 20 nats on."""
+    s = torch.zeros(1, 100, dtype=DTYPES[dtype])
+    s[0, :4] = nats
+    ids, logprobs = torch.arange(4)[None], torch.tensor([[0.4, 0.3, 0.2, 0.05]]).log()
+    for tail in ("bucket", "uniform"):
+        _, grad = check(s, ids, logprobs, backend=backend, tail=tail, divergence=name)
+        assert bool(torch.isfinite(grad).all())
+        # The teacher has 5 % outside, the student next to nothing: it is pulled there (grad_output < 0).
+        assert bool((grad[0, 4:] > 0).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tail", ["bucket", "renormalize", "renormalize_both", "uniform"])
+def test_verl_7855_kl_is_not_negative(tail, dtype, backend):
+    """verl#7855: ``sum p (log p - log q)`` over K entries alone is negative where the student has more mass on them."""
+    teacher = torch.randn(64, 200) * 3
+    logprobs, ids = torch.log_softmax(teacher, -1).topk(5)
+    nearly = teacher + 1e-3 * torch.randn_like(teacher)
+    ahead = teacher.scatter_add(1, ids, torch.full(ids.shape, 1.0))
+    truncated = kd.topk_kd_loss(ahead, ids, logprobs, tail="drop", reduction="none", backend=backend)
+    assert bool((truncated < 0).any())
+    for student in (teacher, nearly, ahead):
+        s = student.to(DTYPES[dtype]).requires_grad_()
+        loss = kd.topk_kd_loss(s, ids, logprobs, tail=tail, reduction="none", backend=backend)
+        assert bool((loss >= -4e-6).all())
+    loss.sum().backward()
+    if tail != "renormalize_both":
+        # No clamp: every row has a gradient.
+        assert bool((s.grad.abs().amax(-1) > 1e-3).all())
+
+
+@pytest.mark.parametrize("tail", checks.TAILS)
+def test_axolotl_t_squared_is_in_loss_and_gradient(tail, backend):
+    """axolotl had T^2 in the loss and not in the gradient: finite differences and autograd differed by 4."""
+    s, ids, logprobs, _ = ragged(5, 30, 4, torch.float64)
+    s[-1] = 0.5
+    ids[2:4], logprobs[2:4] = ids[0], logprobs[0]
+    grad_output = torch.ones(5)
+    options = {"tail": tail, "teacher_temperature": 1.0, "temperature": 2.0, "reduction": "none", "backend": backend}
+    loss, grad = evaluate(lambda x: kd.topk_kd_loss(x, ids, logprobs, **options), s, grad_output)
+    plain, dplain = evaluate(
+        lambda x: kd.topk_kd_loss(x, ids, logprobs, scale_by_t_squared=False, **options), s, grad_output
+    )
+    torch.testing.assert_close((loss, grad), (4 * plain, 4 * dplain))
+    direction, step = torch.randn_like(s), 1e-6
+    moved = [kd.topk_kd_loss(s + h * direction, ids, logprobs, **options).sum() for h in (step, -step)]
+    torch.testing.assert_close((moved[0] - moved[1]) / (2 * step), (grad * direction).sum(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("tail", ["renormalize", "renormalize_both"])
+def test_teacher_temperature_is_that_of_the_dense_teacher(tail, backend):
+    """Log-probabilities taken at T = 1 and tempered are the dense teacher at T, given the set."""
+    s, t = torch.randn(3, 40).double(), torch.randn(3, 40).double() * 3
+    logprobs, ids = torch.log_softmax(t, -1).topk(6)
+    dense = torch.full_like(t, -torch.inf).scatter(1, ids, t.gather(1, ids))
+    student = s
+    if tail == "renormalize_both":
+        student = torch.full_like(s, -torch.inf).scatter(1, ids, s.gather(1, ids))
+    got = kd.topk_kd_loss(s, ids, logprobs, tail=tail, temperature=3.0, backend=backend)
+    torch.testing.assert_close(got, kd.kd_loss(student, dense, temperature=3.0, backend="torch"))
+
+
+def test_teacher_at_the_temperature_of_the_loss_keeps_its_tail(backend):
+    """Coarsening to a bucket can only lower a KL: the captured tail belongs to the captured temperature."""
+    s, t = torch.randn(8, 40).double(), torch.randn(8, 40).double() * 3
+    whole = kd.kd_loss(s, t, temperature=2.0, reduction="none", backend="torch")
+    logprobs, ids = torch.log_softmax(t / 2, -1).topk(6)
+    options = {"temperature": 2.0, "teacher_temperature": 1.0, "reduction": "none", "backend": backend}
+    got = kd.topk_kd_loss(s, ids, logprobs, **options)
+    assert bool((got < whole).all()) and bool((got > 0).all())
+    everything, all_ids = torch.log_softmax(t / 2, -1).topk(39)
+    torch.testing.assert_close(kd.topk_kd_loss(s, all_ids, everything, **options), whole)
+
+
+def test_drop_is_unbiased_for_sampled_ids(backend):
+    """The mean over all draws of one id of weight 1, by their probability, is the dense gradient."""
+    s, t = torch.randn(1, 12).double(), torch.randn(1, 12).double()
+    p = torch.softmax(t, -1)
+
+    def gradient(v):
+        one = torch.tensor([[v]]), torch.zeros(1, 1)
+        return evaluate(lambda x: kd.topk_kd_loss(x, *one, tail="drop", backend=backend), s, torch.ones(()))[1]
+
+    total = sum(p[0, v] * gradient(v) for v in range(12))
+    torch.testing.assert_close(total, torch.softmax(s, -1) - p)
+
+
+def test_no_gradient_no_buffer(backend):
+    s, ids, logprobs, labels = ragged(6, 50, 5, torch.float32)
+    want = evaluate(lambda x: kd.topk_kd_loss(x, ids, logprobs, labels, backend=backend), s, torch.ones(()))[0]
+    assert torch.equal(kd.topk_kd_loss(s, ids, logprobs, labels, backend=backend), want)
+
+
+def test_rows_are_divided_among_threads():
+    needs_backend("cpu")
+    s, ids, logprobs, labels = ragged(97, 1000, 7, torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        results.append(evaluate(lambda x: kd.topk_kd_loss(x, ids, logprobs, labels, backend="cpu"), s, torch.ones(())))
+    torch.set_num_threads(threads)
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+
+
+def test_op_is_registered_as_torch_wants_it():
+    needs_backend("cpu")
+    s = torch.randn(1, 4, 30)
+    logprobs, ids = torch.log_softmax(torch.randn(4, 30), -1).topk(3)
+    numbers = dict.fromkeys(("scale", "temperature", "teacher_temperature", "kd_weight"), 1.0)
+    numbers |= dict.fromkeys(
+        ("param0", "param1", "ce_weight", "z_loss_weight", "label_smoothing", "student_softcap"), 0.0
+    )
+    options = {"tail": "bucket", "divergence": "forward_kl", "vocab_size": 30, "ignore_index": -100}
+    options |= {"scale_by_t_squared": True, "stats": True, **numbers}
+    arguments = (s, ids, logprobs, torch.empty_like(s), None, None, None, None, None)
+    torch.library.opcheck(torch.ops.kdkernels.topk_fwd_cpu.default, arguments, options)
+
+
+def test_backends_of_a_gpu():
+    assert backends.select("auto", "cuda", pattern="topk_fwd") == "torch"
+    s, ids, logprobs, _ = ragged(6, 50, 5, torch.float32)
+    with pytest.raises(ValueError, match="'triton' cannot run this call: the GPU kernels of the sparse top-k losses"):
+        kd.topk_kd_loss(s, ids, logprobs, backend="triton")
+
+
+GOOD = {"teacher_ids": torch.zeros(2, 3, dtype=torch.long), "teacher_logprobs": torch.full((2, 3), -2.0)}
+
+
+@pytest.mark.parametrize(
+    "error,message,change",
+    [
+        (ValueError, "tail must be one of bucket, renormalize, .* got 'top'", {"tail": "top"}),
+        (
+            ValueError,
+            "tail 'renormalize' .* divergence 'reverse_kl'",
+            {"tail": "renormalize", "divergence": "reverse_kl"},
+        ),
+        (ValueError, "tail 'drop' .* divergence 'jeffreys'", {"tail": "drop", "divergence": "jeffreys"}),
+        (ValueError, "tail 'drop' .* divergence 'reverse_kl'", {"tail": "drop", "divergence": kd.JSD(1.0)}),
+        (ValueError, "tail 'drop' .* 'alpha_beta'", {"tail": "drop", "divergence": kd.AlphaBeta(-0.5, 1.0)}),
+        (ValueError, "teacher_temperature must be 1 with tail 'bucket', got 2.0: K log-prob", {"temperature": 2.0}),
+        (
+            ValueError,
+            "teacher_temperature must be 1 with tail 'drop', got a tensor",
+            {"tail": "drop", "temperature": torch.ones(2)},
+        ),
+        (TypeError, "unexpected keyword argument 'teacher_form'", {"teacher_form": "probs"}),
+        (TypeError, "teacher_ids must be int32 or int64, got float32", {"teacher_ids": torch.zeros(2, 3)}),
+        (TypeError, "teacher_ids must be a torch.Tensor, got list", {"teacher_ids": [[0, 1, 2]]}),
+        (TypeError, "teacher_logprobs must be float32, .* got int64", {"teacher_logprobs": torch.zeros(2, 3).long()}),
+        (
+            ValueError,
+            r"teacher_ids must have shape \(2, 'K'\) with K >= 1, got \(3, 3\)",
+            {"teacher_ids": torch.zeros(3, 3).long()},
+        ),
+        (ValueError, r"teacher_ids must have shape \(2, 'K'\)", {"teacher_ids": torch.zeros(2, 0).long()}),
+        (
+            ValueError,
+            r"teacher_logprobs must have the shape of teacher_ids \(2, 3\)",
+            {"teacher_logprobs": torch.zeros(2, 4)},
+        ),
+        (
+            ValueError,
+            r"teacher_ids must be in \[0, 9\) or -1 for an unused slot, got 9",
+            {"teacher_ids": torch.full((2, 3), 9)},
+        ),
+        (ValueError, "got -2", {"teacher_ids": torch.full((2, 3), -2)}),
+        (ValueError, r"in \[0, 5\)", {"teacher_ids": torch.full((2, 3), 5), "vocab_size": 5}),
+        (ValueError, "teacher_logprobs must not be NaN", {"teacher_logprobs": torch.full((2, 3), torch.nan)}),
+        (
+            ValueError,
+            "teacher_logprobs must not require grad",
+            {"teacher_logprobs": torch.zeros(2, 3, requires_grad=True)},
+        ),
+        (ValueError, "labels are required when ce_weight is not 0", {"ce_weight": 1.0}),
+    ],
+)
+def test_errors(error, message, change):
+    with pytest.raises(error, match=message):
+        kd.topk_kd_loss(torch.randn(2, 9), **{**GOOD, **change})
+
+
+def test_module_checks_its_options_when_built():
+    with pytest.raises(ValueError, match="teacher_temperature must be 1"):
+        kd.TopKKDLoss(temperature=2.0)
+    with pytest.raises(TypeError, match="topk_kd_loss got an unexpected option 'teacher_form'"):
+        kd.TopKKDLoss(teacher_form="probs")
+    with pytest.raises(TypeError, match="kd_loss got an unexpected option 'tail'"):
+        kd.KDLoss(tail="bucket")
+    assert "tail='drop'" in repr(kd.TopKKDLoss(tail="drop"))
+
+
+def test_an_id_that_was_not_checked_spoils_its_row_only(backend, monkeypatch):
+    """On a GPU and under torch.compile ids are not read before the launch: a wrong one must touch no other memory."""
+    monkeypatch.setattr(checks, "reads_values", lambda value: False)
+    s, ids, logprobs, _ = ragged(6, 50, 5, torch.float32)
+    s[-1] = 0.0
+    ids[0, 2], ids[1, 0] = 50, 2**40
+    for tail in checks.TAILS:
+        loss = kd.topk_kd_loss(s, ids, logprobs, tail=tail, reduction="none", backend=backend)
+        assert loss.isnan().tolist() == [True, True, False, False, False, False]
