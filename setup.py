@@ -68,7 +68,8 @@ def find_compiler() -> tuple[str, bool]:
     command = shlex.split(candidates[0]) + [CXX_STANDARD, "-x", "c++", "-E", "-dM", "-"]
     probe = subprocess.run(command, input="#include <cmath>\n", capture_output=True, text=True)
     if probe.returncode != 0:
-        raise CannotBuild(f"{candidates[0]} does not compile C++17: {(probe.stderr.strip() or '?').splitlines()[-1]}")
+        complaint = "".join(f": {line}" for line in probe.stderr.strip().splitlines()[-1:])
+        raise CannotBuild(f"{candidates[0]} does not compile C++17{complaint}")
     return candidates[0], "#define __x86_64__ " in probe.stdout
 
 
