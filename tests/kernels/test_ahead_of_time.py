@@ -79,7 +79,7 @@ REGISTERS = {
     "jsd": 64,
     "skew_kl": 64,
     "skew_reverse_kl": 64,
-    "alpha_beta": 96,
+    "alpha_beta": 128,
     "forward_kl-V32000-bf16": 64,
     "forward_kl-V32000-fp32": 96,
     "forward_kl-V4096-bf16": 64,
