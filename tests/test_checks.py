@@ -1,0 +1,492 @@
+"""Every error a caller can get: its type, its message, and that nothing was touched before it was raised."""
+
+import pytest
+import torch
+
+import kdkernels as kd
+from kdkernels import backends, checks
+
+N, L, V = 2, 3, 8
+NAN, INF = float("nan"), float("inf")
+
+
+def logits(*shape, dtype=torch.float32):
+    return torch.randn(shape or (N, L, V)).to(dtype)
+
+
+def labels(*values, dtype=torch.int64):
+    return torch.tensor(values or [0, 1, 2, 3, 4, 5], dtype=dtype).reshape(N, L)
+
+
+# What differs from a valid call, the error and its message.
+CALLS = {
+    # Student.
+    "student-list": ({"student": [[1.0]]}, TypeError, "student must be a torch.Tensor, got list"),
+    "student-none": ({"student": None}, TypeError, "student must be a torch.Tensor, got NoneType"),
+    "student-int": (
+        {"student": torch.ones(N, L, V, dtype=torch.int64)},
+        TypeError,
+        "student must be float32, bfloat16, float16 or float64, got int64",
+    ),
+    "student-complex": ({"student": logits().to(torch.complex64)}, TypeError, "student must be float32, .*complex64"),
+    "student-fp8": (
+        {"student": logits().to(torch.float8_e4m3fn)},
+        TypeError,
+        "student must be float32, .*float8_e4m3fn",
+    ),
+    "student-sparse": ({"student": logits(N, V).to_sparse()}, TypeError, "student must be a dense tensor, got layout"),
+    "student-0d": (
+        {"student": torch.tensor(1.0)},
+        ValueError,
+        r"student must have shape \(\.\.\., V\) with V >= 1, got \(\)",
+    ),
+    "student-V0": (
+        {"student": logits(N, L, 0)},
+        ValueError,
+        r"student must have shape \(\.\.\., V\) with V >= 1, got \(2, 3, 0\)",
+    ),
+    "student-strided": (
+        {"student": logits(N, L, 2 * V)[..., ::2]},
+        ValueError,
+        r"student must have stride 1 in the last dimension, got strides \(48, 16, 2\)",
+    ),
+    "student-transposed": (
+        {"student": logits(N, V, L).transpose(1, 2)},
+        ValueError,
+        r"student must have stride 1 in the last dimension, got strides \(24, 1, 3\)",
+    ),
+    # Teacher.
+    "teacher-none": ({"teacher": None}, TypeError, "teacher must be a torch.Tensor, got NoneType"),
+    "teacher-bool": (
+        {"teacher": torch.ones(N, L, V, dtype=torch.bool)},
+        TypeError,
+        "teacher must be float32, .* got bool",
+    ),
+    "teacher-rows": (
+        {"teacher": logits(N, L + 1, V)},
+        ValueError,
+        r"teacher must have the student's shape \(2, 3, 8\), got \(2, 4, 8\)$",
+    ),
+    "teacher-width": (
+        {"teacher": logits(N, L, V + 4)},
+        ValueError,
+        r"teacher must have the student's shape \(2, 3, 8\), got \(2, 3, 12\); pass vocab_size=",
+    ),
+    "teacher-dims": (
+        {"teacher": logits(N * L, V)},
+        ValueError,
+        r"teacher must have the student's shape .* got \(6, 8\)",
+    ),
+    "teacher-strided": (
+        {"teacher": logits(N, L, 2 * V)[..., 1::2]},
+        ValueError,
+        "teacher must have stride 1 in the last dimension, got strides",
+    ),
+    "teacher-device": (
+        {"teacher": torch.empty(N, L, V, device="meta")},
+        ValueError,
+        "teacher must be on the student's device cpu, got meta",
+    ),
+    "no-teachers": ({"teacher": []}, ValueError, "teacher must be a tensor or 1 to 4 tensors, got 0"),
+    "five-teachers": ({"teacher": [logits()] * 5}, ValueError, "teacher must be a tensor or 1 to 4 tensors, got 5"),
+    "second-teacher": (
+        {"teacher": [logits(), logits(N, L, V - 1)]},
+        ValueError,
+        r"teacher\[1\] must have the student's shape \(2, 3, 8\), got \(2, 3, 7\)",
+    ),
+    # Labels.
+    "labels-list": ({"labels": [1, 2]}, TypeError, "labels must be a torch.Tensor, got list"),
+    "labels-float": ({"labels": labels(dtype=torch.float32)}, TypeError, "labels must be int64 or int32, got float32"),
+    "labels-int8": ({"labels": labels(dtype=torch.int8)}, TypeError, "labels must be int64 or int32, got int8"),
+    "labels-shape": ({"labels": labels().flatten()}, ValueError, r"labels must have shape \(2, 3\), got \(6,\)"),
+    "labels-device": (
+        {"labels": torch.empty(N, L, dtype=torch.int64, device="meta")},
+        ValueError,
+        "labels must be on the student's device cpu, got meta",
+    ),
+    "label-high": (
+        {"labels": labels(0, 1, 2, 8, 4, 5)},
+        ValueError,
+        r"labels must be in \[0, 8\) or equal to ignore_index -100, got 8",
+    ),
+    "label-low": ({"labels": labels(0, 1, 2, -1, 4, 5)}, ValueError, r"labels must be in \[0, 8\) .* -100, got -1"),
+    "label-in-padding": (
+        {"labels": labels(0, 1, 2, 7, 4, 5), "vocab_size": 7},
+        ValueError,
+        r"labels must be in \[0, 7\) or equal to ignore_index -100, got 7",
+    ),
+    "label-other-ignore": (
+        {"labels": labels(0, 1, 2, -100, 4, 5), "ignore_index": -1},
+        ValueError,
+        "ignore_index -1, got -100",
+    ),
+    "ce-without-labels": (
+        {"labels": None, "ce_weight": 0.5},
+        ValueError,
+        "labels are required when ce_weight is not 0",
+    ),
+    # Temperatures.
+    "temperature-0": ({"temperature": 0.0}, ValueError, "temperature must be > 0, got 0.0"),
+    "temperature-negative": ({"temperature": -1}, ValueError, "temperature must be > 0, got -1"),
+    "temperature-nan": ({"temperature": NAN}, ValueError, "temperature must be finite, got nan"),
+    "temperature-inf": ({"temperature": INF}, ValueError, "temperature must be finite, got inf"),
+    "temperature-str": ({"temperature": "2"}, TypeError, "temperature must be a number, got str"),
+    "temperature-bool": ({"temperature": True}, TypeError, "temperature must be a number, got bool"),
+    "temperature-none": ({"temperature": None}, TypeError, "temperature must be a number, got NoneType"),
+    "temperature-rows": (
+        {"temperature": torch.ones(N)},
+        ValueError,
+        r"temperature must be a number or have one value per row, shape \(2, 3\), got \(2,\)",
+    ),
+    "temperature-row-0": (
+        {"temperature": torch.tensor([1.0, 2, 3, 4, 0, 6]).reshape(N, L)},
+        ValueError,
+        "temperature must be finite and > 0, got 0.0",
+    ),
+    "temperature-row-nan": (
+        {"temperature": torch.full((N, L), NAN)},
+        ValueError,
+        "temperature must be finite and > 0, got nan",
+    ),
+    "temperature-row-bool": (
+        {"temperature": torch.ones(N, L, dtype=torch.bool)},
+        TypeError,
+        "temperature must be a number or a tensor of numbers, got bool",
+    ),
+    "temperature-grad": (
+        {"temperature": torch.ones(N, L, requires_grad=True)},
+        ValueError,
+        "temperature must not require grad: it gets no gradient; detach it",
+    ),
+    "temperature-device": (
+        {"temperature": torch.ones(N, L, device="meta")},
+        ValueError,
+        "temperature must be on the student's device cpu, got meta",
+    ),
+    "teacher_temperature-0": ({"teacher_temperature": 0.0}, ValueError, "teacher_temperature must be > 0, got 0.0"),
+    "teacher_temperature-rows": (
+        {"teacher_temperature": torch.ones(N, L + 1)},
+        ValueError,
+        "teacher_temperature must be a number or have one value per row",
+    ),
+    "scale_by_t_squared": ({"scale_by_t_squared": 1}, TypeError, "scale_by_t_squared must be a bool, got int"),
+    # Weights of the terms and of the rows.
+    **{
+        f"{name}-{value}": ({name: value}, ValueError, f"{name} must be {expected}, got {value}")
+        for name in ("kd_weight", "ce_weight", "z_loss_weight")
+        for value, expected in ((-0.5, ">= 0"), (NAN, "finite"), (INF, "finite"))
+    },
+    "ce_weight-tensor": ({"ce_weight": torch.tensor(1.0)}, TypeError, "ce_weight must be a number, got Tensor"),
+    "label_smoothing-high": ({"label_smoothing": 1.1}, ValueError, r"label_smoothing must be in \[0, 1\], got 1.1"),
+    "label_smoothing-low": ({"label_smoothing": -0.1}, ValueError, r"label_smoothing must be in \[0, 1\], got -0.1"),
+    "ignore_index": ({"ignore_index": 1.5}, TypeError, "ignore_index must be an int, got float"),
+    "row_weight-str": ({"row_weight": "all"}, TypeError, "row_weight must be a number, got str"),
+    "row_weight-nan": ({"row_weight": torch.full((N, L), NAN)}, ValueError, "row_weight must be finite, got nan"),
+    "row_weight-shape": ({"row_weight": torch.ones(L, N)}, ValueError, r"row_weight .* shape \(2, 3\), got \(3, 2\)"),
+    "row_weight-grad": (
+        {"row_weight": torch.ones(N, L, requires_grad=True)},
+        ValueError,
+        "row_weight must not require grad",
+    ),
+    # Reductions.
+    "reduction": ({"reduction": "avg"}, ValueError, "reduction must be one of none, sum, mean, batchmean, got 'avg'"),
+    "reduction-none": (
+        {"reduction": None},
+        TypeError,
+        "reduction must be one of none, sum, mean, batchmean, got NoneType",
+    ),
+    "batchmean-1d": (
+        {"student": logits(V), "teacher": logits(V), "labels": None, "reduction": "batchmean"},
+        ValueError,
+        r"reduction 'batchmean' needs a batch dimension, got student of shape \(8,\)",
+    ),
+    "normalizer-none": (
+        {"normalizer": 4, "reduction": "none"},
+        ValueError,
+        "normalizer needs reduction 'sum' or 'mean', got 'none'",
+    ),
+    "normalizer-batchmean": (
+        {"normalizer": 4, "reduction": "batchmean"},
+        ValueError,
+        "normalizer needs .* got 'batchmean'",
+    ),
+    "normalizer-0": ({"normalizer": 0}, ValueError, "normalizer must be > 0, got 0"),
+    "normalizer-str": ({"normalizer": "4"}, TypeError, "normalizer must be a number, got str"),
+    "normalizer-tensor-0": ({"normalizer": torch.tensor(0)}, ValueError, "normalizer must be finite and > 0, got 0.0"),
+    "normalizer-rows": (
+        {"normalizer": torch.ones(3)},
+        ValueError,
+        r"normalizer must be a number or a tensor of one element, got shape \(3,\)",
+    ),
+    "normalizer-grad": (
+        {"normalizer": torch.tensor(3.0, requires_grad=True)},
+        ValueError,
+        "normalizer must not require grad",
+    ),
+    # Divergences.
+    "divergence": (
+        {"divergence": "kl"},
+        ValueError,
+        "divergence must be one of forward_kl, reverse_kl, jsd, .* or an instance, got 'kl'",
+    ),
+    "divergence-hidden": (
+        {"divergence": "dual_soft_ce"},
+        ValueError,
+        "divergence must be one of .* got 'dual_soft_ce'",
+    ),
+    "divergence-class": ({"divergence": kd.JSD}, TypeError, r"a name or an instance such as JSD\(0.5\), got 'JSD'"),
+    "divergence-none": ({"divergence": None}, TypeError, "divergence must be a name or an instance .* got None"),
+    "row_param-none": (
+        {"row_param": torch.full((N, L), 0.5), "divergence": "tvd"},
+        ValueError,
+        "row_param needs a divergence with a parameter per row, got 'tvd'",
+    ),
+    "row_param-number": (
+        {"row_param": 0.5, "divergence": "jsd"},
+        TypeError,
+        "row_param must be a tensor; give one number in the divergence itself",
+    ),
+    "row_param-1": (
+        {"row_param": torch.ones(N, L), "divergence": "jsd"},
+        ValueError,
+        "row_param must be finite and between 0 and 1, got 1.0",
+    ),
+    "row_param-shape": (
+        {"row_param": torch.full((L,), 0.5), "divergence": "jsd"},
+        ValueError,
+        r"row_param .* got \(3,\)",
+    ),
+    # The teacher's form.
+    "teacher_form": (
+        {"teacher_form": "logprobs"},
+        ValueError,
+        "teacher_form must be one of logits, log_probs, probs, got 'logprobs'",
+    ),
+    "teacher_weights-single": (
+        {"teacher_weights": [1.0]},
+        ValueError,
+        "teacher_weights need a sequence of teachers, got one tensor",
+    ),
+    "teacher_weights-count": (
+        {"teacher": [logits()] * 2, "teacher_weights": [0.2, 0.3, 0.5]},
+        ValueError,
+        r"teacher_weights must have shape \(2,\) or \(2, 3, 2\), got \(3,\)",
+    ),
+    "teacher_weights-rows": (
+        {"teacher": [logits()] * 2, "teacher_weights": torch.ones(L, 2)},
+        ValueError,
+        r"teacher_weights must have shape \(2,\) or \(2, 3, 2\), got \(3, 2\)",
+    ),
+    "teacher_weights-negative": (
+        {"teacher": [logits()] * 2, "teacher_weights": [-0.5, 1.5]},
+        ValueError,
+        "teacher_weights must be >= 0, got -0.5",
+    ),
+    "teacher_weights-nan": (
+        {"teacher": [logits()] * 2, "teacher_weights": torch.tensor([NAN, 1.0])},
+        ValueError,
+        "teacher_weights must be finite and >= 0",
+    ),
+    "teacher_weights-grad": (
+        {"teacher": [logits()] * 2, "teacher_weights": torch.ones(2, requires_grad=True)},
+        ValueError,
+        "teacher_weights must not require grad",
+    ),
+    "mixture": ({"mixture": "sum"}, ValueError, "mixture must be one of probs, logits, got 'sum'"),
+    # Widths and caps.
+    "vocab_size-0": ({"vocab_size": 0}, ValueError, "vocab_size must be at least 1, got 0"),
+    "vocab_size-float": ({"vocab_size": 8.0}, TypeError, "vocab_size must be an int, got float"),
+    "vocab_size-bool": ({"vocab_size": True}, TypeError, "vocab_size must be an int, got bool"),
+    "vocab_size-student": ({"vocab_size": 9}, ValueError, "vocab_size must be at most student's width 8, got 9"),
+    "vocab_size-teacher": (
+        {"vocab_size": 8, "teacher": logits(N, L, 7)},
+        ValueError,
+        "vocab_size must be at most teacher's width 7, got 8",
+    ),
+    "student_softcap": ({"student_softcap": 0.0}, ValueError, "student_softcap must be > 0, got 0.0"),
+    "teacher_softcap": ({"teacher_softcap": -1.0}, ValueError, "teacher_softcap must be > 0, got -1.0"),
+    # Switches.
+    "standardize": ({"standardize": "yes"}, TypeError, "standardize must be a bool, got str"),
+    "inplace": ({"inplace": None}, TypeError, "inplace must be a bool, got NoneType"),
+    "return_stats": ({"return_stats": 1}, TypeError, "return_stats must be a bool, got int"),
+    "inplace-strided-4d": (
+        {
+            "student": logits(2, 2, 3, 2 * V)[..., :V],
+            "teacher": logits(2, 2, 3, V),
+            "labels": None,
+            "inplace": True,
+        },
+        ValueError,
+        "inplace needs a contiguous student or at most 3 dimensions, got strides",
+    ),
+    "backend": ({"backend": "cuda"}, ValueError, "backend must be one of auto, triton, cpu, torch, got 'cuda'"),
+    "backend-triton": (
+        {"backend": "triton"},
+        ValueError,
+        "backend 'triton' cannot run this call: it runs on GPU tensors, not on cpu",
+    ),
+    # The teacher's gradient.
+    "probs-grad": (
+        {"teacher": torch.softmax(logits(), -1).requires_grad_(), "teacher_form": "probs", "backend": "cpu"},
+        ValueError,
+        "backend 'cpu' cannot run this call: (teacher probabilities get a gradient from plain PyTorch only|the C)",
+    ),
+    "mixture-grad": (
+        {"teacher": [logits().requires_grad_(), logits()], "backend": "cpu"},
+        ValueError,
+        "backend 'cpu' cannot run this call: (a mixture of teachers gets a gradient from plain PyTorch only|the C)",
+    ),
+    "inplace-grad": (
+        {"teacher": logits().requires_grad_(), "inplace": True, "backend": "cpu"},
+        ValueError,
+        "backend 'cpu' cannot run this call: (inplace cannot be combined with a teacher that requires grad|the C)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "error", "message"), CALLS.values(), ids=CALLS)
+def test_bad_calls(change, error, message, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    call = {"student": logits(), "teacher": logits(), "labels": labels(), **change}
+    tensors = [x for x in (call["student"], call["teacher"], call["labels"]) if isinstance(x, torch.Tensor)]
+    tensors = [x for x in tensors if x.device.type == "cpu" and x.layout == torch.strided and x.numel()]
+    if isinstance(call["student"], torch.Tensor) and call["student"].is_floating_point():
+        call["student"].requires_grad_()
+    before = [(x.detach().clone(), x._version) for x in tensors]
+    with pytest.raises(error, match=message):
+        kd.kd_loss(**call)
+    for tensor, (value, version) in zip(tensors, before, strict=True):
+        assert torch.equal(tensor, value) and tensor._version == version
+
+
+AT_ONCE = {
+    name: case
+    for name, case in CALLS.items()
+    if not {"student", "teacher", "labels"} & set(case[0])
+    and not any(isinstance(value, torch.Tensor) and value.dim() for value in case[0].values())
+    and name not in ("vocab_size-student", "teacher_weights-single", "row_param-number", "backend-triton")
+}
+
+
+@pytest.mark.parametrize(("change", "error", "message"), AT_ONCE.values(), ids=AT_ONCE)
+def test_the_module_finds_bad_options_when_it_is_built(change, error, message):
+    with pytest.raises(error, match=message):
+        kd.KDLoss(**change)
+
+
+def test_unknown_options_are_named():
+    with pytest.raises(TypeError, match="kd_loss got an unexpected option 'temprature'"):
+        kd.KDLoss(temprature=2.0)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'temprature'"):
+        kd.kd_loss(logits(), logits(), temprature=2.0)
+    with pytest.raises(TypeError, match="taid_loss got an unexpected option 'temprature'"):
+        kd.taid_loss(logits(), logits(), interpolation=0.5, temprature=2.0)
+
+
+PATTERNS = {
+    "taid-teacher_form": (
+        lambda: kd.taid_loss(logits(), logits(), interpolation=0.5, teacher_form="probs"),
+        TypeError,
+        "taid_loss takes no teacher_form",
+    ),
+    "taid-teacher_temperature": (
+        lambda: kd.taid_loss(logits(), logits(), interpolation=0.5, teacher_temperature=1.0),
+        TypeError,
+        "taid_loss takes no teacher_temperature",
+    ),
+    "taid-high": (
+        lambda: kd.taid_loss(logits(), logits(), interpolation=1.5),
+        ValueError,
+        r"interpolation must be in \[0, 1\], got 1.5",
+    ),
+    "taid-row": (
+        lambda: kd.taid_loss(logits(), logits(), interpolation=torch.full((N, L), -0.1)),
+        ValueError,
+        "interpolation must be finite and between 0 and 1, got -0.1",
+    ),
+    "taid-shape": (
+        lambda: kd.taid_loss(logits(), logits(N, L, V - 1), interpolation=0.5),
+        ValueError,
+        "teacher must have the student's shape",
+    ),
+    "dkd-labels": (lambda: kd.dkd_loss(logits(), logits(), None), TypeError, "labels are required by dkd_loss"),
+    "dkd-alpha": (
+        lambda: kd.dkd_loss(logits(), logits(), labels(), alpha=-1),
+        ValueError,
+        "alpha must be >= 0, got -1",
+    ),
+    "dkd-beta": (
+        lambda: kd.dkd_loss(logits(), logits(), labels(), beta="8"),
+        TypeError,
+        "beta must be a number, got str",
+    ),
+    "dkd-rows": (
+        lambda: kd.dkd_loss(logits(), logits(), labels(), temperature=torch.ones(N, L)),
+        TypeError,
+        "temperature must be a number in dkd_loss, got a tensor",
+    ),
+    "dkd-label": (
+        lambda: kd.dkd_loss(logits(), logits(), labels(0, 1, 2, 3, 4, 99)),
+        ValueError,
+        r"labels must be in \[0, 8\) .* got 99",
+    ),
+    "dkd-grad": (
+        lambda: kd.dkd_loss(logits(), logits().requires_grad_(), labels()),
+        ValueError,
+        "teacher must not require grad in dkd_loss: it gets no gradient; detach it",
+    ),
+    "mse-centered": (
+        lambda: kd.logit_mse_loss(logits(), logits(), centered=1),
+        TypeError,
+        "centered must be a bool, got int",
+    ),
+    "mse-shape": (
+        lambda: kd.logit_mse_loss(logits(), logits(N, L, V + 1)),
+        ValueError,
+        "teacher must have the student's shape",
+    ),
+    "mse-grad": (
+        lambda: kd.logit_mse_loss(logits(), logits().requires_grad_()),
+        ValueError,
+        "teacher must not require grad in logit_mse_loss",
+    ),
+    "mse-normalizer": (
+        lambda: kd.logit_mse_loss(logits(), logits(), reduction="none", normalizer=3),
+        ValueError,
+        "normalizer needs reduction 'sum' or 'mean'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "message"), PATTERNS.values(), ids=PATTERNS)
+def test_bad_calls_of_the_other_losses(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_a_backend_that_is_not_there_says_why(monkeypatch):
+    monkeypatch.setattr(backends.cpu, "load_error", lambda: "the C++ extension was not built")
+    with pytest.raises(ValueError, match="backend 'cpu' cannot run this call: the C.. extension was not built"):
+        kd.kd_loss(logits(), logits(), backend="cpu")
+    # "auto" goes on to the next, and gives the same.
+    student, teacher = logits(), logits()
+    assert torch.equal(kd.kd_loss(student, teacher), kd.kd_loss(student, teacher, backend="torch"))
+
+
+def test_stride_does_not_matter_where_there_is_one_column(backend):
+    student, teacher = logits(N, L, 4)[..., 1:2], logits(N, L, 1)
+    assert kd.kd_loss(student, teacher, backend=backend).abs() < 1e-6
+
+
+def test_a_label_out_of_range_is_no_label_when_it_is_ignored(backend):
+    wild = labels(0, 1, 10**15, 3, 4, 10**15)
+    loss = kd.kd_loss(logits(), logits(), wild, ce_weight=1.0, ignore_index=10**15, reduction="none", backend=backend)
+    assert torch.isfinite(loss).all() and (loss == 0).flatten().tolist() == [False, False, True] * 2
+
+
+def test_values_on_a_gpu_are_read_in_debug_mode_only(monkeypatch):
+    """Reading them waits for the device. A tensor on the meta device stands for one on a GPU: it has no values."""
+    there = torch.empty(3, device="meta")
+    assert checks.reads_values(torch.empty(3)) and not checks.reads_values(there)
+    monkeypatch.setenv("KDKERNELS_DEBUG", "1")
+    assert checks.reads_values(there)
