@@ -200,7 +200,7 @@ def per_row(
     return flat.reshape(()).expand(num_rows) if value.numel() == 1 and num_rows != 1 else flat.reshape(-1)
 
 
-def normalizer_like(value: Any, reduction: str, student: Tensor) -> Any:
+def normalizer_like(value: Any, reduction: str, student: Optional[Tensor] = None) -> Any:
     """A positive number or a 0-d tensor, for the reductions that it can stand in for."""
     if value is None:
         return None
@@ -214,7 +214,7 @@ def normalizer_like(value: Any, reduction: str, student: Tensor) -> Any:
         raise ValueError("normalizer must not require grad: it gets no gradient; detach it")
     if reads_values(value) and not 0.0 < float(value) < math.inf:
         raise ValueError(f"normalizer must be finite and > 0, got {float(value)}")
-    return value.detach().to(student.device)
+    return value.detach().to(value.device if student is None else student.device)
 
 
 def inplace_allowed(student: Tensor) -> None:

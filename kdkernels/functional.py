@@ -485,8 +485,10 @@ def check_options(owner: str, options: dict[str, Any], defaults: dict[str, Any] 
     get = {**DEFAULTS, **options}
     resolved = divergences.resolve(get["divergence"])
     for name in ("temperature", "teacher_temperature"):
-        if get[name] is not None and not isinstance(get[name], Tensor):
+        if not isinstance(get[name], Tensor) and (name == "temperature" or get[name] is not None):
             checks.number(name, get[name], low=0.0, exclusive_low=True)
+    if get["row_weight"] is not None and not isinstance(get["row_weight"], Tensor):
+        checks.number("row_weight", get["row_weight"])
     for name in ("scale_by_t_squared", "standardize", "inplace", "return_stats"):
         checks.flag(name, get[name])
     for name in ("kd_weight", "ce_weight", "z_loss_weight"):
@@ -494,6 +496,7 @@ def check_options(owner: str, options: dict[str, Any], defaults: dict[str, Any] 
     checks.number("label_smoothing", get["label_smoothing"], low=0.0, high=1.0)
     checks.integer("ignore_index", get["ignore_index"])
     checks.reduction_name(get["reduction"])
+    checks.normalizer_like(get["normalizer"], get["reduction"])
     checks.choice("teacher_form", get["teacher_form"], checks.TEACHER_FORMS)
     checks.choice("mixture", get["mixture"], checks.MIXTURES)
     if get["vocab_size"] is not None:
