@@ -53,13 +53,15 @@ class RowLoss(torch.autograd.Function):
             torch.autograd.graph.increment_version(student)
         ctx.save_for_backward(dstudent, dteacher)
         ctx.mark_non_differentiable(stats)
+        ctx.backend = launch.backend
         return (rows if per_row else rows.sum()), stats
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dloss: Tensor, _: Any) -> tuple[Any, ...]:
         dstudent, dteacher = ctx.saved_tensors
-        backend = "torch" if torch.compiler.is_compiling() else ""
+        # A graph cannot write to what forward saved.
+        backend = "torch" if torch.compiler.is_compiling() else ctx.backend
         return (_scaled(dstudent, dloss, backend), _scaled(dteacher, dloss, backend), None, None, None, None, None)
 
 
@@ -123,7 +125,7 @@ def _scaled(grad: Optional[Tensor], dloss: Tensor, backend: str) -> Optional[Ten
     if backend == "torch" or _graph_is_kept():
         factor = dloss if dloss.dim() == 0 else dloss.reshape(*grad.shape[:-1], 1)
         return grad * factor.to(grad.dtype)
-    ops.op("scale_grad", "cpu" if grad.device.type == "cpu" else "triton")(as_rows((grad,))[0], dloss)
+    ops.op("scale_grad", backend)(as_rows((grad,))[0], dloss)
     return grad
 
 
