@@ -79,6 +79,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, help="T of teacher and student; the loss has Hinton's factor T^2")
     parser.add_argument("--steps", type=int, help="training steps of each student")
     parser.add_argument("--batch-size", type=int, help="examples per step")
+    parser.add_argument("--threads", type=int, help="CPU threads of PyTorch")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches; both runs use the same")
     parser.add_argument("--output-dir", type=Path, default=Path("out"), help="where the plot and the JSON file go")
     parser.add_argument("--cache-dir", type=Path, default=_user_cache(), help="where trained teachers are kept")
@@ -101,6 +102,8 @@ def parse(parser: argparse.ArgumentParser, defaults: dict[str, Any], quick: dict
         parser.error("--device cuda: this torch finds no GPU")
     if args.batch_size < 1:
         parser.error(f"--batch-size must be at least 1, got {args.batch_size}")
+    if args.threads < 1:
+        parser.error(f"--threads must be at least 1, got {args.threads}")
     if args.steps < WARM_UP_STEPS + 2:
         parser.error(
             f"--steps must be at least {WARM_UP_STEPS + 2}, of which {WARM_UP_STEPS} warm up, got {args.steps}"
@@ -112,6 +115,13 @@ def parse(parser: argparse.ArgumentParser, defaults: dict[str, Any], quick: dict
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+def prepare(args: argparse.Namespace) -> torch.device:
+    """Set threads and seed, which every process has of its own; return the device."""
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    return pick_device(args.device)
 
 
 def pick_device(name: str) -> torch.device:
@@ -314,10 +324,9 @@ def report(example: Example, args: argparse.Namespace, eager: Run, fused: Run) -
     return 0 if agree else 1
 
 
-def describe(device: torch.device) -> str:
+def describe(device: torch.device, threads: int) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
     return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
@@ -354,11 +363,10 @@ def _table(example: Example, eager: Run, fused: Run) -> str:
 def _record(
     example: Example, args: argparse.Namespace, eager: Run, fused: Run, worst: float, agree: bool
 ) -> dict[str, Any]:
-    device = pick_device(args.device)
     return {
         "example": example.name,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "kdkernels": kd.__version__},
-        "device": describe(device),
+        "device": describe(pick_device(args.device), args.threads),
         "logits": example.shape,
         "options": {k: v for k, v in vars(args).items() if not isinstance(v, Path)},
         "teacher": {"score": example.teacher_score, "trained_now": example.teacher_trained},
@@ -393,7 +401,7 @@ def _draw(
     ((curve, gap), (duration, memory)) = figure.subplots(2, 2, height_ratios=(3, 2))
     figure.suptitle(
         f"{example.title}\n"
-        f"logits {example.shape}, {describe(pick_device(args.device))}, torch {torch.__version__}, "
+        f"logits {example.shape}, {describe(pick_device(args.device), args.threads)}, torch {torch.__version__}, "
         f"kdkernels {kd.__version__} (backend {fused.backend})",
         fontsize=10,
     )

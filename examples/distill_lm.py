@@ -19,7 +19,13 @@ from torch import Tensor, nn
 import common
 import corpus
 
-DEFAULTS = {"steps": 150, "batch_size": 8, "temperature": 2.0, "teacher_steps": 600}
+DEFAULTS = {
+    "steps": 120,
+    "batch_size": 8,
+    "temperature": 2.0,
+    "teacher_steps": 450,
+    "threads": torch.get_num_threads(),
+}
 QUICK = {"steps": 12, "batch_size": 4, "teacher_steps": 20}
 TEACHER = {"width": 128, "layers": 3}
 STUDENT = {"width": 64, "layers": 2}
@@ -112,11 +118,10 @@ def perplexity(model: nn.Module, tokens: Tensor) -> float:
 
 
 def train_teacher(args: argparse.Namespace) -> dict[str, Any]:
-    device = common.pick_device(args.device)
+    device = common.prepare(args)
     print("teacher: reading the text and training the vocabulary")
     training, held_out = (tokens.to(device) for tokens in tokenize(args.vocabulary))
     print(f"teacher: {len(training)} tokens to train on, {len(held_out)} held out")
-    torch.manual_seed(args.seed)
     model = LanguageModel(args.vocabulary, **TEACHER)
     model.to(device).start_from(training)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
@@ -138,11 +143,10 @@ def train_teacher(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def distill(name: str, args: argparse.Namespace, teacher_path: Path) -> common.Run:
-    device = common.pick_device(args.device)
+    device = common.prepare(args)
     saved = torch.load(teacher_path, map_location=device, weights_only=True)
     teacher = LanguageModel(args.vocabulary, **TEACHER).to(device).eval()
     teacher.load_state_dict(saved["weights"])
-    torch.manual_seed(args.seed)
     student = LanguageModel(args.vocabulary, **STUDENT).to(device)
     student.start_from(saved["training"])
     return common.distill(

@@ -27,8 +27,9 @@ def cache_dir(tmp_path_factory):
 def run(name, cache_dir, output_dir, *options):
     """Run an example and return what it printed and the record it wrote."""
     command = [sys.executable, EXAMPLES / f"{name}.py", "--quick", "--cache-dir", cache_dir, "--output-dir", output_dir]
+    command += ["--threads", "1"]
     path = os.pathsep.join([str(EXAMPLES.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}
+    environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run([*command, *options], capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done, json.loads((output_dir / f"{name}.json").read_text())
@@ -104,7 +105,7 @@ def test_exit_status_says_whether_the_curves_agree(common, tmp_path, capsys, cha
 
     curve = [1.0 / step for step in range(1, 21)]
     changed = [loss * change if step == 13 else loss for step, loss in enumerate(curve)]
-    args = argparse.Namespace(output_dir=tmp_path, device="cpu", divergence="forward_kl", temperature=1.0, steps=20)
+    args = argparse.Namespace(output_dir=tmp_path, device="cpu", divergence="forward_kl", temperature=1.0, threads=1)
     example = common.Example("fake", "Fake", "accuracy", ".1%", 0.95, False, 1e-3, "[2, 10]")
     assert common.report(example, args, make_run("eager PyTorch", curve), make_run("kdkernels", changed)) == status
     assert ("THEY DO NOT AGREE" in capsys.readouterr().out) == (status == 1)
