@@ -139,7 +139,7 @@ def dense_rows(
         scale = squared(temperature) if scale_by_t_squared else 1.0
         d = divergences.TABLE[divergence](logp, logq, column(params[0]), params[1])
         # The derivative of a NaN need not be NaN (that of abs is 0): the gradient must show what the loss shows.
-        d = torch.where(torch.isnan(d), d * d.detach(), d)
+        d = d * torch.where(torch.isnan(d), d.detach(), torch.ones_like(d))
         loss = kd_weight * scale * d
     lse = torch.logsumexp(capped, -1) if ce_weight or z_loss_weight or stats else torch.zeros_like(loss)
     ce = torch.zeros_like(loss)
