@@ -134,7 +134,7 @@ def topk_rows(
     d = _divergence(logq, picked, ids, used, outside, teacher, tail, divergence, params)
     d = torch.where(teacher.known, d, 0.0) + torch.where(spoilt, torch.nan, 0.0)
     # As in dense_rows: the derivative of a NaN need not be NaN.
-    d = torch.where(torch.isnan(d), d * d.detach(), d)
+    d = d * torch.where(torch.isnan(d), d.detach(), torch.ones_like(d))
 
     zero = torch.zeros_like(d)
     loss = zero
