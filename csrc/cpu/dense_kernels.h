@@ -455,7 +455,7 @@ void value_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>
       Io<X>::load2(s + block, s2, s3);
       Io<X>::load2(t, t0, t1);
       Io<X>::load2(t + block, t2, t3);
-      const Quad p = load4<C>(et_io) * quad(ip), q = load4<C>(es_in) * quad(iq);
+      const Quad p = unfused(load4<C>(et_io) * quad(ip)), q = unfused(load4<C>(es_in) * quad(iq));
       // Where the guard bounds the logits, one multiplication is exact enough.
       const Quad logp = GUARDED ? Quad({t0, t1}, {t2, t3}) * quad(ct) - quad(rt)
                                 : Quad({at(t0), at(t1)}, {at(t2), at(t3)}) * quad(ln2) - quad(lzt);
@@ -471,10 +471,10 @@ void value_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>
       V s0, s1, t0, t1, value0, score0, value1, score1;
       Io<X>::load2(s, s0, s1);
       Io<X>::load2(t, t0, t1);
-      F::template eval<GUARDED>(parameters, load<V>(et_io) * ip, at(t0) * ln2 - lzt, load<V>(es_in) * iq,
-                                as(s0) * ln2 - lzs, value0, score0);
-      F::template eval<GUARDED>(parameters, load<V>(et_io + kLanes<C>) * ip, at(t1) * ln2 - lzt,
-                                load<V>(es_in + kLanes<C>) * iq, as(s1) * ln2 - lzs, value1, score1);
+      F::template eval<GUARDED>(parameters, unfused(load<V>(et_io) * ip), at(t0) * ln2 - lzt,
+                                unfused(load<V>(es_in) * iq), as(s0) * ln2 - lzs, value0, score0);
+      F::template eval<GUARDED>(parameters, unfused(load<V>(et_io + kLanes<C>) * ip), at(t1) * ln2 - lzt,
+                                unfused(load<V>(es_in + kLanes<C>) * iq), as(s1) * ln2 - lzs, value1, score1);
       local_values += value0 + value1;
       local_scores += score0 + score1;
       store(et_io, score0);
@@ -560,8 +560,8 @@ void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k
           g0 = c0 + es0 * a;
           g1 = c0 + es1 * a;
         }
-        g0 = plus_ce<CE, C>(g0 - load<V>(et_in) * b, es0, e1_in, c1);
-        g1 = plus_ce<CE, C>(g1 - load<V>(et_in + kLanes<C>) * b, es1, e1_in + kLanes<C>, c1);
+        g0 = plus_ce<CE, C>(g0 - unfused(load<V>(et_in) * b), es0, e1_in, c1);
+        g1 = plus_ce<CE, C>(g1 - unfused(load<V>(et_in + kLanes<C>) * b), es1, e1_in + kLanes<C>, c1);
         if (STREAM && i >= stream_begin && i < stream_end) {
           Io<X>::template store2<true>(to, g0, g1);
         } else {

@@ -186,6 +186,18 @@ KDK_INLINE VecD kdk_exp(VecD x) {
   return y;
 }
 
+// The rounded value of a product: the compiler may not fuse it into the sum that follows. Where student and teacher
+// agree, two such products cancel exactly.
+template <class V>
+KDK_INLINE V unfused(V v) {
+#if defined(__x86_64__)
+  asm("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
+
 // Two values that go through the same instructions side by side, and pairs of pairs. A functor's chain of dependent
 // instructions outlasts the window in which the processor looks for independent ones; written four abreast they stand
 // next to each other.
@@ -224,6 +236,10 @@ KDK_INLINE Pair<T> operator-(const Pair<T>& x) {
 template <class M, class T>
 KDK_INLINE Pair<T> kdk_where(const Pair<M>& mask, const Pair<T>& x, const Pair<T>& y) {
   return Pair<T>(kdk_where(mask.a, x.a, y.a), kdk_where(mask.b, x.b, y.b));
+}
+template <class T>
+KDK_INLINE Pair<T> unfused(const Pair<T>& x) {
+  return Pair<T>(unfused(x.a), unfused(x.b));
 }
 template <class T>
 KDK_INLINE T horizontal(const Pair<T>& x) {
