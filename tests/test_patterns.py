@@ -36,7 +36,11 @@ def oracle(textbook, student, teacher, unit):
 @pytest.mark.parametrize("interpolation", [0.0, 0.3, 1.0, "rows"])
 def test_taid_is_kd_towards_the_interpolated_teacher(kind, dtype, interpolation, backend):
     student, teacher, labels = inputs(kind, 1000, dtype)
-    lam = torch.linspace(0, 1, ROWS, dtype=torch.float64) if interpolation == "rows" else torch.tensor(interpolation)
+    lam = (
+        torch.linspace(0, 1, ROWS, dtype=torch.float64)
+        if interpolation == "rows"
+        else torch.tensor(interpolation, dtype=torch.float64)
+    )
     weights = torch.stack([1 - lam, lam], -1).expand(ROWS, 2)
     options = {"temperature": 2.0, "ce_weight": 0.3, "reduction": "none"}
 
@@ -302,7 +306,7 @@ def test_standardised_logits_of_a_row_without_spread(backend):
 def test_mixtures(mixture, count, dtype, backend):
     student, first, labels = inputs("normal", 1000, dtype)
     teachers = [testing.make_inputs("normal", ROWS, 1000, DTYPES[dtype], seed)[1] for seed in range(1, count)]
-    weights = torch.softmax(torch.arange(float(count)), 0)
+    weights = torch.softmax(torch.arange(count, dtype=torch.float64), 0)
     options = {"teacher_weights": weights.tolist(), "mixture": mixture, "temperature": 1.5, "divergence": "jsd"}
     testing.check_kd_loss(student, [first, *teachers], labels, backend=backend, **options)
 

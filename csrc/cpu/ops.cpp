@@ -44,7 +44,8 @@ namespace {
 
 bool cpu_has_avx2() {
 #if defined(KDK_HAVE_AVX2)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  // Every processor with AVX2 has F16C, a name that Clang did not know before version 15.
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #else
   return false;
 #endif

@@ -32,7 +32,8 @@ def test_every_pattern_has_a_launcher():
     pytest.importorskip("triton")
     from kdkernels import ops
 
-    assert set(kdkernels.kernels.launchers()) == set(ops.SCHEMAS)
+    missing = {pattern for pattern, backends in ops.NOT_YET.items() if "triton" in backends}
+    assert set(kdkernels.kernels.launchers()) == set(ops.SCHEMAS) - missing
 
 
 @pytest.mark.parametrize("warp", [32, 64])
