@@ -78,6 +78,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--divergence", choices=tuple(EAGER_DIVERGENCES), default="forward_kl", help="what to minimise")
     parser.add_argument("--temperature", type=float, help="T of teacher and student; the loss has Hinton's factor T^2")
     parser.add_argument("--steps", type=int, help="training steps of each student")
+    parser.add_argument("--teacher-steps", type=int, help="training steps of the teacher")
     parser.add_argument("--batch-size", type=int, help="examples per step")
     parser.add_argument("--threads", type=int, help="CPU threads of PyTorch")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches; both runs use the same")
@@ -100,10 +101,9 @@ def parse(parser: argparse.ArgumentParser, defaults: dict[str, Any], quick: dict
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this torch finds no GPU")
-    if args.batch_size < 1:
-        parser.error(f"--batch-size must be at least 1, got {args.batch_size}")
-    if args.threads < 1:
-        parser.error(f"--threads must be at least 1, got {args.threads}")
+    for name in ("batch_size", "threads", "teacher_steps"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.steps < WARM_UP_STEPS + 2:
         parser.error(
             f"--steps must be at least {WARM_UP_STEPS + 2}, of which {WARM_UP_STEPS} warm up, got {args.steps}"

@@ -104,7 +104,6 @@ def distill(name: str, args: argparse.Namespace, teacher_path: Path) -> common.R
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_options(parser)
-    parser.add_argument("--teacher-steps", type=int, help="training steps of the teacher")
     args = common.parse(parser, DEFAULTS, QUICK)
 
     config = {

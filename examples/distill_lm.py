@@ -163,7 +163,6 @@ def distill(name: str, args: argparse.Namespace, teacher_path: Path) -> common.R
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_options(parser)
-    parser.add_argument("--teacher-steps", type=int, help="training steps of the teacher")
     parser.add_argument("--vocabulary", type=int, default=8192, help="size of the BPE vocabulary")
     args = common.parse(parser, DEFAULTS, QUICK)
 

@@ -114,3 +114,52 @@ def test_lmops_38_a_batch_of_ignored_rows_is_zero(backend):
     student, teacher = torch.full((2, 5), float("nan")), torch.randn(2, 5)
     loss, grad = loss_and_grad(student, teacher, torch.tensor([-100, -100]), ce_weight=1.0, backend=backend)
     assert loss == 0 and not grad.any()
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd", "jeffreys", "skew_reverse_kl"])
+@pytest.mark.parametrize("temperature", [0.05, 0.5])
+def test_soup_719_low_temperatures_have_finite_gradients(backend, divergence, temperature):
+    """Reverse KL through ``F.kl_div`` with a differentiable target: a finite loss, and NaN in the gradient."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(4, 200) * 10, torch.randn(4, 200) * 10
+    loss, grad = loss_and_grad(student, teacher, divergence=divergence, temperature=temperature, backend=backend)
+    assert torch.isfinite(loss) and torch.isfinite(grad).all() and grad.any()
+
+
+def test_liger_12_nearly_equal_models_in_bf16_are_nearly_equal(backend):
+    """Sums in bf16 gave 1.0e-3 where fp32 gave 7.8e-7: the inputs are rounded, the arithmetic must not be."""
+    torch.manual_seed(0)
+    teacher = (torch.randn(16, 5000) * 3).bfloat16()
+    student = torch.where(torch.rand(16, 5000) < 0.01, teacher * 1.01, teacher)
+    loss, _ = loss_and_grad(student, teacher, divergence="jsd", backend=backend)
+    truth, _ = loss_and_grad(student.double(), teacher.double(), divergence="jsd", backend="torch")
+    assert abs(loss.double() - truth) < 1e-6 and 1e-7 < truth < 1e-3
+
+
+def test_pytorch_57459_forward_kl_is_of_the_teacher_to_the_student(backend):
+    """``F.kl_div(input, target)`` is ``KL(target || input)``: the teacher is the target of forward KL."""
+    teacher, student = torch.tensor([[0.9, 0.1]]).log(), torch.tensor([[0.5, 0.5]]).log()
+    there = 0.9 * torch.tensor(0.9 / 0.5).log() + 0.1 * torch.tensor(0.1 / 0.5).log()
+    back = 0.5 * torch.tensor(0.5 / 0.9).log() + 0.5 * torch.tensor(0.5 / 0.1).log()
+    torch.testing.assert_close(kd.kd_loss(student, teacher, backend=backend), there)
+    torch.testing.assert_close(kd.kd_loss(student, teacher, divergence="reverse_kl", backend=backend), back)
+
+
+def test_trl_5731_labels_alone_mix_no_cross_entropy_in(backend):
+    """Defaults that mixed half a cross entropy in, at another temperature, trained another objective for months."""
+    torch.manual_seed(0)
+    student, teacher, labels = torch.randn(4, 30), torch.randn(4, 30), torch.tensor([1, 2, 3, 4])
+    with_labels = loss_and_grad(student, teacher, labels, backend=backend)
+    without = loss_and_grad(student, teacher, backend=backend)
+    # The divisor is a tensor with labels and a number without: equal to rounding.
+    for one, other in zip(with_labels, without, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+
+
+def test_axolotl_2692_losses_are_not_negative(backend):
+    torch.manual_seed(0)
+    teacher = torch.randn(64, 3000) * 4
+    student = teacher + torch.randn(64, 3000) * 1e-3
+    for divergence in ("forward_kl", "reverse_kl", "jsd", "tvd", "skew_kl", "jeffreys"):
+        loss, _ = loss_and_grad(student, teacher, divergence=divergence, reduction="none", backend=backend)
+        assert loss.min() >= -1e-6, divergence

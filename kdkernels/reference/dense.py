@@ -68,14 +68,16 @@ def _teacher_log_probs(
     return torch.logsumexp(torch.stack(terms), 0)
 
 
-def cross_entropy(logits: Tensor, lse: Tensor, labels: Tensor, counted: Tensor, label_smoothing: float) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, counted: Tensor, label_smoothing: float) -> Tensor:
     """Cross entropy of each row ``[N]``; NaN for a label out of range in a row that counts."""
     columns = logits.shape[-1]
     inside = (labels >= 0) & (labels < columns)
-    picked = logits.gather(1, labels.clamp(0, columns - 1)[:, None]).squeeze(1)
+    # Not logsumexp less the logit: of logits of 1e4 that would leave three digits, in the gradient too.
+    log_probs = torch.log_softmax(logits, -1)
+    picked = log_probs.gather(1, labels.clamp(0, columns - 1)[:, None]).squeeze(1)
     picked = torch.where(inside | ~counted, picked, torch.full_like(picked, float("nan")))
-    ce = lse - (1 - label_smoothing) * picked
-    return ce - label_smoothing * logits.mean(-1) if label_smoothing else ce
+    ce = (label_smoothing - 1) * picked
+    return ce - label_smoothing * log_probs.mean(-1) if label_smoothing else ce
 
 
 def dense_rows(
@@ -144,7 +146,7 @@ def dense_rows(
     lse = torch.logsumexp(capped, -1) if ce_weight or z_loss_weight or stats else torch.zeros_like(loss)
     ce = torch.zeros_like(loss)
     if ce_weight and labels is not None:
-        ce = cross_entropy(capped, lse, labels, counted, label_smoothing)
+        ce = cross_entropy(capped, labels, counted, label_smoothing)
         loss = loss + ce_weight * ce
     if z_loss_weight:
         loss = loss + z_loss_weight * lse.square()

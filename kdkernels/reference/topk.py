@@ -143,7 +143,7 @@ def topk_rows(
     lse = torch.logsumexp(capped, -1) if ce_weight or z_loss_weight or stats else zero
     ce = zero
     if ce_weight and labels is not None:
-        ce = cross_entropy(capped, lse, labels, counted, label_smoothing)
+        ce = cross_entropy(capped, labels, counted, label_smoothing)
         loss = loss + ce_weight * ce
     if z_loss_weight:
         loss = loss + z_loss_weight * lse.square()
