@@ -805,8 +805,8 @@ RowResult objective_row(const DenseArgs& args, const RowNumbers& num, const X* s
       terms.kst = f * iq * kLn2 * (k.c_qp + k.c_qq);
     }
   } else {
-    // A NaN logit has spoilt the whole row; functors see none.
-    double score_sum = std::isnan(sums.zs + sums.zt) ? std::numeric_limits<double>::quiet_NaN() : 0;
+    // A NaN logit has spoilt the whole row, and a row of -inf has no distribution; functors see neither.
+    double score_sum = !(sums.zs > 0 && sums.zt > 0) ? std::numeric_limits<double>::quiet_NaN() : 0;
     d = score_sum;
     const Params<Vec<C>> params{Vec<C>{} + C(num.param0), Vec<C>{} + C(args.param1)};
     // A guard watched every tile of a trusted row but the padded ones.
