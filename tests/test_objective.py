@@ -15,8 +15,8 @@ NUM_ROWS, VOCAB = 13, 300
 IGNORE = -100
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
-# One whose gradient needs no logarithm, one that needs both, one of three sweeps, one with a jump.
-some_divergences = pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "tvd"])
+# One whose gradient needs no logarithm, one that needs both, one of three sweeps.
+some_divergences = pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
 
 
 def per_row(low, high, seed):
@@ -98,7 +98,7 @@ def losses(labels, backend, **options):
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@dtypes
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp64"])
 @some_divergences
 def test_options(options, dtype, divergence, backend):
     student, teacher, labels = make_case(options, DTYPES[dtype])
@@ -107,8 +107,9 @@ def test_options(options, dtype, divergence, backend):
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_options_over_several_tiles(options, backend):
-    student, teacher, labels = make_case(options, torch.float32, vocab_size=5000)
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_options_over_several_tiles(options, dtype, backend):
+    student, teacher, labels = make_case(options, DTYPES[dtype], vocab_size=5000)
     options = {key: value for key, value in options.items() if key != "vocab_size"}
     with testing.poisoned_memory():
         testing.check_kd_loss(student, teacher, labels, divergence="jeffreys", backend=backend, **options)

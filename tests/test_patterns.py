@@ -11,7 +11,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 ROWS = 6
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
-vocabularies = pytest.mark.parametrize("vocab_size", [2, 7, 1000, 5000], ids=lambda v: f"V{v}")
+vocabularies = pytest.mark.parametrize("vocab_size", [2, 7, 33, 5000], ids=lambda v: f"V{v}")
 # No -inf: DKD's distribution over the other classes has them, the other two patterns have no use for them.
 kinds = pytest.mark.parametrize("kind", ["normal", "near", "equal", "flat", "huge", "late", "peaked", "spread"])
 
@@ -137,17 +137,27 @@ DKD = {
 }
 
 
-@kinds
-@dtypes
-@vocabularies
-@pytest.mark.parametrize("options", DKD.values(), ids=DKD)
-def test_dkd(kind, dtype, vocab_size, options, backend):
+def check_dkd(kind, dtype, vocab_size, options, backend):
     student, teacher, labels = inputs(kind, vocab_size, dtype)
     unit = dkd_unit(student, teacher, labels, dtype, **options)
     with testing.poisoned_memory():
         oracle(lambda s, t: textbook_dkd(s, t, labels, **options), student, teacher, unit).check(
             lambda s, t: kd.dkd_loss(s, t, labels, reduction="none", backend=backend, **options)
         )
+
+
+@kinds
+@dtypes
+@pytest.mark.parametrize("options", DKD.values(), ids=DKD)
+def test_dkd(kind, dtype, options, backend):
+    check_dkd(kind, dtype, 1000, options, backend)
+
+
+@vocabularies
+@dtypes
+@pytest.mark.parametrize("options", DKD.values(), ids=DKD)
+def test_dkd_of_any_number_of_classes(vocab_size, dtype, options, backend):
+    check_dkd("normal", dtype, vocab_size, options, backend)
 
 
 def test_dkd_puts_the_kl_together_again(backend):
@@ -203,7 +213,7 @@ def textbook_mse(student, teacher, labels, centered):
 
 @kinds
 @dtypes
-@vocabularies
+@pytest.mark.parametrize("vocab_size", [7, 5000], ids=lambda v: f"V{v}")
 @pytest.mark.parametrize("centered", [False, True], ids=["", "centered"])
 def test_mse(kind, dtype, vocab_size, centered, backend):
     student, teacher, labels = inputs(kind, vocab_size, dtype)
