@@ -74,8 +74,10 @@ struct SkewKl {
   KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V, V& value, V& score) {
     const V zero = V{}, rest = zero + 1.0f - k.x0;
     const V m = k.x0 * p + rest * q;
-    value = kdk_weigh<GUARDED>(p, logp - kdk_log_of<GUARDED>(m));
-    score = kdk_where(p > zero, -rest * p * (q / m), zero);
+    // m may be 0 where the weight is not: alpha times it rounds to 0 for the smallest numbers.
+    const auto some = (m > zero) & (p > zero);
+    value = kdk_where(some, p * (logp - kdk_log_of<GUARDED>(m)), zero);
+    score = kdk_where(some, -rest * p * (q / m), zero);
   }
 };
 
@@ -85,8 +87,9 @@ struct SkewReverseKl {
   KDK_HD static void eval(const Params<V>& k, V p, V, V q, V logq, V& value, V& score) {
     const V zero = V{};
     const V m = k.x0 * q + (zero + 1.0f - k.x0) * p;
-    value = kdk_weigh<GUARDED>(q, logq - kdk_log_of<GUARDED>(m));
-    score = kdk_where(q > zero, value + q * (zero + 1.0f - k.x0 * (q / m)), zero);
+    const auto some = (m > zero) & (q > zero);
+    value = kdk_where(some, q * (logq - kdk_log_of<GUARDED>(m)), zero);
+    score = kdk_where(some, value + q * (zero + 1.0f - k.x0 * (q / m)), zero);
   }
 };
 
