@@ -15,6 +15,7 @@
 #include <kdkernels/divergences.h>
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #define KDK_LAMBDA_INLINE __attribute__((always_inline))
@@ -34,11 +35,7 @@ constexpr int64_t kPrefetchBytes = 4096;
 // aligning the writes costs more than it saves.
 constexpr int64_t kStreamBytes = int64_t(8) << 20, kStreamRowBytes = 4 << 10;
 
-// Which sums over e^x sweep 1 makes: of et (xt - xs), and of es (xs - xt) with both entropies' terms.
-// How much sweep 1 trusts a row. kTrusting leaves the bounds of exp2_fast to a guard that is asked once a tile;
-// kClamping bounds every x; kMasking also keeps -inf from meeting 0. A row that needs more care than the last passes it
-// on to the rows after it.
-enum Care { kTrusting, kClamping, kMasking };
+// Which sums over e^x sweep 1 makes: of et (xt - xs), of es (xs - xt), or both with both entropies' terms.
 enum Sums { kNoSums = 0, kForward = 1, kReverse = 2, kAll = 3 };
 // What carries the exponentials at temperature 1 for cross entropy and z-loss.
 enum CeSource { kCeNone, kCeSame, kCeSquare, kCeOwn };
@@ -71,10 +68,14 @@ struct Affine {
   KDK_INLINE Vec<C> operator()(Vec<C> x) const { return relative(x, c, r, m); }
   double reference() const { return scaled_reference(c, r, m); }
   double scalar(double x) const { return x * double(c) - reference(); }
-  // The logits between which x stays within the bounds of exp2_fast, with room for roundings.
-  float lowest() const { return float((reference() - 126.0) / double(c)); }
-  float highest() const { return float((reference() + 126.0) / double(c)); }
-  bool bounds_logits() const { return lowest() < 0 && highest() > 0; }
+  // What exp2_of_logit takes.
+  float scale() const { return float(c) * kUnit; }
+  float bias() const { return 2.0f + float(127 - reference()) * kUnit; }
+  // Differences of logits that are this small lose nothing to rounding, whatever they stand for.
+  bool trusts(const Affine& other) const {
+    return std::abs(reference()) <= 126 && std::abs(other.reference()) <= 126 &&
+           std::abs(reference() - other.reference()) <= 32;
+  }
 };
 
 template <class C>
@@ -82,8 +83,10 @@ Affine<C> affine(double c, double maximum) {
   const C cc = C(c);
   // A row that starts with -inf gets a finite reference, from which its first tile forces a new one.
   const C m = C(std::max(maximum, -1e30));
-  return {cc, C(double(m) * double(cc)), m};
+  return {cc, C(std::nearbyint(double(m) * double(cc))), m};
 }
+
+enum Part { kWhole, kBody, kEdges };
 
 // One row of both models, cut into aligned blocks, with what does not fill a block copied to padded ones.
 template <class X>
@@ -133,11 +136,23 @@ struct Row {
   }
 
   // Calls visit(s, t, blocks, slot, first, valid) for the pieces of a tile in order; valid < kBlock marks a padded
-  // block.
-  template <class Visit>
+  // block, which belongs to the edges.
+  template <Part PART = kWhole, class Visit>
   KDK_INLINE void pieces(int64_t tile, Visit visit) const {
     const int64_t base = head > 0 ? 1 : 0;
-    if (tile == 0 && head) visit(edge_s[0], edge_t[0], int64_t(1), int64_t(0), int64_t(0), head);
+    if constexpr (PART != kBody) {
+      if (tile == 0 && head) visit(edge_s[0], edge_t[0], int64_t(1), int64_t(0), int64_t(0), head);
+    }
+    if constexpr (PART != kEdges) inner_pieces(tile, visit, base);
+    if constexpr (PART != kBody) {
+      if (tile == tiles() - 1 && tail)
+        visit(edge_s[1], edge_t[1], int64_t(1), (base + body) * kBlock, head + body * kBlock, tail);
+    }
+  }
+
+ private:
+  template <class Visit>
+  KDK_INLINE void inner_pieces(int64_t tile, Visit visit, int64_t base) const {
     int64_t begin = tile * kTileBlocks;
     const int64_t end = std::min(body, begin + kTileBlocks);
     if (excluded >= begin && excluded < end) {
@@ -146,11 +161,8 @@ struct Row {
       begin = excluded + 1;
     }
     span(visit, begin, end, base);
-    if (tile == tiles() - 1 && tail)
-      visit(edge_s[1], edge_t[1], int64_t(1), (base + body) * kBlock, head + body * kBlock, tail);
   }
 
- private:
   template <class Visit>
   KDK_INLINE void span(Visit visit, int64_t begin, int64_t end, int64_t base) const {
     if (begin < end) {
@@ -224,40 +236,40 @@ struct RowSums {
   double zs = 0, zt = 0, forward = 0, teacher = 0, reverse = 0, student = 0;
   double max_s = -std::numeric_limits<double>::infinity(), max_t = max_s;  // of x, under kAll only
   int64_t best_tile_s = 0, best_tile_t = 0;
+
+  void see_maximum(int64_t tile, double high_s, double high_t) {
+    if (high_s > max_s) max_s = high_s, best_tile_s = tile;
+    if (high_t > max_t) max_t = high_t, best_tile_t = tile;
+  }
 };
 
 // Adds a block, two vectors of both models, to the sums, and stores its exponentials. A clamped x stands for x wherever
 // its exponential is 0, so that 0 * inf does not arise. Only the other model's x must stay as it is, for mass where the
-// other has none costs infinitely much; kMasking covers its -inf where there is no mass.
-template <int SUMS, int CARE, int DEGREE, class C>
+// other has none costs infinitely much; MASKING covers its -inf where there is no mass.
+template <int SUMS, bool MASKING, int DEGREE, class C>
 KDK_INLINE void accumulate(Vec<C> xs0, Vec<C> xs1, Vec<C> xt0, Vec<C> xt1, C* es_out, C* et_out, Accumulators<C>& acc) {
   using V = Vec<C>;
-  constexpr bool masking = CARE == kMasking, trusting = CARE == kTrusting;
   const V zero = {};
-  const V cs0 = CARE == kTrusting ? xs0 : clamp_exponent(xs0), cs1 = CARE == kTrusting ? xs1 : clamp_exponent(xs1);
-  const V ct0 = CARE == kTrusting ? xt0 : clamp_exponent(xt0), ct1 = CARE == kTrusting ? xt1 : clamp_exponent(xt1);
+  const V cs0 = clamp_exponent(xs0), cs1 = clamp_exponent(xs1), ct0 = clamp_exponent(xt0), ct1 = clamp_exponent(xt1);
   const V es0 = exp2_fast<DEGREE>(cs0), et0 = exp2_fast<DEGREE>(ct0);
   const V es1 = exp2_fast<DEGREE>(cs1), et1 = exp2_fast<DEGREE>(ct1);
   acc.zs += es0 + es1;
   acc.zt += et0 + et1;
   if (SUMS & kForward) {
-    acc.forward += et0 * (masking ? keep(et0 != zero, ct0 - xs0) : ct0 - xs0);
-    acc.forward += et1 * (masking ? keep(et1 != zero, ct1 - xs1) : ct1 - xs1);
+    acc.forward += et0 * (MASKING ? keep(et0 != zero, ct0 - xs0) : ct0 - xs0);
+    acc.forward += et1 * (MASKING ? keep(et1 != zero, ct1 - xs1) : ct1 - xs1);
   }
   if (SUMS & kReverse) {
-    // Without clamps the difference is the one that the forward sum has taken already.
-    acc.reverse += es0 * (masking ? keep(es0 != zero, cs0 - xt0) : trusting ? -(ct0 - xs0) : cs0 - xt0);
-    acc.reverse += es1 * (masking ? keep(es1 != zero, cs1 - xt1) : trusting ? -(ct1 - xs1) : cs1 - xt1);
+    acc.reverse += es0 * (MASKING ? keep(es0 != zero, cs0 - xt0) : cs0 - xt0);
+    acc.reverse += es1 * (MASKING ? keep(es1 != zero, cs1 - xt1) : cs1 - xt1);
   }
   if (SUMS == kAll) {
     acc.teacher += et0 * ct0;
     acc.teacher += et1 * ct1;
     acc.student += es0 * cs0;
     acc.student += es1 * cs1;
-    if (!trusting) {
-      acc.max_s = max_keep_nan(acc.max_s, max_keep_nan(xs0, xs1));
-      acc.max_t = max_keep_nan(acc.max_t, max_keep_nan(xt0, xt1));
-    }
+    acc.max_s = max_keep_nan(acc.max_s, max_keep_nan(xs0, xs1));
+    acc.max_t = max_keep_nan(acc.max_t, max_keep_nan(xt0, xt1));
   }
   store(es_out, es0);
   store(es_out + kLanes<C>, es1);
@@ -265,50 +277,26 @@ KDK_INLINE void accumulate(Vec<C> xs0, Vec<C> xs1, Vec<C> xt0, Vec<C> xt1, C* es
   store(et_out + kLanes<C>, et1);
 }
 
-// The largest x of a whole tile, from what the guard saw.
-template <class X, class C>
-double guarded_maximum(const Row<X>& row, const X* logits, int64_t tile, const Guard& guard, const Affine<C>& affine) {
-  double largest = guard.largest();
-  if (!(largest > 0)) {
-    const int64_t first = row.head + tile * Row<X>::kTileBlocks * Row<X>::kBlock;
-    largest =
-        maximum(logits + first, std::min(row.body - tile * Row<X>::kTileBlocks, Row<X>::kTileBlocks) * Row<X>::kBlock);
-  }
-  return double(affine(Vec<C>{} + C(largest))[0]);
-}
-
-// False when a trusting sweep met a logit out of bounds: then nothing was added to the sums.
-template <int SUMS, int CARE, class X>
-bool sweep_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C> as, const Affine<typename Io<X>::C> at,
-                typename Io<X>::C* es, typename Io<X>::C* et, RowSums& sums) {
-  using C = typename Io<X>::C;
+template <int SUMS, bool MASKING, Part PART = kWhole, class X, class C>
+void sweep_tile(const Row<X>& row, int64_t tile, const Affine<C> as, const Affine<C> at, C* es, C* et, RowSums& sums) {
   constexpr int64_t block = Io<X>::kBlock;
   constexpr int degree = kExpDegree<X>;
   Accumulators<C> acc;
   acc.max_s = acc.max_t = Vec<C>{} - std::numeric_limits<C>::infinity();
-  Guard guard_s, guard_t;
-  row.pieces(tile, [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t, int64_t) KDK_LAMBDA_INLINE {
-    C *es_out = es + slot, *et_out = et + slot;
-    Accumulators<C> local = acc;
-    Guard local_s = guard_s, local_t = guard_t;
-    for (int64_t b = 0; b < blocks; ++b, s += block, t += block, es_out += block, et_out += block) {
-      prefetch_ahead(s);
-      prefetch_ahead(t);
-      Vec<C> s0, s1, t0, t1;
-      Io<X>::load2(s, s0, s1);
-      Io<X>::load2(t, t0, t1);
-      if (CARE == kTrusting) {
-        local_s.look(s);
-        local_t.look(t);
-      }
-      accumulate<SUMS, CARE, degree, C>(as(s0), as(s1), at(t0), at(t1), es_out, et_out, local);
-    }
-    acc = local;
-    guard_s = local_s;
-    guard_t = local_t;
-  });
-  if (CARE == kTrusting && !(guard_s.inside(as.lowest(), as.highest()) && guard_t.inside(at.lowest(), at.highest())))
-    return false;
+  row.template pieces<PART>(
+      tile, [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t, int64_t) KDK_LAMBDA_INLINE {
+        C *es_out = es + slot, *et_out = et + slot;
+        Accumulators<C> local = acc;
+        for (int64_t b = 0; b < blocks; ++b, s += block, t += block, es_out += block, et_out += block) {
+          prefetch_ahead(s);
+          prefetch_ahead(t);
+          Vec<C> s0, s1, t0, t1;
+          Io<X>::load2(s, s0, s1);
+          Io<X>::load2(t, t0, t1);
+          accumulate<SUMS, MASKING, degree, C>(as(s0), as(s1), at(t0), at(t1), es_out, et_out, local);
+        }
+        acc = local;
+      });
   sums.zs += horizontal_sum<C>(acc.zs);
   sums.zt += horizontal_sum<C>(acc.zt);
   if (SUMS & kForward) sums.forward += horizontal_sum<C>(acc.forward);
@@ -316,36 +304,98 @@ bool sweep_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>
   if (SUMS == kAll) {
     sums.teacher += horizontal_sum<C>(acc.teacher);
     sums.student += horizontal_sum<C>(acc.student);
-    double high_s = 0, high_t = 0;
-    if (CARE == kTrusting) {
-      high_s = guarded_maximum(row, row.s, tile, guard_s, as);
-      high_t = guarded_maximum(row, row.t, tile, guard_t, at);
-    } else {
-      high_s = horizontal_max<C>(acc.max_s);
-      high_t = horizontal_max<C>(acc.max_t);
-    }
-    if (high_s > sums.max_s) sums.max_s = high_s, sums.best_tile_s = tile;
-    if (high_t > sums.max_t) sums.max_t = high_t, sums.best_tile_t = tile;
+    sums.see_maximum(tile, horizontal_max<C>(acc.max_s), horizontal_max<C>(acc.max_t));
+  }
+}
+
+// The body of a tile without clamps, in sums over logits instead of x. False when a logit was out of bounds: then
+// nothing was added to the sums.
+template <int SUMS, class X>
+bool sweep_tile_trusting(const Row<X>& row, int64_t tile, const Affine<float>& as, const Affine<float>& at, float* es,
+                         float* et, RowSums& sums) {
+  using V = VecF;
+  constexpr int64_t block = Io<X>::kBlock;
+  constexpr int degree = kExpDegree<X>;
+  Accumulators<float> acc;
+  acc.max_s = acc.max_t = V{} - std::numeric_limits<float>::infinity();
+  Bounds bounds;
+  const float scale_s = as.scale(), bias_s = as.bias(), scale_t = at.scale(), bias_t = at.bias();
+  const float ratio = float(double(at.c) / double(as.c));
+  row.template pieces<kBody>(
+      tile, [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t, int64_t) KDK_LAMBDA_INLINE {
+        float *es_out = es + slot, *et_out = et + slot;
+        Accumulators<float> local = acc;
+        Bounds local_bounds = bounds;
+#pragma GCC unroll 2
+        for (int64_t b = 0; b < blocks; ++b, s += block, t += block, es_out += block, et_out += block) {
+          prefetch_ahead(s);
+          prefetch_ahead(t);
+          V s0, s1, t0, t1;
+          Io<X>::load2(s, s0, s1);
+          Io<X>::load2(t, t0, t1);
+          const V es0 = exp2_of_logit<degree>(s0, scale_s, bias_s, local_bounds);
+          const V et0 = exp2_of_logit<degree>(t0, scale_t, bias_t, local_bounds);
+          const V es1 = exp2_of_logit<degree>(s1, scale_s, bias_s, local_bounds);
+          const V et1 = exp2_of_logit<degree>(t1, scale_t, bias_t, local_bounds);
+          local.zs += es0 + es1;
+          local.zt += et0 + et1;
+          const V difference0 = t0 * ratio - s0, difference1 = t1 * ratio - s1;
+          if (SUMS & kForward) {
+            local.forward += et0 * difference0;
+            local.forward += et1 * difference1;
+          }
+          if (SUMS & kReverse) {
+            local.reverse -= es0 * difference0;
+            local.reverse -= es1 * difference1;
+          }
+          if (SUMS == kAll) {
+            local.teacher += et0 * t0;
+            local.teacher += et1 * t1;
+            local.student += es0 * s0;
+            local.student += es1 * s1;
+            local.max_s = max_keep_nan(local.max_s, max_keep_nan(s0, s1));
+            local.max_t = max_keep_nan(local.max_t, max_keep_nan(t0, t1));
+          }
+          store(es_out, es0);
+          store(es_out + kLanes<float>, es1);
+          store(et_out, et0);
+          store(et_out + kLanes<float>, et1);
+        }
+        acc = local;
+        bounds = local_bounds;
+      });
+  if (!bounds.kept()) return false;
+  const double zs = horizontal_sum<float>(acc.zs), zt = horizontal_sum<float>(acc.zt);
+  sums.zs += zs;
+  sums.zt += zt;
+  const double cs = as.c, ct = at.c, rs = as.reference(), rt = at.reference();
+  if (SUMS & kForward) sums.forward += cs * double(horizontal_sum<float>(acc.forward)) - (rt - rs) * zt;
+  if (SUMS & kReverse) sums.reverse += cs * double(horizontal_sum<float>(acc.reverse)) + (rt - rs) * zs;
+  if (SUMS == kAll) {
+    sums.teacher += ct * double(horizontal_sum<float>(acc.teacher)) - rt * zt;
+    sums.student += cs * double(horizontal_sum<float>(acc.student)) - rs * zs;
+    sums.see_maximum(tile, as.scalar(horizontal_max<float>(acc.max_s)), at.scalar(horizontal_max<float>(acc.max_t)));
   }
   return true;
 }
 
 template <int SUMS, class X, class C>
-void sweep_tile(const Row<X>& row, int64_t tile, const Affine<C>& as, const Affine<C>& at, C* es, C* et, int& care,
-                RowSums& sums) {
-  if constexpr (Io<X>::kGuarded) {
-    if (care == kTrusting && as.bounds_logits() && at.bounds_logits()) {
-      // A padded block holds -inf: such a tile may be in order all the same.
-      if (!row.padded(tile)) {
-        if (sweep_tile<SUMS, kTrusting>(row, tile, as, at, es, et, sums)) return;
-        care = kClamping;
+void sweep_tile(const Row<X>& row, int64_t tile, const Affine<C>& as, const Affine<C>& at, C* es, C* et, bool& trusting,
+                bool masking, RowSums& sums) {
+  if constexpr (kFused && std::is_same_v<C, float>) {
+    if (trusting && as.trusts(at)) {
+      if (sweep_tile_trusting<SUMS>(row, tile, as, at, es, et, sums)) {
+        // The padding of the edges is -inf.
+        if (row.padded(tile)) sweep_tile<SUMS, true, kEdges>(row, tile, as, at, es, et, sums);
+        return;
       }
+      trusting = false;
     }
   }
-  if (care == kMasking) {
-    sweep_tile<SUMS, kMasking>(row, tile, as, at, es, et, sums);
+  if (masking || row.padded(tile)) {
+    sweep_tile<SUMS, true>(row, tile, as, at, es, et, sums);
   } else {
-    sweep_tile<SUMS, kClamping>(row, tile, as, at, es, et, sums);
+    sweep_tile<SUMS, false>(row, tile, as, at, es, et, sums);
   }
 }
 
@@ -361,27 +411,80 @@ double sum_of_squares(const C* e, int64_t count) {
   return horizontal_sum<C>(sum0 + sum1);
 }
 
-// Exponentials of the student at temperature 1 into e, and their sum.
-template <class X>
-double own_exponentials(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C> a1, typename Io<X>::C* e) {
-  using C = typename Io<X>::C;
+// Exponentials of a tile of the student into es, its x into xs where KEEP_X, and their sum.
+template <bool KEEP_X, Part PART = kWhole, class X, class C>
+double student_exponentials(const Row<X>& row, int64_t tile, const Affine<C> student, C* es, C* xs) {
+  using V = Vec<C>;
   constexpr int64_t block = Io<X>::kBlock;
-  Vec<C> sum = {};
-  row.pieces(tile, [&](const X* s, const X*, int64_t blocks, int64_t slot, int64_t, int64_t) KDK_LAMBDA_INLINE {
-    C* out = e + slot;
-    Vec<C> local = sum;
-    for (int64_t b = 0; b < blocks; ++b, s += block, out += block) {
-      Vec<C> s0, s1;
-      Io<X>::load2(s, s0, s1);
-      const Vec<C> e0 = exp2_fast<kExpDegree<X>>(clamp_exponent(a1(s0))),
-                   e1 = exp2_fast<kExpDegree<X>>(clamp_exponent(a1(s1)));
-      local += e0 + e1;
-      store(out, e0);
-      store(out + kLanes<C>, e1);
+  V sum0 = {}, sum1 = {};
+  row.template pieces<PART>(
+      tile, [&](const X* s, const X*, int64_t blocks, int64_t slot, int64_t, int64_t) KDK_LAMBDA_INLINE {
+        C *es_out = es + slot, *xs_out = xs + slot;
+        V local0 = sum0, local1 = sum1;
+        const Affine<C> as = student;
+        for (int64_t b = 0; b < blocks; ++b, s += block, es_out += block, xs_out += block) {
+          prefetch_ahead(s);
+          V s0, s1;
+          Io<X>::load2(s, s0, s1);
+          const V x0 = as(s0), x1 = as(s1);
+          const V e0 = exp2_fast<kExpDegree<X>>(clamp_exponent(x0)), e1 = exp2_fast<kExpDegree<X>>(clamp_exponent(x1));
+          local0 += e0;
+          local1 += e1;
+          store(es_out, e0);
+          store(es_out + kLanes<C>, e1);
+          if (KEEP_X) {
+            store(xs_out, x0);
+            store(xs_out + kLanes<C>, x1);
+          }
+        }
+        sum0 = local0;
+        sum1 = local1;
+      });
+  return horizontal_sum<C>(sum0 + sum1);
+}
+
+// The body of a tile without clamps and x; NaN when a logit was out of bounds.
+template <class X>
+double student_exponentials_trusting(const Row<X>& row, int64_t tile, const Affine<float>& as, float* es) {
+  using V = VecF;
+  constexpr int64_t block = Io<X>::kBlock;
+  const float scale = as.scale(), bias = as.bias();
+  V sum0 = {}, sum1 = {};
+  Bounds bounds;
+  row.template pieces<kBody>(
+      tile, [&](const X* s, const X*, int64_t blocks, int64_t slot, int64_t, int64_t) KDK_LAMBDA_INLINE {
+        float* es_out = es + slot;
+        V local0 = sum0, local1 = sum1;
+        Bounds local_bounds = bounds;
+#pragma GCC unroll 2
+        for (int64_t b = 0; b < blocks; ++b, s += block, es_out += block) {
+          prefetch_ahead(s);
+          V s0, s1;
+          Io<X>::load2(s, s0, s1);
+          const V e0 = exp2_of_logit<kExpDegree<X>>(s0, scale, bias, local_bounds);
+          const V e1 = exp2_of_logit<kExpDegree<X>>(s1, scale, bias, local_bounds);
+          local0 += e0;
+          local1 += e1;
+          store(es_out, e0);
+          store(es_out + kLanes<float>, e1);
+        }
+        sum0 = local0;
+        sum1 = local1;
+        bounds = local_bounds;
+      });
+  return bounds.kept() ? double(horizontal_sum<float>(sum0 + sum1)) : std::numeric_limits<double>::quiet_NaN();
+}
+
+template <bool KEEP_X, class X, class C>
+double student_exponentials(const Row<X>& row, int64_t tile, const Affine<C>& as, C* es, C* xs, bool& trusting) {
+  if constexpr (kFused && std::is_same_v<C, float> && !KEEP_X) {
+    if (trusting && as.trusts(as)) {
+      const double z = student_exponentials_trusting(row, tile, as, es);
+      if (!std::isnan(z)) return row.padded(tile) ? z + student_exponentials<false, kEdges>(row, tile, as, es, xs) : z;
+      trusting = false;
     }
-    sum = local;
-  });
-  return horizontal_sum<C>(sum);
+  }
+  return student_exponentials<KEEP_X>(row, tile, as, es, xs);
 }
 
 // Index of the first largest element of a tile, or -1 where all are NaN.
@@ -428,7 +531,7 @@ KDK_INLINE void store4(C* x, const Pair<Pair<Vec<C>>>& v) {
 }
 
 // Values and scores of a tile; the scores replace the teacher's exponentials. GUARDED: see divergences.h.
-template <bool GUARDED, class F, class X>
+template <bool GUARDED, Part PART, class F, class X>
 void value_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>& student,
                 const Affine<typename Io<X>::C>& teacher, double log2_zs, double log2_zt,
                 Params<Vec<typename Io<X>::C>> parameters, const typename Io<X>::C* es, typename Io<X>::C* et,
@@ -443,60 +546,62 @@ void value_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>
   const V ct = V{} + C(kLn2 * double(teacher.c)), rt = V{} + C(kLn2 * (teacher.reference() + log2_zt));
   const auto quad = [](V x) { return Quad({x, x}, {x, x}); };
   V values = {}, scores = {};
-  row.pieces(tile, [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t, int64_t) KDK_LAMBDA_INLINE {
-    const C* es_in = es + slot;
-    C* et_io = et + slot;
-    const Affine<C> as = student, at = teacher;
-    const Params<Quad> params4{quad(parameters.x0), quad(parameters.x1)};
-    V local_values = values, local_scores = scores;
-    for (; blocks >= 2; blocks -= 2, s += 2 * block, t += 2 * block, es_in += 2 * block, et_io += 2 * block) {
-      V s0, s1, s2, s3, t0, t1, t2, t3;
-      Io<X>::load2(s, s0, s1);
-      Io<X>::load2(s + block, s2, s3);
-      Io<X>::load2(t, t0, t1);
-      Io<X>::load2(t + block, t2, t3);
-      const Quad p = unfused(load4<C>(et_io) * quad(ip)), q = unfused(load4<C>(es_in) * quad(iq));
-      // Where the guard bounds the logits, one multiplication is exact enough.
-      const Quad logp = GUARDED ? Quad({t0, t1}, {t2, t3}) * quad(ct) - quad(rt)
-                                : Quad({at(t0), at(t1)}, {at(t2), at(t3)}) * quad(ln2) - quad(lzt);
-      const Quad logq = GUARDED ? Quad({s0, s1}, {s2, s3}) * quad(cs) - quad(rs)
-                                : Quad({as(s0), as(s1)}, {as(s2), as(s3)}) * quad(ln2) - quad(lzs);
-      Quad value, score;
-      F::template eval<GUARDED>(params4, p, logp, q, logq, value, score);
-      local_values += horizontal(horizontal(value));
-      local_scores += horizontal(horizontal(score));
-      store4<C>(et_io, score);
-    }
-    for (; blocks > 0; --blocks, s += block, t += block, es_in += block, et_io += block) {
-      V s0, s1, t0, t1, value0, score0, value1, score1;
-      Io<X>::load2(s, s0, s1);
-      Io<X>::load2(t, t0, t1);
-      F::template eval<GUARDED>(parameters, unfused(load<V>(et_io) * ip), at(t0) * ln2 - lzt,
-                                unfused(load<V>(es_in) * iq), as(s0) * ln2 - lzs, value0, score0);
-      F::template eval<GUARDED>(parameters, unfused(load<V>(et_io + kLanes<C>) * ip), at(t1) * ln2 - lzt,
-                                unfused(load<V>(es_in + kLanes<C>) * iq), as(s1) * ln2 - lzs, value1, score1);
-      local_values += value0 + value1;
-      local_scores += score0 + score1;
-      store(et_io, score0);
-      store(et_io + kLanes<C>, score1);
-    }
-    values = local_values;
-    scores = local_scores;
-  });
+  row.template pieces<PART>(
+      tile, [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t, int64_t) KDK_LAMBDA_INLINE {
+        const C* es_in = es + slot;
+        C* et_io = et + slot;
+        const Affine<C> as = student, at = teacher;
+        const Params<Quad> params4{quad(parameters.x0), quad(parameters.x1)};
+        V local_values = values, local_scores = scores;
+        for (; blocks >= 2; blocks -= 2, s += 2 * block, t += 2 * block, es_in += 2 * block, et_io += 2 * block) {
+          V s0, s1, s2, s3, t0, t1, t2, t3;
+          Io<X>::load2(s, s0, s1);
+          Io<X>::load2(s + block, s2, s3);
+          Io<X>::load2(t, t0, t1);
+          Io<X>::load2(t + block, t2, t3);
+          const Quad p = unfused(load4<C>(et_io) * quad(ip)), q = unfused(load4<C>(es_in) * quad(iq));
+          // Where the guard bounds the logits, one multiplication is exact enough.
+          const Quad logp = GUARDED ? Quad({t0, t1}, {t2, t3}) * quad(ct) - quad(rt)
+                                    : Quad({at(t0), at(t1)}, {at(t2), at(t3)}) * quad(ln2) - quad(lzt);
+          const Quad logq = GUARDED ? Quad({s0, s1}, {s2, s3}) * quad(cs) - quad(rs)
+                                    : Quad({as(s0), as(s1)}, {as(s2), as(s3)}) * quad(ln2) - quad(lzs);
+          Quad value, score;
+          F::template eval<GUARDED>(params4, p, logp, q, logq, value, score);
+          local_values += horizontal(horizontal(value));
+          local_scores += horizontal(horizontal(score));
+          store4<C>(et_io, score);
+        }
+        for (; blocks > 0; --blocks, s += block, t += block, es_in += block, et_io += block) {
+          V s0, s1, t0, t1, value0, score0, value1, score1;
+          Io<X>::load2(s, s0, s1);
+          Io<X>::load2(t, t0, t1);
+          F::template eval<GUARDED>(parameters, unfused(load<V>(et_io) * ip), at(t0) * ln2 - lzt,
+                                    unfused(load<V>(es_in) * iq), as(s0) * ln2 - lzs, value0, score0);
+          F::template eval<GUARDED>(parameters, unfused(load<V>(et_io + kLanes<C>) * ip), at(t1) * ln2 - lzt,
+                                    unfused(load<V>(es_in + kLanes<C>) * iq), as(s1) * ln2 - lzs, value1, score1);
+          local_values += value0 + value1;
+          local_scores += score0 + score1;
+          store(et_io, score0);
+          store(et_io + kLanes<C>, score1);
+        }
+        values = local_values;
+        scores = local_scores;
+      });
   value_sum += horizontal_sum<C>(values);
   score_sum += horizontal_sum<C>(scores);
 }
 
 template <class C>
 double accepted(const C* es, const C* et, int64_t count, double iq, double ip) {
+  const C ratio = C(ip / iq);
   double total = 0;
   for (int64_t j = 0; j < count;) {
     Vec<C> sum = {};
     for (const int64_t end = std::min(count, j + kTileElements); j < end; j += kLanes<C>)
-      sum += min_of(load<Vec<C>>(es + j) * C(iq), load<Vec<C>>(et + j) * C(ip));
+      sum += min_of(load<Vec<C>>(es + j), load<Vec<C>>(et + j) * ratio);
     total += horizontal_sum<C>(sum);
   }
-  return total;
+  return total * iq;
 }
 
 // The gradient es (a + ks (xs - xt) + kst xt) - et b + e1 c1 + c0; the middle terms only where LOGS.
@@ -635,17 +740,27 @@ template <class X, class C = typename Io<X>::C>
 using ValueTile = void (*)(const Row<X>&, int64_t, const Affine<C>&, const Affine<C>&, double, double, Params<Vec<C>>,
                            const C*, C*, double&, double&);
 
-// A functor's two value_tile for one type of logits.
+// A functor's value_tile for one type of logits: for any row, and for one whose bounds were watched.
 template <class X>
 struct ValueTiles {
   ValueTile<X> any = nullptr, guarded = nullptr;
 };
 template <class F, class X>
+void guarded_value_tile(const Row<X>& row, int64_t tile, const Affine<float>& student, const Affine<float>& teacher,
+                        double log2_zs, double log2_zt, Params<VecF> parameters, const float* es, float* et,
+                        double& value_sum, double& score_sum) {
+  value_tile<true, kBody, F>(row, tile, student, teacher, log2_zs, log2_zt, parameters, es, et, value_sum, score_sum);
+  // The padding of the edges is -inf.
+  if (row.padded(tile))
+    value_tile<false, kEdges, F>(row, tile, student, teacher, log2_zs, log2_zt, parameters, es, et, value_sum,
+                                 score_sum);
+}
+template <class F, class X>
 constexpr ValueTiles<X> value_tiles() {
-  if constexpr (Io<X>::kGuarded) {
-    return {value_tile<false, F, X>, value_tile<true, F, X>};
+  if constexpr (kFused && Io<X>::kCoarse) {
+    return {value_tile<false, kWhole, F, X>, guarded_value_tile<F, X>};
   } else {
-    return {value_tile<false, F, X>, value_tile<false, F, X>};
+    return {value_tile<false, kWhole, F, X>, value_tile<false, kWhole, F, X>};
   }
 }
 
@@ -692,11 +807,11 @@ struct RowResult {
   double stats[kStats] = {};
 };
 
-// One row whose student and teacher are of type X; the gradient goes to out (null: none). care is raised where a row
-// needs it.
+// One row whose student and teacher are of type X; the gradient goes to out (null: none). masking is set where a
+// row needs it.
 template <class X>
 RowResult objective_row(const DenseArgs& args, const RowNumbers& num, const X* s, const X* t, int64_t label, X* out,
-                        bool streamed, int& care) {
+                        bool streamed, bool& masking) {
   using C = typename Io<X>::C;
   const int64_t n = args.columns;
   const Divergence& divergence = kDivergences[args.divergence];
@@ -724,33 +839,38 @@ RowResult objective_row(const DenseArgs& args, const RowNumbers& num, const X* s
   RowSums sums;
   double z1 = 0;
   const double limit = ce == kCeSquare ? kRedoSquared : kRedo;
+  bool trusting = false;
   for (bool from_maximum = false;;) {
     as = affine<C>(num.student_scale, max_s);
     at = affine<C>(num.teacher_scale, max_t);
     if (ce == kCeOwn) a1 = affine<C>(kLog2e, max_s);
     sums = RowSums();
     z1 = 0;
-    bool redo = false;
+    bool redo = false, own_trusting = true;
+    trusting = true;
     for (int64_t tile = 0; tile < row.tiles() && !redo; ++tile) {
       // Without a gradient nothing reads the exponentials again: every tile lands on the first one's place.
       C* tile_es = whole_row ? es : es - tile * kTileElements;
       C* tile_et = whole_row ? et : et - tile * kTileElements;
       switch (sums_needed) {
-        case kNoSums: sweep_tile<kNoSums>(row, tile, as, at, tile_es, tile_et, care, sums); break;
-        case kForward: sweep_tile<kForward>(row, tile, as, at, tile_es, tile_et, care, sums); break;
-        case kReverse: sweep_tile<kReverse>(row, tile, as, at, tile_es, tile_et, care, sums); break;
-        default: sweep_tile<kAll>(row, tile, as, at, tile_es, tile_et, care, sums); break;
+        case kNoSums: sweep_tile<kNoSums>(row, tile, as, at, tile_es, tile_et, trusting, masking, sums); break;
+        case kForward: sweep_tile<kForward>(row, tile, as, at, tile_es, tile_et, trusting, masking, sums); break;
+        case kReverse: sweep_tile<kReverse>(row, tile, as, at, tile_es, tile_et, trusting, masking, sums); break;
+        default: sweep_tile<kAll>(row, tile, as, at, tile_es, tile_et, trusting, masking, sums); break;
       }
       if (ce == kCeSquare) {
         const auto [first, last] = tile_slots(row, tile);
         z1 += sum_of_squares(tile_es + first, last - first);
       }
-      if (ce == kCeOwn) z1 += own_exponentials(row, tile, a1, whole_row ? e1 : e1 - tile * kTileElements);
+      if (ce == kCeOwn) {
+        C* tile_e1 = whole_row ? e1 : e1 - tile * kTileElements;
+        z1 += student_exponentials<false>(row, tile, a1, tile_e1, tile_e1, own_trusting);
+      }
       redo = !from_maximum && (sums.zs > limit || sums.zt > limit || z1 > limit * limit);
     }
     const bool broken = std::isnan(sums.forward) || std::isnan(sums.reverse);
-    if (!redo && broken && care != kMasking && !std::isnan(sums.zs) && !std::isnan(sums.zt)) {
-      care = kMasking;
+    if (!redo && broken && !masking && !std::isnan(sums.zs) && !std::isnan(sums.zt)) {
+      masking = true;
       redo = true;
     } else if (redo) {
       from_maximum = true;
@@ -809,9 +929,7 @@ RowResult objective_row(const DenseArgs& args, const RowNumbers& num, const X* s
     double score_sum = !(sums.zs > 0 && sums.zt > 0) ? std::numeric_limits<double>::quiet_NaN() : 0;
     d = score_sum;
     const Params<Vec<C>> params{Vec<C>{} + C(num.param0), Vec<C>{} + C(args.param1)};
-    // A guard watched every tile of a trusted row but the padded ones.
-    const bool guarded =
-        care == kTrusting && row.head == 0 && row.tail == 0 && as.bounds_logits() && at.bounds_logits();
+    const bool guarded = trusting && as.trusts(at);
     const auto value_of_tile = divergence.tile(row, guarded);
     for (int64_t tile = 0; tile < row.tiles() && !std::isnan(score_sum); ++tile)
       value_of_tile(row, tile, as, at, log2_zs, log2_zt, params, es, et, d, score_sum);
@@ -925,16 +1043,26 @@ void put_stats(const ObjectiveArgs& args, int64_t row, const RowResult& result) 
   for (int k = 0; k < COLUMNS; ++k) put<C>(args.stats, row * COLUMNS + k, result.stats[k]);
 }
 
+// Asks for the lines of a short row that will be written, so that they are there when the gradient is.
+template <class X>
+void prefetch_for_writing(X* out, int64_t n) {
+  constexpr int64_t per_line = kLineBytes / int64_t(sizeof(X));
+  for (int64_t j = 0; j < std::min(n, kStreamRowBytes / int64_t(sizeof(X))); j += per_line)
+    __builtin_prefetch(out + j, 1);
+}
+
 // Student and teacher of one type, used as they are.
 template <class X>
 void dense_direct(const DenseArgs& args, int64_t begin, int64_t end) {
   using C = typename Io<X>::C;
   const bool streamed = streams(args, sizeof(X));
-  int care = kTrusting;
+  bool masking = false;
   for_rows<X>(args, begin, end, [&](int64_t row, int64_t label, double weight, X* out) {
     const X* s = row_pointer<X>(args.student, row, args.length);
     const X* t = row_pointer<X>(args.teachers[0], row, args.length);
-    const RowResult result = objective_row(args, row_numbers<C>(args, row, weight), s, t, label, out, streamed, care);
+    if (out != nullptr && !streamed && out != s) prefetch_for_writing(out, args.width);
+    const RowResult result =
+        objective_row(args, row_numbers<C>(args, row, weight), s, t, label, out, streamed, masking);
     put_stats<C>(args, row, result);
     return result.loss;
   });
@@ -1141,7 +1269,7 @@ void dense_generic(const DenseArgs& args, int64_t begin, int64_t end) {
   using C = typename Io<X>::C;
   const int64_t n = args.columns;
   Scratch<C>& scratch = Scratch<C>::mine();
-  int care = kTrusting;
+  bool masking = false;
   for_rows<X>(args, begin, end, [&](int64_t row, int64_t label, double weight, X* out) {
     RowNumbers num = row_numbers<C>(args, row, weight);
     const double tempered = num.student_scale;
@@ -1157,7 +1285,7 @@ void dense_generic(const DenseArgs& args, int64_t begin, int64_t end) {
       RowNumbers soft = num;
       soft.student_scale = tempered / m.std;
       soft.ce = soft.z = 0;
-      result = objective_row(args, soft, s, t, label, g, false, care);
+      result = objective_row(args, soft, s, t, label, g, false, masking);
       if (g != nullptr) {
         // objective_row divided by T std: dz = std * that, ds = (dz - z mean(dz z)) / std.
         const C mean = C(m.mean);
@@ -1169,7 +1297,7 @@ void dense_generic(const DenseArgs& args, int64_t begin, int64_t end) {
       }
       if (num.ce != 0 || num.z != 0 || args.stats != nullptr) add_hard_terms(args, num, s, label, g, result);
     } else {
-      result = objective_row(args, num, s, t, label, g, false, care);
+      result = objective_row(args, num, s, t, label, g, false, masking);
     }
     if (g != nullptr) {
       if (args.student_softcap != 0) {
@@ -1222,7 +1350,7 @@ double dkd_row(const DkdArgs& args, double weight, const X* s, const X* t, int64
     as = affine<C>(kLog2e / args.temperature, max_s);
     at = affine<C>(kLog2e / args.teacher_temperature, max_t);
     sums = RowSums();
-    for (int64_t tile = 0; tile < row.tiles(); ++tile) sweep_tile<kForward, kMasking>(row, tile, as, at, es, et, sums);
+    for (int64_t tile = 0; tile < row.tiles(); ++tile) sweep_tile<kForward, true>(row, tile, as, at, es, et, sums);
     // The label may have set the reference far above all others, which are alone in these sums.
     const auto lost = [](double z) { return z > kRedo || z < 1 / kRedo; };
     if (attempt > 0 || !(lost(sums.zs) || lost(sums.zt))) break;

@@ -244,69 +244,17 @@ double sum_of(const C* e, int64_t slots) {
   return total;
 }
 
-// Exponentials of a tile of the student into es, its x into xs where KEEP_X, and their sum. False when a trusting sweep
-// met a logit out of bounds.
-template <bool KEEP_X, bool TRUSTING, class X>
-bool sweep_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C> student, typename Io<X>::C* es,
-                typename Io<X>::C* xs, double& z) {
-  using C = typename Io<X>::C;
-  using V = Vec<C>;
-  constexpr int64_t block = Io<X>::kBlock;
-  V sum0 = {}, sum1 = {};
-  Guard guard;
-  row.pieces(tile, [&](const X* s, const X*, int64_t blocks, int64_t slot, int64_t, int64_t) KDK_LAMBDA_INLINE {
-    C *es_out = es + slot, *xs_out = xs + slot;
-    V local0 = sum0, local1 = sum1;
-    Guard local_guard = guard;
-    const Affine<C> as = student;
-    for (int64_t b = 0; b < blocks; ++b, s += block, es_out += block, xs_out += block) {
-      prefetch_ahead(s);
-      V s0, s1;
-      Io<X>::load2(s, s0, s1);
-      if (TRUSTING) local_guard.look(s);
-      const V x0 = as(s0), x1 = as(s1);
-      const V e0 = exp2_fast<kExpDegree<X>>(TRUSTING ? x0 : clamp_exponent(x0)),
-              e1 = exp2_fast<kExpDegree<X>>(TRUSTING ? x1 : clamp_exponent(x1));
-      local0 += e0;
-      local1 += e1;
-      store(es_out, e0);
-      store(es_out + kLanes<C>, e1);
-      if (KEEP_X) {
-        store(xs_out, x0);
-        store(xs_out + kLanes<C>, x1);
-      }
-    }
-    sum0 = local0;
-    sum1 = local1;
-    guard = local_guard;
-  });
-  if (TRUSTING && !guard.inside(student.lowest(), student.highest())) return false;
-  z += horizontal_sum<C>(sum0 + sum1);
-  return true;
-}
-
-template <bool KEEP_X, class X>
-void sweep_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>& as, typename Io<X>::C* es,
-                typename Io<X>::C* xs, int& care, double& z) {
-  if constexpr (Io<X>::kGuarded) {
-    if (care == kTrusting && as.bounds_logits() && !row.padded(tile)) {
-      if (sweep_tile<KEEP_X, true>(row, tile, as, es, xs, z)) return;
-      care = kClamping;
-    }
-  }
-  sweep_tile<KEEP_X, false>(row, tile, as, es, xs, z);
-}
-
 // The whole row from the reference of its first elements, or from its maximum where those were too far below it.
 template <bool KEEP_X, class X>
 double sweep(const Row<X>& row, int64_t n, double scale, Affine<typename Io<X>::C>& as, typename Io<X>::C* es,
-             typename Io<X>::C* xs, int& care) {
+             typename Io<X>::C* xs) {
   double high = maximum(row.s, std::min(n, kSeedElements));
   for (bool from_maximum = false;; from_maximum = true) {
     as = affine<typename Io<X>::C>(scale, high);
     double z = 0;
+    bool trusting = true;
     for (int64_t tile = 0; tile < row.tiles() && (from_maximum || !(z > kRedo)); ++tile)
-      sweep_tile<KEEP_X>(row, tile, as, es, xs, care, z);
+      z += student_exponentials<KEEP_X>(row, tile, as, es, xs, trusting);
     if (from_maximum || !(z > kRedo)) return z;
     high = maximum(row.s, n);
   }
@@ -417,7 +365,7 @@ void evaluate_outside(const Row<X>& row, Evaluate<typename Io<X>::C> function, c
 // One row of logits of type X; the gradient goes to out (null: none).
 template <class X>
 RowResult objective_row(const TopkArgs& args, const RowNumbers& num, int64_t index, const X* s, int64_t label, X* out,
-                        bool streamed, int& care) {
+                        bool streamed) {
   using C = typename Io<X>::C;
   const int64_t n = args.columns;
   const Divergence& divergence = kDivergences[args.divergence];
@@ -460,8 +408,8 @@ RowResult objective_row(const TopkArgs& args, const RowNumbers& num, int64_t ind
   Affine<C> as = affine<C>(num.student_scale, 0);
   double z = 0;
   if (swept) {
-    z = pointwise ? sweep<true>(row, n, num.student_scale, as, es, xs, care)
-                  : sweep<false>(row, n, num.student_scale, as, es, xs, care);
+    z = pointwise ? sweep<true>(row, n, num.student_scale, as, es, xs)
+                  : sweep<false>(row, n, num.student_scale, as, es, xs);
   }
 
   // The student on the entries: e^x in double, and the sum of what stands for them in the scratch.
@@ -485,9 +433,8 @@ RowResult objective_row(const TopkArgs& args, const RowNumbers& num, int64_t ind
   }
   double lse = kLn2 * as.reference() + log_z, z1 = z;
   if (own) {
-    int own_care = kClamping;
     Affine<C> a1;
-    z1 = sweep<false>(row, n, kLog2e, a1, e1, e1, own_care);
+    z1 = sweep<false>(row, n, kLog2e, a1, e1, e1);
     lse = kLn2 * (a1.reference() + std::log2(z1));
   }
   const double student_mass = swept ? z_entries / z : 0;
@@ -516,10 +463,7 @@ RowResult objective_row(const TopkArgs& args, const RowNumbers& num, int64_t ind
         widen_row(s, n, masked);
         for (int64_t k = 0; k < count; ++k) masked[entries.ids[size_t(k)]] = -std::numeric_limits<C>::infinity();
         const Affine<C> again = affine<C>(num.student_scale, maximum(masked, n));
-        int clamping = kClamping;
-        double unused = 0;
-        for (int64_t tile = 0; tile < row.tiles(); ++tile)
-          topk::sweep_tile<false>(row, tile, again, es, es, clamping, unused);
+        for (int64_t tile = 0; tile < row.tiles(); ++tile) student_exponentials<false>(row, tile, again, es, es);
         for (int64_t k = 0; k < count; ++k) es[row.slot(entries.ids[size_t(k)])] = C(0);
         z_outside = sum_of(es, slots);
         log_q_outside = kLn2 * (again.reference() - as.reference()) + std::log(z_outside) - log_z;
@@ -653,11 +597,9 @@ template <class X>
 void rows_direct(const TopkArgs& args, int64_t begin, int64_t end) {
   using C = typename Io<X>::C;
   const bool streamed = streams(args, sizeof(X));
-  int care = kTrusting;
   for_rows<X>(args, begin, end, [&](int64_t row, int64_t label, double weight, X* out) {
     const X* s = row_pointer<X>(args.student, row, args.length);
-    const RowResult result =
-        topk::objective_row(args, row_numbers<C>(args, row, weight), row, s, label, out, streamed, care);
+    const RowResult result = topk::objective_row(args, row_numbers<C>(args, row, weight), row, s, label, out, streamed);
     put_stats<C, kTopkStats>(args, row, result);
     return result.loss;
   });
@@ -668,14 +610,12 @@ template <class X>
 void rows_capped(const TopkArgs& args, int64_t begin, int64_t end) {
   using C = typename Io<X>::C;
   const int64_t n = args.columns;
-  int care = kTrusting;
   for_rows<X>(args, begin, end, [&](int64_t row, int64_t label, double weight, X* out) {
     Scratch<C>& scratch = Scratch<C>::mine();
     C *s = scratch.get(kStudentRow, n), *g = out == nullptr ? nullptr : scratch.get(kGradientRow, n);
     widen_row(args.student, row, args.length, n, s);
     softcap_row(s, n, args.student_softcap);
-    const RowResult result =
-        topk::objective_row(args, row_numbers<C>(args, row, weight), row, s, label, g, false, care);
+    const RowResult result = topk::objective_row(args, row_numbers<C>(args, row, weight), row, s, label, g, false);
     if (g != nullptr) {
       const C inverse = C(1 / args.student_softcap);
       for (int64_t j = 0; j < n; j += kLanes<C>) {
