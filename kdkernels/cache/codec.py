@@ -97,11 +97,11 @@ class Layout:
         )
 
 
-def checksum(first: int, rows: Mapping[str, Tensor]) -> int:
-    """The CRC-32 of a sequence: of the place of its first row in the shard, of its length, and of all its bytes."""
-    crc = zlib.crc32(struct.pack("<qq", first, len(rows["shift"])))
+def checksum(first: int, last: int, rows: Mapping[str, Tensor]) -> int:
+    """The CRC-32 of a sequence: of where its rows begin and end in the shard, and of all their bytes."""
+    crc = zlib.crc32(struct.pack("<qq", first, last))
     for name in sorted(rows):
-        crc = zlib.crc32(rows[name].view(torch.uint8).numpy(), crc)
+        crc = zlib.crc32(rows[name].view(torch.uint8).numpy().data, crc)
     return crc
 
 

@@ -77,9 +77,12 @@ class Index:
         return Layout(self.identity.k, self.identity.vocab_size, self.tail, extras)
 
     def shard_metadata(self, number: int) -> dict[str, str]:
-        """What a shard says of itself, so that it cannot stand in for another."""
-        identity = canonical_json(dataclasses.asdict(self.identity))
-        return {"format": FORMAT, "version": str(VERSION), "shard": str(number), "identity": identity}
+        """What a shard says of itself, so that it cannot stand in for another.
+
+        One entry, for safetensors writes several in an order of chance: equal content is to give equal files.
+        """
+        content = {"version": VERSION, "shard": number, "identity": dataclasses.asdict(self.identity)}
+        return {FORMAT: canonical_json(content)}
 
     def with_shard(self, shard: Shard) -> Index:
         return dataclasses.replace(self, shards=(*self.shards, shard))

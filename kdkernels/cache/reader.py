@@ -93,9 +93,9 @@ class TeacherCache:
         shard = bisect.bisect_right(self._firsts, number) - 1
         tensors, row = self._map(shard), number - self._firsts[shard]
         first, last = tensors[OFFSETS][row : row + 2].tolist()
-        # A slice cannot leave the array, whatever the offsets; its length is part of the checksum.
+        # A slice cannot leave the array, whatever the offsets; both are part of the checksum.
         rows = {name: tensors[name][first:last] for name in self._layout.fields}
-        if self._verify != "none" and checksum(first, rows) != tensors[CRC32][row]:
+        if self._verify != "none" and checksum(first, last, rows) != tensors[CRC32][row]:
             raise ChecksumError(
                 f"{self.path / self.index.shards[shard].file} is damaged: the CRC-32 of its sequence {row} is not that "
                 "of what was written"

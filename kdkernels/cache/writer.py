@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -145,16 +146,16 @@ class TeacherCacheWriter:
         if not self._open_rows:
             return
         number = len(self._index.shards)
-        lengths = torch.tensor([len(rows["shift"]) for rows in self._open_rows])
-        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-        sums = [checksum(first, rows) for first, rows in zip(offsets.tolist(), self._open_rows, strict=False)]
+        offsets = list(itertools.accumulate((len(rows["shift"]) for rows in self._open_rows), initial=0))
+        spans = zip(itertools.pairwise(offsets), self._open_rows, strict=True)
+        sums = [checksum(first, last, rows) for (first, last), rows in spans]
         tensors = {name: torch.cat([rows[name] for rows in self._open_rows]) for name in self._layout.fields}
-        tensors |= {OFFSETS: offsets, CRC32: torch.tensor(sums)}
+        tensors |= {OFFSETS: torch.tensor(offsets), CRC32: torch.tensor(sums)}
         content = safetensors.torch.save(tensors, self._index.shard_metadata(number))
         shard = Shard(
             file=SHARD_NAME.format(number),
             sequences=len(self._open_rows),
-            tokens=int(offsets[-1]),
+            tokens=offsets[-1],
             bytes=len(content),
             sha256=hashlib.sha256(content).hexdigest(),
         )
