@@ -223,7 +223,7 @@ def main() -> int:
         score_format=".1f",
         teacher_score=torch.load(path, weights_only=True)["perplexity"],
         teacher_trained=trained,
-        tolerance=TOLERANCE,
+        tolerance=offline.TOLERANCE if args.offline else TOLERANCE,
         shape=f"[{args.batch_size}, {LENGTH}, {args.vocabulary}]",
     )
     return common.report(example, args, left, right)
