@@ -93,7 +93,7 @@ def parse(parser: argparse.ArgumentParser, defaults: dict[str, Any], quick: dict
         if action.dest in defaults:
             with_quick = f"; {quick[action.dest]} with --quick" if action.dest in quick else ""
             action.help = f"{action.help} (default {defaults[action.dest]}{with_quick})"
-        elif action.option_strings and action.dest not in ("help", "quick"):
+        elif action.nargs != 0:  # which flags have
             action.help = f"{action.help} (default %(default)s)"
     parser.set_defaults(**defaults)
     if parser.parse_known_args()[0].quick:
@@ -234,12 +234,30 @@ def distill(
     evaluate: Callable[[nn.Module], float],
 ) -> Run:
     """Train a student on its teacher's logits with the loss that ``name`` says, and time it."""
-    device = batches[0].device
     loss_function: Callable[[Tensor, Tensor], Tensor]
     if name == EAGER:
         loss_function, backend = eager_kd_loss(args.divergence, args.temperature), "eager"
     else:
-        loss_function, backend = _fused_kd_loss(args), kd.backends.select(args.backend, device.type)
+        loss_function, backend = _fused_kd_loss(args), kd.backends.select(args.backend, batches[0].device.type)
+
+    def ask(batch: Tensor) -> tuple[Tensor, Tensor]:
+        return batch, teacher(batch)
+
+    return train(name, backend, student, ask, batches, loss_function, learning_rate, evaluate)
+
+
+def train(
+    name: str,
+    backend: str,
+    student: nn.Module,
+    ask: Callable[[Any], tuple[Tensor, Any]],
+    batches: Sequence[Any],
+    loss_function: Callable[[Tensor, Any], Tensor],
+    learning_rate: float,
+    evaluate: Callable[[nn.Module], float],
+) -> Run:
+    """Train a student and time it; ``ask(batch)`` is what it reads, and what the teacher says to that."""
+    device = next(student.parameters()).device
     optimizer = torch.optim.AdamW(student.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=len(batches))
     clock = Clock(device)
@@ -248,14 +266,14 @@ def distill(
     for batch in progress(batches, name):
         begin = clock.mark()
         with torch.no_grad():
-            teacher_logits = teacher(batch)
-        student_logits = student(batch)
+            inputs, target = ask(batch)
+        student_logits = student(inputs)
 
         # A hook on the logits runs when their gradient is complete: there the loss's share of the backward pass ends.
         ends: list[Any] = []
         student_logits.register_hook(lambda _, ends=ends: ends.append(clock.mark()))
         start = clock.mark()
-        loss = loss_function(student_logits, teacher_logits)
+        loss = loss_function(student_logits, target)
         loss.backward()
 
         optimizer.step()
@@ -431,6 +449,7 @@ def _draw(
         duration,
         "Time of a step: loss (coloured) and the rest" + (" (busy machine)" if _busy(*runs) else ""),
         "ms",
+        [run.name for run in runs],
         [run.median_loss_ms for run in runs],
         [run.median_step_ms for run in runs],
         "{part:.3g} of {whole:.3g} ms ({share:.0%})",
@@ -439,6 +458,7 @@ def _draw(
         memory,
         "Peak memory: added by training (coloured) and before",
         "MiB",
+        [run.name for run in runs],
         [(run.memory_peak - run.memory_before) / MIB for run in runs],
         [run.memory_peak / MIB for run in runs],
         "{part:.0f} of {whole:.0f} MiB",
@@ -450,8 +470,9 @@ def _draw(
     figure.savefig(path, dpi=130)
 
 
-def _bars(axes: Any, title: str, unit: str, parts: list[float], wholes: list[float], text: str) -> None:
-    names = [EAGER, FUSED]
+def _bars(
+    axes: Any, title: str, unit: str, names: list[str], parts: list[float], wholes: list[float], text: str
+) -> None:
     rests = [whole - part for part, whole in zip(parts, wholes, strict=True)]
     axes.barh(names, parts, color=COLOURS, height=0.55)
     axes.barh(names, rests, left=parts, color="#e8e8e8", height=0.55)

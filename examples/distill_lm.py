@@ -2,6 +2,9 @@
 
 The text is the English prose that ships with Python (language reference and docstrings), cut into the tokens of a BPE
 vocabulary trained on it; no download. The teacher is trained first and kept for the next call.
+
+With --offline the teacher is captured once, its K most likely tokens at every position, into a cache on disk, and a
+student is trained from the cache alone; the comparison is with a student that asks the teacher itself in every step.
 """
 
 import argparse
@@ -31,6 +34,7 @@ TEACHER = {"width": 128, "layers": 3}
 STUDENT = {"width": 64, "layers": 2}
 HEADS = 4
 LENGTH = 128
+LEARNING_RATE = 5e-3  # of the students
 TEACHER_BATCH = 4  # a small batch: more steps for the same work
 END = "<|end|>"
 # Every 16th document is held out.
@@ -145,26 +149,50 @@ def train_teacher(args: argparse.Namespace) -> dict[str, Any]:
 def distill(name: str, args: argparse.Namespace, teacher_path: Path) -> common.Run:
     device = common.prepare(args)
     saved = torch.load(teacher_path, map_location=device, weights_only=True)
-    teacher = LanguageModel(args.vocabulary, **TEACHER).to(device).eval()
-    teacher.load_state_dict(saved["weights"])
-    student = LanguageModel(args.vocabulary, **STUDENT).to(device)
-    student.start_from(saved["training"])
+    teacher = load_teacher(args, saved, device)
     return common.distill(
         name,
-        student,
+        make_student(args, saved, device),
         teacher,
-        random_windows(saved["training"], LENGTH, args.batch_size, args.steps, args.seed + 1),
+        student_windows(args, saved),
         args,
-        learning_rate=5e-3,
+        learning_rate=LEARNING_RATE,
         evaluate=lambda model: perplexity(model, saved["held_out"]),
     )
+
+
+def load_teacher(args: argparse.Namespace, saved: dict[str, Any], device: torch.device) -> LanguageModel:
+    teacher = LanguageModel(args.vocabulary, **TEACHER).to(device).eval()
+    teacher.load_state_dict(saved["weights"])
+    return teacher
+
+
+def make_student(args: argparse.Namespace, saved: dict[str, Any], device: torch.device) -> LanguageModel:
+    student = LanguageModel(args.vocabulary, **STUDENT).to(device)
+    student.start_from(saved["training"])
+    return student
+
+
+def student_windows(args: argparse.Namespace, saved: dict[str, Any]) -> list[Tensor]:
+    """The batches that a student is trained on, one a step."""
+    return random_windows(saved["training"], LENGTH, args.batch_size, args.steps, args.seed + 1)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_options(parser)
     parser.add_argument("--vocabulary", type=int, default=8192, help="size of the BPE vocabulary")
+    parser.add_argument("--offline", action="store_true", help="train from a cache of the teacher's top k")
+    parser.add_argument("--top-k", type=int, default=64, help="with --offline: tokens kept at every position")
     args = common.parse(parser, DEFAULTS, QUICK)
+    if args.offline:
+        # Here, not at the top: it imports this file, and what it needs besides.
+        import offline
+
+        try:
+            offline.check(args)
+        except ValueError as error:
+            parser.error(str(error))
 
     config = {
         "model": TEACHER,
@@ -180,18 +208,25 @@ def main() -> int:
         "tokenizers": tokenizers.__version__,
     }
     path, trained = common.cached(args.cache_dir, "lm-teacher", config, lambda: train_teacher(args))
-    eager, fused = (common.in_own_process(distill, name, args, path) for name in (common.EAGER, common.FUSED))
+    if args.offline:
+        left, right = offline.run(args, path)
+    else:
+        left, right = (common.in_own_process(distill, name, args, path) for name in (common.EAGER, common.FUSED))
     example = common.Example(
-        name="distill_lm",
-        title="Language model: a small transformer distilled from a larger one, twice",
+        name="distill_lm_offline" if args.offline else "distill_lm",
+        title=(
+            f"Language model: a student of its teacher's top {args.top_k}, asked in every step and captured once"
+            if args.offline
+            else "Language model: a small transformer distilled from a larger one, twice"
+        ),
         score="perplexity of held-out text",
         score_format=".1f",
         teacher_score=torch.load(path, weights_only=True)["perplexity"],
         teacher_trained=trained,
-        tolerance=TOLERANCE,
+        tolerance=offline.TOLERANCE if args.offline else TOLERANCE,
         shape=f"[{args.batch_size}, {LENGTH}, {args.vocabulary}]",
     )
-    return common.report(example, args, eager, fused)
+    return common.report(example, args, left, right)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional, Union
 
 import torch
@@ -24,6 +24,18 @@ MIXTURES = ("probs", "logits")
 TAILS = ("bucket", "renormalize", "renormalize_both", "uniform", "drop")
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_TEACHERS = 4
+EXTRA_DTYPES = (
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+)
 
 
 def choice(name: str, value: object, allowed: Sequence[str]) -> None:
@@ -54,13 +66,22 @@ def number(
     return float(value)
 
 
-def integer(name: str, value: Any, *, low: Optional[int] = None) -> int:
-    """``value`` must be an int (``torch.SymInt`` counts) of at least ``low``."""
+def integer(name: str, value: Any, *, low: Optional[int] = None, high: Optional[int] = None) -> int:
+    """``value`` must be an int (``torch.SymInt`` counts) of at least ``low`` and at most ``high``."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if low is not None and value < low:
         raise ValueError(f"{name} must be at least {low}, got {value}")
+    if high is not None and value > high:
+        raise ValueError(f"{name} must be at most {high}, got {value}")
     return value  # type: ignore[return-value]
+
+
+def text(name: str, value: Any) -> str:
+    """``value`` must be a string."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {type(value).__name__}")
+    return value
 
 
 def softcap(name: str, value: Optional[float]) -> float:
@@ -130,6 +151,71 @@ def sparse_teacher(ids: Any, logprobs: Any, student: Tensor, columns: int) -> tu
             raise ValueError("teacher_logprobs must not be NaN or +inf, where teacher_ids is not -1")
     k = ids.shape[-1]
     return ids.reshape(-1, k).contiguous(), logprobs.detach().reshape(-1, k).contiguous()
+
+
+def extras_of_tokens(extras: Any) -> dict[str, torch.dtype]:
+    """The further tensors of a cache: a mapping of names to dtypes, none of them a name of the cache's own."""
+    if extras is None:
+        return {}
+    if not isinstance(extras, Mapping):
+        raise TypeError(f"extras must be a mapping of names to dtypes, got {type(extras).__name__}")
+    for name, dtype in extras.items():
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ValueError(f"extras must have names that are identifiers, got {name!r}")
+        if name in ("ids", "logprobs", "tail_logprob", "length"):
+            raise ValueError(f"extras must not have the name {name!r}, which the cache uses")
+        if dtype not in EXTRA_DTYPES:
+            raise TypeError(f"extras[{name!r}] must be one of {', '.join(map(str, EXTRA_DTYPES))}, got {dtype!r}")
+    return dict(extras)
+
+
+def captured_sequence(
+    ids: Any, logprobs: Any, tail_logprob: Any, extras: Mapping[str, Any], layout: Any
+) -> tuple[Tensor, Tensor, Optional[Tensor], dict[str, Tensor]]:
+    """One sequence for a cache: ids and log-probabilities ``[L, K]``, tail and extras ``[L]``; returned on the CPU."""
+    for name, value in (("ids", ids), ("logprobs", logprobs)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"ids must be int32 or int64, got {_dtype(ids)}")
+    if logprobs.dtype not in FLOATING:
+        raise TypeError(f"logprobs must be float32, bfloat16, float16 or float64, got {_dtype(logprobs)}")
+    if ids.dim() != 2 or ids.shape[1] != layout.k:
+        raise ValueError(f"ids must have shape (L, {layout.k}), got {tuple(ids.shape)}")
+    if logprobs.shape != ids.shape:
+        raise ValueError(f"logprobs must have the shape of ids {tuple(ids.shape)}, got {tuple(logprobs.shape)}")
+    if (tail_logprob is not None) != layout.tail:
+        raise ValueError(f"tail_logprob must {'' if layout.tail else 'not '}be given: the cache has tail={layout.tail}")
+    if extras.keys() != layout.extras.keys():
+        raise ValueError(f"extras must be {sorted(layout.extras)}, got {sorted(extras)}")
+    ids, logprobs = ids.detach().cpu(), logprobs.detach().cpu()
+    bad = (ids < -1) | (ids >= layout.vocab_size)
+    if bool(bad.any()):
+        raise ValueError(f"ids must be in [0, {layout.vocab_size}) or -1 for an unused slot, got {int(ids[bad][0])}")
+    used = torch.where(ids < 0, -torch.inf, logprobs)
+    # fp16 is what they are stored in; NaN fails the comparison too.
+    if not bool((used <= torch.finfo(torch.float16).max).all()):
+        raise ValueError("logprobs must not be NaN or above 65504, where ids is not -1")
+    if tail_logprob is not None:
+        tail_logprob = _of_tokens("tail_logprob", tail_logprob, len(ids))
+        if not tail_logprob.is_floating_point() or bool(tail_logprob.isnan().any()):
+            raise ValueError("tail_logprob must be of floating point and not NaN")
+    converted = {}
+    for name, dtype in layout.extras.items():
+        value = _of_tokens(name, extras[name], len(ids))
+        converted[name] = value.to(dtype)
+        if not torch.equal(converted[name].to(value.dtype), value):
+            raise ValueError(f"{name} must have values of {str(dtype).removeprefix('torch.')}, got {_dtype(value)}")
+    return ids, logprobs, tail_logprob, converted
+
+
+def _of_tokens(name: str, value: Any, length: int) -> Tensor:
+    """A tensor of one number per token, brought to the CPU."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if tuple(value.shape) != (length,):
+        raise ValueError(f"{name} must have one value per token, shape ({length},), got {tuple(value.shape)}")
+    return value.detach().cpu()
 
 
 def vocabulary(vocab_size: Optional[int], student: Tensor) -> int:

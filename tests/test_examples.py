@@ -25,20 +25,20 @@ def cache_dir(tmp_path_factory):
 
 
 def run(name, cache_dir, output_dir, *options):
-    """Run an example and return what it printed and the record it wrote."""
+    """Run an example and return what it printed and the record it wrote, which --offline names after itself."""
     command = [sys.executable, EXAMPLES / f"{name}.py", "--quick", "--cache-dir", cache_dir, "--output-dir", output_dir]
     command += ["--threads", "1"]
     path = os.pathsep.join([str(EXAMPLES.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run([*command, *options], capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done, json.loads((output_dir / f"{name}.json").read_text())
+    return done, json.loads((output_dir / f"{name}{'_offline' * ('--offline' in options)}.json").read_text())
 
 
-def check(record, stdout, plot):
+def check(record, stdout, plot, names=("eager PyTorch", "kdkernels")):
     """What holds for both examples: the curves agree and fall, times and memory are those of a process that trains."""
     eager, fused = record["runs"]
-    assert (eager["name"], fused["name"]) == ("eager PyTorch", "kdkernels")
+    assert (eager["name"], fused["name"]) == names
     assert record["agreement"]["agree"] and "they agree" in stdout
     assert len(eager["losses"]) == len(fused["losses"]) == record["options"]["steps"]
     # Not the record's own figure: from the curves again.
@@ -85,6 +85,31 @@ def test_language_model_keeps_its_teacher(cache_dir, tmp_path):
     assert "teacher       :" not in again.stderr, "the teacher was trained again"
     # The same start, another divergence: the option reaches both losses.
     assert repeated["runs"][0]["losses"] != eager["losses"]
+
+
+@pytest.mark.slow
+def test_language_model_from_a_cache_of_its_teacher(cache_dir, tmp_path):
+    pytest.importorskip("tokenizers", reason="distill_lm trains its vocabulary with tokenizers")
+    pytest.importorskip("safetensors", reason="the teacher's cache is of safetensors")
+    plot, names = tmp_path / "distill_lm_offline.png", ("online teacher", "teacher cache")
+    options = ["--offline", "--top-k", "32"]
+    first, record = run("distill_lm", cache_dir, tmp_path, *options)
+    check(record, first.stdout, plot, names)
+    online, cached = record["runs"]
+    assert online["losses"] != cached["losses"], "the cache rounds"
+    assert online["losses"][0] == pytest.approx(cached["losses"][0], rel=1e-4)
+    assert online["score"] == pytest.approx(cached["score"], rel=1e-2)
+    (folder,) = cache_dir.glob("lm-captured-*")
+    assert f"teacher: to be captured in {folder}" in first.stdout and "capture " in first.stderr
+
+    # The next run does not ask the teacher again; damage is an error by name there, and not a curve.
+    (shard,) = folder.glob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(AssertionError, match="ChecksumError") as failure:
+        run("distill_lm", cache_dir, tmp_path, *options)
+    assert f"teacher: captured before, in {folder}" in str(failure.value) and "capture " not in str(failure.value)
 
 
 @pytest.fixture
