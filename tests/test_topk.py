@@ -194,7 +194,9 @@ def check(s, ids, logprobs, labels=None, *, backend, **options):
     unit = torch.softmax(outside, -1).scatter(1, slots, 1.0)[:, :columns]
     # Rounded when it is stored, and once more when grad_output multiplies it.
     info = torch.finfo(s.dtype)
-    bound = margin + epsilon * weight[:, None] * (dtruth.abs() + unit) + info.eps * dtruth.abs() + info.smallest_normal
+    # Triton's interpreter truncates to bf16.
+    rounding = info.eps * (2 if backend == "triton" and s.dtype == torch.bfloat16 else 1)
+    bound = margin + epsilon * weight[:, None] * (dtruth.abs() + unit) + rounding * dtruth.abs() + info.smallest_normal
     assert bool((error <= bound).all()), f"gradient: {error.max():.3g}, {(error - bound).max():.3g} too much"
     return loss, grad
 
@@ -625,9 +627,10 @@ def test_op_is_registered_as_torch_wants_it():
 
 
 def test_backends_of_a_gpu():
-    assert backends.select("auto", "cuda", pattern="topk_fwd") == "torch"
+    pytest.importorskip("triton")
+    assert backends.select("auto", "cuda", pattern="topk_fwd") == "triton"
     s, ids, logprobs, _ = ragged(6, 50, 5, torch.float32)
-    with pytest.raises(ValueError, match="'triton' cannot run this call: the GPU kernels of the sparse top-k losses"):
+    with pytest.raises(ValueError, match="'triton' cannot run this call: it runs on GPU tensors, not on cpu"):
         kd.topk_kd_loss(s, ids, logprobs, backend="triton")
 
 

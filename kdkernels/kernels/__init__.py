@@ -12,5 +12,12 @@ def launchers() -> dict[str, Callable[..., Any]]:
     from kdkernels.kernels.dkd import dkd_fwd
     from kdkernels.kernels.mse import mse_fwd
     from kdkernels.kernels.scale import scale_grad
+    from kdkernels.kernels.topk import topk_fwd
 
-    return {"dense_fwd": dense_fwd, "dkd_fwd": dkd_fwd, "mse_fwd": mse_fwd, "scale_grad": scale_grad}
+    return {
+        "dense_fwd": dense_fwd,
+        "topk_fwd": topk_fwd,
+        "dkd_fwd": dkd_fwd,
+        "mse_fwd": mse_fwd,
+        "scale_grad": scale_grad,
+    }

@@ -30,15 +30,25 @@ class TritonDivergence(NamedTuple):
     linear: Optional[Coefficients] = None
     value: Optional[Any] = None
     score: Optional[Any] = None
+    homogeneous: bool = False
 
 
 _TABLE: dict[str, TritonDivergence] = {}
 
 
 def register(
-    name: str, *, linear: Optional[Coefficients] = None, value: Optional[Any] = None, score: Optional[Any] = None
+    name: str,
+    *,
+    linear: Optional[Coefficients] = None,
+    value: Optional[Any] = None,
+    score: Optional[Any] = None,
+    homogeneous: bool = False,
 ) -> None:
     """Enter a divergence into the table, by its coefficients or by its pair of ``@triton.jit`` functions.
+
+    Args:
+        homogeneous: whether ``f(0, q) = q f(0, 1)`` and finite, so that outcomes without a teacher are known by their
+            mass. Where that is not said they are computed one by one.
 
     Raises:
         ValueError: when the name is taken, or when not exactly one of the two forms is given.
@@ -50,7 +60,7 @@ def register(
     if linear is not None:
         c_pp, c_pq, c_qp, c_qq = (float(c) for c in linear)
         linear = (c_pp, c_pq, c_qp, c_qq)
-    _TABLE[name] = TritonDivergence(linear, value, score)
+    _TABLE[name] = TritonDivergence(linear, value, score, homogeneous)
 
 
 def remove(name: str) -> None:
@@ -174,13 +184,13 @@ def _alpha_beta_score(p, logp, q, logq, a, b):
     return tl.where(a_is_0, limit, (_power(logq, a + b) - x) * inverse)
 
 
-register("forward_kl", linear=(1, -1, 0, 0))
+register("forward_kl", linear=(1, -1, 0, 0), homogeneous=True)
 register("reverse_kl", linear=(0, 0, -1, 1))
 register("jeffreys", linear=(1, -1, -1, 1))
-register("soft_ce", linear=(0, -1, 0, 0))
+register("soft_ce", linear=(0, -1, 0, 0), homogeneous=True)
 register("dual_soft_ce", linear=(0, 0, -1, 0))
-register("jsd", value=_jsd_value, score=_jsd_score)
-register("tvd", value=_tvd_value, score=_tvd_score)
-register("skew_kl", value=_skew_kl_value, score=_skew_kl_score)
-register("skew_reverse_kl", value=_skew_reverse_kl_value, score=_skew_reverse_kl_score)
+register("jsd", value=_jsd_value, score=_jsd_score, homogeneous=True)
+register("tvd", value=_tvd_value, score=_tvd_score, homogeneous=True)
+register("skew_kl", value=_skew_kl_value, score=_skew_kl_score, homogeneous=True)
+register("skew_reverse_kl", value=_skew_reverse_kl_value, score=_skew_reverse_kl_score, homogeneous=True)
 register("alpha_beta", value=_alpha_beta_value, score=_alpha_beta_score)

@@ -15,7 +15,9 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from kdkernels.kernels.dense import dense_fwd
 from kdkernels.kernels.dkd import dkd_fwd
 from kdkernels.kernels.mse import mse_fwd
+from kdkernels.kernels.topk import topk_fwd
 
+DENSE_ONLY = ("mixture", "teacher_form", "teacher_softcap", "standardize")
 DENSE = {
     "divergence": "forward_kl",
     "param0": 0.0,
@@ -35,6 +37,10 @@ DENSE = {
     "teacher_softcap": 0.0,
     "standardize": False,
     "stats": False,
+}
+TOPK = {
+    "tail": "bucket",
+    **{name: value for name, value in DENSE.items() if name not in DENSE_ONLY},
 }
 DKD = {
     "alpha": 1.0,
@@ -64,6 +70,24 @@ def dense(
     options = {**DENSE, "vocab_size": student.shape[-1], **options}
     tensors = (labels, row_weight, temperature_rows, teacher_temperature_rows, param_rows, mixture_weights)
     return dense_fwd(student, teachers, dstudent, *tensors, **options)
+
+
+def topk(
+    student,
+    ids,
+    logprobs,
+    dstudent=None,
+    labels=None,
+    row_weight=None,
+    *,
+    temperature_rows=None,
+    teacher_temperature_rows=None,
+    param_rows=None,
+    **options,
+):
+    options = {**TOPK, "vocab_size": student.shape[-1], **options}
+    tensors = (labels, row_weight, temperature_rows, teacher_temperature_rows, param_rows)
+    return topk_fwd(student, ids, logprobs, dstudent, *tensors, **options)
 
 
 def dkd(student, teacher, dstudent, labels, row_weight=None, **options):

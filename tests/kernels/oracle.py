@@ -70,6 +70,12 @@ def mse_rows(s, ts, labels, **options):
     return reference.mse_rows(s, ts[0], labels, **options)
 
 
+def topk_rows(s, ts, labels, *, param0=0.0, param1=0.0, **options):
+    """The teacher is (ids, log-probabilities)."""
+    options = {"tail": "bucket", "divergence": "forward_kl", **options}
+    return reference.topk_rows(s, ts[0].long(), ts[1], labels, params=(param0, param1), **options)
+
+
 def check(launch, function, student, teachers, labels=None, *, inplace=False, **options):
     """Run a launcher with a poisoned gradient and hold loss and gradient against the reference.
 

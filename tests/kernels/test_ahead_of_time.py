@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from launches import compile_for, dense, dkd, mse, recorded
+from launches import compile_for, dense, dkd, mse, recorded, topk
 
 from kdkernels.kernels import divergences, tuning
 from kdkernels.kernels.scale import scale_grad
@@ -23,7 +23,8 @@ HIP = "gfx942"
 SPILLED = 32
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HARD = {"ce_weight": 0.5, "label_smoothing": 0.1, "z_loss_weight": 1e-4}
-CAPS = {"student_softcap": 30.0, "teacher_softcap": 20.0}
+CAP = {"student_softcap": 30.0}
+CAPS = {**CAP, "teacher_softcap": 20.0}
 # (V, dtype, M teachers, gradient, options): each divergence, each width class and dtype of one, and each part of the
 # objective on a linear divergence and on a pair of functions.
 FORMS = {
@@ -83,6 +84,18 @@ REGISTERS = {
     "forward_kl-V32000-bf16": 64,
     "forward_kl-V32000-fp32": 96,
     "forward_kl-V4096-bf16": 64,
+}
+# The sparse top-k pattern: (V, dtype, K, gradient, options).
+TOPK_FORMS = {
+    "bucket": (128256, "bf16", 64, True, {"divergence": "jsd"}),
+    "bucket-linear-fp32": (32000, "fp32", 64, True, {"divergence": "jeffreys"}),
+    "bucket-everything": (128256, "bf16", 64, True, {"divergence": "alpha_beta", "stats": True, **HARD, **CAP}),
+    "bucket-loss": (128256, "bf16", 64, False, {}),
+    "bucket-K2048": (128256, "bf16", 2048, True, {}),
+    "uniform": (128256, "bf16", 64, True, {"tail": "uniform", "divergence": "alpha_beta", **HARD}),
+    "renormalize": (128256, "bf16", 64, True, {"tail": "renormalize"}),
+    "renormalize_both": (128256, "bf16", 64, True, {"tail": "renormalize_both"}),
+    "V50257": (50257, "bf16", 64, True, {}),
 }
 
 
@@ -167,6 +180,32 @@ def test_other_patterns(target, pattern):
         else:
             mse(student, teacher, grad, centered=pattern == "centered-mse")
     check(launches[0], target, {"dkd": 3, "scale": 1}.get(pattern, 0))
+
+
+@pytest.mark.usefixtures("warp")
+@pytest.mark.parametrize(
+    "target, form",
+    [("sm_90", form) for form in TOPK_FORMS]
+    + [(target, form) for target in ("sm_80", "sm_100", "sm_120", HIP) for form in ("bucket", "uniform")],
+    ids=str,
+)
+def test_topk(target, form):
+    """Two rows on a multiprocessor, or one of 1024 threads: 64 registers; the logits go 16 bytes at a time."""
+    V, dtype, K, gradient, options = TOPK_FORMS[form]
+    student, ids = torch.empty(2, V, dtype=DTYPES[dtype]), torch.zeros(2, K, dtype=torch.int64)
+    labels = torch.zeros(2, dtype=torch.int64) if "ce_weight" in options else None
+    with recorded() as launches:
+        topk(student, ids, torch.zeros(2, K), torch.empty_like(student) if gradient else None, labels, **options)
+    binary = compile_for(launches[0], target)
+    assert binary.spilled == 0
+    if target == HIP:
+        assert "load_dwordx4" in binary.text
+        return
+    assert binary.registers <= 65536 // (32 * max(16, launches[0].kwargs["num_warps"]))
+    if V % 16 == 0:
+        sweeps = {"renormalize_both": 0}.get(form, 1 + gradient + (form == "uniform" or "bucket" in form))
+        assert binary.widths("ld").count(16) == sweeps * 2 * student.element_size() // 2
+        assert not gradient or 16 in binary.widths("st")
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])

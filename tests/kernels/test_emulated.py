@@ -6,8 +6,8 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("ptxrun", reason="the package ptxrun, which executes PTX on the CPU, is not installed")
 
-from launches import dense, dkd, mse
-from oracle import check, dense_rows, dkd_rows, mse_rows
+from launches import dense, dkd, mse, topk
+from oracle import check, dense_rows, dkd_rows, mse_rows, topk_rows
 from ptxrun.triton_bridge import patched
 
 from kdkernels.kernels import divergences, tuning
@@ -187,3 +187,70 @@ def test_no_barrier_in_the_loops(name):
             dense(student, [teacher], torch.empty_like(student), divergence=name, param0=0.5)
         barriers.append(run.reports[0].by_class["barrier"])
     assert barriers[0] == barriers[1]
+
+
+def sparse(N, V, K, dtype, lead=0.0):
+    """Student logits, and the ids and log-probabilities of a teacher that the student follows, by so many nats."""
+    student, teacher = make(N, V, dtype)
+    logprobs, ids = torch.log_softmax(teacher.float() + 0.5 * student.float(), -1).topk(K)
+    return student.scatter_add(1, ids, torch.full(ids.shape, lead, dtype=dtype)), ids, logprobs
+
+
+def run_topk(s, ts, d, labels, **options):
+    return topk(s, *ts, d, labels, **options)
+
+
+# Passes over [N, V], and what the student's lead asks of the bucket.
+SWEEPS = {
+    "bucket": ({}, 0.0, 2),
+    "bucket-swept-again": ({}, 50.0, 3),
+    "bucket-behind": ({"divergence": "jsd", "param0": 0.3}, -50.0, 2),
+    "renormalize": ({"tail": "renormalize", "divergence": "tvd"}, 0.0, 2),
+    "renormalize_both": ({"tail": "renormalize_both"}, 0.0, 0),
+    "uniform": ({"tail": "uniform", "divergence": "reverse_kl"}, 0.0, 3),
+}
+
+
+@pytest.mark.parametrize(
+    "arch, form, V",
+    [*((90, form, 20480) for form in SWEEPS), (80, "bucket", 20480), (90, "bucket", 128256)],
+    ids=str,
+)
+def test_topk(arch, form, V):
+    """Each sweep reads the logits once in 16-byte pieces; all else a row costs is a few bytes an entry."""
+    options, lead, reads = SWEEPS[form]
+    N, K = 2, 64
+    student, ids, logprobs = sparse(N, V, K, torch.bfloat16, lead)
+    with patched(arch) as run:
+        check(run_topk, topk_rows, student, [ids, logprobs], **options)
+    (report,) = run.reports
+    assert report.ok, report
+    one = student.nbytes
+    assert abs(report.width_hist_ld.get(16, 0) * 16 - reads * one) <= 0.03 * one
+    # Warps ask for the same entries; distinct sectors are what leaves the cache: ids, log-probabilities, K logits.
+    assert report.unique_load_bytes <= (reads > 0) * one + N * (K * (8 + 4 + 32) + 64)
+    assert one <= report.global_store_bytes <= one + N * (K * 2 + 64)
+
+
+@pytest.mark.parametrize("tail, V, K", [("renormalize_both", 1, 1), ("bucket", 7, 5), ("uniform", 1000, 200)])
+def test_topk_in_place(tail, V, K):
+    """Over rows that do not start on 16 bytes, with labels, an ignored row of NaN, ids out of range and given twice."""
+    student, ids, logprobs = sparse(4, V, K, torch.float32)
+    student[1] = float("nan")
+    ids[2, -1] = ids[2, 0]
+    ids[3, 0] = V
+    labels = torch.tensor([V - 1, -100, 0, 0])
+    options = {"tail": tail, "ce_weight": 0.5, "label_smoothing": 0.1, "z_loss_weight": 0.1}
+    with patched(80) as run:
+        check(run_topk, topk_rows, student[:3], [ids[:3], logprobs[:3]], labels[:3], inplace=True, **options)
+        loss, _ = topk(student, ids, logprobs, student.clone(), labels, **options)
+    assert all(report.ok for report in run.reports), [str(report) for report in run.reports if not report.ok]
+    assert loss[3].isnan() and loss[1] == 0
+
+
+def test_topk_large_k():
+    student, ids, logprobs = sparse(1, 20480, 2048, torch.bfloat16, 20.0)
+    ids[0, 1000] = ids[0, 3]
+    with patched(90) as run:
+        check(run_topk, topk_rows, student, [ids, logprobs])
+    assert run.reports[0].ok, run.reports[0]

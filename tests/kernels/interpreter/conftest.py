@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+TESTS = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(TESTS / "kernels"), str(TESTS)]
 
 # A kernel's decorator reads TRITON_INTERPRET when its module is imported: these tests need a process of their own.
 collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]

@@ -1,0 +1,671 @@
+"""The sparse top-k pattern: a teacher of K ids and log-probabilities a row, one program a row.
+
+The K entries live in registers: their student logits are gathered before anything is stored. Of the columns outside
+them most tails need two numbers, and these take one sweep: the mass of q there, and one factor, for their gradient is
+proportional to q. A second sweep writes the gradient, which the K entries overwrite after a barrier.
+
+    reads and writes of [N, V]              loss   with gradient
+    bucket, renormalize, drop               1R     2R + 1W
+    renormalize_both                        0R     1W            (no column outside the entries matters)
+      with cross entropy, z-loss or stats   1R     2R + 1W
+    uniform, and p = 0 outside where the    2R     3R + 1W       (values and scores of all columns are computed)
+      divergence is not homogeneous
+
+The mass outside is the sum over all columns but the likeliest entry, less the other entries. Where that cancels more
+than the divergence bears, the program sweeps the row once more, without the entries.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kdkernels.kernels import divergences, tuning
+from kdkernels.kernels.dense import NOWHERE, score_of, value_of
+from kdkernels.kernels.online import add_hard
+from kdkernels.kernels.rows import (
+    LN2,
+    LOG2E,
+    NEG_INF,
+    aligned_width,
+    contiguous,
+    fold_max,
+    fold_sum,
+    lane_lowest,
+    lane_zeros,
+    load_logits,
+    mul0,
+    num_rows,
+    on_device_of,
+    row_offset,
+    row_strides,
+    soft_cap,
+    softmax,
+    spread,
+    store_gradient,
+    tile_offsets,
+    zero_columns,
+)
+
+NUM_STATS = tl.constexpr(5)
+# Bits of the word in which a lane marks the columns it holds.
+WORD = tl.constexpr(64)
+# The mass outside may be a difference of numbers up to this many times larger.
+CANCELLATION = tl.constexpr(2.0**18)
+# fp32 elements a thread holds while equal ids are looked for.
+PAIRS = 8
+
+
+@triton.jit
+def load_ids(ids_ptr, offs_k, K):
+    """Ids as they were given, in int32: one out of range has spoilt its row before this is asked."""
+    return tl.load(ids_ptr + offs_k, mask=offs_k < K, other=-1).to(tl.int32)
+
+
+@triton.jit
+def merge_equal(ids, used, ids_ptr, logprobs_ptr, K, K_TILE: tl.constexpr):
+    """Of equal ids the first keeps its slot and gets the sum of their probabilities: used, p, log2 p."""
+    CHUNK: tl.constexpr = K_TILE[0]
+    BLOCK_K: tl.constexpr = K_TILE[1]
+    offs_k = tl.arange(0, BLOCK_K)
+    high = tl.full([BLOCK_K], NEG_INF, tl.float32)
+    earlier = tl.zeros([BLOCK_K], tl.int32)
+    for start in range(0, K, CHUNK):
+        offs_j = start + tl.arange(0, CHUNK)
+        equal = load_ids(ids_ptr, offs_j, K)[:, None] == ids[None, :]
+        given = tl.load(logprobs_ptr + offs_j, mask=offs_j < K, other=NEG_INF).to(tl.float32)
+        high = tl.maximum(high, tl.max(tl.where(equal, given[:, None], NEG_INF), axis=0))
+        earlier += tl.sum((equal & (offs_j[:, None] < offs_k[None, :])).to(tl.int32), axis=0)
+    high = tl.where(high == NEG_INF, 0.0, high)
+    total = tl.zeros([BLOCK_K], tl.float32)
+    for start in range(0, K, CHUNK):
+        offs_j = start + tl.arange(0, CHUNK)
+        equal = load_ids(ids_ptr, offs_j, K)[:, None] == ids[None, :]
+        given = tl.load(logprobs_ptr + offs_j, mask=offs_j < K, other=NEG_INF).to(tl.float32)
+        part = tl.exp2((given[:, None] - high[None, :]) * LOG2E)
+        total += tl.sum(tl.where(equal, part, 0.0), axis=0)
+    used = used & (earlier == 0)
+    p = tl.where(used, tl.exp2(high * LOG2E) * total, 0.0)
+    return used, p, tl.where(used, high * LOG2E + tl.log2(total), NEG_INF)
+
+
+@triton.jit
+def read_entries(ids_ptr, logprobs_ptr, K, V, K_TILE: tl.constexpr):
+    """The distinct entries of a row.
+
+    Returns ids [BLOCK_K], NOWHERE in slots that are not used; p and log2 p as they were given; the sum of p in fp64,
+    for 1 less that sum has to be exact; and whether an id was out of range.
+    """
+    CHUNK: tl.constexpr = K_TILE[0]
+    BLOCK_K: tl.constexpr = K_TILE[1]
+    offs_k = tl.arange(0, BLOCK_K)
+    ids = tl.load(ids_ptr + offs_k, mask=offs_k < K, other=-1)
+    used = (ids >= 0) & (ids < V)
+    invalid = tl.max(((ids != -1) & (used == 0)).to(tl.int32), axis=0) != 0
+    ids = tl.where(used, ids, NOWHERE).to(tl.int32)
+    given = tl.load(logprobs_ptr + offs_k, mask=used, other=NEG_INF)
+    exact = tl.exp(given.to(tl.float64))
+    mass = tl.sum(exact, axis=0)
+    p = exact.to(tl.float32)
+    log2p = given.to(tl.float32) * LOG2E
+
+    pairs = tl.zeros([CHUNK, BLOCK_K], tl.int32)
+    for start in range(0, K, CHUNK):
+        pairs += (load_ids(ids_ptr, start + tl.arange(0, CHUNK), K)[:, None] == ids[None, :]).to(tl.int32)
+    if tl.sum(tl.sum(pairs, axis=1), axis=0) > tl.sum(used.to(tl.int32), axis=0):
+        used, p, log2p = merge_equal(ids, used, ids_ptr, logprobs_ptr, K, K_TILE)
+    return tl.where(used, ids, NOWHERE), p, log2p, mass, invalid
+
+
+@triton.jit
+def renormalize(p, log2p, log2_rest, outside, teacher_temperature, UNIFORM: tl.constexpr):
+    """The teacher at its temperature over the entries, with UNIFORM also over the columns outside them.
+
+    Returns p, log2 p, p and log2 p of each column outside, and whether there is any probability.
+    """
+    log2p = log2p / teacher_temperature
+    high = tl.max(log2p, axis=0)
+    log2_each = NEG_INF
+    if UNIFORM:
+        each = (log2_rest - tl.log2(outside.to(tl.float32))) / teacher_temperature
+        log2_each = tl.where(outside > 0, each, NEG_INF)
+        high = tl.maximum(high, log2_each)
+    known = high > NEG_INF
+    high = tl.where(known, high, 0.0)
+    z = tl.sum(tl.exp2(log2p - high), axis=0)
+    if UNIFORM:
+        z += mul0(tl.exp2(log2_each - high), outside.to(tl.float32))
+    log2_z = tl.where(known, tl.log2(z), 0.0)
+    log2p = log2p - high - log2_z
+    log2_each = log2_each - high - log2_z
+    return tl.exp2(log2p), log2p, tl.exp2(log2_each), log2_each, known
+
+
+@triton.jit
+def sweep_but_one(
+    student_ptr, skipped, center, V, load_width, softcap, student_scale, HARD: tl.constexpr, TILE: tl.constexpr
+):
+    """Maximum and sum of exponentials of all columns but one; also the sum at temperature 1, and sum (s - center)."""
+    BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
+    offs_tile = tile_offsets(TILE)
+    m = lane_lowest(TILE)
+    z = lane_zeros(TILE)
+    hard = (lane_zeros(TILE), lane_zeros(TILE))
+    for start in range(0, V, BLOCK_V):
+        offs_v = start + offs_tile
+        s = load_logits(student_ptr, offs_v, V, load_width, softcap, False)
+        s = tl.where(offs_v == skipped, NEG_INF, s)
+        n = tl.maximum(m, fold_max(s))
+        z = z * tl.exp2((m - n) * student_scale) + fold_sum(tl.exp2((s - spread(n)) * student_scale))
+        if HARD:
+            hard = add_hard(hard, m, n, s, (offs_v < V) & (offs_v != skipped), center)
+        m = n
+    top = tl.max(m, axis=0)
+    z = tl.sum(z * tl.exp2((m - top) * student_scale), axis=0)
+    hard_z = tl.sum(hard[0] * tl.exp2((m - top) * LOG2E), axis=0)
+    return top, z, hard_z, tl.sum(hard[1], axis=0)
+
+
+@triton.jit
+def mark_entries(ids_ptr, K, start, TILE: tl.constexpr):
+    """For every lane a word with a bit for each of its columns that is an entry, in the tiles from column start on."""
+    LANES: tl.constexpr = TILE[1]
+    VEC: tl.constexpr = TILE[2]
+    lane = tl.arange(0, LANES)
+    word = tl.zeros([LANES], tl.int64)
+    one = tl.full([LANES], 1, tl.int64)
+    for k in range(K):
+        at = tl.load(ids_ptr + k).to(tl.int64) - start
+        inside = (at >= 0) & (at < WORD * LANES)
+        at = tl.where(inside, at, 0).to(tl.int32)
+        bit = at // (LANES * VEC) * VEC + at % VEC
+        word |= tl.where((lane == at // VEC % LANES) & inside, one << bit, 0)
+    return word
+
+
+@triton.jit
+def marked(word, tile, TILE: tl.constexpr):
+    """Which columns of a tile, counted from the first one that the word marks, are entries."""
+    ROLL: tl.constexpr = TILE[0]
+    VEC: tl.constexpr = TILE[2]
+    bits = (word >> (tile * (ROLL * VEC))).to(tl.int32)
+    position = tl.arange(0, ROLL)[:, None, None] * VEC + tl.arange(0, VEC)[None, None, :]
+    return ((spread(bits) >> position) & 1) != 0
+
+
+@triton.jit
+def sweep_outside(student_ptr, ids_ptr, K, V, load_width, softcap, student_scale, TILE: tl.constexpr):
+    """Maximum and sum of exponentials of the columns outside the entries, from the last to the first."""
+    BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
+    SPAN: tl.constexpr = WORD * TILE[1]
+    offs_tile = tile_offsets(TILE)
+    m = lane_lowest(TILE)
+    z = lane_zeros(TILE)
+    spans = tl.cdiv(V, SPAN)
+    for k in range(spans):
+        first = (spans - 1 - k) * SPAN
+        word = mark_entries(ids_ptr, K, first, TILE)
+        tiles = tl.cdiv(tl.minimum(V - first, SPAN), BLOCK_V)
+        for j in range(tiles):
+            tile = tiles - 1 - j
+            s = load_logits(student_ptr, first + tile * BLOCK_V + offs_tile, V, load_width, softcap, False)
+            s = tl.where(marked(word, tile, TILE), NEG_INF, s)
+            n = tl.maximum(m, fold_max(s))
+            z = z * tl.exp2((m - n) * student_scale) + fold_sum(tl.exp2((s - spread(n)) * student_scale))
+            m = n
+    top = tl.max(m, axis=0)
+    return top, tl.sum(z * tl.exp2((m - top) * student_scale), axis=0)
+
+
+@triton.jit
+def evaluate_outside(
+    student_ptr,
+    ids_ptr,
+    norm,
+    p,
+    log2p,
+    K,
+    V,
+    load_width,
+    softcap,
+    param0,
+    param1,
+    COEFFICIENTS: tl.constexpr,
+    VALUE: tl.constexpr,
+    SCORE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Sums of the values and of the scores of the columns outside the entries, which have the teacher's p each."""
+    BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
+    SPAN: tl.constexpr = WORD * TILE[1]
+    offs_tile = tile_offsets(TILE)
+    lane_value = lane_zeros(TILE)
+    lane_score = lane_zeros(TILE)
+    spans = tl.cdiv(V, SPAN)
+    for k in range(spans):
+        first = (spans - 1 - k) * SPAN
+        word = mark_entries(ids_ptr, K, first, TILE)
+        tiles = tl.cdiv(tl.minimum(V - first, SPAN), BLOCK_V)
+        for j in range(tiles):
+            tile = tiles - 1 - j
+            offs_v = first + tile * BLOCK_V + offs_tile
+            q, log2q = softmax(load_logits(student_ptr, offs_v, V, load_width, softcap, False), norm)
+            outside = (offs_v < V) & (marked(word, tile, TILE) == 0)
+            tile_p = tl.where(outside, p, 0.0)
+            tile_log2p = tl.where(outside, log2p, NEG_INF)
+            q = tl.where(outside, q, 0.0)
+            log2q = tl.where(outside, log2q, NEG_INF)
+            lane_value += fold_sum(value_of(tile_p, tile_log2p, q, log2q, param0, param1, COEFFICIENTS, VALUE))
+            lane_score += fold_sum(score_of(tile_p, tile_log2p, q, log2q, param0, param1, COEFFICIENTS, SCORE))
+    return tl.sum(lane_value, axis=0), tl.sum(lane_score, axis=0)
+
+
+@triton.jit
+def evaluate_one(
+    p, log2p, q, log2q, param0, param1, COEFFICIENTS: tl.constexpr, VALUE: tl.constexpr, SCORE: tl.constexpr
+):
+    """Value and score of one outcome."""
+    p = tl.full([1], p, tl.float32)
+    log2p = tl.full([1], log2p, tl.float32)
+    q = tl.full([1], q, tl.float32)
+    log2q = tl.full([1], log2q, tl.float32)
+    value = tl.sum(value_of(p, log2p, q, log2q, param0, param1, COEFFICIENTS, VALUE), axis=0)
+    return value, tl.sum(score_of(p, log2p, q, log2q, param0, param1, COEFFICIENTS, SCORE), axis=0)
+
+
+@triton.jit
+def hard_gradient(s, offs_v, norm, label, lse_scale, label_step, smooth_step):
+    """Of cross entropy and z-loss, in logits s of the columns offs_v."""
+    g = lse_scale * softmax(s, norm)[0] - tl.where(offs_v == label, label_step, 0.0)
+    if smooth_step is not None:
+        g -= smooth_step
+    return g
+
+
+@triton.jit
+def through_cap(g, s, softcap):
+    """The gradient in logits before the softcap, s being those after it."""
+    if softcap is not None:
+        g *= 1.0 - (s / softcap) * (s / softcap)
+    return g
+
+
+@triton.jit(do_not_specialize=["K", "L", "ignore_index"])
+def topk_fwd_kernel(
+    student_ptr,  # [B, L, V]
+    teacher_ids_ptr,  # [N, K]
+    teacher_logprobs_ptr,  # [N, K]
+    dstudent_ptr,  # [B, L, pad_width or V]
+    labels_ptr,  # [N]
+    row_weight_ptr,  # [N]
+    temperature_ptr,  # [N]
+    teacher_temperature_ptr,  # [N]
+    param_ptr,  # [N]
+    loss_ptr,  # [N]
+    stats_ptr,  # [N, 5]
+    stride_sb,
+    stride_sl,
+    stride_db,
+    stride_dl,
+    stride_wn,
+    K,
+    L,
+    V,
+    load_width,
+    pad_width,
+    ignore_index,
+    scale,
+    temperature,
+    teacher_temperature,
+    t_squared,
+    kd_weight,
+    ce_weight,
+    z_loss_weight,
+    label_smoothing,
+    student_softcap,
+    param0,
+    param1,
+    COEFFICIENTS: tl.constexpr,
+    VALUE: tl.constexpr,
+    SCORE: tl.constexpr,
+    TAIL: tl.constexpr,
+    POINTWISE: tl.constexpr,
+    K_TILE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    GRAD: tl.constexpr = dstudent_ptr is not None
+    STATS: tl.constexpr = stats_ptr is not None
+    CE: tl.constexpr = ce_weight is not None
+    HARD_GRAD: tl.constexpr = CE or z_loss_weight is not None
+    HARD: tl.constexpr = HARD_GRAD or STATS
+    RESTRICTED: tl.constexpr = TAIL == "renormalize_both"
+    SWEPT: tl.constexpr = HARD or not RESTRICTED
+    BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
+
+    row = tl.program_id(0)
+    row64 = row.to(tl.int64)
+    student_ptr += row_offset(row, L, stride_sb, stride_sl)
+    if GRAD:
+        dstudent_ptr += row_offset(row, L, stride_db, stride_dl)
+
+    label = -1
+    if labels_ptr is not None:
+        label = tl.load(labels_ptr + row64)
+        if label == ignore_index:
+            if GRAD:
+                zero_columns(dstudent_ptr, 0, V if pad_width is None else pad_width, TILE)
+            tl.store(loss_ptr + row64, 0.0)
+            if STATS:
+                for k in tl.static_range(NUM_STATS):
+                    tl.store(stats_ptr + row64 * NUM_STATS + k, 0.0)
+            return
+
+    if row_weight_ptr is not None:
+        scale *= tl.load(row_weight_ptr + row64 * stride_wn)
+    if temperature_ptr is not None:
+        temperature = tl.load(temperature_ptr + row64)
+    if teacher_temperature_ptr is not None:
+        teacher_temperature = tl.load(teacher_temperature_ptr + row64)
+    if param_ptr is not None:
+        param0 = tl.load(param_ptr + row64)
+    center = None
+    if CE:
+        # A label out of range reads nothing and makes the row's loss NaN.
+        label_logit = tl.load(student_ptr + label, mask=(label >= 0) & (label < V), other=float("nan")).to(tl.float32)
+        if student_softcap is not None:
+            label_logit = soft_cap(label_logit, student_softcap)
+        if label_smoothing is not None:
+            center = tl.where(tl.abs(label_logit) < float("inf"), label_logit, 0.0)
+
+    # The teacher.
+    ids_ptr = teacher_ids_ptr + row64 * K
+    ids, p, log2p, mass, invalid = read_entries(ids_ptr, teacher_logprobs_ptr + row64 * K, K, V, K_TILE)
+    used = ids != NOWHERE
+    count = tl.sum(used.to(tl.int32), axis=0)
+    outside = V - count
+    rest = tl.where(outside > 0, tl.maximum(1.0 - mass, 0.0), 0.0).to(tl.float32)
+    log2_rest = tl.log2(rest)
+    known = True
+    each = 0.0
+    log2_each = NEG_INF
+    if TAIL != "bucket" and TAIL != "drop":
+        p, log2p, each, log2_each, known = renormalize(
+            p, log2p, log2_rest, outside, teacher_temperature, TAIL == "uniform"
+        )
+
+    # The student on the entries, before anything is stored: the gradient may overwrite it.
+    student_scale = LOG2E / temperature
+    s = tl.load(student_ptr + ids, mask=used, other=NEG_INF).to(tl.float32)
+    if student_softcap is not None:
+        s = tl.where(used, soft_cap(s, student_softcap), NEG_INF)
+    top = tl.max(s, axis=0)
+    high = top
+    if SWEPT:
+        skipped = tl.min(tl.where((s == top) & (s > NEG_INF), ids, NOWHERE), axis=0)
+        out_max, out_z, hard_z, centered_sum = sweep_but_one(
+            student_ptr, skipped, center, V, load_width, student_softcap, student_scale, HARD, TILE
+        )
+        high = tl.maximum(top, out_max)
+    a = (s - high) * student_scale
+    q = tl.where(used, tl.exp2(a), 0.0)
+    z = tl.sum(q, axis=0)
+    fine = z > 0
+    if SWEPT:
+        # Without a column to skip the maximum is one of the sweep's.
+        student_mass = z
+        z = tl.where(skipped == NOWHERE, 0.0, tl.exp2((top - high) * student_scale))
+        z += out_z * tl.exp2((out_max - high) * student_scale)
+        student_mass /= z
+        fine = z > 0
+        others_z = tl.sum(tl.where(used & (ids != skipped), tl.exp2((s - out_max) * student_scale), 0.0), axis=0)
+        out_z = tl.where(outside > 0, out_z - others_z, 0.0)
+    if HARD:
+        hard_z = hard_z * tl.exp2((out_max - high) * LOG2E)
+        hard_z += tl.where(skipped == NOWHERE, 0.0, tl.exp2((top - high) * LOG2E))
+        hard_norm = (high, LOG2E, tl.log2(hard_z), 1.0 / hard_z)
+        lse = high + hard_norm[2] * LN2
+    if RESTRICTED:
+        a = (s - top) * student_scale
+        q = tl.where(used, tl.exp2(a), 0.0)
+        z = tl.sum(q, axis=0)
+        fine = (fine & (z > 0)) | (count == 0)
+    # A NaN among the logits, or nothing but -inf; functors may take what is NaN for 0.
+    spoilt = tl.where(fine & (mass == mass) & (invalid == 0), 0.0, float("nan"))
+    log2_z = tl.log2(z)
+    norm = (high, student_scale, log2_z, 1.0 / z)
+    q = q / z
+    log2q = tl.where(used, a - log2_z, NEG_INF)
+
+    # The divergence: sums of values and scores over its outcomes.
+    divergence = tl.sum(value_of(p, log2p, q, log2q, param0, param1, COEFFICIENTS, VALUE), axis=0)
+    score = score_of(p, log2p, q, log2q, param0, param1, COEFFICIENTS, SCORE)
+    score_sum = tl.sum(score, axis=0)
+    # Outside the entries the gradient is slope * exp2((s - out_max) * student_scale), unless it is POINTWISE.
+    slope = 0.0
+    if POINTWISE:
+        value_outside, score_outside = evaluate_outside(
+            student_ptr,
+            ids_ptr,
+            norm,
+            each,
+            log2_each,
+            K,
+            V,
+            load_width,
+            student_softcap,
+            param0,
+            param1,
+            COEFFICIENTS,
+            VALUE,
+            SCORE,
+            TILE,
+        )
+        divergence += value_outside
+        score_sum += score_outside
+    elif TAIL == "bucket":
+        shift = (out_max - high) * student_scale
+        q_outside = out_z * tl.exp2(shift) / z
+        log2q_outside = shift + tl.log2(out_z) - log2_z
+        value_outside, score_outside = evaluate_one(
+            rest, log2_rest, q_outside, log2q_outside, param0, param1, COEFFICIENTS, VALUE, SCORE
+        )
+        # The score times the relative error of the difference is an error of the loss; a NaN is no answer.
+        exact = (others_z == 0) | (outside == 0)
+        trusted = (out_z * CANCELLATION > others_z) & (tl.abs(score_outside) * (out_z + others_z) <= 4.0 * out_z)
+        if (exact | trusted) == 0:
+            out_max, out_z = sweep_outside(student_ptr, ids_ptr, K, V, load_width, student_softcap, student_scale, TILE)
+            shift = (out_max - high) * student_scale
+            q_outside = out_z * tl.exp2(shift) / z
+            log2q_outside = shift + tl.log2(out_z) - log2_z
+            value_outside, score_outside = evaluate_one(
+                rest, log2_rest, q_outside, log2q_outside, param0, param1, COEFFICIENTS, VALUE, SCORE
+            )
+        divergence += value_outside
+        score_sum += score_outside
+        slope = tl.where(out_z == 0, 0.0, (score_outside - q_outside * score_sum) / out_z)
+    elif not RESTRICTED:
+        # Homogeneous: f(0, q) = q f(0, 1), and so is the score.
+        value_outside, score_outside = evaluate_one(0.0, NEG_INF, 1.0, 0.0, param0, param1, COEFFICIENTS, VALUE, SCORE)
+        factor = tl.exp2((out_max - high) * student_scale) / z
+        q_outside = tl.where(out_z < 0, 0.0, out_z) * factor
+        divergence += value_outside * q_outside
+        score_sum += score_outside * q_outside
+        slope = (score_outside - score_sum) * factor
+    divergence = tl.where(known, divergence, 0.0) + spoilt
+
+    loss = 0.0
+    g_scale = 0.0
+    if kd_weight is not None:
+        kd_scale = scale * kd_weight * tl.where(t_squared != 0, temperature * temperature, 1.0)
+        loss += kd_scale * divergence
+        g_scale = tl.where(known, kd_scale / temperature, 0.0)
+    ce = 0.0
+    lse_scale = 0.0
+    label_step = 0.0
+    smooth_step = None
+    if CE:
+        ce = high - label_logit + hard_norm[2] * LN2
+        lse_scale = scale * ce_weight
+        label_step = lse_scale
+        if label_smoothing is not None:
+            ce -= label_smoothing * (centered_sum + tl.where(skipped == NOWHERE, 0.0, top - center)) / V
+            label_step *= 1.0 - label_smoothing
+            smooth_step = lse_scale * label_smoothing / V
+        loss += lse_scale * ce
+    if z_loss_weight is not None:
+        loss += scale * z_loss_weight * lse * lse
+        lse_scale += 2.0 * scale * z_loss_weight * lse
+    tl.store(loss_ptr + row64, loss)
+    if STATS:
+        stats_ptr += row64 * NUM_STATS
+        tl.store(stats_ptr, divergence)
+        tl.store(stats_ptr + 1, ce)
+        tl.store(stats_ptr + 2, lse)
+        tl.store(stats_ptr + 3, mass.to(tl.float32) + spoilt)
+        tl.store(stats_ptr + 4, student_mass)
+
+    if GRAD:
+        # Every warp has its entries: what is written from here on may be their logits.
+        tl.debug_barrier()
+        num_tiles = tl.cdiv(V, BLOCK_V)
+        if (RESTRICTED or kd_weight is None) and not HARD_GRAD:
+            zero_columns(dstudent_ptr, 0, V if pad_width is None else pad_width, TILE)
+        else:
+            offs_tile = tile_offsets(TILE)
+            for k in range(num_tiles):
+                offs_v = (k if POINTWISE else num_tiles - 1 - k) * BLOCK_V + offs_tile
+                x = load_logits(student_ptr, offs_v, V, load_width, student_softcap, False)
+                if POINTWISE:
+                    q_v, log2q_v = softmax(x, norm)
+                    p_v = tl.full(x.shape, each, tl.float32)
+                    log2p_v = tl.full(x.shape, log2_each, tl.float32)
+                    g = score_of(p_v, log2p_v, q_v, log2q_v, param0, param1, COEFFICIENTS, SCORE)
+                    g = mul0(g_scale, g - q_v * score_sum)
+                elif RESTRICTED:
+                    g = tl.zeros(x.shape, tl.float32)
+                else:
+                    g = tl.exp2((x - out_max) * student_scale) * mul0(g_scale, slope)
+                if HARD_GRAD:
+                    g += hard_gradient(x, offs_v, hard_norm, label, lse_scale, label_step, smooth_step)
+                store_gradient(dstudent_ptr, offs_v, through_cap(g, x, student_softcap), V, pad_width)
+            if pad_width is not None:
+                zero_columns(dstudent_ptr, num_tiles * BLOCK_V, pad_width, TILE)
+        tl.debug_barrier()
+        g = mul0(g_scale, score - q * score_sum)
+        if HARD_GRAD:
+            g += hard_gradient(s, ids, hard_norm, label, lse_scale, label_step, smooth_step)
+        g = through_cap(g, s, student_softcap) + spoilt
+        tl.store(dstudent_ptr + ids, g.to(dstudent_ptr.dtype.element_ty), mask=used)
+
+
+def topk_fwd(
+    student: Tensor,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    dstudent: Optional[Tensor],
+    labels: Optional[Tensor],
+    row_weight: Optional[Tensor],
+    student_temperature_rows: Optional[Tensor],
+    teacher_temperature_rows: Optional[Tensor],
+    param_rows: Optional[Tensor],
+    *,
+    tail: str,
+    divergence: str,
+    param0: float,
+    param1: float,
+    vocab_size: int,
+    ignore_index: int,
+    scale: float,
+    temperature: float,
+    teacher_temperature: float,
+    kd_weight: float,
+    ce_weight: float,
+    z_loss_weight: float,
+    label_smoothing: float,
+    scale_by_t_squared: bool,
+    student_softcap: float,
+    stats: bool,
+) -> tuple[Tensor, Tensor]:
+    """Loss of every row, and its gradient where dstudent is given, in one launch.
+
+    Args:
+        student: logits [B, L, V] or [N, V] with unit last stride; rows are numbered b * L + l.
+        teacher_ids: int32 or int64 [N, K], contiguous; -1 is no entry, equal ids add up, an id out of range makes the
+            row NaN.
+        teacher_logprobs: [N, K], contiguous, of any float dtype.
+        dstudent: written, of the student's shape; may be the student itself.
+        labels: int64 [N]. row_weight: fp32 [N], any stride.
+        student_temperature_rows, teacher_temperature_rows, param_rows: fp32 [N].
+
+    Returns:
+        Loss fp32 [N], and statistics fp32 [N, 5] in the order of ``kdkernels.ops.TOPK_STATS`` ([N, 0] unless asked
+        for).
+    """
+    L, N = num_rows(student)
+    K = teacher_ids.shape[-1]
+    loss = student.new_empty(N, dtype=torch.float32)
+    row_stats = student.new_empty((N, NUM_STATS.value if stats else 0), dtype=torch.float32)
+    if N == 0:
+        return loss, row_stats
+    entry = divergences.lookup(divergence)
+    pointwise = tail == "uniform" or (tail in ("renormalize", "drop") and not entry.homogeneous)
+    plain = not (ce_weight or z_loss_weight or stats or student_softcap or pointwise)
+    shape = tuning.shape(vocab_size, student.element_size(), load=tuning.LIGHT if plain else tuning.MEDIUM)
+    width = student.shape[-1]
+    stride_sb, stride_sl = row_strides(student)
+    stride_db, stride_dl = row_strides(dstudent)
+    with on_device_of(student):
+        topk_fwd_kernel[(N,)](
+            student,
+            teacher_ids.contiguous(),
+            teacher_logprobs.contiguous(),
+            dstudent,
+            contiguous(labels),
+            row_weight,
+            contiguous(student_temperature_rows),
+            contiguous(teacher_temperature_rows),
+            contiguous(param_rows),
+            loss,
+            row_stats if stats else None,
+            stride_sb,
+            stride_sl,
+            stride_db,
+            stride_dl,
+            None if row_weight is None else row_weight.stride(0),
+            K,
+            L,
+            vocab_size,
+            aligned_width(vocab_size, student),
+            None if width == vocab_size else width,
+            ignore_index,
+            scale,
+            temperature,
+            teacher_temperature,
+            1.0 if scale_by_t_squared else 0.0,
+            kd_weight or None,
+            ce_weight or None,
+            z_loss_weight or None,
+            (label_smoothing or None) if ce_weight else None,
+            student_softcap or None,
+            param0,
+            param1,
+            COEFFICIENTS=entry.linear,
+            VALUE=entry.value,
+            SCORE=entry.score,
+            TAIL=tail,
+            POINTWISE=pointwise,
+            K_TILE=entries_tile(K, shape.TILE[1]),
+            TILE=shape.TILE,
+            num_warps=shape.num_warps,
+        )
+    return loss, row_stats
+
+
+def entries_tile(K: int, lanes: int) -> tuple[int, int]:
+    """(CHUNK, BLOCK_K): the power of two that holds K entries, and how many of them are compared with all at a time."""
+    block = max(16, triton.next_power_of_2(K))
+    return max(1, min(block, PAIRS * lanes // block)), block
