@@ -122,7 +122,7 @@ constexpr Divergence linear(const char* name, Linear c) {
 }
 
 // The same table as the dense kernels', and so the same indices.
-#include "divergence_table.h"
+#include "kdkernels/divergence_table.h"
 
 // The distinct entries of a row, and the room to compute with them; kept by a thread between calls.
 struct Entries {

@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import NamedTuple, Optional
 
 from kdkernels import divergences, ops
-from kdkernels.backends import cpu, eager, triton
+from kdkernels.backends import cpu, cuda, eager, triton
 
 # In the order in which "auto" tries them.
-BACKENDS = {"triton": triton, "cpu": cpu, "torch": eager}
+BACKENDS = {"cuda": cuda, "triton": triton, "cpu": cpu, "torch": eager}
 
 
 class Availability(NamedTuple):
@@ -66,7 +66,7 @@ def _refusal(name: str, device_type: str, divergence: str, torch_only: Optional[
     reason = ops.NOT_YET.get(pattern, {}).get(name) or BACKENDS[name].why_not(device_type)
     if reason is None and name != "torch":
         reason = torch_only
-    if reason is None and name == "cpu" and divergences.registered(divergence):
+    if reason is None and name in ("cpu", "cuda") and divergences.registered(divergence):
         reason = f"divergence {divergence!r} was registered at run time, which compiled code does not see"
     if reason is None and name == "triton" and not divergences.has_triton(divergence):
         reason = f"divergence {divergence!r} was registered without Triton functions"
