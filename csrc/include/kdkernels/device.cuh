@@ -7,6 +7,7 @@
 #include <math_constants.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "args.h"
 
@@ -144,16 +145,28 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 }
 __device__ __forceinline__ void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// A struct as 32-bit words, which is what travels between threads.
 template <class T>
-__device__ __forceinline__ T shuffle_xor(T value, int mask) {
+struct Words {
   static_assert(sizeof(T) % 4 == 0);
-  union {
-    T value;
-    uint32_t words[sizeof(T) / 4];
-  } u{value};
+  uint32_t word[sizeof(T) / 4];
+
+  template <class Make>
+  static __device__ __forceinline__ T make(Make make_word) {
+    Words words;
 #pragma unroll
-  for (uint32_t& word : u.words) word = __shfl_xor_sync(0xffffffffu, word, mask);
-  return u.value;
+    for (int i = 0; i < int(sizeof(T) / 4); ++i) words.word[i] = make_word(i);
+    T out;
+    memcpy(&out, &words, sizeof(T));
+    return out;
+  }
+};
+
+template <class T>
+__device__ __forceinline__ T shuffle_xor(const T& value, int mask) {
+  Words<T> mine;
+  memcpy(&mine, &value, sizeof(T));
+  return Words<T>::make([&](int i) { return __shfl_xor_sync(0xffffffffu, mine.word[i], mask); });
 }
 
 // A block's share of a reduction, for the other blocks of its cluster to read.
@@ -230,16 +243,13 @@ struct Team {
   }
   template <class T>
   static __device__ __forceinline__ T read_from(const T& mine, int block) {
-    union {
-      T value;
-      uint32_t words[sizeof(T) / 4];
-    } u{T()};
     uint32_t there;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(&mine)), "r"(block));
-#pragma unroll
-    for (int i = 0; i < int(sizeof(T) / 4); ++i)
-      asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(u.words[i]) : "r"(there + 4 * i) : "memory");
-    return u.value;
+    return Words<T>::make([&](int i) {
+      uint32_t word;
+      asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(word) : "r"(there + 4 * i) : "memory");
+      return word;
+    });
   }
 #endif
 };
