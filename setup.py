@@ -1,10 +1,13 @@
-"""Builds ``kdkernels/_C``, the CPU kernels. All else about the package stands in pyproject.toml.
+"""Builds ``kdkernels/_C``, the CPU kernels, and ``kdkernels/_C_cuda``. All else stands in pyproject.toml.
 
 ``KDKERNELS_BUILD`` says what to build:
     auto    what this machine can build; the last line of the build says what was left out and why (default)
     cpu     the CPU kernels, or fail
+    cuda    the CPU and the CUDA kernels, or fail
     none    nothing: Triton and plain PyTorch still work
-``CXX`` names the compiler, ``MAX_JOBS`` the number of files compiled at once.
+``CXX`` names the compiler, ``MAX_JOBS`` the number of files compiled at once. nvcc is looked for in ``CUDA_HOME``, then on
+the path; ``TORCH_CUDA_ARCH_LIST`` ("8.0;9.0a+PTX") names the GPUs to compile for, by default all that pay for a form of
+their own, as far as nvcc knows them.
 """
 
 import importlib.util
@@ -22,7 +25,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-CHOICES = ("auto", "cpu", "none")
+CHOICES = ("auto", "cpu", "cuda", "none")
 # The oldest release whose stable ABI has all that csrc uses; the library then loads in every later one.
 TORCH_FLOOR = (2, 10)
 CXX_STANDARD = "-std=c++17"
@@ -36,6 +39,9 @@ X86_FLAGS = {
     ],
 }
 X86_MACROS = [("KDK_HAVE_AVX2", "1"), ("KDK_HAVE_AVX512", "1")]
+
+# Ampere; Hopper, from which on there are clusters; Blackwell of data centres and of consumers, and PTX for what comes.
+CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0+PTX")
 
 
 class CannotBuild(Exception):
@@ -91,7 +97,7 @@ def cpu_extension() -> Extension:
         library_dirs=[str(torch / "lib")],
         libraries=["torch_cpu"],
         define_macros=[
-            ("TORCH_TARGET_VERSION", f"0x{TORCH_FLOOR[0]:02x}{TORCH_FLOOR[1]:02x}000000000000"),
+            ("TORCH_TARGET_VERSION", target_version()),
             *(X86_MACROS if use_x86 else []),
         ],
         # Contraction to fused multiply-adds is what the kernels count on; ISO mode turns it off in GCC.
@@ -99,6 +105,85 @@ def cpu_extension() -> Extension:
         py_limited_api=True,
         language="c++",
     )
+
+
+def find_nvcc() -> tuple[str, Path]:
+    """nvcc, and the root of its toolkit."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc")
+    if nvcc is None:
+        raise CannotBuild(f"no nvcc found (looked in {f'CUDA_HOME={home}' if home else 'PATH; CUDA_HOME is not set'})")
+    said = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", said, flags=re.M)
+    return nvcc, Path(top[1].strip() if top else Path(nvcc).resolve().parent.parent)
+
+
+def cuda_version(torch: Path) -> str:
+    """The CUDA release that this torch was built for."""
+    found = re.search(r"^cuda(?:: [^=]*)? = '([\d.]+)'", (torch / "version.py").read_text(), flags=re.M)
+    if found is None:
+        raise CannotBuild("this torch is not a CUDA build")
+    return found[1]
+
+
+def architecture_flags(nvcc: str) -> tuple[list[str], list[str]]:
+    """nvcc's flags for the GPUs to compile for, and their names."""
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    named = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
+    asked = [name for name in named if name]
+    flags, names = [], []
+    for name in asked or CUDA_ARCHITECTURES:
+        found = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", name)
+        if found is None:
+            raise CannotBuild(f"TORCH_CUDA_ARCH_LIST must be like '8.0;9.0a;12.0+PTX', got {name!r}")
+        number, suffix, ptx = found[1] + found[2], found[3], found[4]
+        if f"sm_{number}" not in known:
+            if asked:
+                raise CannotBuild(f"TORCH_CUDA_ARCH_LIST asks for {name}, which {nvcc} does not know")
+            continue
+        code = number + suffix
+        flags += ["-gencode", f"arch=compute_{code},code=sm_{code}"]
+        if ptx:
+            flags += ["-gencode", f"arch=compute_{code},code=compute_{code}"]
+        names.append(f"sm_{code}{'+PTX' if ptx else ''}")
+    if not flags:
+        raise CannotBuild(f"{nvcc} knows none of the GPUs {', '.join(CUDA_ARCHITECTURES)}")
+    return flags, names
+
+
+def cuda_extension() -> Extension:
+    """``kdkernels/_C_cuda``: the CUDA kernels, by nvcc itself (torch's CUDAExtension wants a GPU's torch imported)."""
+    torch = find_torch()
+    release = cuda_version(torch)
+    nvcc, toolkit = find_nvcc()
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", said)
+    if found is None or found[1] != release.partition(".")[0]:
+        version = f"{found[1]}.{found[2]}" if found else "unknown"
+        raise CannotBuild(f"nvcc is of CUDA {version}, this torch of CUDA {release}")
+    flags, names = architecture_flags(nvcc)
+    extension = Extension(
+        "kdkernels._C_cuda",
+        sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc" / "cuda").glob("*.cu")),
+        depends=[path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()],
+        include_dirs=["csrc/include", str(torch / "include")],
+        library_dirs=[str(torch / "lib")],
+        libraries=["torch_cpu", "torch_cuda"],
+        # USE_CUDA declares the function that gives torch's current stream.
+        define_macros=[("TORCH_TARGET_VERSION", target_version()), ("USE_CUDA", "1")],
+        extra_compile_args=[CXX_STANDARD, "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *flags],
+        # The static runtime: no other release of it is looked for when the library is loaded.
+        extra_link_args=["-cudart", "static"],
+        py_limited_api=True,
+        language="c++",
+    )
+    extension.nvcc = nvcc  # type: ignore[attr-defined]
+    extension.outcome = f"the CUDA extension for {', '.join(names)}, with {nvcc}"  # type: ignore[attr-defined]
+    return extension
+
+
+def target_version() -> str:
+    return f"0x{TORCH_FLOOR[0]:02x}{TORCH_FLOOR[1]:02x}000000000000"
 
 
 def isa_flags(source: str) -> list[str]:
@@ -121,11 +206,20 @@ class BuildExt(build_ext):
         # Of an inline function that several files emit the linker keeps the first copy: it must be the one that every
         # processor can run.
         sources = sorted(ext.sources, key=lambda source: (isa_rank(source), source))
+        nvcc = getattr(ext, "nvcc", None)
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
             # The slow ones, which are last in that order, begin first.
-            compiled = {source: pool.submit(self.compile_one, ext, source) for source in reversed(sources)}
+            compile_one = self.compile_one if nvcc is None else self.compile_with_nvcc
+            compiled = {source: pool.submit(compile_one, ext, source) for source in reversed(sources)}
+        objects = [compiled[source].result() for source in sources]
+        if nvcc is not None:
+            folders = [f"-L{folder}" for folder in ext.library_dirs]
+            libraries = [f"-l{library}" for library in ext.libraries]
+            Path(output).parent.mkdir(parents=True, exist_ok=True)
+            self.spawn([nvcc, "-shared", "-o", output, *objects, *folders, *libraries, *ext.extra_link_args])
+            return
         self.compiler.link_shared_object(
-            [compiled[source].result() for source in sources],
+            objects,
             output,
             libraries=self.get_libraries(ext),
             library_dirs=ext.library_dirs,
@@ -144,6 +238,14 @@ class BuildExt(build_ext):
         )
         return result
 
+    def compile_with_nvcc(self, ext, source):
+        result = os.path.join(self.build_temp, f"{source}.o")
+        Path(result).parent.mkdir(parents=True, exist_ok=True)
+        macros = [f"-D{name}={value}" for name, value in ext.define_macros]
+        folders = [f"-I{folder}" for folder in ext.include_dirs]
+        self.spawn([ext.nvcc, *ext.extra_compile_args, *macros, *folders, "-c", source, "-o", result])
+        return result
+
 
 def main() -> None:
     choice = os.environ.get("KDKERNELS_BUILD") or "auto"
@@ -159,6 +261,16 @@ def main() -> None:
             if choice != "auto":
                 raise SystemExit(f"KDKERNELS_BUILD={choice}: {reason}") from None
             outcome = f"no extension: {reason}; Triton and plain PyTorch still work"
+    if extensions and choice == "cpu":
+        outcome += "; no CUDA extension, as KDKERNELS_BUILD=cpu asks"
+    elif extensions:
+        try:
+            extensions.append(cuda_extension())
+            outcome += f"; {extensions[-1].outcome}"  # type: ignore[attr-defined]
+        except CannotBuild as reason:
+            if choice == "cuda":
+                raise SystemExit(f"KDKERNELS_BUILD={choice}: {reason}") from None
+            outcome += f"; no CUDA extension: {reason}"
     distribution = setup(
         ext_modules=extensions,
         cmdclass={"build_ext": BuildExt},

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kdkernels.reduction import REDUCTIONS
 
-BACKENDS = ("auto", "triton", "cpu", "torch")
+BACKENDS = ("auto", "cuda", "triton", "cpu", "torch")
 TEACHER_FORMS = ("logits", "log_probs", "probs")
 MIXTURES = ("probs", "logits")
 TAILS = ("bucket", "renormalize", "renormalize_both", "uniform", "drop")

@@ -9,7 +9,8 @@ import torch
 
 import kdkernels
 from kdkernels import backends
-from kdkernels.backends import cpu
+from kdkernels.backends import cpu, cuda
+from kdkernels.backends.cpu import find_library
 
 
 def _version(package: str) -> str:
@@ -31,6 +32,10 @@ def _extension() -> str:
     return reason or f"{cpu.library_path()} ({cpu.isa()})"
 
 
+def _cuda_extension() -> str:
+    return cuda.load_error() or str(find_library("_C_cuda"))
+
+
 def _choice(device_type: str) -> list[str]:
     answers = backends.available(device_type)
     where = " (there is no such device here)" if device_type == "cuda" and not torch.cuda.is_available() else ""
@@ -48,6 +53,7 @@ def report() -> str:
         "torch": f"{torch.__version__} ({built_for if torch.version.cuda or torch.version.hip else 'CPU build'})",
         "triton": _version("triton"),
         "extension": _extension(),
+        "cuda ext": _cuda_extension(),
         "threads": str(torch.get_num_threads()),
         "gpu": _gpu(),
     }

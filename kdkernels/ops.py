@@ -1,8 +1,8 @@
 """torch.library schemas and fakes of every op, and nothing else.
 
 One op per access pattern and backend, ``kdkernels::<pattern>_<backend>``; all backends of a pattern share one schema.
-The CPU implementations are registered by the compiled library ``_C`` when it is loaded, the Triton ones by
-``kdkernels.backends.triton``.
+The CPU and CUDA implementations are registered by the compiled libraries ``_C`` and ``_C_cuda`` when they are loaded,
+the Triton ones by ``kdkernels.backends.triton``.
 
 Tensors of logits are ``[B, L, V]`` views (rows ``i = b * L + l``), so that ``logits[:, :-1]`` needs no copy.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 NAMESPACE = "kdkernels"
-PATTERN_BACKENDS = ("cpu", "triton")
+PATTERN_BACKENDS = ("cpu", "cuda", "triton")
 # Columns of the second result of dense_fwd, at the tempered p and q; the parts of the objective are unweighted.
 STATS = (
     "divergence",
@@ -66,7 +66,8 @@ SCHEMAS = {
 }
 
 # Patterns that a backend lacks, and why.
-NOT_YET: dict[str, dict[str, str]] = {}
+_NOT_IN_CUDA = {"cuda": "the CUDA extension has the sparse top-k losses only"}
+LACKING = {"dense_fwd": _NOT_IN_CUDA, "dkd_fwd": _NOT_IN_CUDA, "mse_fwd": _NOT_IN_CUDA}
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define("cpu_isa() -> str")
@@ -106,7 +107,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
 
 for _backend in PATTERN_BACKENDS:
     for _pattern, _schema in SCHEMAS.items():
-        if _backend in NOT_YET.get(_pattern, {}):
+        if _backend in LACKING.get(_pattern, {}):
             continue
         _name = f"{_pattern}_{_backend}"
         _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))

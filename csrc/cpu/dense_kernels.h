@@ -791,7 +791,7 @@ constexpr Divergence general(const char* name) {
 }
 constexpr Divergence linear(const char* name, Linear c) { return {name, true, c, {}, {}, {}, {}}; }
 
-#include "divergence_table.h"
+#include "kdkernels/divergence_table.h"
 
 // What one row of the objective needs, resolved for the row.
 struct RowNumbers {

@@ -74,17 +74,6 @@ struct LinearTerms {
   }
 };
 
-// What an alpha-beta divergence is at p = 0: q^(a + b) / (a (a + b)).
-struct AlphaBetaNoTeacher {
-  template <class V>
-  KDK_INLINE static void eval(const Params<V>& k, V, V, V q, V logq, V& value, V& score) {
-    const V power = kdk_exp((k.x0 + k.x1) * logq);
-    (void)q;
-    score = power / k.x0;
-    value = score / (k.x0 + k.x1);
-  }
-};
-
 template <class F, class C>
 void evaluate(const Linear& linear, double x0, double x1, const C* p, const C* logp, int64_t step, const C* q,
               const C* logq, C* value, C* score, int64_t n) {
@@ -122,7 +111,7 @@ constexpr Divergence linear(const char* name, Linear c) {
 }
 
 // The same table as the dense kernels', and so the same indices.
-#include "divergence_table.h"
+#include "kdkernels/divergence_table.h"
 
 // The distinct entries of a row, and the room to compute with them; kept by a thread between calls.
 struct Entries {

@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import NamedTuple, Optional
 
 from kdkernels import divergences, ops
-from kdkernels.backends import cpu, eager, triton
+from kdkernels.backends import cpu, cuda, eager, triton
 
 # In the order in which "auto" tries them.
-BACKENDS = {"triton": triton, "cpu": cpu, "torch": eager}
+BACKENDS = {"cuda": cuda, "triton": triton, "cpu": cpu, "torch": eager}
 
 
 class Availability(NamedTuple):
@@ -63,10 +63,10 @@ select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _refusal(name: str, device_type: str, divergence: str, torch_only: Optional[str], pattern: str) -> Optional[str]:
-    reason = ops.NOT_YET.get(pattern, {}).get(name) or BACKENDS[name].why_not(device_type)
+    reason = ops.LACKING.get(pattern, {}).get(name) or BACKENDS[name].why_not(device_type)
     if reason is None and name != "torch":
         reason = torch_only
-    if reason is None and name == "cpu" and divergences.registered(divergence):
+    if reason is None and name in ("cpu", "cuda") and divergences.registered(divergence):
         reason = f"divergence {divergence!r} was registered at run time, which compiled code does not see"
     if reason is None and name == "triton" and not divergences.has_triton(divergence):
         reason = f"divergence {divergence!r} was registered without Triton functions"

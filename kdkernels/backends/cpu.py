@@ -9,10 +9,24 @@ from typing import Optional
 import torch
 
 
-def library_path() -> Optional[Path]:
-    """The compiled library beside the package, or None where it was not built."""
-    found = sorted(Path(__file__).resolve().parent.parent.glob("_C.*"))
+def find_library(name: str) -> Optional[Path]:
+    """A compiled library beside the package, or None where it was not built."""
+    found = sorted(Path(__file__).resolve().parent.parent.glob(f"{name}.*"))
     return next((path for path in found if path.suffix in (".so", ".dylib", ".pyd")), None)
+
+
+def load(path: Path) -> Optional[str]:
+    """Load a library that registers ops; None on success, else why it does not load."""
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} does not load: {error.__cause__ or error}"
+    return None
+
+
+def library_path() -> Optional[Path]:
+    """The CPU library, or None where it was not built."""
+    return find_library("_C")
 
 
 @functools.cache
@@ -21,11 +35,7 @@ def load_error() -> Optional[str]:
     path = library_path()
     if path is None:
         return "the C++ extension was not built (KDKERNELS_BUILD=none, or no C++ compiler at installation)"
-    try:
-        torch.ops.load_library(str(path))
-    except OSError as error:
-        return f"the C++ extension does not load: {error.__cause__ or error}"
-    return None
+    return load(path)
 
 
 def isa() -> str:

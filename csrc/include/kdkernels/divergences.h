@@ -161,4 +161,14 @@ struct AlphaBetaZero {
   }
 };
 
+// What an alpha-beta divergence is at p = 0: q^(a + b) / (a (a + b)).
+struct AlphaBetaNoTeacher {
+  template <bool GUARDED = false, class V>
+  KDK_HD static void eval(const Params<V>& k, V, V, V, V logq, V& value, V& score) {
+    const V power = kdk_exp((k.x0 + k.x1) * logq);
+    score = power / k.x0;
+    value = score / (k.x0 + k.x1);
+  }
+};
+
 }  // namespace kdk

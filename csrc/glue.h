@@ -1,0 +1,187 @@
+// Torch glue that all devices share, through the LibTorch stable ABI: checks what would break memory safety and turns
+// tensors into plain arguments. What a caller can get wrong was reported by kdkernels.checks before.
+//
+// An op is a template over what a device does with the arguments, so that its long signature stands here once. FIND is
+// int (*)(const char* name, double param0, double param1): the device's index of a divergence, or -1.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <iterator>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "kdkernels/args.h"
+
+namespace kdk {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::Double: return DType::kFloat64;
+    default: STD_TORCH_CHECK(false, "logits must be float32, bfloat16, float16 or float64");
+  }
+}
+
+inline LogitsView view(const Tensor& tensor, const char* name, bool written) {
+  STD_TORCH_CHECK(tensor.dim() == 3 && (tensor.stride(2) == 1 || tensor.size(2) == 1), name,
+                  " must be [B, L, V] with unit stride in the last dimension");
+  LogitsView out;
+  out.data = written ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
+  out.stride_b = tensor.stride(0);
+  out.stride_l = tensor.stride(1);
+  out.dtype = dtype_of(tensor);
+  return out;
+}
+
+inline PerRow per_row(const std::optional<Tensor>& values, ScalarType dtype, int64_t rows, const char* name) {
+  if (!values) return {};
+  STD_TORCH_CHECK(values->dim() == 1 && values->size(0) == rows && values->scalar_type() == dtype, name,
+                  " must hold one value per row in the dtype of the sums");
+  return {values->const_data_ptr(), values->stride(0)};
+}
+
+inline ScalarType sum_dtype(const Tensor& student) {
+  return student.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Tensor new_rows(const Tensor& student, std::vector<int64_t> shape) {
+  return torch::stable::new_empty(student, shape, sum_dtype(student));
+}
+
+// Fills what all row losses share, and allocates the losses.
+inline Tensor fill_rows(RowArgs& args, const Tensor& student, const std::optional<Tensor>& dstudent,
+                        const std::optional<Tensor>& labels, const std::optional<Tensor>& row_weight,
+                        int64_t vocab_size, int64_t ignore_index, double scale) {
+  args.student = view(student, "student", false);
+  args.batch = student.size(0);
+  args.length = student.size(1);
+  args.width = student.size(2);
+  args.columns = vocab_size;
+  const int64_t rows = args.batch * args.length;
+  STD_TORCH_CHECK(vocab_size >= 1 && vocab_size <= args.width, "vocab_size must be in [1, ", args.width, "], got ",
+                  vocab_size);
+  if (dstudent) {
+    args.wants_grad = true;
+    args.dstudent = view(*dstudent, "dstudent", true);
+    STD_TORCH_CHECK(dstudent->size(0) == args.batch && dstudent->size(1) == args.length &&
+                        dstudent->size(2) == args.width && args.dstudent.dtype == args.student.dtype,
+                    "dstudent must have the student's shape and dtype");
+  }
+  if (labels) {
+    STD_TORCH_CHECK(labels->dim() == 1 && labels->size(0) == rows && labels->scalar_type() == ScalarType::Long &&
+                        labels->is_contiguous(),
+                    "labels must be contiguous int64 [N]");
+    args.labels = static_cast<const int64_t*>(labels->const_data_ptr());
+  }
+  args.ignore_index = ignore_index;
+  args.row_weight = per_row(row_weight, sum_dtype(student), rows, "row_weight");
+  args.scale = scale;
+  Tensor loss = new_rows(student, {rows});
+  args.loss = loss.mutable_data_ptr();
+  return loss;
+}
+
+// Fills what the objectives with a divergence share.
+inline void fill_objective(ObjectiveArgs& args, int divergence_index, const Tensor& student,
+                           const std::optional<Tensor>& student_temperature_rows,
+                           const std::optional<Tensor>& teacher_temperature_rows,
+                           const std::optional<Tensor>& param_rows, const std::string& divergence, double param0,
+                           double param1, double temperature, double teacher_temperature, double kd_weight,
+                           double ce_weight, double z_loss_weight, double label_smoothing, bool scale_by_t_squared,
+                           double student_softcap) {
+  STD_TORCH_CHECK(ce_weight == 0 || args.labels != nullptr || args.batch * args.length == 0, "ce_weight needs labels");
+  const ScalarType dtype = sum_dtype(student);
+  const int64_t rows = args.batch * args.length;
+  args.student_temperature = per_row(student_temperature_rows, dtype, rows, "student_temperature_rows");
+  args.teacher_temperature = per_row(teacher_temperature_rows, dtype, rows, "teacher_temperature_rows");
+  args.param = per_row(param_rows, dtype, rows, "param_rows");
+  args.divergence = divergence_index;
+  STD_TORCH_CHECK(args.divergence >= 0, "this backend does not know the divergence ", divergence);
+  args.param0 = param0;
+  args.param1 = param1;
+  args.temperature = temperature;
+  args.teacher_temperature_value = teacher_temperature;
+  args.kd_weight = kd_weight;
+  args.ce_weight = ce_weight;
+  args.z_loss_weight = z_loss_weight;
+  args.label_smoothing = label_smoothing;
+  args.scale_by_t_squared = scale_by_t_squared;
+  args.student_softcap = student_softcap;
+}
+
+inline Tensor new_stats(ObjectiveArgs& args, const Tensor& student, int64_t columns) {
+  Tensor stats = new_rows(student, {args.batch * args.length, columns});
+  if (columns > 0 && args.batch * args.length > 0) args.stats = stats.mutable_data_ptr();
+  return stats;
+}
+
+// RUN is void (*)(const TopkArgs&, const Tensor& student).
+template <auto FIND, auto RUN>
+std::tuple<Tensor, Tensor> topk_fwd(Tensor student, Tensor teacher_ids, Tensor teacher_logprobs,
+                                    std::optional<Tensor> dstudent, std::optional<Tensor> labels,
+                                    std::optional<Tensor> row_weight, std::optional<Tensor> student_temperature_rows,
+                                    std::optional<Tensor> teacher_temperature_rows, std::optional<Tensor> param_rows,
+                                    std::string tail, std::string divergence, double param0, double param1,
+                                    int64_t vocab_size, int64_t ignore_index, double scale, double temperature,
+                                    double teacher_temperature, double kd_weight, double ce_weight,
+                                    double z_loss_weight, double label_smoothing, bool scale_by_t_squared,
+                                    double student_softcap, bool stats) {
+  TopkArgs args;
+  Tensor loss = fill_rows(args, student, dstudent, labels, row_weight, vocab_size, ignore_index, scale);
+  fill_objective(args, FIND(divergence.c_str(), param0, param1), student, student_temperature_rows,
+                 teacher_temperature_rows, param_rows, divergence, param0, param1, temperature, teacher_temperature,
+                 kd_weight, ce_weight, z_loss_weight, label_smoothing, scale_by_t_squared, student_softcap);
+  const int64_t rows = args.batch * args.length;
+  for (const Tensor* tensor : {&teacher_ids, &teacher_logprobs})
+    STD_TORCH_CHECK(tensor->dim() == 2 && tensor->size(0) == rows && tensor->size(1) == teacher_ids.size(1) &&
+                        tensor->is_contiguous(),
+                    "teacher_ids and teacher_logprobs must be contiguous [N, K]");
+  STD_TORCH_CHECK(teacher_ids.scalar_type() == ScalarType::Int || teacher_ids.scalar_type() == ScalarType::Long,
+                  "teacher_ids must be int32 or int64");
+  args.entries = teacher_ids.size(1);
+  args.ids = teacher_ids.const_data_ptr();
+  args.ids_are_64_bits = teacher_ids.scalar_type() == ScalarType::Long;
+  args.logprobs.data = const_cast<void*>(teacher_logprobs.const_data_ptr());
+  args.logprobs.stride_l = args.entries;
+  args.logprobs.dtype = dtype_of(teacher_logprobs);
+  static const char* const tails[] = {"bucket", "renormalize", "renormalize_both", "uniform", "drop"};
+  const auto found = std::find(std::begin(tails), std::end(tails), tail);
+  STD_TORCH_CHECK(found != std::end(tails), "this backend does not know the tail ", tail);
+  args.tail = Tail(found - std::begin(tails));
+  Tensor out_stats = new_stats(args, student, stats ? kTopkStats : 0);
+  if (rows > 0) RUN(args, student);
+  return {loss, out_stats};
+}
+
+// RUN is void (*)(const ScaleArgs&, const Tensor& grad).
+template <auto RUN>
+void scale_grad(Tensor grad, Tensor grad_output) {
+  ScaleArgs args;
+  args.grad = view(grad, "grad", true);
+  args.batch = grad.size(0);
+  args.length = grad.size(1);
+  args.width = grad.size(2);
+  const int64_t rows = args.batch * args.length;
+  STD_TORCH_CHECK(grad_output.numel() == 1 || grad_output.numel() == rows,
+                  "grad_output must hold one value, or one per row");
+  STD_TORCH_CHECK(grad_output.dim() <= 1, "grad_output must be 0-d or [N]");
+  args.factor = grad_output.const_data_ptr();
+  args.factor_dtype = dtype_of(grad_output);
+  args.factor_stride = grad_output.dim() == 0 || grad_output.numel() == 1 ? 0 : grad_output.stride(0);
+  if (grad.numel() > 0) RUN(args, grad);
+}
+
+}  // namespace kdk

@@ -1,0 +1,93 @@
+// The arguments of every pattern as the kernels of all devices see them: plain data, no torch.
+#pragma once
+
+#include <cstdint>
+
+namespace kdk {
+
+enum class DType { kFloat32, kBFloat16, kFloat16, kFloat64 };
+enum class TeacherForm { kLogits, kProbs };
+enum class Mixture { kNone, kProbs, kLogits };
+// What the mass outside a sparse teacher's entries is; in the order of kdkernels.checks.TAILS.
+enum class Tail { kBucket, kRenormalize, kRenormalizeBoth, kUniform, kDrop };
+
+constexpr int kMaxTeachers = 4;
+constexpr int kStats = 9, kTopkStats = 5;
+
+// Logits [B, L, V] with unit stride in V.
+struct LogitsView {
+  void* data = nullptr;
+  int64_t stride_b = 0, stride_l = 0;
+  DType dtype = DType::kFloat32;
+};
+
+// One value per row, fp32 or fp64 as the student's sums; null means the scalar.
+struct PerRow {
+  const void* data = nullptr;
+  int64_t stride = 0;
+};
+
+struct RowArgs {
+  int64_t batch = 0, length = 0;
+  int64_t columns = 0;  // V: the real columns
+  int64_t width = 0;    // the student's columns, padding included
+  LogitsView student, dstudent;
+  bool wants_grad = false;
+  const int64_t* labels = nullptr;
+  int64_t ignore_index = -100;
+  PerRow row_weight;
+  double scale = 1;
+  void* loss = nullptr;  // [N]
+};
+
+// A divergence with cross entropy and z-loss.
+struct ObjectiveArgs : RowArgs {
+  PerRow student_temperature, teacher_temperature, param;
+  int divergence = 0;  // index into divergence_table.h
+  double param0 = 0, param1 = 0;
+  double temperature = 1, teacher_temperature_value = 1;
+  double kd_weight = 1, ce_weight = 0, z_loss_weight = 0, label_smoothing = 0;
+  bool scale_by_t_squared = true;
+  double student_softcap = 0;
+  void* stats = nullptr;  // [N, columns] or null
+};
+
+struct DenseArgs : ObjectiveArgs {
+  LogitsView teachers[kMaxTeachers];
+  int num_teachers = 1;
+  const void* mixture_weights = nullptr;
+  int64_t mixture_stride_n = 0, mixture_stride_m = 0;
+  Mixture mixture = Mixture::kNone;
+  TeacherForm teacher_form = TeacherForm::kLogits;
+  double teacher_softcap = 0;
+  bool standardize = false;
+};
+
+struct TopkArgs : ObjectiveArgs {
+  const void* ids = nullptr;  // [N, K] int32 or int64
+  bool ids_are_64_bits = false;
+  LogitsView logprobs;  // [N, K]; stride_l from row to row
+  int64_t entries = 0;  // K
+  Tail tail = Tail::kBucket;
+};
+
+struct DkdArgs : RowArgs {
+  LogitsView teacher;
+  double alpha = 1, beta = 1, temperature = 1, teacher_temperature = 1;
+  bool scale_by_t_squared = true;
+};
+
+struct MseArgs : RowArgs {
+  LogitsView teacher;
+  bool centered = false;
+};
+
+struct ScaleArgs {
+  int64_t batch = 0, length = 0, width = 0;
+  LogitsView grad;
+  const void* factor = nullptr;
+  int64_t factor_stride = 0;  // 0: one factor for all rows
+  DType factor_dtype = DType::kFloat32;
+};
+
+}  // namespace kdk

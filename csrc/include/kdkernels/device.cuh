@@ -1,0 +1,258 @@
+// What all CUDA kernels are made of: numbers, rows as 16-byte vectors, sums over a block and over a cluster of blocks.
+// Framework-free.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <math_constants.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "args.h"
+
+namespace kdk {
+namespace cuda {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr double kLn2 = 0.6931471805599453;
+
+// 2^x, to 2 ulp; what is below the normal range is 0.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+template <class X>
+__device__ __forceinline__ X from_float(float x) {
+  if constexpr (sizeof(X) == 4) return x;
+  if constexpr (sizeof(X) == 2) return X(x);
+}
+
+// Element i of a tensor of any floating dtype.
+__device__ __forceinline__ double read_number(const void* data, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::kFloat32: return static_cast<const float*>(data)[i];
+    case DType::kBFloat16: return to_float(static_cast<const __nv_bfloat16*>(data)[i]);
+    case DType::kFloat16: return to_float(static_cast<const __half*>(data)[i]);
+    case DType::kFloat64: break;
+  }
+  return static_cast<const double*>(data)[i];
+}
+
+__device__ __forceinline__ double per_row(const PerRow& values, int64_t row, double otherwise) {
+  return values.data == nullptr ? otherwise : double(static_cast<const float*>(values.data)[row * values.stride]);
+}
+
+template <class X>
+__device__ __forceinline__ X* row_pointer(const LogitsView& view, int64_t row, int64_t length) {
+  return static_cast<X*>(view.data) + row / length * view.stride_b + row % length * view.stride_l;
+}
+
+// 16 bytes of logits.
+template <class X>
+constexpr int kLanes = 16 / int(sizeof(X));
+
+template <class X>
+__device__ __forceinline__ void unpack(const uint4& raw, float (&x)[kLanes<X>]) {
+  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(X) == 4) {
+      x[i] = __uint_as_float(words[i]);
+    } else if constexpr (__is_same(X, __nv_bfloat16)) {
+      x[2 * i] = __uint_as_float(words[i] << 16);
+      x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    } else {
+      x[2 * i] = __half2float(__ushort_as_half(uint16_t(words[i] & 0xffffu)));
+      x[2 * i + 1] = __half2float(__ushort_as_half(uint16_t(words[i] >> 16)));
+    }
+  }
+}
+
+template <class X>
+__device__ __forceinline__ uint4 pack(const float (&x)[kLanes<X>]) {
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(X) == 4) {
+      words[i] = __float_as_uint(x[i]);
+    } else if constexpr (__is_same(X, __nv_bfloat16)) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
+      words[i] = uint32_t(__bfloat16_as_ushort(pair.x)) | uint32_t(__bfloat16_as_ushort(pair.y)) << 16;
+    } else {
+      const __half2 pair = __floats2half2_rn(x[2 * i], x[2 * i + 1]);
+      words[i] = uint32_t(__half_as_ushort(__low2half(pair))) | uint32_t(__half_as_ushort(__high2half(pair))) << 16;
+    }
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// The grid of 16-byte vectors that an address lies on: vector v holds the elements v L - skew + (0 .. L - 1) of the
+// row. Those that lie in the row are moved by one access, the ones at its ends (and rows that lie on another grid than
+// the one chosen) element by element.
+template <class X>
+struct Grid {
+  int skew;
+
+  __device__ __forceinline__ explicit Grid(const void* row) : skew(int((uintptr_t(row) & 15) / sizeof(X))) {}
+  __device__ __forceinline__ int vectors(int elements) const { return (elements + skew + kLanes<X> - 1) / kLanes<X>; }
+  __device__ __forceinline__ int vector_of(int element) const { return (element + skew) / kLanes<X>; }
+  __device__ __forceinline__ int first(int v) const { return v * kLanes<X> - skew; }
+  __device__ __forceinline__ bool has(const void* row) const {
+    return (uintptr_t(row) & 15) == uintptr_t(skew) * sizeof(X);
+  }
+  // Whether vector v of the row may be moved at once.
+  __device__ __forceinline__ bool whole(const void* row, int v, int elements) const {
+    const int e = first(v);
+    return e >= 0 && e + kLanes<X> <= elements && has(row);
+  }
+  // Elements past the ends are -inf.
+  __device__ __forceinline__ uint4 load(const X* row, int v, int elements) const {
+    const int e = first(v);
+    if (whole(row, v, elements)) return *reinterpret_cast<const uint4*>(row + e);
+    float x[kLanes<X>];
+#pragma unroll
+    for (int i = 0; i < kLanes<X>; ++i) {
+      const int at = e + i;
+      x[i] = at >= 0 && at < elements ? to_float(row[at]) : -CUDART_INF_F;
+    }
+    return pack<X>(x);
+  }
+  __device__ __forceinline__ void store(X* row, int v, int elements, const float (&x)[kLanes<X>]) const {
+    const int e = first(v);
+    if (whole(row, v, elements)) {
+      *reinterpret_cast<uint4*>(row + e) = pack<X>(x);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kLanes<X>; ++i) {
+      const int at = e + i;
+      if (at >= 0 && at < elements) row[at] = from_float<X>(x[i]);
+    }
+  }
+};
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
+// 16 bytes from global to shared memory, past the registers; complete after copies_done, for the thread that asked.
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+}
+__device__ __forceinline__ void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// A struct as 32-bit words, which is what travels between threads.
+template <class T>
+struct Words {
+  static_assert(sizeof(T) % 4 == 0);
+  uint32_t word[sizeof(T) / 4];
+
+  template <class Make>
+  static __device__ __forceinline__ T make(Make make_word) {
+    Words words;
+#pragma unroll
+    for (int i = 0; i < int(sizeof(T) / 4); ++i) words.word[i] = make_word(i);
+    T out;
+    memcpy(&out, &words, sizeof(T));
+    return out;
+  }
+};
+
+template <class T>
+__device__ __forceinline__ T shuffle_xor(const T& value, int mask) {
+  Words<T> mine;
+  memcpy(&mine, &value, sizeof(T));
+  return Words<T>::make([&](int i) { return __shfl_xor_sync(0xffffffffu, mine.word[i], mask); });
+}
+
+// A block's share of a reduction, for the other blocks of its cluster to read.
+constexpr int kReductionBytes = 64, kMaxWarps = 16;
+constexpr int kScratchBytes = (kMaxWarps + 2) * kReductionBytes;
+
+// All threads of a block, or of a cluster of blocks, that work on one row. T() is the identity of merge, and results
+// are the same in every thread: lane 0 speaks for its warp, and all warps merge in one order.
+struct Team {
+  char* scratch;  // kScratchBytes of shared memory
+  int thread, threads, block, blocks;
+  int round = 0;
+
+  __device__ __forceinline__ Team(char* scratch, int blocks)
+      : scratch(scratch),
+        thread(int(threadIdx.x)),
+        threads(int(blockDim.x)),
+        block(blocks == 1 ? 0 : int(blockIdx.x % unsigned(blocks))),
+        blocks(blocks) {}
+
+  __device__ __forceinline__ bool leads() const { return thread == 0 && block == 0; }
+  __device__ __forceinline__ void sync() const { __syncthreads(); }
+
+  template <class T, class Merge>
+  static __device__ __forceinline__ T over_warp(T value, Merge merge) {
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) value = merge(value, shuffle_xor(value, mask));
+    return value;
+  }
+
+  template <class T, class Merge>
+  __device__ __forceinline__ T over_block(T value, Merge merge) const {
+    static_assert(sizeof(T) <= kReductionBytes);
+    const int lane = thread % 32, warps = threads / 32;
+    value = over_warp(value, merge);
+    if (lane == 0) at<T>(thread / 32) = value;
+    sync();
+    value = over_warp(lane < warps ? at<T>(lane) : T(), merge);
+    sync();
+    return value;
+  }
+
+  // At most twice a kernel; end() must follow.
+  template <class T, class Merge>
+  __device__ __forceinline__ T over_cluster(T value, Merge merge) {
+    value = over_block(value, merge);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (blocks > 1) {
+      T& mine = at<T>(kMaxWarps + round++);
+      if (thread == 0) mine = value;
+      cluster_sync();
+      const int lane = thread % 32;
+      value = over_warp(lane < blocks ? read_from(mine, lane) : T(), merge);
+    }
+#endif
+    return value;
+  }
+
+  // No block leaves while another one may read from it.
+  __device__ __forceinline__ void end() const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (blocks > 1) cluster_sync();
+#endif
+  }
+
+ private:
+  template <class T>
+  __device__ __forceinline__ T& at(int slot) const {
+    return *reinterpret_cast<T*>(scratch + slot * kReductionBytes);
+  }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  static __device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  }
+  template <class T>
+  static __device__ __forceinline__ T read_from(const T& mine, int block) {
+    uint32_t there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(&mine)), "r"(block));
+    return Words<T>::make([&](int i) {
+      uint32_t word;
+      asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(word) : "r"(there + 4 * i) : "memory");
+      return word;
+    });
+  }
+#endif
+};
+
+}  // namespace cuda
+}  // namespace kdk

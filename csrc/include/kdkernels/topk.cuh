@@ -1,0 +1,701 @@
+// The sparse top-k pattern on CUDA: loss and gradient of a row in one launch, from one read of its logits where they
+// fit into the shared memory of a block or of a cluster of blocks, else from two.
+//
+// The entries of the teacher are computed with in double, by every block of a cluster alike; they are marked in a
+// bitmap over the row. The sweep over the row leaves marked logits out: what it returns is the mass of the outcomes
+// outside the entries relative to their own maximum, so that nothing has to be subtracted and nothing leaves the range
+// of fp32, however far the student is ahead or behind on the entries. In most modes that mass and one factor are all
+// that is needed of the outcomes outside, for their gradient is proportional to q. Where it is not (TopkPlan::every),
+// their values and scores are computed in fp32, once for their sums and once for the gradient. The gradients of the
+// entries are written last, over those of the sweep.
+//
+// In here x is a logit (capped, at temperature 1), y = x / T, and "high" a maximum that exponentials are relative to.
+#pragma once
+
+#include "device.cuh"
+
+// The functors of divergences.h find these for plain numbers.
+namespace kdk {
+__host__ __device__ __forceinline__ float kdk_log(float x) { return logf(x); }
+__host__ __device__ __forceinline__ double kdk_log(double x) { return log(x); }
+__host__ __device__ __forceinline__ float kdk_exp(float x) { return expf(x); }
+__host__ __device__ __forceinline__ double kdk_exp(double x) { return exp(x); }
+template <class V>
+__host__ __device__ __forceinline__ V kdk_where(bool condition, V a, V b) {
+  return condition ? a : b;
+}
+}  // namespace kdk
+
+#include "topk_plan.h"
+
+namespace kdk {
+namespace cuda {
+
+template <class V>
+struct Scored {
+  V value, score;
+};
+
+template <class V, class... Fs>
+__device__ __forceinline__ Scored<V> eval_functor(Functors<Fs...>, int functor, V x0, V x1, V p, V logp, V q, V logq) {
+  Scored<V> out{V(), V()};
+  const Params<V> params{x0, x1};
+  int i = 0;
+  (void)((functor == i++ ? (Fs::eval(params, p, logp, q, logq, out.value, out.score), true) : false) || ...);
+  return out;
+}
+
+// f and df/dlogq of one outcome. It is large where it is inlined: call it in loops that are not unrolled.
+template <class V>
+__device__ __forceinline__ Scored<V> eval(const Linear& c, int functor, V x0, V x1, V p, V logp, V q, V logq) {
+  if (functor != kNoFunctor) return eval_functor<V>(AllFunctors(), functor, x0, x1, p, logp, q, logq);
+  // A coefficient of 0 silences an infinite logarithm, and so does a probability of 0.
+  const auto term = [](double coefficient, V log) { return coefficient != 0 ? V(coefficient) * log : V(); };
+  const V over_p = p > V() ? p * (term(c.c_pp, logp) + term(c.c_pq, logq)) : V();
+  const V over_q = q > V() ? q * (term(c.c_qp, logp) + term(c.c_qq, logq)) : V();
+  return {over_p + over_q, V(c.c_pq) * p + V(c.c_qq) * q + over_q};
+}
+
+// The slots of a teacher's row. A slot is live when it holds a valid id, the first one of equal ids.
+struct Entries {
+  double *logp, *q;  // logp makes room for the score
+  float* x;
+  int *ids, *table;  // ids: -1 for a slot that is not live
+  int slots, mask;
+
+  __device__ __forceinline__ Entries(void* memory, int slots, int places)
+      : logp(static_cast<double*>(memory)),
+        q(logp + slots),
+        x(reinterpret_cast<float*>(q + slots)),
+        ids(reinterpret_cast<int*>(x + slots)),
+        table(ids + slots),
+        slots(slots),
+        mask(places - 1) {}
+
+  // Open addressing. Which ids displace which depends on the order of arrival, what is found does not: every id comes
+  // to name its first slot.
+  __device__ __forceinline__ int place(int id) const { return int(unsigned(id) * 2654435769u >> 7) & mask; }
+  // Whether the id was there already.
+  __device__ __forceinline__ bool insert(int slot) const {
+    const int id = ids[slot];
+    for (int at = place(id);; at = (at + 1) & mask) {
+      const int held = atomicCAS(&table[at], -1, slot);
+      if (held == -1) return false;
+      if (ids[held] == id) {
+        atomicMin(&table[at], slot);
+        return true;
+      }
+    }
+  }
+  // The first slot of an id, or -1.
+  __device__ __forceinline__ int find(int id) const {
+    for (int at = place(id);; at = (at + 1) & mask) {
+      const int held = table[at];
+      if (held == -1 || ids[held] == id) return held;
+    }
+  }
+};
+
+__device__ __forceinline__ double log_add(double a, double b) {
+  const double high = fmax(a, b), low = fmin(a, b);
+  return isinf(high) ? high : high + log1p(exp(low - high));
+}
+
+// Of the live entries: how many, the mass as given, the largest log-probability and logit.
+struct Found {
+  int count = 0, invalid = 0;
+  double mass = 0, high_logp = -CUDART_INF, sum_x = 0;
+  float high_x = -CUDART_INF_F, pad = 0;
+};
+// Sums of exponentials relative to those.
+struct Masses {
+  double teacher = 0, student = 0, student1 = 0;
+};
+// Of the logits outside the entries: their maximum, the sums of exponentials relative to it at temperature T and at 1,
+// their sum.
+struct Outside {
+  float high = -1e30f, z = 0, z1 = 0, sum_x = 0;
+};
+struct Sums {
+  double value = 0, score = 0, score_outside = 0;
+};
+struct AddMasses {
+  __device__ __forceinline__ Masses operator()(Masses a, const Masses& b) const {
+    return {a.teacher + b.teacher, a.student + b.student, a.student1 + b.student1};
+  }
+};
+struct AddSums {
+  __device__ __forceinline__ Sums operator()(Sums a, const Sums& b) const {
+    return {a.value + b.value, a.score + b.score, a.score_outside + b.score_outside};
+  }
+};
+struct AddFound {
+  __device__ __forceinline__ Found operator()(const Found& a, const Found& b) const {
+    Found out;
+    out.count = a.count + b.count;
+    out.invalid = a.invalid | b.invalid;
+    out.mass = a.mass + b.mass;
+    out.high_logp = fmax(a.high_logp, b.high_logp);
+    out.sum_x = a.sum_x + b.sum_x;
+    out.high_x = fmaxf(a.high_x, b.high_x);
+    return out;
+  }
+};
+struct AddOutside {
+  float scale;
+  __device__ __forceinline__ Outside operator()(const Outside& a, const Outside& b) const {
+    Outside out;
+    out.high = fmaxf(a.high, b.high);
+    const float at = out.high * scale, at1 = out.high * kLog2e;
+    out.z = a.z * exp2_fast(a.high * scale - at) + b.z * exp2_fast(b.high * scale - at);
+    out.z1 = a.z1 * exp2_fast(a.high * kLog2e - at1) + b.z1 * exp2_fast(b.high * kLog2e - at1);
+    out.sum_x = a.sum_x + b.sum_x;
+    return out;
+  }
+};
+
+// The logits of a row as a block sees them: its share of the vectors, in shared memory where the row is resident, and
+// the marks of those that are no outcome outside the entries: entries, and what lies past the ends of the row.
+template <class X>
+struct Logits {
+  static constexpr int kL = kLanes<X>;
+  static constexpr int kBatch = 4;  // loads in flight of a thread
+
+  const X* row;
+  Grid<X> grid;
+  int columns, begin, end;  // vectors
+  float cap;
+  uint4* resident;  // null: the row is read from global memory by every sweep
+  uint32_t* marks;
+  int capacity;     // vectors that the marks cover
+  int marked = -1;  // the segment that they are of
+
+  // Begins to copy the share; complete after copies_done.
+  __device__ __forceinline__ void fetch(const Team& team) const {
+    for (int v = begin + team.thread; v < end; v += team.threads) {
+      if (grid.whole(row, v, columns)) {
+        copy_async(&resident[v - begin], row + grid.first(v));
+      } else {
+        resident[v - begin] = grid.load(row, v, columns);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void mark(const Team& team, const Entries& entries, int segment) {
+    if (segment == marked) return;
+    marked = segment;
+    const int from = begin + segment * capacity, vectors = min(capacity, end - from);
+    const int first = grid.first(from), last = first + vectors * kL;
+    const auto set = [&](int element) { atomicOr(&marks[(element - first) / 32], 1u << (element - first) % 32); };
+    team.sync();
+    for (int i = team.thread; i * 32 < vectors * kL; i += team.threads) marks[i] = 0;
+    team.sync();
+    for (int j = team.thread; j < entries.slots; j += team.threads)
+      if (entries.ids[j] >= max(first, 0) && entries.ids[j] < last) set(entries.ids[j]);
+    for (int e = first + team.thread; e < 0; e += team.threads) set(e);
+    for (int e = max(columns, first) + team.thread; e < last; e += team.threads) set(e);
+    team.sync();
+  }
+
+  // Calls visit(v, x, marks) for the vectors of the share; marked logits are -inf. Where it does not read the logits
+  // are 0.
+  template <class Visit>
+  __device__ __forceinline__ void sweep(const Team& team, const Entries& entries, bool reads, bool backwards,
+                                        Visit visit) {
+    const int segments = (end - begin + capacity - 1) / capacity;
+    for (int k = 0; k < segments; ++k) {
+      const int segment = backwards ? segments - 1 - k : k;
+      mark(team, entries, segment);
+      const int from = begin + segment * capacity, to = min(from + capacity, end);
+      const int step = team.threads * kBatch, steps = (to - from + step - 1) / step;
+#pragma unroll 1
+      for (int i = 0; i < steps; ++i) {
+        const int base = from + (backwards ? steps - 1 - i : i) * step + team.thread;
+        uint4 raw[kBatch];
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+          const int v = base + j * team.threads;
+          raw[j] = make_uint4(0, 0, 0, 0);
+          if (reads && v < to) raw[j] = resident != nullptr ? resident[v - begin] : grid.load(row, v, columns);
+        }
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+          const int v = base + j * team.threads;
+          if (v >= to) continue;
+          const int bit = (v - from) * kL;
+          const uint32_t dead = marks[bit / 32] >> (bit % 32);
+          float x[kL];
+          unpack<X>(raw[j], x);
+          if (cap != 0) {
+#pragma unroll
+            for (float& value : x) value = cap * tanhf(value / cap);
+          }
+#pragma unroll
+          for (int l = 0; l < kL; ++l)
+            if (dead >> l & 1) x[l] = -CUDART_INF_F;
+          visit(v, x, dead);
+        }
+      }
+    }
+  }
+};
+
+template <class X>
+__device__ __forceinline__ void fill_zero(const Team& team, X* row, const Grid<X>& grid, int begin, int end,
+                                          int width) {
+  float zero[kLanes<X>] = {};
+  for (int v = begin + team.block * team.threads + team.thread; v < end; v += team.blocks * team.threads)
+    grid.store(row, v, width, zero);
+}
+
+// The numbers of a row, in shared memory: one thread computes them, for arithmetic in double is dear.
+struct RowNumbers {
+  Found found;
+  Masses masses;
+  Outside outside;
+  double weight, tau, nats, inverse_t, x0;        // y = x nats
+  double rest, log_each, teacher_high, log_norm;  // log p = logp inverse_t - log_norm
+  double log_z, lse, q_outside, log_q_outside;    // log q = y - log_z
+  double y_outside, x_outside;                    // what the exponentials outside are relative to
+  double student_mass, w, hard, c0, step, score;  // of the gradient
+  float scale, at, at1, p_each, log_p_each, share, log_share, a, c1;
+  int others;  // outcomes
+  bool own, known, nan;
+};
+
+template <class X, bool EVERY>
+struct TopkRow {
+  static constexpr int kL = kLanes<X>;
+
+  const TopkLaunch& launch;
+  const TopkArgs& args;
+  Team team;
+  RowNumbers& n;
+  int64_t row;
+  const X* s;
+  X* g;
+  Entries entries;
+  Logits<X> logits;
+
+  __device__ __forceinline__ float capped(float x) const {
+    return logits.cap != 0 ? logits.cap * tanhf(x / logits.cap) : x;
+  }
+  __device__ __forceinline__ bool wants_ce() const {
+    return args.ce_weight != 0 || args.z_loss_weight != 0 || args.stats != nullptr;
+  }
+  __device__ __forceinline__ bool smooths() const { return args.ce_weight != 0 && args.label_smoothing != 0; }
+  __device__ __forceinline__ bool restricted() const { return args.tail == Tail::kRenormalizeBoth; }
+  __device__ __forceinline__ bool swept() const { return !restricted() || wants_ce(); }
+  __device__ __forceinline__ bool tempered() const { return args.tail != Tail::kBucket && args.tail != Tail::kDrop; }
+  __device__ __forceinline__ bool has_label(int64_t label) const {
+    return args.ce_weight != 0 && label >= 0 && label < args.columns;
+  }
+
+  template <class Visit>
+  __device__ __forceinline__ void for_entries(Visit visit) const {
+    for (int j = team.thread; j < entries.slots; j += team.threads)
+      if (entries.ids[j] >= 0) visit(j);
+  }
+
+  __device__ __forceinline__ void set_up() const {
+    const double temperature = per_row(args.student_temperature, row, args.temperature);
+    n.weight = args.scale * per_row(args.row_weight, row, 1.0);
+    n.tau = args.scale_by_t_squared ? temperature * temperature : 1.0;
+    n.scale = float(1.4426950408889634 / temperature);
+    n.nats = double(n.scale) * kLn2;
+    n.own = wants_ce() && n.scale != kLog2e;
+    n.inverse_t = tempered() ? 1 / per_row(args.teacher_temperature, row, args.teacher_temperature_value) : 1.0;
+    n.x0 = per_row(args.param, row, args.param0);
+  }
+
+  __device__ __forceinline__ Found read_entries() const {
+    Found found;
+    for (int j = team.thread; j < entries.slots; j += team.threads) {
+      const int64_t at = row * entries.slots + j;
+      const int64_t id =
+          args.ids_are_64_bits ? static_cast<const int64_t*>(args.ids)[at] : static_cast<const int32_t*>(args.ids)[at];
+      const bool valid = id >= 0 && id < args.columns;
+      found.invalid |= !valid && id != -1;
+      entries.ids[j] = valid ? int(id) : -1;
+      entries.x[j] = valid ? capped(to_float(s[id])) : 0.0f;
+      entries.logp[j] = valid ? read_number(args.logprobs.data, args.logprobs.dtype, at) : 0.0;
+    }
+    for (int i = team.thread; i <= entries.mask; i += team.threads) entries.table[i] = -1;
+    team.sync();
+    bool repeats = false;
+    for_entries([&](int j) { repeats |= entries.insert(j); });
+    if (__syncthreads_or(repeats)) merge_entries();
+    for_entries([&](int j) {
+      ++found.count;
+      found.mass += exp(entries.logp[j]);
+      found.high_logp = fmax(found.high_logp, entries.logp[j]);
+      found.high_x = fmaxf(found.high_x, entries.x[j]);
+      found.sum_x += double(entries.x[j]);
+    });
+    return team.over_block(found, AddFound());
+  }
+
+  // Equal ids: the first slot takes the sum of their probabilities, the others become unused.
+  __device__ __forceinline__ void merge_entries() const {
+    for_entries([&](int j) {
+      const int id = entries.ids[j];
+      if (entries.find(id) != j) return;
+      double sum = entries.logp[j];
+      for (int k = j + 1; k < entries.slots; ++k)
+        if (entries.ids[k] == id) sum = log_add(sum, entries.logp[k]);
+      entries.logp[j] = sum;
+    });
+    team.sync();
+    // The table names first slots only, so that nobody looks at the ids of the others meanwhile.
+    for_entries([&](int j) {
+      if (entries.find(entries.ids[j]) != j) entries.ids[j] = -1;
+    });
+  }
+
+  // The teacher by its tail mode, up to its norm.
+  __device__ __forceinline__ void resolve_teacher() const {
+    n.others = int(args.columns) - n.found.count;
+    n.rest = n.others > 0 ? fmax(0.0, 1 - n.found.mass) : 0.0;
+    n.log_each =
+        args.tail == Tail::kUniform && n.rest > 0 ? n.inverse_t * (log(n.rest) - log(double(n.others))) : -CUDART_INF;
+    n.teacher_high = tempered() ? fmax(n.log_each, n.found.high_logp * n.inverse_t) : 0.0;
+    n.known = n.teacher_high != -CUDART_INF;
+  }
+
+  __device__ __forceinline__ Masses sum_entries() const {
+    Masses masses;
+    const bool teacher = tempered() && n.known;
+    for_entries([&](int j) {
+      const double x = double(entries.x[j]), below = x - double(n.found.high_x);
+      if (teacher) masses.teacher += exp(entries.logp[j] * n.inverse_t - n.teacher_high);
+      // Where all are -inf there is no mass; NaN passes.
+      if (x == -CUDART_INF) return;
+      masses.student += exp(below * n.nats);
+      if (n.own) masses.student1 += exp(below);
+    });
+    return team.over_block(masses, AddMasses());
+  }
+
+  // The student outside the entries.
+  __device__ __forceinline__ Outside sum_outside() {
+    Outside sums;
+    const float scale = n.scale;
+    const bool own = n.own, adds = smooths();
+    logits.sweep(team, entries, true, false, [&](int, const float (&x)[kL], uint32_t dead) {
+      float next = sums.high;
+#pragma unroll
+      for (float value : x) next = fmaxf(next, value);
+      const float at = next * scale, at1 = next * kLog2e;
+      if (next > sums.high) {
+        sums.z *= exp2_fast(sums.high * scale - at);
+        sums.z1 *= exp2_fast(sums.high * kLog2e - at1);
+        sums.high = next;
+      }
+#pragma unroll
+      for (float value : x) sums.z += exp2_fast(fmaf(value, scale, -at));
+      if (own) {
+#pragma unroll
+        for (float value : x) sums.z1 += exp2_fast(fmaf(value, kLog2e, -at1));
+      }
+      if (adds) {
+#pragma unroll
+        for (int l = 0; l < kL; ++l) sums.sum_x += dead >> l & 1 ? 0.0f : x[l];
+      }
+    });
+    return team.over_cluster(sums, AddOutside{scale});
+  }
+
+  // log of a sum of two parts, each relative to a maximum of its own.
+  static __device__ __forceinline__ double log_total(double y0, double z0, double y1, double z1) {
+    const double high = z1 > 0 ? fmax(y0, y1) : y0;
+    const double part = z0 > 0 || isnan(z0) ? z0 * exp(y0 - high) : 0.0;
+    return high + log(part + z1 * exp(y1 - high));
+  }
+
+  // Brings both parts of the student together, at temperature T and at 1.
+  __device__ __forceinline__ void normalize() const {
+    const Found& found = n.found;
+    const Masses& masses = n.masses;
+    const Outside& outside = n.outside;
+    n.log_norm = 0;
+    if (tempered() && n.known) {
+      double z = masses.teacher;
+      if (n.rest > 0 && args.tail == Tail::kUniform) z += double(n.others) * exp(n.log_each - n.teacher_high);
+      n.log_norm = n.teacher_high + log(z);
+      n.log_each -= n.log_norm;
+    }
+    n.at = outside.high * n.scale;
+    n.at1 = outside.high * kLog2e;
+    n.y_outside = double(n.at) * kLn2;
+    n.x_outside = double(n.at1) * kLn2;
+    const double y_entries = double(found.high_x) * n.nats, log_z_entries = y_entries + log(masses.student);
+    n.log_z = n.lse = log_total(y_entries, masses.student, n.y_outside, outside.z);
+    if (n.own) n.lse = log_total(double(found.high_x), masses.student1, n.x_outside, outside.z1);
+    n.student_mass = found.count == 0 || !swept() ? 0.0 : exp(log_z_entries - n.log_z);
+    // A functor may take what is NaN for 0; and a student of -inf only is no distribution.
+    n.nan = found.invalid || isnan(found.mass) || (swept() && !(n.log_z > -CUDART_INF));
+    if (restricted()) {
+      n.log_z = log_z_entries;
+      n.nan = n.nan || (found.count > 0 && !(n.log_z > -CUDART_INF));
+    }
+    n.log_q_outside = outside.z > 0 ? n.y_outside + log(double(outside.z)) - n.log_z : -CUDART_INF;
+    n.q_outside = exp(n.log_q_outside);
+    n.p_each = float(exp(n.log_each));
+    n.log_p_each = float(n.log_each);
+    n.log_share = float(n.y_outside - n.log_z);
+    n.share = float(exp(n.y_outside - n.log_z));
+  }
+
+  // The divergence over the entries and, as one more outcome, those outside: the bucket, or where the teacher has no
+  // mass there q f(0, 1), for f is homogeneous. Leaves the scores and q of the entries.
+  __device__ __forceinline__ Sums eval_entries() const {
+    const bool bucket = args.tail == Tail::kBucket && n.others > 0;
+    const bool no_teacher = !EVERY && (args.tail == Tail::kRenormalize || args.tail == Tail::kDrop) && n.others > 0;
+    Sums sums;
+#pragma unroll 1
+    for (int j = team.thread; j <= entries.slots; j += team.threads) {
+      double p, logp, q, logq, times = 1;
+      if (j < entries.slots) {
+        if (entries.ids[j] < 0) continue;
+        logp = entries.logp[j] * n.inverse_t - n.log_norm;
+        p = exp(logp);
+        logq = double(entries.x[j]) * n.nats - n.log_z;
+        q = exp(logq);
+      } else if (bucket) {
+        p = n.rest, logp = log(n.rest), q = n.q_outside, logq = n.log_q_outside;
+      } else if (no_teacher) {
+        p = 0, logp = -CUDART_INF, q = 1, logq = 0, times = n.q_outside;
+      } else {
+        continue;
+      }
+      const Scored<double> f = eval<double>(launch.coefficients, launch.functor, n.x0, args.param1, p, logp, q, logq);
+      sums.value += f.value * times;
+      sums.score += f.score * times;
+      if (j == entries.slots) {
+        sums.score_outside = f.score * times;
+      } else {
+        entries.logp[j] = f.score;
+        entries.q[j] = q;
+      }
+    }
+    return team.over_block(sums, AddSums());
+  }
+
+  // Calls visit(lane, f) for the outcomes outside in a vector; in a loop that is not unrolled, with lanes chosen by
+  // selection, so that there is one copy of the functors and no array in memory.
+  template <class Visit>
+  __device__ __forceinline__ void eval_lanes(const float (&x)[kL], uint32_t dead, Visit visit) const {
+    const int functor = args.tail == Tail::kUniform ? launch.functor : kNoTeacherFunctor;
+    const float x0 = float(n.x0), x1 = float(args.param1);
+#pragma unroll 1
+    for (int lane = 0; lane < kL; ++lane) {
+      if (dead >> lane & 1) continue;
+      float mine = x[0];
+#pragma unroll
+      for (int l = 1; l < kL; ++l) mine = l == lane ? x[l] : mine;
+      const float y = fmaf(mine, n.scale, -n.at);
+      visit(lane, eval<float>(launch.coefficients, functor, x0, x1, n.p_each, n.log_p_each, exp2_fast(y) * n.share,
+                              fmaf(y, float(kLn2), n.log_share)));
+    }
+  }
+
+  __device__ __forceinline__ Sums eval_outside() {
+    Sums sums;
+    logits.sweep(team, entries, true, true, [&](int, const float (&x)[kL], uint32_t dead) {
+      float value = 0, score = 0;
+      eval_lanes(x, dead, [&](int, const Scored<float>& f) {
+        value += f.value;
+        score += f.score;
+      });
+      sums.value += double(value);
+      sums.score += double(score);
+    });
+    return team.over_cluster(sums, AddSums());
+  }
+
+  // The loss, the statistics, and the factors of the gradient: outside the entries it is
+  // a e^(y - high) + w score + c1 e^(x - high) + c0.
+  __device__ __forceinline__ void finish(const Sums& sums, int64_t label) const {
+    const Found& found = n.found;
+    const Outside& outside = n.outside;
+    const double spoilt = n.nan ? CUDART_NAN : 0.0, d = (n.known ? sums.value : 0.0) + spoilt;
+    const double smoothing = args.label_smoothing;
+    double cross_entropy = 0;
+    if (args.ce_weight != 0) {
+      const double picked = has_label(label) ? double(capped(to_float(s[label]))) : CUDART_NAN;
+      cross_entropy = n.lse;
+      if (smoothing != 1) cross_entropy -= (1 - smoothing) * picked;
+      if (smoothing != 0) cross_entropy -= smoothing * (double(outside.sum_x) + found.sum_x) / double(args.columns);
+    }
+    if (team.block == 0) {
+      double loss = args.kd_weight != 0 ? args.kd_weight * n.tau * d : 0.0;
+      if (args.ce_weight != 0) loss += args.ce_weight * cross_entropy;
+      if (args.z_loss_weight != 0) loss += args.z_loss_weight * n.lse * n.lse;
+      write(loss * n.weight, d, cross_entropy, wants_ce() ? n.lse : 0.0, found.mass + spoilt, n.student_mass);
+    }
+
+    n.w = n.known ? n.weight * args.kd_weight * n.tau * n.nats : 0.0;
+    n.score = sums.score;
+    n.hard = wants_ce() ? n.weight * (args.ce_weight + 2 * args.z_loss_weight * n.lse) : 0.0;
+    n.c0 = (smooths() ? -n.weight * args.ce_weight * smoothing / double(args.columns) : 0.0) + spoilt;
+    n.step = has_label(label) ? n.weight * args.ce_weight * (1 - smoothing) : 0.0;
+    double a = 0;
+    if (n.w != 0 && !restricted()) {
+      if (EVERY) {
+        a = -n.w * double(n.share) * sums.score;
+      } else if (!(outside.z <= 0)) {
+        a = n.w * (sums.score_outside - n.q_outside * sums.score) / double(outside.z);
+      }
+    }
+    if (n.hard != 0 && !n.own) a += n.hard * exp(n.y_outside - n.lse);
+    n.a = float(a);
+    n.c1 = n.hard != 0 && n.own ? float(n.hard * exp(n.x_outside - n.lse)) : 0.0f;
+  }
+
+  __device__ __forceinline__ void write(double loss, double d, double cross_entropy, double lse, double teacher_mass,
+                                        double student_mass) const {
+    static_cast<float*>(args.loss)[row] = float(loss);
+    if (args.stats == nullptr) return;
+    float* stats = static_cast<float*>(args.stats) + row * kTopkStats;
+    stats[0] = float(d);
+    stats[1] = float(cross_entropy);
+    stats[2] = float(lse);
+    stats[3] = float(teacher_mass);
+    stats[4] = float(student_mass);
+  }
+
+  __device__ __forceinline__ void write_outside(int64_t label) {
+    const Grid<X> grid = logits.grid;
+    const int columns = int(args.columns), width = int(args.width), last = grid.vectors(columns) - 1;
+    const float scale = n.scale, at = n.at, at1 = n.at1, a = n.a, c1 = n.c1, c0 = float(n.c0), w = float(n.w);
+    const float inverse_cap = logits.cap != 0 ? 1 / logits.cap : 0.0f;
+    const int label_vector = n.step != 0 ? grid.vector_of(int(label)) : -1;
+    const bool own = c1 != 0;
+    logits.sweep(team, entries, swept(), true, [&](int v, const float (&x)[kL], uint32_t dead) {
+      float out[kL];
+#pragma unroll
+      for (int l = 0; l < kL; ++l) out[l] = fmaf(a, exp2_fast(fmaf(x[l], scale, -at)), c0);
+      if (own) {
+#pragma unroll
+        for (int l = 0; l < kL; ++l) out[l] = fmaf(c1, exp2_fast(fmaf(x[l], kLog2e, -at1)), out[l]);
+      }
+      if (EVERY && w != 0) {
+        eval_lanes(x, dead, [&](int lane, const Scored<float>& f) {
+#pragma unroll
+          for (int l = 0; l < kL; ++l)
+            if (l == lane) out[l] = fmaf(w, f.score, out[l]);
+        });
+      }
+      if (v == label_vector) {
+#pragma unroll
+        for (int l = 0; l < kL; ++l)
+          if (grid.first(v) + l == int(label)) out[l] -= float(n.step);
+      }
+      if (inverse_cap != 0) {
+#pragma unroll
+        for (int l = 0; l < kL; ++l) out[l] *= 1 - (x[l] * inverse_cap) * (x[l] * inverse_cap);
+      }
+      if (v == last) {
+#pragma unroll
+        for (int l = 0; l < kL; ++l)
+          if (grid.first(v) + l >= columns) out[l] = 0;
+      }
+      grid.store(g, v, width, out);
+    });
+    fill_zero(team, g, grid, last + 1, grid.vectors(width), width);
+  }
+
+  // Over what the sweep wrote there.
+  __device__ __forceinline__ void write_entries(int64_t label) const {
+    for_entries([&](int j) {
+      const int id = entries.ids[j], v = logits.grid.vector_of(id);
+      if (v < logits.begin || v >= logits.end) return;
+      const double x = double(entries.x[j]);
+      double out = n.c0;
+      if (n.w != 0) out += n.w * (entries.logp[j] - entries.q[j] * n.score);
+      if (n.hard != 0) out += n.hard * exp(x - n.lse);
+      if (n.step != 0 && id == int(label)) out -= n.step;
+      if (logits.cap != 0) out *= 1 - x / logits.cap * (x / logits.cap);
+      g[id] = from_float<X>(float(out));
+    });
+  }
+
+  __device__ __forceinline__ void run(int64_t label) {
+    if (logits.resident != nullptr && swept()) logits.fetch(team);
+    if (team.thread == 0) set_up();
+    const Found found = read_entries();
+    if (team.thread == 0) {
+      n.found = found;
+      resolve_teacher();
+    }
+    team.sync();
+    const Masses masses = sum_entries();
+    if (team.thread == 0) n.masses = masses;
+    copies_done();
+    Outside outside;
+    if (swept()) outside = sum_outside();
+    // From here on nobody reads what another block overwrites where the gradient goes in place.
+    if (team.thread == 0) {
+      n.outside = outside;
+      normalize();
+    }
+    team.sync();
+    Sums sums = eval_entries();
+    if (EVERY) sums = AddSums()(sums, eval_outside());
+    if (team.thread == 0) finish(sums, label);
+    if (g != nullptr) {
+      team.sync();
+      write_outside(label);
+      team.sync();
+      write_entries(label);
+    }
+    team.end();
+  }
+};
+
+template <class X, bool EVERY>
+__global__ void __launch_bounds__(EVERY ? max_threads(true) : max_threads(false), 2)
+    topk_fwd_kernel(const __grid_constant__ TopkLaunch launch) {
+  extern __shared__ uint4 shared_memory[];
+  __shared__ RowNumbers numbers;
+  char* const shared = reinterpret_cast<char*>(shared_memory);
+  const TopkArgs& args = launch.args;
+  const TopkPlan& plan = launch.plan;
+  const Team team(shared, plan.cluster);
+  const int64_t row = blockIdx.x / unsigned(plan.cluster);
+  const int columns = int(args.columns), width = int(args.width);
+  const X* s = row_pointer<const X>(args.student, row, args.length);
+  X* g = args.wants_grad ? row_pointer<X>(args.dstudent, row, args.length) : nullptr;
+  // Where the two lie on different grids the stores are the wide ones.
+  const Grid<X> grid(g != nullptr ? g : s);
+
+  const int64_t label = args.labels == nullptr ? 0 : args.labels[row];
+  if (args.labels != nullptr && label == args.ignore_index) {
+    if (g != nullptr) fill_zero(team, g, grid, 0, grid.vectors(width), width);
+    if (team.leads()) {
+      static_cast<float*>(args.loss)[row] = 0;
+      for (int k = 0; args.stats != nullptr && k < kTopkStats; ++k)
+        static_cast<float*>(args.stats)[row * kTopkStats + k] = 0;
+    }
+    return;
+  }
+  void* const memory = launch.workspace == nullptr
+                           ? static_cast<void*>(shared + plan.entries_at)
+                           : static_cast<char*>(launch.workspace) + row * plan.workspace_per_row;
+  const int vectors = grid.vectors(columns), begin = min(vectors, team.block * plan.share);
+  TopkRow<X, EVERY>{launch,
+                    args,
+                    team,
+                    numbers,
+                    row,
+                    s,
+                    g,
+                    Entries(memory, int(args.entries), plan.table),
+                    Logits<X>{s, grid, columns, begin, min(vectors, begin + plan.share), float(args.student_softcap),
+                              plan.resident ? reinterpret_cast<uint4*>(shared + plan.row_at) : nullptr,
+                              reinterpret_cast<uint32_t*>(shared + kScratchBytes), plan.marks * 32 / kLanes<X>}}
+      .run(label);
+}
+
+}  // namespace cuda
+}  // namespace kdk

@@ -1,0 +1,67 @@
+// The kernels' argument, built for tests as the CUDA backend builds it: numbers in, the bytes of a TopkLaunch out.
+#include <cstring>
+
+#include "kdkernels/topk_plan.h"
+
+namespace {
+
+// Everything is 8 bytes wide, so that ctypes lays it out alike.
+struct Call {
+  int64_t batch, length, columns, width, ids_are_64_bits, entries, tail, ignore_index, scale_by_t_squared;
+  int64_t student, student_stride_b, student_stride_l, student_dtype;
+  int64_t dstudent, dstudent_stride_b, dstudent_stride_l;
+  int64_t ids, logprobs, logprobs_dtype, labels, loss, stats, workspace;
+  int64_t row_weight, row_weight_stride, student_temperature, student_temperature_stride;
+  int64_t teacher_temperature, teacher_temperature_stride, param, param_stride;
+  double scale, param0, param1, temperature, teacher_temperature_value;
+  double kd_weight, ce_weight, z_loss_weight, label_smoothing, student_softcap;
+  int64_t shared_per_block, shared_per_multiprocessor, cluster, scratch;
+  // Filled in here.
+  int64_t resident, every, plan_cluster, threads, shared_bytes, workspace_per_row;
+};
+
+void* pointer(int64_t address) { return reinterpret_cast<void*>(address); }
+kdk::PerRow per_row(int64_t address, int64_t stride) { return {pointer(address), stride}; }
+
+}  // namespace
+
+extern "C" int64_t topk_launch_bytes() { return sizeof(kdk::cuda::TopkLaunch); }
+
+extern "C" int64_t topk_launch(Call* c, const char* divergence, void* out) {
+  using namespace kdk;
+  TopkArgs a;
+  a.batch = c->batch, a.length = c->length, a.columns = c->columns, a.width = c->width;
+  a.student = {pointer(c->student), c->student_stride_b, c->student_stride_l, DType(c->student_dtype)};
+  a.dstudent = {pointer(c->dstudent), c->dstudent_stride_b, c->dstudent_stride_l, DType(c->student_dtype)};
+  a.wants_grad = c->dstudent != 0;
+  a.labels = static_cast<const int64_t*>(pointer(c->labels));
+  a.ignore_index = c->ignore_index;
+  a.row_weight = per_row(c->row_weight, c->row_weight_stride);
+  a.scale = c->scale;
+  a.loss = pointer(c->loss);
+  a.student_temperature = per_row(c->student_temperature, c->student_temperature_stride);
+  a.teacher_temperature = per_row(c->teacher_temperature, c->teacher_temperature_stride);
+  a.param = per_row(c->param, c->param_stride);
+  a.divergence = cuda::find_divergence(divergence, c->param0, c->param1);
+  if (a.divergence < 0) return -1;
+  a.param0 = c->param0, a.param1 = c->param1;
+  a.temperature = c->temperature, a.teacher_temperature_value = c->teacher_temperature_value;
+  a.kd_weight = c->kd_weight, a.ce_weight = c->ce_weight, a.z_loss_weight = c->z_loss_weight;
+  a.label_smoothing = c->label_smoothing;
+  a.scale_by_t_squared = c->scale_by_t_squared != 0;
+  a.student_softcap = c->student_softcap;
+  a.stats = pointer(c->stats);
+  a.ids = pointer(c->ids);
+  a.ids_are_64_bits = c->ids_are_64_bits != 0;
+  a.logprobs = {pointer(c->logprobs), 0, c->entries, DType(c->logprobs_dtype)};
+  a.entries = c->entries;
+  a.tail = Tail(c->tail);
+  const cuda::Limits limits{int(c->shared_per_block), int(c->shared_per_multiprocessor), int(c->cluster)};
+  cuda::TopkLaunch launch = cuda::prepare_topk(a, limits, int(c->scratch));
+  launch.workspace = pointer(c->workspace);
+  c->resident = launch.plan.resident, c->every = launch.plan.every, c->plan_cluster = launch.plan.cluster;
+  c->threads = launch.plan.threads, c->shared_bytes = launch.plan.shared_bytes;
+  c->workspace_per_row = launch.plan.workspace_per_row;
+  std::memcpy(out, &launch, sizeof(launch));
+  return 0;
+}

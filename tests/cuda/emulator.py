@@ -1,0 +1,225 @@
+"""The CUDA kernels without a GPU: compiled by nvcc, executed as PTX on the CPU, registered as the ops of the backend.
+
+Under ``Emulator.registered()`` CPU tensors run on ``backend="cuda"``, so that the tests of the public functions hold for
+the kernels as they are shipped; what each launch moved is in ``reports``.
+"""
+
+import contextlib
+import ctypes
+import functools
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kdkernels import backends, checks, ops
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CSRC = ROOT / "csrc"
+SOURCES = sorted(path.name for path in (CSRC / "cuda").glob("*.cu"))
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+NAMES = {torch.float32: "f", torch.bfloat16: "13__nv_bfloat16", torch.float16: "6__half"}
+# Of Ampere (A100) and Hopper (H100): shared memory of a block and of a multiprocessor, blocks in a cluster.
+LIMITS = {80: (163 << 10, 164 << 10, 1), 90: (227 << 10, 228 << 10, 16)}
+SCRATCH = 18 * 64  # kScratchBytes
+
+
+def need(name):
+    """The path of a program; without it the test is skipped."""
+    path = shutil.which(name)
+    if path is None:
+        pytest.skip(f"{name} is not installed")
+    return path
+
+
+@functools.cache
+def compiled(source, arch):
+    """PTX of ``csrc/cuda/<source>`` and what ptxas says of its kernels: {name: (registers, spilled bytes)}."""
+    nvcc, code = need("nvcc"), "90a" if arch == 90 else str(arch)
+    include = Path(torch.__file__).parent / "include"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [nvcc, "-std=c++17", "-O3", "-lineinfo", "-cubin", f"-arch=sm_{code}", "-Xptxas", "-v", "--keep"]
+        command += ["--keep-dir", folder, "-DUSE_CUDA=1", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+        command += [f"-I{CSRC / 'include'}", f"-I{include}", "-o", f"{folder}/out.cubin", str(CSRC / "cuda" / source)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        (ptx,) = Path(folder).glob("*.ptx")
+        text = ptx.read_text()
+    usage, name = {}, ""
+    for line in done.stderr.splitlines():
+        if found := re.search(r"Compiling entry function '(\w+)'", line):
+            name = found[1]
+        elif found := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            spilled = int(found[1]) + int(found[2])
+        elif found := re.search(r"Used (\d+) registers", line):
+            usage[name] = (int(found[1]), spilled)
+    return text, usage
+
+
+@functools.cache
+def module(source, arch):
+    ptxrun = pytest.importorskip("ptxrun", reason="ptxrun is not installed")
+    return ptxrun.Module.from_ptx(compiled(source, arch)[0])
+
+
+INTEGERS = """batch length columns width ids_are_64_bits entries tail ignore_index scale_by_t_squared
+    student student_stride_b student_stride_l student_dtype dstudent dstudent_stride_b dstudent_stride_l
+    ids logprobs logprobs_dtype labels loss stats workspace
+    row_weight row_weight_stride student_temperature student_temperature_stride
+    teacher_temperature teacher_temperature_stride param param_stride""".split()
+NUMBERS = """scale param0 param1 temperature teacher_temperature_value
+    kd_weight ce_weight z_loss_weight label_smoothing student_softcap""".split()
+PLAN = """shared_per_block shared_per_multiprocessor cluster scratch
+    resident every plan_cluster threads shared_bytes workspace_per_row""".split()
+
+
+class Call(ctypes.Structure):
+    """As in arguments.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in INTEGERS),
+        *((name, ctypes.c_double) for name in NUMBERS),
+        *((name, ctypes.c_int64) for name in PLAN),
+    ]
+
+
+@functools.cache
+def arguments_library():
+    folder = tempfile.mkdtemp()
+    source, output = Path(__file__).parent / "arguments.cpp", f"{folder}/arguments.so"
+    command = [need("g++"), "-std=c++17", "-O0", "-shared", "-fPIC", f"-I{CSRC / 'include'}", str(source), "-o", output]
+    subprocess.run(command, check=True)
+    library = ctypes.CDLL(output)
+    shutil.rmtree(folder)
+    library.topk_launch_bytes.restype = library.topk_launch.restype = ctypes.c_int64
+    return library
+
+
+def plan(call, divergence="forward_kl"):
+    """Fills in the plan of a call; returns the bytes of the kernel's argument."""
+    library = arguments_library()
+    out = ctypes.create_string_buffer(library.topk_launch_bytes())
+    assert library.topk_launch(ctypes.byref(call), divergence.encode(), out) == 0
+    return out.raw
+
+
+class Device:
+    """Memory of one launch. Tensors are copied there, with their storage, and outputs are copied back."""
+
+    def __init__(self):
+        from ptxrun import Memory
+
+        self.memory = Memory()
+        self.allocations = {}
+
+    def _storage(self, tensor):
+        storage = tensor.untyped_storage()
+        return storage, np.frombuffer((ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr()), np.uint8)
+
+    def address(self, tensor):
+        if tensor is None:
+            return 0
+        storage, data = self._storage(tensor)
+        if storage.data_ptr() not in self.allocations:
+            self.allocations[storage.data_ptr()] = self.memory.array(data.copy())
+        allocation = self.allocations[storage.data_ptr()]
+        return allocation.ptr + tensor.data_ptr() - storage.data_ptr()
+
+    def bring_back(self, tensor):
+        _, data = self._storage(tensor)
+        data[:] = self.allocations[tensor.untyped_storage().data_ptr()].numpy().reshape(-1)
+
+
+class Emulator:
+    """Runs the ops on PTX for ``arch``; ``limits`` as LIMITS, smaller ones to force a form."""
+
+    def __init__(self, arch, limits=None):
+        self.arch, self.limits = arch, limits or LIMITS[arch]
+        self.reports, self.plans = [], []
+
+    @contextlib.contextmanager
+    def registered(self):
+        library = torch.library.Library("kdkernels", "IMPL")
+        library.impl("topk_fwd_cuda", self.topk_fwd, "CPU")
+        library.impl("scale_grad_cuda", self.scale_grad, "CPU")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(backends.cuda, "why_not", lambda device_type: None)
+            yield self
+        library._destroy()
+
+    def _launch(self, source, name, device, grid, block, arguments, **keywords):
+        from ptxrun import launch
+
+        mod = module(source, self.arch)
+        (kernel,) = [found for found in mod.kernels if name in found]
+        report = launch(mod[kernel], grid=grid, block=block, args=arguments, mem=device.memory, **keywords)
+        assert report.ok, report
+        self.reports.append(report)
+
+    def topk_fwd(
+        self, student, ids, logprobs, dstudent, labels, row_weight, temperatures, teacher_temperatures, params, **options
+    ):
+        device, call = Device(), Call()
+        call.batch, call.length, call.width = student.shape
+        rows = student.shape[0] * student.shape[1]
+        loss = torch.full((rows,), torch.nan)
+        stats = torch.full((rows, len(ops.TOPK_STATS) if options["stats"] else 0), torch.nan)
+        for name in ("student", "dstudent"):
+            tensor = student if name == "student" else dstudent
+            setattr(call, name, device.address(tensor))
+            if tensor is not None:
+                setattr(call, f"{name}_stride_b", tensor.stride(0))
+                setattr(call, f"{name}_stride_l", tensor.stride(1))
+        rows_of = {
+            "row_weight": row_weight,
+            "student_temperature": temperatures,
+            "teacher_temperature": teacher_temperatures,
+            "param": params,
+        }
+        for name, tensor in rows_of.items():
+            setattr(call, name, device.address(tensor))
+            setattr(call, f"{name}_stride", 0 if tensor is None else tensor.stride(0))
+        call.student_dtype, call.logprobs_dtype = DTYPES[student.dtype], DTYPES[logprobs.dtype]
+        call.ids, call.logprobs, call.labels = (device.address(tensor) for tensor in (ids, logprobs, labels))
+        call.ids_are_64_bits, call.entries = ids.dtype == torch.int64, ids.shape[1]
+        call.loss, call.stats = device.address(loss), device.address(stats) if options["stats"] else 0
+        call.columns, call.tail = options["vocab_size"], checks.TAILS.index(options["tail"])
+        call.teacher_temperature_value = options["teacher_temperature"]
+        for name in ("ignore_index", "scale_by_t_squared", *NUMBERS):
+            if name in options:
+                setattr(call, name, options[name])
+        call.shared_per_block, call.shared_per_multiprocessor, call.cluster = self.limits
+        call.scratch = SCRATCH
+        plan(call, options["divergence"])
+        if call.workspace_per_row:
+            call.workspace = device.memory.empty(rows * call.workspace_per_row, np.uint8).ptr
+        self.plans.append(call)
+        self._launch(
+            "topk.cu",
+            f"topk_fwd_kernelI{NAMES[student.dtype]}Lb{call.every}",
+            device,
+            rows * call.plan_cluster,
+            call.threads,
+            [plan(call, options["divergence"])],
+            shared_bytes=call.shared_bytes,
+            cluster=(call.plan_cluster, 1, 1),
+        )
+        for tensor in (loss, *([stats] if options["stats"] else []), *([] if dstudent is None else [dstudent])):
+            device.bring_back(tensor)
+        return loss, stats
+
+    def scale_grad(self, grad, factor):
+        device = Device()
+        rows, pieces = grad.shape[0] * grad.shape[1], 2
+        # ScaleArgs
+        fields = [*grad.shape, device.address(grad), grad.stride(0), grad.stride(1), DTYPES[grad.dtype]]
+        fields += [device.address(factor), factor.stride(0) if factor.dim() and factor.numel() > 1 else 0]
+        packed = np.array([*fields, DTYPES[factor.dtype]], np.int64).tobytes()
+        name = f"scale_grad_kernelI{NAMES[grad.dtype]}E"
+        self._launch("scale.cu", name, device, rows * pieces, 256, [packed, np.int32(pieces)])
+        device.bring_back(grad)
