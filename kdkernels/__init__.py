@@ -13,7 +13,8 @@ from kdkernels.divergences import (
     SoftCE,
 )
 from kdkernels.functional import KDStats, TopKStats, dkd_loss, kd_loss, logit_mse_loss, taid_loss, topk_kd_loss
-from kdkernels.losses import KDLoss, TopKKDLoss
+from kdkernels.linear import linear_kd_loss, linear_topk_kd_loss
+from kdkernels.losses import KDLoss, LinearKDLoss, LinearTopKKDLoss, TopKKDLoss
 from kdkernels.registry import register_divergence, unregister_divergence
 
 __version__ = "0.1.0"
@@ -27,6 +28,8 @@ __all__ = [
     "Jeffreys",
     "KDLoss",
     "KDStats",
+    "LinearKDLoss",
+    "LinearTopKKDLoss",
     "ReverseKL",
     "SkewKL",
     "SkewReverseKL",
@@ -35,6 +38,8 @@ __all__ = [
     "TopKStats",
     "dkd_loss",
     "kd_loss",
+    "linear_kd_loss",
+    "linear_topk_kd_loss",
     "logit_mse_loss",
     "register_divergence",
     "taid_loss",

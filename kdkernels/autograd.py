@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
-from kdkernels import ops
+from kdkernels import ops, reference
 
 
 class Launch(NamedTuple):
@@ -80,6 +81,27 @@ def run(
     if isinstance(result, Tensor):
         return result, result.new_empty((result.shape[0], 0))
     return result
+
+
+def run_reference(launch: Launch, student: Tensor, teachers: Sequence[Tensor]) -> tuple[Tensor, Optional[Tensor]]:
+    """As ``run`` in plain PyTorch, on logits ``[N, V]``; autograd sees all of it."""
+    labels, weight, student_rows, teacher_rows, row_param, *mixture_weights = launch.tensors
+    options = dict(launch.options)
+    scale, param0, param1 = (options.pop(name) for name in ("scale", "param0", "param1"))
+    options["params"] = (param0 if row_param is None else row_param, param1)
+    if student_rows is not None:
+        options["temperature"] = student_rows
+    if teacher_rows is not None:
+        options["teacher_temperature"] = teacher_rows
+    stats: Optional[Tensor] = None
+    if launch.pattern == "topk_fwd":
+        ids, logprobs = launch.sparse_teacher
+        loss, stats = reference.topk_rows(student, ids, logprobs, labels, **options)
+    else:
+        loss, *columns = reference.dense_rows(student, teachers, labels, mixture_weights=mixture_weights[0], **options)
+        if options["stats"]:
+            stats = torch.stack([column for column in columns if column is not None], -1)
+    return loss * scale if weight is None else loss * (scale * weight), stats
 
 
 def as_rows(tensors: tuple[Tensor, ...]) -> list[Tensor]:

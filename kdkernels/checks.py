@@ -218,6 +218,96 @@ def _of_tokens(name: str, value: Any, length: int) -> Tensor:
     return value.detach().cpu()
 
 
+def head(side: str, hidden: Any, weight: Any, bias: Any, autocast: bool) -> None:
+    """Hidden states ``(..., D)``, a head ``[V, D]`` and a bias ``[V]`` or None, of one device, and of one dtype."""
+    names = (f"{side}_hidden", f"{side}_weight", f"{side}_bias")
+    for name, value in zip(names, (hidden, weight, bias), strict=True):
+        if value is None and name == names[2]:
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        if hasattr(value, "full_tensor"):
+            raise TypeError(f"{name} must be a plain tensor, got a {type(value).__name__}: pass {name}.full_tensor()")
+        if value.dtype not in FLOATING:
+            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {_dtype(value)}")
+        if value.dtype == torch.float64 and value.device.type != "cpu":
+            raise TypeError(f"{name} may be float64 on the CPU only, got a tensor on {value.device}")
+        if value.device != hidden.device:
+            raise ValueError(f"{name} must be on {names[0]}'s device {hidden.device}, got {value.device}")
+        if value.dtype != hidden.dtype and not autocast:
+            raise TypeError(f"{name} must have {names[0]}'s dtype {_dtype(hidden)}, got {_dtype(value)}")
+    if hidden.dim() == 0 or hidden.shape[-1] == 0:
+        raise ValueError(f"{names[0]} must have shape (..., D) with D >= 1, got {tuple(hidden.shape)}")
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"{names[1]} must have shape (V, {hidden.shape[-1]}), got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{names[2]} must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+
+
+def teacher_head(hidden: Tensor, weight: Tensor, bias: Optional[Tensor], student: Tensor, vocab_size: Any) -> None:
+    """A teacher's, for a student whose logits are of the shape of ``student``."""
+    if hidden.device != student.device:
+        raise ValueError(f"teacher_hidden must be on the student's device {student.device}, got {hidden.device}")
+    if hidden.shape[:-1] != student.shape[:-1]:
+        raise ValueError(
+            f"teacher_hidden must have shape {(*student.shape[:-1], 'D')} as the student's, got {tuple(hidden.shape)}"
+        )
+    if vocab_size is None and weight.shape[0] != student.shape[-1]:
+        raise ValueError(
+            f"teacher_weight must have the student's {student.shape[-1]} rows, got {weight.shape[0]}; "
+            "pass vocab_size=... when the two are padded to different widths"
+        )
+    if vocab_size is not None and vocab_size > weight.shape[0]:
+        raise ValueError(f"vocab_size must be at most teacher_weight's {weight.shape[0]} rows, got {vocab_size}")
+    for name, value in (("teacher_hidden", hidden), ("teacher_weight", weight), ("teacher_bias", bias)):
+        if value is not None and value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} must not require grad: the teacher gets no gradient here; detach it")
+
+
+def teacher_chunks(value: Any, num_rows: int, columns: int, count: int, device: torch.device) -> list[Tensor]:
+    """What ``teacher_logits`` returned for ``num_rows`` rows: one or ``count`` tensors, moved to ``device``."""
+    parts = list(value) if isinstance(value, (list, tuple)) else [value]
+    if len(parts) != count:
+        raise ValueError(f"teacher_logits must return {count} tensors, as teacher_weights has, got {len(parts)}")
+    for part in parts:
+        logits("teacher_logits(rows)", part)
+        if part.dim() != 2 or part.shape[0] != num_rows or part.shape[1] < columns:
+            raise ValueError(
+                f"teacher_logits(rows) must have shape ({num_rows}, V) with V >= {columns}, got {tuple(part.shape)}"
+            )
+    return [part.detach().to(device) for part in parts]
+
+
+def teacher_callable(function: Any, *heads: Any) -> None:
+    """``teacher_logits`` is a function, and stands alone."""
+    if not callable(function):
+        raise TypeError(f"teacher_logits must be callable as teacher_logits(rows), got {type(function).__name__}")
+    if any(item is not None for item in heads):
+        raise ValueError("teacher_logits takes the place of teacher_hidden, teacher_weight and teacher_bias: give one")
+
+
+def sparse_grad_allowed(value: Any, columns_only: bool) -> None:
+    """A head has a gradient in few rows where few of them are multiplied."""
+    flag("sparse_grad", value)
+    if value and not columns_only:
+        raise ValueError(
+            "sparse_grad needs tail 'renormalize_both' without ce_weight, z_loss_weight and return_stats: with any of "
+            "them every row of the head has a gradient"
+        )
+
+
+def linear_mode_allowed(reduction: str, needs_grad: bool, teacher_callable: bool, sparse_grad: bool) -> None:
+    """What the linear losses cannot do with a gradient, or in a graph."""
+    if reduction == "none" and needs_grad:
+        raise ValueError(
+            "reduction 'none' has no gradient here: the logits of a row are gone before its grad_output is known; give "
+            "the rows their weights as row_weight, or call it under torch.no_grad()"
+        )
+    if torch.compiler.is_compiling() and (teacher_callable or sparse_grad):
+        name = "teacher_logits" if teacher_callable else "sparse_grad"
+        raise ValueError(f"{name} works in eager mode only; under torch.compile leave it out")
+
+
 def vocabulary(vocab_size: Optional[int], student: Tensor) -> int:
     """The number of real columns."""
     width = student.shape[-1]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import backends, checks, divergences, reduction, reference
-from kdkernels.autograd import Launch, RowLoss, run
+from kdkernels.autograd import Launch, RowLoss, run, run_reference
 from kdkernels.divergences import Divergence
 
 PerRow = Union[float, Tensor]
@@ -236,37 +236,9 @@ def topk_kd_loss(
     plan = _plan("topk_kd_loss", options, student)
     teacher = checks.sparse_teacher(teacher_ids, teacher_logprobs, student, plan.columns)
     flat, row_param = _labels_and_param(plan, labels)
-    param0, param1 = plan.divergence.params()
     name = backends.select(backend, student.device.type, divergence=plan.divergence.name, pattern="topk_fwd")
     scale, weight = plan.weights(flat)
-    if name == "torch":
-        rows = reference.topk_rows(
-            _flat(student)[0],
-            *teacher,
-            flat,
-            tail=tail,
-            params=(param0 if row_param is None else row_param, param1),
-            temperature=plan.temperature,
-            teacher_temperature=plan.teacher_temperature,
-            **plan.objective(),
-        )
-        loss = plan.reduced(rows.loss * scale if weight is None else rows.loss * (scale * weight))
-        return plan.result(loss, rows.stats, TopKStats)
-    launch = Launch(
-        "topk_fwd",
-        name,
-        (flat, weight, *_row_tensors(plan.temperature, plan.teacher_temperature), row_param),
-        {
-            "tail": tail,
-            "param0": param0,
-            "param1": param1,
-            "scale": scale,
-            "temperature": _number(plan.temperature),
-            "teacher_temperature": _number(plan.teacher_temperature),
-            **plan.objective(),
-        },
-        teacher,
-    )
+    launch = topk_launch(plan, name, teacher, tail, (flat, weight, row_param), scale)
     return plan.result(*plan.launch(launch, ()), TopKStats)
 
 
@@ -452,9 +424,9 @@ TOPK_DEFAULTS = {
 }
 
 
-def check_topk_options(options: dict[str, Any]) -> Divergence:
+def check_topk_options(options: dict[str, Any], owner: str = "topk_kd_loss") -> Divergence:
     """Check the options of ``topk_kd_loss`` whose check needs no tensor, and resolve the divergence."""
-    resolved = check_options("topk_kd_loss", options, TOPK_DEFAULTS)
+    resolved = check_options(owner, options, TOPK_DEFAULTS)
     get = {**TOPK_DEFAULTS, **options}
     tail = get["tail"]
     checks.choice("tail", tail, checks.TAILS)
@@ -562,7 +534,11 @@ class _Plan(NamedTuple):
 
     def launch(
         self, launch: Launch, teachers: tuple[Tensor, ...], dual: Optional[Launch] = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Optional[Tensor]]:
+        if launch.backend == "torch":
+            # Autograd differentiates the reference, for the teachers too.
+            loss, stats = run_reference(launch, _flat(self.student)[0], _flat(*teachers))
+            return self.reduced(loss), stats
         per_row = self.options["reduction"] == "none"
         with_grad = torch.is_grad_enabled() and (self.student.requires_grad or dual is not None)
         if with_grad:
@@ -582,7 +558,7 @@ class _Plan(NamedTuple):
 
 
 def _plan(owner: str, options: dict[str, Any], student: Any) -> _Plan:
-    resolved = check_topk_options(options) if owner == "topk_kd_loss" else check_options(owner, options)
+    resolved = check_topk_options(options, owner) if "topk" in owner else check_options(owner, options)
     get = {**DEFAULTS, **options}
     checks.logits("student", student)
     checks.reduction_name(get["reduction"], student)
@@ -617,49 +593,72 @@ def _dense(
 ) -> Any:
     get = plan.options
     flat, row_param = _labels_and_param(plan, labels)
-    param0, param1 = plan.divergence.params()
     teacher_grad = torch.is_grad_enabled() and any(t.requires_grad for t in teachers)
     torch_only = _teacher_grad_needs_torch(get, teachers, mixture_weights) if teacher_grad else None
     name = backends.select(get["backend"], student.device.type, divergence=plan.divergence.name, torch_only=torch_only)
     scale, weight = plan.weights(flat)
-    if name == "torch":
-        rows = reference.dense_rows(
-            _flat(student)[0],
-            _flat(*teachers),
-            flat,
-            params=(param0 if row_param is None else row_param, param1),
-            temperature=plan.temperature,
-            teacher_temperature=plan.teacher_temperature,
-            teacher_form=get["teacher_form"],
-            teacher_softcap=checks.softcap("teacher_softcap", get["teacher_softcap"]),
-            standardize=get["standardize"],
-            mixture=mixture,
-            mixture_weights=mixture_weights,
+    launch = dense_launch(plan, name, (flat, weight, row_param), scale, mixture_weights, mixture)
+    dual = _dual(plan, launch) if teacher_grad and name != "torch" else None
+    return plan.result(*plan.launch(launch, teachers, dual), KDStats)
+
+
+def dense_launch(
+    plan: _Plan,
+    backend: str,
+    rows: tuple[Optional[Tensor], ...],
+    scale: float,
+    mixture_weights: Optional[Tensor],
+    mixture: str,
+) -> Launch:
+    """The call of ``kd_loss`` whose ``rows`` are labels, weight and ``row_param``, each ``[N]``."""
+    get = plan.options
+    labels, weight, row_param = rows
+    param0, param1 = plan.divergence.params()
+    return Launch(
+        "dense_fwd",
+        backend,
+        (labels, weight, *_row_tensors(plan.temperature, plan.teacher_temperature), row_param, mixture_weights),
+        {
+            "param0": param0,
+            "param1": param1,
+            "mixture": mixture,
+            "scale": scale,
+            "temperature": _number(plan.temperature),
+            "teacher_temperature": _number(plan.teacher_temperature),
+            "teacher_form": get["teacher_form"],
+            "teacher_softcap": checks.softcap("teacher_softcap", get["teacher_softcap"]),
+            "standardize": get["standardize"],
             **plan.objective(),
-        )
-        loss = plan.reduced(rows.loss * scale if weight is None else rows.loss * (scale * weight))
-        stats = torch.stack([item for item in rows[1:] if item is not None], -1) if get["return_stats"] else None
-    else:
-        launch = Launch(
-            "dense_fwd",
-            name,
-            (flat, weight, *_row_tensors(plan.temperature, plan.teacher_temperature), row_param, mixture_weights),
-            {
-                "param0": param0,
-                "param1": param1,
-                "mixture": mixture,
-                "scale": scale,
-                "temperature": _number(plan.temperature),
-                "teacher_temperature": _number(plan.teacher_temperature),
-                "teacher_form": get["teacher_form"],
-                "teacher_softcap": checks.softcap("teacher_softcap", get["teacher_softcap"]),
-                "standardize": get["standardize"],
-                **plan.objective(),
-            },
-        )
-        dual = _dual(plan, launch) if teacher_grad else None
-        loss, stats = plan.launch(launch, teachers, dual)
-    return plan.result(loss, stats, KDStats)
+        },
+    )
+
+
+def topk_launch(
+    plan: _Plan,
+    backend: str,
+    teacher: tuple[Tensor, ...],
+    tail: str,
+    rows: tuple[Optional[Tensor], ...],
+    scale: float,
+) -> Launch:
+    """The call of ``topk_kd_loss`` whose ``rows`` are labels, weight and ``row_param``, each ``[N]``."""
+    labels, weight, row_param = rows
+    param0, param1 = plan.divergence.params()
+    return Launch(
+        "topk_fwd",
+        backend,
+        (labels, weight, *_row_tensors(plan.temperature, plan.teacher_temperature), row_param),
+        {
+            "tail": tail,
+            "param0": param0,
+            "param1": param1,
+            "scale": scale,
+            "temperature": _number(plan.temperature),
+            "teacher_temperature": _number(plan.teacher_temperature),
+            **plan.objective(),
+        },
+        teacher,
+    )
 
 
 def _labels_and_param(plan: _Plan, labels: Optional[Tensor]) -> tuple[Optional[Tensor], Optional[Tensor]]:

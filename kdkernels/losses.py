@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
-from kdkernels import functional
+from kdkernels import functional, linear
 
 
 class TopKKDLoss(torch.nn.Module):
@@ -44,6 +45,82 @@ class KDLoss(torch.nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor, labels: Optional[Tensor] = None) -> Any:
         return functional.kd_loss(student, teacher, labels, **self.options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class LinearKDLoss(torch.nn.Module):
+    """``linear_kd_loss`` as a module: ``LinearKDLoss(**options)(student_hidden, student_weight, teacher_hidden, ...)``.
+
+    See ``kdkernels.linear_kd_loss`` for the options; they are checked when the module is built, tensors when it is
+    called. It holds no weight: heads are handed in.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        linear.check_linear_options(options)
+        self.options = options
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Any = None,
+        teacher_weight: Any = None,
+        labels: Optional[Tensor] = None,
+        *,
+        student_bias: Optional[Tensor] = None,
+        teacher_bias: Any = None,
+        teacher_logits: Optional[Callable[..., Any]] = None,
+    ) -> Any:
+        return linear.linear_kd_loss(
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            teacher_weight,
+            labels,
+            student_bias=student_bias,
+            teacher_bias=teacher_bias,
+            teacher_logits=teacher_logits,
+            **self.options,
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class LinearTopKKDLoss(torch.nn.Module):
+    """``linear_topk_kd_loss`` as a module: ``LinearTopKKDLoss(**options)(student_hidden, student_weight, ...)``.
+
+    See ``kdkernels.linear_topk_kd_loss`` for the options; they are checked when the module is built, tensors when it is
+    called. It holds no weight: the head is handed in.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        linear.check_linear_topk_options(options)
+        self.options = options
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_ids: Tensor,
+        teacher_logprobs: Tensor,
+        labels: Optional[Tensor] = None,
+        *,
+        student_bias: Optional[Tensor] = None,
+    ) -> Any:
+        return linear.linear_topk_kd_loss(
+            student_hidden,
+            student_weight,
+            teacher_ids,
+            teacher_logprobs,
+            labels,
+            student_bias=student_bias,
+            **self.options,
+        )
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

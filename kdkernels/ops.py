@@ -65,6 +65,13 @@ SCHEMAS = {
     "scale_grad": "(Tensor(a!) grad, Tensor grad_output) -> ()",
 }
 
+# The loop of a pattern over chunks of rows whose logits are products. Returns (loss [N], stats [N, S], dhidden,
+# dweight, dbias); a gradient that needs (of hidden, weight and bias) does not ask for is empty.
+LINEAR_TEACHERS = {
+    "dense_fwd": "Tensor[] teacher_hidden, Tensor[] teacher_weight, Tensor?[] teacher_bias",
+    "topk_fwd": "Tensor teacher_ids, Tensor teacher_logprobs",
+}
+
 # Patterns that a backend lacks, and why.
 _NOT_IN_CUDA = {"cuda": "the CUDA extension has the sparse top-k losses only"}
 LACKING = {"dense_fwd": _NOT_IN_CUDA, "dkd_fwd": _NOT_IN_CUDA, "mse_fwd": _NOT_IN_CUDA}
@@ -93,6 +100,26 @@ def _rows_fake(student: Tensor, *args: object, **kwargs: object) -> Tensor:
     return _rows(student)
 
 
+def _linear_fake(columns: Sequence[str]) -> Callable[..., Any]:
+    def fake(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Optional[Tensor],
+        *args: object,
+        stats: bool,
+        needs: Sequence[bool],
+        **kwargs: object,
+    ) -> tuple[Tensor, ...]:
+        rows = hidden[None]
+        grads = (
+            torch.empty_like(item) if need and item is not None else hidden.new_empty(0)
+            for item, need in zip((hidden, weight, bias), needs, strict=True)
+        )
+        return _rows(rows), _rows(rows, len(columns) if stats else 0), *grads
+
+    return fake
+
+
 def _none_fake(*args: object, **kwargs: object) -> None:
     return None
 
@@ -112,6 +139,23 @@ for _backend in PATTERN_BACKENDS:
         _name = f"{_pattern}_{_backend}"
         _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{NAMESPACE}::{_name}", _FAKES[_pattern], lib=_library)
+
+for _pattern, _teacher in LINEAR_TEACHERS.items():
+    # What follows the gradient is what the pattern itself takes.
+    _objective = SCHEMAS[_pattern].partition("dstudent, ")[2].partition(") -> ")[0]
+    _library.define(
+        f"linear_{_pattern}(Tensor hidden, Tensor weight, Tensor? bias, {_teacher}, {_objective}, str backend, "
+        "int? chunk_bytes, ScalarType? product_dtype, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+    torch.library.register_fake(
+        f"{NAMESPACE}::linear_{_pattern}", _linear_fake(STATS if _pattern == "dense_fwd" else TOPK_STATS), lib=_library
+    )
+
+
+def implement(name: str, function: Callable[..., Any]) -> None:
+    """Enter an implementation in Python that calls other ops."""
+    _library.impl(name, function, "CompositeExplicitAutograd")
 
 
 def op(pattern: str, backend: str) -> torch._ops.OpOverload:

@@ -1,0 +1,307 @@
+"""The loop of the linear losses: project a chunk of rows, run the objective in place over it, multiply back.
+
+The gradients are complete when ``forward`` ends; ``backward`` scales them. The loop is one op,
+``kdkernels::linear_dense_fwd`` or ``kdkernels::linear_topk_fwd``, so that no compiler has to see into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Optional, Union
+
+import torch
+from torch import Tensor
+
+from kdkernels import checks, ops
+from kdkernels.autograd import Launch, _scaled, run, run_reference
+from kdkernels.heads import Head, HeadGrad, Scratch, sum_dtype
+from kdkernels.reference.topk import distinct
+
+Rows = Union[slice, Tensor]
+TeacherChunks = Callable[[Rows], Any]
+
+# Of all logits of a chunk. On a CPU: 130 rows of 128256 bf16 logits, whose products run within a few percent of those
+# of all rows. On a GPU a product needs about 1000 rows before it is bound by arithmetic and not by reading the head.
+CPU_CHUNK_BYTES = 64 * 2**20
+GPU_CHUNK_BYTES = 512 * 2**20
+
+
+class Call(NamedTuple):
+    """A linear loss but for the student's hidden states ``[N, D]`` and head."""
+
+    launch: Launch  # of all N rows
+    chunk_bytes: Optional[int]
+    product_dtype: Optional[torch.dtype]  # None: each operand's own
+    teacher_hidden: tuple[Tensor, ...] = ()
+    teacher_weight: tuple[Tensor, ...] = ()
+    teacher_bias: tuple[Optional[Tensor], ...] = ()
+    teacher_logits: Optional[TeacherChunks] = None
+    num_teachers: int = 1  # that teacher_logits returns
+    sparse_grad: bool = False
+
+
+class Result(NamedTuple):
+    """Weighted losses ``[N]``, statistics ``[N, S]`` and gradients; one that is not needed is empty."""
+
+    loss: Tensor
+    stats: Tensor
+    dhidden: Tensor
+    dweight: Tensor
+    dbias: Tensor
+    grad_rows: Optional[Tensor] = None  # the rows of the head that dweight holds; None: all
+
+
+class LinearLoss(torch.autograd.Function):
+    """``forward`` returns ``(loss, stats)``, the loss summed; ``backward`` is that of ``autograd.RowLoss``."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], call: Call) -> tuple[Tensor, Tensor]:
+        needs = list(ctx.needs_input_grad[:3])
+        result = execute(call, hidden, weight, bias, needs)
+        grads = (result.dhidden, result.dweight, result.dbias)
+        ctx.save_for_backward(
+            *(grad if need else None for grad, need in zip(grads, needs, strict=True)), result.grad_rows
+        )
+        ctx.mark_non_differentiable(result.stats)
+        ctx.backend, ctx.head_shape = call.launch.backend, weight.shape
+        return result.loss.sum(), result.stats
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dloss: Tensor, _: Any) -> tuple[Any, ...]:
+        *grads, grad_rows = ctx.saved_tensors
+        # A graph cannot write to what forward saved.
+        backend = "torch" if torch.compiler.is_compiling() else ctx.backend
+        dhidden, dweight, dbias = (_scaled(grad, dloss, backend) for grad in grads)
+        if grad_rows is not None and dweight is not None:
+            dweight = torch.sparse_coo_tensor(grad_rows[None], dweight, ctx.head_shape, is_coalesced=True)
+        return dhidden, dweight, dbias, None
+
+
+def execute(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], needs: list[bool]) -> Result:
+    """Run the loop, in its op unless an argument or result is none that an op can have."""
+    launch = call.launch
+    if call.teacher_logits is not None or call.sparse_grad:
+        return _run(call, hidden, weight, bias, needs)
+    teachers: tuple[Any, ...] = launch.sparse_teacher
+    if launch.pattern == "dense_fwd":
+        teachers = (call.teacher_hidden, call.teacher_weight, call.teacher_bias)
+    return Result(
+        *getattr(torch.ops.kdkernels, f"linear_{launch.pattern}").default(
+            hidden,
+            weight,
+            bias,
+            *teachers,
+            *launch.tensors,
+            backend=launch.backend,
+            chunk_bytes=call.chunk_bytes,
+            product_dtype=call.product_dtype,
+            needs=needs,
+            **launch.options,
+        )
+    )
+
+
+def projects_columns(launch: Launch) -> bool:
+    """Whether the objective sees the K columns of the teacher only."""
+    get = launch.options
+    return get.get("tail") == "renormalize_both" and not (get["ce_weight"] or get["z_loss_weight"] or get["stats"])
+
+
+def _run(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], needs: Sequence[bool]) -> Result:
+    loop = _run_columns if projects_columns(call.launch) else _run_chunks
+    # Operands are rounded to the autocast dtype by the loop; autocast itself would round sums too.
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        return loop(call, hidden, weight, bias, needs)
+
+
+def _run_chunks(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], needs: Sequence[bool]) -> Result:
+    launch, columns, device = call.launch, call.launch.options["vocab_size"], hidden.device
+    dtype, scratch = call.product_dtype or hidden.dtype, Scratch()
+    head = Head(weight, bias, columns=columns, dtype=dtype, scratch=scratch)
+    teachers = _teacher_heads(call, scratch)
+    inputs = hidden.to(dtype)
+    loss, stats = _outputs(hidden, launch)
+    dhidden = torch.zeros_like(hidden) if needs[0] else None
+    dweight = HeadGrad(weight, head.blocks) if needs[1] else None
+    dbias = HeadGrad(bias, head.blocks) if needs[2] and bias is not None else None
+
+    row_bytes = columns * (dtype.itemsize + sum(states.dtype.itemsize for _, states in teachers))
+    for rows, count in _chunks(launch, len(hidden), _budget(call, device) // row_bytes):
+        h, part = inputs[rows], _of_rows(launch, rows)
+        logits = scratch.empty("student logits", (count, columns), dtype, device)
+        head.project(h, logits)
+        targets = []
+        for k, (teacher, states) in enumerate(teachers):
+            targets.append(scratch.empty(f"teacher logits {k}", (count, columns), states.dtype, device))
+            teacher.project(states[rows], targets[k])
+        if call.teacher_logits is not None:
+            targets = checks.teacher_chunks(call.teacher_logits(rows), count, columns, call.num_teachers, device)
+        loss[rows], stats[rows] = _objective(part, logits, targets, any(needs))
+        if any(needs):
+            dh = head.backward(logits, h, wants_dhidden=needs[0], dweight=dweight, dbias=dbias)
+            if dhidden is not None and dh is not None:
+                dhidden[rows] = dh.to(dhidden.dtype)
+    found = (item if item is None else item.finish() for item in (dweight, dbias))
+    return Result(loss, stats, *_or_empty(hidden, dhidden, *found))
+
+
+def _run_columns(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], needs: Sequence[bool]) -> Result:
+    """The loop for ``tail="renormalize_both"``: of the head, the K rows of the teacher's ids are gathered, no more.
+
+    Everything is bound by reading those rows, so that products and sums are fp32 throughout, of rounded operands.
+    """
+    columns, device = call.launch.options["vocab_size"], hidden.device
+    dtype, scratch = call.product_dtype or hidden.dtype, Scratch()
+    sums = sum_dtype(dtype)
+    ids, launch = _positions(call.launch, columns)
+    num_ids, width = ids.shape[1], hidden.shape[1]
+    slots, grad_rows = ids, None
+    if call.sparse_grad:
+        grad_rows, slots = torch.unique(ids, return_inverse=True)
+    loss, stats = _outputs(hidden, launch)
+    dhidden = torch.zeros_like(hidden) if needs[0] else None
+    num_rows = len(weight) if grad_rows is None else len(grad_rows)
+    dweight = torch.zeros(num_rows, width, dtype=sums, device=device) if needs[1] else None
+    dbias = torch.zeros(len(weight), dtype=sums, device=device) if needs[2] else None
+
+    row_bytes = num_ids * width * (sums.itemsize + (weight.dtype.itemsize if weight.dtype != sums else 0))
+    for rows, count in _chunks(launch, len(hidden), _budget(call, device) // row_bytes):
+        h, flat = hidden[rows].to(dtype).to(sums), ids[rows].reshape(-1)
+        gathered = scratch.empty("gathered", (len(flat), width), weight.dtype, device)
+        torch.index_select(weight, 0, flat, out=gathered)
+        if dtype != weight.dtype:
+            gathered = gathered.to(dtype)
+        head = scratch.converted("head", gathered, sums).view(count, num_ids, width)
+        logits = torch.bmm(head, h[:, :, None]).squeeze(2)  # [R, K]
+        if bias is not None:
+            logits += bias[flat].to(dtype).view_as(logits)
+        loss[rows], stats[rows] = _objective(_of_rows(launch, rows), logits, [], any(needs))
+        if dhidden is not None:
+            dhidden[rows] = torch.bmm(logits[:, None], head).squeeze(1).to(dhidden.dtype)
+        if dbias is not None:
+            dbias.index_add_(0, flat, logits.reshape(-1))
+        if dweight is not None:
+            torch.mul(logits[:, :, None], h[:, None], out=head)  # the gathered rows have done their work
+            dweight.index_add_(0, slots[rows].reshape(-1), head.view(-1, width))
+    found = (item if item is None else item.to(weight.dtype) for item in (dweight, dbias))
+    return Result(loss, stats, *_or_empty(hidden, dhidden, *found), grad_rows)
+
+
+def _positions(launch: Launch, columns: int) -> tuple[Tensor, Launch]:
+    """Distinct ids ``[N, K]``, 0 in slots not used, and the launch on logits of these columns alone."""
+    ids, logprobs = launch.sparse_teacher
+    wrong = ((ids < -1) | (ids >= columns)).any(-1)
+    ids, logprobs, used = distinct(ids, logprobs.double(), columns)
+    num_ids = ids.shape[1]
+    places = torch.where(used, torch.arange(num_ids, device=ids.device), -1)
+    places[:, 0] = torch.where(wrong, num_ids, places[:, 0])  # again out of range: the row is NaN
+    options = {**launch.options, "vocab_size": num_ids}
+    return torch.where(used, ids, 0), launch._replace(sparse_teacher=(places, logprobs), options=options)
+
+
+def _or_empty(hidden: Tensor, *grads: Optional[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    dhidden, dweight, dbias = (hidden.new_empty(0) if grad is None else grad for grad in grads)
+    return dhidden, dweight, dbias
+
+
+def _teacher_heads(call: Call, scratch: Scratch) -> list[tuple[Head, Tensor]]:
+    """The heads of the teachers and their hidden states, in the dtypes of their products."""
+    found = []
+    for hidden, weight, bias in zip(call.teacher_hidden, call.teacher_weight, call.teacher_bias, strict=True):
+        states = hidden.to(call.product_dtype or hidden.dtype)
+        columns = call.launch.options["vocab_size"]
+        found.append((Head(weight, bias, columns=columns, dtype=states.dtype, scratch=scratch), states))
+    return found
+
+
+def _outputs(hidden: Tensor, launch: Launch) -> tuple[Tensor, Tensor]:
+    """Losses ``[N]`` and statistics ``[N, S]``, 0 in the rows that are left out."""
+    columns = ops.TOPK_STATS if launch.pattern == "topk_fwd" else ops.STATS
+    width = len(columns) if launch.options["stats"] else 0
+    dtype = sum_dtype(hidden.dtype)
+    return hidden.new_zeros(len(hidden), dtype=dtype), hidden.new_zeros(len(hidden), width, dtype=dtype)
+
+
+def _budget(call: Call, device: torch.device) -> int:
+    if call.chunk_bytes is not None:
+        return call.chunk_bytes
+    return CPU_CHUNK_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES
+
+
+def _chunks(launch: Launch, num_rows: int, size: int) -> Iterator[tuple[Rows, int]]:
+    """Index and length of chunks of at most ``size`` of the rows that count, as even as can be."""
+    kept = _kept_rows(launch)
+    total = num_rows if kept is None else len(kept)
+    count = -(-total // max(size, 1))
+    for k in range(count):
+        start, stop = k * total // count, (k + 1) * total // count
+        yield (slice(start, stop) if kept is None else kept[start:stop]), stop - start
+
+
+def _kept_rows(launch: Launch) -> Optional[Tensor]:
+    """The rows whose products are worth computing; None for all.
+
+    Their number is the one thing that the host must know, which waits for a GPU once per call with labels or row
+    weights, before any product is queued. A CUDA graph cannot wait: while one is captured every row is computed.
+    """
+    labels, weight = launch.tensors[:2]
+    counts = None if labels is None else labels != launch.options["ignore_index"]
+    # One weight for all rows is a normaliser; statistics are taken of rows of weight 0 too.
+    if weight is not None and (weight.stride(0) or len(weight) == 1) and not launch.options["stats"]:
+        counts = weight != 0 if counts is None else counts & (weight != 0)
+    if counts is None or (counts.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return None
+    kept = counts.nonzero().squeeze(1)
+    return None if len(kept) == len(counts) else kept
+
+
+def _of_rows(launch: Launch, rows: Rows) -> Launch:
+    return launch._replace(
+        tensors=tuple(None if item is None else item[rows] for item in launch.tensors),
+        sparse_teacher=tuple(item[rows] for item in launch.sparse_teacher),
+    )
+
+
+def _objective(launch: Launch, logits: Tensor, teachers: list[Tensor], with_grad: bool) -> tuple[Tensor, Tensor]:
+    """Losses and statistics of a chunk ``[R, V]``; the gradient takes the place of the logits."""
+    if launch.backend != "torch":
+        return run(launch, logits, tuple(teachers), logits if with_grad else None)
+
+    def total(logits: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        loss, stats = run_reference(launch, logits, teachers)
+        return loss.sum(), (loss, loss.new_empty(len(loss), 0) if stats is None else stats)
+
+    if not with_grad:
+        return total(logits)[1]
+    # Not autograd, which is switched off within an op.
+    grad, found = torch.func.grad(total, has_aux=True)(logits)
+    logits.copy_(grad)
+    return found
+
+
+def _register(pattern: str, num_teacher: int) -> None:
+    """Enter the loop as the op of a pattern, whose teacher takes ``num_teacher`` arguments."""
+
+    def loop(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Optional[Tensor],
+        *tensors: Any,
+        backend: str,
+        chunk_bytes: Optional[int],
+        product_dtype: Optional[torch.dtype],
+        needs: Sequence[bool],
+        **options: Any,
+    ) -> tuple[Tensor, ...]:
+        teacher, rows = tensors[:num_teacher], tensors[num_teacher:]
+        sparse = pattern == "topk_fwd"
+        launch = Launch(pattern, backend, rows, options, teacher if sparse else ())
+        call = Call(launch, chunk_bytes, product_dtype, *(() if sparse else map(tuple, teacher)))
+        return _run(call, hidden, weight, bias, needs)[:5]
+
+    ops.implement(f"linear_{pattern}", loop)
+
+
+_register("dense_fwd", 3)
+_register("topk_fwd", 2)

@@ -1,0 +1,275 @@
+"""The losses on hidden states: the logits are projected chunk by chunk and never stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor
+
+from kdkernels import backends, checks, functional
+from kdkernels.chunked import Call, LinearLoss, Rows, execute, projects_columns
+from kdkernels.divergences import Divergence
+from kdkernels.functional import DEFAULTS, TOPK_DEFAULTS, KDStats, PerRow, TopKStats
+
+# There are no logits to overwrite.
+LINEAR_DEFAULTS = {**{name: DEFAULTS[name] for name in DEFAULTS if name != "inplace"}, "chunk_bytes": None}
+LINEAR_TOPK_DEFAULTS = {
+    **{name: TOPK_DEFAULTS[name] for name in TOPK_DEFAULTS if name != "inplace"},
+    "chunk_bytes": None,
+    "sparse_grad": False,
+}
+
+
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Optional[Union[Tensor, Sequence[Tensor]]] = None,
+    teacher_weight: Optional[Union[Tensor, Sequence[Tensor]]] = None,
+    labels: Optional[Tensor] = None,
+    *,
+    student_bias: Optional[Tensor] = None,
+    teacher_bias: Optional[Union[Tensor, Sequence[Optional[Tensor]]]] = None,
+    teacher_logits: Optional[Callable[[Rows], Any]] = None,
+    chunk_bytes: Optional[int] = None,
+    divergence: Union[str, Divergence] = "forward_kl",
+    temperature: PerRow = 1.0,
+    teacher_temperature: Optional[PerRow] = None,
+    scale_by_t_squared: bool = True,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    z_loss_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    row_weight: Optional[PerRow] = None,
+    reduction: str = "mean",
+    normalizer: Optional[Union[float, Tensor]] = None,
+    teacher_form: str = "logits",
+    teacher_weights: Optional[Union[Sequence[float], Tensor]] = None,
+    mixture: str = "probs",
+    vocab_size: Optional[int] = None,
+    student_softcap: Optional[float] = None,
+    teacher_softcap: Optional[float] = None,
+    standardize: bool = False,
+    row_param: Optional[Tensor] = None,
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> Any:
+    r"""``kd_loss`` of the logits ``hidden @ weight.T + bias`` of student and teacher, which are never stored whole.
+
+    Rows go through the heads in chunks. In each the loss is computed and its gradient written over the student's
+    logits, from where it is multiplied into the gradients of hidden states, head and bias; those of one that does not
+    require grad are not computed. The head's gradient is summed over the chunks in fp32. All is done when forward ends:
+    ``backward`` multiplies by ``grad_output``, and there is no second derivative.
+
+    Args:
+        student_hidden: ``(..., D)``, float32, bfloat16 or float16 (float64 on the CPU).
+        student_weight: the head ``[V, D]``: a plain tensor, with everything that makes the logits in it. A sharded
+            parameter is gathered first (``weight.full_tensor()``); an adapter is merged by the caller
+            (``weight + scale * B @ A``) and gets its gradient through that sum; a scale of logits is multiplied in.
+        teacher_hidden, teacher_weight: the same of the teacher, ``(..., D')`` and ``[V, D']``; or sequences of up to 4
+            for a mixture, see ``teacher_weights``. They get no gradient.
+        labels: as in ``kd_loss``. Rows equal to ``ignore_index``, and rows of ``row_weight`` 0 unless ``return_stats``,
+            are left out of the products. On a GPU the number of the others is waited for, once.
+        student_bias, teacher_bias: ``[V]`` or None.
+        teacher_logits: in place of the teacher's hidden states and head, a function called as ``teacher_logits(rows)``
+            that returns logits ``[R, V]`` on any device (a sequence of them for a mixture). ``rows`` counts the
+            flattened rows: a ``slice``, or an int64 tensor where rows are left out; it indexes a tensor ``[N, ...]``.
+            Eager only.
+        chunk_bytes: of the logits of a chunk, student's and teachers' together; by default 64 MiB on a CPU and 512 MiB
+            on a GPU. It bounds the memory, whatever N is, down to one row.
+        teacher_form: as in ``kd_loss``, for ``teacher_logits``; products are "logits".
+        reduction: as in ``kd_loss``; "none" only where no gradient is asked for: each row's ``grad_output`` would have
+            to be known while its chunk is there.
+        divergence, temperature, teacher_temperature, scale_by_t_squared, kd_weight, ce_weight, z_loss_weight,
+            label_smoothing, ignore_index, row_weight, normalizer, teacher_weights, mixture, vocab_size,
+            student_softcap, teacher_softcap, standardize, row_param, return_stats, backend: as in ``kd_loss``.
+            Columns from ``vocab_size`` on are not even projected.
+
+    Under autocast the operands of the products are rounded to its dtype. Sums, losses and statistics are float32.
+
+    Returns:
+        As ``kd_loss``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, before anything is launched; for what ``teacher_logits`` returns,
+            when it does.
+    """
+    options = {name: value for name, value in locals().items() if name in DEFAULTS}
+    product_dtype = _autocast_dtype(student_hidden)
+    checks.head("student", student_hidden, student_weight, student_bias, product_dtype is not None)
+    _check_chunk_bytes(chunk_bytes)
+    logits = _stand_in(student_hidden, student_weight, product_dtype)
+    plan = functional._plan("linear_kd_loss", options, logits)
+    single = teacher_weights is None and not isinstance(teacher_hidden, (list, tuple))
+    if teacher_logits is None:
+        teachers = _teachers(teacher_hidden, teacher_weight, teacher_bias)
+        for hidden, weight, bias in teachers:
+            checks.head("teacher", hidden, weight, bias, product_dtype is not None)
+            checks.teacher_head(hidden, weight, bias, logits, vocab_size)
+        count = len(teachers)
+        if teacher_form != "logits":
+            raise ValueError(f"teacher_form must be 'logits' unless teacher_logits is given, got {teacher_form!r}")
+    else:
+        checks.teacher_callable(teacher_logits, teacher_hidden, teacher_weight, teacher_bias)
+        teachers, count = [], 1 if teacher_weights is None else _count(teacher_weights)
+    mixture_weights = functional._mixture_weights(teacher_weights, count, logits, single=single)
+    labels, row_param = functional._labels_and_param(plan, labels)
+    name = backends.select(backend, logits.device.type, divergence=plan.divergence.name)
+    scale, weight = plan.weights(labels)
+    launch = functional.dense_launch(plan, name, (labels, weight, row_param), scale, mixture_weights, mixture)
+    hiddens, weights, biases = zip(*teachers, strict=True) if teachers else ((), (), ())
+    call = Call(
+        launch,
+        chunk_bytes,
+        product_dtype,
+        tuple(_flat(hidden.detach()) for hidden in hiddens),
+        tuple(weight.detach() for weight in weights),
+        tuple(None if bias is None else bias.detach() for bias in biases),
+        teacher_logits,
+        count,
+    )
+    return _result(plan, call, student_hidden, student_weight, student_bias, KDStats)
+
+
+def linear_topk_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    labels: Optional[Tensor] = None,
+    *,
+    student_bias: Optional[Tensor] = None,
+    chunk_bytes: Optional[int] = None,
+    sparse_grad: bool = False,
+    tail: str = "bucket",
+    divergence: Union[str, Divergence] = "forward_kl",
+    temperature: PerRow = 1.0,
+    teacher_temperature: Optional[PerRow] = None,
+    scale_by_t_squared: bool = True,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    z_loss_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    row_weight: Optional[PerRow] = None,
+    reduction: str = "mean",
+    normalizer: Optional[Union[float, Tensor]] = None,
+    vocab_size: Optional[int] = None,
+    student_softcap: Optional[float] = None,
+    row_param: Optional[Tensor] = None,
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> Any:
+    r"""``topk_kd_loss`` of the logits ``hidden @ weight.T + bias``, which are never stored whole.
+
+    With ``tail="renormalize_both"`` the student is normalised within the K ids, so that only their K rows of the head
+    are multiplied: ``N K D`` operations in place of ``N V D``, and a head gradient in these rows alone. Cross entropy,
+    z-loss and statistics need all V logits, and with any of them all are projected.
+
+    Args:
+        student_hidden, student_weight, student_bias, reduction: as in ``linear_kd_loss``.
+        teacher_ids, teacher_logprobs: ``(..., K)``, as in ``topk_kd_loss``.
+        labels: as in ``linear_kd_loss``.
+        chunk_bytes: as in ``linear_kd_loss``, of the student's logits; of the gathered rows of the head where only
+            these are multiplied.
+        sparse_grad: give ``student_weight`` its gradient as a sparse COO tensor of the rows that have one, as
+            ``torch.nn.Embedding(sparse=True)`` does, for ``torch.optim.SparseAdam`` or ``SGD``. Eager only, and only
+            where only K columns are projected.
+        tail, divergence, temperature, teacher_temperature, scale_by_t_squared, kd_weight, ce_weight, z_loss_weight,
+            label_smoothing, ignore_index, row_weight, normalizer, vocab_size, student_softcap, row_param, return_stats,
+            backend: as in ``topk_kd_loss``.
+
+    Returns:
+        As ``topk_kd_loss``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, before anything is launched.
+    """
+    options = {name: value for name, value in locals().items() if name in TOPK_DEFAULTS}
+    product_dtype = _autocast_dtype(student_hidden)
+    checks.head("student", student_hidden, student_weight, student_bias, product_dtype is not None)
+    _check_chunk_bytes(chunk_bytes)
+    logits = _stand_in(student_hidden, student_weight, product_dtype)
+    plan = functional._plan("linear_topk_kd_loss", options, logits)
+    teacher = checks.sparse_teacher(teacher_ids, teacher_logprobs, logits, plan.columns)
+    labels, row_param = functional._labels_and_param(plan, labels)
+    name = backends.select(backend, logits.device.type, divergence=plan.divergence.name, pattern="topk_fwd")
+    scale, weight = plan.weights(labels)
+    launch = functional.topk_launch(plan, name, teacher, tail, (labels, weight, row_param), scale)
+    checks.sparse_grad_allowed(sparse_grad, projects_columns(launch))
+    call = Call(launch, chunk_bytes, product_dtype, sparse_grad=sparse_grad)
+    return _result(plan, call, student_hidden, student_weight, student_bias, TopKStats)
+
+
+def check_linear_options(options: dict[str, Any]) -> None:
+    """Check the options of ``linear_kd_loss`` whose check needs no tensor."""
+    functional.check_options("linear_kd_loss", options, LINEAR_DEFAULTS)
+    _check_chunk_bytes(options.get("chunk_bytes"))
+
+
+def check_linear_topk_options(options: dict[str, Any]) -> None:
+    """Check the options of ``linear_topk_kd_loss`` whose check needs no tensor."""
+    owner = "linear_topk_kd_loss"
+    functional.check_options(owner, options, LINEAR_TOPK_DEFAULTS)
+    functional.check_topk_options({name: options[name] for name in options if name in TOPK_DEFAULTS}, owner)
+    _check_chunk_bytes(options.get("chunk_bytes"))
+    checks.flag("sparse_grad", options.get("sparse_grad", False))
+
+
+def _check_chunk_bytes(value: Optional[int]) -> None:
+    if value is not None:
+        checks.integer("chunk_bytes", value, low=1)
+
+
+def _autocast_dtype(hidden: Any) -> Optional[torch.dtype]:
+    """The dtype that autocast, where it is on, wants of the operands of a product; it leaves fp64 alone."""
+    if not isinstance(hidden, Tensor) or hidden.dtype == torch.float64:
+        return None
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _stand_in(hidden: Tensor, weight: Tensor, product_dtype: Optional[torch.dtype]) -> Tensor:
+    """A tensor of the shape, dtype and device of the logits and the memory of one row: what all checks need of them."""
+    row = hidden.new_empty(weight.shape[0], dtype=product_dtype or hidden.dtype)
+    return row.expand(*hidden.shape[:-1], -1)
+
+
+def _teachers(hidden: Any, weight: Any, bias: Any) -> list[tuple[Any, Any, Any]]:
+    sides = {"teacher_hidden": hidden, "teacher_weight": weight, "teacher_bias": bias}
+    for name in ("teacher_hidden", "teacher_weight"):
+        if sides[name] is None:
+            raise TypeError(f"{name} is required unless teacher_logits is given")
+    if not isinstance(hidden, (list, tuple)):
+        return [(hidden, weight, bias)]
+    functional._teachers(hidden)
+    if bias is None:
+        bias = [None] * len(hidden)
+    for name, value in (("teacher_weight", weight), ("teacher_bias", bias)):
+        if not isinstance(value, (list, tuple)) or len(value) != len(hidden):
+            raise ValueError(f"{name} must be a sequence of {len(hidden)} as teacher_hidden is")
+    return list(zip(hidden, weight, bias, strict=True))
+
+
+def _count(teacher_weights: Any) -> int:
+    return teacher_weights.shape[-1] if isinstance(teacher_weights, Tensor) else len(teacher_weights)
+
+
+def _flat(hidden: Tensor) -> Tensor:
+    return hidden.reshape(-1, hidden.shape[-1])
+
+
+def _result(
+    plan: functional._Plan, call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], kind: Any
+) -> Any:
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
+    checks.linear_mode_allowed(plan.options["reduction"], needs_grad, call.teacher_logits is not None, call.sparse_grad)
+    if needs_grad:
+        loss, stats = LinearLoss.apply(_flat(hidden), weight, bias, call)
+    else:
+        flat, head, offset = _flat(hidden.detach()), weight.detach(), None if bias is None else bias.detach()
+        rows, stats = execute(call, flat, head, offset, [False] * 3)[:2]
+        loss = plan.reduced(rows)
+    return plan.result(loss, stats, kind)
