@@ -9,7 +9,7 @@ sums (6 and 1). Sweeps alternate their direction: each begins with the columns t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 import triton
@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kdkernels.kernels import divergences, tuning
+from kdkernels.kernels.dense_cluster import dense_cluster_fwd_kernel
 from kdkernels.kernels.online import linear_sweep, load_teacher, student_sweep, teacher_sweep
 from kdkernels.kernels.rows import (
     LN2,
@@ -44,10 +45,15 @@ from kdkernels.kernels.rows import (
     tile_offsets,
     zero_columns,
 )
-
-NUM_STATS = tl.constexpr(9)
-# Above every column.
-NOWHERE = tl.constexpr(2147483647)
+from kdkernels.kernels.terms import (
+    NOWHERE,
+    NUM_STATS,
+    hard_terms,
+    label_gradient,
+    score_of,
+    statistics_of,
+    value_of,
+)
 
 
 @triton.jit
@@ -74,42 +80,6 @@ def teacher_softmax(
 
 
 @triton.jit
-def both_dead(log2p, log2q):
-    """Where neither side has any probability: padding, and columns that both mask with -inf."""
-    return tl.maximum(log2p, log2q) == NEG_INF
-
-
-@triton.jit
-def value_of(p, log2p, q, log2q, param0, param1, COEFFICIENTS: tl.constexpr, VALUE: tl.constexpr):
-    """The divergence's summand."""
-    logp = log2p * LN2
-    logq = log2q * LN2
-    if COEFFICIENTS is None:
-        f = VALUE(p, logp, q, logq, param0, param1)
-    else:
-        f = tl.zeros(p.shape, tl.float32)
-        if COEFFICIENTS[0] != 0 or COEFFICIENTS[1] != 0:
-            f += mul0(p, combine(COEFFICIENTS[0], logp, COEFFICIENTS[1], logq))
-        if COEFFICIENTS[2] != 0 or COEFFICIENTS[3] != 0:
-            f += mul0(q, combine(COEFFICIENTS[2], logp, COEFFICIENTS[3], logq))
-    return tl.where(both_dead(log2p, log2q), 0.0, f)
-
-
-@triton.jit
-def score_of(p, log2p, q, log2q, param0, param1, COEFFICIENTS: tl.constexpr, SCORE: tl.constexpr):
-    """Derivative of the summand by logq."""
-    logp = log2p * LN2
-    logq = log2q * LN2
-    if COEFFICIENTS is None:
-        f = SCORE(p, logp, q, logq, param0, param1)
-    else:
-        f = COEFFICIENTS[1] * p + COEFFICIENTS[3] * q
-        if COEFFICIENTS[2] != 0 or COEFFICIENTS[3] != 0:
-            f += mul0(q, combine(COEFFICIENTS[2], logp, COEFFICIENTS[3], logq))
-    return tl.where(both_dead(log2p, log2q), 0.0, f)
-
-
-@triton.jit
 def new_stats(TILE: tl.constexpr):
     zeros = lane_zeros(TILE)
     LANES: tl.constexpr = TILE[1]
@@ -128,18 +98,15 @@ def add_best(best, best_at, key, offs_v):
 
 
 @triton.jit
-def add_stats(stats, p, log2p, q, log2q, s, key, offs_v):
+def add_stats(stats, p, logp, q, logq, s, key, offs_v):
     """Lane sums of both KLs, both entropies and the overlap, and both argmaxes."""
-    logp = log2p * LN2
-    logq = log2q * LN2
-    dead = both_dead(log2p, log2q)
+    new_forward, new_reverse, new_entropy_p, new_entropy_q, new_overlap = statistics_of(p, logp, q, logq)
     forward, reverse, entropy_p, entropy_q, overlap, best_s, at_s, best_t, at_t = stats
-    forward += fold_sum(tl.where(dead, 0.0, mul0(p, logp - logq)))
-    reverse += fold_sum(tl.where(dead, 0.0, mul0(q, logq - logp)))
-    entropy_p -= fold_sum(mul0(p, logp))
-    entropy_q -= fold_sum(mul0(q, logq))
-    # A NaN must not lose against a number.
-    overlap += fold_sum(tl.where(p < q, p, q))
+    forward += fold_sum(new_forward)
+    reverse += fold_sum(new_reverse)
+    entropy_p += fold_sum(new_entropy_p)
+    entropy_q += fold_sum(new_entropy_q)
+    overlap += fold_sum(new_overlap)
     best_s, at_s = add_best(best_s, at_s, s, offs_v)
     best_t, at_t = add_best(best_t, at_t, key, offs_v)
     return (forward, reverse, entropy_p, entropy_q, overlap, best_s, at_s, best_t, at_t)
@@ -215,6 +182,7 @@ def dense_fwd_kernel(
     COEFFICIENTS: tl.constexpr,
     VALUE: tl.constexpr,
     SCORE: tl.constexpr,
+    TOTAL: tl.constexpr,
     MIX_PROBS: tl.constexpr,
     TEACHER_PROBS: tl.constexpr,
     STANDARDIZE: tl.constexpr,
@@ -370,34 +338,33 @@ def dense_fwd_kernel(
             p, log2p, key = teacher_softmax(
                 teachers, weights, norms, offs_v, V, load_width, teacher_softcap, MIX_PROBS, TEACHER_PROBS
             )
+            logp = log2p * LN2
+            logq = log2q * LN2
             if not LINEAR:
-                lane_value += fold_sum(value_of(p, log2p, q, log2q, param0, param1, COEFFICIENTS, VALUE))
+                lane_value += fold_sum(value_of(p, logp, q, logq, param0, param1, COEFFICIENTS, VALUE, TOTAL))
                 if GRAD:
-                    score = score_of(p, log2p, q, log2q, param0, param1, COEFFICIENTS, SCORE)
+                    score = score_of(p, logp, q, logq, param0, param1, COEFFICIENTS, SCORE, TOTAL)
                     lane_score += fold_sum(score)
                     if STANDARDIZE:
                         z = tl.where(offs_v < V, (s - mean) / deviation, 0.0)
                         lane_slope += fold_sum(score * z)
                         lane_first += fold_sum(q * z)
             if STATS:
-                stats = add_stats(stats, p, log2p, q, log2q, s, key, offs_v)
+                stats = add_stats(stats, p, logp, q, logq, s, key, offs_v)
         score_sum = tl.sum(lane_score, axis=0)
         slope_mean = (tl.sum(lane_slope, axis=0) - score_sum * tl.sum(lane_first, axis=0)) / V
 
-    ce = 0.0
-    hard_scale = 0.0
-    hard_loss = 0.0
-    lse = hard_norm[0] + hard_norm[2] * LN2
-    if CE:
-        ce = hard_norm[0] - label_logit + hard_norm[2] * LN2
-        hard_scale = scale * ce_weight
-        if label_smoothing is not None:
-            ce -= label_smoothing * centered_sum / V
-        hard_loss = hard_scale * ce
-    lse_scale = hard_scale
-    if z_loss_weight is not None:
-        hard_loss += scale * z_loss_weight * lse * lse
-        lse_scale += 2.0 * scale * z_loss_weight * lse
+    ce, lse, hard_loss, hard_scale, lse_scale = hard_terms(
+        hard_norm[0],
+        hard_norm[2],
+        label_logit if CE else None,
+        centered_sum,
+        V,
+        scale,
+        ce_weight,
+        z_loss_weight,
+        label_smoothing,
+    )
     if kd_weight is not None:
         kd_scale = scale * kd_weight * tl.where(t_squared != 0, temperature * temperature, 1.0)
 
@@ -411,6 +378,8 @@ def dense_fwd_kernel(
             p, log2p, key = teacher_softmax(
                 teachers, weights, norms, offs_v, V, load_width, teacher_softcap, MIX_PROBS, TEACHER_PROBS
             )
+            logp = log2p * LN2
+            logq = log2q * LN2
             if kd_weight is None:
                 g = tl.zeros(q.shape, tl.float32)
             elif SCORE_SUM_KNOWN:
@@ -418,23 +387,19 @@ def dense_fwd_kernel(
                 if Q_TERMS:
                     g += mul0(q, (combine(COEFFICIENTS[2], log2p, COEFFICIENTS[3], log2q) - mean_q) * (g_scale * LN2))
             else:
-                g = score_of(p, log2p, q, log2q, param0, param1, COEFFICIENTS, SCORE) - q * score_sum
+                g = score_of(p, logp, q, logq, param0, param1, COEFFICIENTS, SCORE, TOTAL) - q * score_sum
                 if STANDARDIZE:
                     g -= (s - mean) / deviation * slope_mean
                 g *= g_scale
             if not VALUE_SWEEP:
                 if not LINEAR:
-                    lane_value += fold_sum(value_of(p, log2p, q, log2q, param0, param1, COEFFICIENTS, VALUE))
+                    lane_value += fold_sum(value_of(p, logp, q, logq, param0, param1, COEFFICIENTS, VALUE, TOTAL))
                 if STATS:
-                    stats = add_stats(stats, p, log2p, q, log2q, s, key, offs_v)
+                    stats = add_stats(stats, p, logp, q, logq, s, key, offs_v)
             if CE or z_loss_weight is not None:
                 g += lse_scale * softmax(s, hard_norm)[0]
             if CE:
-                if label_smoothing is None:
-                    g -= tl.where(offs_v == label, hard_scale, 0.0)
-                else:
-                    g -= tl.where(offs_v == label, hard_scale * (1.0 - label_smoothing), 0.0)
-                    g -= hard_scale * label_smoothing / V
+                g = label_gradient(g, offs_v, label, V, hard_scale, label_smoothing)
             if student_softcap is not None:
                 g *= 1.0 - (s / student_softcap) * (s / student_softcap)
             store_gradient(dstudent_ptr, offs_v, g, V, pad_width)
@@ -449,6 +414,13 @@ def dense_fwd_kernel(
     tl.store(loss_ptr + row64, loss)
     if STATS:
         store_stats(stats_ptr + row64 * NUM_STATS, divergence, ce, lse, stats)
+
+
+def _resident_load(entry: divergences.TritonDivergence, plain: bool) -> int:
+    """How much the cluster kernel keeps alive: exponentials, those and scores, or more."""
+    if plain and entry.linear is not None:
+        return tuning.LIGHT if entry.linear[2:] == (0, 0) else tuning.MEDIUM
+    return tuning.MEDIUM if plain and entry.total else tuning.HEAVY
 
 
 def dense_fwd(
@@ -504,10 +476,18 @@ def dense_fwd(
     teacher, teacher1, teacher2, teacher3 = (*teachers, None, None, None)[:4]
     mix_probs = len(teachers) > 1 and mixture == "probs"
     itemsize = max(x.element_size() for x in (student, *teachers))
-    plain = entry.linear is not None and not (ce_weight or z_loss_weight or student_softcap or teacher_softcap)
-    plain = plain and not standardize and teacher_form != "probs"
-    load = tuning.HEAVY if stats or mix_probs else tuning.LIGHT if plain else tuning.MEDIUM
-    shape = tuning.shape(vocab_size, itemsize, load=load)
+    extras = ce_weight or z_loss_weight or student_softcap or teacher_softcap or teacher_form == "probs" or stats
+    plain = not extras and not standardize
+    light = plain and entry.linear is not None
+    load = tuning.HEAVY if stats or mix_probs else tuning.LIGHT if light else tuning.MEDIUM
+    resident_load = _resident_load(entry, plain) if len(teachers) == 1 and not standardize else None
+    plans = tuning.dense_plans(
+        vocab_size,
+        itemsize,
+        load=load,
+        resident_load=resident_load,
+        arch=tuning.architecture(student.device),
+    )
     width = student.shape[-1]
     stride_sb, stride_sl = row_strides(student)
     stride_tb, stride_tl = row_strides(teacher)
@@ -516,63 +496,90 @@ def dense_fwd(
     stride_t3b, stride_t3l = row_strides(teacher3)
     stride_db, stride_dl = row_strides(dstudent)
     stride_mn, stride_mm = (None, None) if mixture_weights is None else mixture_weights.stride()
-    with on_device_of(student):
-        dense_fwd_kernel[(N,)](
-            student,
-            teacher,
-            teacher1,
-            teacher2,
-            teacher3,
-            dstudent,
-            contiguous(labels),
-            row_weight,
-            contiguous(student_temperature_rows),
-            contiguous(teacher_temperature_rows),
-            contiguous(param_rows),
-            mixture_weights if len(teachers) > 1 else None,
-            loss,
-            row_stats if stats else None,
-            stride_sb,
-            stride_sl,
-            stride_tb,
-            stride_tl,
-            stride_t1b,
-            stride_t1l,
-            stride_t2b,
-            stride_t2l,
-            stride_t3b,
-            stride_t3l,
-            stride_db,
-            stride_dl,
-            None if row_weight is None else row_weight.stride(0),
-            stride_mn if len(teachers) > 1 else None,
-            stride_mm if len(teachers) > 1 else None,
-            L,
-            vocab_size,
-            aligned_width(vocab_size, student, *teachers),
-            None if width == vocab_size else width,
-            ignore_index,
-            scale,
-            temperature,
-            teacher_temperature,
-            1.0 if scale_by_t_squared else 0.0,
-            kd_weight or None,
-            ce_weight or None,
-            z_loss_weight or None,
-            (label_smoothing or None) if ce_weight else None,
-            student_softcap or None,
-            (teacher_softcap or None) if teacher_form != "probs" else None,
-            param0,
-            param1,
-            COEFFICIENTS=entry.linear,
-            VALUE=entry.value,
-            SCORE=entry.score,
+    pad_width = None if width == vocab_size else width
+    shared: dict[str, Any] = {
+        "student_ptr": student,
+        "teacher_ptr": teacher,
+        "labels_ptr": contiguous(labels),
+        "row_weight_ptr": row_weight,
+        "temperature_ptr": contiguous(student_temperature_rows),
+        "teacher_temperature_ptr": contiguous(teacher_temperature_rows),
+        "param_ptr": contiguous(param_rows),
+        "loss_ptr": loss,
+        "stats_ptr": row_stats if stats else None,
+        "stride_sb": stride_sb,
+        "stride_sl": stride_sl,
+        "stride_tb": stride_tb,
+        "stride_tl": stride_tl,
+        "stride_wn": None if row_weight is None else row_weight.stride(0),
+        "L": L,
+        "V": vocab_size,
+        "load_width": aligned_width(vocab_size, student, *teachers),
+        "pad_width": pad_width,
+        "ignore_index": ignore_index,
+        "scale": scale,
+        "temperature": temperature,
+        "teacher_temperature": teacher_temperature,
+        "t_squared": 1.0 if scale_by_t_squared else 0.0,
+        "kd_weight": kd_weight or None,
+        "ce_weight": ce_weight or None,
+        "z_loss_weight": z_loss_weight or None,
+        "label_smoothing": (label_smoothing or None) if ce_weight else None,
+        "student_softcap": student_softcap or None,
+        "teacher_softcap": (teacher_softcap or None) if teacher_form != "probs" else None,
+        "param0": param0,
+        "param1": param1,
+        "COEFFICIENTS": entry.linear,
+        "VALUE": entry.value,
+        "SCORE": entry.score,
+        "TOTAL": entry.total,
+        "TEACHER_PROBS": teacher_form == "probs",
+        # Equal logits must give exactly 0: a product fused into one of two equal terms would leave its rounding.
+        "enable_fp_fusion": False,
+    }
+
+    def launch(plan: tuning.Plan, rows: int, dstudent: Optional[Tensor]) -> None:
+        stride_db, stride_dl = row_strides(dstudent)
+        if plan.pattern == "cluster":
+            dense_cluster_fwd_kernel[(rows,)](
+                **shared,
+                dstudent_ptr=dstudent,
+                stride_db=stride_db,
+                stride_dl=stride_dl,
+                TILE=plan.TILE,
+                num_warps=plan.num_warps,
+                num_ctas=plan.num_ctas,
+            )
+            return
+        dense_fwd_kernel[(rows,)](
+            **shared,
+            dstudent_ptr=dstudent,
+            stride_db=stride_db,
+            stride_dl=stride_dl,
+            teacher1_ptr=teacher1,
+            teacher2_ptr=teacher2,
+            teacher3_ptr=teacher3,
+            mixture_ptr=mixture_weights if len(teachers) > 1 else None,
+            stride_t1b=stride_t1b,
+            stride_t1l=stride_t1l,
+            stride_t2b=stride_t2b,
+            stride_t2l=stride_t2l,
+            stride_t3b=stride_t3b,
+            stride_t3l=stride_t3l,
+            stride_mn=stride_mn if len(teachers) > 1 else None,
+            stride_mm=stride_mm if len(teachers) > 1 else None,
             MIX_PROBS=mix_probs,
-            TEACHER_PROBS=teacher_form == "probs",
             STANDARDIZE=standardize,
-            TILE=shape.TILE,
-            num_warps=shape.num_warps,
-            # Equal logits must give exactly 0: a product fused into one of two equal terms would leave its rounding.
-            enable_fp_fusion=False,
+            TILE=plan.TILE,
+            num_warps=plan.num_warps,
         )
+
+    def trial(plan: tuning.Plan) -> None:
+        """The first rows, with a gradient that nobody reads: the student's own may be the student."""
+        rows = min(N, tuning.TRIAL_ROWS)
+        launch(plan, rows, None if dstudent is None else student.new_empty((-(-rows // L), L, width))[:, :L])
+
+    with on_device_of(student):
+        key = (divergence, vocab_size, itemsize, load, resident_load, dstudent is not None)
+        launch(tuning.fastest(plans, key, student, N * vocab_size, trial), N, dstudent)
     return loss, row_stats

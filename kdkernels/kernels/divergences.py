@@ -19,18 +19,22 @@ from typing import Any, NamedTuple, Optional
 import triton
 import triton.language as tl
 
-from kdkernels.kernels.rows import LOG2E, TINY, fast_log, mul0
+from kdkernels.kernels.rows import LN2, LOG2E, TINY, fast_log, fast_log2, mul0
+
+# Below the logarithm of every fp32, and finite.
+FLOOR = tl.constexpr(-1e30)
 
 Coefficients = tuple[float, float, float, float]
 
 
 class TritonDivergence(NamedTuple):
-    """Either ``linear = (c_pp, c_pq, c_qp, c_qq)`` or both ``value`` and ``score``."""
+    """Either ``linear = (c_pp, c_pq, c_qp, c_qq)`` or both ``value`` and ``score``; ``total`` as in ``register``."""
 
     linear: Optional[Coefficients] = None
     value: Optional[Any] = None
     score: Optional[Any] = None
     homogeneous: bool = False
+    total: bool = False
 
 
 _TABLE: dict[str, TritonDivergence] = {}
@@ -43,12 +47,15 @@ def register(
     value: Optional[Any] = None,
     score: Optional[Any] = None,
     homogeneous: bool = False,
+    total: bool = False,
 ) -> None:
     """Enter a divergence into the table, by its coefficients or by its pair of ``@triton.jit`` functions.
 
     Args:
         homogeneous: whether ``f(0, q) = q f(0, 1)`` and finite, so that outcomes without a teacher are known by their
             mass. Where that is not said they are computed one by one.
+        total: whether both functions give 0 where p = q = 0 and both logarithms are -inf, so that the kernels need not
+            see to it (four instructions an element).
 
     Raises:
         ValueError: when the name is taken, or when not exactly one of the two forms is given.
@@ -60,7 +67,7 @@ def register(
     if linear is not None:
         c_pp, c_pq, c_qp, c_qq = (float(c) for c in linear)
         linear = (c_pp, c_pq, c_qp, c_qq)
-    _TABLE[name] = TritonDivergence(linear, value, score, homogeneous)
+    _TABLE[name] = TritonDivergence(linear, value, score, homogeneous, total or linear is not None)
 
 
 def remove(name: str) -> None:
@@ -86,17 +93,28 @@ def names() -> tuple[str, ...]:
 
 
 @triton.jit
+def _log_ratio(logx, log2m):
+    """log(x / m) of a finite log2 m, and finite: its weight is 0 where, and only where, log x is -inf."""
+    return tl.fma(log2m, -LN2, tl.maximum(logx, FLOOR))
+
+
+@triton.jit
+def _log2_of_mixture(m):
+    return fast_log2(tl.maximum(m, TINY, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
 def _jsd_value(p, logp, q, logq, beta, _):
     wp = beta * p
     wq = (1.0 - beta) * q
-    logm = fast_log(wp + wq)
-    return mul0(wp, logp - logm) + mul0(wq, logq - logm)
+    log2m = _log2_of_mixture(wp + wq)
+    return tl.fma(wp, _log_ratio(logp, log2m), wq * _log_ratio(logq, log2m))
 
 
 @triton.jit
 def _jsd_score(p, logp, q, logq, beta, _):
     wq = (1.0 - beta) * q
-    return mul0(wq, logq - fast_log(beta * p + wq))
+    return wq * _log_ratio(logq, _log2_of_mixture(beta * p + wq))
 
 
 @triton.jit
@@ -106,8 +124,9 @@ def _tvd_value(p, logp, q, logq, _0, _1):
 
 @triton.jit
 def _tvd_score(p, logp, q, logq, _0, _1):
-    # q * 0 where p == q keeps a NaN.
-    return 0.5 * q * tl.where(q > p, 1.0, tl.where(q < p, -1.0, 0.0))
+    half = 0.5 * q
+    # half * 0 where p == q keeps a NaN.
+    return tl.where(q > p, half, tl.where(q < p, -half, half * 0.0))
 
 
 @triton.jit
@@ -189,8 +208,8 @@ register("reverse_kl", linear=(0, 0, -1, 1))
 register("jeffreys", linear=(1, -1, -1, 1))
 register("soft_ce", linear=(0, -1, 0, 0), homogeneous=True)
 register("dual_soft_ce", linear=(0, 0, -1, 0))
-register("jsd", value=_jsd_value, score=_jsd_score, homogeneous=True)
-register("tvd", value=_tvd_value, score=_tvd_score, homogeneous=True)
-register("skew_kl", value=_skew_kl_value, score=_skew_kl_score, homogeneous=True)
-register("skew_reverse_kl", value=_skew_reverse_kl_value, score=_skew_reverse_kl_score, homogeneous=True)
+register("jsd", value=_jsd_value, score=_jsd_score, homogeneous=True, total=True)
+register("tvd", value=_tvd_value, score=_tvd_score, homogeneous=True, total=True)
+register("skew_kl", value=_skew_kl_value, score=_skew_kl_score, homogeneous=True, total=True)
+register("skew_reverse_kl", value=_skew_reverse_kl_value, score=_skew_reverse_kl_score, homogeneous=True, total=True)
 register("alpha_beta", value=_alpha_beta_value, score=_alpha_beta_score)

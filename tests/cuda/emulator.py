@@ -162,7 +162,17 @@ class Emulator:
         self.reports.append(report)
 
     def topk_fwd(
-        self, student, ids, logprobs, dstudent, labels, row_weight, temperatures, teacher_temperatures, params, **options
+        self,
+        student,
+        ids,
+        logprobs,
+        dstudent,
+        labels,
+        row_weight,
+        temperatures,
+        teacher_temperatures,
+        params,
+        **options,
     ):
         device, call = Device(), Call()
         call.batch, call.length, call.width = student.shape

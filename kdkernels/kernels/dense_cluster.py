@@ -1,0 +1,426 @@
+"""The dense pattern in one pass: a row of student and teacher stays in the registers of a cluster of thread blocks.
+
+2 reads and 1 write of [N, V], whatever the divergence. Needs thread-block clusters (sm_90 on); ``tuning.dense_plans``
+says when it is taken. One program is a cluster of up to 16 blocks. A thread holds PIECES vectors of VEC columns of each
+tensor (more, where LANES is a multiple of the threads) and keeps their exponentials for the gradient.
+
+A reduction over the cluster costs barriers over all its blocks, so they are taken together: first the two maxima, then
+every sum over exponentials, which is all that a linear divergence needs; a pair of functions or statistics take one
+more group. Several teachers and standardised logits are left to two sweeps.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kdkernels.kernels.rows import (
+    LN2,
+    LOG2E,
+    NEG_INF,
+    combine,
+    fast_exp2,
+    fast_log2,
+    fold_pieces_max,
+    mul0,
+    row_offset,
+    soft_cap,
+    widen,
+)
+from kdkernels.kernels.terms import (
+    NOWHERE,
+    NUM_STATS,
+    hard_terms,
+    label_gradient,
+    score_of,
+    statistics_of,
+    value_of,
+)
+
+
+@triton.jit
+def _max2(a, b, c, d):
+    return tl.maximum(a, c), tl.maximum(b, d)
+
+
+@triton.jit
+def _min2(a, b, c, d):
+    return tl.minimum(a, c), tl.minimum(b, d)
+
+
+@triton.jit
+def _sum2(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _sum3(a, b, c, d, e, f):
+    return a + d, b + e, c + f
+
+
+@triton.jit
+def _sum4(a, b, c, d, e, f, g, h):
+    return a + e, b + f, c + g, d + h
+
+
+@triton.jit
+def _sum5(a, b, c, d, e, f, g, h, i, j):
+    return a + f, b + g, c + h, d + i, e + j
+
+
+@triton.jit
+def _sum6(a, b, c, d, e, f, g, h, i, j, k, m):
+    return a + g, b + h, c + i, d + j, e + k, f + m
+
+
+@triton.jit
+def _sum7(a, b, c, d, e, f, g, h, i, j, k, m, n, o):
+    return a + h, b + i, c + j, d + k, e + m, f + n, g + o
+
+
+@triton.jit
+def reduce_sums(lanes):
+    """Sums over the cluster of a tuple of [LANES, VEC] accumulators, in one exchange."""
+    folded = ()
+    for k in tl.static_range(len(lanes)):
+        folded = folded + (tl.sum(lanes[k], axis=1),)
+    if len(lanes) == 1:
+        sums = (tl.sum(folded[0], axis=0),)
+    elif len(lanes) == 2:
+        sums = tl.reduce(folded, 0, _sum2)
+    elif len(lanes) == 3:
+        sums = tl.reduce(folded, 0, _sum3)
+    elif len(lanes) == 4:
+        sums = tl.reduce(folded, 0, _sum4)
+    elif len(lanes) == 5:
+        sums = tl.reduce(folded, 0, _sum5)
+    elif len(lanes) == 6:
+        sums = tl.reduce(folded, 0, _sum6)
+    else:
+        sums = tl.reduce(folded, 0, _sum7)
+    return sums
+
+
+@triton.jit
+def load_pieces(row_ptr, offs_v, V, load_width, softcap, PROBS: tl.constexpr, PIECES: tl.constexpr):
+    """A row as PIECES tensors [LANES, VEC] in its own dtype (fp32 with a softcap, or of probabilities' logarithms).
+
+    Only the last piece can reach past V; it is -inf there.
+    """
+    STEP: tl.constexpr = offs_v.shape[0] * offs_v.shape[1]
+    loaded = ()
+    for k in tl.static_range(PIECES):
+        if k < PIECES - 1:
+            x = tl.load(row_ptr + k * STEP + offs_v)
+        else:
+            x = tl.load(
+                row_ptr + k * STEP + offs_v,
+                mask=k * STEP + offs_v < (V if load_width is None else load_width),
+                other=NEG_INF,
+            )
+        loaded = loaded + (x,)
+    pieces = ()
+    for k in tl.static_range(PIECES):
+        x = loaded[k]
+        if PROBS:
+            x = tl.log2(x.to(tl.float32)) * LN2
+        if softcap is not None:
+            x = soft_cap(x.to(tl.float32), softcap)
+        if k == PIECES - 1 and (load_width is not None or softcap is not None or PROBS):
+            x = tl.where(k * STEP + offs_v < V, x, NEG_INF)
+        pieces = pieces + (x,)
+    return pieces
+
+
+@triton.jit
+def zero_row(row_ptr, offs_v, start, stop):
+    STEP: tl.constexpr = offs_v.shape[0] * offs_v.shape[1]
+    for begin in range(start, stop, STEP):
+        tl.store(row_ptr + begin + offs_v, tl.zeros(offs_v.shape, row_ptr.dtype.element_ty), mask=begin + offs_v < stop)
+
+
+@triton.jit(do_not_specialize=["L", "ignore_index"])
+def dense_cluster_fwd_kernel(
+    student_ptr,  # [B, L, V]
+    teacher_ptr,  # [B, L, V]
+    dstudent_ptr,  # [B, L, pad_width or V]
+    labels_ptr,  # [N]
+    row_weight_ptr,  # [N]
+    temperature_ptr,  # [N]
+    teacher_temperature_ptr,  # [N]
+    param_ptr,  # [N]
+    loss_ptr,  # [N]
+    stats_ptr,  # [N, 9]
+    stride_sb,
+    stride_sl,
+    stride_tb,
+    stride_tl,
+    stride_db,
+    stride_dl,
+    stride_wn,
+    L,
+    V,
+    load_width,
+    pad_width,
+    ignore_index,
+    scale,
+    temperature,
+    teacher_temperature,
+    t_squared,
+    kd_weight,
+    ce_weight,
+    z_loss_weight,
+    label_smoothing,
+    student_softcap,
+    teacher_softcap,
+    param0,
+    param1,
+    COEFFICIENTS: tl.constexpr,
+    VALUE: tl.constexpr,
+    SCORE: tl.constexpr,
+    TOTAL: tl.constexpr,
+    TEACHER_PROBS: tl.constexpr,
+    TILE: tl.constexpr,  # (PIECES, LANES, VEC)
+):
+    GRAD: tl.constexpr = dstudent_ptr is not None
+    STATS: tl.constexpr = stats_ptr is not None
+    CE: tl.constexpr = ce_weight is not None
+    KD: tl.constexpr = kd_weight is not None
+    HARD: tl.constexpr = CE or STATS or z_loss_weight is not None
+    HARD_GRAD: tl.constexpr = CE or z_loss_weight is not None
+    LINEAR: tl.constexpr = COEFFICIENTS is not None
+    P_TERMS: tl.constexpr = LINEAR and (COEFFICIENTS[0] != 0 or COEFFICIENTS[1] != 0)
+    Q_TERMS: tl.constexpr = LINEAR and (COEFFICIENTS[2] != 0 or COEFFICIENTS[3] != 0)
+    SMOOTH: tl.constexpr = CE and label_smoothing is not None
+    PIECES: tl.constexpr = TILE[0]
+    LANES: tl.constexpr = TILE[1]
+    VEC: tl.constexpr = TILE[2]
+    STEP: tl.constexpr = LANES * VEC
+
+    row = tl.program_id(0)
+    row64 = row.to(tl.int64)
+    student_ptr += row_offset(row, L, stride_sb, stride_sl)
+    teacher_ptr += row_offset(row, L, stride_tb, stride_tl)
+    if GRAD:
+        dstudent_ptr += row_offset(row, L, stride_db, stride_dl)
+    offs_v = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+
+    if labels_ptr is not None:
+        label = tl.load(labels_ptr + row64)
+        if label == ignore_index:
+            if GRAD:
+                zero_row(dstudent_ptr, offs_v, 0, V if pad_width is None else pad_width)
+            tl.store(loss_ptr + row64, 0.0)
+            if STATS:
+                for k in tl.static_range(NUM_STATS):
+                    tl.store(stats_ptr + row64 * NUM_STATS + k, 0.0)
+            return
+
+    if row_weight_ptr is not None:
+        scale *= tl.load(row_weight_ptr + row64 * stride_wn)
+    if temperature_ptr is not None:
+        temperature = tl.load(temperature_ptr + row64)
+    if teacher_temperature_ptr is not None:
+        teacher_temperature = tl.load(teacher_temperature_ptr + row64)
+    if param_ptr is not None:
+        param0 = tl.load(param_ptr + row64)
+    label_logit = None
+    if CE:
+        inside = (label >= 0) & (label < V)
+        # A label out of range reads nothing and makes the row's loss NaN. Read before any block can write in place:
+        # the reductions below are barriers.
+        label_logit = tl.load(student_ptr + label, mask=inside, other=float("nan")).to(tl.float32)
+        if student_softcap is not None:
+            label_logit = soft_cap(label_logit, student_softcap)
+        # 32 bits: a comparison an element.
+        label_v = tl.where(inside, label, -1).to(tl.int32)
+        if SMOOTH:
+            center = tl.where(tl.abs(label_logit) < float("inf"), label_logit, 0.0)
+
+    student = load_pieces(student_ptr, offs_v, V, load_width, student_softcap, False, PIECES)
+    teacher = load_pieces(teacher_ptr, offs_v, V, load_width, teacher_softcap, TEACHER_PROBS, PIECES)
+    top_s, top_t = tl.reduce((fold_pieces_max(student), fold_pieces_max(teacher)), 0, _max2)
+
+    # exp2(x * scale - top * scale) by one fma: its product is exact, and a shift that is rounded is the same for the
+    # whole row, so that it leaves the softmax as it is.
+    scale_s = LOG2E / temperature
+    scale_t = LOG2E / teacher_temperature
+    shift_s = top_s * scale_s
+    shift_t = top_t * scale_t
+    zeros = tl.zeros([LANES, VEC], tl.float32)
+    zs = zeros
+    zt = zeros
+    sum_p = zeros
+    sum_q = zeros
+    zh = zeros
+    centered = zeros
+    exps_s = ()
+    exps_t = ()
+    for k in tl.static_range(PIECES):
+        s = widen(student[k])
+        a = tl.fma(s, scale_s, -shift_s)
+        b = tl.fma(widen(teacher[k]), scale_t, -shift_t)
+        es = fast_exp2(a)
+        et = fast_exp2(b)
+        zs += es
+        zt += et
+        # A term of weight 0 counts 0 also where its logarithm is infinite.
+        if P_TERMS:
+            sum_p = tl.fma(et, tl.where(et == 0, 0.0, combine(COEFFICIENTS[0], b, COEFFICIENTS[1], a)), sum_p)
+        if Q_TERMS:
+            sum_q = tl.fma(es, tl.where(es == 0, 0.0, combine(COEFFICIENTS[2], b, COEFFICIENTS[3], a)), sum_q)
+        if HARD:
+            zh += fast_exp2(tl.fma(s, LOG2E, -(top_s * LOG2E)))
+        if SMOOTH:
+            if k < PIECES - 1:
+                centered += s - center
+            else:
+                centered += tl.where(k * STEP + offs_v < V, s - center, 0.0)
+        exps_s = exps_s + (es,)
+        exps_t = exps_t + (et,)
+    wanted = (zs, zt)
+    if P_TERMS:
+        wanted = wanted + (sum_p,)
+    if Q_TERMS:
+        wanted = wanted + (sum_q,)
+    if HARD:
+        wanted = wanted + (zh,)
+    if SMOOTH:
+        wanted = wanted + (centered,)
+    sums = reduce_sums(wanted)
+
+    AFTER_P: tl.constexpr = 3 if P_TERMS else 2
+    AFTER_Q: tl.constexpr = AFTER_P + 1 if Q_TERMS else AFTER_P
+    total_s = sums[0]
+    inverse_zs = 1.0 / total_s
+    inverse_zt = 1.0 / sums[1]
+    log2_zs = fast_log2(total_s)
+    log2_zt = fast_log2(sums[1])
+    ce = 0.0
+    lse = 0.0
+    hard_loss = 0.0
+    if HARD:
+        ce, lse, hard_loss, hard_scale, lse_scale = hard_terms(
+            top_s,
+            fast_log2(sums[AFTER_Q]),
+            label_logit,
+            sums[AFTER_Q + 1] if SMOOTH else 0.0,
+            V,
+            scale,
+            ce_weight,
+            z_loss_weight,
+            label_smoothing,
+        )
+        hard_factor = lse_scale / sums[AFTER_Q]
+    mean_q = 0.0
+    if LINEAR:
+        divergence = 0.0
+        if P_TERMS:
+            divergence = sums[2] * inverse_zt - combine(COEFFICIENTS[0], log2_zt, COEFFICIENTS[1], log2_zs)
+        if Q_TERMS:
+            mean_q = sums[AFTER_P] * inverse_zs - combine(COEFFICIENTS[2], log2_zt, COEFFICIENTS[3], log2_zs)
+            divergence += mean_q
+        divergence *= LN2
+
+    score_sum = 0.0
+    scores = ()
+    if not LINEAR or STATS:
+        value = zeros
+        score_total = zeros
+        forward = zeros
+        reverse = zeros
+        entropy_p = zeros
+        entropy_q = zeros
+        overlap = zeros
+        at_s = tl.full([LANES, VEC], NOWHERE, tl.int32)
+        at_t = tl.full([LANES, VEC], NOWHERE, tl.int32)
+        for k in tl.static_range(PIECES):
+            s = widen(student[k])
+            t = widen(teacher[k])
+            logq = tl.fma(tl.fma(s, scale_s, -shift_s), LN2, -(log2_zs * LN2))
+            logp = tl.fma(tl.fma(t, scale_t, -shift_t), LN2, -(log2_zt * LN2))
+            p = exps_t[k] * inverse_zt
+            q = exps_s[k] * inverse_zs
+            if not LINEAR:
+                value += value_of(p, logp, q, logq, param0, param1, COEFFICIENTS, VALUE, TOTAL)
+                if GRAD and KD:
+                    score = score_of(p, logp, q, logq, param0, param1, COEFFICIENTS, SCORE, TOTAL)
+                    score_total += score
+                    scores = scores + (score,)
+            if STATS:
+                new_forward, new_reverse, new_entropy_p, new_entropy_q, new_overlap = statistics_of(p, logp, q, logq)
+                forward += new_forward
+                reverse += new_reverse
+                entropy_p += new_entropy_p
+                entropy_q += new_entropy_q
+                overlap += new_overlap
+                at_s = tl.minimum(at_s, tl.where(s == top_s, k * STEP + offs_v, NOWHERE))
+                at_t = tl.minimum(at_t, tl.where(t == top_t, k * STEP + offs_v, NOWHERE))
+        wanted = ()
+        if STATS:
+            wanted = (forward, reverse, entropy_p, entropy_q, overlap)
+        if not LINEAR:
+            wanted = wanted + (value,)
+            if GRAD and KD:
+                wanted = wanted + (score_total,)
+        sums = reduce_sums(wanted)
+        AFTER_STATS: tl.constexpr = 5 if STATS else 0
+        if not LINEAR:
+            divergence = sums[AFTER_STATS]
+            if GRAD and KD:
+                score_sum = sums[AFTER_STATS + 1]
+
+    loss = hard_loss
+    if KD:
+        kd_scale = scale * kd_weight * tl.where(t_squared != 0, temperature * temperature, 1.0)
+        loss += kd_scale * divergence
+    tl.store(loss_ptr + row64, loss)
+    if STATS:
+        at_s, at_t = tl.reduce((tl.min(at_s, axis=1), tl.min(at_t, axis=1)), 0, _min2)
+        row_ptr = stats_ptr + row64 * NUM_STATS
+        tl.store(row_ptr, divergence)
+        tl.store(row_ptr + 1, ce)
+        tl.store(row_ptr + 2, lse)
+        for k in tl.static_range(4):
+            tl.store(row_ptr + 3 + k, sums[k])
+        tl.store(row_ptr + 7, tl.where(at_s == at_t, 1.0, 0.0))
+        tl.store(row_ptr + 8, sums[4])
+
+    if GRAD:
+        if KD:
+            g_scale = kd_scale * (scale_s * LN2)
+        # Exactly 1 for equal rows, so that their gradient is exactly 0: es - ratio * et with one rounding.
+        ratio = tl.where(inverse_zs == inverse_zt, 1.0, inverse_zt * total_s)
+        for k in tl.static_range(PIECES):
+            s = widen(student[k])
+            if not KD:
+                g = zeros
+            elif LINEAR:
+                g = tl.fma(exps_t[k], -ratio, exps_s[k]) * (-COEFFICIENTS[1] * g_scale * inverse_zs)
+                if Q_TERMS:
+                    q = exps_s[k] * inverse_zs
+                    log2q = tl.fma(s, scale_s, -shift_s) - log2_zs
+                    log2p = tl.fma(widen(teacher[k]), scale_t, -shift_t) - log2_zt
+                    rest = mul0(q, (combine(COEFFICIENTS[2], log2p, COEFFICIENTS[3], log2q) - mean_q) * (g_scale * LN2))
+                    g = rest if COEFFICIENTS[1] == 0 else g + rest
+            else:
+                g = tl.fma(exps_s[k], -(score_sum * inverse_zs), scores[k]) * g_scale
+            if HARD_GRAD:
+                g += hard_factor * fast_exp2(tl.fma(s, LOG2E, -(top_s * LOG2E)))
+            if CE:
+                g = label_gradient(g, k * STEP + offs_v, label_v, V, hard_scale, label_smoothing)
+            if student_softcap is not None:
+                g *= 1.0 - (s / student_softcap) * (s / student_softcap)
+            g = g.to(dstudent_ptr.dtype.element_ty)
+            if k < PIECES - 1:
+                tl.store(dstudent_ptr + k * STEP + offs_v, g)
+            elif pad_width is None:
+                tl.store(dstudent_ptr + k * STEP + offs_v, g, mask=k * STEP + offs_v < V)
+            else:
+                tl.store(
+                    dstudent_ptr + k * STEP + offs_v,
+                    tl.where(k * STEP + offs_v < V, g, tl.zeros(g.shape, g.dtype)),
+                    mask=k * STEP + offs_v < pad_width,
+                )
+        if pad_width is not None:
+            zero_row(dstudent_ptr, offs_v, PIECES * STEP, pad_width)

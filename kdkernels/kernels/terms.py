@@ -1,0 +1,89 @@
+"""What every dense pattern computes from p and q: summands, scores, statistics, and the terms of the hard labels."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kdkernels.kernels.rows import LN2, NEG_INF, combine, mul0
+
+NUM_STATS = tl.constexpr(9)
+# Above every column.
+NOWHERE = tl.constexpr(2147483647)
+
+
+@triton.jit
+def both_dead(logp, logq):
+    """Where neither side has any probability: padding, and columns that both mask with -inf."""
+    return tl.maximum(logp, logq) == NEG_INF
+
+
+@triton.jit
+def value_of(p, logp, q, logq, param0, param1, COEFFICIENTS: tl.constexpr, VALUE: tl.constexpr, TOTAL: tl.constexpr):
+    """The divergence's summand; TOTAL as in ``divergences.register``."""
+    if COEFFICIENTS is None:
+        f = VALUE(p, logp, q, logq, param0, param1)
+    else:
+        f = tl.zeros(p.shape, tl.float32)
+        if COEFFICIENTS[0] != 0 or COEFFICIENTS[1] != 0:
+            f += mul0(p, combine(COEFFICIENTS[0], logp, COEFFICIENTS[1], logq))
+        if COEFFICIENTS[2] != 0 or COEFFICIENTS[3] != 0:
+            f += mul0(q, combine(COEFFICIENTS[2], logp, COEFFICIENTS[3], logq))
+    if not TOTAL:
+        f = tl.where(both_dead(logp, logq), 0.0, f)
+    return f
+
+
+@triton.jit
+def score_of(p, logp, q, logq, param0, param1, COEFFICIENTS: tl.constexpr, SCORE: tl.constexpr, TOTAL: tl.constexpr):
+    """Derivative of the summand by logq."""
+    if COEFFICIENTS is None:
+        f = SCORE(p, logp, q, logq, param0, param1)
+    else:
+        f = COEFFICIENTS[1] * p + COEFFICIENTS[3] * q
+        if COEFFICIENTS[2] != 0 or COEFFICIENTS[3] != 0:
+            f += mul0(q, combine(COEFFICIENTS[2], logp, COEFFICIENTS[3], logq))
+    if not TOTAL:
+        f = tl.where(both_dead(logp, logq), 0.0, f)
+    return f
+
+
+@triton.jit
+def statistics_of(p, logp, q, logq):
+    """Summands of both KLs, both entropies and the overlap."""
+    dead = both_dead(logp, logq)
+    forward = tl.where(dead, 0.0, mul0(p, logp - logq))
+    reverse = tl.where(dead, 0.0, mul0(q, logq - logp))
+    # A NaN must not lose against a number.
+    return forward, reverse, -mul0(p, logp), -mul0(q, logq), tl.where(p < q, p, q)
+
+
+@triton.jit
+def hard_terms(top, log2_z, label_logit, centered_sum, V, scale, ce_weight, z_loss_weight, label_smoothing):
+    """Cross entropy, logsumexp, loss of the hard terms, and what scales the label's and the softmax's gradient."""
+    lse = top + log2_z * LN2
+    ce = 0.0
+    hard_scale = 0.0
+    hard_loss = 0.0
+    if ce_weight is not None:
+        ce = top - label_logit + log2_z * LN2
+        hard_scale = scale * ce_weight
+        if label_smoothing is not None:
+            ce -= label_smoothing * centered_sum / V
+        hard_loss = hard_scale * ce
+    lse_scale = hard_scale
+    if z_loss_weight is not None:
+        hard_loss += scale * z_loss_weight * lse * lse
+        lse_scale += 2.0 * scale * z_loss_weight * lse
+    return ce, lse, hard_loss, hard_scale, lse_scale
+
+
+@triton.jit
+def label_gradient(g, offs_v, label, V, hard_scale, label_smoothing):
+    """g less the target distribution of cross entropy."""
+    if label_smoothing is None:
+        g -= tl.where(offs_v == label, hard_scale, 0.0)
+    else:
+        g -= tl.where(offs_v == label, hard_scale * (1.0 - label_smoothing), 0.0)
+        g -= hard_scale * label_smoothing / V
+    return g
