@@ -5,8 +5,8 @@
     cpu     the CPU kernels, or fail
     cuda    the CPU and the CUDA kernels, or fail
     none    nothing: Triton and plain PyTorch still work
-``CXX`` names the compiler, ``MAX_JOBS`` the number of files compiled at once. nvcc is looked for in ``CUDA_HOME``, then on
-the path; ``TORCH_CUDA_ARCH_LIST`` ("8.0;9.0a+PTX") names the GPUs to compile for, by default all that pay for a form of
+``CXX`` names the compiler, ``MAX_JOBS`` the number of files compiled at once. nvcc is looked for in ``CUDA_HOME``, then
+on the path; ``TORCH_CUDA_ARCH_LIST`` ("8.0;9.0a+PTX") names the GPUs to compile for, by default all that pay for a form of
 their own, as far as nvcc knows them.
 """
 

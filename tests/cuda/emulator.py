@@ -1,7 +1,7 @@
 """The CUDA kernels without a GPU: compiled by nvcc, executed as PTX on the CPU, registered as the ops of the backend.
 
-Under ``Emulator.registered()`` CPU tensors run on ``backend="cuda"``, so that the tests of the public functions hold for
-the kernels as they are shipped; what each launch moved is in ``reports``.
+Under ``Emulator.registered()`` CPU tensors run on ``backend="cuda"``, so that the tests of the public functions hold
+for the kernels as they are shipped; what each launch moved is in ``reports``.
 """
 
 import contextlib
