@@ -5,9 +5,9 @@
     cpu     the CPU kernels, or fail
     cuda    the CPU and the CUDA kernels, or fail
     none    nothing: Triton and plain PyTorch still work
-``CXX`` names the compiler, ``MAX_JOBS`` the number of files compiled at once. nvcc is looked for in ``CUDA_HOME``, then
-on the path; ``TORCH_CUDA_ARCH_LIST`` ("8.0;9.0a+PTX") names the GPUs to compile for, by default all that pay for a form of
-their own, as far as nvcc knows them.
+``CXX`` names the compiler, ``MAX_JOBS`` the number of files compiled at once. nvcc is looked for in ``CUDA_HOME``, or
+else on the path; ``TORCH_CUDA_ARCH_LIST`` ("8.0;9.0a+PTX") names the GPUs to compile for, by default one of each
+generation, as far as nvcc knows them.
 """
 
 import importlib.util
@@ -107,15 +107,12 @@ def cpu_extension() -> Extension:
     )
 
 
-def find_nvcc() -> tuple[str, Path]:
-    """nvcc, and the root of its toolkit."""
+def find_nvcc() -> str:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc")
     if nvcc is None:
-        raise CannotBuild(f"no nvcc found (looked in {f'CUDA_HOME={home}' if home else 'PATH; CUDA_HOME is not set'})")
-    said = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
-    top = re.search(r"^#\$ TOP=(.+)$", said, flags=re.M)
-    return nvcc, Path(top[1].strip() if top else Path(nvcc).resolve().parent.parent)
+        raise CannotBuild(f"no nvcc found in {os.path.join(home, 'bin') if home else 'PATH, and CUDA_HOME is not set'}")
+    return nvcc
 
 
 def cuda_version(torch: Path) -> str:
@@ -155,7 +152,7 @@ def cuda_extension() -> Extension:
     """``kdkernels/_C_cuda``: the CUDA kernels, by nvcc itself (torch's CUDAExtension wants a GPU's torch imported)."""
     torch = find_torch()
     release = cuda_version(torch)
-    nvcc, toolkit = find_nvcc()
+    nvcc = find_nvcc()
     said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     found = re.search(r"release (\d+)\.(\d+)", said)
     if found is None or found[1] != release.partition(".")[0]:
@@ -280,4 +277,5 @@ def main() -> None:
         print(f"kdkernels: built {outcome}", flush=True)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -151,13 +151,77 @@ def test_a_build_without_extension_is_a_pure_wheel_and_says_why(source, environm
     "environment, complaint",
     [
         ({"KDKERNELS_BUILD": "cpu", "CXX": "/nonexistent/c++"}, "KDKERNELS_BUILD=cpu: no C++ compiler found"),
-        ({"KDKERNELS_BUILD": "gpu"}, "KDKERNELS_BUILD must be one of auto, cpu, none, got 'gpu'"),
+        ({"KDKERNELS_BUILD": "gpu"}, "KDKERNELS_BUILD must be one of auto, cpu, cuda, none, got 'gpu'"),
     ],
     ids=["cpu-without-compiler", "unknown-value"],
 )
 def test_a_build_that_cannot_do_as_asked_fails_and_says_why(source, environment, complaint):
     done = build(source, **environment)
     assert done.returncode != 0 and complaint in done.stdout + done.stderr
+
+
+@pytest.fixture
+def setup_module(monkeypatch, tmp_path):
+    """setup.py on a machine that has a CUDA build of torch and nvcc 13, which knows no sm_100."""
+    path = ROOT / "setup.py"
+    if not path.is_file():
+        pytest.skip("not a checkout: setup.py is not here")
+    spec = importlib.util.spec_from_file_location("kdkernels_setup", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    torch, nvcc = tmp_path / "torch", tmp_path / "bin" / "nvcc"
+    torch.mkdir()
+    nvcc.parent.mkdir()
+    (torch / "version.py").write_text("__version__ = '2.14.1+cu130'\ncuda: Optional[str] = '13.0'\n")
+    said = '[ "$1" = --version ] && echo "Cuda compilation tools, release 13.0, V13.0.88" || echo sm_80 sm_90 sm_120'
+    nvcc.write_text(f"#!/bin/sh\n{said}\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(module, "find_torch", lambda: torch)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    return module
+
+
+@pytest.mark.parametrize(
+    "asked, names",
+    [
+        ("", "sm_80, sm_90, sm_120+PTX"),
+        ("8.0", "sm_80"),
+        ("8.0;9.0a+PTX", "sm_80, sm_90a+PTX"),
+        ("8.0 12.0", "sm_80, sm_120"),
+    ],
+)
+def test_cuda_architectures(setup_module, monkeypatch, asked, names):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    extension = setup_module.cuda_extension()
+    assert extension.outcome.startswith(f"the CUDA extension for {names}, with ")
+    codes = [flag for flag in extension.extra_compile_args if flag.startswith("arch=")]
+    assert len(codes) == names.count("sm_") + names.count("PTX")
+    assert all(source.endswith(".cu") for source in extension.sources) and len(extension.sources) >= 2
+
+
+@pytest.mark.parametrize(
+    "broken, reason",
+    [
+        ("torch", "this torch is not a CUDA build"),
+        ("nvcc", "no nvcc found in .*/none/bin"),
+        ("release", "nvcc is of CUDA 13.0, this torch of CUDA 12.8"),
+        ("8.6", "TORCH_CUDA_ARCH_LIST asks for 8.6, which .*nvcc does not know"),
+        ("Ampere", "TORCH_CUDA_ARCH_LIST must be like '8.0;9.0a;12.0[+]PTX', got 'Ampere'"),
+    ],
+)
+def test_why_there_is_no_cuda_extension(setup_module, monkeypatch, tmp_path, broken, reason):
+    version = tmp_path / "torch" / "version.py"
+    if broken == "torch":
+        version.write_text("__version__ = '2.14.1+cpu'\ncuda: Optional[str] = None\n")
+    elif broken == "nvcc":
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path / "none"))
+    elif broken == "release":
+        version.write_text("__version__ = '2.14.1+cu128'\ncuda = '12.8'\n")
+    else:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", broken)
+    with pytest.raises(setup_module.CannotBuild, match=reason):
+        setup_module.cuda_extension()
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ void run_topk(const TopkArgs& args, const Tensor& student) {
   for_dtype(args.student.dtype, [&](auto typed) {
     using X = typename decltype(typed)::type;
     for (;; limits.cluster /= 2) {
-      TopkLaunch launch = prepare_topk(args, limits, kScratchBytes);
+      TopkLaunch launch = prepare_topk(args, limits);
       const TopkPlan& plan = launch.plan;
       const Kernel kernel = plan.every ? topk_fwd_kernel<X, true> : topk_fwd_kernel<X, false>;
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes),

@@ -15,7 +15,7 @@ struct Call {
   int64_t teacher_temperature, teacher_temperature_stride, param, param_stride;
   double scale, param0, param1, temperature, teacher_temperature_value;
   double kd_weight, ce_weight, z_loss_weight, label_smoothing, student_softcap;
-  int64_t shared_per_block, shared_per_multiprocessor, cluster, scratch;
+  int64_t shared_per_block, shared_per_multiprocessor, cluster;
   // Filled in here.
   int64_t resident, every, plan_cluster, threads, shared_bytes, workspace_per_row;
 };
@@ -57,7 +57,7 @@ extern "C" int64_t topk_launch(Call* c, const char* divergence, void* out) {
   a.entries = c->entries;
   a.tail = Tail(c->tail);
   const cuda::Limits limits{int(c->shared_per_block), int(c->shared_per_multiprocessor), int(c->cluster)};
-  cuda::TopkLaunch launch = cuda::prepare_topk(a, limits, int(c->scratch));
+  cuda::TopkLaunch launch = cuda::prepare_topk(a, limits);
   launch.workspace = pointer(c->workspace);
   c->resident = launch.plan.resident, c->every = launch.plan.every, c->plan_cluster = launch.plan.cluster;
   c->threads = launch.plan.threads, c->shared_bytes = launch.plan.shared_bytes;

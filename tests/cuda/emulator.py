@@ -1,7 +1,7 @@
-"""The CUDA kernels without a GPU: compiled by nvcc, executed as PTX on the CPU, registered as the ops of the backend.
+"""The CUDA kernels without a GPU: compiled by nvcc, executed as PTX on the CPU, registered as the backend's ops.
 
-Under ``Emulator.registered()`` CPU tensors run on ``backend="cuda"``, so that the tests of the public functions hold
-for the kernels as they are shipped; what each launch moved is in ``reports``.
+Under ``Emulator.registered()`` CPU tensors run on ``backend="cuda"``: tests of the public functions hold for the
+kernels as they are shipped. What each launch moved is in ``reports``.
 """
 
 import contextlib
@@ -26,7 +26,6 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 NAMES = {torch.float32: "f", torch.bfloat16: "13__nv_bfloat16", torch.float16: "6__half"}
 # Of Ampere (A100) and Hopper (H100): shared memory of a block and of a multiprocessor, blocks in a cluster.
 LIMITS = {80: (163 << 10, 164 << 10, 1), 90: (227 << 10, 228 << 10, 16)}
-SCRATCH = 18 * 64  # kScratchBytes
 
 
 def need(name):
@@ -74,7 +73,7 @@ INTEGERS = """batch length columns width ids_are_64_bits entries tail ignore_ind
     teacher_temperature teacher_temperature_stride param param_stride""".split()
 NUMBERS = """scale param0 param1 temperature teacher_temperature_value
     kd_weight ce_weight z_loss_weight label_smoothing student_softcap""".split()
-PLAN = """shared_per_block shared_per_multiprocessor cluster scratch
+PLAN = """shared_per_block shared_per_multiprocessor cluster
     resident every plan_cluster threads shared_bytes workspace_per_row""".split()
 
 
@@ -171,7 +170,7 @@ class Emulator:
         row_weight,
         temperatures,
         teacher_temperatures,
-        params,
+        param,
         **options,
     ):
         device, call = Device(), Call()
@@ -189,7 +188,7 @@ class Emulator:
             "row_weight": row_weight,
             "student_temperature": temperatures,
             "teacher_temperature": teacher_temperatures,
-            "param": params,
+            "param": param,
         }
         for name, tensor in rows_of.items():
             setattr(call, name, device.address(tensor))
@@ -204,7 +203,6 @@ class Emulator:
             if name in options:
                 setattr(call, name, options[name])
         call.shared_per_block, call.shared_per_multiprocessor, call.cluster = self.limits
-        call.scratch = SCRATCH
         plan(call, options["divergence"])
         if call.workspace_per_row:
             call.workspace = device.memory.empty(rows * call.workspace_per_row, np.uint8).ptr

@@ -92,19 +92,19 @@ __device__ __forceinline__ uint4 pack(const float (&x)[kLanes<X>]) {
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// The grid of 16-byte vectors that an address lies on: vector v holds the elements v L - skew + (0 .. L - 1) of the
-// row. Those that lie in the row are moved by one access, the ones at its ends (and rows that lie on another grid than
-// the one chosen) element by element.
+// The 16-byte vectors that a row lies on, counted from the 128 bytes that it begins in, so that a warp's accesses cover
+// whole sectors: vector v holds the elements v L - skew + (0 .. L - 1). Those that lie in the row are moved by one
+// access, the ones at its ends (and rows that lie on other vectors than the row that was chosen) element by element.
 template <class X>
 struct Grid {
   int skew;
 
-  __device__ __forceinline__ explicit Grid(const void* row) : skew(int((uintptr_t(row) & 15) / sizeof(X))) {}
+  __device__ __forceinline__ explicit Grid(const void* row) : skew(int((uintptr_t(row) & 127) / sizeof(X))) {}
   __device__ __forceinline__ int vectors(int elements) const { return (elements + skew + kLanes<X> - 1) / kLanes<X>; }
   __device__ __forceinline__ int vector_of(int element) const { return (element + skew) / kLanes<X>; }
   __device__ __forceinline__ int first(int v) const { return v * kLanes<X> - skew; }
   __device__ __forceinline__ bool has(const void* row) const {
-    return (uintptr_t(row) & 15) == uintptr_t(skew) * sizeof(X);
+    return (uintptr_t(row) - uintptr_t(skew) * sizeof(X)) % 16 == 0;
   }
   // Whether vector v of the row may be moved at once.
   __device__ __forceinline__ bool whole(const void* row, int v, int elements) const {

@@ -263,6 +263,8 @@ struct RowNumbers {
   bool own, known, nan;
 };
 
+static_assert(kScratchBytes % 16 == 0 && kScratchBytes + sizeof(RowNumbers) <= kFixedBytes);
+
 template <class X, bool EVERY>
 struct TopkRow {
   static constexpr int kL = kLanes<X>;
@@ -654,10 +656,8 @@ struct TopkRow {
 };
 
 template <class X, bool EVERY>
-__global__ void __launch_bounds__(EVERY ? max_threads(true) : max_threads(false), 2)
-    topk_fwd_kernel(const __grid_constant__ TopkLaunch launch) {
+__global__ void __launch_bounds__(kMaxThreads, 2) topk_fwd_kernel(const __grid_constant__ TopkLaunch launch) {
   extern __shared__ uint4 shared_memory[];
-  __shared__ RowNumbers numbers;
   char* const shared = reinterpret_cast<char*>(shared_memory);
   const TopkArgs& args = launch.args;
   const TopkPlan& plan = launch.plan;
@@ -686,14 +686,14 @@ __global__ void __launch_bounds__(EVERY ? max_threads(true) : max_threads(false)
   TopkRow<X, EVERY>{launch,
                     args,
                     team,
-                    numbers,
+                    *reinterpret_cast<RowNumbers*>(shared + kScratchBytes),
                     row,
                     s,
                     g,
                     Entries(memory, int(args.entries), plan.table),
                     Logits<X>{s, grid, columns, begin, min(vectors, begin + plan.share), float(args.student_softcap),
                               plan.resident ? reinterpret_cast<uint4*>(shared + plan.row_at) : nullptr,
-                              reinterpret_cast<uint32_t*>(shared + kScratchBytes), plan.marks * 32 / kLanes<X>}}
+                              reinterpret_cast<uint32_t*>(shared + kFixedBytes), plan.marks * 32 / kLanes<X>}}
       .run(label);
 }
 

@@ -73,18 +73,20 @@ struct TopkPlan {
   int64_t workspace_per_row = 0;  // bytes of global memory for the entries where they are too many; 0: none
 };
 
-// Two such blocks leave 80 registers a thread, or 128 where the functors are evaluated in fp32 as well.
-constexpr int max_threads(bool every) { return every ? 256 : 384; }
+// Two such blocks a multiprocessor leave 128 registers a thread, which the functors in double need.
+constexpr int kMaxThreads = 256;
 constexpr int kMaxMarks = 8192, kMaxSharedEntryBytes = 72 << 10;
 constexpr int64_t kMaxColumns = int64_t(1) << 30;
 
-// scratch: bytes at the start of shared memory that belong to reductions.
-inline TopkPlan plan_topk(const TopkArgs& args, const Limits& limits, int scratch) {
+// At the start of shared memory: reductions and the numbers of the row.
+constexpr int kFixedBytes = 1536;
+
+inline TopkPlan plan_topk(const TopkArgs& args, const Limits& limits) {
   const int lanes = args.student.dtype == DType::kFloat32 ? 4 : 8, marked_by_word = 32 / lanes;
   const auto ceil_div = [](int64_t a, int64_t b) { return int((a + b - 1) / b); };
   const auto round = [](int64_t bytes) { return int((bytes + 15) / 16 * 16); };
-  // Of a row that begins anywhere in a vector.
-  const int vectors = ceil_div(args.columns + lanes - 1, lanes);
+  // Of a row that begins anywhere in 128 bytes.
+  const int vectors = ceil_div(args.columns + 8 * lanes - 1, lanes);
 
   TopkPlan plan;
   const Divergence& divergence = kDivergences[args.divergence];
@@ -100,7 +102,7 @@ inline TopkPlan plan_topk(const TopkArgs& args, const Limits& limits, int scratc
   const auto lay_out = [&](int share, int marked_vectors) {
     plan.share = share;
     plan.marks = ceil_div(marked_vectors, marked_by_word);
-    plan.entries_at = scratch + round(int64_t(plan.marks) * 4);
+    plan.entries_at = kFixedBytes + round(int64_t(plan.marks) * 4);
     plan.row_at = plan.entries_at + round(shared_entries);
     plan.shared_bytes = plan.row_at + (plan.resident ? share * 16 : 0);
   };
@@ -108,7 +110,7 @@ inline TopkPlan plan_topk(const TopkArgs& args, const Limits& limits, int scratc
   const int room = std::min(limits.shared_per_block, limits.shared_per_multiprocessor / 2 - 1024);
   plan.resident = true;
   for (plan.cluster = 1; plan.cluster <= limits.cluster; plan.cluster *= 2) {
-    const int share = ceil_div(vectors, plan.cluster);
+    const int share = ceil_div(vectors, 8 * plan.cluster) * 8;
     lay_out(share, share);
     if (plan.shared_bytes <= room && (plan.workspace_per_row == 0 || plan.cluster == 1)) break;
   }
@@ -118,7 +120,7 @@ inline TopkPlan plan_topk(const TopkArgs& args, const Limits& limits, int scratc
     lay_out(vectors, std::min(vectors, kMaxMarks * marked_by_word));
   }
   // Four vectors a thread and more.
-  plan.threads = std::min(max_threads(plan.every), std::max(1, ceil_div(plan.share, 4 * 32)) * 32);
+  plan.threads = std::min(kMaxThreads, std::max(1, ceil_div(plan.share, 4 * 32)) * 32);
   return plan;
 }
 
@@ -131,9 +133,9 @@ struct TopkLaunch {
   void* workspace;  // [N, workspace_per_row]
 };
 
-inline TopkLaunch prepare_topk(const TopkArgs& args, const Limits& limits, int scratch) {
+inline TopkLaunch prepare_topk(const TopkArgs& args, const Limits& limits) {
   const Divergence& divergence = kDivergences[args.divergence];
-  return {args, plan_topk(args, limits, scratch), divergence.coefficients, divergence.functor, nullptr};
+  return {args, plan_topk(args, limits), divergence.coefficients, divergence.functor, nullptr};
 }
 
 }  // namespace cuda
