@@ -204,8 +204,8 @@ def captured_sequence(
     for name, dtype in layout.extras.items():
         value = _of_tokens(name, extras[name], len(ids))
         converted[name] = value.to(dtype)
-        if not torch.equal(converted[name].to(value.dtype), value):
-            raise ValueError(f"{name} must have values of {str(dtype).removeprefix('torch.')}, got {_dtype(value)}")
+        if value.dtype != dtype and not torch.equal(converted[name].to(value.dtype), value):
+            raise ValueError(f"{name} must fit {_dtype(converted[name])}, got {_dtype(value)} values that do not")
     return ids, logprobs, tail_logprob, converted
 
 
