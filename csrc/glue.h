@@ -134,11 +134,11 @@ std::tuple<Tensor, Tensor> topk_fwd(Tensor student, Tensor teacher_ids, Tensor t
                                     std::optional<Tensor> dstudent, std::optional<Tensor> labels,
                                     std::optional<Tensor> row_weight, std::optional<Tensor> student_temperature_rows,
                                     std::optional<Tensor> teacher_temperature_rows, std::optional<Tensor> param_rows,
-                                    std::string tail, std::string divergence, double param0, double param1,
-                                    int64_t vocab_size, int64_t ignore_index, double scale, double temperature,
-                                    double teacher_temperature, double kd_weight, double ce_weight,
-                                    double z_loss_weight, double label_smoothing, bool scale_by_t_squared,
-                                    double student_softcap, bool stats) {
+                                    std::optional<Tensor> tail_rows, std::string tail, std::string divergence,
+                                    double param0, double param1, int64_t vocab_size, int64_t ignore_index,
+                                    double scale, double temperature, double teacher_temperature, double kd_weight,
+                                    double ce_weight, double z_loss_weight, double label_smoothing,
+                                    bool scale_by_t_squared, double student_softcap, bool stats) {
   TopkArgs args;
   Tensor loss = fill_rows(args, student, dstudent, labels, row_weight, vocab_size, ignore_index, scale);
   fill_objective(args, FIND(divergence.c_str(), param0, param1), student, student_temperature_rows,
@@ -157,6 +157,7 @@ std::tuple<Tensor, Tensor> topk_fwd(Tensor student, Tensor teacher_ids, Tensor t
   args.logprobs.data = const_cast<void*>(teacher_logprobs.const_data_ptr());
   args.logprobs.stride_l = args.entries;
   args.logprobs.dtype = dtype_of(teacher_logprobs);
+  args.tail_rows = per_row(tail_rows, sum_dtype(student), rows, "tail_rows");
   static const char* const tails[] = {"bucket", "renormalize", "renormalize_both", "uniform", "drop"};
   const auto found = std::find(std::begin(tails), std::end(tails), tail);
   STD_TORCH_CHECK(found != std::end(tails), "this backend does not know the tail ", tail);

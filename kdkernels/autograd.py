@@ -75,17 +75,23 @@ def run(
     operands: list[Any] = list(views[1 : 1 + len(teachers)])
     if launch.pattern == "dense_fwd":
         operands = [operands]
+    shared = None
+    if launch.pattern == "topk_fwd" and launch.options["stats"] and launch.backend in ("cuda", "triton"):
+        # Before the launch, which may overwrite the student.
+        shared = reference.topk.student_overlap(student, *launch.sparse_teacher, launch.tensors[0], launch.options)
     result = ops.op(launch.pattern, launch.backend)(
         views[0], *operands, *launch.sparse_teacher, destination, *launch.tensors, **launch.options
     )
     if isinstance(result, Tensor):
         return result, result.new_empty((result.shape[0], 0))
+    if shared is not None:
+        result[1][:, -1] = shared
     return result
 
 
 def run_reference(launch: Launch, student: Tensor, teachers: Sequence[Tensor]) -> tuple[Tensor, Optional[Tensor]]:
     """As ``run`` in plain PyTorch, on logits ``[N, V]``; autograd sees all of it."""
-    labels, weight, student_rows, teacher_rows, row_param, *mixture_weights = launch.tensors
+    labels, weight, student_rows, teacher_rows, row_param, last = launch.tensors
     options = dict(launch.options)
     scale, param0, param1 = (options.pop(name) for name in ("scale", "param0", "param1"))
     options["params"] = (param0 if row_param is None else row_param, param1)
@@ -96,9 +102,9 @@ def run_reference(launch: Launch, student: Tensor, teachers: Sequence[Tensor]) -
     stats: Optional[Tensor] = None
     if launch.pattern == "topk_fwd":
         ids, logprobs = launch.sparse_teacher
-        loss, stats = reference.topk_rows(student, ids, logprobs, labels, **options)
+        loss, stats = reference.topk_rows(student, ids, logprobs, labels, tail_rows=last, **options)
     else:
-        loss, *columns = reference.dense_rows(student, teachers, labels, mixture_weights=mixture_weights[0], **options)
+        loss, *columns = reference.dense_rows(student, teachers, labels, mixture_weights=last, **options)
         if options["stats"]:
             stats = torch.stack([column for column in columns if column is not None], -1)
     return loss * scale if weight is None else loss * (scale * weight), stats

@@ -308,6 +308,28 @@ def linear_mode_allowed(reduction: str, needs_grad: bool, teacher_callable: bool
         raise ValueError(f"{name} works in eager mode only; under torch.compile leave it out")
 
 
+def tail_like(value: Any, tail: str, student: Tensor) -> Optional[Tensor]:
+    """The log of the teacher's mass outside its entries, one per row, in the dtype of the sums."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        raise TypeError(f"tail_logprob must be a torch.Tensor, got {type(value).__name__}")
+    if tail not in ("bucket", "uniform"):
+        raise ValueError(f"tail_logprob has no meaning with tail {tail!r}, only with 'bucket' and 'uniform'")
+    if value.dtype not in FLOATING:
+        raise TypeError(f"tail_logprob must be float32, bfloat16, float16 or float64, got {_dtype(value)}")
+    if value.device != student.device:
+        raise ValueError(f"tail_logprob must be on the student's device {student.device}, got {value.device}")
+    if value.shape != student.shape[:-1]:
+        raise ValueError(f"tail_logprob must have shape {tuple(student.shape[:-1])}, got {tuple(value.shape)}")
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError("tail_logprob must not require grad: it gets no gradient; detach it")
+    # A mass of 1 may come out of a sum a few roundings above it.
+    if reads_values(value) and not bool((value <= 1e-3).all()):
+        raise ValueError("tail_logprob must hold log-probabilities, at most 0 and not NaN")
+    return value.detach().to(sum_dtype(student)).reshape(-1)
+
+
 def vocabulary(vocab_size: Optional[int], student: Tensor) -> int:
     """The number of real columns."""
     width = student.shape[-1]

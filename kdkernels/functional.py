@@ -136,7 +136,8 @@ class TopKStats(NamedTuple):
 
     ``divergence``, ``ce`` and ``lse`` are the parts of the objective before weights and T^2. ``teacher_mass`` is the
     sum of the teacher's probabilities as they were given, ``student_mass`` what the tempered student gives to the same
-    ids.
+    ids. ``overlap`` is the fraction of the teacher's distinct ids that are among the student's own top K', K' being
+    their number: those whose logit is at least its K'-th largest; 0 where K' is 0.
     """
 
     divergence: Tensor
@@ -144,6 +145,7 @@ class TopKStats(NamedTuple):
     lse: Tensor
     teacher_mass: Tensor
     student_mass: Tensor
+    overlap: Tensor
 
 
 def topk_kd_loss(
@@ -153,6 +155,7 @@ def topk_kd_loss(
     labels: Optional[Tensor] = None,
     *,
     tail: str = "bucket",
+    tail_logprob: Optional[Tensor] = None,
     divergence: Union[str, Divergence] = "forward_kl",
     temperature: PerRow = 1.0,
     teacher_temperature: Optional[PerRow] = None,
@@ -208,6 +211,9 @@ def topk_kd_loss(
             unused slots is not looked at. They get no gradient.
         labels: as in ``kd_loss``: the classes for ``ce_weight``, and the mask.
         tail: see above.
+        tail_logprob: for "bucket" and "uniform", the log of the teacher's mass outside S, of the shape of the rows,
+            which replaces ``1 - m``: exact however small it is, and free of the rounding of 16-bit log-probabilities.
+            ``capture_topk`` returns it. It gets no gradient.
         divergence: a name or an instance, as in ``kd_loss``.
         temperature: T of the student, > 0, a number or one value per row. By itself it does nothing to the teacher.
         teacher_temperature: T_t, applied to the teacher as it was given; by default ``temperature``. With a teacher
@@ -231,14 +237,15 @@ def topk_kd_loss(
             NaN.
     """
     options = dict(locals())
-    for name in ("student", "teacher_ids", "teacher_logprobs", "labels"):
+    for name in ("student", "teacher_ids", "teacher_logprobs", "labels", "tail_logprob"):
         del options[name]
     plan = _plan("topk_kd_loss", options, student)
     teacher = checks.sparse_teacher(teacher_ids, teacher_logprobs, student, plan.columns)
+    tail_rows = checks.tail_like(tail_logprob, tail, student)
     flat, row_param = _labels_and_param(plan, labels)
     name = backends.select(backend, student.device.type, divergence=plan.divergence.name, pattern="topk_fwd")
     scale, weight = plan.weights(flat)
-    launch = topk_launch(plan, name, teacher, tail, (flat, weight, row_param), scale)
+    launch = topk_launch(plan, name, teacher, tail, (flat, weight, row_param, tail_rows), scale)
     return plan.result(*plan.launch(launch, ()), TopKStats)
 
 
@@ -610,9 +617,9 @@ def dense_launch(
     mixture_weights: Optional[Tensor],
     mixture: str,
 ) -> Launch:
-    """The call of ``kd_loss`` whose ``rows`` are labels, weight and ``row_param``, each ``[N]``."""
+    """The call of ``kd_loss`` whose ``rows`` are labels, weight, ``row_param`` and the tail, each ``[N]``."""
     get = plan.options
-    labels, weight, row_param = rows
+    labels, weight, row_param, tail_rows = rows
     param0, param1 = plan.divergence.params()
     return Launch(
         "dense_fwd",
@@ -647,7 +654,7 @@ def topk_launch(
     return Launch(
         "topk_fwd",
         backend,
-        (labels, weight, *_row_tensors(plan.temperature, plan.teacher_temperature), row_param),
+        (labels, weight, *_row_tensors(plan.temperature, plan.teacher_temperature), row_param, tail_rows),
         {
             "tail": tail,
             "param0": param0,

@@ -144,6 +144,7 @@ def linear_topk_kd_loss(
     chunk_bytes: Optional[int] = None,
     sparse_grad: bool = False,
     tail: str = "bucket",
+    tail_logprob: Optional[Tensor] = None,
     divergence: Union[str, Divergence] = "forward_kl",
     temperature: PerRow = 1.0,
     teacher_temperature: Optional[PerRow] = None,
@@ -170,7 +171,7 @@ def linear_topk_kd_loss(
 
     Args:
         student_hidden, student_weight, student_bias, reduction: as in ``linear_kd_loss``.
-        teacher_ids, teacher_logprobs: ``(..., K)``, as in ``topk_kd_loss``.
+        teacher_ids, teacher_logprobs, tail_logprob: as in ``topk_kd_loss``.
         labels: as in ``linear_kd_loss``.
         chunk_bytes: as in ``linear_kd_loss``, of the student's logits; of the gathered rows of the head where only
             these are multiplied.
@@ -197,7 +198,8 @@ def linear_topk_kd_loss(
     labels, row_param = functional._labels_and_param(plan, labels)
     name = backends.select(backend, logits.device.type, divergence=plan.divergence.name, pattern="topk_fwd")
     scale, weight = plan.weights(labels)
-    launch = functional.topk_launch(plan, name, teacher, tail, (labels, weight, row_param), scale)
+    tail_rows = checks.tail_like(tail_logprob, tail, logits)
+    launch = functional.topk_launch(plan, name, teacher, tail, (labels, weight, row_param, tail_rows), scale)
     checks.sparse_grad_allowed(sparse_grad, projects_columns(launch))
     call = Call(launch, chunk_bytes, product_dtype, sparse_grad=sparse_grad)
     return _result(plan, call, student_hidden, student_weight, student_bias, TopKStats)

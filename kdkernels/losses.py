@@ -15,7 +15,7 @@ class TopKKDLoss(torch.nn.Module):
     """``topk_kd_loss`` as a module: ``TopKKDLoss(**options)(student, teacher_ids, teacher_logprobs, labels)``.
 
     See ``kdkernels.topk_kd_loss`` for the options; they are checked when the module is built, tensors when it is
-    called.
+    called. A captured ``tail_logprob`` goes to the call.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -24,9 +24,17 @@ class TopKKDLoss(torch.nn.Module):
         self.options = options
 
     def forward(
-        self, student: Tensor, teacher_ids: Tensor, teacher_logprobs: Tensor, labels: Optional[Tensor] = None
+        self,
+        student: Tensor,
+        teacher_ids: Tensor,
+        teacher_logprobs: Tensor,
+        labels: Optional[Tensor] = None,
+        *,
+        tail_logprob: Optional[Tensor] = None,
     ) -> Any:
-        return functional.topk_kd_loss(student, teacher_ids, teacher_logprobs, labels, **self.options)
+        return functional.topk_kd_loss(
+            student, teacher_ids, teacher_logprobs, labels, tail_logprob=tail_logprob, **self.options
+        )
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -30,7 +30,7 @@ STATS = (
     "acceptance",
 )
 # Columns of the second result of topk_fwd.
-TOPK_STATS = ("divergence", "ce", "lse", "teacher_mass", "student_mass")
+TOPK_STATS = ("divergence", "ce", "lse", "teacher_mass", "student_mass", "overlap")
 
 SCHEMAS = {
     # Writes the gradient of sum_i loss_i to dstudent, which may be the student itself, and returns (loss [N], stats
@@ -44,13 +44,15 @@ SCHEMAS = {
         "float label_smoothing, bool scale_by_t_squared, str teacher_form, float student_softcap, "
         "float teacher_softcap, bool standardize, bool stats) -> (Tensor, Tensor)"
     ),
-    # A teacher of ids [N, K], -1 for no entry, and their log-probabilities [N, K]; otherwise as dense_fwd.
+    # A teacher of ids [N, K], -1 for no entry, and their log-probabilities [N, K]; tail_rows [N] is the log of its mass
+    # outside them, where that is known better than by 1 - sum. Otherwise as dense_fwd.
     "topk_fwd": (
         "(Tensor student, Tensor teacher_ids, Tensor teacher_logprobs, Tensor(a!)? dstudent, Tensor? labels, "
         "Tensor? row_weight, Tensor? student_temperature_rows, Tensor? teacher_temperature_rows, Tensor? param_rows, "
-        "*, str tail, str divergence, float param0, float param1, int vocab_size, int ignore_index, float scale, "
-        "float temperature, float teacher_temperature, float kd_weight, float ce_weight, float z_loss_weight, "
-        "float label_smoothing, bool scale_by_t_squared, float student_softcap, bool stats) -> (Tensor, Tensor)"
+        "Tensor? tail_rows, *, str tail, str divergence, float param0, float param1, int vocab_size, "
+        "int ignore_index, float scale, float temperature, float teacher_temperature, float kd_weight, "
+        "float ce_weight, float z_loss_weight, float label_smoothing, bool scale_by_t_squared, float student_softcap, "
+        "bool stats) -> (Tensor, Tensor)"
     ),
     "dkd_fwd": (
         "(Tensor student, Tensor teacher, Tensor(a!)? dstudent, Tensor labels, Tensor? row_weight, *, "

@@ -93,7 +93,7 @@ def pointwise(divergence, p, logp, q, logq):
     return -((a * logp + b * logq).exp() - a / c * (c * logp).exp() - b / c * (c * logq).exp()) / (a * b)
 
 
-def row_divergence(s, ids, logprobs, tail, divergence, temperature, teacher_temperature):
+def row_divergence(s, ids, logprobs, tail, divergence, temperature, teacher_temperature, log_rest=None):
     """``D`` of one row of logits ``[V]``, computed in its dtype."""
     logq = torch.log_softmax(s / temperature, -1)
     mass = {}
@@ -104,7 +104,8 @@ def row_divergence(s, ids, logprobs, tail, divergence, temperature, teacher_temp
     outside = torch.tensor([v for v in range(len(s)) if v not in mass], dtype=torch.long)
     sums = (mass[v][0] if len(mass[v]) == 1 else math.log(math.fsum(map(math.exp, mass[v]))) for v in sorted(mass))
     logp = torch.tensor(list(sums), dtype=torch.float64)
-    rest = max(0.0, 1 - math.fsum(logp.exp().tolist())) if len(outside) else 0.0
+    if log_rest is None:
+        log_rest = torch.tensor(max(0.0, 1 - math.fsum(logp.exp().tolist())), dtype=torch.float64).log()
 
     def total(logp, logq):
         return pointwise(divergence, logp.exp(), logp, logq.exp(), logq).sum()
@@ -115,11 +116,10 @@ def row_divergence(s, ids, logprobs, tail, divergence, temperature, teacher_temp
     if tail == "bucket":
         if not len(outside):
             return total(logp.to(logq), logq)
-        log_rest = torch.tensor([rest], dtype=torch.float64).log()
         logq_rest = torch.logsumexp(logq[outside], 0, keepdim=True)
-        return total(torch.cat([logp, log_rest]).to(logq), torch.cat([logq[inside], logq_rest]))
+        return total(torch.cat([logp, log_rest.reshape(1)]).to(logq), torch.cat([logq[inside], logq_rest]))
     if tail == "uniform":
-        full = torch.full((len(s),), rest / max(len(outside), 1), dtype=torch.float64).log()
+        full = torch.full((len(s),), float(log_rest) - math.log(max(len(outside), 1)), dtype=torch.float64)
         full[inside] = logp
         return total(torch.log_softmax(full / teacher_temperature, -1).to(logq), logq)
     if not mass or logp.max() == -torch.inf:
@@ -142,7 +142,9 @@ def oracle(s, ids, logprobs, labels=None, *, tail, divergence, temperature=1.0, 
         row = cap * torch.tanh(row / cap) if cap else row
         t = float(temperature[i]) if isinstance(temperature, torch.Tensor) else temperature
         tt = t if teacher_temperature is None else teacher_temperature
-        loss = row_divergence(row, ids[i], logprobs[i], tail, divergence, t, tt) * options.get("kd_weight", 1.0)
+        log_rest = None if options.get("tail_logprob") is None else options["tail_logprob"][i].double()
+        loss = row_divergence(row, ids[i], logprobs[i], tail, divergence, t, tt, log_rest)
+        loss = loss * options.get("kd_weight", 1.0)
         loss = loss * (t * t if options.get("scale_by_t_squared", True) else 1.0)
         if options.get("ce_weight"):
             smoothing = options.get("label_smoothing", 0.0)
@@ -581,6 +583,28 @@ def test_teacher_at_the_temperature_of_the_loss_keeps_its_tail(backend):
     torch.testing.assert_close(kd.topk_kd_loss(s, all_ids, everything, **options), whole)
 
 
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("tail", ["bucket", "uniform"])
+def test_captured_tail(tail, name, backend):
+    """The mass outside as it was captured, not what rounded log-probabilities leave of 1; also far below 1e-16."""
+    s, ids, logprobs, labels = ragged(6, 61, 5, torch.float32)
+    captured = torch.tensor([-0.5, -40.0, -700.0, 0.0, -torch.inf, -1.0])
+    options = {"divergence": name, "tail_logprob": captured, "backend": backend}
+    check(s, ids, logprobs, labels, tail=tail, **options)
+    # At a temperature a bucket has none of its own.
+    if tail == "uniform":
+        check(s, ids, logprobs, labels, tail=tail, temperature=1.5, **options)
+
+
+def test_overlap_with_the_students_own(backend):
+    s = torch.tensor([[5.0, 4, 3, 2, 1, 0], [0, 0, 0, 0, 0, 1], [0, 1, 2, 3, 4, 5], [torch.nan] * 6])
+    ids = torch.tensor([[0, 1, 5, -1], [5, 0, 0, 2], [-1, -1, -1, -1], [0, 1, 2, 3]])
+    logprobs = torch.full((4, 4), -3.0)
+    stats = kd.topk_kd_loss(s, ids, logprobs, return_stats=True, backend=backend)[1]
+    # Of ties with the K'-th largest all are among them.
+    torch.testing.assert_close(stats.overlap, torch.tensor([2 / 3, 1.0, 0.0, torch.nan]), equal_nan=True)
+
+
 def test_drop_is_unbiased_for_sampled_ids(backend):
     """The mean over all draws of one id of weight 1, by their probability, is the dense gradient."""
     s, t = torch.randn(1, 12).double(), torch.randn(1, 12).double()
@@ -622,7 +646,7 @@ def test_op_is_registered_as_torch_wants_it():
     )
     options = {"tail": "bucket", "divergence": "forward_kl", "vocab_size": 30, "ignore_index": -100}
     options |= {"scale_by_t_squared": True, "stats": True, **numbers}
-    arguments = (s, ids, logprobs, torch.empty_like(s), None, None, None, None, None)
+    arguments = (s, ids, logprobs, torch.empty_like(s), None, None, None, None, None, torch.full((4,), -1.0))
     torch.library.opcheck(torch.ops.kdkernels.topk_fwd_cpu.default, arguments, options)
 
 
@@ -684,6 +708,17 @@ GOOD = {"teacher_ids": torch.zeros(2, 3, dtype=torch.long), "teacher_logprobs": 
             {"teacher_logprobs": torch.zeros(2, 3, requires_grad=True)},
         ),
         (ValueError, "labels are required when ce_weight is not 0", {"ce_weight": 1.0}),
+        (TypeError, "tail_logprob must be a torch.Tensor, got float", {"tail_logprob": -1.0}),
+        (TypeError, "tail_logprob must be float32, .* got int64", {"tail_logprob": torch.zeros(2).long()}),
+        (ValueError, r"tail_logprob must have shape \(2,\), got \(2, 1\)", {"tail_logprob": torch.zeros(2, 1)}),
+        (ValueError, "tail_logprob must hold log-probabilities", {"tail_logprob": torch.full((2,), 0.1)}),
+        (ValueError, "tail_logprob must hold log-probabilities", {"tail_logprob": torch.full((2,), torch.nan)}),
+        (
+            ValueError,
+            "tail_logprob has no meaning with tail 'drop', only with 'bucket' and 'uniform'",
+            {"tail": "drop", "tail_logprob": torch.zeros(2)},
+        ),
+        (ValueError, "tail_logprob must not require grad", {"tail_logprob": torch.zeros(2, requires_grad=True)}),
     ],
 )
 def test_errors(error, message, change):

@@ -12,6 +12,7 @@
 #include "dense_kernels.h"
 
 #include <cmath>
+#include <functional>
 #include <type_traits>
 
 namespace kdk {
@@ -177,27 +178,26 @@ struct Entries {
 
 // What the teacher says of the outcomes outside its entries.
 struct Outside {
-  double rest = 0;  // probability of all of them, for the bucket
-  double each = 0;  // probability of each, for the uniform tail
+  double log_rest = 0;  // of the probability of all of them, for the bucket
+  double each = 0;      // probability of each, for the uniform tail
   double log_each = 0;
   bool known = true;  // false: there is no teacher at all
 };
 
-// Turns the log-probabilities as given into the teacher's distribution over the entries, by the tail mode.
-inline Outside resolve_teacher(Tail tail, double inverse_temperature, int64_t outcomes_outside, Entries& entries) {
+// Turns the log-probabilities as given into the teacher's distribution over the entries, by the tail mode; log_rest is
+// the log of the mass outside them.
+inline Outside resolve_teacher(Tail tail, double inverse_temperature, int64_t outcomes_outside, double log_rest,
+                               Entries& entries) {
   Outside outside;
   double *p = entries[Entries::kP], *logp = entries[Entries::kLogP];
   const int64_t count = entries.count;
   const double infinity = std::numeric_limits<double>::infinity();
-  const double rest = outcomes_outside > 0 ? std::max(0.0, 1 - entries.mass) : 0;
-  if (tail == Tail::kDrop) return outside;
-  if (tail == Tail::kBucket) {
-    outside.rest = rest;
-    return outside;
-  }
+  if (outcomes_outside == 0) log_rest = -infinity;
+  outside.log_rest = log_rest;
+  if (tail == Tail::kDrop || tail == Tail::kBucket) return outside;
   double log_each = -infinity;
-  if (tail == Tail::kUniform && rest > 0)
-    log_each = inverse_temperature * (std::log(rest) - std::log(double(outcomes_outside)));
+  if (tail == Tail::kUniform && log_rest > -infinity)
+    log_each = inverse_temperature * (log_rest - std::log(double(outcomes_outside)));
   double high = log_each;
   for (int64_t k = 0; k < count; ++k) {
     logp[k] *= inverse_temperature;
@@ -209,7 +209,7 @@ inline Outside resolve_teacher(Tail tail, double inverse_temperature, int64_t ou
   }
   for (int64_t k = 0; k < count; ++k) logp[k] -= high;
   double z = Entries::exponentials(logp, p, count);
-  if (rest > 0) z += double(outcomes_outside) * std::exp(log_each - high);
+  z += double(outcomes_outside) * std::exp(log_each - high);
   const double log_z = std::log(z);
   for (int64_t k = 0; k < count; ++k) logp[k] -= log_z;
   Entries::exponentials(logp, p, count);
@@ -351,6 +351,20 @@ void evaluate_outside(const Row<X>& row, Evaluate<typename Io<X>::C> function, c
   score = sum_of(xs, slots);
 }
 
+// The fraction of a row's K' entries whose logit is at least the K'-th largest. No logit is NaN.
+template <class X>
+double overlap(const X* s, int64_t n, const Entries& entries) {
+  using C = typename Io<X>::C;
+  if (entries.count == 0) return 0;
+  C* row = Scratch<C>::mine().get(kOtherRow, n);
+  widen_row(s, n, row);
+  std::nth_element(row, row + entries.count - 1, row + n, std::greater<C>());
+  const C threshold = row[entries.count - 1];
+  int64_t among = 0;
+  for (int64_t k = 0; k < entries.count; ++k) among += C(to_compute(s[entries.ids[size_t(k)]])) >= threshold;
+  return double(among) / double(entries.count);
+}
+
 // One row of logits of type X; the gradient goes to out (null: none).
 template <class X>
 RowResult objective_row(const TopkArgs& args, const RowNumbers& num, int64_t index, const X* s, int64_t label, X* out,
@@ -377,7 +391,8 @@ RowResult objective_row(const TopkArgs& args, const RowNumbers& num, int64_t ind
   }
   const int64_t count = entries.count, outcomes_outside = n - count;
   const double given_mass = entries.mass;
-  const Outside outside = resolve_teacher(tail, num.teacher_scale * kLn2, outcomes_outside, entries);
+  const double log_rest = per_row(args.tail_rows, index, std::log(std::max(0.0, 1 - given_mass)), sizeof(C) == 8);
+  const Outside outside = resolve_teacher(tail, num.teacher_scale * kLn2, outcomes_outside, log_rest, entries);
   double *p = entries[Entries::kP], *logp = entries[Entries::kLogP], *q = entries[Entries::kQ],
          *logq = entries[Entries::kLogQ], *value = entries[Entries::kValue], *score = entries[Entries::kScore];
   const bool wants_ce = num.ce != 0 || num.z != 0 || args.stats != nullptr;
@@ -428,7 +443,7 @@ RowResult objective_row(const TopkArgs& args, const RowNumbers& num, int64_t ind
   }
   const double student_mass = swept ? z_entries / z : 0;
   // Functors may take what is NaN for 0.
-  bool nan = entries.invalid || std::isnan(z) || std::isnan(given_mass);
+  bool nan = entries.invalid || std::isnan(z) || std::isnan(given_mass) || std::isnan(log_rest);
   double iq = 1 / z, q_outside = 0, log_q_outside = -std::numeric_limits<double>::infinity();
   if (restricted) {
     if (!swept) iq = 0;
@@ -466,8 +481,8 @@ RowResult objective_row(const TopkArgs& args, const RowNumbers& num, int64_t ind
   double d = 0, score_sum = 0, score_outside = 0;
   int64_t outcomes = count;
   if (tail == Tail::kBucket && outcomes_outside > 0) {
-    p[count] = outside.rest;
-    logp[count] = std::log(outside.rest);
+    p[count] = std::exp(outside.log_rest);
+    logp[count] = outside.log_rest;
     q[count] = q_outside;
     logq[count] = log_q_outside;
     ++outcomes;
@@ -528,6 +543,7 @@ RowResult objective_row(const TopkArgs& args, const RowNumbers& num, int64_t ind
   result.stats[0] = d;
   result.stats[3] = given_mass + spoilt;
   result.stats[4] = student_mass;
+  if (args.stats != nullptr) result.stats[5] = nan || !(z > 0) ? std::nan("") : overlap(s, n, entries);
   if (out == nullptr) return result;
 
   Gradient<C> gradient;

@@ -25,7 +25,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kdkernels.kernels import divergences, tuning
-from kdkernels.kernels.dense import NOWHERE, score_of, value_of
 from kdkernels.kernels.online import add_hard
 from kdkernels.kernels.rows import (
     LN2,
@@ -50,8 +49,9 @@ from kdkernels.kernels.rows import (
     tile_offsets,
     zero_columns,
 )
+from kdkernels.kernels.terms import NOWHERE, score_of, value_of
 
-NUM_STATS = tl.constexpr(5)
+NUM_STATS = tl.constexpr(6)
 # Bits of the word in which a lane marks the columns it holds.
 WORD = tl.constexpr(64)
 # The mass outside may be a difference of numbers up to this many times larger.
@@ -259,8 +259,12 @@ def evaluate_outside(
             tile_log2p = tl.where(outside, log2p, NEG_INF)
             q = tl.where(outside, q, 0.0)
             log2q = tl.where(outside, log2q, NEG_INF)
-            lane_value += fold_sum(value_of(tile_p, tile_log2p, q, log2q, param0, param1, COEFFICIENTS, VALUE))
-            lane_score += fold_sum(score_of(tile_p, tile_log2p, q, log2q, param0, param1, COEFFICIENTS, SCORE))
+            lane_value += fold_sum(
+                value_of(tile_p, tile_log2p * LN2, q, log2q * LN2, param0, param1, COEFFICIENTS, VALUE, False)
+            )
+            lane_score += fold_sum(
+                score_of(tile_p, tile_log2p * LN2, q, log2q * LN2, param0, param1, COEFFICIENTS, SCORE, False)
+            )
     return tl.sum(lane_value, axis=0), tl.sum(lane_score, axis=0)
 
 
@@ -273,8 +277,8 @@ def evaluate_one(
     log2p = tl.full([1], log2p, tl.float32)
     q = tl.full([1], q, tl.float32)
     log2q = tl.full([1], log2q, tl.float32)
-    value = tl.sum(value_of(p, log2p, q, log2q, param0, param1, COEFFICIENTS, VALUE), axis=0)
-    return value, tl.sum(score_of(p, log2p, q, log2q, param0, param1, COEFFICIENTS, SCORE), axis=0)
+    value = tl.sum(value_of(p, log2p * LN2, q, log2q * LN2, param0, param1, COEFFICIENTS, VALUE, False), axis=0)
+    return value, tl.sum(score_of(p, log2p * LN2, q, log2q * LN2, param0, param1, COEFFICIENTS, SCORE, False), axis=0)
 
 
 @triton.jit
@@ -305,8 +309,9 @@ def topk_fwd_kernel(
     temperature_ptr,  # [N]
     teacher_temperature_ptr,  # [N]
     param_ptr,  # [N]
+    tail_ptr,  # [N]
     loss_ptr,  # [N]
-    stats_ptr,  # [N, 5]
+    stats_ptr,  # [N, 6]
     stride_sb,
     stride_sl,
     stride_db,
@@ -387,8 +392,13 @@ def topk_fwd_kernel(
     used = ids != NOWHERE
     count = tl.sum(used.to(tl.int32), axis=0)
     outside = V - count
-    rest = tl.where(outside > 0, tl.maximum(1.0 - mass, 0.0), 0.0).to(tl.float32)
-    log2_rest = tl.log2(rest)
+    if tail_ptr is None:
+        rest = tl.where(outside > 0, tl.maximum(1.0 - mass, 0.0), 0.0).to(tl.float32)
+        log2_rest = tl.log2(rest)
+    else:
+        log2_rest = tl.where(outside > 0, tl.load(tail_ptr + row) * LOG2E, NEG_INF)
+        rest = tl.exp2(log2_rest)
+        invalid = invalid | (rest != rest)
     known = True
     each = 0.0
     log2_each = NEG_INF
@@ -441,8 +451,8 @@ def topk_fwd_kernel(
     log2q = tl.where(used, a - log2_z, NEG_INF)
 
     # The divergence: sums of values and scores over its outcomes.
-    divergence = tl.sum(value_of(p, log2p, q, log2q, param0, param1, COEFFICIENTS, VALUE), axis=0)
-    score = score_of(p, log2p, q, log2q, param0, param1, COEFFICIENTS, SCORE)
+    divergence = tl.sum(value_of(p, log2p * LN2, q, log2q * LN2, param0, param1, COEFFICIENTS, VALUE, False), axis=0)
+    score = score_of(p, log2p * LN2, q, log2q * LN2, param0, param1, COEFFICIENTS, SCORE, False)
     score_sum = tl.sum(score, axis=0)
     # Outside the entries the gradient is slope * exp2((s - out_max) * student_scale), unless it is POINTWISE.
     slope = 0.0
@@ -527,6 +537,7 @@ def topk_fwd_kernel(
         tl.store(stats_ptr + 2, lse)
         tl.store(stats_ptr + 3, mass.to(tl.float32) + spoilt)
         tl.store(stats_ptr + 4, student_mass)
+        tl.store(stats_ptr + 5, 0.0)  # the overlap is the caller's
 
     if GRAD:
         # Every warp has its entries: what is written from here on may be their logits.
@@ -543,7 +554,7 @@ def topk_fwd_kernel(
                     q_v, log2q_v = softmax(x, norm)
                     p_v = tl.full(x.shape, each, tl.float32)
                     log2p_v = tl.full(x.shape, log2_each, tl.float32)
-                    g = score_of(p_v, log2p_v, q_v, log2q_v, param0, param1, COEFFICIENTS, SCORE)
+                    g = score_of(p_v, log2p_v * LN2, q_v, log2q_v * LN2, param0, param1, COEFFICIENTS, SCORE, False)
                     g = mul0(g_scale, g - q_v * score_sum)
                 elif RESTRICTED:
                     g = tl.zeros(x.shape, tl.float32)
@@ -572,6 +583,7 @@ def topk_fwd(
     student_temperature_rows: Optional[Tensor],
     teacher_temperature_rows: Optional[Tensor],
     param_rows: Optional[Tensor],
+    tail_rows: Optional[Tensor],
     *,
     tail: str,
     divergence: str,
@@ -599,11 +611,11 @@ def topk_fwd(
         teacher_logprobs: [N, K], contiguous, of any float dtype.
         dstudent: written, of the student's shape; may be the student itself.
         labels: int64 [N]. row_weight: fp32 [N], any stride.
-        student_temperature_rows, teacher_temperature_rows, param_rows: fp32 [N].
+        student_temperature_rows, teacher_temperature_rows, param_rows, tail_rows: fp32 [N].
 
     Returns:
-        Loss fp32 [N], and statistics fp32 [N, 5] in the order of ``kdkernels.ops.TOPK_STATS`` ([N, 0] unless asked
-        for).
+        Loss fp32 [N], and statistics fp32 [N, 6] in the order of ``kdkernels.ops.TOPK_STATS``, the overlap left at 0
+        ([N, 0] unless asked for).
     """
     L, N = num_rows(student)
     K = teacher_ids.shape[-1]
@@ -629,6 +641,7 @@ def topk_fwd(
             contiguous(student_temperature_rows),
             contiguous(teacher_temperature_rows),
             contiguous(param_rows),
+            contiguous(tail_rows),
             loss,
             row_stats if stats else None,
             stride_sb,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ HOMOGENEOUS = ("forward_kl", "soft_ce", "jsd", "tvd", "skew_kl", "skew_reverse_k
 
 
 class TopKRows(NamedTuple):
-    """Unreduced and unweighted: the objective of each row ``[N]``, and on request ``ops.TOPK_STATS`` ``[N, 5]``."""
+    """Unreduced and unweighted: the objective of each row ``[N]``, and on request ``ops.TOPK_STATS`` ``[N, 6]``."""
 
     loss: Tensor
     stats: Optional[Tensor] = None
@@ -60,26 +60,59 @@ def distinct(ids: Tensor, logprobs: Tensor, columns: int) -> tuple[Tensor, Tenso
 
 
 def resolve_teacher(
-    logp: Tensor, used: Tensor, outside: Tensor, tail: str, teacher_temperature: Temperature
+    logp: Tensor,
+    used: Tensor,
+    outside: Tensor,
+    tail: str,
+    teacher_temperature: Temperature,
+    log_rest: Optional[Tensor] = None,
 ) -> Teacher:
-    """Make the given log-probabilities a distribution; ``outside [N]`` counts the ids that are not among them."""
+    """Make the given log-probabilities a distribution.
+
+    Args:
+        outside: ``[N]``, the number of ids that are not among the given ones.
+        log_rest: ``[N]``, the log of their mass; by default of what is missing to 1.
+    """
     logp = torch.where(used, logp, -torch.inf)
-    rest = torch.where(outside > 0, 1 - logp.exp().sum(-1), 0.0).clamp(min=0.0)
-    known = torch.ones_like(rest, dtype=torch.bool)
+    if log_rest is None:
+        log_rest = (1 - logp.exp().sum(-1)).clamp(min=0.0).log()
+    log_rest = torch.where(outside > 0, log_rest, -torch.inf)
+    known = torch.ones_like(log_rest, dtype=torch.bool)
     if tail == "drop":
         return Teacher(logp, None, None, known)
     if tail == "bucket":
-        return Teacher(logp, rest.log(), None, known)
+        return Teacher(logp, log_rest, None, known)
     scores = logp / column(teacher_temperature)
     log_z, log_each = torch.logsumexp(scores, -1), None
     if tail == "uniform":
         count = outside.to(logp.dtype)
-        log_each = (rest.log() - count.log()) / teacher_temperature
-        log_each = torch.where(rest > 0, log_each, -torch.inf)
-        log_z = torch.logaddexp(log_z, torch.where(rest > 0, log_each + count.log(), -torch.inf))
+        log_each = (log_rest - count.log()) / teacher_temperature
+        log_each = torch.where(torch.isneginf(log_rest), -torch.inf, log_each)
+        log_z = torch.logaddexp(log_z, torch.where(torch.isneginf(log_rest), -torch.inf, log_each + count.log()))
     known = ~torch.isneginf(log_z)
     log_z = torch.where(known, log_z, 0.0)
     return Teacher(scores - log_z[:, None], None, None if log_each is None else log_each - log_z, known)
+
+
+def overlap(logq: Tensor, picked: Tensor, used: Tensor) -> Tensor:
+    """The fraction of a row's K' used entries whose ``picked`` log-probability is at least the K'-th of the row."""
+    count = used.sum(-1, keepdim=True)
+    largest = logq.topk(min(used.shape[1], logq.shape[1]), -1).values
+    among = used & (picked >= largest.gather(1, (count - 1).clamp(min=0)))
+    return among.sum(-1) / count.squeeze(1).clamp(min=1)
+
+
+def student_overlap(
+    student: Tensor, ids: Tensor, logprobs: Tensor, labels: Optional[Tensor], options: dict[str, Any]
+) -> Tensor:
+    """``overlap`` of logits ``(..., V)`` for kernels that do not compute it: 0 where ignored, NaN where the row is."""
+    columns = options["vocab_size"]
+    s = student.detach().reshape(-1, student.shape[-1])[:, :columns]
+    spoilt = ((ids < -1) | (ids >= columns)).any(-1) | s.isnan().any(-1)
+    ids, _, used = distinct(ids, logprobs, columns)
+    shared = overlap(s, s.gather(1, ids.clamp(max=columns - 1)), used).float()
+    shared = torch.where(spoilt, torch.nan, shared)
+    return shared if labels is None else torch.where(labels == options["ignore_index"], 0.0, shared)
 
 
 def topk_rows(
@@ -90,6 +123,7 @@ def topk_rows(
     *,
     tail: str,
     divergence: str,
+    tail_rows: Optional[Tensor] = None,
     params: tuple[Union[float, Tensor], float] = (0.0, 0.0),
     temperature: Temperature = 1.0,
     teacher_temperature: Temperature = 1.0,
@@ -108,6 +142,7 @@ def topk_rows(
     Args:
         student: logits ``[N, V]``. ids, logprobs: ``[N, K]``; -1 is no entry, another id out of range a NaN row.
         labels: ``[N]`` int64; rows equal to ``ignore_index`` give 0 everywhere and pass no gradient.
+        tail_rows: ``[N]``, the log of the teacher's mass outside the ids, where it is known.
         temperature, teacher_temperature, params[0]: a float or ``[N]``.
 
     Returns:
@@ -124,11 +159,14 @@ def topk_rows(
     logq = torch.log_softmax(capped / column(temperature), -1)
 
     spoilt = ((ids < -1) | (ids >= columns)).any(-1)
+    if tail_rows is not None:
+        spoilt = spoilt | tail_rows.isnan()
     # The teacher is small: fp64 keeps the tail of a teacher that is nearly sure.
     exact = dtype if s.device.type == "mps" else torch.float64
     ids, given, used = distinct(ids, logprobs.to(exact), columns)
     outside = columns - used.sum(-1)
-    teacher = resolve_teacher(given, used, outside, tail, teacher_temperature)
+    log_rest = None if tail_rows is None else tail_rows.to(exact)
+    teacher = resolve_teacher(given, used, outside, tail, teacher_temperature, log_rest)
     picked = logq.gather(1, ids.clamp(max=columns - 1))  # [N, K]
     student_mass = torch.where(used, picked, -torch.inf).exp().sum(-1)
     d = _divergence(logq, picked, ids, used, outside, teacher, tail, divergence, params)
@@ -151,7 +189,9 @@ def topk_rows(
     if not stats:
         return TopKRows(loss)
     teacher_mass = torch.where(used, given, -torch.inf).exp().sum(-1).to(dtype)
-    found = [d, ce, lse, teacher_mass + torch.where(spoilt, torch.nan, 0.0), student_mass]
+    nan = torch.where(spoilt, torch.nan, 0.0)
+    shared = torch.where(logq[:, 0].isnan(), torch.nan, overlap(logq, picked, used))
+    found = [d, ce, lse, teacher_mass + nan, student_mass, shared + nan]
     return TopKRows(loss, torch.stack([torch.where(counted, item.detach(), zero) for item in found], -1))
 
 

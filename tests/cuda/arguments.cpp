@@ -12,7 +12,7 @@ struct Call {
   int64_t dstudent, dstudent_stride_b, dstudent_stride_l;
   int64_t ids, logprobs, logprobs_dtype, labels, loss, stats, workspace;
   int64_t row_weight, row_weight_stride, student_temperature, student_temperature_stride;
-  int64_t teacher_temperature, teacher_temperature_stride, param, param_stride;
+  int64_t teacher_temperature, teacher_temperature_stride, param, param_stride, tail_rows, tail_rows_stride;
   double scale, param0, param1, temperature, teacher_temperature_value;
   double kd_weight, ce_weight, z_loss_weight, label_smoothing, student_softcap;
   int64_t shared_per_block, shared_per_multiprocessor, cluster;
@@ -42,6 +42,7 @@ extern "C" int64_t topk_launch(Call* c, const char* divergence, void* out) {
   a.student_temperature = per_row(c->student_temperature, c->student_temperature_stride);
   a.teacher_temperature = per_row(c->teacher_temperature, c->teacher_temperature_stride);
   a.param = per_row(c->param, c->param_stride);
+  a.tail_rows = per_row(c->tail_rows, c->tail_rows_stride);
   a.divergence = cuda::find_divergence(divergence, c->param0, c->param1);
   if (a.divergence < 0) return -1;
   a.param0 = c->param0, a.param1 = c->param1;

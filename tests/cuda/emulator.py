@@ -171,6 +171,7 @@ class Emulator:
         temperatures,
         teacher_temperatures,
         param,
+        tail_rows,
         **options,
     ):
         device, call = Device(), Call()
@@ -189,6 +190,7 @@ class Emulator:
             "student_temperature": temperatures,
             "teacher_temperature": teacher_temperatures,
             "param": param,
+            "tail_rows": tail_rows,
         }
         for name, tensor in rows_of.items():
             setattr(call, name, device.address(tensor))

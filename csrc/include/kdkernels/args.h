@@ -12,7 +12,7 @@ enum class Mixture { kNone, kProbs, kLogits };
 enum class Tail { kBucket, kRenormalize, kRenormalizeBoth, kUniform, kDrop };
 
 constexpr int kMaxTeachers = 4;
-constexpr int kStats = 9, kTopkStats = 5;
+constexpr int kStats = 9, kTopkStats = 6;
 
 // Logits [B, L, V] with unit stride in V.
 struct LogitsView {
@@ -68,6 +68,7 @@ struct TopkArgs : ObjectiveArgs {
   bool ids_are_64_bits = false;
   LogitsView logprobs;  // [N, K]; stride_l from row to row
   int64_t entries = 0;  // K
+  PerRow tail_rows;     // log of the teacher's mass outside the entries; null: what is missing to 1
   Tail tail = Tail::kBucket;
 };
 

@@ -253,11 +253,11 @@ struct RowNumbers {
   Found found;
   Masses masses;
   Outside outside;
-  double weight, tau, nats, inverse_t, x0;        // y = x nats
-  double rest, log_each, teacher_high, log_norm;  // log p = logp inverse_t - log_norm
-  double log_z, lse, q_outside, log_q_outside;    // log q = y - log_z
-  double y_outside, x_outside;                    // what the exponentials outside are relative to
-  double student_mass, w, hard, c0, step, score;  // of the gradient
+  double weight, tau, nats, inverse_t, x0;                  // y = x nats
+  double rest, log_rest, log_each, teacher_high, log_norm;  // log p = logp inverse_t - log_norm
+  double log_z, lse, q_outside, log_q_outside;              // log q = y - log_z
+  double y_outside, x_outside;                              // what the exponentials outside are relative to
+  double student_mass, w, hard, c0, step, score;            // of the gradient
   float scale, at, at1, p_each, log_p_each, share, log_share, a, c1;
   int others;  // outcomes
   bool own, known, nan;
@@ -357,9 +357,11 @@ struct TopkRow {
   // The teacher by its tail mode, up to its norm.
   __device__ __forceinline__ void resolve_teacher() const {
     n.others = int(args.columns) - n.found.count;
-    n.rest = n.others > 0 ? fmax(0.0, 1 - n.found.mass) : 0.0;
+    n.log_rest = -CUDART_INF;
+    if (n.others > 0) n.log_rest = per_row(args.tail_rows, row, log(fmax(0.0, 1 - n.found.mass)));
+    n.rest = exp(n.log_rest);
     n.log_each =
-        args.tail == Tail::kUniform && n.rest > 0 ? n.inverse_t * (log(n.rest) - log(double(n.others))) : -CUDART_INF;
+        args.tail == Tail::kUniform && n.rest > 0 ? n.inverse_t * (n.log_rest - log(double(n.others))) : -CUDART_INF;
     n.teacher_high = tempered() ? fmax(n.log_each, n.found.high_logp * n.inverse_t) : 0.0;
     n.known = n.teacher_high != -CUDART_INF;
   }
@@ -464,7 +466,7 @@ struct TopkRow {
         logq = double(entries.x[j]) * n.nats - n.log_z;
         q = exp(logq);
       } else if (bucket) {
-        p = n.rest, logp = log(n.rest), q = n.q_outside, logq = n.log_q_outside;
+        p = n.rest, logp = n.log_rest, q = n.q_outside, logq = n.log_q_outside;
       } else if (no_teacher) {
         p = 0, logp = -CUDART_INF, q = 1, logq = 0, times = n.q_outside;
       } else {
@@ -564,6 +566,7 @@ struct TopkRow {
     stats[2] = float(lse);
     stats[3] = float(teacher_mass);
     stats[4] = float(student_mass);
+    stats[5] = 0;  // the overlap is the caller's
   }
 
   __device__ __forceinline__ void write_outside(int64_t label) {
