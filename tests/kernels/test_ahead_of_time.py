@@ -217,12 +217,18 @@ def test_padding_keeps_the_width(divergence):
     check(launches[0], "sm_90", 0)
 
 
-def test_one_binary_for_any_number_of_rows():
-    """The number of rows, the ignored label and the weights are run-time values: a new batch compiles nothing."""
+def specialisation(launch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
+    fn, args, kwargs = launch
+    bind = create_function_from_signature(fn.signature, fn.params, make_backend(GPUTarget("cuda", 90, 32)))
+    return str(bind(*args, debug=False, **kwargs)[1])
+
+
+def test_one_binary_for_any_number_of_rows():
+    """The number of rows, the ignored label and the weights are run-time values: a new batch compiles nothing."""
     keys = set()
     for N in (1, 2, 16, 257):
         student = torch.empty(N, 32000, dtype=torch.bfloat16)
@@ -233,7 +239,16 @@ def test_one_binary_for_any_number_of_rows():
         ):
             with recorded() as launches:
                 dense(student, [student], student, labels, **{"ce_weight": 0.25, **options})
-            fn, args, kwargs = launches[0]
-            bind = create_function_from_signature(fn.signature, fn.params, make_backend(GPUTarget("cuda", 90, 32)))
-            keys.add(str(bind(*args, debug=False, **kwargs)[1]))
+            keys.add(specialisation(launches[0]))
+    assert len(keys) == 1
+
+
+def test_one_binary_for_any_number_of_entries():
+    """Up to the next power of two."""
+    keys = set()
+    for N, K in ((1, 33), (2, 64), (16, 50), (257, 48)):
+        student = torch.empty(N, 32000, dtype=torch.bfloat16)
+        with recorded() as launches:
+            topk(student, torch.zeros(N, K, dtype=torch.int32), torch.zeros(N, K), student)
+        keys.add((specialisation(launches[0]), launches[0].kwargs["K_TILE"]))
     assert len(keys) == 1
