@@ -617,9 +617,9 @@ def dense_launch(
     mixture_weights: Optional[Tensor],
     mixture: str,
 ) -> Launch:
-    """The call of ``kd_loss`` whose ``rows`` are labels, weight, ``row_param`` and the tail, each ``[N]``."""
+    """The call of ``kd_loss`` whose ``rows`` are labels, weight and ``row_param``, each ``[N]``."""
     get = plan.options
-    labels, weight, row_param, tail_rows = rows
+    labels, weight, row_param = rows
     param0, param1 = plan.divergence.params()
     return Launch(
         "dense_fwd",
@@ -648,8 +648,8 @@ def topk_launch(
     rows: tuple[Optional[Tensor], ...],
     scale: float,
 ) -> Launch:
-    """The call of ``topk_kd_loss`` whose ``rows`` are labels, weight and ``row_param``, each ``[N]``."""
-    labels, weight, row_param = rows
+    """The call of ``topk_kd_loss`` whose ``rows`` are labels, weight, ``row_param`` and the tail, ``[N]`` each."""
+    labels, weight, row_param, tail_rows = rows
     param0, param1 = plan.divergence.params()
     return Launch(
         "topk_fwd",

@@ -70,7 +70,7 @@ INTEGERS = """batch length columns width ids_are_64_bits entries tail ignore_ind
     student student_stride_b student_stride_l student_dtype dstudent dstudent_stride_b dstudent_stride_l
     ids logprobs logprobs_dtype labels loss stats workspace
     row_weight row_weight_stride student_temperature student_temperature_stride
-    teacher_temperature teacher_temperature_stride param param_stride""".split()
+    teacher_temperature teacher_temperature_stride param param_stride tail_rows tail_rows_stride""".split()
 NUMBERS = """scale param0 param1 temperature teacher_temperature_value
     kd_weight ce_weight z_loss_weight label_smoothing student_softcap""".split()
 PLAN = """shared_per_block shared_per_multiprocessor cluster

@@ -83,10 +83,11 @@ def topk(
     temperature_rows=None,
     teacher_temperature_rows=None,
     param_rows=None,
+    tail_rows=None,
     **options,
 ):
     options = {**TOPK, "vocab_size": student.shape[-1], **options}
-    tensors = (labels, row_weight, temperature_rows, teacher_temperature_rows, param_rows)
+    tensors = (labels, row_weight, temperature_rows, teacher_temperature_rows, param_rows, tail_rows)
     return topk_fwd(student, ids, logprobs, dstudent, *tensors, **options)
 
 
