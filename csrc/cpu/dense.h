@@ -73,6 +73,17 @@ struct TopkArgs : ObjectiveArgs {
   Tail tail = Tail::kBucket;
 };
 
+struct CaptureArgs {
+  int64_t length = 0;   // rows of a batch, as in RowArgs
+  int64_t columns = 0;  // V
+  LogitsView teacher;
+  int64_t k = 0;
+  PerRow temperature_rows;
+  double temperature = 1;
+  int32_t* ids = nullptr;                     // [N, K]
+  void *logprobs = nullptr, *tail = nullptr;  // [N, K], [N]
+};
+
 struct DkdArgs : RowArgs {
   LogitsView teacher;
   double alpha = 1, beta = 1, temperature = 1, teacher_temperature = 1;
@@ -100,6 +111,7 @@ struct KernelTable {
   void (*mse)(const MseArgs&, int64_t begin, int64_t end);
   void (*topk)(const TopkArgs&, int64_t begin, int64_t end);
   void (*scale)(const ScaleArgs&, int64_t begin, int64_t end);
+  void (*capture)(const CaptureArgs&, int64_t begin, int64_t end);
 };
 
 const KernelTable& baseline_kernels();
