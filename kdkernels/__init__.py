@@ -1,5 +1,6 @@
 """kdkernels: fused distillation losses for PyTorch."""
 
+from kdkernels.capture import TeacherTopK, capture_samples, capture_topk
 from kdkernels.divergences import (
     JSD,
     TVD,
@@ -34,8 +35,11 @@ __all__ = [
     "SkewKL",
     "SkewReverseKL",
     "SoftCE",
+    "TeacherTopK",
     "TopKKDLoss",
     "TopKStats",
+    "capture_samples",
+    "capture_topk",
     "dkd_loss",
     "kd_loss",
     "linear_kd_loss",

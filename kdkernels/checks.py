@@ -330,14 +330,14 @@ def tail_like(value: Any, tail: str, student: Tensor) -> Optional[Tensor]:
     return value.detach().to(sum_dtype(student)).reshape(-1)
 
 
-def vocabulary(vocab_size: Optional[int], student: Tensor) -> int:
+def vocabulary(vocab_size: Optional[int], student: Tensor, of: str = "student") -> int:
     """The number of real columns."""
     width = student.shape[-1]
     if vocab_size is None:
         return width
     integer("vocab_size", vocab_size, low=1)
     if vocab_size > width:
-        raise ValueError(f"vocab_size must be at most student's width {width}, got {vocab_size}")
+        raise ValueError(f"vocab_size must be at most {of}'s width {width}, got {vocab_size}")
     return vocab_size
 
 

@@ -54,6 +54,12 @@ SCHEMAS = {
         "float ce_weight, float z_loss_weight, float label_smoothing, bool scale_by_t_squared, float student_softcap, "
         "bool stats) -> (Tensor, Tensor)"
     ),
+    # The k largest of each row of logits: ids int32 [N, K], log-probabilities [N, K], and the log of the mass outside
+    # them [N].
+    "capture_topk": (
+        "(Tensor teacher, Tensor? temperature_rows, *, int k, int vocab_size, float temperature) "
+        "-> (Tensor, Tensor, Tensor)"
+    ),
     "dkd_fwd": (
         "(Tensor student, Tensor teacher, Tensor(a!)? dstudent, Tensor labels, Tensor? row_weight, *, "
         "float alpha, float beta, float temperature, float teacher_temperature, int vocab_size, int ignore_index, "
@@ -76,7 +82,12 @@ LINEAR_TEACHERS = {
 
 # Patterns that a backend lacks, and why.
 _NOT_IN_CUDA = {"cuda": "the CUDA extension has the sparse top-k losses only"}
-LACKING = {"dense_fwd": _NOT_IN_CUDA, "dkd_fwd": _NOT_IN_CUDA, "mse_fwd": _NOT_IN_CUDA}
+LACKING = {
+    "dense_fwd": _NOT_IN_CUDA,
+    "dkd_fwd": _NOT_IN_CUDA,
+    "mse_fwd": _NOT_IN_CUDA,
+    "capture_topk": {**_NOT_IN_CUDA, "triton": "capture_topk has no Triton kernel"},
+}
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define("cpu_isa() -> str")
@@ -122,6 +133,11 @@ def _linear_fake(columns: Sequence[str]) -> Callable[..., Any]:
     return fake
 
 
+def _capture_fake(teacher: Tensor, *args: object, k: int, **kwargs: object) -> tuple[Tensor, Tensor, Tensor]:
+    logprobs = _rows(teacher, k)
+    return torch.empty_like(logprobs, dtype=torch.int32), logprobs, _rows(teacher)
+
+
 def _none_fake(*args: object, **kwargs: object) -> None:
     return None
 
@@ -129,6 +145,7 @@ def _none_fake(*args: object, **kwargs: object) -> None:
 _FAKES: dict[str, Callable[..., Any]] = {
     "dense_fwd": _dense_fake,
     "topk_fwd": _topk_fake,
+    "capture_topk": _capture_fake,
     "dkd_fwd": _rows_fake,
     "mse_fwd": _rows_fake,
     "scale_grad": _none_fake,

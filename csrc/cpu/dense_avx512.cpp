@@ -1,10 +1,11 @@
+#include "capture_kernels.h"
 #include "dense_kernels.h"
 #include "topk_kernels.h"
 
 namespace kdk {
 
 const KernelTable& avx512_kernels() {
-  static const KernelTable table{"avx512", run_dense, run_dkd, run_mse, run_topk, run_scale};
+  static const KernelTable table{"avx512", run_dense, run_dkd, run_mse, run_topk, run_scale, run_capture};
   return table;
 }
 

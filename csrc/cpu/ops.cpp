@@ -158,6 +158,29 @@ void run_scale(const ScaleArgs& args, const Tensor&) {
                 [&](int64_t begin, int64_t end) { table.scale(args, begin, end); });
 }
 
+std::tuple<Tensor, Tensor, Tensor> capture_topk(Tensor teacher, std::optional<Tensor> temperature_rows, int64_t k,
+                                                int64_t vocab_size, double temperature) {
+  CaptureArgs args;
+  args.teacher = view(teacher, "teacher", false);
+  args.length = teacher.size(1);
+  args.columns = vocab_size;
+  args.k = k;
+  const int64_t rows = teacher.size(0) * teacher.size(1);
+  STD_TORCH_CHECK(vocab_size >= 1 && vocab_size <= teacher.size(2) && vocab_size <= INT32_MAX,
+                  "vocab_size must be in [1, ", teacher.size(2), "], got ", vocab_size);
+  STD_TORCH_CHECK(k >= 1 && k <= vocab_size, "k must be in [1, ", vocab_size, "], got ", k);
+  args.temperature_rows = per_row(temperature_rows, sum_dtype(teacher), rows, "temperature_rows");
+  args.temperature = temperature;
+  Tensor ids = torch::stable::new_empty(teacher, {rows, k}, ScalarType::Int);
+  Tensor logprobs = new_rows(teacher, {rows, k}), tail = new_rows(teacher, {rows});
+  args.ids = static_cast<int32_t*>(ids.mutable_data_ptr());
+  args.logprobs = logprobs.mutable_data_ptr();
+  args.tail = tail.mutable_data_ptr();
+  const KernelTable& table = kernels();
+  parallel_rows(rows, vocab_size, [&](int64_t begin, int64_t end) { table.capture(args, begin, end); });
+  return {ids, logprobs, tail};
+}
+
 Tensor dkd_fwd(Tensor student, Tensor teacher, std::optional<Tensor> dstudent, Tensor labels,
                std::optional<Tensor> row_weight, double alpha, double beta, double temperature,
                double teacher_temperature, int64_t vocab_size, int64_t ignore_index, double scale,
@@ -195,6 +218,7 @@ std::string cpu_isa() { return kernels().name; }
 }  // namespace kdk
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
+  m.impl("capture_topk_cpu", TORCH_BOX(&kdk::capture_topk));
   m.impl("dense_fwd_cpu", TORCH_BOX(&kdk::dense_fwd));
   m.impl("dkd_fwd_cpu", TORCH_BOX(&kdk::dkd_fwd));
   m.impl("mse_fwd_cpu", TORCH_BOX(&kdk::mse_fwd));

@@ -9,10 +9,10 @@
 // x, z and r as in dense_kernels.h.
 #pragma once
 
+#include "capture_kernels.h"
 #include "dense_kernels.h"
 
 #include <cmath>
-#include <functional>
 #include <type_traits>
 
 namespace kdk {
@@ -356,10 +356,13 @@ template <class X>
 double overlap(const X* s, int64_t n, const Entries& entries) {
   using C = typename Io<X>::C;
   if (entries.count == 0) return 0;
-  C* row = Scratch<C>::mine().get(kOtherRow, n);
-  widen_row(s, n, row);
-  std::nth_element(row, row + entries.count - 1, row + n, std::greater<C>());
-  const C threshold = row[entries.count - 1];
+  auto& largest = capture::Largest<C>::mine();
+  largest.find(s, n, entries.count, 1.0);
+  C threshold = -std::numeric_limits<C>::infinity();
+  if (largest.count == entries.count) {
+    const auto last = std::min_element(largest.keys.begin(), largest.keys.begin() + largest.count);
+    threshold = capture::logit_of<C>(*last);
+  }
   int64_t among = 0;
   for (int64_t k = 0; k < entries.count; ++k) among += C(to_compute(s[entries.ids[size_t(k)]])) >= threshold;
   return double(among) / double(entries.count);

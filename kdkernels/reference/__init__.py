@@ -1,6 +1,7 @@
 """Plain PyTorch in textbook form: the oracle of the tests and the "torch" backend. No tricks, fp64-capable."""
 
+from kdkernels.reference.capture import capture_rows, sample_rows
 from kdkernels.reference.dense import dense_rows, dkd_rows, mse_rows
 from kdkernels.reference.topk import topk_rows
 
-__all__ = ["dense_rows", "dkd_rows", "mse_rows", "topk_rows"]
+__all__ = ["capture_rows", "dense_rows", "dkd_rows", "mse_rows", "sample_rows", "topk_rows"]

@@ -72,6 +72,17 @@ struct TopkArgs : ObjectiveArgs {
   Tail tail = Tail::kBucket;
 };
 
+struct CaptureArgs {
+  int64_t length = 0;   // rows of a batch, as in RowArgs
+  int64_t columns = 0;  // V
+  LogitsView teacher;
+  int64_t k = 0;
+  PerRow temperature_rows;
+  double temperature = 1;
+  int32_t* ids = nullptr;                     // [N, K]
+  void *logprobs = nullptr, *tail = nullptr;  // [N, K], [N]
+};
+
 struct DkdArgs : RowArgs {
   LogitsView teacher;
   double alpha = 1, beta = 1, temperature = 1, teacher_temperature = 1;
