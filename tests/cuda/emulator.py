@@ -209,7 +209,7 @@ class Emulator:
         self.plans.append(call)
         self._launch(
             "topk.cu",
-            f"topk_fwd_kernelI{NAMES[student.dtype]}Lb{call.every}",
+            f"topk_fwd_kernelI{NAMES[student.dtype]}E",
             device,
             rows * call.plan_cluster,
             call.threads,

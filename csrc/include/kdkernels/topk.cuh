@@ -253,11 +253,11 @@ struct RowNumbers {
   Found found;
   Masses masses;
   Outside outside;
-  double weight, tau, nats, inverse_t, x0;        // y = x nats
-  double rest, log_each, teacher_high, log_norm;  // log p = logp inverse_t - log_norm
-  double log_z, lse, q_outside, log_q_outside;    // log q = y - log_z
-  double y_outside, x_outside;                    // what the exponentials outside are relative to
-  double student_mass, w, hard, c0, step, score;  // of the gradient
+  double weight, tau, nats, inverse_t, x0, picked;  // y = x nats
+  double rest, log_each, teacher_high, log_norm;    // log p = logp inverse_t - log_norm
+  double log_z, lse, q_outside, log_q_outside;      // log q = y - log_z
+  double y_outside, x_outside;                      // what the exponentials outside are relative to
+  double student_mass, w, hard, c0, step, score;    // of the gradient
   float scale, at, at1, p_each, log_p_each, share, log_share, a, c1;
   int others;  // outcomes
   bool own, known, nan;
@@ -265,7 +265,7 @@ struct RowNumbers {
 
 static_assert(kScratchBytes % 16 == 0 && kScratchBytes + sizeof(RowNumbers) <= kFixedBytes);
 
-template <class X, bool EVERY>
+template <class X>
 struct TopkRow {
   static constexpr int kL = kLanes<X>;
 
@@ -299,7 +299,7 @@ struct TopkRow {
       if (entries.ids[j] >= 0) visit(j);
   }
 
-  __device__ __forceinline__ void set_up() const {
+  __device__ __forceinline__ void set_up(int64_t label) const {
     const double temperature = per_row(args.student_temperature, row, args.temperature);
     n.weight = args.scale * per_row(args.row_weight, row, 1.0);
     n.tau = args.scale_by_t_squared ? temperature * temperature : 1.0;
@@ -308,6 +308,7 @@ struct TopkRow {
     n.own = wants_ce() && n.scale != kLog2e;
     n.inverse_t = tempered() ? 1 / per_row(args.teacher_temperature, row, args.teacher_temperature_value) : 1.0;
     n.x0 = per_row(args.param, row, args.param0);
+    n.picked = has_label(label) ? double(capped(to_float(s[label]))) : CUDART_NAN;
   }
 
   __device__ __forceinline__ Found read_entries() const {
@@ -452,7 +453,8 @@ struct TopkRow {
   // mass there q f(0, 1), for f is homogeneous. Leaves the scores and q of the entries.
   __device__ __forceinline__ Sums eval_entries() const {
     const bool bucket = args.tail == Tail::kBucket && n.others > 0;
-    const bool no_teacher = !EVERY && (args.tail == Tail::kRenormalize || args.tail == Tail::kDrop) && n.others > 0;
+    const bool no_teacher =
+        !launch.plan.every && (args.tail == Tail::kRenormalize || args.tail == Tail::kDrop) && n.others > 0;
     Sums sums;
 #pragma unroll 1
     for (int j = team.thread; j <= entries.slots; j += team.threads) {
@@ -524,9 +526,8 @@ struct TopkRow {
     const double smoothing = args.label_smoothing;
     double cross_entropy = 0;
     if (args.ce_weight != 0) {
-      const double picked = has_label(label) ? double(capped(to_float(s[label]))) : CUDART_NAN;
       cross_entropy = n.lse;
-      if (smoothing != 1) cross_entropy -= (1 - smoothing) * picked;
+      if (smoothing != 1) cross_entropy -= (1 - smoothing) * n.picked;
       if (smoothing != 0) cross_entropy -= smoothing * (double(outside.sum_x) + found.sum_x) / double(args.columns);
     }
     if (team.block == 0) {
@@ -543,7 +544,7 @@ struct TopkRow {
     n.step = has_label(label) ? n.weight * args.ce_weight * (1 - smoothing) : 0.0;
     double a = 0;
     if (n.w != 0 && !restricted()) {
-      if (EVERY) {
+      if (launch.plan.every) {
         a = -n.w * double(n.share) * sums.score;
       } else if (!(outside.z <= 0)) {
         a = n.w * (sums.score_outside - n.q_outside * sums.score) / double(outside.z);
@@ -572,7 +573,7 @@ struct TopkRow {
     const float scale = n.scale, at = n.at, at1 = n.at1, a = n.a, c1 = n.c1, c0 = float(n.c0), w = float(n.w);
     const float inverse_cap = logits.cap != 0 ? 1 / logits.cap : 0.0f;
     const int label_vector = n.step != 0 ? grid.vector_of(int(label)) : -1;
-    const bool own = c1 != 0;
+    const bool own = c1 != 0, every = launch.plan.every;
     logits.sweep(team, entries, swept(), true, [&](int v, const float (&x)[kL], uint32_t dead) {
       float out[kL];
 #pragma unroll
@@ -581,7 +582,7 @@ struct TopkRow {
 #pragma unroll
         for (int l = 0; l < kL; ++l) out[l] = fmaf(c1, exp2_fast(fmaf(x[l], kLog2e, -at1)), out[l]);
       }
-      if (EVERY && w != 0) {
+      if (every && w != 0) {
         eval_lanes(x, dead, [&](int lane, const Scored<float>& f) {
 #pragma unroll
           for (int l = 0; l < kL; ++l)
@@ -624,7 +625,7 @@ struct TopkRow {
 
   __device__ __forceinline__ void run(int64_t label) {
     if (logits.resident != nullptr && swept()) logits.fetch(team);
-    if (team.thread == 0) set_up();
+    if (team.thread == 0) set_up(label);
     const Found found = read_entries();
     if (team.thread == 0) {
       n.found = found;
@@ -635,7 +636,12 @@ struct TopkRow {
     if (team.thread == 0) n.masses = masses;
     copies_done();
     Outside outside;
-    if (swept()) outside = sum_outside();
+    if (swept()) {
+      outside = sum_outside();
+    } else {
+      outside.high = 0;
+      team.sync_cluster();
+    }
     // From here on nobody reads what another block overwrites where the gradient goes in place.
     if (team.thread == 0) {
       n.outside = outside;
@@ -643,7 +649,7 @@ struct TopkRow {
     }
     team.sync();
     Sums sums = eval_entries();
-    if (EVERY) sums = AddSums()(sums, eval_outside());
+    if (launch.plan.every) sums = AddSums()(sums, eval_outside());
     if (team.thread == 0) finish(sums, label);
     if (g != nullptr) {
       team.sync();
@@ -655,7 +661,7 @@ struct TopkRow {
   }
 };
 
-template <class X, bool EVERY>
+template <class X>
 __global__ void __launch_bounds__(kMaxThreads, 2) topk_fwd_kernel(const __grid_constant__ TopkLaunch launch) {
   extern __shared__ uint4 shared_memory[];
   char* const shared = reinterpret_cast<char*>(shared_memory);
@@ -683,17 +689,17 @@ __global__ void __launch_bounds__(kMaxThreads, 2) topk_fwd_kernel(const __grid_c
                            ? static_cast<void*>(shared + plan.entries_at)
                            : static_cast<char*>(launch.workspace) + row * plan.workspace_per_row;
   const int vectors = grid.vectors(columns), begin = min(vectors, team.block * plan.share);
-  TopkRow<X, EVERY>{launch,
-                    args,
-                    team,
-                    *reinterpret_cast<RowNumbers*>(shared + kScratchBytes),
-                    row,
-                    s,
-                    g,
-                    Entries(memory, int(args.entries), plan.table),
-                    Logits<X>{s, grid, columns, begin, min(vectors, begin + plan.share), float(args.student_softcap),
-                              plan.resident ? reinterpret_cast<uint4*>(shared + plan.row_at) : nullptr,
-                              reinterpret_cast<uint32_t*>(shared + kFixedBytes), plan.marks * 32 / kLanes<X>}}
+  TopkRow<X>{launch,
+             args,
+             team,
+             *reinterpret_cast<RowNumbers*>(shared + kScratchBytes),
+             row,
+             s,
+             g,
+             Entries(memory, int(args.entries), plan.table),
+             Logits<X>{s, grid, columns, begin, min(vectors, begin + plan.share), float(args.student_softcap),
+                       plan.resident ? reinterpret_cast<uint4*>(shared + plan.row_at) : nullptr,
+                       reinterpret_cast<uint32_t*>(shared + kFixedBytes), plan.marks * 32 / kLanes<X>}}
       .run(label);
 }
 
