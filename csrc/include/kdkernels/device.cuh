@@ -4,8 +4,8 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <math_constants.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -119,7 +119,7 @@ struct Grid {
 #pragma unroll
     for (int i = 0; i < kLanes<X>; ++i) {
       const int at = e + i;
-      x[i] = at >= 0 && at < elements ? to_float(row[at]) : -CUDART_INF_F;
+      x[i] = at >= 0 && at < elements ? to_float(row[at]) : -INFINITY;
     }
     return pack<X>(x);
   }
