@@ -42,7 +42,7 @@ void run_topk(const TopkArgs& args, const Tensor& student) {
     for (;; limits.cluster /= 2) {
       TopkLaunch launch = prepare_topk(args, limits);
       const TopkPlan& plan = launch.plan;
-      const Kernel kernel = plan.every ? topk_fwd_kernel<X, true> : topk_fwd_kernel<X, false>;
+      const Kernel kernel = topk_fwd_kernel<X>;
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes),
             "shared memory of topk_fwd");
       cudaLaunchConfig_t config = {};

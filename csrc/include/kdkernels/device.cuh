@@ -4,8 +4,8 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <math_constants.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -119,7 +119,7 @@ struct Grid {
 #pragma unroll
     for (int i = 0; i < kLanes<X>; ++i) {
       const int at = e + i;
-      x[i] = at >= 0 && at < elements ? to_float(row[at]) : -CUDART_INF_F;
+      x[i] = at >= 0 && at < elements ? to_float(row[at]) : -INFINITY;
     }
     return pack<X>(x);
   }
@@ -217,7 +217,7 @@ struct Team {
     if (blocks > 1) {
       T& mine = at<T>(kMaxWarps + round++);
       if (thread == 0) mine = value;
-      cluster_sync();
+      sync_cluster();
       const int lane = thread % 32;
       value = over_warp(lane < blocks ? read_from(mine, lane) : T(), merge);
     }
@@ -225,12 +225,15 @@ struct Team {
     return value;
   }
 
-  // No block leaves while another one may read from it.
-  __device__ __forceinline__ void end() const {
+  __device__ __forceinline__ void sync_cluster() const {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if (blocks > 1) cluster_sync();
+    if (blocks > 1)
+      asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
   }
+
+  // No block leaves while another one may read from it.
+  __device__ __forceinline__ void end() const { sync_cluster(); }
 
  private:
   template <class T>
@@ -238,9 +241,6 @@ struct Team {
     return *reinterpret_cast<T*>(scratch + slot * kReductionBytes);
   }
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  static __device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-  }
   template <class T>
   static __device__ __forceinline__ T read_from(const T& mine, int block) {
     uint32_t there;

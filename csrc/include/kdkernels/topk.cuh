@@ -104,8 +104,8 @@ __device__ __forceinline__ double log_add(double a, double b) {
 // Of the live entries: how many, the mass as given, the largest log-probability and logit.
 struct Found {
   int count = 0, invalid = 0;
-  double mass = 0, high_logp = -CUDART_INF, sum_x = 0;
-  float high_x = -CUDART_INF_F, pad = 0;
+  double mass = 0, high_logp = -INFINITY, sum_x = 0;
+  float high_x = -INFINITY, pad = 0;
 };
 // Sums of exponentials relative to those.
 struct Masses {
@@ -159,7 +159,6 @@ struct AddOutside {
 template <class X>
 struct Logits {
   static constexpr int kL = kLanes<X>;
-  static constexpr int kBatch = 4;  // loads in flight of a thread
 
   const X* row;
   Grid<X> grid;
@@ -199,7 +198,8 @@ struct Logits {
 
   // Calls visit(v, x, marks) for the vectors of the share; marked logits are -inf. Where it does not read the logits
   // are 0.
-  template <class Visit>
+  // BATCH: a thread's loads in flight, and copies of the code of visit.
+  template <int BATCH, class Visit>
   __device__ __forceinline__ void sweep(const Team& team, const Entries& entries, bool reads, bool backwards,
                                         Visit visit) {
     const int segments = (end - begin + capacity - 1) / capacity;
@@ -207,32 +207,34 @@ struct Logits {
       const int segment = backwards ? segments - 1 - k : k;
       mark(team, entries, segment);
       const int from = begin + segment * capacity, to = min(from + capacity, end);
-      const int step = team.threads * kBatch, steps = (to - from + step - 1) / step;
+      const int step = team.threads * BATCH, steps = (to - from + step - 1) / step;
 #pragma unroll 1
       for (int i = 0; i < steps; ++i) {
         const int base = from + (backwards ? steps - 1 - i : i) * step + team.thread;
-        uint4 raw[kBatch];
+        uint4 raw[BATCH];
 #pragma unroll
-        for (int j = 0; j < kBatch; ++j) {
+        for (int j = 0; j < BATCH; ++j) {
           const int v = base + j * team.threads;
           raw[j] = make_uint4(0, 0, 0, 0);
           if (reads && v < to) raw[j] = resident != nullptr ? resident[v - begin] : grid.load(row, v, columns);
         }
 #pragma unroll
-        for (int j = 0; j < kBatch; ++j) {
+        for (int j = 0; j < BATCH; ++j) {
           const int v = base + j * team.threads;
           if (v >= to) continue;
           const int bit = (v - from) * kL;
-          const uint32_t dead = marks[bit / 32] >> (bit % 32);
+          const uint32_t dead = marks[bit / 32] >> (bit % 32) & ((1u << kL) - 1);
           float x[kL];
           unpack<X>(raw[j], x);
           if (cap != 0) {
 #pragma unroll
             for (float& value : x) value = cap * tanhf(value / cap);
           }
+          if (dead != 0) {
 #pragma unroll
-          for (int l = 0; l < kL; ++l)
-            if (dead >> l & 1) x[l] = -CUDART_INF_F;
+            for (int l = 0; l < kL; ++l)
+              if (dead >> l & 1) x[l] = -INFINITY;
+          }
           visit(v, x, dead);
         }
       }
@@ -253,7 +255,7 @@ struct RowNumbers {
   Found found;
   Masses masses;
   Outside outside;
-  double weight, tau, nats, inverse_t, x0;                  // y = x nats
+  double weight, tau, nats, inverse_t, x0, picked;          // y = x nats
   double rest, log_rest, log_each, teacher_high, log_norm;  // log p = logp inverse_t - log_norm
   double log_z, lse, q_outside, log_q_outside;              // log q = y - log_z
   double y_outside, x_outside;                              // what the exponentials outside are relative to
@@ -265,7 +267,7 @@ struct RowNumbers {
 
 static_assert(kScratchBytes % 16 == 0 && kScratchBytes + sizeof(RowNumbers) <= kFixedBytes);
 
-template <class X, bool EVERY>
+template <class X>
 struct TopkRow {
   static constexpr int kL = kLanes<X>;
 
@@ -299,7 +301,7 @@ struct TopkRow {
       if (entries.ids[j] >= 0) visit(j);
   }
 
-  __device__ __forceinline__ void set_up() const {
+  __device__ __forceinline__ void set_up(int64_t label) const {
     const double temperature = per_row(args.student_temperature, row, args.temperature);
     n.weight = args.scale * per_row(args.row_weight, row, 1.0);
     n.tau = args.scale_by_t_squared ? temperature * temperature : 1.0;
@@ -308,6 +310,7 @@ struct TopkRow {
     n.own = wants_ce() && n.scale != kLog2e;
     n.inverse_t = tempered() ? 1 / per_row(args.teacher_temperature, row, args.teacher_temperature_value) : 1.0;
     n.x0 = per_row(args.param, row, args.param0);
+    n.picked = has_label(label) ? double(capped(to_float(s[label]))) : NAN;
   }
 
   __device__ __forceinline__ Found read_entries() const {
@@ -357,13 +360,13 @@ struct TopkRow {
   // The teacher by its tail mode, up to its norm.
   __device__ __forceinline__ void resolve_teacher() const {
     n.others = int(args.columns) - n.found.count;
-    n.log_rest = -CUDART_INF;
-    if (n.others > 0) n.log_rest = per_row(args.tail_rows, row, log(fmax(0.0, 1 - n.found.mass)));
-    n.rest = exp(n.log_rest);
+    const bool given = args.tail_rows.data != nullptr;
+    n.rest = n.others == 0 ? 0.0 : given ? exp(per_row(args.tail_rows, row, 0.0)) : fmax(0.0, 1 - n.found.mass);
+    n.log_rest = n.others > 0 && given ? per_row(args.tail_rows, row, 0.0) : log(n.rest);
     n.log_each =
-        args.tail == Tail::kUniform && n.rest > 0 ? n.inverse_t * (n.log_rest - log(double(n.others))) : -CUDART_INF;
+        args.tail == Tail::kUniform && n.rest > 0 ? n.inverse_t * (n.log_rest - log(double(n.others))) : -INFINITY;
     n.teacher_high = tempered() ? fmax(n.log_each, n.found.high_logp * n.inverse_t) : 0.0;
-    n.known = n.teacher_high != -CUDART_INF;
+    n.known = n.teacher_high != -INFINITY;
   }
 
   __device__ __forceinline__ Masses sum_entries() const {
@@ -373,7 +376,7 @@ struct TopkRow {
       const double x = double(entries.x[j]), below = x - double(n.found.high_x);
       if (teacher) masses.teacher += exp(entries.logp[j] * n.inverse_t - n.teacher_high);
       // Where all are -inf there is no mass; NaN passes.
-      if (x == -CUDART_INF) return;
+      if (x == -INFINITY) return;
       masses.student += exp(below * n.nats);
       if (n.own) masses.student1 += exp(below);
     });
@@ -385,7 +388,7 @@ struct TopkRow {
     Outside sums;
     const float scale = n.scale;
     const bool own = n.own, adds = smooths();
-    logits.sweep(team, entries, true, false, [&](int, const float (&x)[kL], uint32_t dead) {
+    logits.template sweep<4>(team, entries, true, false, [&](int, const float (&x)[kL], uint32_t dead) {
       float next = sums.high;
 #pragma unroll
       for (float value : x) next = fmaxf(next, value);
@@ -437,12 +440,12 @@ struct TopkRow {
     if (n.own) n.lse = log_total(double(found.high_x), masses.student1, n.x_outside, outside.z1);
     n.student_mass = found.count == 0 || !swept() ? 0.0 : exp(log_z_entries - n.log_z);
     // A functor may take what is NaN for 0; and a student of -inf only is no distribution.
-    n.nan = found.invalid || isnan(found.mass) || (swept() && !(n.log_z > -CUDART_INF));
+    n.nan = found.invalid || isnan(found.mass) || (swept() && !(n.log_z > -INFINITY));
     if (restricted()) {
       n.log_z = log_z_entries;
-      n.nan = n.nan || (found.count > 0 && !(n.log_z > -CUDART_INF));
+      n.nan = n.nan || (found.count > 0 && !(n.log_z > -INFINITY));
     }
-    n.log_q_outside = outside.z > 0 ? n.y_outside + log(double(outside.z)) - n.log_z : -CUDART_INF;
+    n.log_q_outside = outside.z > 0 ? n.y_outside + log(double(outside.z)) - n.log_z : -INFINITY;
     n.q_outside = exp(n.log_q_outside);
     n.p_each = float(exp(n.log_each));
     n.log_p_each = float(n.log_each);
@@ -454,7 +457,8 @@ struct TopkRow {
   // mass there q f(0, 1), for f is homogeneous. Leaves the scores and q of the entries.
   __device__ __forceinline__ Sums eval_entries() const {
     const bool bucket = args.tail == Tail::kBucket && n.others > 0;
-    const bool no_teacher = !EVERY && (args.tail == Tail::kRenormalize || args.tail == Tail::kDrop) && n.others > 0;
+    const bool no_teacher =
+        !launch.plan.every && (args.tail == Tail::kRenormalize || args.tail == Tail::kDrop) && n.others > 0;
     Sums sums;
 #pragma unroll 1
     for (int j = team.thread; j <= entries.slots; j += team.threads) {
@@ -468,7 +472,7 @@ struct TopkRow {
       } else if (bucket) {
         p = n.rest, logp = n.log_rest, q = n.q_outside, logq = n.log_q_outside;
       } else if (no_teacher) {
-        p = 0, logp = -CUDART_INF, q = 1, logq = 0, times = n.q_outside;
+        p = 0, logp = -INFINITY, q = 1, logq = 0, times = n.q_outside;
       } else {
         continue;
       }
@@ -505,7 +509,7 @@ struct TopkRow {
 
   __device__ __forceinline__ Sums eval_outside() {
     Sums sums;
-    logits.sweep(team, entries, true, true, [&](int, const float (&x)[kL], uint32_t dead) {
+    logits.template sweep<1>(team, entries, true, true, [&](int, const float (&x)[kL], uint32_t dead) {
       float value = 0, score = 0;
       eval_lanes(x, dead, [&](int, const Scored<float>& f) {
         value += f.value;
@@ -522,13 +526,12 @@ struct TopkRow {
   __device__ __forceinline__ void finish(const Sums& sums, int64_t label) const {
     const Found& found = n.found;
     const Outside& outside = n.outside;
-    const double spoilt = n.nan ? CUDART_NAN : 0.0, d = (n.known ? sums.value : 0.0) + spoilt;
+    const double spoilt = n.nan ? NAN : 0.0, d = (n.known ? sums.value : 0.0) + spoilt;
     const double smoothing = args.label_smoothing;
     double cross_entropy = 0;
     if (args.ce_weight != 0) {
-      const double picked = has_label(label) ? double(capped(to_float(s[label]))) : CUDART_NAN;
       cross_entropy = n.lse;
-      if (smoothing != 1) cross_entropy -= (1 - smoothing) * picked;
+      if (smoothing != 1) cross_entropy -= (1 - smoothing) * n.picked;
       if (smoothing != 0) cross_entropy -= smoothing * (double(outside.sum_x) + found.sum_x) / double(args.columns);
     }
     if (team.block == 0) {
@@ -545,7 +548,7 @@ struct TopkRow {
     n.step = has_label(label) ? n.weight * args.ce_weight * (1 - smoothing) : 0.0;
     double a = 0;
     if (n.w != 0 && !restricted()) {
-      if (EVERY) {
+      if (launch.plan.every) {
         a = -n.w * double(n.share) * sums.score;
       } else if (!(outside.z <= 0)) {
         a = n.w * (sums.score_outside - n.q_outside * sums.score) / double(outside.z);
@@ -569,6 +572,7 @@ struct TopkRow {
     stats[5] = 0;  // the overlap is the caller's
   }
 
+  template <bool EVERY>
   __device__ __forceinline__ void write_outside(int64_t label) {
     const Grid<X> grid = logits.grid;
     const int columns = int(args.columns), width = int(args.width), last = grid.vectors(columns) - 1;
@@ -576,7 +580,7 @@ struct TopkRow {
     const float inverse_cap = logits.cap != 0 ? 1 / logits.cap : 0.0f;
     const int label_vector = n.step != 0 ? grid.vector_of(int(label)) : -1;
     const bool own = c1 != 0;
-    logits.sweep(team, entries, swept(), true, [&](int v, const float (&x)[kL], uint32_t dead) {
+    logits.template sweep<EVERY ? 1 : 4>(team, entries, swept(), true, [&](int v, const float (&x)[kL], uint32_t dead) {
       float out[kL];
 #pragma unroll
       for (int l = 0; l < kL; ++l) out[l] = fmaf(a, exp2_fast(fmaf(x[l], scale, -at)), c0);
@@ -627,7 +631,7 @@ struct TopkRow {
 
   __device__ __forceinline__ void run(int64_t label) {
     if (logits.resident != nullptr && swept()) logits.fetch(team);
-    if (team.thread == 0) set_up();
+    if (team.thread == 0) set_up(label);
     const Found found = read_entries();
     if (team.thread == 0) {
       n.found = found;
@@ -638,7 +642,12 @@ struct TopkRow {
     if (team.thread == 0) n.masses = masses;
     copies_done();
     Outside outside;
-    if (swept()) outside = sum_outside();
+    if (swept()) {
+      outside = sum_outside();
+    } else {
+      outside.high = 0;
+      team.sync_cluster();
+    }
     // From here on nobody reads what another block overwrites where the gradient goes in place.
     if (team.thread == 0) {
       n.outside = outside;
@@ -646,11 +655,15 @@ struct TopkRow {
     }
     team.sync();
     Sums sums = eval_entries();
-    if (EVERY) sums = AddSums()(sums, eval_outside());
+    if (launch.plan.every) sums = AddSums()(sums, eval_outside());
     if (team.thread == 0) finish(sums, label);
     if (g != nullptr) {
       team.sync();
-      write_outside(label);
+      if (launch.plan.every) {
+        write_outside<true>(label);
+      } else {
+        write_outside<false>(label);
+      }
       team.sync();
       write_entries(label);
     }
@@ -658,7 +671,7 @@ struct TopkRow {
   }
 };
 
-template <class X, bool EVERY>
+template <class X>
 __global__ void __launch_bounds__(kMaxThreads, 2) topk_fwd_kernel(const __grid_constant__ TopkLaunch launch) {
   extern __shared__ uint4 shared_memory[];
   char* const shared = reinterpret_cast<char*>(shared_memory);
@@ -686,17 +699,17 @@ __global__ void __launch_bounds__(kMaxThreads, 2) topk_fwd_kernel(const __grid_c
                            ? static_cast<void*>(shared + plan.entries_at)
                            : static_cast<char*>(launch.workspace) + row * plan.workspace_per_row;
   const int vectors = grid.vectors(columns), begin = min(vectors, team.block * plan.share);
-  TopkRow<X, EVERY>{launch,
-                    args,
-                    team,
-                    *reinterpret_cast<RowNumbers*>(shared + kScratchBytes),
-                    row,
-                    s,
-                    g,
-                    Entries(memory, int(args.entries), plan.table),
-                    Logits<X>{s, grid, columns, begin, min(vectors, begin + plan.share), float(args.student_softcap),
-                              plan.resident ? reinterpret_cast<uint4*>(shared + plan.row_at) : nullptr,
-                              reinterpret_cast<uint32_t*>(shared + kFixedBytes), plan.marks * 32 / kLanes<X>}}
+  TopkRow<X>{launch,
+             args,
+             team,
+             *reinterpret_cast<RowNumbers*>(shared + kScratchBytes),
+             row,
+             s,
+             g,
+             Entries(memory, int(args.entries), plan.table),
+             Logits<X>{s, grid, columns, begin, min(vectors, begin + plan.share), float(args.student_softcap),
+                       plan.resident ? reinterpret_cast<uint4*>(shared + plan.row_at) : nullptr,
+                       reinterpret_cast<uint32_t*>(shared + kFixedBytes), plan.marks * 32 / kLanes<X>}}
       .run(label);
 }
 
