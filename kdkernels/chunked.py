@@ -74,14 +74,17 @@ class LinearLoss(torch.autograd.Function):
         backend = "torch" if torch.compiler.is_compiling() else ctx.backend
         dhidden, dweight, dbias = (_scaled(grad, dloss, backend) for grad in grads)
         if grad_rows is not None and dweight is not None:
-            dweight = torch.sparse_coo_tensor(grad_rows[None], dweight, ctx.head_shape, is_coalesced=True)
+            # Sorted and unique by construction.
+            dweight = torch.sparse_coo_tensor(
+                grad_rows[None], dweight, ctx.head_shape, check_invariants=False, is_coalesced=True
+            )
         return dhidden, dweight, dbias, None
 
 
 def execute(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], needs: list[bool]) -> Result:
-    """Run the loop, in its op unless an argument or result is none that an op can have."""
+    """Run the loop, in its op unless that cannot be: with a function, a sparse result, or autograd in the loop."""
     launch = call.launch
-    if call.teacher_logits is not None or call.sparse_grad:
+    if call.teacher_logits is not None or call.sparse_grad or launch.backend == "torch":
         return _run(call, hidden, weight, bias, needs)
     teachers: tuple[Any, ...] = launch.sparse_teacher
     if launch.pattern == "dense_fwd":
@@ -109,13 +112,34 @@ def projects_columns(launch: Launch) -> bool:
 
 
 def _run(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], needs: Sequence[bool]) -> Result:
-    loop = _run_columns if projects_columns(call.launch) else _run_chunks
+    loop = _columns_loop if projects_columns(call.launch) else _logits_loop
     # Operands are rounded to the autocast dtype by the loop; autocast itself would round sums too.
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        return loop(call, hidden, weight, bias, needs)
+        loss, stats, dhidden, dweight, dbias, grad_rows = loop(call, hidden, weight, bias, needs)
+        # The buffers of the loop are gone: the rounding of the sums below needs memory of its own.
+        none = hidden.new_empty
+        return Result(
+            loss,
+            stats,
+            none(0) if dhidden is None else dhidden,
+            none(0) if dweight is None else dweight.finish(),
+            none(0) if dbias is None else dbias.finish(),
+            grad_rows,
+        )
 
 
-def _run_chunks(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], needs: Sequence[bool]) -> Result:
+class _Sums(NamedTuple):
+    """A ``Result`` before its sums are rounded."""
+
+    loss: Tensor
+    stats: Tensor
+    dhidden: Optional[Tensor]
+    dweight: Optional[HeadGrad]
+    dbias: Optional[HeadGrad]
+    grad_rows: Optional[Tensor] = None
+
+
+def _logits_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], needs: Sequence[bool]) -> _Sums:
     launch, columns, device = call.launch, call.launch.options["vocab_size"], hidden.device
     dtype, scratch = call.product_dtype or hidden.dtype, Scratch()
     head = Head(weight, bias, columns=columns, dtype=dtype, scratch=scratch)
@@ -142,11 +166,10 @@ def _run_chunks(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tenso
             dh = head.backward(logits, h, wants_dhidden=needs[0], dweight=dweight, dbias=dbias)
             if dhidden is not None and dh is not None:
                 dhidden[rows] = dh.to(dhidden.dtype)
-    found = (item if item is None else item.finish() for item in (dweight, dbias))
-    return Result(loss, stats, *_or_empty(hidden, dhidden, *found))
+    return _Sums(loss, stats, dhidden, dweight, dbias)
 
 
-def _run_columns(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], needs: Sequence[bool]) -> Result:
+def _columns_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], needs: Sequence[bool]) -> _Sums:
     """The loop for ``tail="renormalize_both"``: of the head, the K rows of the teacher's ids are gathered, no more.
 
     Everything is bound by reading those rows, so that products and sums are fp32 throughout, of rounded operands.
@@ -162,8 +185,9 @@ def _run_columns(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tens
     loss, stats = _outputs(hidden, launch)
     dhidden = torch.zeros_like(hidden) if needs[0] else None
     num_rows = len(weight) if grad_rows is None else len(grad_rows)
-    dweight = torch.zeros(num_rows, width, dtype=sums, device=device) if needs[1] else None
-    dbias = torch.zeros(len(weight), dtype=sums, device=device) if needs[2] else None
+    whole = [slice(0, num_rows)]
+    dweight = HeadGrad(weight[:num_rows], whole) if needs[1] else None
+    dbias = HeadGrad(bias, [slice(0, len(bias))]) if needs[2] and bias is not None else None
 
     row_bytes = num_ids * width * (sums.itemsize + (weight.dtype.itemsize if weight.dtype != sums else 0))
     for rows, count in _chunks(launch, len(hidden), _budget(call, device) // row_bytes):
@@ -180,12 +204,11 @@ def _run_columns(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tens
         if dhidden is not None:
             dhidden[rows] = torch.bmm(logits[:, None], head).squeeze(1).to(dhidden.dtype)
         if dbias is not None:
-            dbias.index_add_(0, flat, logits.reshape(-1))
+            dbias.sums(slice(0, len(weight))).index_add_(0, flat, logits.reshape(-1))
         if dweight is not None:
             torch.mul(logits[:, :, None], h[:, None], out=head)  # the gathered rows have done their work
-            dweight.index_add_(0, slots[rows].reshape(-1), head.view(-1, width))
-    found = (item if item is None else item.to(weight.dtype) for item in (dweight, dbias))
-    return Result(loss, stats, *_or_empty(hidden, dhidden, *found), grad_rows)
+            dweight.sums(whole[0]).index_add_(0, slots[rows].reshape(-1), head.view(-1, width))
+    return _Sums(loss, stats, dhidden, dweight, dbias, grad_rows)
 
 
 def _positions(launch: Launch, columns: int) -> tuple[Tensor, Launch]:
@@ -198,11 +221,6 @@ def _positions(launch: Launch, columns: int) -> tuple[Tensor, Launch]:
     places[:, 0] = torch.where(wrong, num_ids, places[:, 0])  # again out of range: the row is NaN
     options = {**launch.options, "vocab_size": num_ids}
     return torch.where(used, ids, 0), launch._replace(sparse_teacher=(places, logprobs), options=options)
-
-
-def _or_empty(hidden: Tensor, *grads: Optional[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    dhidden, dweight, dbias = (hidden.new_empty(0) if grad is None else grad for grad in grads)
-    return dhidden, dweight, dbias
 
 
 def _teacher_heads(call: Call, scratch: Scratch) -> list[tuple[Head, Tensor]]:
@@ -267,17 +285,13 @@ def _objective(launch: Launch, logits: Tensor, teachers: list[Tensor], with_grad
     """Losses and statistics of a chunk ``[R, V]``; the gradient takes the place of the logits."""
     if launch.backend != "torch":
         return run(launch, logits, tuple(teachers), logits if with_grad else None)
-
-    def total(logits: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        loss, stats = run_reference(launch, logits, teachers)
-        return loss.sum(), (loss, loss.new_empty(len(loss), 0) if stats is None else stats)
-
-    if not with_grad:
-        return total(logits)[1]
-    # Not autograd, which is switched off within an op.
-    grad, found = torch.func.grad(total, has_aux=True)(logits)
-    logits.copy_(grad)
-    return found
+    with torch.set_grad_enabled(with_grad):
+        leaf = logits.detach().requires_grad_(with_grad)
+        loss, stats = run_reference(launch, leaf, teachers)
+        total = loss.sum()
+    if with_grad:
+        logits.copy_(*torch.autograd.grad(total, leaf))
+    return loss.detach(), loss.new_empty(len(loss), 0) if stats is None else stats
 
 
 def _register(pattern: str, num_teacher: int) -> None:

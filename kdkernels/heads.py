@@ -9,6 +9,8 @@ from torch import Tensor
 
 # Columns of the head that a CPU multiplies at a time: the block then stays in the cache through packing and product.
 CPU_BLOCK_COLUMNS = 1024
+# Of the sums that are rounded and freed at a time. Of more than 32 MiB, which glibc's malloc gives back when freed.
+PIECE_BYTES = 33 * 2**20
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -37,36 +39,38 @@ class Scratch:
 
 
 class HeadGrad:
-    """The gradient of a head's rows ``[V, D]``, summed in fp32 (fp64 for fp64) block by block.
+    """The gradient of a head ``[V, D]`` or bias ``[V]``, summed in fp32 (fp64 for fp64).
 
-    A head of that dtype gets its gradient summed where it stays. Another gets sums in blocks of their own, each freed
-    as soon as it is rounded: at no time are there more bytes than those of the sums and one block.
+    Where that is the dtype of the head, sums stay where they are. Otherwise they are made in pieces, each freed as soon
+    as it is rounded: at no time are there more bytes than those of the sums and of one piece.
     """
 
     def __init__(self, weight: Tensor, blocks: list[slice]) -> None:
+        self._weight = weight
         dtype = sum_dtype(weight.dtype)
-        self._grad: Optional[Tensor] = None
-        if weight.dtype == dtype:
-            self._grad = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
-        self._like, self._blocks = weight, blocks
-        self.sums: list[Tensor] = []
-        for block in blocks:
-            if self._grad is not None:
-                self.sums.append(self._grad[block])
-            else:
-                size = (block.stop - block.start, *weight.shape[1:])
-                self.sums.append(torch.zeros(size, dtype=dtype, device=weight.device))
+        self._rows = len(weight)
+        if weight.dtype != dtype:
+            # A piece holds whole blocks.
+            block = blocks[0].stop
+            block_bytes = block * weight[0].numel() * dtype.itemsize
+            self._rows = block * -(-PIECE_BYTES // block_bytes)
+        self._sums = [
+            torch.zeros(len(part), *weight.shape[1:], dtype=dtype, device=weight.device)
+            for part in weight.split(self._rows)
+        ]
+
+    def sums(self, block: slice) -> Tensor:
+        """The sums of the rows of a block, to be added to."""
+        piece, start = divmod(block.start, self._rows)
+        return self._sums[piece][start : start + block.stop - block.start]
 
     def finish(self) -> Tensor:
-        """The gradient in the head's dtype; the sums are gone."""
-        if self._grad is not None:
-            return self._grad
-        weight = self._like
-        grad = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-        grad[self._blocks[-1].stop :].zero_()  # padding
-        self.sums.reverse()
-        for block in self._blocks:
-            grad[block] = self.sums.pop()
+        """The gradient in the head's dtype, 0 in the padding; the sums are gone."""
+        if len(self._sums) == 1:
+            return self._sums.pop().to(self._weight.dtype)
+        grad = torch.empty(self._weight.shape, dtype=self._weight.dtype, device=self._weight.device)
+        for part in grad.split(self._rows):
+            part.copy_(self._sums.pop(0))
         return grad
 
 
@@ -81,19 +85,21 @@ class Head:
     def __init__(
         self, weight: Tensor, bias: Optional[Tensor], *, columns: int, dtype: torch.dtype, scratch: Scratch
     ) -> None:
-        self.weight = weight.detach()[:columns].to(dtype)
-        self.dtype = sum_dtype(dtype) if _widens(weight.device, dtype) else dtype
+        self._rounded, self.dtype = dtype, sum_dtype(dtype) if _widens(weight.device, dtype) else dtype
+        self.weight = weight.detach()[:columns]
+        if self.dtype == dtype:
+            self.weight = self.weight.to(dtype)
         self.bias = None if bias is None else bias.detach()[:columns].to(dtype).to(self.dtype)
         self._scratch = scratch
-        # One block where sums of blocks would be rounded to 16 bits, or where there is no cache to block for.
-        size = CPU_BLOCK_COLUMNS if weight.device.type == "cpu" and self.dtype.itemsize > 2 else columns
-        self.blocks = [slice(start, min(start + size, columns)) for start in range(0, columns, size)]
+        on_cpu = weight.device.type == "cpu"
+        self._projected = _blocks(columns, CPU_BLOCK_COLUMNS if on_cpu else columns)
+        self.blocks = _blocks(columns, CPU_BLOCK_COLUMNS if self.dtype != dtype else columns)
 
     def project(self, hidden: Tensor, out: Tensor) -> None:
         """Write the logits of ``hidden [R, D]`` to ``out [R, V]``."""
         hidden = self._wide("hidden", hidden)
-        for block in self.blocks:
-            weight = self._wide("weight", self.weight[block])
+        for block in self._projected:
+            weight = self._block(block)
             target = out[:, block]
             if out.dtype != self.dtype:
                 target = self._scratch.empty("logits", tuple(target.shape), self.dtype, out.device)
@@ -118,18 +124,27 @@ class Head:
         if wants_dhidden:
             dhidden = self._scratch.empty("dhidden", tuple(hidden.shape), self.dtype, hidden.device)
         hidden = self._wide("hidden", hidden)
-        for k, block in enumerate(self.blocks):
+        for block in self.blocks:
             dblock = self._wide("logits", dlogits[:, block])
             if dhidden is not None:
-                dhidden.addmm_(dblock, self._wide("weight", self.weight[block]), beta=1 if k else 0)
+                dhidden.addmm_(dblock, self._block(block), beta=1 if block.start else 0)
             if dweight is not None:
-                _add_product(dweight.sums[k], dblock.t(), hidden)
+                _add_product(dweight.sums(block), dblock.t(), hidden)
             if dbias is not None:
-                dbias.sums[k] += dblock.sum(0, dtype=dbias.sums[k].dtype)
+                sums = dbias.sums(block)
+                sums += dblock.sum(0, dtype=sums.dtype)
         return dhidden
+
+    def _block(self, block: slice) -> Tensor:
+        """Rows of the head, rounded to the dtype of the products and widened again."""
+        return self._wide("weight", self._scratch.converted("rounded", self.weight[block], self._rounded))
 
     def _wide(self, name: str, source: Tensor) -> Tensor:
         return self._scratch.converted(name, source, self.dtype)
+
+
+def _blocks(columns: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, columns)) for start in range(0, columns, size)]
 
 
 def _add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
@@ -139,7 +154,8 @@ def _add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
     elif sums.device.type == "cuda":
         torch.ops.aten.addmm.dtype_out(sums, a, b, sums.dtype, out=sums)
     else:
-        sums += torch.mm(a, b)
+        for part, rows in zip(sums.split(CPU_BLOCK_COLUMNS), a.split(CPU_BLOCK_COLUMNS), strict=True):
+            part += torch.mm(rows, b)
 
 
 def _widens(device: torch.device, dtype: torch.dtype) -> bool:

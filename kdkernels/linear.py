@@ -88,6 +88,7 @@ def linear_kd_loss(
             Columns from ``vocab_size`` on are not even projected.
 
     Under autocast the operands of the products are rounded to its dtype. Sums, losses and statistics are float32.
+    Under ``torch.compile`` the loop is one op of the graph; backend "torch" makes all logits at once there.
 
     Returns:
         As ``kd_loss``.
@@ -268,6 +269,8 @@ def _result(
 ) -> Any:
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     checks.linear_mode_allowed(plan.options["reduction"], needs_grad, call.teacher_logits is not None, call.sparse_grad)
+    if call.launch.backend == "torch" and torch.compiler.is_compiling():
+        return plan.result(*_whole(plan, call, hidden, weight, bias), kind)
     if needs_grad:
         loss, stats = LinearLoss.apply(_flat(hidden), weight, bias, call)
     else:
@@ -275,3 +278,13 @@ def _result(
         rows, stats = execute(call, flat, head, offset, [False] * 3)[:2]
         loss = plan.reduced(rows)
     return plan.result(loss, stats, kind)
+
+
+def _whole(
+    plan: functional._Plan, call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor]
+) -> tuple[Tensor, Optional[Tensor]]:
+    """Plain PyTorch in a graph: all logits at once, for no graph holds the autograd within the loop."""
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    heads = zip(call.teacher_hidden, call.teacher_weight, call.teacher_bias, strict=True)
+    teachers = tuple(torch.nn.functional.linear(*head) for head in heads)
+    return plan._replace(student=logits).launch(call.launch, teachers)
