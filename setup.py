@@ -148,7 +148,14 @@ def architecture_flags(nvcc: str) -> tuple[list[str], list[str]]:
     return flags, names
 
 
-def cuda_extension() -> Extension:
+class CudaExtension(Extension):
+    """With the compiler it needs, and what to say of it."""
+
+    nvcc = ""
+    outcome = ""
+
+
+def cuda_extension() -> CudaExtension:
     """``kdkernels/_C_cuda``: the CUDA kernels, by nvcc itself (torch's CUDAExtension wants a GPU's torch imported)."""
     torch = find_torch()
     release = cuda_version(torch)
@@ -159,7 +166,7 @@ def cuda_extension() -> Extension:
         version = f"{found[1]}.{found[2]}" if found else "unknown"
         raise CannotBuild(f"nvcc is of CUDA {version}, this torch of CUDA {release}")
     flags, names = architecture_flags(nvcc)
-    extension = Extension(
+    extension = CudaExtension(
         "kdkernels._C_cuda",
         sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc" / "cuda").glob("*.cu")),
         depends=[path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()],
@@ -174,8 +181,8 @@ def cuda_extension() -> Extension:
         py_limited_api=True,
         language="c++",
     )
-    extension.nvcc = nvcc  # type: ignore[attr-defined]
-    extension.outcome = f"the CUDA extension for {', '.join(names)}, with {nvcc}"  # type: ignore[attr-defined]
+    extension.nvcc = nvcc
+    extension.outcome = f"the CUDA extension for {', '.join(names)}, with {nvcc}"
     return extension
 
 
@@ -262,8 +269,9 @@ def main() -> None:
         outcome += "; no CUDA extension, as KDKERNELS_BUILD=cpu asks"
     elif extensions:
         try:
-            extensions.append(cuda_extension())
-            outcome += f"; {extensions[-1].outcome}"  # type: ignore[attr-defined]
+            cuda = cuda_extension()
+            extensions.append(cuda)
+            outcome += f"; {cuda.outcome}"
         except CannotBuild as reason:
             if choice == "cuda":
                 raise SystemExit(f"KDKERNELS_BUILD={choice}: {reason}") from None

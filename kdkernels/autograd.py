@@ -78,7 +78,8 @@ def run(
     shared = None
     if launch.pattern == "topk_fwd" and launch.options["stats"] and launch.backend in ("cuda", "triton"):
         # Before the launch, which may overwrite the student.
-        shared = reference.topk.student_overlap(student, *launch.sparse_teacher, launch.tensors[0], launch.options)
+        ids, logprobs = launch.sparse_teacher
+        shared = reference.topk.student_overlap(student, ids, logprobs, launch.tensors[0], launch.options)
     result = ops.op(launch.pattern, launch.backend)(
         views[0], *operands, *launch.sparse_teacher, destination, *launch.tensors, **launch.options
     )
