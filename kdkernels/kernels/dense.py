@@ -27,6 +27,7 @@ from kdkernels.kernels.rows import (
     aligned_width,
     combine,
     contiguous,
+    evenly_spaced,
     fast_log2,
     fold_max,
     fold_sum,
@@ -416,8 +417,10 @@ def dense_fwd_kernel(
         store_stats(stats_ptr + row64 * NUM_STATS, divergence, ce, lse, stats)
 
 
-def _resident_load(entry: divergences.TritonDivergence, plain: bool) -> int:
+def _resident_load(entry: divergences.TritonDivergence, plain: bool, stats: bool) -> int:
     """How much the cluster kernel keeps alive: exponentials, those and scores, or more."""
+    if stats:
+        return tuning.STATISTICS
     if plain and entry.linear is not None:
         return tuning.LIGHT if entry.linear[2:] == (0, 0) else tuning.MEDIUM
     return tuning.MEDIUM if plain and entry.total else tuning.HEAVY
@@ -480,7 +483,7 @@ def dense_fwd(
     plain = not extras and not standardize
     light = plain and entry.linear is not None
     load = tuning.HEAVY if stats or mix_probs else tuning.LIGHT if light else tuning.MEDIUM
-    resident_load = _resident_load(entry, plain) if len(teachers) == 1 and not standardize else None
+    resident_load = _resident_load(entry, plain, stats) if len(teachers) == 1 and not standardize else None
     plans = tuning.dense_plans(
         vocab_size,
         itemsize,
@@ -512,7 +515,7 @@ def dense_fwd(
         "stride_tb": stride_tb,
         "stride_tl": stride_tl,
         "stride_wn": None if row_weight is None else row_weight.stride(0),
-        "L": L,
+        "L": None if evenly_spaced(student, *teachers, dstudent) else L,
         "V": vocab_size,
         "load_width": aligned_width(vocab_size, student, *teachers),
         "pad_width": pad_width,

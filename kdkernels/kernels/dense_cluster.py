@@ -115,7 +115,7 @@ def load_pieces(row_ptr, offs_v, V, load_width, softcap, PROBS: tl.constexpr, PI
         else:
             x = tl.load(
                 row_ptr + k * STEP + offs_v,
-                mask=k * STEP + offs_v < (V if load_width is None else load_width),
+                mask=offs_v + k * STEP < (V if load_width is None else load_width),
                 other=NEG_INF,
             )
         loaded = loaded + (x,)
@@ -127,7 +127,7 @@ def load_pieces(row_ptr, offs_v, V, load_width, softcap, PROBS: tl.constexpr, PI
         if softcap is not None:
             x = soft_cap(x.to(tl.float32), softcap)
         if k == PIECES - 1 and (load_width is not None or softcap is not None or PROBS):
-            x = tl.where(k * STEP + offs_v < V, x, NEG_INF)
+            x = tl.where(offs_v + k * STEP < V, x, NEG_INF)
         pieces = pieces + (x,)
     return pieces
 
@@ -275,7 +275,7 @@ def dense_cluster_fwd_kernel(
             if k < PIECES - 1:
                 centered += s - center
             else:
-                centered += tl.where(k * STEP + offs_v < V, s - center, 0.0)
+                centered += tl.where(offs_v + k * STEP < V, s - center, 0.0)
         exps_s = exps_s + (es,)
         exps_t = exps_t + (et,)
     wanted = (zs, zt)
@@ -354,8 +354,8 @@ def dense_cluster_fwd_kernel(
                 entropy_p += new_entropy_p
                 entropy_q += new_entropy_q
                 overlap += new_overlap
-                at_s = tl.minimum(at_s, tl.where(s == top_s, k * STEP + offs_v, NOWHERE))
-                at_t = tl.minimum(at_t, tl.where(t == top_t, k * STEP + offs_v, NOWHERE))
+                at_s = tl.minimum(at_s, tl.where(s == top_s, offs_v + k * STEP, NOWHERE))
+                at_t = tl.minimum(at_t, tl.where(t == top_t, offs_v + k * STEP, NOWHERE))
         wanted = ()
         if STATS:
             wanted = (forward, reverse, entropy_p, entropy_q, overlap)
@@ -408,19 +408,19 @@ def dense_cluster_fwd_kernel(
             if HARD_GRAD:
                 g += hard_factor * fast_exp2(tl.fma(s, LOG2E, -(top_s * LOG2E)))
             if CE:
-                g = label_gradient(g, k * STEP + offs_v, label_v, V, hard_scale, label_smoothing)
+                g = label_gradient(g, offs_v + k * STEP, label_v, V, hard_scale, label_smoothing)
             if student_softcap is not None:
                 g *= 1.0 - (s / student_softcap) * (s / student_softcap)
             g = g.to(dstudent_ptr.dtype.element_ty)
             if k < PIECES - 1:
                 tl.store(dstudent_ptr + k * STEP + offs_v, g)
             elif pad_width is None:
-                tl.store(dstudent_ptr + k * STEP + offs_v, g, mask=k * STEP + offs_v < V)
+                tl.store(dstudent_ptr + k * STEP + offs_v, g, mask=offs_v + k * STEP < V)
             else:
                 tl.store(
                     dstudent_ptr + k * STEP + offs_v,
-                    tl.where(k * STEP + offs_v < V, g, tl.zeros(g.shape, g.dtype)),
-                    mask=k * STEP + offs_v < pad_width,
+                    tl.where(offs_v + k * STEP < V, g, tl.zeros(g.shape, g.dtype)),
+                    mask=offs_v + k * STEP < pad_width,
                 )
         if pad_width is not None:
             zero_row(dstudent_ptr, offs_v, PIECES * STEP, pad_width)

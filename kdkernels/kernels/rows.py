@@ -110,8 +110,15 @@ def combine(CX: tl.constexpr, x, CY: tl.constexpr, y):
 
 @triton.jit
 def row_offset(row, L, stride_b, stride_l):
-    """Offset in elements of row b * L + l of a [B, L, V] tensor; int64, since N * V passes 2**31."""
-    return (row // L).to(tl.int64) * stride_b + (row % L).to(tl.int64) * stride_l
+    """Offset in elements of row b * L + l of a [B, L, V] tensor; int64, since N * V passes 2**31.
+
+    L is None where rows lie stride_l apart throughout: an integer division is 20 instructions.
+    """
+    if L is None:
+        offset = row.to(tl.int64) * stride_l
+    else:
+        offset = (row // L).to(tl.int64) * stride_b + (row % L).to(tl.int64) * stride_l
+    return offset
 
 
 @triton.jit
@@ -271,6 +278,11 @@ def row_strides(x: Optional[Tensor]) -> tuple[Optional[int], Optional[int]]:
     if x.dim() == 2 or x.shape[0] == 1:
         return 0, x.stride(-2)
     return x.stride(0), x.stride(1)
+
+
+def evenly_spaced(*tensors: Optional[Tensor]) -> bool:
+    """Whether the rows of all [B, L, V] or [N, V] tensors lie at one distance each."""
+    return all(x is None or x.dim() == 2 or x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1) for x in tensors)
 
 
 def aligned_width(V: int, *tensors: Tensor) -> Optional[int]:

@@ -22,6 +22,8 @@ WARP = 64 if torch.version.hip else 32
 ELEMENTS = 16
 # More threads would leave them fewer registers than they need: 64, 128 and 255 a thread.
 LIGHT, MEDIUM, HEAVY = range(3)
+# Of the cluster kernel only, which HEAVY does not describe well enough.
+STATISTICS = 3
 MAX_THREADS = (1024, 512, 256)
 
 
@@ -65,10 +67,11 @@ RESIDENT = {
     LIGHT: ((4, 64), (8, 64), (16, 32)),
     MEDIUM: ((8, 48), (16, 16)),
     HEAVY: ((8, 32), (16, 16)),
+    STATISTICS: ((8, 16),),
 }
 # Pieces of a row that are written out one after another. They let sums be folded into fused multiply-adds, but the pass
 # of Triton 3.8 that places the blocks gives up at 10000 steps; wider pieces mean fewer.
-MAX_PIECES = {LIGHT: 8, MEDIUM: 4, HEAVY: 2}
+MAX_PIECES = {LIGHT: 8, MEDIUM: 4, HEAVY: 2, STATISTICS: 2}
 
 
 class Plan(NamedTuple):

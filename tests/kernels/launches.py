@@ -110,11 +110,15 @@ class Launch(NamedTuple):
 
 
 class Binary(NamedTuple):
-    """What a compilation shows: registers a thread, bytes (AMD: registers) spilled a thread, and the assembly."""
+    """What a compilation shows: registers a thread, bytes (AMD: registers) spilled a thread, bytes of shared memory a
+    block, the assembly (PTX, AMD: GCN), Triton's GPU dialect, and NVIDIA's machine code."""
 
     registers: int
     spilled: int
+    shared: int
     text: str
+    ttgir: str = ""
+    cubin: bytes = b""
 
     def widths(self, kind):
         """Bytes of every global load ("ld") or store ("st") in PTX."""
@@ -149,20 +153,33 @@ def compile_for(launch, name):
     source = ASTSource(launch.fn, signature, constexprs, attrs)
     kernel = triton.compile(source, target=target, options=options.__dict__)
     if cuda:
-        return Binary(*_resources(kernel.asm["cubin"]), kernel.asm["ptx"])
+        cubin = kernel.asm["cubin"]
+        return Binary(*_resources(cubin), kernel.metadata.shared, kernel.asm["ptx"], kernel.asm["ttgir"], cubin)
     text = kernel.asm["amdgcn"]
     registers, spilled = (
         int(re.search(rf"\.{key}:\s+(\d+)", text).group(1)) for key in ("vgpr_count", "vgpr_spill_count")
     )
-    return Binary(registers, spilled, text)
+    return Binary(registers, spilled, kernel.metadata.shared, text)
 
 
-def _resources(cubin):
-    """Registers and bytes of stack a thread, by the tool that comes with Triton; it reads no pipe."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+def sass(cubin):
+    """The instructions of a cubin, one a line, predicated ones included and padding not."""
+    text = _tool("nvdisasm", "-c", cubin)
+    found = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", text, re.MULTILINE)
+    return [name for name in found if name != "NOP"]
+
+
+def _tool(name, option, cubin):
+    """Run a tool that comes with Triton; it reads no pipe."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        out = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        command = [Path(triton.__file__).parent / "backends/nvidia/bin" / name, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _resources(cubin):
+    """Registers and bytes of stack a thread."""
+    out = _tool("cuobjdump", "-res-usage", cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+)", out)
     return int(found.group(1)), int(found.group(2))

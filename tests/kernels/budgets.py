@@ -1,0 +1,229 @@
+"""What every shipped kernel compiles to: ``budgets.json``, which ``python tests/kernels/budgets.py`` writes.
+
+Of a form on a target, compiled ahead of time with the specialisation of a real call:
+
+- registers and spilled bytes a thread, shared memory a block, blocks that fit on a multiprocessor together;
+- loads and stores: how many global accesses there are of each width in bytes. What is narrower than 16 bytes are
+  scalars of the row, unless V and the strides are no multiple of 16 bytes;
+- instructions and transcendental operations an element. A kernel that holds its row runs straight through, so these are
+  its machine instructions (SASS, each counted once, those for ignored rows too) over the columns a thread holds. A
+  kernel that sweeps is counted in PTX: the bodies of its sweeps over the columns a thread takes in one round.
+  The compiler may unroll those;
+- reductions over the cluster, and barriers of the cluster, a row.
+"""
+
+import contextlib
+import json
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from launches import compile_for, dense, dkd, mse, recorded, sass
+
+from kdkernels.kernels import divergences, tuning
+from kdkernels.kernels.scale import scale_grad
+
+TABLE = Path(__file__).with_name("budgets.json")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+HARD = {"ce_weight": 0.5, "label_smoothing": 0.1, "z_loss_weight": 1e-4}
+CAPS = {"student_softcap": 30.0, "teacher_softcap": 20.0}
+CUDA = ("sm_80", "sm_90", "sm_100", "sm_120")
+HIP = ("gfx942", "gfx950")
+# Threads and bytes of shared memory of a multiprocessor; the runtime takes 1 KB a block for itself.
+MULTIPROCESSOR = {
+    "sm_80": (2048, 164 << 10),
+    "sm_90": (2048, 228 << 10),
+    "sm_100": (2048, 228 << 10),
+    "sm_120": (1536, 100 << 10),
+}
+REGISTERS = 65536
+EXACTLY = ("pattern", "num_ctas", "num_warps", "loads", "stores")
+AT_MOST = ("spilled", "shared", "cluster_reductions", "cluster_barriers", "instructions", "transcendental")
+
+# (V, dtype, M teachers, gradient, options of the launcher): each divergence, each width class and dtype of one, and
+# each part of the objective on a linear divergence and on a pair of functions.
+FORMS = {name: (131072, "bf16", 1, True, {"divergence": name}) for name in divergences.names()}
+FORMS |= {
+    f"forward_kl-V{V}-{dtype}": (V, dtype, 1, True, {})
+    for V, dtype in (
+        (1000, "bf16"),
+        (4096, "bf16"),
+        (32000, "bf16"),
+        (32000, "fp32"),
+        (50257, "bf16"),
+        (128256, "fp16"),
+        (128256, "fp32"),
+        (151936, "bf16"),
+        (262144, "bf16"),
+        (524288, "bf16"),
+    )
+}
+FORMS |= {
+    "jsd-V151936-bf16": (151936, "bf16", 1, True, {"divergence": "jsd"}),
+    "jsd-V262144-bf16": (262144, "bf16", 1, True, {"divergence": "jsd"}),
+    "jsd-V128256-fp32": (128256, "fp32", 1, True, {"divergence": "jsd"}),
+    "jsd-V32000-bf16": (32000, "bf16", 1, True, {"divergence": "jsd"}),
+    "jsd-stats-V32000-bf16": (32000, "bf16", 1, True, {"divergence": "jsd", "stats": True, **HARD}),
+    "forward_kl-loss": (131072, "bf16", 1, False, {}),
+    "forward_kl-ce": (131072, "bf16", 1, True, {"ce_weight": 0.5}),
+    "forward_kl-mixture": (131072, "bf16", 2, True, {"mixture": "probs"}),
+    "jsd-everything": (
+        128256,
+        "bf16",
+        4,
+        True,
+        {"divergence": "jsd", "mixture": "probs", "stats": True, "standardize": True, **HARD, **CAPS},
+    ),
+}
+for _name in ("jeffreys", "jsd"):
+    _more = {
+        "hard": HARD,
+        "softcap": CAPS,
+        "probs": {"teacher_form": "probs"},
+        "standardize": {"standardize": True},
+        "stats": {"stats": True, **HARD},
+    }
+    FORMS |= {f"{_name}-{key}": (131072, "bf16", 1, True, {"divergence": _name, **more}) for key, more in _more.items()}
+OTHERS = ("dkd", "mse", "centered-mse", "scale")
+# What the other targets are tried on: their compilers differ, the kernels do not.
+SOME = ("forward_kl", "jsd", "tvd", "alpha_beta", "jeffreys-hard", "forward_kl-V128256-fp32", "dkd", "mse", "scale")
+CASES = [
+    *(("sm_90", form) for form in (*FORMS, *OTHERS)),
+    *((target, form) for target in ("sm_80", "sm_100", "sm_120") for form in SOME),
+]
+# Two-sweep kernels are the only ones there.
+CASES_HIP = [(target, form) for target in HIP for form in ("forward_kl", "jsd", "jeffreys-hard", "dkd", "mse")]
+
+
+@contextlib.contextmanager
+def on(target):
+    """Launchers choose as they would on this target."""
+    arch = int(target[3:]) if target.startswith("sm_") else 0
+    warp = {"warp": 32 if arch else 64}
+    with (
+        mock.patch.object(tuning, "architecture", lambda device: arch),
+        mock.patch.dict(tuning.shape.__kwdefaults__, warp),
+        mock.patch.dict(tuning.dense_plans.__kwdefaults__, warp),
+    ):
+        yield
+
+
+def launch_of(form, target):
+    """The launch of a form as it would be on a target, recorded."""
+    V, dtype, M, gradient, options = FORMS.get(form, (131072, "bf16", 1, True, {}))
+    student, *teachers = (torch.empty(2, V, dtype=DTYPES[dtype]) for _ in range(M + 1))
+    grad = torch.empty_like(student) if gradient else None
+    labels = torch.zeros(2, dtype=torch.int64)
+    with on(target), recorded() as launches:
+        if form == "scale":
+            scale_grad(student, torch.ones(()))
+        elif form == "dkd":
+            dkd(student, teachers[0], grad, labels)
+        elif form in OTHERS:
+            mse(student, teachers[0], grad, centered=form == "centered-mse")
+        else:
+            labels = labels if "ce_weight" in options else None
+            weights = torch.empty(2, M) if M > 1 else None
+            dense(student, teachers, grad, labels, mixture_weights=weights, **options)
+    return launches[0]
+
+
+def measure(form, target):
+    """The table's entry of a form on a CUDA target."""
+    launch = launch_of(form, target)
+    binary = compile_for(launch, target)
+    kwargs = launch.kwargs
+    num_ctas, threads = kwargs.get("num_ctas", 1), 32 * kwargs["num_warps"]
+    resident = "dense_cluster" in str(launch.fn)
+    if resident:
+        pieces, lanes, vec = kwargs["TILE"]
+        operations = sass(binary.cubin)
+        columns = pieces * lanes * vec / (num_ctas * threads)
+        instructions = len(operations) / columns
+        transcendental = sum(name.startswith("MUFU") for name in operations) / columns
+    else:
+        block = kwargs["BLOCK_V"] if form == "scale" else tuning_block(kwargs["TILE"])
+        instructions, transcendental = (count * threads / block for count in sweeps(binary.text))
+    most, shared = MULTIPROCESSOR[target]
+    allocated = -(-binary.registers // 8) * 8
+    return {
+        "pattern": "cluster" if resident else "sweeps",
+        "num_ctas": num_ctas,
+        "num_warps": kwargs["num_warps"],
+        "registers": binary.registers,
+        "spilled": binary.spilled,
+        "shared": binary.shared,
+        "resident_blocks": min(REGISTERS // (allocated * threads), most // threads, shared // (binary.shared + 1024)),
+        "loads": widths(binary, "ld"),
+        "stores": widths(binary, "st"),
+        "instructions": round(instructions, 2),
+        "transcendental": round(transcendental, 3),
+        "cluster_reductions": cluster_reductions(binary.ttgir) if num_ctas > 1 else 0,
+        "cluster_barriers": len(re.findall(r"\bbarrier\.cluster\.arrive", binary.text)),
+    }
+
+
+def tuning_block(TILE):
+    """Columns of a tile of a sweep."""
+    return TILE[0] * TILE[1] * TILE[2]
+
+
+def widths(binary, kind):
+    return {str(width): count for width, count in sorted(Counter(binary.widths(kind)).items())}
+
+
+def cluster_reductions(ttgir):
+    """Reductions of a block of values to scalars: those exchange between the blocks of a cluster."""
+    return len(re.findall(r"^\s*\}\) : \(tensor<[^>]*>.*\) -> (?:\(f32|\(i32|f32|i32)", ttgir, re.MULTILINE))
+
+
+def sweeps(ptx):
+    """Instructions and transcendental operations in the bodies of the loops that load columns."""
+    lines = [line.strip() for line in ptx.splitlines()]
+    labels = {line.split(":")[0]: number for number, line in enumerate(lines) if re.match(r"\$L__BB\w+:", line)}
+    instructions = transcendental = 0
+    for number, line in enumerate(lines):
+        jump = re.search(r"\bbra(?:\.uni)?\s+(\$L__BB\w+);", line)
+        if jump is None or labels[jump.group(1)] > number:
+            continue
+        body = [
+            x for x in lines[labels[jump.group(1)] : number + 1] if re.match(r"(?:@!?%p\d+ )?[a-z][a-z0-9_.:]+\s", x)
+        ]
+        if any("ld.global" in x for x in body):
+            instructions += len(body)
+            transcendental += sum(bool(re.search(r"\b(ex2|lg2|rcp|sqrt|rsqrt|div)\.", x)) for x in body)
+    return instructions, transcendental
+
+
+def excesses(found, budget):
+    """The names of what is not as the budget says. Counts of instructions may grow by 2 %, another compiler's whim."""
+    limits = {name: 1.02 if name in ("instructions", "transcendental") else 1.0 for name in AT_MOST}
+    wrong = [name for name in EXACTLY if found[name] != budget[name]]
+    wrong += [name for name, slack in limits.items() if found[name] > budget[name] * slack]
+    return wrong + ["resident_blocks"] * (found["resident_blocks"] < budget["resident_blocks"])
+
+
+def key(target, form):
+    return f"{target}/{form}"
+
+
+def read():
+    return json.loads(TABLE.read_text())
+
+
+def main():
+    lines = []
+    for target, form in CASES:
+        entry = measure(form, target)
+        print(key(target, form), entry, flush=True)
+        lines.append(f"{json.dumps(key(target, form))}: {json.dumps(entry)}")
+    TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    main()
