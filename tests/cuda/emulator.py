@@ -49,7 +49,8 @@ def compiled(source, arch):
         command += [f"-I{CSRC / 'include'}", f"-I{include}", "-o", f"{folder}/out", str(CSRC / "cuda" / source)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        (ptx,) = Path(folder).glob("*.ptx")
+        # nvcc may keep that of another architecture beside it.
+        ptx = max(Path(folder).glob("*.ptx"), key=lambda path: path.name.endswith(f"_{code}.ptx"))
         text = ptx.read_text()
     usage, name = {}, ""
     for line in done.stderr.splitlines():
