@@ -262,3 +262,28 @@ BEST: Mapping[str, Loss] = {
     "jeffreys": jeffreys_best,
     "soft_ce": soft_ce_best,
 }
+
+
+def topk_kl(student: Tensor, ids: Tensor, logprobs: Tensor, tail: Tensor) -> Tensor:
+    """Forward KL to K log-probabilities and one outcome more for all other tokens, summed in fp32."""
+    return _bucketed_kl(F.log_softmax(student, -1, dtype=torch.float32).gather(-1, ids), logprobs, tail)
+
+
+def topk_kl_logsumexp(student: Tensor, ids: Tensor, logprobs: Tensor, tail: Tensor) -> Tensor:
+    s = student.float()
+    return _bucketed_kl(s.gather(-1, ids) - torch.logsumexp(s, -1, keepdim=True), logprobs, tail)
+
+
+def _bucketed_kl(logq: Tensor, logp: Tensor, tail: Tensor) -> Tensor:
+    rest = torch.log1p(-logq.exp().sum(-1).clamp(max=1 - 1e-6))
+    return ((logp.exp() * (logp - logq)).sum(-1) + tail.exp() * (tail - rest)).mean()
+
+
+def capture(teacher: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    values, ids = teacher.topk(k, -1)
+    return ids, values - torch.logsumexp(teacher, -1, keepdim=True)
+
+
+def capture_fp32(teacher: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    values, ids = teacher.topk(k, -1)
+    return ids, values.float() - torch.logsumexp(teacher.float(), -1, keepdim=True)

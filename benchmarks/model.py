@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SUITES = ("dense", "divergences", "objective")
+SUITES = ("dense", "divergences", "objective", "topk")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from kdkernels import backends, checks, ops, reference
 from kdkernels.autograd import as_rows
 
 PerRow = Union[float, Tensor]
+# What the buffer of candidates in a GPU's shared memory holds.
+MAX_K_ON_GPU = 2048
 # capture_samples works through the rows in blocks of about this many logits, for it needs several fp64 copies of them.
 SAMPLE_BLOCK = 2**22
 
@@ -67,7 +69,9 @@ def capture_topk(
         raise ValueError(f"k must be at most the vocabulary's size {columns}, got {k}")
     checks.choice("backend", backend, checks.BACKENDS)
     teacher = teacher_logits.detach()
-    name = backends.select(backend, teacher.device.type, pattern="capture_topk")
+    too_many = f"a GPU captures at most {MAX_K_ON_GPU} entries a row" if k > MAX_K_ON_GPU else None
+    torch_only = None if teacher.device.type == "cpu" else too_many
+    name = backends.select(backend, teacher.device.type, torch_only=torch_only, pattern="capture_topk")
     if name == "torch":
         flat = teacher.reshape(-1, teacher.shape[-1])
         found = reference.capture_rows(flat, k=k, temperature=temperature, vocab_size=columns)

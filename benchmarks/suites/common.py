@@ -123,11 +123,17 @@ def compiled(
 
 
 def ours(
-    group: str, loss: Ours, case: Case, *, backends: Sequence[str], inplace: bool = False
+    group: str,
+    loss: Ours,
+    case: Case,
+    *,
+    backends: Sequence[str],
+    inplace: bool = False,
+    pattern: str = "dense_fwd",
 ) -> list[Union[Candidate, Absent]]:
     """kdkernels through autograd, one candidate per backend."""
     found: list[Union[Candidate, Absent]] = []
-    for backend in _availability(case, backends):
+    for backend in availability(case, backends, pattern):
         name = f"kdkernels {backend.name}{', in place' if inplace else ''}"
         if backend.ok:
             family = "kdkernels" if backend.name in FUSED else "reference"
@@ -137,8 +143,11 @@ def ours(
     return found
 
 
-def _availability(case: Case, names: Sequence[str]) -> list[Availability]:
-    return [backend for backend in available(case.device) if backend.name in names]
+def availability(case: Case, names: Sequence[str], pattern: str = "dense_fwd") -> list[Availability]:
+    """Which of the backends have the op ``pattern`` and run on the case's device, and why the others do not."""
+    found = [backend for backend in available(case.device) if backend.name in names]
+    lacking = ops.NOT_YET.get(pattern, {})
+    return [Availability(b.name, False, lacking[b.name]) if b.name in lacking else b for b in found]
 
 
 def _build_ours(loss: Ours, backend: str, inplace: bool) -> Callable[[], Run]:
@@ -148,7 +157,7 @@ def _build_ours(loss: Ours, backend: str, inplace: bool) -> Callable[[], Run]:
 def kernels(group: str, case: Case) -> list[Union[Candidate, Absent]]:
     """The forward KL op alone, its gradient written to memory that is there already: no autograd, no allocation."""
     found: list[Union[Candidate, Absent]] = []
-    for backend in _availability(case, FUSED):
+    for backend in availability(case, FUSED):
         name = f"{backend.name} kernel, output allocated"
         if backend.ok:
             found.append(Candidate(name, group, "kernel", _build_kernel(backend.name)))
