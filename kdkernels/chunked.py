@@ -290,7 +290,7 @@ def _objective(launch: Launch, logits: Tensor, teachers: list[Tensor], with_grad
         loss, stats = run_reference(launch, leaf, teachers)
         total = loss.sum()
     if with_grad:
-        logits.copy_(*torch.autograd.grad(total, leaf))
+        logits.copy_(torch.autograd.grad(total, leaf)[0])
     return loss.detach(), loss.new_empty(len(loss), 0) if stats is None else stats
 
 
