@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SUITES = ("dense", "divergences", "objective", "topk")
+SUITES = ("dense", "divergences", "objective", "topk", "linear", "linear_memory")
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Candidate:
     Args:
         name: unique within its group.
         group: what is computed; candidates of one group share the expected outcome and the baselines.
-        family: "eager", "compile", "kdkernels" (through autograd), "kernel" (the op alone), "reference" (kdkernels in
-            plain PyTorch) or "probe" (a yardstick).
+        family: "eager", "compile", "peer" (another package), "kdkernels" (through autograd), "kernel" (the op alone),
+            "reference" (kdkernels in plain PyTorch) or "probe" (a yardstick).
         build: returns the function to time, compiling it where it must be compiled.
         expected: replaces the suite's expected outcome, for probes that compute something else.
     """
@@ -90,7 +90,9 @@ class Suite:
         unit_bytes: what peak memory is counted in (one gradient).
         floor_bytes: the least a loss with its gradient has to move, for the share of the bandwidth limit.
         baseline_group: the group that the others are compared with, if any.
+        probe, yardstick: the probe in a word, and in full.
         axes: what the numbers of a shape are.
+        rounds_logits: candidates make the logits themselves, and all round them to the dtype.
     """
 
     name: str
@@ -104,8 +106,11 @@ class Suite:
     unit_bytes: Callable[[Case], int]
     floor_bytes: Callable[[Case], int]
     unit: str = "[N, V] gradient"
+    probe: str = "add"
+    yardstick: str = "torch.add(s, t, out=g) on the same tensors"
     baseline_group: Optional[str] = None
     axes: Sequence[str] = ("N", "V")
+    rounds_logits: bool = False
 
 
 def load_suite(name: str) -> Suite:

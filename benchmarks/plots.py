@@ -19,6 +19,7 @@ from benchmarks.summary import Report, Row, rows, where
 COLOURS = {
     "eager": "#9aa0a6",
     "compile": "#4a7fb5",
+    "peer": "#7b9e6b",
     "kdkernels": "#d95f02",
     "kernel": "#f5b37d",
     "reference": "#fbe6d5",
@@ -27,10 +28,11 @@ COLOURS = {
 MEANING = {
     "eager": "eager PyTorch",
     "compile": "torch.compile",
+    "peer": "other packages",
     "kdkernels": "kdkernels",
     "kernel": "its op alone",
     "reference": "its reference in plain PyTorch",
-    "probe": "yardstick: an addition",
+    "probe": "yardstick",
 }
 EDGE = "#555555"
 PANEL_INCHES, LABEL_INCHES, BAR_INCHES = 4.1, 2.7, 0.26

@@ -28,14 +28,14 @@ def text(report: Report, *, tablefmt: str) -> str:
         parts.append("Not run here:\n" + "\n".join(f"- {line}" for line in absent))
     if report.memory_note:
         parts.append(f"Peak memory was not measured: {report.memory_note}.")
-    parts.append(LEGEND.format(unit=report.suite.unit))
+    parts.append(LEGEND.format(unit=report.suite.unit, probe=report.suite.probe, yardstick=report.suite.yardstick))
     return "\n\n".join(parts) + "\n"
 
 
 LEGEND = """\
 "ms": median of the rounds, then the quartiles. "x eager", "x compile": how many times faster than the fastest eager
-and the fastest compiled formulation of the same loss. "of add": time beside torch.add(s, t, out=g) on the same tensors.
-"of limit": the least time that the triad bandwidth allows for two reads and one write, over the time taken (more than
+and the fastest compiled formulation of the same loss. "of {probe}": time beside {yardstick}.
+"of limit": the least time that the triad bandwidth allows for the bytes that must move, over the time taken (more than
 100 % is cache). "memory": peak of forward and backward beyond the inputs, in units of one {unit}.
 Ratios are taken per round, then their median."""
 
@@ -57,7 +57,7 @@ def heading(report: Report) -> str:
 
 def _table(report: Report, case: Case, threads: int, several: bool, tablefmt: str) -> str:
     found = rows(report, case, threads)
-    columns = ["candidate", "ms", "quartiles", "x eager", "x compile", "of add", "of limit"]
+    columns = ["candidate", "ms", "quartiles", "x eager", "x compile", f"of {report.suite.probe}", "of limit"]
     columns = (["of"] if several else []) + columns + ([f"of {report.suite.baseline_group}"] if several else [])
     has_memory = any(row.peak_units is not None for row in found)
     columns += ["memory"] if has_memory else []

@@ -139,7 +139,8 @@ def check(suite: Suite, case: Case, runs: Sequence[tuple[Candidate, Run]], input
             del outcome
             inputs.reset()
             errors[candidate.key] = found
-            bounds = (OWN_TOLERANCE if candidate.family in OWN_FAMILIES else TOLERANCE)[case.dtype]
+            exact = candidate.family in OWN_FAMILIES and (case.dtype == "fp32" or not suite.rounds_logits)
+            bounds = (OWN_TOLERANCE if exact else TOLERANCE)[case.dtype]
             for what, error in found.items():
                 bound = bounds[what.startswith("worst row")]
                 if not error <= bound:  # also when it is NaN
