@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional, Protocol, Union
 
 import torch
 from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SUITES = ("dense", "divergences", "objective")
+SUITES = ("dense", "divergences", "objective", "gpu")
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Candidate:
     Args:
         name: unique within its group.
         group: what is computed; candidates of one group share the expected outcome and the baselines.
-        family: "eager", "compile", "kdkernels" (through autograd), "kernel" (the op alone), "reference" (kdkernels in
-            plain PyTorch) or "probe" (a yardstick).
+        family: "eager", "compile", "peer" (another package), "kdkernels" (through autograd), "kernel" (the op alone),
+            "reference" (kdkernels in plain PyTorch) or "probe" (a yardstick).
         build: returns the function to time, compiling it where it must be compiled.
         expected: replaces the suite's expected outcome, for probes that compute something else.
     """
@@ -91,6 +91,8 @@ class Suite:
         floor_bytes: the least a loss with its gradient has to move, for the share of the bandwidth limit.
         baseline_group: the group that the others are compared with, if any.
         axes: what the numbers of a shape are.
+        floor_share: groups that have to move less than floor_bytes, and what share of it.
+        bandwidth: the measured limit that the floor is held against, "triad" or "copy".
     """
 
     name: str
@@ -106,6 +108,8 @@ class Suite:
     unit: str = "[N, V] gradient"
     baseline_group: Optional[str] = None
     axes: Sequence[str] = ("N", "V")
+    floor_share: Mapping[str, float] = field(default_factory=dict)
+    bandwidth: str = "triad"
 
 
 def load_suite(name: str) -> Suite:
