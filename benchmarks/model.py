@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional, Protocol, Union
 
 import torch
 from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SUITES = ("dense", "divergences", "objective", "topk", "linear", "linear_memory")
+SUITES = ("dense", "divergences", "objective", "topk", "linear", "linear_memory", "gpu")
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,8 @@ class Suite:
         probe, yardstick: the probe in a word, and in full.
         axes: what the numbers of a shape are.
         rounds_logits: candidates make the logits themselves, and all round them to the dtype.
+        floor_share: groups that have to move less than floor_bytes, and what share of it.
+        bandwidth: the measured limit that the floor is held against, "triad" or "copy".
     """
 
     name: str
@@ -111,6 +113,8 @@ class Suite:
     baseline_group: Optional[str] = None
     axes: Sequence[str] = ("N", "V")
     rounds_logits: bool = False
+    floor_share: Mapping[str, float] = field(default_factory=dict)
+    bandwidth: str = "triad"
 
 
 def load_suite(name: str) -> Suite:

@@ -153,7 +153,7 @@ def _time_panel(ax: Axes, report: Report, case: Case, threads: int, bars: Sequen
         [(1e3 * bar.row.seconds.q1, 1e3 * bar.row.seconds.q3) for bar in found],
         labels,
     )
-    floor = report.suite.floor_bytes(case) / (report.timed[threads]["limits"]["triad"] * 1e6)
+    floor = report.suite.floor_bytes(case) / (report.timed[threads]["limits"][report.suite.bandwidth] * 1e6)
     ax.axvline(floor, color="#111111", linestyle=(0, (4, 3)), linewidth=0.9)
     ax.set_xlabel(f"ms (dashed: the bandwidth limit, {_digits(floor)} ms)", fontsize=8)
     ax.set_title(f"{case}, {where(report, threads)}", fontsize=10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Optional
 
@@ -28,15 +29,18 @@ def text(report: Report, *, tablefmt: str) -> str:
         parts.append("Not run here:\n" + "\n".join(f"- {line}" for line in absent))
     if report.memory_note:
         parts.append(f"Peak memory was not measured: {report.memory_note}.")
-    parts.append(LEGEND.format(unit=report.suite.unit, probe=report.suite.probe, yardstick=report.suite.yardstick))
+    suite = report.suite
+    parts.append(
+        LEGEND.format(unit=suite.unit, probe=suite.probe, yardstick=suite.yardstick, bandwidth=suite.bandwidth)
+    )
     return "\n\n".join(parts) + "\n"
 
 
 LEGEND = """\
 "ms": median of the rounds, then the quartiles. "x eager", "x compile": how many times faster than the fastest eager
 and the fastest compiled formulation of the same loss. "of {probe}": time beside {yardstick}.
-"of limit": the least time that the triad bandwidth allows for the bytes that must move, over the time taken (more than
-100 % is cache). "memory": peak of forward and backward beyond the inputs, in units of one {unit}.
+"of limit": the least time that the {bandwidth} bandwidth allows for the bytes that must move, over the time taken (more
+than 100 % is cache). "memory": peak of forward and backward beyond the inputs, in units of one {unit}.
 Ratios are taken per round, then their median."""
 
 
@@ -58,7 +62,8 @@ def heading(report: Report) -> str:
 def _table(report: Report, case: Case, threads: int, several: bool, tablefmt: str) -> str:
     found = rows(report, case, threads)
     columns = ["candidate", "ms", "quartiles", "x eager", "x compile", f"of {report.suite.probe}", "of limit"]
-    columns = (["of"] if several else []) + columns + ([f"of {report.suite.baseline_group}"] if several else [])
+    baseline = [report.suite.baseline_group] if several and report.suite.baseline_group else []
+    columns = (["of"] if several else []) + columns + [f"of {group}" for group in baseline]
     has_memory = any(row.peak_units is not None for row in found)
     columns += ["memory"] if has_memory else []
     lines = []
@@ -73,7 +78,7 @@ def _table(report: Report, case: Case, threads: int, several: bool, tablefmt: st
             _ratio(row.of_probe),
             "" if row.of_bandwidth is None else f"{row.of_bandwidth:.0%}",
         ]
-        line += [_ratio(row.of_baseline)] if several else []
+        line += [_ratio(row.of_baseline) for _ in baseline]
         line += ["" if row.peak_units is None else f"{row.peak_units:.2f}"] if has_memory else []
         lines.append(line)
     align = ["left" if name in ("of", "candidate") else "right" for name in columns]
@@ -81,14 +86,20 @@ def _table(report: Report, case: Case, threads: int, several: bool, tablefmt: st
 
 
 def write(report: Report, folder: Path) -> list[Path]:
-    """Write SUITE.json, SUITE.md and SUITE.png and return their paths."""
+    """Write SUITE.json, SUITE.md and SUITE.png and return their paths; on a GPU its name follows SUITE."""
     folder.mkdir(parents=True, exist_ok=True)
-    base = folder / report.suite.name
-    data, table, plot = (base.with_suffix(suffix) for suffix in (".json", ".md", ".png"))
+    base = folder / "-".join([report.suite.name, *_card(report)])
+    data, table, plot = (base.parent / (base.name + suffix) for suffix in (".json", ".md", ".png"))
     data.write_text(json.dumps(as_json(report), indent=1, allow_nan=False) + "\n")
     table.write_text(text(report, tablefmt="github"))
     plots.draw(report, plot)
     return [data, table, plot]
+
+
+def _card(report: Report) -> list[str]:
+    """The GPU's name as part of a file's."""
+    gpu = report.machine.get("gpu")
+    return [re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")] if gpu else []
 
 
 def as_json(report: Report) -> dict[str, Any]:

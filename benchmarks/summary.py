@@ -45,8 +45,8 @@ class Row:
 
     ``faster_than_eager`` and ``faster_than_compile`` divide the time of the fastest eager (compiled) candidate of the
     group by this one's; ``of_probe`` and ``of_baseline`` divide this one's by the probe's and by the same candidate's
-    in the suite's baseline group. All are taken round by round. ``of_bandwidth`` is the least time the triad bandwidth
-    allows for the bytes that must move, over the median time.
+    in the suite's baseline group. All are taken round by round. ``of_bandwidth`` is the least time that the suite's
+    bandwidth allows for the bytes that must move, over the median time.
     """
 
     name: str
@@ -71,7 +71,7 @@ def rows(report: Report, case: Case, threads: int) -> list[Row]:
     measured = answer["results"][report.cases.index(case)]["candidates"]
     seconds = {(item["group"], item["name"]): np.asarray(item["seconds"]) for item in measured}
     probe = next((seconds[item["group"], item["name"]] for item in measured if item["family"] == "probe"), None)
-    floor = report.suite.floor_bytes(case) / (answer["limits"]["triad"] * 1e9)
+    floor = report.suite.floor_bytes(case) / (answer["limits"][report.suite.bandwidth] * 1e9)
     peaks = report.memory.get(str(case), {})
 
     def fastest(group: str, family: str) -> Optional[np.ndarray]:
@@ -97,7 +97,7 @@ def rows(report: Report, case: Case, threads: int) -> list[Row]:
                 faster_than_compile=None if compiled is None else Spread.of(compiled / own),
                 of_probe=None if probe is None else Spread.of(own / probe),
                 of_baseline=None if baseline is None else Spread.of(own / baseline),
-                of_bandwidth=floor / float(np.median(own)),
+                of_bandwidth=floor * report.suite.floor_share.get(item["group"], 1.0) / float(np.median(own)),
                 peak_bytes=peak,
                 peak_units=None if peak is None else peak / report.suite.unit_bytes(case),
                 errors=item["errors"],

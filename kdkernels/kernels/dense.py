@@ -4,6 +4,8 @@ With a = s/T, b = t/T_t, q = softmax(a), p = softmax(b) and score = df/dlogq, th
 (score - q * sum(score)) / T. A linear divergence is summed while the first sweep finds the normalisers, so the second
 sweep can write the gradient (4 reads and 1 write of [N, V] with one teacher); others need a sweep between for their
 sums (6 and 1). Sweeps alternate their direction: each begins with the columns the one before it left in cache.
+
+The launcher hands rows that fit into the registers of a cluster to ``dense_cluster`` (2 and 1); ``tuning`` decides.
 """
 
 from __future__ import annotations
@@ -578,9 +580,9 @@ def dense_fwd(
         )
 
     def trial(plan: tuning.Plan) -> None:
-        """The first rows, with a gradient that nobody reads: the student's own may be the student."""
+        """The first rows, into a gradient that nobody reads: the real one may be the student."""
         rows = min(N, tuning.TRIAL_ROWS)
-        launch(plan, rows, None if dstudent is None else student.new_empty((-(-rows // L), L, width))[:, :L])
+        launch(plan, rows, None if dstudent is None else student.new_empty((rows, width)))
 
     with on_device_of(student):
         key = (divergence, vocab_size, itemsize, load, resident_load, dstudent is not None)

@@ -6,7 +6,8 @@ tensor (more, where LANES is a multiple of the threads) and keeps their exponent
 
 A reduction over the cluster costs barriers over all its blocks, so they are taken together: first the two maxima, then
 every sum over exponentials, which is all that a linear divergence needs; a pair of functions or statistics take one
-more group. Several teachers and standardised logits are left to two sweeps.
+more group. Several teachers and standardised logits are left to two sweeps. A row whose logits all lie below -2e38 is
+NaN, as with eager PyTorch at a low temperature.
 """
 
 from __future__ import annotations
