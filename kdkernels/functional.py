@@ -219,8 +219,8 @@ def topk_kd_loss(
         scale_by_t_squared, kd_weight, ce_weight, z_loss_weight, label_smoothing, ignore_index, row_weight, reduction,
             normalizer, vocab_size, student_softcap, row_param, inplace: as in ``kd_loss``.
         return_stats: also return ``TopKStats``.
-        backend: "auto", "cpu" (C++) or "torch" (plain PyTorch, which "auto" takes on a GPU: this loss has no GPU
-            kernels yet).
+        backend: "auto", "cuda" or "cpu" (the compiled extensions), or "torch" (plain PyTorch, which "auto" takes on a
+            GPU where the CUDA extension was not built).
 
     Returns:
         The loss: 0-d, or the shape of the rows for "none"; float32 for float32 and 16-bit students, float64 for

@@ -319,7 +319,7 @@ CALLS = {
         ValueError,
         "inplace needs a contiguous student or at most 3 dimensions, got strides",
     ),
-    "backend": ({"backend": "cuda"}, ValueError, "backend must be one of auto, triton, cpu, torch, got 'cuda'"),
+    "backend": ({"backend": "cuda"}, ValueError, "backend must be one of auto, cuda, triton, cpu, torch, got 'cuda'"),
     "backend-triton": (
         {"backend": "triton"},
         ValueError,

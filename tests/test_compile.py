@@ -214,7 +214,7 @@ def test_fakes_know_shapes_and_dtypes():
     student = torch.empty(2, 3, VOCAB, device="meta", dtype=torch.bfloat16)
     tensors, options = arguments(6)
     tensors = tuple(None if x is None else x.to("meta") for x in tensors)
-    for backend in ops.PATTERN_BACKENDS:
+    for backend in set(ops.PATTERN_BACKENDS) - set(ops.NOT_YET["dense_fwd"]):
         for stats, width in ((False, 0), (True, len(kd.KDStats._fields))):
             loss, table = ops.op("dense_fwd", backend)(
                 student, [student], None, *tensors, **{**options, "stats": stats}
