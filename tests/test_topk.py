@@ -652,7 +652,14 @@ def test_op_is_registered_as_torch_wants_it():
 
 def test_backends_of_a_gpu():
     pytest.importorskip("triton")
-    assert backends.select("auto", "cuda", pattern="topk_fwd") == "triton"
+    built = backends.cuda.load_error() is None
+    assert backends.select("auto", "cuda", pattern="topk_fwd") == ("cuda" if built else "triton")
+    with pytest.raises(
+        ValueError, match="'cuda' cannot run this call: the CUDA extension has the sparse top-k losses only"
+    ):
+        kd.kd_loss(torch.zeros(1, 3), torch.zeros(1, 3), backend="cuda")
+    with pytest.raises(ValueError, match="'cuda' cannot run this call: it runs on CUDA tensors, not on cpu"):
+        kd.topk_kd_loss(torch.zeros(1, 3), torch.zeros(1, 1).long(), torch.zeros(1, 1), backend="cuda")
     s, ids, logprobs, _ = ragged(6, 50, 5, torch.float32)
     with pytest.raises(ValueError, match="'triton' cannot run this call: it runs on GPU tensors, not on cpu"):
         kd.topk_kd_loss(s, ids, logprobs, backend="triton")
