@@ -146,7 +146,7 @@ def ours(
 def availability(case: Case, names: Sequence[str], pattern: str = "dense_fwd") -> list[Availability]:
     """Which of the backends have the op ``pattern`` and run on the case's device, and why the others do not."""
     found = [backend for backend in available(case.device) if backend.name in names]
-    lacking = ops.NOT_YET.get(pattern, {})
+    lacking = ops.LACKING.get(pattern, {})
     return [Availability(b.name, False, lacking[b.name]) if b.name in lacking else b for b in found]
 
 

@@ -123,7 +123,7 @@ def unfused(divergence: str, backend: str) -> Run:
 
 def ours(divergence: str, case: Case, *, all_logits: bool = True) -> list[Union[Candidate, Absent]]:
     found: list[Union[Candidate, Absent]] = []
-    for answer in common._availability(case, common.FUSED):
+    for answer in common.availability(case, common.FUSED):
         ways = {f"kdkernels {answer.name}, linear_kd_loss": linear}
         if all_logits:
             ways[f"kdkernels {answer.name}, kd_loss of stored logits"] = unfused
