@@ -274,7 +274,7 @@ def run_topk(s, ts, d, labels, **options):
 
 
 # Passes over [N, V], and what the student's lead asks of the bucket.
-SWEEPS = {
+TOPK_FORMS = {
     "bucket": ({}, 0.0, 2),
     "bucket-swept-again": ({}, 50.0, 3),
     "bucket-behind": ({"divergence": "jsd", "param0": 0.3}, -50.0, 2),
@@ -286,12 +286,12 @@ SWEEPS = {
 
 @pytest.mark.parametrize(
     "arch, form, V",
-    [*((90, form, 20480) for form in SWEEPS), (80, "bucket", 20480), (90, "bucket", 128256)],
+    [*((90, form, 20480) for form in TOPK_FORMS), (80, "bucket", 20480), (90, "bucket", 128256)],
     ids=str,
 )
 def test_topk(arch, form, V):
     """Each sweep reads the logits once in 16-byte pieces; all else a row costs is a few bytes an entry."""
-    options, lead, reads = SWEEPS[form]
+    options, lead, reads = TOPK_FORMS[form]
     N, K = 2, 64
     student, ids, logprobs = sparse(N, V, K, torch.bfloat16, lead)
     with patched(arch) as run:

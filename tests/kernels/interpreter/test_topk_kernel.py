@@ -196,7 +196,7 @@ def test_label_out_of_range():
 def test_no_rows():
     empty = torch.empty(0, 7)
     loss, stats = topk(empty, torch.empty(0, 3, dtype=torch.int64), torch.empty(0, 3), empty, stats=True)
-    assert loss.shape == (0,) and stats.shape == (0, 5)
+    assert loss.shape == (0,) and stats.shape == (0, 6)
 
 
 def test_what_is_said_to_be_homogeneous_is():
