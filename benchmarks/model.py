@@ -31,10 +31,15 @@ class Case:
 
 
 class Outcome(NamedTuple):
-    """What a candidate computed: the scalar loss and the gradients of the inputs that have one."""
+    """What a candidate computed: the scalar loss and the gradients of the inputs that have one.
+
+    ``jumps``, of a truth: its gradient is discontinuous. A row within rounding of a jump may be wrong by all of it, so
+    that only the norm over all rows is bound.
+    """
 
     loss: Tensor
     gradients: tuple[Tensor, ...]
+    jumps: bool = False
 
 
 class Inputs(Protocol):

@@ -95,6 +95,15 @@ PEERS = {
     "Fast-LLM forward/reverse KL": (Work(4, 1), "ServiceNow/Fast-LLM 7d61a1b, its Triton kernels"),
 }
 FLOOR = Work(2, 1)
+# A sparse teacher: one tensor of logits. Of the CUDA kernels, which keep a row of this width on chip where there are
+# clusters and are not built for AMD, and of the Triton one. The teacher's 8 bytes a slot are left out.
+NVIDIA = tuple(device.name for device in DEVICES if device.target.startswith("sm_"))
+SPARSE: dict[str, dict[str, Work]] = {
+    "kdkernels topk_kd_loss, CUDA": {name: Work(2 if name == "A100" else 1, 1) for name in NVIDIA},
+    "kdkernels topk_kd_loss, Triton": {device.name: Work(2, 1) for device in DEVICES},
+    "kdkernels capture_topk, CUDA": {name: Work(1, 0) for name in NVIDIA},
+    "eager log_softmax + gather": {device.name: Work(3, 3) for device in DEVICES},
+}
 
 
 def ours(device: Device) -> dict[str, Work]:
@@ -128,7 +137,7 @@ def rows() -> list[tuple[str, dict[str, Work]]]:
     lines = [(f"kdkernels {name}", {device: found[name] for device, found in by_device.items()}) for name in OURS]
     lines += [(name, {device.name: work for device in DEVICES}) for name, (work, _) in PEERS.items()]
     lines.append(("the floor: 2 reads, 1 write", {device.name: FLOOR for device in DEVICES}))
-    return lines
+    return lines + list(SPARSE.items())
 
 
 def table() -> str:
@@ -136,6 +145,9 @@ def table() -> str:
     for name, works in rows():
         line = [name]
         for device in DEVICES:
+            if device.name not in works:
+                line.append("not built")
+                continue
             work = works[device.name]
             milliseconds, bound = predict(work, device)
             line.append(
@@ -166,21 +178,25 @@ def section(measured: str = "") -> str:
         tablefmt="github",
         disable_numparse=True,
     )
-    sources = "\n".join(f"- {name}: {source}" for name, (_, source) in PEERS.items())
+    listed = {name: source for name, (_, source) in PEERS.items()}
+    listed["eager log_softmax + gather"] = "ATen's log_softmax, its backward, and the zeros that gather's backward fills"
+    sources = "\n".join(f"- {name}: {source}" for name, source in listed.items())
     return f"""{BEGIN}
 ## Roofline: a prediction, not a measurement
 
 Loss and gradient of N = {N}, V = {V}, bf16. Each cell: passes over [N, V] that are read and written, and the
 predicted milliseconds: the longest of bytes at {BANDWIDTH_SHARE:.0%} of the peak bandwidth, instructions at one a clock
 and lane, and transcendental operations at their rate; what memory does not bound says so. Launches, synchronisation and
-what L2 serves of a second sweep are left out. No GPU took part.
+what L2 serves of a second sweep are left out. No GPU took part. Below the floor: sparse teachers, which have one tensor
+of logits (loss and gradient; for capture_topk its one read).
 
 {table()}
 
 ![Predicted milliseconds](performance-roofline.png)
 
 Passes of our kernels are what `tests/kernels/test_emulated.py` counts by executing the compiled PTX, operations what
-`tests/kernels/budgets.json` holds them to: machine instructions for kernels that keep the row in a cluster (H100, H200,
+`tests/kernels/budgets.json` holds them to (for the CUDA kernels `tests/cuda/test_topk_cuda.py` and
+`tests/test_capture_cuda.py` count): machine instructions for kernels that keep the row in a cluster (H100, H200,
 B200), PTX for those that sweep. MI300X takes the operations of the A100's.
 
 {operations()}
@@ -201,13 +217,14 @@ def draw(path: Path) -> None:
     figure = Figure(figsize=(11, 0.42 * len(lines) + 1.2), layout="constrained")
     axes = figure.subplots(1, len(DEVICES), sharey=True)
     for ax, device in zip(axes, DEVICES, strict=True):
-        values = [predict(works[device.name], device)[0] for _, works in lines]
+        values = [predict(works[device.name], device)[0] if device.name in works else 0.0 for _, works in lines]
         floor = predict(FLOOR, device)[0]
         colours = ["#d95f02" if name.startswith("kdkernels") else "#9aa0a6" for name, _ in lines]
         ax.barh(range(len(lines)), values, color=colours, edgecolor="#555555", linewidth=0.6)
         ax.axvline(floor, color="#111111", linestyle=(0, (4, 3)), linewidth=0.9)
         for position, value in enumerate(values):
-            ax.annotate(f"{value:.1f}", (value, position), (3, 0), textcoords="offset points", va="center", fontsize=7)
+            text = f"{value:.1f}" if value else "not built"
+            ax.annotate(text, (value, position), (3, 0), textcoords="offset points", va="center", fontsize=7)
         ax.set_xlim(0, max(values) * 1.2)
         ax.set_title(device.name, fontsize=10)
         ax.set_xlabel("predicted ms", fontsize=8)

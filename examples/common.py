@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -255,8 +255,13 @@ def train(
     loss_function: Callable[[Tensor, Any], Tensor],
     learning_rate: float,
     evaluate: Callable[[nn.Module], float],
+    forward: Optional[Callable[[Tensor], Tensor]] = None,
 ) -> Run:
-    """Train a student and time it; ``ask(batch)`` is what it reads, and what the teacher says to that."""
+    """Train a student and time it.
+
+    ``ask(batch)`` is what it reads, and what the teacher says to that; ``forward`` makes of it what the loss takes, by
+    default the student's logits.
+    """
     device = next(student.parameters()).device
     optimizer = torch.optim.AdamW(student.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=len(batches))
@@ -267,13 +272,13 @@ def train(
         begin = clock.mark()
         with torch.no_grad():
             inputs, target = ask(batch)
-        student_logits = student(inputs)
+        output = (forward or student)(inputs)
 
-        # A hook on the logits runs when their gradient is complete: there the loss's share of the backward pass ends.
+        # A hook on the output runs when its gradient is complete: there the loss's share of the backward pass ends.
         ends: list[Any] = []
-        student_logits.register_hook(lambda _, ends=ends: ends.append(clock.mark()))
+        output.register_hook(lambda _, ends=ends: ends.append(clock.mark()))
         start = clock.mark()
-        loss = loss_function(student_logits, target)
+        loss = loss_function(output, target)
         loss.backward()
 
         optimizer.step()

@@ -3,6 +3,8 @@
 The text is the English prose that ships with Python (language reference and docstrings), cut into the tokens of a BPE
 vocabulary trained on it; no download. The teacher is trained first and kept for the next call.
 
+With --fused-linear kdkernels takes hidden states and heads in place of logits, and never stores these whole.
+
 With --offline the teacher is captured once, its K most likely tokens at every position, into a cache on disk, and a
 student is trained from the cache alone; the comparison is with a student that asks the teacher itself in every step.
 """
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 import common
 import corpus
+import kdkernels as kd
 
 DEFAULTS = {
     "steps": 120,
@@ -77,9 +80,15 @@ class LanguageModel(nn.Module):
         with torch.no_grad():
             self.bias.copy_((counts / counts.sum()).log())
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def hidden(self, tokens: Tensor) -> Tensor:
         x = (self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]) * self.scale
-        return F.linear(self.norm(self.blocks(x)), self.tokens.weight, self.bias)
+        return self.norm(self.blocks(x))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.tokens.weight, self.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.hidden(tokens))
 
 
 def tokenize(vocabulary: int) -> tuple[Tensor, Tensor]:
@@ -161,6 +170,43 @@ def distill(name: str, args: argparse.Namespace, teacher_path: Path) -> common.R
     )
 
 
+def distill_hidden(name: str, args: argparse.Namespace, teacher_path: Path) -> common.Run:
+    """Train a student on its teacher's hidden states; the heads of both, and their products, belong to the loss."""
+    device = common.prepare(args)
+    saved = torch.load(teacher_path, map_location=device, weights_only=True)
+    teacher = load_teacher(args, saved, device)
+    student = make_student(args, saved, device)
+    eager = common.eager_kd_loss(args.divergence, args.temperature)
+    fused = kd.LinearKDLoss(
+        divergence=args.divergence,
+        temperature=args.temperature,
+        backend=args.backend,
+        chunk_bytes=args.chunk_mib * common.MIB,
+    )
+
+    def eager_loss(hidden: Tensor, target: Tensor) -> Tensor:
+        with torch.no_grad():
+            teacher_logits = teacher.head(target)
+        return eager(student.head(hidden), teacher_logits)
+
+    def fused_loss(hidden: Tensor, target: Tensor) -> Tensor:
+        heads = {"student_bias": student.bias, "teacher_bias": teacher.bias}
+        loss: Tensor = fused(hidden, student.tokens.weight, target, teacher.tokens.weight, **heads)
+        return loss
+
+    return common.train(
+        name,
+        "eager" if name == common.EAGER else kd.backends.select(args.backend, device.type),
+        student,
+        lambda batch: (batch, teacher.hidden(batch)),
+        student_windows(args, saved),
+        eager_loss if name == common.EAGER else fused_loss,
+        LEARNING_RATE,
+        lambda model: perplexity(model, saved["held_out"]),
+        student.hidden,
+    )
+
+
 def load_teacher(args: argparse.Namespace, saved: dict[str, Any], device: torch.device) -> LanguageModel:
     teacher = LanguageModel(args.vocabulary, **TEACHER).to(device).eval()
     teacher.load_state_dict(saved["weights"])
@@ -182,9 +228,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_options(parser)
     parser.add_argument("--vocabulary", type=int, default=8192, help="size of the BPE vocabulary")
-    parser.add_argument("--offline", action="store_true", help="train from a cache of the teacher's top k")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--fused-linear", action="store_true", help="never store the logits: the loss of hidden states")
+    what.add_argument("--offline", action="store_true", help="train from a cache of the teacher's top k")
+    parser.add_argument("--chunk-mib", type=int, default=4, help="with --fused-linear: of logits at a time, in MiB")
     parser.add_argument("--top-k", type=int, default=64, help="with --offline: tokens kept at every position")
     args = common.parse(parser, DEFAULTS, QUICK)
+    if args.chunk_mib < 1:
+        parser.error(f"--chunk-mib must be at least 1, got {args.chunk_mib}")
     if args.offline:
         # Here, not at the top: it imports this file, and what it needs besides.
         import offline
@@ -208,17 +259,20 @@ def main() -> int:
         "tokenizers": tokenizers.__version__,
     }
     path, trained = common.cached(args.cache_dir, "lm-teacher", config, lambda: train_teacher(args))
+    form = "offline" if args.offline else "fused_linear" if args.fused_linear else "logits"
     if args.offline:
         left, right = offline.run(args, path)
     else:
-        left, right = (common.in_own_process(distill, name, args, path) for name in (common.EAGER, common.FUSED))
+        function = distill_hidden if args.fused_linear else distill
+        left, right = (common.in_own_process(function, name, args, path) for name in (common.EAGER, common.FUSED))
+    title = {
+        "logits": "Language model: a small transformer distilled from a larger one, twice",
+        "fused_linear": "Language model distilled twice: from whole logits, and from hidden states in chunks",
+        "offline": f"Language model: a student of its teacher's top {args.top_k}, asked in every step and captured once",
+    }[form]
     example = common.Example(
-        name="distill_lm_offline" if args.offline else "distill_lm",
-        title=(
-            f"Language model: a student of its teacher's top {args.top_k}, asked in every step and captured once"
-            if args.offline
-            else "Language model: a small transformer distilled from a larger one, twice"
-        ),
+        name="distill_lm" if form == "logits" else f"distill_lm_{form}",
+        title=title,
         score="perplexity of held-out text",
         score_format=".1f",
         teacher_score=torch.load(path, weights_only=True)["perplexity"],

@@ -34,13 +34,6 @@ def loss_backend(args: argparse.Namespace) -> str:
     return kd.backends.select(args.backend, device.type, divergence=args.divergence, pattern="topk_fwd")
 
 
-def capture(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The k most likely tokens with their log-probabilities, and the log of the mass of all others."""
-    logp = torch.log_softmax(logits.float() / temperature, -1)
-    logprobs, ids = logp.topk(k)
-    return ids, logprobs, logp.scatter(-1, ids, -torch.inf).logsumexp(-1)
-
-
 def cache_identity(args: argparse.Namespace, teacher_path: Path) -> dict[str, Any]:
     """Whose log-probabilities the cache has. The teacher's file is named by all that made it and its vocabulary."""
     return {
@@ -71,7 +64,7 @@ def capture_teacher(args: argparse.Namespace, teacher_path: Path, folder: Path) 
         if len(writer):
             print(f"teacher: {len(writer)} of {len(windows)} sequences were captured before")
         for batch in common.progress(windows[len(writer) :].split(args.batch_size), "capture"):
-            captured = capture(teacher(batch), args.top_k, args.temperature)
+            captured = kd.capture_topk(teacher(batch), args.top_k, temperature=args.temperature)
             for ids, logprobs, tail_logprob, tokens in zip(*captured, batch, strict=True):
                 writer.append(ids, logprobs, tail_logprob, input_ids=tokens)
 
@@ -89,7 +82,7 @@ def distill_top_k(name: str, args: argparse.Namespace, teacher_path: Path, folde
         batches = lm.student_windows(args, saved)
 
         def ask(batch: Any) -> tuple[Tensor, Any]:
-            return batch, capture(teacher(batch), args.top_k, args.temperature)
+            return batch, kd.capture_topk(teacher(batch), args.top_k, temperature=args.temperature)
 
     else:
         cache = TeacherCache(folder, **cache_identity(args, teacher_path))
@@ -98,7 +91,7 @@ def distill_top_k(name: str, args: argparse.Namespace, teacher_path: Path, folde
 
         def ask(batch: Any) -> tuple[Tensor, Any]:
             read = {key: value.to(device) for key, value in next(loaded).items()}
-            return read["input_ids"].long(), (read["ids"], read["logprobs"], read["tail_logprob"])
+            return read["input_ids"].long(), kd.TeacherTopK(read["ids"], read["logprobs"], read["tail_logprob"])
 
     # Both have been taken at this temperature already.
     loss_module = kd.TopKKDLoss(
@@ -110,7 +103,7 @@ def distill_top_k(name: str, args: argparse.Namespace, teacher_path: Path, folde
         student,
         ask,
         batches,
-        lambda logits, captured: loss_module(logits, *captured[:2]),
+        lambda logits, captured: loss_module(logits, *captured[:2], tail_logprob=captured.tail_logprob),
         lm.LEARNING_RATE,
         lambda model: lm.perplexity(model, saved["held_out"]),
     )

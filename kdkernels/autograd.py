@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from kdkernels import ops, reference
+from kdkernels import memory, ops, reference
 
 
 class Launch(NamedTuple):
@@ -43,11 +43,11 @@ class RowLoss(torch.autograd.Function):
         dteacher = None
         if dual is not None and teacher is not None:
             # Before the student's launch, which may overwrite the student.
-            dteacher = _empty_grad(teacher)
+            dteacher = memory.empty_like(teacher)
             run(dual, teacher, (student,), dteacher)
         dstudent = None
         if ctx.needs_input_grad[0]:
-            dstudent = student.detach() if inplace else _empty_grad(student)
+            dstudent = student.detach() if inplace else memory.empty_like(student)
         teachers = () if teacher is None else (teacher, *more_teachers)
         rows, stats = run(launch, student, teachers, dstudent)
         if inplace and dstudent is not None:
@@ -142,10 +142,6 @@ def _mergeable(tensor: Tensor, start: int, stop: int) -> bool:
         or tensor.stride(d) == tensor.shape[d + 1] * tensor.stride(d + 1)
         for d in range(start, stop - 1)
     )
-
-
-def _empty_grad(logits: Tensor) -> Tensor:
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
 def _scaled(grad: Optional[Tensor], dloss: Tensor, backend: str) -> Optional[Tensor]:

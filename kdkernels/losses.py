@@ -102,7 +102,7 @@ class LinearTopKKDLoss(torch.nn.Module):
     """``linear_topk_kd_loss`` as a module: ``LinearTopKKDLoss(**options)(student_hidden, student_weight, ...)``.
 
     See ``kdkernels.linear_topk_kd_loss`` for the options; they are checked when the module is built, tensors when it is
-    called. It holds no weight: the head is handed in.
+    called. It holds no weight: the head is handed in. A captured ``tail_logprob`` goes to the call.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -119,6 +119,7 @@ class LinearTopKKDLoss(torch.nn.Module):
         labels: Optional[Tensor] = None,
         *,
         student_bias: Optional[Tensor] = None,
+        tail_logprob: Optional[Tensor] = None,
     ) -> Any:
         return linear.linear_topk_kd_loss(
             student_hidden,
@@ -127,6 +128,7 @@ class LinearTopKKDLoss(torch.nn.Module):
             teacher_logprobs,
             labels,
             student_bias=student_bias,
+            tail_logprob=tail_logprob,
             **self.options,
         )
 

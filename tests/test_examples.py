@@ -25,14 +25,15 @@ def cache_dir(tmp_path_factory):
 
 
 def run(name, cache_dir, output_dir, *options):
-    """Run an example and return what it printed and the record it wrote, which --offline names after itself."""
+    """Run an example and return what it printed and the record it wrote, which a form names after itself."""
     command = [sys.executable, EXAMPLES / f"{name}.py", "--quick", "--cache-dir", cache_dir, "--output-dir", output_dir]
     command += ["--threads", "1"]
     path = os.pathsep.join([str(EXAMPLES.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run([*command, *options], capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done, json.loads((output_dir / f"{name}{'_offline' * ('--offline' in options)}.json").read_text())
+    form = "".join(f"_{form}" for form in ("offline", "fused_linear") if f"--{form.replace('_', '-')}" in options)
+    return done, json.loads((output_dir / f"{name}{form}.json").read_text())
 
 
 def check(record, stdout, plot, names=("eager PyTorch", "kdkernels")):
@@ -85,6 +86,19 @@ def test_language_model_keeps_its_teacher(cache_dir, tmp_path):
     assert "teacher       :" not in again.stderr, "the teacher was trained again"
     # The same start, another divergence: the option reaches both losses.
     assert repeated["runs"][0]["losses"] != eager["losses"]
+
+
+@pytest.mark.slow
+def test_language_model_from_hidden_states(cache_dir, tmp_path):
+    """The same curve, and less memory: neither model's logits are ever there as a whole."""
+    pytest.importorskip("tokenizers", reason="distill_lm trains its vocabulary with tokenizers")
+    done, record = run("distill_lm", cache_dir, tmp_path, "--fused-linear", "--chunk-mib", "2")
+    check(record, done.stdout, tmp_path / "distill_lm_fused_linear.png")
+    eager, fused = record["runs"]
+    assert eager["score"] == pytest.approx(fused["score"], rel=1e-2)
+    added = [one["peak_memory_bytes"] - one["peak_memory_before_training_bytes"] for one in (eager, fused)]
+    # Eager holds at least the logits of both, one log_softmax and the gradient, each [4, 128, 8192] in fp32.
+    assert added[0] - added[1] > 3 * 4 * 128 * 8192 * 4
 
 
 @pytest.mark.slow

@@ -603,6 +603,10 @@ class TestErrors:
             module(*student[:2], ids, logprobs, labels),
             kd.linear_topk_kd_loss(*student[:2], ids, logprobs, labels, tail="renormalize_both"),
         )
+        tail = torch.full(ids.shape[:-1], -3.0)
+        captured = kd.LinearTopKKDLoss()(*student[:2], ids, logprobs, labels, tail_logprob=tail)
+        assert captured == kd.linear_topk_kd_loss(*student[:2], ids, logprobs, labels, tail_logprob=tail)
+        assert captured != kd.linear_topk_kd_loss(*student[:2], ids, logprobs, labels)
 
 
 class TestPeersBugs:

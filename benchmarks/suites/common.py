@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.model import Absent, Candidate, Case, Outcome, Run
-from kdkernels import ops
+from kdkernels import memory, ops
 from kdkernels.backends import Availability, available
 
 TEMPERATURE = 2.0
@@ -152,6 +152,23 @@ def availability(case: Case, names: Sequence[str], pattern: str = "dense_fwd") -
 
 def _build_ours(loss: Ours, backend: str, inplace: bool) -> Callable[[], Run]:
     return lambda: autograd(lambda inputs: loss(inputs, backend, "batchmean", inplace), lambda inputs: (inputs,))
+
+
+def fresh_pages(group: str, loss: Ours, case: Case) -> list[Candidate]:
+    """On the CPU without the memory that kdkernels keeps for gradients: its pages are mapped anew in every run."""
+    if case.device != "cpu" or not next(answer.ok for answer in availability(case, FUSED) if answer.name == "cpu"):
+        return []
+
+    def build() -> Run:
+        run = _build_ours(loss, "cpu", False)()
+
+        def cold(inputs: Any) -> Outcome:
+            memory.empty_cache()
+            return run(inputs)
+
+        return cold
+
+    return [Candidate("kdkernels cpu, fresh pages", group, "kdkernels", build)]
 
 
 def kernels(group: str, case: Case) -> list[Union[Candidate, Absent]]:

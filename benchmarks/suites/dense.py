@@ -36,6 +36,7 @@ def make_candidates(case: Case) -> list[Union[Candidate, Absent]]:
         *(common.compiled(f"torch.compile, {name}", GROUP, loss, case) for name, loss in formulations.items()),
         *common.ours(GROUP, forward_kl, case, backends=common.FUSED),
         *common.ours(GROUP, forward_kl, case, backends=common.FUSED, inplace=True),
+        *common.fresh_pages(GROUP, forward_kl, case),
         *common.kernels(GROUP, case),
         *common.ours(GROUP, forward_kl, case, backends=("torch",)),
         common.add_probe(GROUP),

@@ -44,7 +44,8 @@ def make_candidates(case: Case) -> list[Union[Candidate, Absent]]:
 
 
 def expected(inputs: Any, group: str) -> Outcome:
-    return common.truth(inputs, loss_of(group))
+    # Where p == q TVD's gradient jumps, and differences of bf16 logits are equal for thousands of columns at once.
+    return common.truth(inputs, loss_of(group))._replace(jumps=group == "tvd")
 
 
 SUITE = Suite(

@@ -492,8 +492,13 @@ template <class X>
 int64_t first_maximum(const Row<X>& row, const X* x, int64_t tile, int64_t n) {
   const auto [begin, end] = tile_elements(row, tile, n);
   const double best = maximum(x + begin, end - begin);
-  for (int64_t j = begin; j < end; ++j)
-    if (double(to_compute(x[j])) == best) return j;
+  constexpr int64_t step = 128;
+  for (int64_t from = begin; from < end; from += step) {
+    const int64_t to = std::min(end, from + step);
+    if (maximum(x + from, to - from) != best) continue;
+    for (int64_t j = from; j < to; ++j)
+      if (double(to_compute(x[j])) == best) return j;
+  }
   return -1;
 }
 
@@ -661,12 +666,16 @@ void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k
           const V xs0 = as(s0), xs1 = as(s1), xt0 = at(t0), xt1 = at(t1);
           g0 = c0 + es0 * keep(es0 != zero, a + ks * (xs0 - xt0) + kst * xt0);
           g1 = c0 + es1 * keep(es1 != zero, a + ks * (xs1 - xt1) + kst * xt1);
+        } else if (CE == kCeSquare) {
+          g0 = c0 + es0 * (a + es0 * c1);
+          g1 = c0 + es1 * (a + es1 * c1);
         } else {
           g0 = c0 + es0 * a;
           g1 = c0 + es1 * a;
         }
-        g0 = plus_ce<CE, C>(g0 - unfused(load<V>(et_in) * b), es0, e1_in, c1);
-        g1 = plus_ce<CE, C>(g1 - unfused(load<V>(et_in + kLanes<C>) * b), es1, e1_in + kLanes<C>, c1);
+        constexpr int rest = !LOGS && CE == kCeSquare ? int(kCeNone) : CE;
+        g0 = plus_ce<rest, C>(g0 - unfused(load<V>(et_in) * b), es0, e1_in, c1);
+        g1 = plus_ce<rest, C>(g1 - unfused(load<V>(et_in + kLanes<C>) * b), es1, e1_in + kLanes<C>, c1);
         if (STREAM && i >= stream_begin && i < stream_end) {
           Io<X>::template store2<true>(to, g0, g1);
         } else {

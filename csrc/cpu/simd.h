@@ -266,10 +266,10 @@ KDK_INLINE T horizontal(const Pair<T>& x) {
   return x.a + x.b;
 }
 
-// The steps of a logarithm that arithmetic cannot say: the exponent as a number, and the mantissa in [sqrt(1/2),
+// The steps of a logarithm that arithmetic cannot say: the exponent in units of 2^-23, and the mantissa in [sqrt(1/2),
 // sqrt(2)).
-KDK_INLINE VecI exponent_of(VecF x) { return (bit_cast<VecI>(x) - 0x3f3504f3) >> 23; }
-KDK_INLINE VecF mantissa_of(VecF x, VecI exponent) { return bit_cast<VecF>(bit_cast<VecI>(x) - (exponent << 23)); }
+KDK_INLINE VecI exponent_of(VecF x) { return (bit_cast<VecI>(x) - 0x3f3504f3) & int32_t(0xff800000); }
+KDK_INLINE VecF mantissa_of(VecF x, VecI exponent) { return bit_cast<VecF>(bit_cast<VecI>(x) - exponent); }
 KDK_INLINE VecF to_float(VecI x) { return __builtin_convertvector(x, VecF); }
 template <class T>
 KDK_INLINE auto exponent_of(const Pair<T>& x) {
@@ -283,7 +283,6 @@ template <class E>
 KDK_INLINE auto to_float(const Pair<E>& x) {
   return Pair<decltype(to_float(x.a))>(to_float(x.a), to_float(x.b));
 }
-
 // Natural logarithm of a finite number >= 0: log(2^e (1 + f)) = e log 2 + f + f^2 P(f), minimax in absolute error:
 // degree 5 2.9e-7, degree 6 3.7e-8. Numbers below the normal range, 0 included, give about -88: what multiplies them is
 // 0.
@@ -307,7 +306,7 @@ KDK_INLINE V log_of_floats(V x) {
     poly = poly * f + 0.33315545320510864f;
     poly = poly * f + -0.5000148415565491f;
   }
-  return to_float(exponent) * 0.6931471805599453f + (f * f * poly + f);
+  return to_float(exponent) * (0.6931471805599453f / (1 << 23)) + (f * f * poly + f);
 }
 KDK_INLINE VecF kdk_log(VecF x) { return log_of_floats<6>(x); }
 KDK_INLINE VecF kdk_log_coarse(VecF x) { return log_of_floats<5>(x); }

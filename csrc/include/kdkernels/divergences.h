@@ -28,7 +28,8 @@ struct Params {
 };
 
 // GUARDED: the logits are 16-bit numbers within known bounds, so that no logarithm is infinite, and one to 3e-7 adds no
-// error.
+// error. What is added to a mixture then keeps it from 0, and is far below the rounding of any that matters.
+constexpr float kTiny = 1.17549435e-38f;
 
 // weight * x, and 0 where the weight is 0.
 template <bool GUARDED, class V>
@@ -73,10 +74,16 @@ struct SkewKl {
   template <bool GUARDED = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V, V& value, V& score) {
     const V zero = V{}, rest = zero + 1.0f - k.x0;
+    if constexpr (GUARDED) {
+      const V m = k.x0 * p + (rest * q + kTiny);
+      value = p * (logp - kdk_log_of<GUARDED>(m));
+      score = -rest * p * (q / m);
+      return;
+    }
     const V m = k.x0 * p + rest * q;
     // m may be 0 where the weight is not: alpha times it rounds to 0 for the smallest numbers.
     const auto some = (m > zero) & (p > zero);
-    value = kdk_where(some, p * (logp - kdk_log_of<GUARDED>(m)), zero);
+    value = kdk_where(some, p * (logp - kdk_log(m)), zero);
     score = kdk_where(some, -rest * p * (q / m), zero);
   }
 };
@@ -86,9 +93,15 @@ struct SkewReverseKl {
   template <bool GUARDED = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V, V q, V logq, V& value, V& score) {
     const V zero = V{};
+    if constexpr (GUARDED) {
+      const V m = k.x0 * q + ((zero + 1.0f - k.x0) * p + kTiny);
+      value = q * (logq - kdk_log_of<GUARDED>(m));
+      score = value + q * (zero + 1.0f - k.x0 * (q / m));
+      return;
+    }
     const V m = k.x0 * q + (zero + 1.0f - k.x0) * p;
     const auto some = (m > zero) & (q > zero);
-    value = kdk_where(some, q * (logq - kdk_log_of<GUARDED>(m)), zero);
+    value = kdk_where(some, q * (logq - kdk_log(m)), zero);
     score = kdk_where(some, value + q * (zero + 1.0f - k.x0 * (q / m)), zero);
   }
 };

@@ -1,0 +1,82 @@
+"""Memory of the CPU for gradients, kept from one step to the next.
+
+A C library maps a large block anew whenever it is asked for, and the system then finds, clears and maps every page of it
+while the gradient is written. That takes several times as long as the loss (docs/cpu.md has figures). So the pages of
+the last gradient that was freed are kept for the next one.
+
+They are not withheld from anyone: what is kept is marked with ``MADV_FREE``, and the kernel takes it back when memory
+gets scarce, without a word to this process and without writing it anywhere. Until then it counts as resident.
+``empty_cache()`` gives it back at once; ``KDKERNELS_CPU_CACHE=0`` in the environment keeps nothing. Linux only; elsewhere
+gradients are what ``torch.empty`` gives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import sys
+import weakref
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+# Below this glibc keeps freed blocks itself, once it has seen one of their size.
+MIN_BYTES = 32 * 2**20
+# A kept block is used for what needs at least this part of it; a smaller one would hold memory that nobody needs.
+MIN_SHARE = 0.5
+
+_available = sys.platform == "linux" and hasattr(mmap, "MADV_FREE")
+# At most one block. A list, whose methods are atomic: blocks come back from any thread, in the middle of anything.
+_kept: list[mmap.mmap] = []
+
+
+def empty_cache() -> None:
+    """Give the memory that is kept for the next gradient on the CPU back to the system.
+
+    As ``torch.cuda.empty_cache()``: tensors that are in use keep theirs.
+    """
+    _kept.clear()
+
+
+def empty_like(logits: Tensor) -> Tensor:
+    """An uninitialised contiguous tensor of the shape, dtype and device of logits; a large one is in kept memory."""
+    if not _keeps(logits):
+        return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    size = logits.numel() * logits.element_size()
+    block = _take(size)
+    # The tensor holds the lease, and the lease the block: when the last tensor on it is gone, the block comes back.
+    lease = (ctypes.c_char * size).from_buffer(block)
+    weakref.finalize(lease, _give_back, block).atexit = False
+    return torch.frombuffer(lease, dtype=logits.dtype).view(logits.shape)
+
+
+def _keeps(logits: Tensor) -> bool:
+    # First: a compiler that sees the size would compile again for every other one.
+    if torch.compiler.is_compiling() or not _available or os.environ.get("KDKERNELS_CPU_CACHE") == "0":
+        return False
+    # A subclass, such as a fake tensor, has its own way to make tensors; and whoever asks for filled memory gets it.
+    plain = type(logits) in (Tensor, torch.nn.Parameter) and logits.device.type == "cpu"
+    filled = torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
+    return plain and not filled and logits.numel() * logits.element_size() >= MIN_BYTES
+
+
+def _take(size: int) -> mmap.mmap:
+    kept: Optional[mmap.mmap] = None
+    with contextlib.suppress(IndexError):
+        kept = _kept.pop()
+    if kept is not None and MIN_SHARE * len(kept) <= size <= len(kept):
+        return kept
+    del kept
+    # Private: a forked process has pages of its own.
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def _give_back(block: mmap.mmap) -> None:
+    try:
+        block.madvise(mmap.MADV_FREE)
+    except OSError:  # a kernel that does not know it
+        return
+    _kept[:] = [block]

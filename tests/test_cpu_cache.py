@@ -1,0 +1,145 @@
+"""The memory that is kept between gradients on the CPU: who uses it, and that two gradients never share it."""
+
+import gc
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import kdkernels as kd
+from kdkernels import memory, testing
+
+pytestmark = pytest.mark.skipif(not memory._available, reason="memory is kept on Linux only")
+
+ROWS, COLUMNS = 130, 65536  # 34 MB in fp32
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache():
+    memory.empty_cache()
+    yield
+    memory.empty_cache()
+
+
+def like(rows=ROWS, dtype=torch.float32):
+    return torch.empty(rows, COLUMNS, dtype=dtype)
+
+
+def test_the_next_tensor_gets_the_pages_of_the_last():
+    first = memory.empty_like(like())
+    assert first.shape == (ROWS, COLUMNS) and first.is_contiguous() and first.dtype == torch.float32
+    address = first.data_ptr()
+    first.fill_(1.0)
+    view = first[3:5]
+    del first
+    assert not memory._kept, "a view still holds the memory"
+    assert (view == 1.0).all()
+    del view
+    assert len(memory._kept) == 1
+    second = memory.empty_like(like(dtype=torch.bfloat16).new_empty(2 * ROWS, COLUMNS))
+    assert second.data_ptr() == address and second.dtype == torch.bfloat16 and not memory._kept
+
+
+def test_tensors_that_are_alive_do_not_share():
+    tensors = [memory.empty_like(like()) for _ in range(3)]
+    for value, tensor in enumerate(tensors):
+        tensor.fill_(value)
+    assert [tensor.unique().item() for tensor in tensors] == [0.0, 1.0, 2.0]
+    del tensors, tensor
+    assert len(memory._kept) == 1, "one block is kept"
+    memory.empty_cache()
+    assert not memory._kept
+
+
+def test_a_block_of_another_size_is_given_back():
+    address = memory.empty_like(like()).data_ptr()
+    slightly_less = memory.empty_like(like(ROWS - 1))
+    assert slightly_less.data_ptr() == address
+    del slightly_less
+    # More than there is, and less than half of it.
+    for rows in (ROWS + 1, 3 * ROWS, ROWS):
+        tensor = memory.empty_like(like(rows))
+        tensor.fill_(2.0)
+        assert (tensor == 2.0).all() and len(memory._kept) == 0
+        del tensor
+
+
+@pytest.mark.parametrize(
+    "reason", ["small", "not wanted", "compiled", "poisoned", pytest.param("fake", id="fake tensors")]
+)
+def test_what_is_left_to_torch(reason, monkeypatch):
+    logits = like(2 if reason == "small" else ROWS)
+    if reason == "not wanted":
+        monkeypatch.setenv("KDKERNELS_CPU_CACHE", "0")
+    if reason == "compiled":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    if reason == "poisoned":
+        with testing.poisoned_memory():
+            assert memory.empty_like(logits).isnan().all()
+    elif reason == "fake":
+        with torch._subclasses.FakeTensorMode() as mode:
+            assert isinstance(memory.empty_like(mode.from_tensor(logits)), torch._subclasses.FakeTensor)
+    else:
+        assert memory.empty_like(logits).shape == logits.shape
+    assert not memory._kept
+
+
+def test_gradients_of_training_steps_are_right_and_their_own():
+    """Two steps that hold their gradients, and one after they are freed, against plain PyTorch."""
+    teacher = torch.randn(ROWS, COLUMNS)
+    students = [torch.randn(ROWS, COLUMNS).requires_grad_() for _ in range(3)]
+    for student in students[:2]:
+        kd.kd_loss(student, teacher).backward()
+    held = [student.grad.clone() for student in students[:2]]
+    assert students[0].grad.data_ptr() != students[1].grad.data_ptr()
+    address = students[0].grad.data_ptr()
+    students[0].grad = None
+    kd.kd_loss(students[2], teacher).backward()
+    if kd.backends.select("auto", "cpu") == "cpu":
+        assert students[2].grad.data_ptr() == address
+    torch.testing.assert_close(students[1].grad, held[1], rtol=0, atol=0)
+    for student, grad in ((students[0], held[0]), (students[2], students[2].grad)):
+        exact = student.detach().clone().requires_grad_()
+        kd.kd_loss(exact, teacher, backend="torch").backward()
+        torch.testing.assert_close(grad, exact.grad, rtol=1e-4, atol=1e-10)
+
+
+def test_a_forked_process_has_pages_of_its_own():
+    tensor = memory.empty_like(like()).fill_(1.0)
+    if (child := os.fork()) == 0:
+        tensor[0, 0] = 2.0  # one element: the threads of a parallel loop are not there after a fork
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert (tensor == 1.0).all()
+
+
+def test_gradients_that_outlive_the_interpreter_do_no_harm():
+    script = """
+import threading, torch, kdkernels as kd
+student = torch.randn(130, 65536).requires_grad_()
+def step():
+    student.grad = None
+    kd.kd_loss(student, torch.randn(130, 65536)).backward()
+threads = [threading.Thread(target=step) for _ in range(3)]
+[thread.start() for thread in threads], [thread.join() for thread in threads]
+torch.kept_until_the_end = student.grad
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_kept_memory_is_the_systems_to_take():
+    """What is kept counts as LazyFree: the kernel drops it when memory gets scarce."""
+
+    def lazy_free():
+        with open("/proc/self/smaps_rollup") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("LazyFree"))
+
+    before = lazy_free()
+    memory.empty_like(like()).fill_(1.0)
+    gc.collect()
+    assert lazy_free() - before >= 0.9 * ROWS * COLUMNS * 4
+    memory.empty_cache()
+    assert lazy_free() - before <= 0.1 * ROWS * COLUMNS * 4
