@@ -179,7 +179,9 @@ def section(measured: str = "") -> str:
         disable_numparse=True,
     )
     listed = {name: source for name, (_, source) in PEERS.items()}
-    listed["eager log_softmax + gather"] = "ATen's log_softmax, its backward, and the zeros that gather's backward fills"
+    listed["eager log_softmax + gather"] = (
+        "ATen's log_softmax, its backward, and the zeros that gather's backward fills"
+    )
     sources = "\n".join(f"- {name}: {source}" for name, source in listed.items())
     return f"""{BEGIN}
 ## Roofline: a prediction, not a measurement

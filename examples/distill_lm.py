@@ -268,7 +268,7 @@ def main() -> int:
     title = {
         "logits": "Language model: a small transformer distilled from a larger one, twice",
         "fused_linear": "Language model distilled twice: from whole logits, and from hidden states in chunks",
-        "offline": f"Language model: a student of its teacher's top {args.top_k}, asked in every step and captured once",
+        "offline": f"Language model: a student of its teacher's top {args.top_k}, asked each time and captured once",
     }[form]
     example = common.Example(
         name="distill_lm" if form == "logits" else f"distill_lm_{form}",

@@ -1,13 +1,13 @@
 """Memory of the CPU for gradients, kept from one step to the next.
 
-A C library maps a large block anew whenever it is asked for, and the system then finds, clears and maps every page of it
-while the gradient is written. That takes several times as long as the loss (docs/cpu.md has figures). So the pages of
-the last gradient that was freed are kept for the next one.
+A C library maps a large block anew whenever it is asked for, and the system then finds, clears and maps every page of
+it while the gradient is written. That takes as long as the loss itself, and several times as long on a virtual machine
+that gives freed pages back to its host (docs/cpu.md). So the pages of the last gradient that was freed are kept.
 
 They are not withheld from anyone: what is kept is marked with ``MADV_FREE``, and the kernel takes it back when memory
 gets scarce, without a word to this process and without writing it anywhere. Until then it counts as resident.
-``empty_cache()`` gives it back at once; ``KDKERNELS_CPU_CACHE=0`` in the environment keeps nothing. Linux only; elsewhere
-gradients are what ``torch.empty`` gives.
+``empty_cache()`` gives it back at once; ``KDKERNELS_CPU_CACHE=0`` in the environment keeps nothing. On Linux only;
+elsewhere gradients are what ``torch.empty`` gives.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import mmap
 import os
 import sys
 import weakref
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -59,7 +59,8 @@ def _keeps(logits: Tensor) -> bool:
         return False
     # A subclass, such as a fake tensor, has its own way to make tensors; and whoever asks for filled memory gets it.
     plain = type(logits) in (Tensor, torch.nn.Parameter) and logits.device.type == "cpu"
-    filled = torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
+    deterministic: Any = torch.utils.deterministic
+    filled = torch.are_deterministic_algorithms_enabled() and deterministic.fill_uninitialized_memory
     return plain and not filled and logits.numel() * logits.element_size() >= MIN_BYTES
 
 

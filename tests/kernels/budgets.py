@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from launches import compile_for, dense, dkd, mse, recorded, sass
+from launches import compile_for, dense, dkd, mse, recorded, sass, topk
 
 from kdkernels.kernels import divergences, tuning
 from kdkernels.kernels.scale import scale_grad
@@ -90,14 +90,28 @@ for _name in ("jeffreys", "jsd"):
     }
     FORMS |= {f"{_name}-{key}": (131072, "bf16", 1, True, {"divergence": _name, **more}) for key, more in _more.items()}
 OTHERS = ("dkd", "mse", "centered-mse", "scale")
+CAP = {"student_softcap": 30.0}
+# Of the sparse kernel: (V, dtype, K, gradient, options).
+TOPK_FORMS = {
+    "topk-bucket": (128256, "bf16", 64, True, {"divergence": "jsd"}),
+    "topk-bucket-linear-fp32": (32000, "fp32", 64, True, {"divergence": "jeffreys"}),
+    "topk-bucket-everything": (128256, "bf16", 64, True, {"divergence": "alpha_beta", "stats": True, **HARD, **CAP}),
+    "topk-bucket-loss": (128256, "bf16", 64, False, {}),
+    "topk-bucket-K2048": (128256, "bf16", 2048, True, {}),
+    "topk-uniform": (128256, "bf16", 64, True, {"tail": "uniform", "divergence": "alpha_beta", **HARD}),
+    "topk-renormalize": (128256, "bf16", 64, True, {"tail": "renormalize"}),
+    "topk-renormalize_both": (128256, "bf16", 64, True, {"tail": "renormalize_both"}),
+    "topk-V50257": (50257, "bf16", 64, True, {}),
+}
 # What the other targets are tried on: their compilers differ, the kernels do not.
 SOME = ("forward_kl", "jsd", "tvd", "alpha_beta", "jeffreys-hard", "forward_kl-V128256-fp32", "dkd", "mse", "scale")
 CASES = [
-    *(("sm_90", form) for form in (*FORMS, *OTHERS)),
-    *((target, form) for target in ("sm_80", "sm_100", "sm_120") for form in SOME),
+    *(("sm_90", form) for form in (*FORMS, *OTHERS, *TOPK_FORMS)),
+    *((target, form) for target in ("sm_80", "sm_100", "sm_120") for form in (*SOME, "topk-bucket", "topk-uniform")),
 ]
 # Two-sweep kernels are the only ones there.
-CASES_HIP = [(target, form) for target in HIP for form in ("forward_kl", "jsd", "jeffreys-hard", "dkd", "mse")]
+AMD_FORMS = ("forward_kl", "jsd", "jeffreys-hard", "dkd", "mse", "topk-bucket", "topk-uniform")
+CASES_HIP = [(target, form) for target in HIP for form in AMD_FORMS]
 
 
 @contextlib.contextmanager
@@ -115,6 +129,8 @@ def on(target):
 
 def launch_of(form, target):
     """The launch of a form as it would be on a target, recorded."""
+    if form in TOPK_FORMS:
+        return topk_launch_of(form, target)
     V, dtype, M, gradient, options = FORMS.get(form, (131072, "bf16", 1, True, {}))
     student, *teachers = (torch.empty(2, V, dtype=DTYPES[dtype]) for _ in range(M + 1))
     grad = torch.empty_like(student) if gradient else None
@@ -133,6 +149,15 @@ def launch_of(form, target):
     return launches[0]
 
 
+def topk_launch_of(form, target):
+    V, dtype, K, gradient, options = TOPK_FORMS[form]
+    student, ids = torch.empty(2, V, dtype=DTYPES[dtype]), torch.zeros(2, K, dtype=torch.int64)
+    labels = torch.zeros(2, dtype=torch.int64) if "ce_weight" in options else None
+    with on(target), recorded() as launches:
+        topk(student, ids, torch.zeros(2, K), torch.empty_like(student) if gradient else None, labels, **options)
+    return launches[0]
+
+
 def measure(form, target):
     """The table's entry of a form on a CUDA target."""
     launch = launch_of(form, target)
@@ -148,7 +173,8 @@ def measure(form, target):
         transcendental = sum(name.startswith("MUFU") for name in operations) / columns
     else:
         block = kwargs["BLOCK_V"] if form == "scale" else tuning_block(kwargs["TILE"])
-        instructions, transcendental = (count * threads / block for count in sweeps(binary.text))
+        columns = r"ld\.global\S*\.(v4|b16)\b" if form in TOPK_FORMS else r"ld\.global"
+        instructions, transcendental = (count * threads / block for count in sweeps(binary.text, columns))
     most, shared = MULTIPROCESSOR[target]
     allocated = -(-binary.registers // 8) * 8
     return {
@@ -182,8 +208,8 @@ def cluster_reductions(ttgir):
     return len(re.findall(r"^\s*\}\) : \(tensor<[^>]*>.*\) -> (?:\(f32|\(i32|f32|i32)", ttgir, re.MULTILINE))
 
 
-def sweeps(ptx):
-    """Instructions and transcendental operations in the bodies of the loops that load columns."""
+def sweeps(ptx, columns):
+    """Instructions and transcendental operations in the bodies of the loops that load columns: what matches."""
     lines = [line.strip() for line in ptx.splitlines()]
     labels = {line.split(":")[0]: number for number, line in enumerate(lines) if re.match(r"\$L__BB\w+:", line)}
     instructions = transcendental = 0
@@ -194,7 +220,7 @@ def sweeps(ptx):
         body = [
             x for x in lines[labels[jump.group(1)] : number + 1] if re.match(r"(?:@!?%p\d+ )?[a-z][a-z0-9_.:]+\s", x)
         ]
-        if any("ld.global" in x for x in body):
+        if any(re.search(columns, x) for x in body):
             instructions += len(body)
             transcendental += sum(bool(re.search(r"\b(ex2|lg2|rcp|sqrt|rsqrt|div)\.", x)) for x in body)
     return instructions, transcendental

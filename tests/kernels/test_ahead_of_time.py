@@ -53,6 +53,8 @@ def test_targets():
 def test_wide_accesses():
     """Where V and the strides are multiples of 16 bytes, what is narrower are scalars of a row."""
     for name, entry in TABLE.items():
+        if name.split("/")[1] in budgets.TOPK_FORMS:
+            continue  # test_topk_ahead_of_time.py: entries of the teacher are narrow
         V, _, M, _, options = FORMS.get(name.split("/")[1], (131072, "bf16", 1, True, {}))
         if V % 16:
             continue
