@@ -174,7 +174,7 @@ def distill_hidden(name: str, args: argparse.Namespace, teacher_path: Path) -> c
     """Train a student on its teacher's hidden states; the heads of both, and their products, belong to the loss."""
     device = common.prepare(args)
     saved = torch.load(teacher_path, map_location=device, weights_only=True)
-    teacher = load_teacher(args, saved, device)
+    teacher = load_teacher(args, saved, device).requires_grad_(False)
     student = make_student(args, saved, device)
     eager = common.eager_kd_loss(args.divergence, args.temperature)
     fused = kd.LinearKDLoss(
