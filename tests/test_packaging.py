@@ -35,7 +35,9 @@ def test_readme_code_runs():
     blocks = code_blocks("python")
     assert blocks and all(block.rstrip().endswith("loss.backward()") for block in blocks)
     check = (
-        "assert torch.isfinite(loss) and student.grad.isfinite().all() and student.grad.any()\nstudent.grad = None\n"
+        "leaves = [x for x in vars().copy().values() if torch.is_tensor(x) and x.is_leaf and x.grad is not None]\n"
+        "assert torch.isfinite(loss) and leaves and all(x.grad.isfinite().all() and x.grad.any() for x in leaves)\n"
+        "for leaf in leaves: leaf.grad = None\n\n"
     )
     done = python("-c", "".join(block + check for block in blocks))
     assert done.returncode == 0, done.stderr
