@@ -228,6 +228,8 @@ def test_every_formulation_computes_what_it_stands_for(name, dtype):
     listed = suite.make_candidates(case)
     # Compiling them takes minutes; what is compiled are these functions.
     built = [(item, item.build()) for item in listed if isinstance(item, Candidate) and item.family != "compile"]
+    if not built:
+        pytest.skip(f"nothing of the suite runs here: {', '.join(item.reason for item in listed)}")
     assert {item.group for item, _ in built} == {item.group for item in listed}
     errors = runner.check(suite, case, built, suite.make_inputs(case, 0))
     assert set(errors) == {item.key for item, _ in built}

@@ -271,7 +271,7 @@ def test_padded_rows_have_no_loss(whole):
     length, longest = batch["length"].tolist()
     assert length < longest and (batch["input_ids"][0, length:] == 7).all()
     loss = kd.topk_kd_loss(torch.randn(2, longest, V), batch["ids"], batch["logprobs"], reduction="none")
-    assert (loss[0, length:] == 0).all() and (loss[0, :length] > 0).all()
+    assert (loss[0, length:].abs() < 1e-5).all() and (loss[0, :length] > 1e-3).all()
 
 
 def test_pickle_takes_no_shard_along(whole):
