@@ -55,6 +55,7 @@ from kdkernels.kernels.terms import (
     label_gradient,
     score_of,
     statistics_of,
+    through_cap,
     value_of,
 )
 
@@ -403,8 +404,7 @@ def dense_fwd_kernel(
                 g += lse_scale * softmax(s, hard_norm)[0]
             if CE:
                 g = label_gradient(g, offs_v, label, V, hard_scale, label_smoothing)
-            if student_softcap is not None:
-                g *= 1.0 - (s / student_softcap) * (s / student_softcap)
+            g = through_cap(g, s, student_softcap)
             store_gradient(dstudent_ptr, offs_v, g, V, pad_width)
         if pad_width is not None:
             zero_columns(dstudent_ptr, num_tiles * BLOCK_V, pad_width, TILE)

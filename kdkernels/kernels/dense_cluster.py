@@ -35,6 +35,7 @@ from kdkernels.kernels.terms import (
     label_gradient,
     score_of,
     statistics_of,
+    through_cap,
     value_of,
 )
 
@@ -410,8 +411,7 @@ def dense_cluster_fwd_kernel(
                 g += hard_factor * fast_exp2(tl.fma(s, LOG2E, -(top_s * LOG2E)))
             if CE:
                 g = label_gradient(g, offs_v + k * STEP, label_v, V, hard_scale, label_smoothing)
-            if student_softcap is not None:
-                g *= 1.0 - (s / student_softcap) * (s / student_softcap)
+            g = through_cap(g, s, student_softcap)
             g = g.to(dstudent_ptr.dtype.element_ty)
             if k < PIECES - 1:
                 tl.store(dstudent_ptr + k * STEP + offs_v, g)

@@ -87,3 +87,11 @@ def label_gradient(g, offs_v, label, V, hard_scale, label_smoothing):
         g -= tl.where(offs_v == label, hard_scale * (1.0 - label_smoothing), 0.0)
         g -= hard_scale * label_smoothing / V
     return g
+
+
+@triton.jit
+def through_cap(g, s, softcap):
+    """The gradient in logits before the softcap, s being those after it."""
+    if softcap is not None:
+        g *= 1.0 - (s / softcap) * (s / softcap)
+    return g

@@ -52,7 +52,7 @@ from kdkernels.kernels.rows import (
     tile_offsets,
     zero_columns,
 )
-from kdkernels.kernels.terms import NOWHERE, score_of, value_of
+from kdkernels.kernels.terms import NOWHERE, hard_terms, label_gradient, score_of, through_cap, value_of
 
 NUM_STATS = tl.constexpr(6)
 # Bits of the word in which a lane marks the columns it holds.
@@ -285,19 +285,11 @@ def evaluate_one(
 
 
 @triton.jit
-def hard_gradient(s, offs_v, norm, label, lse_scale, label_step, smooth_step):
+def hard_gradient(s, offs_v, norm, label, V, lse_scale, hard_scale, label_smoothing, CE: tl.constexpr):
     """Of cross entropy and z-loss, in logits s of the columns offs_v."""
-    g = lse_scale * softmax(s, norm)[0] - tl.where(offs_v == label, label_step, 0.0)
-    if smooth_step is not None:
-        g -= smooth_step
-    return g
-
-
-@triton.jit
-def through_cap(g, s, softcap):
-    """The gradient in logits before the softcap, s being those after it."""
-    if softcap is not None:
-        g *= 1.0 - (s / softcap) * (s / softcap)
+    g = lse_scale * softmax(s, norm)[0]
+    if CE:
+        g = label_gradient(g, offs_v, label, V, hard_scale, label_smoothing)
     return g
 
 
@@ -417,6 +409,7 @@ def topk_fwd_kernel(
         s = tl.where(used, soft_cap(s, student_softcap), NEG_INF)
     top = tl.max(s, axis=0)
     high = top
+    centered_sum = 0.0
     if SWEPT:
         skipped = tl.min(tl.where((s == top) & (s > NEG_INF), ids, NOWHERE), axis=0)
         out_max, out_z, hard_z, centered_sum = sweep_but_one(
@@ -436,11 +429,13 @@ def topk_fwd_kernel(
         fine = z > 0
         others_z = tl.sum(tl.where(used & (ids != skipped), tl.exp2((s - out_max) * student_scale), 0.0), axis=0)
         out_z = tl.where(outside > 0, out_z - others_z, 0.0)
+    hard_norm = (high, LOG2E, 0.0, 1.0)
     if HARD:
         hard_z = hard_z * tl.exp2((out_max - high) * LOG2E)
         hard_z += tl.where(skipped == NOWHERE, 0.0, tl.exp2((top - high) * LOG2E))
         hard_norm = (high, LOG2E, tl.log2(hard_z), 1.0 / hard_z)
-        lse = high + hard_norm[2] * LN2
+        if CE and label_smoothing is not None:
+            centered_sum += tl.where(skipped == NOWHERE, 0.0, top - center)
     if RESTRICTED:
         a = (s - top) * student_scale
         q = tl.where(used, tl.exp2(a), 0.0)
@@ -510,28 +505,22 @@ def topk_fwd_kernel(
         slope = (score_outside - score_sum) * factor
     divergence = tl.where(known, divergence, 0.0) + spoilt
 
-    loss = 0.0
+    ce, lse, loss, hard_scale, lse_scale = hard_terms(
+        hard_norm[0],
+        hard_norm[2],
+        label_logit if CE else None,
+        centered_sum,
+        V,
+        scale,
+        ce_weight,
+        z_loss_weight,
+        label_smoothing,
+    )
     g_scale = 0.0
     if kd_weight is not None:
         kd_scale = scale * kd_weight * tl.where(t_squared != 0, temperature * temperature, 1.0)
         loss += kd_scale * divergence
         g_scale = tl.where(known, kd_scale / temperature, 0.0)
-    ce = 0.0
-    lse_scale = 0.0
-    label_step = 0.0
-    smooth_step = None
-    if CE:
-        ce = high - label_logit + hard_norm[2] * LN2
-        lse_scale = scale * ce_weight
-        label_step = lse_scale
-        if label_smoothing is not None:
-            ce -= label_smoothing * (centered_sum + tl.where(skipped == NOWHERE, 0.0, top - center)) / V
-            label_step *= 1.0 - label_smoothing
-            smooth_step = lse_scale * label_smoothing / V
-        loss += lse_scale * ce
-    if z_loss_weight is not None:
-        loss += scale * z_loss_weight * lse * lse
-        lse_scale += 2.0 * scale * z_loss_weight * lse
     tl.store(loss_ptr + row64, loss)
     if STATS:
         stats_ptr += row64 * NUM_STATS
@@ -564,14 +553,14 @@ def topk_fwd_kernel(
                 else:
                     g = tl.exp2((x - out_max) * student_scale) * mul0(g_scale, slope)
                 if HARD_GRAD:
-                    g += hard_gradient(x, offs_v, hard_norm, label, lse_scale, label_step, smooth_step)
+                    g += hard_gradient(x, offs_v, hard_norm, label, V, lse_scale, hard_scale, label_smoothing, CE)
                 store_gradient(dstudent_ptr, offs_v, through_cap(g, x, student_softcap), V, pad_width)
             if pad_width is not None:
                 zero_columns(dstudent_ptr, num_tiles * BLOCK_V, pad_width, TILE)
         tl.debug_barrier()
         g = mul0(g_scale, score - q * score_sum)
         if HARD_GRAD:
-            g += hard_gradient(s, ids, hard_norm, label, lse_scale, label_step, smooth_step)
+            g += hard_gradient(s, ids, hard_norm, label, V, lse_scale, hard_scale, label_smoothing, CE)
         g = through_cap(g, s, student_softcap) + spoilt
         tl.store(dstudent_ptr + ids, g.to(dstudent_ptr.dtype.element_ty), mask=used)
 
