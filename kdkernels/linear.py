@@ -77,7 +77,7 @@ def linear_kd_loss(
             that returns logits ``[R, V]`` on any device (a sequence of them for a mixture). ``rows`` counts the
             flattened rows: a ``slice``, or an int64 tensor where rows are left out; it indexes a tensor ``[N, ...]``.
             Eager only.
-        chunk_bytes: of the logits of a chunk, student's and teachers' together; by default 64 MiB on a CPU and 512 MiB
+        chunk_bytes: of the logits of a chunk, student's and teachers' together; by default 96 MiB on a CPU and 512 MiB
             on a GPU. It bounds the memory, whatever N is, down to one row.
         teacher_form: as in ``kd_loss``, for ``teacher_logits``; products are "logits".
         reduction: as in ``kd_loss``; "none" only where no gradient is asked for: each row's ``grad_output`` would have
