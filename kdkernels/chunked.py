@@ -20,8 +20,8 @@ from kdkernels.reference.topk import distinct
 Rows = Union[slice, Tensor]
 TeacherChunks = Callable[[Rows], Any]
 
-# Of all logits of a chunk. On a CPU every chunk packs the heads anew, which at 256 rows costs a fifth of a projection, at
-# 512 a tenth; these are 341 rows of 32000 fp32 logits, 196 of 128256 in bf16. On a GPU a product needs about 1000 rows
+# Of all logits of a chunk. On a CPU the heads are packed anew for every chunk: a fifth of a projection at 256 rows, a
+# tenth at 512; these are 393 rows of 32000 fp32 logits, 196 of 128256 in bf16. On a GPU a product needs about 1000 rows
 # before it is bound by arithmetic and not by reading the head.
 CPU_CHUNK_BYTES = 96 * 2**20
 GPU_CHUNK_BYTES = 512 * 2**20
@@ -142,7 +142,7 @@ class _Sums(NamedTuple):
 
 def _logits_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], needs: Sequence[bool]) -> _Sums:
     launch, columns, device = call.launch, call.launch.options["vocab_size"], hidden.device
-    dtype, scratch = call.product_dtype or hidden.dtype, Scratch()
+    dtype, scratch = call.product_dtype or hidden.dtype, Scratch(hidden)
     head = Head(weight, bias, columns=columns, dtype=dtype, scratch=scratch)
     teachers = _teacher_heads(call, scratch)
     inputs = hidden.to(dtype)
@@ -154,11 +154,11 @@ def _logits_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tens
     row_bytes = columns * (dtype.itemsize + sum(states.dtype.itemsize for _, states in teachers))
     for rows, count in _chunks(launch, len(hidden), _budget(call, device) // row_bytes):
         h, part = inputs[rows], _of_rows(launch, rows)
-        logits = scratch.logits("student logits", count, columns, dtype, device)
+        logits = scratch.logits("student logits", count, columns, dtype)
         head.project(h, logits)
         targets = []
         for k, (teacher, states) in enumerate(teachers):
-            targets.append(scratch.logits(f"teacher logits {k}", count, columns, states.dtype, device))
+            targets.append(scratch.logits(f"teacher logits {k}", count, columns, states.dtype))
             teacher.project(states[rows], targets[k])
         if call.teacher_logits is not None:
             targets = checks.teacher_chunks(call.teacher_logits(rows), count, columns, call.num_teachers, device)
@@ -176,7 +176,7 @@ def _columns_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Ten
     Everything is bound by reading those rows, so that products and sums are fp32 throughout, of rounded operands.
     """
     columns, device = call.launch.options["vocab_size"], hidden.device
-    dtype, scratch = call.product_dtype or hidden.dtype, Scratch()
+    dtype, scratch = call.product_dtype or hidden.dtype, Scratch(hidden)
     sums = sum_dtype(dtype)
     ids, launch = _positions(call.launch, columns)
     num_ids, width = ids.shape[1], hidden.shape[1]
@@ -193,7 +193,7 @@ def _columns_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Ten
     row_bytes = num_ids * width * (sums.itemsize + (weight.dtype.itemsize if weight.dtype != sums else 0))
     for rows, count in _chunks(launch, len(hidden), _budget(call, device) // row_bytes):
         h, flat = hidden[rows].to(dtype).to(sums), ids[rows].reshape(-1)
-        gathered = scratch.empty("gathered", (len(flat), width), weight.dtype, device)
+        gathered = scratch.empty("gathered", (len(flat), width), weight.dtype)
         torch.index_select(weight, 0, flat, out=gathered)
         if dtype != weight.dtype:
             gathered = gathered.to(dtype)
@@ -249,12 +249,12 @@ def _budget(call: Call, device: torch.device) -> int:
 
 
 def _chunks(launch: Launch, num_rows: int, size: int) -> Iterator[tuple[Rows, int]]:
-    """Index and length of chunks of at most ``size`` of the rows that count, as even as can be."""
+    """Index and length of chunks of at most ``size`` of the rows that count, even, and none longer than the first."""
     kept = _kept_rows(launch)
     total = num_rows if kept is None else len(kept)
     count = -(-total // max(size, 1))
     for k in range(count):
-        start, stop = k * total // count, (k + 1) * total // count
+        start, stop = -(-k * total // count), -(-(k + 1) * total // count)
         yield (slice(start, stop) if kept is None else kept[start:stop]), stop - start
 
 

@@ -7,6 +7,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from kdkernels import memory
+
 # Columns of the head that a CPU multiplies at a time: the block then stays in the cache through packing and product.
 CPU_BLOCK_COLUMNS = 512
 CACHE_LINE_BYTES = 64
@@ -19,33 +21,37 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Scratch:
-    """Buffers by name that live through the chunks: fresh pages cost a CPU more than the conversion they hold."""
+    """Buffers by name that live through the chunks, on the device of ``like``.
 
-    def __init__(self) -> None:
+    Fresh pages cost a CPU more than the conversion they hold; those of large buffers are kept for the next call.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
         self._buffers: dict[str, Tensor] = {}
 
-    def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Uninitialised, and overwritten by the next call of the same name."""
         size = torch.Size(shape).numel()
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < size or buffer.dtype != dtype:
-            buffer = self._buffers[name] = torch.empty(size, dtype=dtype, device=device)
+            buffer = self._buffers[name] = memory.empty(self._like, (size,), dtype, name)
         return buffer[:size].view(shape)
 
-    def logits(self, name: str, num_rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def logits(self, name: str, num_rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """As ``empty``, of a chunk. On a CPU rows are an odd number of cache lines apart: the product writes a few
         columns of many rows at a time, which then do not fall on the same few places of the cache."""
         stride = columns
-        if device.type == "cpu":
+        if self._like.device.type == "cpu":
             line = CACHE_LINE_BYTES // dtype.itemsize
             stride = (-(-columns // line) | 1) * line
-        return self.empty(name, (num_rows, stride), dtype, device)[:, :columns]
+        return self.empty(name, (num_rows, stride), dtype)[:, :columns]
 
     def converted(self, name: str, source: Tensor, dtype: torch.dtype) -> Tensor:
         """``source`` itself, or a copy of another dtype."""
         if source.dtype == dtype:
             return source
-        return self.empty(name, tuple(source.shape), dtype, source.device).copy_(source)
+        return self.empty(name, tuple(source.shape), dtype).copy_(source)
 
 
 class HeadGrad:
@@ -64,6 +70,9 @@ class HeadGrad:
             block = blocks[0].stop
             block_bytes = block * weight[0].numel() * dtype.itemsize
             self._rows = block * -(-PIECE_BYTES // block_bytes)
+        if weight.dtype == dtype:
+            self._sums = [memory.empty_like(weight).zero_()]
+            return
         self._sums = [
             torch.zeros(len(part), *weight.shape[1:], dtype=dtype, device=weight.device)
             for part in weight.split(self._rows)
@@ -112,7 +121,7 @@ class Head:
             weight = self._block(block)
             target = out[:, block]
             if out.dtype != self.dtype:
-                target = self._scratch.empty("logits", tuple(target.shape), self.dtype, out.device)
+                target = self._scratch.empty("logits", tuple(target.shape), self.dtype)
             if self.bias is None:
                 torch.mm(hidden, weight.t(), out=target)
             else:
@@ -132,7 +141,7 @@ class Head:
         """Add the gradients of a chunk to ``dweight`` and ``dbias``; return that of ``hidden``, until the next call."""
         dhidden = None
         if wants_dhidden:
-            dhidden = self._scratch.empty("dhidden", tuple(hidden.shape), self.dtype, hidden.device)
+            dhidden = self._scratch.empty("dhidden", tuple(hidden.shape), self.dtype)
         hidden = self._wide("hidden", hidden)
         for block in self.blocks:
             dblock = self._wide("logits", dlogits[:, block])

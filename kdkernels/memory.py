@@ -1,8 +1,9 @@
-"""Memory of the CPU for gradients, kept from one step to the next.
+"""Memory of the CPU for gradients and chunks of logits, kept from one step to the next.
 
 A C library maps a large block anew whenever it is asked for, and the system then finds, clears and maps every page of
 it while the gradient is written. That takes as long as the loss itself, and several times as long on a virtual machine
-that gives freed pages back to its host (docs/cpu.md). So the pages of the last gradient that was freed are kept.
+that gives freed pages back to its host (docs/cpu.md). So the pages of the last gradient that was freed are kept, and
+those of the last chunks of the losses on hidden states.
 
 They are not withheld from anyone: what is kept is marked with ``MADV_FREE``, and the kernel takes it back when memory
 gets scarce, without a word to this process and without writing it anywhere. Until then it counts as resident.
@@ -12,13 +13,13 @@ elsewhere gradients are what ``torch.empty`` gives.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import mmap
 import os
 import sys
 import weakref
-from typing import Any, Optional
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,12 +30,13 @@ MIN_BYTES = 32 * 2**20
 MIN_SHARE = 0.5
 
 _available = sys.platform == "linux" and hasattr(mmap, "MADV_FREE")
-# At most one block. A list, whose methods are atomic: blocks come back from any thread, in the middle of anything.
-_kept: list[mmap.mmap] = []
+# At most one block for each use. A dict, whose methods are atomic: blocks come back from any thread, in the middle of
+# anything.
+_kept: dict[str, mmap.mmap] = {}
 
 
 def empty_cache() -> None:
-    """Give the memory that is kept for the next gradient on the CPU back to the system.
+    """Give the memory that is kept for the next step on the CPU back to the system.
 
     As ``torch.cuda.empty_cache()``: tensors that are in use keep theirs.
     """
@@ -43,31 +45,34 @@ def empty_cache() -> None:
 
 def empty_like(logits: Tensor) -> Tensor:
     """An uninitialised contiguous tensor of the shape, dtype and device of logits; a large one is in kept memory."""
-    if not _keeps(logits):
-        return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    size = logits.numel() * logits.element_size()
-    block = _take(size)
+    return empty(logits, logits.shape, logits.dtype, "gradient")
+
+
+def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype, use: str) -> Tensor:
+    """An uninitialised contiguous tensor on the device of ``like``; a large one is in memory kept for this use."""
+    size = torch.Size(shape).numel() * dtype.itemsize
+    if not _keeps(like, size):
+        return torch.empty(shape, dtype=dtype, device=like.device)
+    block = _take(size, use)
     # The tensor holds the lease, and the lease the block: when the last tensor on it is gone, the block comes back.
     lease = (ctypes.c_char * size).from_buffer(block)
-    weakref.finalize(lease, _give_back, block).atexit = False
-    return torch.frombuffer(lease, dtype=logits.dtype).view(logits.shape)
+    weakref.finalize(lease, _give_back, block, use).atexit = False
+    return torch.frombuffer(lease, dtype=dtype).view(shape)
 
 
-def _keeps(logits: Tensor) -> bool:
+def _keeps(like: Tensor, size: int) -> bool:
     # First: a compiler that sees the size would compile again for every other one.
     if torch.compiler.is_compiling() or not _available or os.environ.get("KDKERNELS_CPU_CACHE") == "0":
         return False
     # A subclass, such as a fake tensor, has its own way to make tensors; and whoever asks for filled memory gets it.
-    plain = type(logits) in (Tensor, torch.nn.Parameter) and logits.device.type == "cpu"
+    plain = type(like) in (Tensor, torch.nn.Parameter) and like.device.type == "cpu"
     deterministic: Any = torch.utils.deterministic
     filled = torch.are_deterministic_algorithms_enabled() and deterministic.fill_uninitialized_memory
-    return plain and not filled and logits.numel() * logits.element_size() >= MIN_BYTES
+    return plain and not filled and size >= MIN_BYTES
 
 
-def _take(size: int) -> mmap.mmap:
-    kept: Optional[mmap.mmap] = None
-    with contextlib.suppress(IndexError):
-        kept = _kept.pop()
+def _take(size: int, use: str) -> mmap.mmap:
+    kept = _kept.pop(use, None)
     if kept is not None and MIN_SHARE * len(kept) <= size <= len(kept):
         return kept
     del kept
@@ -75,9 +80,9 @@ def _take(size: int) -> mmap.mmap:
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
-def _give_back(block: mmap.mmap) -> None:
+def _give_back(block: mmap.mmap, use: str) -> None:
     try:
         block.madvise(mmap.MADV_FREE)
     except OSError:  # a kernel that does not know it
         return
-    _kept[:] = [block]
+    _kept[use] = block

@@ -1,4 +1,4 @@
-"""The memory that is kept between gradients on the CPU: who uses it, and that two gradients never share it."""
+"""The memory that is kept between steps on the CPU: who uses it, and that two tensors never share it."""
 
 import gc
 import os
@@ -64,6 +64,30 @@ def test_a_block_of_another_size_is_given_back():
         tensor.fill_(2.0)
         assert (tensor == 2.0).all() and len(memory._kept) == 0
         del tensor
+
+
+def test_a_block_is_kept_for_each_use():
+    shape = (ROWS, COLUMNS)
+    addresses = {}
+    for use in ("logits", "gradient", "logits", "gradient"):
+        tensor = memory.empty(like(), shape, torch.float32, use)
+        assert addresses.setdefault(use, tensor.data_ptr()) == tensor.data_ptr()
+        del tensor
+    assert set(memory._kept) == {"logits", "gradient"}
+
+
+def test_losses_on_hidden_states_reuse_their_chunks_and_the_gradient_of_the_head():
+    hidden, teacher = torch.randn(ROWS, 130), torch.randn(ROWS, 8)
+    head, teacher_head = torch.randn(COLUMNS, 130, requires_grad=True), torch.randn(COLUMNS, 8)
+    grads = []
+    for _ in range(2):
+        head.grad = None
+        kd.linear_kd_loss(hidden, head, teacher, teacher_head).backward()
+        grads.append((head.grad.data_ptr(), head.grad.clone()))
+        assert set(memory._kept) == {"student logits", "teacher logits 0"}
+    if kd.backends.select("auto", "cpu") == "cpu":
+        assert grads[0][0] == grads[1][0]
+    torch.testing.assert_close(grads[0][1], grads[1][1], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
