@@ -25,10 +25,12 @@ def per_row(low, high, seed):
 
 
 OPTIONS = {
-    # The exponentials of cross entropy are those of the divergence, their squares, or others.
+    # The exponentials of cross entropy are those of the divergence, a power of them, or others.
     "ce-T1": {"ce_weight": 0.5},
     "ce-T2": {"ce_weight": 0.5, "temperature": 2.0},
     "ce-T3": {"ce_weight": 0.5, "temperature": 3.0},
+    "ce-T4": {"ce_weight": 0.5, "temperature": 4.0},
+    "ce-T1.7": {"ce_weight": 0.5, "temperature": 1.7},
     "ce-T0.2": {"ce_weight": 0.5, "temperature": 0.2},
     "ce-only": {"ce_weight": 1.5, "kd_weight": 0.0},
     "kd_weight": {"kd_weight": 0.3, "temperature": 2.0},
@@ -116,7 +118,7 @@ def test_options_over_several_tiles(options, dtype, backend):
 
 
 @pytest.mark.parametrize("kind", ["huge", "late", "peaked", "both-inf"])
-@pytest.mark.parametrize("name", ["ce-T1", "ce-T2", "ce-T3", "z-T2", "row-temperatures-ce"])
+@pytest.mark.parametrize("name", ["ce-T1", "ce-T2", "ce-T3", "ce-T4", "ce-T1.7", "z-T2", "row-temperatures-ce"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_hard_terms_on_hard_inputs(kind, name, dtype, backend):
     student, teacher, labels = make_case(OPTIONS[name], DTYPES[dtype], vocab_size=1000, kind=kind)
@@ -224,7 +226,7 @@ def test_ignore_index_and_label_dtype(ignore_index, label_dtype, backend):
 @dtypes
 def test_the_label_may_stand_anywhere(label, dtype, backend):
     student, teacher = testing.make_inputs("normal", 3, VOCAB, DTYPES[dtype])
-    for temperature in (1.0, 2.0, 3.0):
+    for temperature in (1.0, 2.0, 3.0, 4.0, 1.7):
         options = {"divergence": "reverse_kl", "temperature": temperature, "ce_weight": 0.5, "label_smoothing": 0.1}
         testing.check_kd_loss(student, teacher, torch.full((3,), label), backend=backend, **options)
 

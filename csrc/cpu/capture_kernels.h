@@ -10,6 +10,7 @@
 #pragma once
 
 #include "dense_kernels.h"
+#include "sparse.h"
 
 #include <functional>
 #include <type_traits>
@@ -257,7 +258,7 @@ void rows(const CaptureArgs& args, int64_t begin, int64_t end) {
 
 }  // namespace capture
 
-inline void run_capture(const CaptureArgs& args, int64_t begin, int64_t end) {
+void run_capture(const CaptureArgs& args, int64_t begin, int64_t end) {
   switch (args.teacher.dtype) {
     case DType::kFloat32: return capture::rows<float>(args, begin, end);
     case DType::kBFloat16: return capture::rows<BFloat16>(args, begin, end);

@@ -1,6 +1,5 @@
-#include "capture_kernels.h"
 #include "dense_kernels.h"
-#include "topk_kernels.h"
+#include "sparse.h"
 
 namespace kdk {
 

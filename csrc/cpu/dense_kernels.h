@@ -27,9 +27,9 @@ constexpr double kLn2 = 0.6931471805599453;
 constexpr double kLog2e = 1.4426950408889634;
 constexpr int64_t kTileElements = 2048;
 constexpr int64_t kSeedElements = 128;
-// A sum of 2^x above this sends the row back for its true maximum: sums of 2^x * x stay finite up to it, those of the
-// squares of 2^x only up to its root.
-constexpr double kRedo = 0x1p80, kRedoSquared = 0x1p40;
+// A sum of 2^x above this sends the row back for its true maximum: sums of 2^x * x stay finite up to it, those of a
+// power of 2^x only up to its root.
+constexpr double kRedo = 0x1p80;
 constexpr int64_t kPrefetchBytes = 4096;
 // Gradients larger than this are written around the caches, which they would only flush; but not short rows, where
 // aligning the writes costs more than it saves.
@@ -37,8 +37,9 @@ constexpr int64_t kStreamBytes = int64_t(8) << 20, kStreamRowBytes = 4 << 10;
 
 // Which sums over e^x sweep 1 makes: of et (xt - xs), of es (xs - xt), or both with both entropies' terms.
 enum Sums { kNoSums = 0, kForward = 1, kReverse = 2, kAll = 3 };
-// What carries the exponentials at temperature 1 for cross entropy and z-loss.
-enum CeSource { kCeNone, kCeSame, kCeSquare, kCeOwn };
+// What carries the exponentials at temperature 1 for cross entropy and z-loss: at T = 2, 3 and 4 a power of those at T.
+enum CeSource { kCeNone, kCeSame, kCeSquare, kCeCube, kCeFourth, kCeOwn };
+constexpr int power_of(int ce) { return ce == kCeSquare ? 2 : ce == kCeCube ? 3 : ce == kCeFourth ? 4 : 1; }
 
 // 2^x to 2.6e-6 for 16-bit logits, which carry errors of 2^-9 and 2^-11 themselves. Degree 3 (7.5e-5) would be 4 %
 // faster, but shows as divergences of -1e-4 where student and teacher are equally sure.
@@ -399,16 +400,35 @@ void sweep_tile(const Row<X>& row, int64_t tile, const Affine<C>& as, const Affi
   }
 }
 
-// Sum of squares of the exponentials of a tile: at T = 2 they are the exponentials at T = 1.
-template <class C>
-double sum_of_squares(const C* e, int64_t count) {
+template <int POWER, class V>
+KDK_INLINE V power(V e) {
+  if (POWER == 4) return (e * e) * (e * e);
+  return POWER == 3 ? e * e * e : POWER == 2 ? e * e : e;
+}
+
+// Sum of a power of the exponentials of a tile: at T = 2, 3 and 4 these are the exponentials at T = 1. They go to kept,
+// which is e where nobody needs them.
+template <int POWER, class C>
+double sum_of_powers(const C* e, C* kept, int64_t count) {
   Vec<C> sum0 = {}, sum1 = {};
   for (int64_t j = 0; j < count; j += 2 * kLanes<C>) {
-    const Vec<C> a = load<Vec<C>>(e + j), b = load<Vec<C>>(e + j + kLanes<C>);
-    sum0 += a * a;
-    sum1 += b * b;
+    const Vec<C> a = power<POWER>(load<Vec<C>>(e + j)), b = power<POWER>(load<Vec<C>>(e + j + kLanes<C>));
+    sum0 += a;
+    sum1 += b;
+    if (kept != e) {
+      store(kept + j, a);
+      store(kept + j + kLanes<C>, b);
+    }
   }
   return horizontal_sum<C>(sum0 + sum1);
+}
+template <class C>
+double sum_of_powers(int power, const C* e, C* kept, int64_t count) {
+  switch (power) {
+    case 2: return sum_of_powers<2>(e, kept, count);
+    case 3: return sum_of_powers<3>(e, kept, count);
+    default: return sum_of_powers<4>(e, kept, count);
+  }
 }
 
 // Exponentials of a tile of the student into es, its x into xs where KEEP_X, and their sum.
@@ -545,8 +565,10 @@ void value_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>
   using V = Vec<C>;
   constexpr int64_t block = Io<X>::kBlock;
   using Quad = Pair<Pair<V>>;
-  const V ip = V{} + C(std::exp2(-log2_zt)), iq = V{} + C(std::exp2(-log2_zs)), lzs = V{} + C(kLn2 * log2_zs);
-  const V lzt = V{} + C(kLn2 * log2_zt), ln2 = V{} + C(kLn2);
+  constexpr bool weighted = GUARDED && Weighted<F>::value;
+  V ip = V{} + C(std::exp2(-log2_zt)), iq = V{} + C(std::exp2(-log2_zs));
+  if constexpr (weighted) ip *= F::weight_p(parameters), iq *= F::weight_q(parameters);
+  const V lzs = V{} + C(kLn2 * log2_zs), lzt = V{} + C(kLn2 * log2_zt), ln2 = V{} + C(kLn2);
   const V cs = V{} + C(kLn2 * double(student.c)), rs = V{} + C(kLn2 * (student.reference() + log2_zs));
   const V ct = V{} + C(kLn2 * double(teacher.c)), rt = V{} + C(kLn2 * (teacher.reference() + log2_zt));
   const auto quad = [](V x) { return Quad({x, x}, {x, x}); };
@@ -571,7 +593,11 @@ void value_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>
           const Quad logq = GUARDED ? Quad({s0, s1}, {s2, s3}) * quad(cs) - quad(rs)
                                     : Quad({as(s0), as(s1)}, {as(s2), as(s3)}) * quad(ln2) - quad(lzs);
           Quad value, score;
-          F::template eval<GUARDED>(params4, p, logp, q, logq, value, score);
+          if constexpr (weighted) {
+            F::template weighted<GUARDED>(p, logp, q, logq, value, score);
+          } else {
+            F::template eval<GUARDED>(params4, p, logp, q, logq, value, score);
+          }
           local_values += horizontal(horizontal(value));
           local_scores += horizontal(horizontal(score));
           store4<C>(et_io, score);
@@ -580,10 +606,17 @@ void value_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>
           V s0, s1, t0, t1, value0, score0, value1, score1;
           Io<X>::load2(s, s0, s1);
           Io<X>::load2(t, t0, t1);
-          F::template eval<GUARDED>(parameters, unfused(load<V>(et_io) * ip), at(t0) * ln2 - lzt,
-                                    unfused(load<V>(es_in) * iq), as(s0) * ln2 - lzs, value0, score0);
-          F::template eval<GUARDED>(parameters, unfused(load<V>(et_io + kLanes<C>) * ip), at(t1) * ln2 - lzt,
-                                    unfused(load<V>(es_in + kLanes<C>) * iq), as(s1) * ln2 - lzs, value1, score1);
+          const V p0 = unfused(load<V>(et_io) * ip), p1 = unfused(load<V>(et_io + kLanes<C>) * ip);
+          const V q0 = unfused(load<V>(es_in) * iq), q1 = unfused(load<V>(es_in + kLanes<C>) * iq);
+          const V logp0 = at(t0) * ln2 - lzt, logp1 = at(t1) * ln2 - lzt;
+          const V logq0 = as(s0) * ln2 - lzs, logq1 = as(s1) * ln2 - lzs;
+          if constexpr (weighted) {
+            F::template weighted<GUARDED>(p0, logp0, q0, logq0, value0, score0);
+            F::template weighted<GUARDED>(p1, logp1, q1, logq1, value1, score1);
+          } else {
+            F::template eval<GUARDED>(parameters, p0, logp0, q0, logq0, value0, score0);
+            F::template eval<GUARDED>(parameters, p1, logp1, q1, logq1, value1, score1);
+          }
           local_values += value0 + value1;
           local_scores += score0 + score1;
           store(et_io, score0);
@@ -592,7 +625,7 @@ void value_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>
         values = local_values;
         scores = local_scores;
       });
-  value_sum += horizontal_sum<C>(values);
+  value_sum += horizontal_sum<C>(weighted ? values + scores : values);
   score_sum += horizontal_sum<C>(scores);
 }
 
@@ -618,13 +651,6 @@ struct GradientTerms {
   Affine<C> as{}, at{};
   const C *es = nullptr, *et = nullptr, *e1 = nullptr;
 };
-
-template <int CE, class C>
-KDK_INLINE Vec<C> plus_ce(Vec<C> g, Vec<C> es, const C* e1, C c1) {
-  if (CE == kCeSquare) return g + es * es * c1;
-  if (CE == kCeOwn) return g + load<Vec<C>>(e1) * c1;
-  return g;
-}
 
 // The first block of a run that begins a cache line, and the one after the last that ends one.
 constexpr int64_t kLineBytes = 64;
@@ -666,16 +692,19 @@ void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k
           const V xs0 = as(s0), xs1 = as(s1), xt0 = at(t0), xt1 = at(t1);
           g0 = c0 + es0 * keep(es0 != zero, a + ks * (xs0 - xt0) + kst * xt0);
           g1 = c0 + es1 * keep(es1 != zero, a + ks * (xs1 - xt1) + kst * xt1);
-        } else if (CE == kCeSquare) {
-          g0 = c0 + es0 * (a + es0 * c1);
-          g1 = c0 + es1 * (a + es1 * c1);
+        } else if (power_of(CE) > 1) {
+          g0 = c0 + es0 * (a + power<power_of(CE) - 1>(es0) * c1);
+          g1 = c0 + es1 * (a + power<power_of(CE) - 1>(es1) * c1);
         } else {
           g0 = c0 + es0 * a;
           g1 = c0 + es1 * a;
         }
-        constexpr int rest = !LOGS && CE == kCeSquare ? int(kCeNone) : CE;
-        g0 = plus_ce<rest, C>(g0 - unfused(load<V>(et_in) * b), es0, e1_in, c1);
-        g1 = plus_ce<rest, C>(g1 - unfused(load<V>(et_in + kLanes<C>) * b), es1, e1_in + kLanes<C>, c1);
+        g0 -= unfused(load<V>(et_in) * b);
+        g1 -= unfused(load<V>(et_in + kLanes<C>) * b);
+        if (CE == kCeOwn) {
+          g0 += load<V>(e1_in) * c1;
+          g1 += load<V>(e1_in + kLanes<C>) * c1;
+        }
         if (STREAM && i >= stream_begin && i < stream_end) {
           Io<X>::template store2<true>(to, g0, g1);
         } else {
@@ -696,12 +725,19 @@ void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k
   }
 }
 
-template <bool LOGS, class X>
+// With logarithms powers come as kCeOwn.
+template <class X>
 void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, X* out, bool streamed) {
+  if (k.logs) {
+    return k.ce == kCeOwn ? write_gradient<true, kCeOwn>(row, k, out, streamed)
+                          : write_gradient<true, kCeNone>(row, k, out, streamed);
+  }
   switch (k.ce) {
-    case kCeSquare: return write_gradient<LOGS, kCeSquare>(row, k, out, streamed);
-    case kCeOwn: return write_gradient<LOGS, kCeOwn>(row, k, out, streamed);
-    default: return write_gradient<LOGS, kCeNone>(row, k, out, streamed);
+    case kCeSquare: return write_gradient<false, kCeSquare>(row, k, out, streamed);
+    case kCeCube: return write_gradient<false, kCeCube>(row, k, out, streamed);
+    case kCeFourth: return write_gradient<false, kCeFourth>(row, k, out, streamed);
+    case kCeOwn: return write_gradient<false, kCeOwn>(row, k, out, streamed);
+    default: return write_gradient<false, kCeNone>(row, k, out, streamed);
   }
 }
 
@@ -712,7 +748,7 @@ double gradient_at(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k,
   const double es = k.es[slot], et = k.et[slot];
   double g = k.c0 - et * k.b + es * k.a;
   if (k.logs && es != 0) g += es * (k.ks * (xs - xt) + k.kst * xt);
-  if (k.ce == kCeSquare) g += es * es * k.c1;
+  if (power_of(k.ce) > 1) g += std::pow(es, power_of(k.ce)) * k.c1;
   if (k.ce == kCeOwn) g += double(k.e1[slot]) * k.c1;
   return g;
 }
@@ -802,6 +838,13 @@ constexpr Divergence linear(const char* name, Linear c) { return {name, true, c,
 
 #include "kdkernels/divergence_table.h"
 
+inline CeSource ce_source(double student_scale) {
+  for (const CeSource ce : {kCeSame, kCeSquare, kCeCube, kCeFourth}) {
+    if (student_scale == kLog2e / power_of(ce)) return ce;
+  }
+  return kCeOwn;
+}
+
 // What one row of the objective needs, resolved for the row.
 struct RowNumbers {
   double weight;                        // omega
@@ -832,8 +875,11 @@ RowResult objective_row(const DenseArgs& args, const RowNumbers& num, const X* s
 
   const bool wants_ce = num.ce != 0 || num.z != 0 || args.stats != nullptr;
   CeSource ce = kCeNone;
-  if (wants_ce) ce = num.student_scale == kLog2e ? kCeSame : num.student_scale == kLog2e / 2 ? kCeSquare : kCeOwn;
-  C* e1 = ce == kCeOwn ? scratch.get(kE1, row.slots()) : es;
+  if (wants_ce) ce = ce_source(num.student_scale);
+  const int power = power_of(ce);
+  const bool has_logs = divergence.linear && (divergence.coefficients.c_qp != 0 || divergence.coefficients.c_qq != 0);
+  const bool keeps_powers = power > 1 && has_logs && out != nullptr;
+  C* e1 = ce == kCeOwn || keeps_powers ? scratch.get(kE1, row.slots()) : es;
 
   int sums_needed = kNoSums;
   if (divergence.linear) {
@@ -847,7 +893,7 @@ RowResult objective_row(const DenseArgs& args, const RowNumbers& num, const X* s
   Affine<C> as, at, a1{};
   RowSums sums;
   double z1 = 0;
-  const double limit = ce == kCeSquare ? kRedoSquared : kRedo;
+  const double limit = std::pow(kRedo, 1.0 / power);
   bool trusting = false;
   for (bool from_maximum = false;;) {
     as = affine<C>(num.student_scale, max_s);
@@ -867,15 +913,15 @@ RowResult objective_row(const DenseArgs& args, const RowNumbers& num, const X* s
         case kReverse: sweep_tile<kReverse>(row, tile, as, at, tile_es, tile_et, trusting, masking, sums); break;
         default: sweep_tile<kAll>(row, tile, as, at, tile_es, tile_et, trusting, masking, sums); break;
       }
-      if (ce == kCeSquare) {
+      if (power > 1) {
         const auto [first, last] = tile_slots(row, tile);
-        z1 += sum_of_squares(tile_es + first, last - first);
+        z1 += sum_of_powers(power, tile_es + first, keeps_powers ? e1 + first : tile_es + first, last - first);
       }
       if (ce == kCeOwn) {
         C* tile_e1 = whole_row ? e1 : e1 - tile * kTileElements;
         z1 += student_exponentials<false>(row, tile, a1, tile_e1, tile_e1, own_trusting);
       }
-      redo = !from_maximum && (sums.zs > limit || sums.zt > limit || z1 > limit * limit);
+      redo = !from_maximum && (sums.zs > limit || sums.zt > limit || z1 > kRedo);
     }
     const bool broken = std::isnan(sums.forward) || std::isnan(sums.reverse);
     if (!redo && broken && !masking && !std::isnan(sums.zs) && !std::isnan(sums.zt)) {
@@ -927,7 +973,7 @@ RowResult objective_row(const DenseArgs& args, const RowNumbers& num, const X* s
     const double score_sum = k.c_pq + k.c_qq + over_q;
     terms.b = -f * ip * k.c_pq;
     terms.a = f * iq * (k.c_qq - score_sum);
-    terms.logs = k.c_qp != 0 || k.c_qq != 0;
+    terms.logs = has_logs;
     if (terms.logs) {
       terms.a -= f * iq * kLn2 * (k.c_qp * log2_zt + k.c_qq * log2_zs);
       terms.ks = f * iq * kLn2 * k.c_qq;
@@ -950,7 +996,7 @@ RowResult objective_row(const DenseArgs& args, const RowNumbers& num, const X* s
 
   if (wants_ce) {
     const Affine<C>& base = ce == kCeOwn ? a1 : as;
-    const double scale = ce == kCeSquare ? 2 : 1;
+    const double scale = power;
     const double lse = kLn2 * (scale * base.reference() + std::log2(z1));
     double cross_entropy = 0;
     if (num.ce != 0) {
@@ -968,7 +1014,7 @@ RowResult objective_row(const DenseArgs& args, const RowNumbers& num, const X* s
     if (ce == kCeSame) {
       terms.a += c1;
     } else if (c1 != 0) {
-      terms.ce = ce;
+      terms.ce = keeps_powers ? kCeOwn : ce;
       terms.c1 = c1;
     }
     result.stats[1] = cross_entropy;
@@ -981,11 +1027,7 @@ RowResult objective_row(const DenseArgs& args, const RowNumbers& num, const X* s
     // Read before the gradient may overwrite the student.
     const double xs = has_label && terms.logs ? as.scalar(to_compute(s[label])) : 0;
     const double xt = has_label && terms.logs ? at.scalar(to_compute(t[label])) : 0;
-    if (terms.logs) {
-      write_gradient<true>(row, terms, out, streamed);
-    } else {
-      write_gradient<false>(row, terms, out, streamed);
-    }
+    write_gradient(row, terms, out, streamed);
     if (has_label) {
       const double g = gradient_at(row, terms, label, xs, xt) - num.weight * num.ce * (1 - args.label_smoothing);
       from_compute(C(g), out + label);
@@ -1397,7 +1439,7 @@ double dkd_row(const DkdArgs& args, double weight, const X* s, const X* t, int64
       terms.a = f * (args.beta + args.alpha * difference) / sums.zs;
       terms.b = f * args.beta / sums.zt;
     }
-    write_gradient<false>(row, terms, out, streamed);
+    write_gradient(row, terms, out, streamed);
     from_compute(C(others ? -f * args.alpha * difference : 0), out + label);
   }
   return tau * (args.alpha * tckd + args.beta * nckd);

@@ -11,6 +11,7 @@
 
 #include "capture_kernels.h"
 #include "dense_kernels.h"
+#include "sparse.h"
 
 #include <cmath>
 #include <type_traits>
@@ -644,7 +645,7 @@ void rows(const TopkArgs& args, int64_t begin, int64_t end) {
 
 }  // namespace topk
 
-inline void run_topk(const TopkArgs& args, int64_t begin, int64_t end) {
+void run_topk(const TopkArgs& args, int64_t begin, int64_t end) {
   switch (args.student.dtype) {
     case DType::kFloat32: return topk::rows<float>(args, begin, end);
     case DType::kBFloat16: return topk::rows<BFloat16>(args, begin, end);

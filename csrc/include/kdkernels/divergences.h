@@ -31,6 +31,17 @@ struct Params {
 // error. What is added to a mixture then keeps it from 0, and is far below the rounding of any that matters.
 constexpr float kTiny = 1.17549435e-38f;
 
+// A functor that sees p and q only as weight_p p and weight_q q, with a value that contains its score, may say so with a
+// function weighted: the weights of a row then go into what normalises it, and the scores are added up once.
+template <class F, class = void>
+struct Weighted {
+  static constexpr bool value = false;
+};
+template <class F>
+struct Weighted<F, decltype(F::weight_p(Params<float>()), void())> {
+  static constexpr bool value = true;
+};
+
 // weight * x, and 0 where the weight is 0.
 template <bool GUARDED, class V>
 KDK_HD V kdk_weigh(V weight, V x) {
@@ -48,12 +59,25 @@ KDK_HD V kdk_log_of(V x) {
 
 // m = beta p + (1 - beta) q; f = beta p log(p/m) + (1 - beta) q log(q/m).
 struct Jsd {
-  template <bool GUARDED = false, class V>
-  KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V logq, V& value, V& score) {
-    const V wp = k.x0 * p, wq = (V{} + 1.0f - k.x0) * q;
+  // See Weighted below.
+  template <class V>
+  KDK_HD static V weight_p(const Params<V>& k) {
+    return k.x0;
+  }
+  template <class V>
+  KDK_HD static V weight_q(const Params<V>& k) {
+    return V{} + 1.0f - k.x0;
+  }
+  template <bool GUARDED, class V>
+  KDK_HD static void weighted(V wp, V logp, V wq, V logq, V& value_less_score, V& score) {
     const V logm = kdk_log_of<GUARDED>(wp + wq);
     score = kdk_weigh<GUARDED>(wq, logq - logm);
-    value = kdk_weigh<GUARDED>(wp, logp - logm) + score;
+    value_less_score = kdk_weigh<GUARDED>(wp, logp - logm);
+  }
+  template <bool GUARDED = false, class V>
+  KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V logq, V& value, V& score) {
+    weighted<GUARDED>(weight_p(k) * p, logp, weight_q(k) * q, logq, value, score);
+    value = value + score;
   }
 };
 
