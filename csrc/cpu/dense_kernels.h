@@ -672,7 +672,8 @@ void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k
   constexpr int64_t block = Io<X>::kBlock;
   const C a = C(k.a), b = C(k.b), c0 = C(k.c0), c1 = C(k.c1), ks = C(k.ks), kst = C(k.kst);
   const V zero = {};
-  for (int64_t tile = 0; tile < row.tiles(); ++tile) {
+  // Backwards: of a row whose exponentials do not all fit the cache, the last are still there.
+  for (int64_t tile = row.tiles() - 1; tile >= 0; --tile) {
     row.pieces(tile, [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t first,
                          int64_t valid) KDK_LAMBDA_INLINE {
       alignas(64) X edge[block];

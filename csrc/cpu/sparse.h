@@ -1,5 +1,5 @@
-// The sparse patterns of one instruction set, which sparse_<isa>.cpp compiles: a file of its own, for the compiler takes
-// as long for it as for the dense ones.
+// The sparse patterns of one instruction set, which sparse_<isa>.cpp compiles: a file of its own, for the compiler
+// takes as long for it as for the dense ones.
 #pragma once
 
 #include "dense.h"

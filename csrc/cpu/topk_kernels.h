@@ -281,7 +281,8 @@ void write_gradient(const Row<X>& row, const Gradient<typename Io<X>::C>& k, X* 
   using V = Vec<C>;
   constexpr int64_t block = Io<X>::kBlock;
   const C a = C(k.a), b = C(k.b), c1 = C(k.c1), c0 = C(k.c0);
-  for (int64_t tile = 0; tile < row.tiles(); ++tile) {
+  // Backwards, as in dense_kernels.h.
+  for (int64_t tile = row.tiles() - 1; tile >= 0; --tile) {
     row.pieces(tile,
                [&](const X*, const X*, int64_t blocks, int64_t slot, int64_t first, int64_t valid) KDK_LAMBDA_INLINE {
                  alignas(64) X edge[block];

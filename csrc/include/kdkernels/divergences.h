@@ -31,8 +31,8 @@ struct Params {
 // error. What is added to a mixture then keeps it from 0, and is far below the rounding of any that matters.
 constexpr float kTiny = 1.17549435e-38f;
 
-// A functor that sees p and q only as weight_p p and weight_q q, with a value that contains its score, may say so with a
-// function weighted: the weights of a row then go into what normalises it, and the scores are added up once.
+// A functor that sees p and q only as weight_p p and weight_q q, with a value that contains its score, may say so with
+// a function weighted: the weights of a row then go into what normalises it, and the scores are added up once.
 template <class F, class = void>
 struct Weighted {
   static constexpr bool value = false;
