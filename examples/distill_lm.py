@@ -26,10 +26,10 @@ import corpus
 import kdkernels as kd
 
 DEFAULTS = {
-    "steps": 90,
+    "steps": 80,
     "batch_size": 8,
     "temperature": 2.0,
-    "teacher_steps": 320,
+    "teacher_steps": 280,
     "threads": torch.get_num_threads(),
 }
 QUICK = {"steps": 12, "batch_size": 4, "teacher_steps": 20}
