@@ -275,18 +275,26 @@ def table() -> dict[str, type[Divergence]]:
 _registered: dict[str, bool] = {}
 
 
+# How often the table was changed: what was found out about a name holds for one value of it.
+version = 0
+
+
 def add(cls: type[Divergence], *, on_triton: bool) -> None:
     """Enter a dataclass into the table; ``kdkernels.register_divergence`` calls this."""
     if not cls.name.isidentifier():
         raise ValueError(f"a divergence's name must be an identifier, got {cls.name!r}")
     if cls.name in _TABLE:
         raise ValueError(f"divergence {cls.name!r} is registered already")
+    global version
+    version += 1
     _TABLE[cls.name] = cls
     _registered[cls.name] = on_triton
 
 
 def remove(name: str) -> None:
     """Take a registered divergence out of the table."""
+    global version
+    version += 1
     del _registered[name]
     del _TABLE[name]
 

@@ -456,7 +456,29 @@ def check_topk_options(options: dict[str, Any], owner: str = "topk_kd_loss") -> 
 
 
 def check_options(owner: str, options: dict[str, Any], defaults: dict[str, Any] = DEFAULTS) -> Divergence:
-    """Check all options whose check needs no tensor, and resolve the divergence."""
+    """Check all options whose check needs no tensor, and resolve the divergence.
+
+    A training loop asks the same thing in every step: what was accepted is remembered.
+    """
+    if torch.compiler.is_compiling() or not all(isinstance(value, _REMEMBERED) for value in options.values()):
+        return _check_options(owner, options, defaults)
+    # Types too: 1 is equal to True, and not a flag.
+    key = (owner, divergences.version, *options, *options.values(), *map(type, options.values()))
+    found = _accepted.get(key)
+    if found is None:
+        found = _check_options(owner, options, defaults)
+        if len(_accepted) >= MAX_ACCEPTED:
+            _accepted.clear()
+        _accepted[key] = found
+    return found
+
+
+_REMEMBERED = (str, int, float, type(None), Divergence)
+MAX_ACCEPTED = 256
+_accepted: dict[Any, Divergence] = {}
+
+
+def _check_options(owner: str, options: dict[str, Any], defaults: dict[str, Any]) -> Divergence:
     for name in options:
         if name not in defaults:
             raise TypeError(f"{owner} got an unexpected option {name!r}")

@@ -62,13 +62,15 @@ def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype, use: str) -> T
 
 def _keeps(like: Tensor, size: int) -> bool:
     # First: a compiler that sees the size would compile again for every other one.
-    if torch.compiler.is_compiling() or not _available or os.environ.get("KDKERNELS_CPU_CACHE") == "0":
+    if torch.compiler.is_compiling() or not _available or size < MIN_BYTES:
+        return False
+    if os.environ.get("KDKERNELS_CPU_CACHE") == "0":
         return False
     # A subclass, such as a fake tensor, has its own way to make tensors; and whoever asks for filled memory gets it.
     plain = type(like) in (Tensor, torch.nn.Parameter) and like.device.type == "cpu"
     deterministic: Any = torch.utils.deterministic
     filled = torch.are_deterministic_algorithms_enabled() and deterministic.fill_uninitialized_memory
-    return plain and not filled and size >= MIN_BYTES
+    return plain and not filled
 
 
 def _take(size: int, use: str) -> mmap.mmap:

@@ -490,3 +490,18 @@ def test_values_on_a_gpu_are_read_in_debug_mode_only(monkeypatch):
     assert checks.reads_values(torch.empty(3)) and not checks.reads_values(there)
     monkeypatch.setenv("KDKERNELS_DEBUG", "1")
     assert checks.reads_values(there)
+
+
+def test_options_that_were_accepted_once_are_still_checked():
+    student, teacher = torch.zeros(2, 5), torch.zeros(2, 5)
+    kd.kd_loss(student, teacher, kd_weight=1.0, standardize=False)
+    with pytest.raises(TypeError, match="standardize must be a bool"):
+        kd.kd_loss(student, teacher, kd_weight=1.0, standardize=0)
+    with pytest.raises(TypeError, match="kd_weight must be a number"):
+        kd.kd_loss(student, teacher, kd_weight=True, standardize=False)
+    for temperature in (2.0, -2.0, 2.0, float("nan")):
+        if temperature == 2.0:
+            kd.kd_loss(student, teacher, temperature=temperature)
+            continue
+        with pytest.raises(ValueError, match="temperature must be"):
+            kd.kd_loss(student, teacher, temperature=temperature)
