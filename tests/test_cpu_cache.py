@@ -84,8 +84,10 @@ def test_losses_on_hidden_states_reuse_their_chunks_and_the_gradient_of_the_head
         head.grad = None
         kd.linear_kd_loss(hidden, head, teacher, teacher_head).backward()
         grads.append((head.grad.data_ptr(), head.grad.clone()))
-        assert set(memory._kept) == {"student logits", "teacher logits 0"}
+        # The gradient of the head is in use; plain PyTorch scales a copy of it.
+        assert set(memory._kept) - {"gradient"} == {"student logits", "teacher logits 0"}
     if kd.backends.select("auto", "cpu") == "cpu":
+        assert "gradient" not in memory._kept
         assert grads[0][0] == grads[1][0]
     torch.testing.assert_close(grads[0][1], grads[1][1], rtol=0, atol=0)
 
