@@ -133,7 +133,8 @@ def test_a_gradient_too_large_for_the_caches(dtype, divergence, width):
     jump = 1e-4 if divergence == "tvd" else 0.0
     expected = torch.cat([p.dstudent for p in parts])
     rounding = torch.finfo(DTYPES[dtype]).eps
-    torch.testing.assert_close(whole.dstudent, expected, rtol=2 * rounding, atol=max(jump, epsilon))
+    # Both runs have the error that one is allowed.
+    torch.testing.assert_close(whole.dstudent, expected, rtol=2 * rounding, atol=max(jump, 2 * epsilon))
     assert torch.equal(whole.dstudent[:, -3:], torch.zeros(rows, 3, dtype=DTYPES[dtype]))
 
 
