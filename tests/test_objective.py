@@ -185,6 +185,27 @@ def test_agreement_is_of_the_most_likely_tokens(backend):
     assert stats.agreement.tolist() == [1.0, 0.0, 1.0]
 
 
+@dtypes
+@pytest.mark.parametrize("shift", [0.0, -40.0, 40.0])
+def test_statistics_where_all_logits_have_one_sign(dtype, shift, backend):
+    """bf16 logits are compared as integers, whose order is that of positive numbers only; rows of several tiles."""
+    student, teacher = testing.make_inputs("normal", NUM_ROWS, 5001, torch.float64)
+    # The likely tokens of half of the rows agree; none are equally likely after rounding.
+    rows, top = torch.arange(NUM_ROWS), (torch.arange(NUM_ROWS) * 389) % 5001
+    student[rows, top] = student.amax(-1) + 1
+    teacher[rows, (top + rows % 2) % 5001] = teacher.amax(-1) + 1
+    student, teacher = (x.add(shift).to(DTYPES[dtype]) for x in (student, teacher))
+    expected = testing.textbook_stats(student.double(), teacher.double())
+    function = losses(None, backend, return_stats=True)
+    with_gradient = function(student.clone().requires_grad_(), teacher)[1]
+    for stats in (function(student, teacher)[1], with_gradient):
+        assert torch.equal(stats.agreement, (rows % 2 == 0).to(stats.agreement.dtype))
+        for name, got, truth in zip(kd.KDStats._fields, stats, expected, strict=True):
+            message = functools.partial("{}: {}".format, name)
+            # Entropies are sums of logits: those of 40 have an error of 40 * 2^-24 each.
+            torch.testing.assert_close(got.detach().double(), truth, rtol=1e-4, atol=1e-4, msg=message)
+
+
 def test_equal_models_accept_everything(backend):
     student, _ = testing.make_inputs("normal", NUM_ROWS, VOCAB, torch.float32)
     _, stats = losses(None, backend, return_stats=True)(student, student.clone())

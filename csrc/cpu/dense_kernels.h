@@ -16,6 +16,7 @@
 
 #include <algorithm>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #define KDK_LAMBDA_INLINE __attribute__((always_inline))
@@ -128,6 +129,12 @@ struct Row {
   bool padded(int64_t tile) const { return (tile == 0 && head > 0) || (tile == tiles() - 1 && tail > 0); }
   int64_t tiles() const { return std::max<int64_t>(1, (body + kTileBlocks - 1) / kTileBlocks); }
   int64_t slots() const { return (body + (head > 0) + (tail > 0)) * kBlock; }
+
+  // First element and number of those of a tile that stand in aligned blocks.
+  std::pair<int64_t, int64_t> body_of(int64_t tile) const {
+    const int64_t begin = tile * kTileBlocks, end = std::min(body, begin + kTileBlocks);
+    return {head + begin * kBlock, std::max<int64_t>(0, end - begin) * kBlock};
+  }
 
   int64_t slot(int64_t j) const {
     if (j < head) return Io<X>::slot(j);
@@ -318,7 +325,7 @@ bool sweep_tile_trusting(const Row<X>& row, int64_t tile, const Affine<float>& a
   constexpr int64_t block = Io<X>::kBlock;
   constexpr int degree = kExpDegree<X>;
   Accumulators<float> acc;
-  acc.max_s = acc.max_t = V{} - std::numeric_limits<float>::infinity();
+  Peak<X> peak_s, peak_t;
   Bounds bounds;
   const float scale_s = as.scale(), bias_s = as.bias(), scale_t = at.scale(), bias_t = at.bias();
   const float ratio = float(double(at.c) / double(as.c));
@@ -327,6 +334,7 @@ bool sweep_tile_trusting(const Row<X>& row, int64_t tile, const Affine<float>& a
         float *es_out = es + slot, *et_out = et + slot;
         Accumulators<float> local = acc;
         Bounds local_bounds = bounds;
+        Peak<X> local_peak_s = peak_s, local_peak_t = peak_t;
 #pragma GCC unroll 2
         for (int64_t b = 0; b < blocks; ++b, s += block, t += block, es_out += block, et_out += block) {
           prefetch_ahead(s);
@@ -354,8 +362,8 @@ bool sweep_tile_trusting(const Row<X>& row, int64_t tile, const Affine<float>& a
             local.teacher += et1 * t1;
             local.student += es0 * s0;
             local.student += es1 * s1;
-            local.max_s = max_keep_nan(local.max_s, max_keep_nan(s0, s1));
-            local.max_t = max_keep_nan(local.max_t, max_keep_nan(t0, t1));
+            local_peak_s.see(s, s0, s1);
+            local_peak_t.see(t, t0, t1);
           }
           store(es_out, es0);
           store(es_out + kLanes<float>, es1);
@@ -364,6 +372,8 @@ bool sweep_tile_trusting(const Row<X>& row, int64_t tile, const Affine<float>& a
         }
         acc = local;
         bounds = local_bounds;
+        peak_s = local_peak_s;
+        peak_t = local_peak_t;
       });
   const double zs = horizontal_sum<float>(acc.zs), zt = horizontal_sum<float>(acc.zt);
   if (!bounds.kept() || std::isnan(zs) || std::isnan(zt)) return false;
@@ -375,7 +385,11 @@ bool sweep_tile_trusting(const Row<X>& row, int64_t tile, const Affine<float>& a
   if (SUMS == kAll) {
     sums.teacher += ct * double(horizontal_sum<float>(acc.teacher)) - rt * zt;
     sums.student += cs * double(horizontal_sum<float>(acc.student)) - rs * zs;
-    sums.see_maximum(tile, as.scalar(horizontal_max<float>(acc.max_s)), at.scalar(horizontal_max<float>(acc.max_t)));
+    double high_s = peak_s.value(), high_t = peak_t.value();
+    const auto [first, count] = row.body_of(tile);
+    if (std::isnan(high_s)) high_s = maximum(row.s + first, count);
+    if (std::isnan(high_t)) high_t = maximum(row.t + first, count);
+    sums.see_maximum(tile, as.scalar(high_s), at.scalar(high_t));
   }
   return true;
 }
@@ -650,6 +664,9 @@ struct GradientTerms {
   bool logs = false;
   Affine<C> as{}, at{};
   const C *es = nullptr, *et = nullptr, *e1 = nullptr;
+  // Where it is wanted and et still holds the teacher's exponentials: sum min(es, et ratio) is added up on the way.
+  double* accepted = nullptr;
+  double ratio = 0;
 };
 
 // The first block of a run that begins a cache line, and the one after the last that ends one.
@@ -665,18 +682,21 @@ int64_t lines_end(const X* to, int64_t blocks) {
   return blocks - int64_t(reinterpret_cast<uintptr_t>(to + blocks * Io<X>::kBlock) % kLineBytes) / bytes;
 }
 
-template <bool LOGS, int CE, bool STREAM, class X>
+template <bool LOGS, int CE, bool STREAM, bool ACCEPTED, class X>
 void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, X* out) {
   using C = typename Io<X>::C;
   using V = Vec<C>;
   constexpr int64_t block = Io<X>::kBlock;
   const C a = C(k.a), b = C(k.b), c0 = C(k.c0), c1 = C(k.c1), ks = C(k.ks), kst = C(k.kst);
+  const C ratio = C(k.ratio);
   const V zero = {};
   // Backwards: of a row whose exponentials do not all fit the cache, the last are still there.
   for (int64_t tile = row.tiles() - 1; tile >= 0; --tile) {
+    V accepted = {};
     row.pieces(tile, [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t first,
                          int64_t valid) KDK_LAMBDA_INLINE {
       alignas(64) X edge[block];
+      V local_accepted = accepted;
       X* to = valid < block ? edge : out + first;
       // Whole cache lines only: one that is half streamed and half stored costs a read.
       const int64_t stream_begin = STREAM && valid == block ? lines_begin(to) : blocks;
@@ -700,8 +720,10 @@ void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k
           g0 = c0 + es0 * a;
           g1 = c0 + es1 * a;
         }
-        g0 -= unfused(load<V>(et_in) * b);
-        g1 -= unfused(load<V>(et_in + kLanes<C>) * b);
+        const V et0 = load<V>(et_in), et1 = load<V>(et_in + kLanes<C>);
+        g0 -= unfused(et0 * b);
+        g1 -= unfused(et1 * b);
+        if (ACCEPTED) local_accepted += min_of(es0, et0 * ratio) + min_of(es1, et1 * ratio);
         if (CE == kCeOwn) {
           g0 += load<V>(e1_in) * c1;
           g1 += load<V>(e1_in + kLanes<C>) * c1;
@@ -713,17 +735,20 @@ void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k
         }
       }
       if (valid < block) std::copy(edge, edge + valid, out + first);
+      accepted = local_accepted;
     });
+    if (ACCEPTED) *k.accepted += horizontal_sum<C>(accepted);
   }
 }
 
 template <bool LOGS, int CE, class X>
 void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, X* out, bool streamed) {
-  if (streamed) {
-    write_gradient<LOGS, CE, true>(row, k, out);
-  } else {
-    write_gradient<LOGS, CE, false>(row, k, out);
+  if (k.accepted != nullptr) {
+    return streamed ? write_gradient<LOGS, CE, true, true>(row, k, out)
+                    : write_gradient<LOGS, CE, false, true>(row, k, out);
   }
+  return streamed ? write_gradient<LOGS, CE, true, false>(row, k, out)
+                  : write_gradient<LOGS, CE, false, false>(row, k, out);
 }
 
 // With logarithms powers come as kCeOwn.
@@ -945,13 +970,15 @@ RowResult objective_row(const DenseArgs& args, const RowNumbers& num, const X* s
   const double p_logp = kLn2 * (sums.teacher * ip - log2_zt), q_logq = kLn2 * (sums.student * iq - log2_zs);
 
   RowResult result;
+  // A general divergence overwrites the teacher's exponentials before the gradient is written.
+  const bool with_gradient = out != nullptr && divergence.linear;
   if (args.stats != nullptr) {
     result.stats[3] = kl_forward;
     result.stats[4] = kl_reverse;
     result.stats[5] = -p_logp;
     result.stats[6] = -q_logq;
     result.stats[7] = first_maximum(row, s, sums.best_tile_s, n) == first_maximum(row, t, sums.best_tile_t, n);
-    result.stats[8] = accepted(es, et, row.slots(), iq, ip);
+    if (!with_gradient) result.stats[8] = accepted(es, et, row.slots(), iq, ip);
   }
 
   const double f = num.weight * num.kd * num.tau * num.student_scale * kLn2;  // omega kd tau / T
@@ -1028,7 +1055,13 @@ RowResult objective_row(const DenseArgs& args, const RowNumbers& num, const X* s
     // Read before the gradient may overwrite the student.
     const double xs = has_label && terms.logs ? as.scalar(to_compute(s[label])) : 0;
     const double xt = has_label && terms.logs ? at.scalar(to_compute(t[label])) : 0;
+    double accepted_sum = 0;
+    if (args.stats != nullptr && with_gradient) {
+      terms.accepted = &accepted_sum;
+      terms.ratio = ip / iq;
+    }
     write_gradient(row, terms, out, streamed);
+    if (terms.accepted != nullptr) result.stats[8] = accepted_sum * iq;
     if (has_label) {
       const double g = gradient_at(row, terms, label, xs, xt) - num.weight * num.ce * (1 - args.label_smoothing);
       from_compute(C(g), out + label);

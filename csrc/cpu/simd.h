@@ -5,6 +5,7 @@
 // find the instruction.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -158,9 +159,10 @@ KDK_INLINE VecF plus_in_memory(VecF a, VecF b, const VecF& c) {
 #endif
 }
 
-// The polynomial of 2^f = 1 + f Q(f) for f in [-1/2, 1/2], minimax in the relative error of 2^f, whose mean is 0: degree 4
-// 3.0e-6, degree 5 1.2e-7. A mean other than 0 comes back as it is in the divergences that set p against log p: JSD was
-// off by 3e-7 with the best 2^f for the maximum alone. f comes divided by 2^UNIT_LOG2, and so Q multiplied by it.
+// The polynomial of 2^f = 1 + f Q(f) for f in [-1/2, 1/2], minimax in the relative error of 2^f, whose mean is 0:
+// degree 4 3.0e-6, degree 5 1.2e-7. A mean other than 0 comes back as it is in the divergences that set p against log
+// p: JSD was off by 3e-7 with the best 2^f for the maximum alone. f comes divided by 2^UNIT_LOG2, and so Q multiplied
+// by it.
 template <int DEGREE, int UNIT_LOG2 = 0>
 KDK_INLINE VecF exp2_slope(VecF f) {
   static_assert(DEGREE == 4 || DEGREE == 5, "no such polynomial");
@@ -200,6 +202,8 @@ KDK_INLINE VecD exp2_fast(VecD x) {
 
 // Natural exponential for the functors; inf from 2^128 on.
 KDK_INLINE VecF kdk_exp(VecF x) { return exp2_fast<5>(clamp_exponent(x * 1.4426950408889634f)); }
+// 2^x to 3e-6.
+KDK_INLINE VecF kdk_exp2_coarse(VecF x) { return exp2_fast<4>(clamp_exponent(x)); }
 KDK_INLINE VecD kdk_exp(VecD x) {
   VecD y;
   for (int i = 0; i < kLanes<double>; ++i) y[i] = std::exp(x[i]);
@@ -325,6 +329,10 @@ template <class T>
 KDK_INLINE Pair<T> kdk_exp(const Pair<T>& x) {
   return Pair<T>(kdk_exp(x.a), kdk_exp(x.b));
 }
+template <class T>
+KDK_INLINE Pair<T> kdk_exp2_coarse(const Pair<T>& x) {
+  return Pair<T>(kdk_exp2_coarse(x.a), kdk_exp2_coarse(x.b));
+}
 
 // x * c - r in one rounding where the machine has it. Without it the reference is subtracted before scaling, which
 // keeps logits of 1e4 at T = 0.05 exact: m is the raw reference, r = m * c.
@@ -390,6 +398,42 @@ KDK_INLINE void from_compute(float x, BFloat16* out) {
 }
 KDK_INLINE void from_compute(float x, Half* out) { out->bits = half_bits(x); }
 
+// The largest logit met, NaN aside. value() is NaN where the kind of logits does not tell: then they must be read
+// again.
+template <class T>
+struct Peak {
+  using C = T;
+  Vec<C> high = Vec<C>{} - std::numeric_limits<C>::infinity();
+  KDK_INLINE void see(const T*, Vec<C> a, Vec<C> b) { high = max_keep_nan(high, max_keep_nan(a, b)); }
+  double value() const { return double(horizontal_max<C>(high)); }
+};
+template <>
+struct Peak<Half> {
+  VecF high = VecF{} - std::numeric_limits<float>::infinity();
+  KDK_INLINE void see(const Half*, VecF a, VecF b) { high = max_keep_nan(high, max_keep_nan(a, b)); }
+  double value() const { return double(horizontal_max<float>(high)); }
+};
+// As 16-bit integers, positive numbers have their own order; a row that has none is the rare case.
+template <>
+struct Peak<BFloat16> {
+  VecS high = VecS{} - 1;
+  KDK_INLINE void see(const BFloat16* address, VecF, VecF) {
+    const VecS pairs = load<VecS>(address);
+#if defined(__AVX512BW__)
+    high = bit_cast<VecS>(_mm512_max_epi16(bit_cast<__m512i>(high), bit_cast<__m512i>(pairs)));
+#elif defined(__AVX2__)
+    high = bit_cast<VecS>(_mm256_max_epi16(bit_cast<__m256i>(high), bit_cast<__m256i>(pairs)));
+#else
+    high = high > pairs ? high : pairs;
+#endif
+  }
+  double value() const {
+    int16_t best = -1;
+    for (int i = 0; i < kVectorBytes / 2; ++i) best = std::max<int16_t>(best, high[i]);
+    return best < 0 ? std::numeric_limits<double>::quiet_NaN() : double(to_compute(BFloat16{uint16_t(best)}));
+  }
+};
+
 // Blocks of two vectors. load2 and store2 agree on an order of the elements in the two vectors, which is theirs alone:
 // slot(j) is the place of element j in the scratch where the two vectors lie side by side.
 template <class T>
@@ -443,8 +487,8 @@ KDK_INLINE VecF exp2_of_logit(VecF logit, float scale, float bias, Bounds& bound
   const VecI bits = bit_cast<VecI>(shifted);
   bounds.seen |= bits;
   const VecF power = bit_cast<VecF>(bits << 23), f = logit * scale + (bias - shifted);
-  // 2^n + (2^n f) Q: the product by 2^n is done while Q is worked out. It costs no instruction more and three cycles less
-  // on the way from a logit to its exponential, which is what the loop waits for.
+  // 2^n + (2^n f) Q: the product by 2^n is done while Q is worked out. It costs no instruction more and three cycles
+  // less on the way from a logit to its exponential, which is what the loop waits for.
   return exp2_slope<DEGREE, kUnitLog2>(f) * (power * f) + power;
 }
 

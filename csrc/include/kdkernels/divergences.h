@@ -57,6 +57,16 @@ KDK_HD V kdk_log_of(V x) {
   }
 }
 
+// e^(k log x).
+template <bool GUARDED, class V>
+KDK_HD V kdk_power_of(V logarithm, V k) {
+  if constexpr (GUARDED) {
+    return kdk_exp2_coarse(logarithm * (k * 1.4426950408889634f));
+  } else {
+    return kdk_exp(k * logarithm);
+  }
+}
+
 // m = beta p + (1 - beta) q; f = beta p log(p/m) + (1 - beta) q log(q/m).
 struct Jsd {
   // See Weighted below.
@@ -99,9 +109,9 @@ struct SkewKl {
   KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V, V& value, V& score) {
     const V zero = V{}, rest = zero + 1.0f - k.x0;
     if constexpr (GUARDED) {
-      const V m = k.x0 * p + (rest * q + kTiny);
+      const V wq = rest * q, m = k.x0 * p + (wq + kTiny);
       value = p * (logp - kdk_log_of<GUARDED>(m));
-      score = -rest * p * (q / m);
+      score = -(p * wq) / m;
       return;
     }
     const V m = k.x0 * p + rest * q;
@@ -118,9 +128,10 @@ struct SkewReverseKl {
   KDK_HD static void eval(const Params<V>& k, V p, V, V q, V logq, V& value, V& score) {
     const V zero = V{};
     if constexpr (GUARDED) {
-      const V m = k.x0 * q + ((zero + 1.0f - k.x0) * p + kTiny);
+      // 1 - alpha q / m is (1 - alpha) p / m.
+      const V wp = (zero + 1.0f - k.x0) * p, m = k.x0 * q + (wp + kTiny);
       value = q * (logq - kdk_log_of<GUARDED>(m));
-      score = value + q * (zero + 1.0f - k.x0 * (q / m));
+      score = value + q * wp / m;
       return;
     }
     const V m = k.x0 * q + (zero + 1.0f - k.x0) * p;
@@ -135,12 +146,15 @@ struct SkewReverseKl {
 struct AlphaBeta {
   template <bool GUARDED = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V logq, V& value, V& score) {
-    const V a = k.x0, b = k.x1, zero = V{};
+    const V a = k.x0, b = k.x1, zero = V{}, one = zero + 1.0f;
+    // The same for all outcomes: what divides by them would be most of the work.
+    const V over_a = one / a, over_ab = one / (a * b), over_p = one / (b * (a + b)), over_q = one / (a * (a + b));
+    const V p_a = kdk_power_of<GUARDED>(logp, a), q_b = kdk_power_of<GUARDED>(logq, b);
+    const V q_a = kdk_power_of<GUARDED>(logq, a), p_b = kdk_power_of<GUARDED>(logp, b);
+    value = (p_a * p_b * over_p + q_a * q_b * over_q) - p_a * q_b * over_ab;
+    score = q_b * (q_a - p_a) * over_a;
+    if constexpr (GUARDED) return;
     const auto dead = (logp == logq) & (p == zero) & (q == zero);
-    const V p_a = kdk_exp(a * logp), q_b = kdk_exp(b * logq);
-    const V q_a = kdk_exp(a * logq), p_b = kdk_exp(b * logp);
-    value = (p_a * p_b / (b * (a + b)) + q_a * q_b / (a * (a + b))) - p_a * q_b / (a * b);
-    score = q_b * (q_a - p_a) / a;
     value = kdk_where(dead, zero, value);
     score = kdk_where(dead, zero, score);
   }
