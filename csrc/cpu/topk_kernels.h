@@ -121,7 +121,7 @@ struct Entries {
   std::vector<int64_t> ids;
   enum Column { kP, kLogP, kQ, kLogQ, kValue, kScore, kColumns };
   std::vector<double> columns[kColumns];
-  std::vector<int32_t> marks;  // by id: 1 + its entry, all 0 between rows
+  std::vector<int32_t> table;  // finds an id: 1 + its entry at the first free place from its hash on, 0 for none
   bool invalid = false;        // an id out of range was met
   double mass = 0;             // sum of the probabilities as they were given
 
@@ -133,7 +133,12 @@ struct Entries {
 
   template <class I, class L>
   void read(const I* id, const L* logprob, int64_t slots, int64_t vocabulary) {
-    if (marks.size() < size_t(vocabulary)) marks.resize(size_t(vocabulary), 0);
+    // At most a quarter full, and of the size of the entries: it stays in L1, as one place for each id would not.
+    int bits = 4;
+    while ((int64_t(1) << bits) < 4 * slots) ++bits;
+    const size_t places = size_t(1) << bits;
+    if (table.size() < places) table.resize(places);
+    std::fill(table.begin(), table.begin() + int64_t(places), 0);
     // One more for the bucket, and whole vectors.
     const size_t room = size_t(slots) + 1 + 8;
     if (ids.size() < room) {
@@ -151,16 +156,17 @@ struct Entries {
         continue;
       }
       const double l = double(to_compute(logprob[j]));
-      if (marks[size_t(v)] != 0) {
-        double& sum = logp[marks[size_t(v)] - 1];
+      size_t place = size_t((uint64_t(v) * 0x9e3779b97f4a7c15u) >> (64 - bits));
+      while (table[place] != 0 && ids[size_t(table[place] - 1)] != v) place = (place + 1) & (places - 1);
+      if (table[place] != 0) {
+        double& sum = logp[table[place] - 1];
         sum = log_add(sum, l);
       } else {
         ids[size_t(count)] = v;
         logp[count] = l;
-        marks[size_t(v)] = int32_t(++count);
+        table[place] = int32_t(++count);
       }
     }
-    for (int64_t k = 0; k < count; ++k) marks[size_t(ids[size_t(k)])] = 0;
     mass = exponentials(logp, columns[kP].data(), count);
   }
 
@@ -323,6 +329,20 @@ void write_gradient(const Row<X>& row, const Gradient<typename Io<X>::C>& k, X* 
   }
   return k.has_e1 ? write_gradient<false, true>(row, k, out, streamed)
                   : write_gradient<false, false>(row, k, out, streamed);
+}
+
+// Puts what gives the entries' gradient g in place of their exponentials; false, and nothing done, where that leaves
+// the range. Written afterwards, each would bring a line back that was just streamed to memory.
+template <class X>
+bool put_in_scratch(const Row<X>& row, const Gradient<typename Io<X>::C>& k, const Entries& entries, const double* g,
+                    typename Io<X>::C* es) {
+  const double limit = 1e30 * std::abs(k.a), over_a = 1 / k.a;
+  if (!(limit > 1)) return false;
+  for (int64_t j = 0; j < entries.count; ++j)
+    if (!(std::abs(g[j] - k.c0) < limit)) return false;
+  for (int64_t j = 0; j < entries.count; ++j)
+    es[row.slot(entries.ids[size_t(j)])] = typename Io<X>::C((g[j] - k.c0) * over_a);
+  return true;
 }
 
 // Values and scores of the outcomes outside the entries, all with the teacher's probability p; returns their sums. The
@@ -594,12 +614,18 @@ RowResult objective_row(const TopkArgs& args, const RowNumbers& num, int64_t ind
     }
   }
   const bool reads_scratch = gradient.a != 0 || gradient.has_scores || gradient.has_e1 || std::isnan(gradient.a);
+  if (spoilt != 0)
+    for (int64_t k = 0; k < entries.count; ++k) g[k] += spoilt;
+  if (reads_scratch && !gradient.has_scores && !gradient.has_e1 && put_in_scratch(row, gradient, entries, g, es)) {
+    write_gradient(row, gradient, out, streamed);
+    return result;
+  }
   if (reads_scratch || c0 != 0) {
     write_gradient(row, gradient, out, streamed);
   } else {
     fill_zero(out, 0, n);
   }
-  for (int64_t k = 0; k < entries.count; ++k) from_compute(C(g[k] + spoilt), out + entries.ids[size_t(k)]);
+  for (int64_t k = 0; k < entries.count; ++k) from_compute(C(g[k]), out + entries.ids[size_t(k)]);
   return result;
 }
 
