@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, Optional, Union
 
@@ -171,19 +172,24 @@ def fresh_pages(group: str, loss: Ours, case: Case) -> list[Candidate]:
     return [Candidate("kdkernels cpu, fresh pages", group, "kdkernels", build)]
 
 
-def kernels(group: str, case: Case) -> list[Union[Candidate, Absent]]:
-    """The forward KL op alone, its gradient written to memory that is there already: no autograd, no allocation."""
+def kernels(
+    group: str, case: Case, build: Optional[Callable[[str], Run]] = None, pattern: str = "dense_fwd"
+) -> list[Union[Candidate, Absent]]:
+    """An op alone, its gradient written to memory that is there already: no autograd, no allocation.
+
+    ``build`` makes its run from a backend's name; the op is forward KL of dense logits where there is none.
+    """
     found: list[Union[Candidate, Absent]] = []
-    for backend in availability(case, FUSED):
+    for backend in availability(case, FUSED, pattern=pattern):
         name = f"{backend.name} kernel, output allocated"
         if backend.ok:
-            found.append(Candidate(name, group, "kernel", _build_kernel(backend.name)))
+            found.append(Candidate(name, group, "kernel", partial(build or _build_kernel, backend.name)))
         else:
             found.append(Absent(name, group, backend.reason))
     return found
 
 
-def _build_kernel(backend: str) -> Callable[[], Run]:
+def _build_kernel(backend: str) -> Run:
     op = ops.op("dense_fwd", backend)
 
     def run(inputs: Any) -> Outcome:
@@ -221,7 +227,7 @@ def _build_kernel(backend: str) -> Callable[[], Run]:
         )
         return Outcome(loss.sum(), (inputs.out,))
 
-    return lambda: run
+    return run
 
 
 def add_probe(group: str) -> Candidate:

@@ -12,6 +12,7 @@ import kdkernels as kd
 from benchmarks import eager
 from benchmarks.model import Absent, Candidate, Case, Outcome, Run, Suite
 from benchmarks.suites import common
+from kdkernels import ops
 
 K = 64
 LOSS, CAPTURE = f"topk_kd_loss, K = {K}", f"capture_topk, K = {K}"
@@ -35,6 +36,42 @@ def bucket(inputs: Any, backend: str, reduction: str, inplace: bool) -> Tensor:
 
 def loss_arguments(inputs: Any) -> tuple[Any, ...]:
     return inputs.student, inputs.ids, inputs.logprobs, inputs.tail
+
+
+def _build_kernel(backend: str) -> Run:
+    op = ops.op("topk_fwd", backend)
+
+    def run(inputs: Any) -> Outcome:
+        rows, columns = inputs.pristine.shape
+        student, out = (t.detach().unsqueeze(0) for t in (inputs.student, inputs.out))
+        per_row = (None,) * 5  # labels, row_weight, temperatures and the divergence's parameter
+        loss, _ = op(
+            student,
+            inputs.ids,
+            inputs.logprobs,
+            out,
+            *per_row,
+            inputs.tail,
+            tail="bucket",
+            divergence="forward_kl",
+            param0=0.0,
+            param1=0.0,
+            vocab_size=columns,
+            ignore_index=-100,
+            scale=1.0 / rows,
+            temperature=1.0,
+            teacher_temperature=1.0,
+            kd_weight=1.0,
+            ce_weight=0.0,
+            z_loss_weight=0.0,
+            label_smoothing=0.0,
+            scale_by_t_squared=True,
+            student_softcap=0.0,
+            stats=False,
+        )
+        return Outcome(loss.sum(), (inputs.out,))
+
+    return run
 
 
 def _capture(found: Tensor) -> Outcome:
@@ -76,6 +113,7 @@ def make_candidates(case: Case) -> list[Union[Candidate, Absent]]:
         ),
         *common.ours(LOSS, bucket, case, backends=common.FUSED, pattern="topk_fwd"),
         *common.ours(LOSS, bucket, case, backends=common.FUSED, inplace=True, pattern="topk_fwd"),
+        *common.kernels(LOSS, case, _build_kernel, pattern="topk_fwd"),
         common.add_probe(LOSS),
         *_captures(case),
     ]
