@@ -490,17 +490,27 @@ double student_exponentials_trusting(const Row<X>& row, int64_t tile, const Affi
         float* es_out = es + slot;
         V local0 = sum0, local1 = sum1;
         Bounds local_bounds = bounds;
-#pragma GCC unroll 2
-        for (int64_t b = 0; b < blocks; ++b, s += block, es_out += block) {
+        int64_t b = 0;
+        for (; b + 2 <= blocks; b += 2, s += 2 * block, es_out += 2 * block) {
           prefetch_ahead(s);
-          V s0, s1;
-          Io<X>::load2(s, s0, s1);
-          const V e0 = exp2_of_logit<kExpDegree<X>>(s0, scale, bias, local_bounds);
-          const V e1 = exp2_of_logit<kExpDegree<X>>(s1, scale, bias, local_bounds);
-          local0 += e0;
-          local1 += e1;
-          store(es_out, e0);
-          store(es_out + kLanes<float>, e1);
+          if (sizeof(X) == 4) prefetch_ahead(s + block);  // a cache line each
+          for (int h = 0; h < 2; ++h) {
+            V e[2];
+            Io<X>::load2(s + h * block, e[0], e[1]);
+            exp2_of_logits<kExpDegree<X>>(e, scale, bias, local_bounds);
+            local0 += e[0];
+            local1 += e[1];
+            store(es_out + h * block, e[0]);
+            store(es_out + h * block + kLanes<float>, e[1]);
+          }
+        }
+        if (b < blocks) {
+          V e[2];
+          Io<X>::load2(s, e[0], e[1]);
+          exp2_of_logits<kExpDegree<X>>(e, scale, bias, local_bounds);
+          local0 += e[0];
+          local1 += e[1];
+          for (int i = 0; i < 2; ++i) store(es_out + i * kLanes<float>, e[i]);
         }
         sum0 = local0;
         sum1 = local1;

@@ -163,23 +163,30 @@ KDK_INLINE VecF plus_in_memory(VecF a, VecF b, const VecF& c) {
 // degree 4 3.0e-6, degree 5 1.2e-7. A mean other than 0 comes back as it is in the divergences that set p against log
 // p: JSD was off by 3e-7 with the best 2^f for the maximum alone. f comes divided by 2^UNIT_LOG2, and so Q multiplied
 // by it.
-template <int DEGREE, int UNIT_LOG2 = 0>
-KDK_INLINE VecF exp2_slope(VecF f) {
+template <int DEGREE, int UNIT_LOG2, int COUNT>
+KDK_INLINE void exp2_slopes(const VecF (&f)[COUNT], VecF (&slope)[COUNT]) {
   static_assert(DEGREE == 4 || DEGREE == 5, "no such polynomial");
   constexpr float u1 = float(int64_t(1) << UNIT_LOG2), u2 = u1 * u1, u3 = u2 * u1, u4 = u2 * u2, u5 = u3 * u2;
   const VecF zero = {};
-  if (DEGREE == 5) {
-    static const VecF c[] = {zero + 0.6931466460227966f * u1, zero + 0.2402230054140091f * u2,
-                             zero + 0.05551067739725113f * u3, zero + 0.00966887641698122f * u4};
-    VecF poly = plus_in_memory(zero + 0.0013179666129872203f * u5, f, c[3]);
-    for (int k = 2; k >= 0; --k) poly = plus_in_memory(poly, f, c[k]);
-    return poly;
-  }
-  static const VecF c[] = {zero + 0.6931210160255432f * u1, zero + 0.24022895097732544f * u2,
-                           zero + 0.05591738969087601f * u3};
-  VecF poly = plus_in_memory(zero + 0.00962985958904028f * u4, f, c[2]);
-  for (int k = 1; k >= 0; --k) poly = plus_in_memory(poly, f, c[k]);
-  return poly;
+  static const VecF c5[] = {zero + 0.6931466460227966f * u1, zero + 0.2402230054140091f * u2,
+                            zero + 0.05551067739725113f * u3, zero + 0.00966887641698122f * u4,
+                            zero + 0.0013179666129872203f * u5};
+  static const VecF c4[] = {zero + 0.6931210160255432f * u1, zero + 0.24022895097732544f * u2,
+                            zero + 0.05591738969087601f * u3, zero + 0.00962985958904028f * u4};
+  const VecF* c = DEGREE == 5 ? c5 : c4;
+#pragma GCC unroll 4
+  for (int i = 0; i < COUNT; ++i) slope[i] = c[DEGREE - 1];
+#pragma GCC unroll 4
+  for (int k = DEGREE - 2; k >= 0; --k)
+#pragma GCC unroll 4
+    for (int i = 0; i < COUNT; ++i) slope[i] = plus_in_memory(slope[i], f[i], c[k]);
+}
+template <int DEGREE, int UNIT_LOG2 = 0>
+KDK_INLINE VecF exp2_slope(VecF f) {
+  const VecF in[1] = {f};
+  VecF slope[1];
+  exp2_slopes<DEGREE, UNIT_LOG2>(in, slope);
+  return slope[0];
 }
 
 // 1.5 * 2^23, to which adding rounds to an integer, and the exponent's bias.
@@ -491,6 +498,20 @@ KDK_INLINE VecF exp2_of_logit(VecF logit, float scale, float bias, Bounds& bound
   // less on the way from a logit to its exponential, which is what the loop waits for.
   return exp2_slope<DEGREE, kUnitLog2>(f) * (power * f) + power;
 }
+// The same of several vectors step by step: where nothing else needs registers, that brings 6 to 9 % (see Pair).
+template <int DEGREE, int COUNT>
+KDK_INLINE void exp2_of_logits(VecF (&v)[COUNT], float scale, float bias, Bounds& bounds) {
+  VecF power[COUNT], f[COUNT], slope[COUNT];
+#define KDK_EACH _Pragma("GCC unroll 4") for (int i = 0; i < COUNT; ++i)
+  KDK_EACH power[i] = v[i] * scale + bias;
+  KDK_EACH bounds.seen |= bit_cast<VecI>(power[i]);
+  KDK_EACH f[i] = v[i] * scale + (bias - power[i]);
+  KDK_EACH power[i] = bit_cast<VecF>(bit_cast<VecI>(power[i]) << 23);
+  exp2_slopes<DEGREE, kUnitLog2>(f, slope);
+  KDK_EACH f[i] *= power[i];
+  KDK_EACH v[i] = slope[i] * f[i] + power[i];
+#undef KDK_EACH
+}
 
 template <>
 struct Io<BFloat16> {
@@ -508,7 +529,12 @@ struct Io<BFloat16> {
   KDK_INLINE static VecU rounded(VecF v) { return bit_cast<VecU>(v) + 0x8000u; }
   template <bool STREAM>
   KDK_INLINE static void store2(BFloat16* address, VecF a, VecF b) {
-    const VecU pairs = (rounded(a) >> 16) | (rounded(b) & 0xffff0000u);
+    const VecU low = rounded(a) >> 16, high = rounded(b);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const VecU pairs = bit_cast<VecU>(_mm256_blend_epi16(bit_cast<__m256i>(low), bit_cast<__m256i>(high), 0xaa));
+#else
+    const VecU pairs = low | (high & 0xffff0000u);
+#endif
     if (STREAM) {
       stream(address, pairs);
     } else {

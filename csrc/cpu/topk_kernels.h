@@ -49,6 +49,19 @@ KDK_INLINE VecD exp_double(VecD x) {
   return kdk_where(x < lowest, zero, y);
 }
 
+// The sum of count numbers, in four chains for each lane.
+inline double sum_of_doubles(const double* x, int64_t count) {
+  constexpr int64_t lanes = kLanes<double>;
+  VecD sums[4] = {};
+  int64_t j = 0;
+  for (; j + 4 * lanes <= count; j += 4 * lanes)
+    for (int i = 0; i < 4; ++i) sums[i] += load<VecD>(x + j + i * lanes);
+  for (; j + lanes <= count; j += lanes) sums[0] += load<VecD>(x + j);
+  double total = horizontal_sum<double>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (; j < count; ++j) total += x[j];
+  return total;
+}
+
 // Values and scores of n outcomes; the teacher's step is 0 where one p serves all. Reads and writes whole vectors.
 template <class C>
 using Evaluate = void (*)(const Linear&, double x0, double x1, const C* p, const C* logp, int64_t step, const C* q,
@@ -118,7 +131,7 @@ constexpr Divergence linear(const char* name, Linear c) {
 // The distinct entries of a row, and the room to compute with them; kept by a thread between calls.
 struct Entries {
   int64_t count = 0;
-  std::vector<int64_t> ids;
+  std::vector<int64_t> ids, slots;  // slots: of the ids, in the scratch of the row
   enum Column { kP, kLogP, kQ, kLogQ, kValue, kScore, kColumns };
   std::vector<double> columns[kColumns];
   std::vector<int32_t> table;  // finds an id: 1 + its entry at the first free place from its hash on, 0 for none
@@ -132,41 +145,47 @@ struct Entries {
   }
 
   template <class I, class L>
-  void read(const I* id, const L* logprob, int64_t slots, int64_t vocabulary) {
+  __attribute__((noinline)) void read(const I* id, const L* logprob, int64_t given, int64_t vocabulary) {
     // At most a quarter full, and of the size of the entries: it stays in L1, as one place for each id would not.
     int bits = 4;
-    while ((int64_t(1) << bits) < 4 * slots) ++bits;
+    while ((int64_t(1) << bits) < 4 * given) ++bits;
     const size_t places = size_t(1) << bits;
     if (table.size() < places) table.resize(places);
     std::fill(table.begin(), table.begin() + int64_t(places), 0);
     // One more for the bucket, and whole vectors.
-    const size_t room = size_t(slots) + 1 + 8;
+    const size_t room = size_t(given) + 1 + 8;
     if (ids.size() < room) {
       ids.resize(room);
+      slots.resize(room);
       for (auto& column : columns) column.resize(room);
     }
-    count = 0;
-    invalid = false;
-    double* logp = columns[kLogP].data();
-    for (int64_t j = 0; j < slots; ++j) {
+    // All in variables of its own: what is written could be a member, as far as the compiler knows.
+    int64_t distinct = 0;
+    bool outside = false;
+    double* const logp = columns[kLogP].data();
+    int64_t* const known = ids.data();
+    int32_t* const entry_at = table.data();
+    for (int64_t j = 0; j < given; ++j) {
       const int64_t v = int64_t(id[j]);
       if (v == -1) continue;
       if (v < 0 || v >= vocabulary) {
-        invalid = true;
+        outside = true;
         continue;
       }
       const double l = double(to_compute(logprob[j]));
       size_t place = size_t((uint64_t(v) * 0x9e3779b97f4a7c15u) >> (64 - bits));
-      while (table[place] != 0 && ids[size_t(table[place] - 1)] != v) place = (place + 1) & (places - 1);
-      if (table[place] != 0) {
-        double& sum = logp[table[place] - 1];
+      while (entry_at[place] != 0 && known[entry_at[place] - 1] != v) place = (place + 1) & (places - 1);
+      if (entry_at[place] != 0) {
+        double& sum = logp[entry_at[place] - 1];
         sum = log_add(sum, l);
       } else {
-        ids[size_t(count)] = v;
-        logp[count] = l;
-        table[place] = int32_t(++count);
+        known[distinct] = v;
+        logp[distinct] = l;
+        entry_at[place] = int32_t(++distinct);
       }
     }
+    count = distinct;
+    invalid = outside;
     mass = exponentials(logp, columns[kP].data(), count);
   }
 
@@ -176,10 +195,8 @@ struct Entries {
   }
   // e^x of count numbers, and their sum.
   static double exponentials(const double* x, double* e, int64_t count) {
-    double sum = 0;
     for (int64_t j = 0; j < count; j += kLanes<double>) store(e + j, exp_double(load<VecD>(x + j)));
-    for (int64_t j = 0; j < count; ++j) sum += e[j];
-    return sum;
+    return sum_of_doubles(e, count);
   }
 };
 
@@ -333,15 +350,14 @@ void write_gradient(const Row<X>& row, const Gradient<typename Io<X>::C>& k, X* 
 
 // Puts what gives the entries' gradient g in place of their exponentials; false, and nothing done, where that leaves
 // the range. Written afterwards, each would bring a line back that was just streamed to memory.
-template <class X>
-bool put_in_scratch(const Row<X>& row, const Gradient<typename Io<X>::C>& k, const Entries& entries, const double* g,
-                    typename Io<X>::C* es) {
+template <class C>
+bool put_in_scratch(const Gradient<C>& k, const Entries& entries, const double* g, C* es) {
   const double limit = 1e30 * std::abs(k.a), over_a = 1 / k.a;
   if (!(limit > 1)) return false;
-  for (int64_t j = 0; j < entries.count; ++j)
-    if (!(std::abs(g[j] - k.c0) < limit)) return false;
-  for (int64_t j = 0; j < entries.count; ++j)
-    es[row.slot(entries.ids[size_t(j)])] = typename Io<X>::C((g[j] - k.c0) * over_a);
+  int64_t within = 0;
+  for (int64_t j = 0; j < entries.count; ++j) within += std::abs(g[j] - k.c0) < limit;
+  if (within != entries.count) return false;
+  for (int64_t j = 0; j < entries.count; ++j) es[entries.slots[size_t(j)]] = C((g[j] - k.c0) * over_a);
   return true;
 }
 
@@ -367,7 +383,7 @@ void evaluate_outside(const Row<X>& row, Evaluate<typename Io<X>::C> function, c
     function(linear, x0, x1, &cp, &clogp, 0, q, logq, values + begin, xs + begin, count);
   }
   const auto silence = [&](int64_t slot) { values[slot] = xs[slot] = C(0); };
-  for (int64_t k = 0; k < entries.count; ++k) silence(row.slot(entries.ids[size_t(k)]));
+  for (int64_t k = 0; k < entries.count; ++k) silence(entries.slots[size_t(k)]);
   for_padding(row, silence);
   value = sum_of(values, slots);
   score = sum_of(xs, slots);
@@ -442,18 +458,20 @@ RowResult objective_row(const TopkArgs& args, const RowNumbers& num, int64_t ind
   }
 
   // The student on the entries: e^x in double, and the sum of what stands for them in the scratch.
-  double in_scratch = 0;
+  int64_t* const at = entries.slots.data();
   for (int64_t k = 0; k < count; ++k) {
     const int64_t id = entries.ids[size_t(k)];
+    at[k] = row.slot(id);
     logq[k] = kLn2 * as.scalar(to_compute(s[id]));
-    if (swept) in_scratch += double(es[row.slot(id)]);
   }
   double z_entries = Entries::exponentials(logq, q, count), z_outside = 0, log_z = 0;
   if (swept) {
     const auto without_entries = [&] {
-      for (int64_t k = 0; k < count; ++k) es[row.slot(entries.ids[size_t(k)])] = C(0);
+      for (int64_t k = 0; k < count; ++k) es[at[k]] = C(0);
       return sum_of(es, slots);
     };
+    for (int64_t k = 0; k < count; ++k) value[k] = double(es[at[k]]);
+    const double in_scratch = sum_of_doubles(value, count);
     // Where the entries hold most of the mass, subtracting them would cancel.
     z_outside = count == 0 || std::isnan(z) ? z : z - in_scratch;
     if (count > 0 && !(z_outside > 0.5 * z) && !std::isnan(z)) z_outside = without_entries();
@@ -493,7 +511,7 @@ RowResult objective_row(const TopkArgs& args, const RowNumbers& num, int64_t ind
         for (int64_t k = 0; k < count; ++k) masked[entries.ids[size_t(k)]] = -std::numeric_limits<C>::infinity();
         const Affine<C> again = affine<C>(num.student_scale, maximum(masked, n));
         for (int64_t tile = 0; tile < row.tiles(); ++tile) student_exponentials<false>(row, tile, again, es, es);
-        for (int64_t k = 0; k < count; ++k) es[row.slot(entries.ids[size_t(k)])] = C(0);
+        for (int64_t k = 0; k < count; ++k) es[at[k]] = C(0);
         z_outside = sum_of(es, slots);
         log_q_outside = kLn2 * (again.reference() - as.reference()) + std::log(z_outside) - log_z;
         iq = z_outside > 0 ? std::exp(log_q_outside) / z_outside : 0;
@@ -513,10 +531,8 @@ RowResult objective_row(const TopkArgs& args, const RowNumbers& num, int64_t ind
     ++outcomes;
   }
   divergence.f64(divergence.coefficients, num.param0, args.param1, p, logp, 1, q, logq, value, score, outcomes);
-  for (int64_t k = 0; k < outcomes; ++k) {
-    d += value[k];
-    score_sum += score[k];
-  }
+  d = sum_of_doubles(value, outcomes);
+  score_sum = sum_of_doubles(score, outcomes);
   if (outcomes > count) score_outside = score[count];
   if (pointwise) {
     C* values = scratch.get(kOtherRow, slots);
@@ -595,11 +611,13 @@ RowResult objective_row(const TopkArgs& args, const RowNumbers& num, int64_t ind
   }
   // The entries, before the student may be overwritten; the place of their values is free now.
   double* g = value;
-  for (int64_t k = 0; k < count; ++k) {
-    g[k] = c0;
-    if (w != 0) g[k] += w * (score[k] - q[k] * score_sum);
-    if (hard != 0) g[k] += hard * std::exp(double(to_compute(s[entries.ids[size_t(k)]])) - lse);
+  if (w != 0) {
+    for (int64_t k = 0; k < count; ++k) g[k] = c0 + w * (score[k] - q[k] * score_sum);
+  } else {
+    std::fill(g, g + count, c0);
   }
+  if (hard != 0)
+    for (int64_t k = 0; k < count; ++k) g[k] += hard * std::exp(double(to_compute(s[entries.ids[size_t(k)]])) - lse);
   const bool has_label = num.ce != 0 && label >= 0 && label < n;
   if (has_label) {
     const double step = num.weight * num.ce * (1 - args.label_smoothing);
@@ -609,14 +627,15 @@ RowResult objective_row(const TopkArgs& args, const RowNumbers& num, int64_t ind
     } else {
       // One more entry, past the bucket's.
       entries.ids[size_t(count)] = label;
-      g[count] = gradient.at(row.slot(label)) - step;
+      at[count] = row.slot(label);
+      g[count] = gradient.at(at[count]) - step;
       ++entries.count;
     }
   }
   const bool reads_scratch = gradient.a != 0 || gradient.has_scores || gradient.has_e1 || std::isnan(gradient.a);
   if (spoilt != 0)
     for (int64_t k = 0; k < entries.count; ++k) g[k] += spoilt;
-  if (reads_scratch && !gradient.has_scores && !gradient.has_e1 && put_in_scratch(row, gradient, entries, g, es)) {
+  if (reads_scratch && !gradient.has_scores && !gradient.has_e1 && put_in_scratch(gradient, entries, g, es)) {
     write_gradient(row, gradient, out, streamed);
     return result;
   }
