@@ -16,6 +16,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor
 
+from kdkernels.backends import cpu
 from kdkernels.reduction import REDUCTIONS
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "torch")
@@ -142,16 +143,23 @@ def sparse_teacher(ids: Any, logprobs: Any, student: Tensor, columns: int) -> tu
         )
     if logprobs.requires_grad and torch.is_grad_enabled():
         raise ValueError("teacher_logprobs must not require grad: they get no gradient; detach them")
-    if reads_values(ids) and ids.numel():
-        low, high = (int(v) for v in torch.aminmax(ids))
-        if low < -1 or high >= columns:
-            worst = low if low < -1 else high
-            raise ValueError(f"teacher_ids must be in [0, {columns}) or -1 for an unused slot, got {worst}")
-        # Unused slots may hold anything; as a rule nothing does, and one look is enough. NaN is the maximum of all.
-        if not logprobs.amax() < torch.inf and not (torch.where(ids < 0, -torch.inf, logprobs) < torch.inf).all():
-            raise ValueError("teacher_logprobs must not be NaN or +inf, where teacher_ids is not -1")
     k = ids.shape[-1]
-    return ids.reshape(-1, k).contiguous(), logprobs.detach().reshape(-1, k).contiguous()
+    ids, logprobs = ids.reshape(-1, k).contiguous(), logprobs.detach().reshape(-1, k).contiguous()
+    if reads_values(ids) and ids.numel():
+        _values_of_sparse_teacher(ids, logprobs, columns)
+    return ids, logprobs
+
+
+def _values_of_sparse_teacher(ids: Tensor, logprobs: Tensor, columns: int) -> None:
+    if cpu.why_not(ids.device.type) is None and torch.ops.kdkernels.sparse_teacher_is_sound(ids, logprobs, columns):
+        return
+    low, high = (int(v) for v in torch.aminmax(ids))
+    if low < -1 or high >= columns:
+        worst = low if low < -1 else high
+        raise ValueError(f"teacher_ids must be in [0, {columns}) or -1 for an unused slot, got {worst}")
+    # Unused slots may hold anything.
+    if not (torch.where(ids < 0, -torch.inf, logprobs) < torch.inf).all():
+        raise ValueError("teacher_logprobs must not be NaN or +inf, where teacher_ids is not -1")
 
 
 def extras_of_tokens(extras: Any) -> dict[str, torch.dtype]:

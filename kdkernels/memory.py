@@ -2,8 +2,9 @@
 
 A C library maps a large block anew whenever it is asked for, and the system then finds, clears and maps every page of
 it while the gradient is written. That takes as long as the loss itself, and several times as long on a virtual machine
-that gives freed pages back to its host (docs/cpu.md). So the pages of the last gradient that was freed are kept, and
-those of the last chunks of the losses on hidden states.
+that gives freed pages back to its host (docs/cpu.md). A smaller block fares the same whenever the rest of a step has
+made the library give the top of its heap back. So the pages of the last gradient that was freed are kept, or of the
+last four where they are small, and those of the last chunks of the losses on hidden states.
 
 They are not withheld from anyone: what is kept is marked with ``MADV_FREE``, and the kernel takes it back when memory
 gets scarce, without a word to this process and without writing it anywhere. Until then it counts as resident.
@@ -18,21 +19,25 @@ import mmap
 import os
 import sys
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Below this glibc keeps freed blocks itself, once it has seen one of their size.
-MIN_BYTES = 32 * 2**20
+# Below this a gradient stays in the caches, and so does its memory in the C library.
+MIN_BYTES = 8 * 2**20
+# From this on one block is kept for each use, below it as many as SMALL_BLOCKS.
+LARGE_BYTES = 32 * 2**20
+SMALL_BLOCKS = 4
 # A kept block is used for what needs at least this part of it; a smaller one would hold memory that nobody needs.
 MIN_SHARE = 0.5
 
 _available = sys.platform == "linux" and hasattr(mmap, "MADV_FREE")
-# At most one block for each use. A dict, whose methods are atomic: blocks come back from any thread, in the middle of
-# anything.
-_kept: dict[str, mmap.mmap] = {}
+# By use, large blocks and small ones. Only methods that are atomic touch what is in here: blocks come back from any
+# thread, in the middle of anything.
+_kept: dict[tuple[str, bool], deque[mmap.mmap]] = {}
 
 
 def empty_cache() -> None:
@@ -73,11 +78,24 @@ def _keeps(like: Tensor, size: int) -> bool:
     return plain and not filled
 
 
+def _blocks(size: int, use: str) -> deque[mmap.mmap]:
+    large = size >= LARGE_BYTES
+    return _kept.setdefault((use, large), deque(maxlen=1 if large else SMALL_BLOCKS))
+
+
 def _take(size: int, use: str) -> mmap.mmap:
-    kept = _kept.pop(use, None)
-    if kept is not None and MIN_SHARE * len(kept) <= size <= len(kept):
-        return kept
-    del kept
+    blocks = _blocks(size, use)
+    for _ in range(len(blocks)):
+        try:
+            block = blocks.popleft()
+        except IndexError:  # another thread was faster
+            break
+        if MIN_SHARE * len(block) <= size <= len(block):
+            return block
+        blocks.append(block)
+        del block
+    # None is of use: the sizes have changed.
+    blocks.clear()
     # Private: a forked process has pages of its own.
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
@@ -87,4 +105,4 @@ def _give_back(block: mmap.mmap, use: str) -> None:
         block.madvise(mmap.MADV_FREE)
     except OSError:  # a kernel that does not know it
         return
-    _kept[use] = block
+    _blocks(len(block), use).append(block)

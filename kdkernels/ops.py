@@ -91,6 +91,8 @@ LACKING = {
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define("cpu_isa() -> str")
+# A check of values on the CPU: ids and log-probabilities contiguous and of one size.
+_library.define("sparse_teacher_is_sound(Tensor ids, Tensor logprobs, int columns) -> bool")
 
 
 def _rows(student: Tensor, columns: Optional[int] = None) -> Tensor:

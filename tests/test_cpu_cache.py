@@ -27,6 +27,11 @@ def like(rows=ROWS, dtype=torch.float32):
     return torch.empty(rows, COLUMNS, dtype=dtype)
 
 
+def kept():
+    """How many blocks are kept for each use."""
+    return {use: len(blocks) for (use, _), blocks in memory._kept.items() if blocks}
+
+
 def test_the_next_tensor_gets_the_pages_of_the_last():
     first = memory.empty_like(like())
     assert first.shape == (ROWS, COLUMNS) and first.is_contiguous() and first.dtype == torch.float32
@@ -34,12 +39,12 @@ def test_the_next_tensor_gets_the_pages_of_the_last():
     first.fill_(1.0)
     view = first[3:5]
     del first
-    assert not memory._kept, "a view still holds the memory"
+    assert not kept(), "a view still holds the memory"
     assert (view == 1.0).all()
     del view
-    assert len(memory._kept) == 1
+    assert kept() == {"gradient": 1}
     second = memory.empty_like(like(dtype=torch.bfloat16).new_empty(2 * ROWS, COLUMNS))
-    assert second.data_ptr() == address and second.dtype == torch.bfloat16 and not memory._kept
+    assert second.data_ptr() == address and second.dtype == torch.bfloat16 and not kept()
 
 
 def test_tensors_that_are_alive_do_not_share():
@@ -48,9 +53,9 @@ def test_tensors_that_are_alive_do_not_share():
         tensor.fill_(value)
     assert [tensor.unique().item() for tensor in tensors] == [0.0, 1.0, 2.0]
     del tensors, tensor
-    assert len(memory._kept) == 1, "one block is kept"
+    assert kept() == {"gradient": 1}, "one block is kept"
     memory.empty_cache()
-    assert not memory._kept
+    assert not kept()
 
 
 def test_a_block_of_another_size_is_given_back():
@@ -62,8 +67,27 @@ def test_a_block_of_another_size_is_given_back():
     for rows in (ROWS + 1, 3 * ROWS, ROWS):
         tensor = memory.empty_like(like(rows))
         tensor.fill_(2.0)
-        assert (tensor == 2.0).all() and len(memory._kept) == 0
+        assert (tensor == 2.0).all() and not kept()
         del tensor
+
+
+def test_several_small_blocks_are_kept():
+    """Two losses of a step have their gradients at once: both get their pages again, each its own."""
+    rows = (60, 40)  # 16 and 10 MB
+    first = [memory.empty_like(like(n)) for n in rows]
+    addresses = [tensor.data_ptr() for tensor in first]
+    first.clear()
+    assert kept() == {"gradient": 2}
+    second = [memory.empty_like(like(n)) for n in rows]
+    assert [tensor.data_ptr() for tensor in second] == addresses and not kept()
+    more = [memory.empty_like(like(rows[0])).fill_(value) for value in range(memory.SMALL_BLOCKS)]
+    assert [tensor.unique().item() for tensor in more] == list(range(memory.SMALL_BLOCKS))
+    second.clear()
+    more.clear()
+    assert kept() == {"gradient": memory.SMALL_BLOCKS}
+    tensor = memory.empty_like(like(2 * rows[0] - 2))
+    assert not kept(), "blocks of which none is of use are given back"
+    del tensor
 
 
 def test_a_block_is_kept_for_each_use():
@@ -73,7 +97,7 @@ def test_a_block_is_kept_for_each_use():
         tensor = memory.empty(like(), shape, torch.float32, use)
         assert addresses.setdefault(use, tensor.data_ptr()) == tensor.data_ptr()
         del tensor
-    assert set(memory._kept) == {"logits", "gradient"}
+    assert kept() == {"logits": 1, "gradient": 1}
 
 
 def test_losses_on_hidden_states_reuse_their_chunks_and_the_gradient_of_the_head():
@@ -85,9 +109,9 @@ def test_losses_on_hidden_states_reuse_their_chunks_and_the_gradient_of_the_head
         kd.linear_kd_loss(hidden, head, teacher, teacher_head).backward()
         grads.append((head.grad.data_ptr(), head.grad.clone()))
         # The gradient of the head is in use; plain PyTorch scales a copy of it.
-        assert set(memory._kept) - {"gradient"} == {"student logits", "teacher logits 0"}
+        assert set(kept()) - {"gradient"} == {"student logits", "teacher logits 0"}
     if kd.backends.select("auto", "cpu") == "cpu":
-        assert "gradient" not in memory._kept
+        assert "gradient" not in kept()
         assert grads[0][0] == grads[1][0]
     torch.testing.assert_close(grads[0][1], grads[1][1], rtol=0, atol=0)
 
@@ -109,7 +133,7 @@ def test_what_is_left_to_torch(reason, monkeypatch):
             assert isinstance(memory.empty_like(mode.from_tensor(logits)), torch._subclasses.FakeTensor)
     else:
         assert memory.empty_like(logits).shape == logits.shape
-    assert not memory._kept
+    assert not kept()
 
 
 def test_gradients_of_training_steps_are_right_and_their_own():

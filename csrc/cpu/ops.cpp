@@ -4,9 +4,11 @@
 #include "../glue.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -181,6 +183,48 @@ std::tuple<Tensor, Tensor, Tensor> capture_topk(Tensor teacher, std::optional<Te
   return {ids, logprobs, tail};
 }
 
+template <class I, class Bad>
+bool all_sound(const I* ids, int64_t count, int64_t columns, Bad bad) {
+  std::atomic<bool> sound{true};
+  torch::stable::parallel_for(0, count, int64_t(1) << 16, [&](int64_t begin, int64_t end) {
+    bool wrong = false;
+    for (int64_t j = begin; j < end; ++j) {
+      const int64_t id = int64_t(ids[j]);
+      wrong |= id < -1 || id >= columns || (id >= 0 && bad(j));
+    }
+    if (wrong) sound = false;
+  });
+  return sound;
+}
+
+// Whether all ids are -1 or a column, and no log-probability of a column is NaN or +inf. One call where plain PyTorch
+// takes six, each of them slow when its code has left the caches: 0.25 ms of a step.
+bool sparse_teacher_is_sound(Tensor ids, Tensor logprobs, int64_t columns) {
+  const int64_t count = ids.numel();
+  STD_TORCH_CHECK(ids.is_contiguous() && logprobs.is_contiguous() && logprobs.numel() == count,
+                  "teacher_ids and teacher_logprobs must be contiguous and of one size");
+  const auto with_ids = [&](auto bad) {
+    const void* data = ids.const_data_ptr();
+    return ids.scalar_type() == ScalarType::Long ? all_sound(static_cast<const int64_t*>(data), count, columns, bad)
+                                                 : all_sound(static_cast<const int32_t*>(data), count, columns, bad);
+  };
+  // NaN is not below infinity. The bits of 16-bit numbers: sign, exponent, mantissa.
+  const auto bits = [&](uint16_t infinity) {
+    const uint16_t* x = static_cast<const uint16_t*>(logprobs.const_data_ptr());
+    return with_ids([=](int64_t j) { return x[j] == infinity || (x[j] & 0x7fff) > infinity; });
+  };
+  const auto numbers = [&](auto* x) {
+    return with_ids([=](int64_t j) { return !(x[j] < std::numeric_limits<double>::infinity()); });
+  };
+  switch (dtype_of(logprobs)) {
+    case DType::kFloat32: return numbers(static_cast<const float*>(logprobs.const_data_ptr()));
+    case DType::kFloat64: return numbers(static_cast<const double*>(logprobs.const_data_ptr()));
+    case DType::kBFloat16: return bits(0x7f80);
+    case DType::kFloat16: return bits(0x7c00);
+  }
+  return false;
+}
+
 Tensor dkd_fwd(Tensor student, Tensor teacher, std::optional<Tensor> dstudent, Tensor labels,
                std::optional<Tensor> row_weight, double alpha, double beta, double temperature,
                double teacher_temperature, int64_t vocab_size, int64_t ignore_index, double scale,
@@ -223,6 +267,7 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
   m.impl("dkd_fwd_cpu", TORCH_BOX(&kdk::dkd_fwd));
   m.impl("mse_fwd_cpu", TORCH_BOX(&kdk::mse_fwd));
   m.impl("topk_fwd_cpu", TORCH_BOX((&kdk::topk_fwd<kdk::find_divergence, kdk::run_topk>)));
+  m.impl("sparse_teacher_is_sound", TORCH_BOX(&kdk::sparse_teacher_is_sound));
   m.impl("scale_grad_cpu", TORCH_BOX(&kdk::scale_grad<kdk::run_scale>));
 }
 
