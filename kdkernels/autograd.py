@@ -23,7 +23,9 @@ class Launch(NamedTuple):
 
 
 class RowLoss(torch.autograd.Function):
-    """``forward`` returns ``(loss, stats)``; both gradients are computed there and kept until ``backward``.
+    """``forward`` computes the loss and both gradients, which are kept until ``backward``.
+
+    It returns the loss, or ``(loss, stats)`` where the launch asks for statistics.
 
     The gradient buffer is handed out by the first backward and scaled in place, without a copy; where the graph is kept
     (``retain_graph=True``) every backward gets a fresh product instead.
@@ -39,7 +41,7 @@ class RowLoss(torch.autograd.Function):
         dual: Optional[Launch],
         per_row: bool,
         inplace: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Any:
         dteacher = None
         if dual is not None and teacher is not None:
             # Before the student's launch, which may overwrite the student.
@@ -53,13 +55,16 @@ class RowLoss(torch.autograd.Function):
         if inplace and dstudent is not None:
             torch.autograd.graph.increment_version(student)
         ctx.save_for_backward(dstudent, dteacher)
-        ctx.mark_non_differentiable(stats)
         ctx.backend = launch.backend
-        return (rows if per_row else rows.sum()), stats
+        loss = rows if per_row else rows.sum()
+        if stats is None:
+            return loss
+        ctx.mark_non_differentiable(stats)
+        return loss, stats
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dloss: Tensor, _: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
         dstudent, dteacher = ctx.saved_tensors
         # A graph cannot write to what forward saved.
         backend = "torch" if torch.compiler.is_compiling() else ctx.backend
@@ -68,8 +73,8 @@ class RowLoss(torch.autograd.Function):
 
 def run(
     launch: Launch, student: Tensor, teachers: tuple[Tensor, ...], dstudent: Optional[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Call the op; logits of any leading shape become ``[B, L, V]`` views."""
+) -> tuple[Tensor, Optional[Tensor]]:
+    """Call the op; logits of any leading shape become ``[B, L, V]`` views. Statistics only where they are asked for."""
     views = as_rows((student, *teachers, *(() if dstudent is None else (dstudent,))))
     destination = None if dstudent is None else views[-1]
     operands: list[Any] = list(views[1 : 1 + len(teachers)])
@@ -84,7 +89,9 @@ def run(
         views[0], *operands, *launch.sparse_teacher, destination, *launch.tensors, **launch.options
     )
     if isinstance(result, Tensor):
-        return result, result.new_empty((result.shape[0], 0))
+        return result, None
+    if not launch.options["stats"]:
+        return result[0], None
     if shared is not None:
         result[1][:, -1] = shared
     return result

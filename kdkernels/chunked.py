@@ -285,14 +285,15 @@ def _of_rows(launch: Launch, rows: Rows) -> Launch:
 def _objective(launch: Launch, logits: Tensor, teachers: list[Tensor], with_grad: bool) -> tuple[Tensor, Tensor]:
     """Losses and statistics of a chunk ``[R, V]``; the gradient takes the place of the logits."""
     if launch.backend != "torch":
-        return run(launch, logits, tuple(teachers), logits if with_grad else None)
-    with torch.set_grad_enabled(with_grad):
-        leaf = logits.detach().requires_grad_(with_grad)
-        loss, stats = run_reference(launch, leaf, teachers)
-        total = loss.sum()
-    if with_grad:
-        (grad,) = torch.autograd.grad(total, leaf)
-        logits.copy_(grad)
+        loss, stats = run(launch, logits, tuple(teachers), logits if with_grad else None)
+    else:
+        with torch.set_grad_enabled(with_grad):
+            leaf = logits.detach().requires_grad_(with_grad)
+            loss, stats = run_reference(launch, leaf, teachers)
+            total = loss.sum()
+        if with_grad:
+            (grad,) = torch.autograd.grad(total, leaf)
+            logits.copy_(grad)
     return loss.detach(), loss.new_empty(len(loss), 0) if stats is None else stats
 
 

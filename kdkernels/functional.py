@@ -245,7 +245,7 @@ def topk_kd_loss(
     flat, row_param = _labels_and_param(plan, labels)
     name = backends.select(backend, student.device.type, divergence=plan.divergence.name, pattern="topk_fwd")
     scale, weight = plan.weights(flat)
-    launch = topk_launch(plan, name, teacher, tail, (flat, weight, row_param, tail_rows), scale)
+    launch = topk_launch(plan, name, teacher, (flat, weight, row_param, tail_rows), scale)
     return plan.result(*plan.launch(launch, ()), TopKStats)
 
 
@@ -431,39 +431,30 @@ TOPK_DEFAULTS = {
 }
 
 
-def check_topk_options(options: dict[str, Any], owner: str = "topk_kd_loss") -> Divergence:
-    """Check the options of ``topk_kd_loss`` whose check needs no tensor, and resolve the divergence."""
-    resolved = check_options(owner, options, TOPK_DEFAULTS)
-    get = {**TOPK_DEFAULTS, **options}
-    tail = get["tail"]
-    checks.choice("tail", tail, checks.TAILS)
-    if tail in ("renormalize", "drop") and not reference.topk.defined_without_teacher(
-        resolved.name, *resolved.params()
-    ):
-        raise ValueError(
-            f"tail {tail!r} gives the teacher probability 0 outside its entries, where divergence {resolved.name!r}, "
-            f"{resolved.formula}, is infinite; use tail 'bucket', 'uniform' or 'renormalize_both'"
-        )
-    teacher_temperature = get["temperature"] if get["teacher_temperature"] is None else get["teacher_temperature"]
-    if tail in ("bucket", "drop") and (isinstance(teacher_temperature, Tensor) or teacher_temperature != 1):
-        got = "a tensor" if isinstance(teacher_temperature, Tensor) else teacher_temperature
-        raise ValueError(
-            f"teacher_temperature must be 1 with tail {tail!r}, got {got}: K log-probabilities do not tell the mass "
-            "outside them at another temperature; take them at the temperature of the loss and pass "
-            "teacher_temperature=1.0, or choose another tail"
-        )
-    return resolved
+class Settings(NamedTuple):
+    """Options after all checks that need no tensor."""
+
+    get: dict[str, Any]  # every option, as given or its default
+    divergence: Divergence
+    plain: bool  # no option is a tensor
+    objective: dict[str, Any]  # those that the ops of an objective take for all rows alike
 
 
-def check_options(owner: str, options: dict[str, Any], defaults: dict[str, Any] = DEFAULTS) -> Divergence:
+def check_topk_options(options: dict[str, Any], owner: str = "topk_kd_loss") -> Settings:
+    """Check the options of ``topk_kd_loss`` whose check needs no tensor."""
+    return check_options(owner, options, TOPK_DEFAULTS)
+
+
+def check_options(owner: str, options: dict[str, Any], defaults: dict[str, Any] = DEFAULTS) -> Settings:
     """Check all options whose check needs no tensor, and resolve the divergence.
 
     A training loop asks the same thing in every step: what was accepted is remembered.
     """
-    if torch.compiler.is_compiling() or not all(isinstance(value, _REMEMBERED) for value in options.values()):
+    types = tuple(map(type, options.values()))
+    if torch.compiler.is_compiling() or not _rememberable(types, options):
         return _check_options(owner, options, defaults)
     # Types too: 1 is equal to True, and not a flag.
-    key = (owner, divergences.version, *options, *options.values(), *map(type, options.values()))
+    key = (owner, divergences.version, types, *options, *options.values())
     found = _accepted.get(key)
     if found is None:
         found = _check_options(owner, options, defaults)
@@ -473,12 +464,22 @@ def check_options(owner: str, options: dict[str, Any], defaults: dict[str, Any] 
     return found
 
 
-_REMEMBERED = (str, int, float, type(None), Divergence)
 MAX_ACCEPTED = 256
-_accepted: dict[Any, Divergence] = {}
+_accepted: dict[Any, Settings] = {}
+# Types of values that can be a key; divergences join when they are met.
+_remembered: set[type] = {str, int, float, bool, type(None)}
 
 
-def _check_options(owner: str, options: dict[str, Any], defaults: dict[str, Any]) -> Divergence:
+def _rememberable(types: tuple[type, ...], options: dict[str, Any]) -> bool:
+    if _remembered.issuperset(types):
+        return True
+    known = all(kind in _remembered or issubclass(kind, Divergence) for kind in types)
+    if known:
+        _remembered.update(types)
+    return known
+
+
+def _check_options(owner: str, options: dict[str, Any], defaults: dict[str, Any]) -> Settings:
     for name in options:
         if name not in defaults:
             raise TypeError(f"{owner} got an unexpected option {name!r}")
@@ -506,7 +507,54 @@ def _check_options(owner: str, options: dict[str, Any], defaults: dict[str, Any]
     if get["row_param"] is not None and resolved.row_param is None:
         raise ValueError(f"row_param needs a divergence with a parameter per row, got {resolved.name!r}")
     checks.choice("backend", get["backend"], checks.BACKENDS)
-    return resolved
+    sparse = "tail" in defaults
+    if sparse:
+        get = {**TOPK_DEFAULTS, **get}
+        _check_tail(get, resolved)
+    param0, param1 = resolved.params()
+    temperature = get["temperature"] if get["teacher_temperature"] is None else get["teacher_temperature"]
+    objective = {
+        "divergence": resolved.name,
+        "param0": param0,
+        "param1": param1,
+        "temperature": _number(get["temperature"]),
+        "teacher_temperature": _number(temperature),
+        "scale_by_t_squared": get["scale_by_t_squared"],
+        "kd_weight": float(get["kd_weight"]),
+        "ce_weight": float(get["ce_weight"]),
+        "z_loss_weight": float(get["z_loss_weight"]),
+        "label_smoothing": float(get["label_smoothing"]),
+        "ignore_index": get["ignore_index"],
+        "student_softcap": checks.softcap("student_softcap", get["student_softcap"]),
+        "stats": get["return_stats"],
+    }
+    if sparse:
+        objective["tail"] = get["tail"]
+    else:
+        objective["teacher_form"] = get["teacher_form"]
+        objective["teacher_softcap"] = checks.softcap("teacher_softcap", get["teacher_softcap"])
+        objective["standardize"] = get["standardize"]
+    return Settings(get, resolved, not any(isinstance(value, Tensor) for value in get.values()), objective)
+
+
+def _check_tail(get: dict[str, Any], divergence: Divergence) -> None:
+    tail = get["tail"]
+    checks.choice("tail", tail, checks.TAILS)
+    if tail in ("renormalize", "drop") and not reference.topk.defined_without_teacher(
+        divergence.name, *divergence.params()
+    ):
+        raise ValueError(
+            f"tail {tail!r} gives the teacher probability 0 outside its entries, where divergence {divergence.name!r}, "
+            f"{divergence.formula}, is infinite; use tail 'bucket', 'uniform' or 'renormalize_both'"
+        )
+    teacher_temperature = get["temperature"] if get["teacher_temperature"] is None else get["teacher_temperature"]
+    if tail in ("bucket", "drop") and (isinstance(teacher_temperature, Tensor) or teacher_temperature != 1):
+        got = "a tensor" if isinstance(teacher_temperature, Tensor) else teacher_temperature
+        raise ValueError(
+            f"teacher_temperature must be 1 with tail {tail!r}, got {got}: K log-probabilities do not tell the mass "
+            "outside them at another temperature; take them at the temperature of the loss and pass "
+            "teacher_temperature=1.0, or choose another tail"
+        )
 
 
 class _Plan(NamedTuple):
@@ -515,6 +563,7 @@ class _Plan(NamedTuple):
     student: Tensor
     options: dict[str, Any]
     divergence: Divergence
+    objective: dict[str, Any]
     columns: int
     temperature: Any
     teacher_temperature: Any
@@ -534,22 +583,6 @@ class _Plan(NamedTuple):
             dtype=checks.sum_dtype(self.student),
         )
         return (scale if weight is None or isinstance(weight, Tensor) else scale * weight), rows
-
-    def objective(self) -> dict[str, Any]:
-        """What the ops and references of an objective take alike."""
-        get = self.options
-        return {
-            "divergence": self.divergence.name,
-            "scale_by_t_squared": get["scale_by_t_squared"],
-            "kd_weight": float(get["kd_weight"]),
-            "ce_weight": float(get["ce_weight"]),
-            "z_loss_weight": float(get["z_loss_weight"]),
-            "label_smoothing": float(get["label_smoothing"]),
-            "ignore_index": get["ignore_index"],
-            "vocab_size": self.columns,
-            "student_softcap": checks.softcap("student_softcap", get["student_softcap"]),
-            "stats": get["return_stats"],
-        }
 
     def result(self, loss: Tensor, stats: Optional[Tensor], kind: Any) -> Any:
         """The loss, with the columns of ``stats`` as a named tuple of type ``kind`` where they were asked for."""
@@ -571,7 +604,7 @@ class _Plan(NamedTuple):
         per_row = self.options["reduction"] == "none"
         with_grad = torch.is_grad_enabled() and (self.student.requires_grad or dual is not None)
         if with_grad:
-            loss, stats = RowLoss.apply(
+            result = RowLoss.apply(
                 self.student,
                 teachers[0] if teachers else None,
                 teachers[1:],
@@ -580,6 +613,7 @@ class _Plan(NamedTuple):
                 per_row,
                 self.options["inplace"],
             )
+            loss, stats = result if isinstance(result, tuple) else (result, None)
         else:
             loss, stats = run(launch, self.student.detach(), teachers, None)
             loss = loss if per_row else loss.sum()
@@ -587,29 +621,24 @@ class _Plan(NamedTuple):
 
 
 def _plan(owner: str, options: dict[str, Any], student: Any) -> _Plan:
-    resolved = check_topk_options(options, owner) if "topk" in owner else check_options(owner, options)
-    get = {**DEFAULTS, **options}
+    get, divergence, plain, objective = check_options(owner, options, TOPK_DEFAULTS if "topk" in owner else DEFAULTS)
     checks.logits("student", student)
-    checks.reduction_name(get["reduction"], student)
-    temperature = checks.per_row("temperature", get["temperature"], student, low=0.0)
-    teacher_temperature = temperature
-    if get["teacher_temperature"] is not None:
-        teacher_temperature = checks.per_row("teacher_temperature", get["teacher_temperature"], student, low=0.0)
-    weight = get["row_weight"]
-    if weight is not None:
-        weight = checks.per_row("row_weight", weight, student)
+    columns = student.shape[-1] if get["vocab_size"] is None else checks.vocabulary(get["vocab_size"], student)
+    if get["reduction"] == "batchmean":
+        checks.reduction_name("batchmean", student)
     if get["inplace"]:
         checks.inplace_allowed(student)
-    return _Plan(
-        student,
-        get,
-        resolved,
-        checks.vocabulary(get["vocab_size"], student),
-        temperature,
-        teacher_temperature,
-        weight,
-        checks.normalizer_like(get["normalizer"], get["reduction"], student),
-    )
+    temperature, teacher_temperature = objective["temperature"], objective["teacher_temperature"]
+    weight, normalizer = get["row_weight"], get["normalizer"]
+    if not plain:
+        temperature = checks.per_row("temperature", get["temperature"], student, low=0.0)
+        teacher_temperature = temperature
+        if get["teacher_temperature"] is not None:
+            teacher_temperature = checks.per_row("teacher_temperature", get["teacher_temperature"], student, low=0.0)
+        if weight is not None:
+            weight = checks.per_row("row_weight", weight, student)
+        normalizer = checks.normalizer_like(normalizer, get["reduction"], student)
+    return _Plan(student, get, divergence, objective, columns, temperature, teacher_temperature, weight, normalizer)
 
 
 def _dense(
@@ -640,25 +669,12 @@ def dense_launch(
     mixture: str,
 ) -> Launch:
     """The call of ``kd_loss`` whose ``rows`` are labels, weight and ``row_param``, each ``[N]``."""
-    get = plan.options
     labels, weight, row_param = rows
-    param0, param1 = plan.divergence.params()
     return Launch(
         "dense_fwd",
         backend,
         (labels, weight, *_row_tensors(plan.temperature, plan.teacher_temperature), row_param, mixture_weights),
-        {
-            "param0": param0,
-            "param1": param1,
-            "mixture": mixture,
-            "scale": scale,
-            "temperature": _number(plan.temperature),
-            "teacher_temperature": _number(plan.teacher_temperature),
-            "teacher_form": get["teacher_form"],
-            "teacher_softcap": checks.softcap("teacher_softcap", get["teacher_softcap"]),
-            "standardize": get["standardize"],
-            **plan.objective(),
-        },
+        {**plan.objective, "mixture": mixture, "scale": scale, "vocab_size": plan.columns},
     )
 
 
@@ -666,26 +682,16 @@ def topk_launch(
     plan: _Plan,
     backend: str,
     teacher: tuple[Tensor, ...],
-    tail: str,
     rows: tuple[Optional[Tensor], ...],
     scale: float,
 ) -> Launch:
     """The call of ``topk_kd_loss`` whose ``rows`` are labels, weight, ``row_param`` and the tail, ``[N]`` each."""
     labels, weight, row_param, tail_rows = rows
-    param0, param1 = plan.divergence.params()
     return Launch(
         "topk_fwd",
         backend,
         (labels, weight, *_row_tensors(plan.temperature, plan.teacher_temperature), row_param, tail_rows),
-        {
-            "tail": tail,
-            "param0": param0,
-            "param1": param1,
-            "scale": scale,
-            "temperature": _number(plan.temperature),
-            "teacher_temperature": _number(plan.teacher_temperature),
-            **plan.objective(),
-        },
+        {**plan.objective, "scale": scale, "vocab_size": plan.columns},
         teacher,
     )
 
@@ -787,8 +793,8 @@ def _no_teacher_grad(teacher: Tensor, owner: str) -> None:
         raise ValueError(f"teacher must not require grad in {owner}: it gets no gradient; detach it")
 
 
-def _row_tensors(*values: Any) -> tuple[Optional[Tensor], ...]:
-    return tuple(value if isinstance(value, Tensor) else None for value in values)
+def _row_tensors(student: Any, teacher: Any) -> tuple[Optional[Tensor], Optional[Tensor]]:
+    return student if isinstance(student, Tensor) else None, teacher if isinstance(teacher, Tensor) else None
 
 
 def _number(value: Any) -> float:

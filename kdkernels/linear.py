@@ -200,7 +200,7 @@ def linear_topk_kd_loss(
     name = backends.select(backend, logits.device.type, divergence=plan.divergence.name, pattern="topk_fwd")
     scale, weight = plan.weights(labels)
     tail_rows = checks.tail_like(tail_logprob, tail, logits)
-    launch = functional.topk_launch(plan, name, teacher, tail, (labels, weight, row_param, tail_rows), scale)
+    launch = functional.topk_launch(plan, name, teacher, (labels, weight, row_param, tail_rows), scale)
     checks.sparse_grad_allowed(sparse_grad, projects_columns(launch))
     call = Call(launch, chunk_bytes, product_dtype, sparse_grad=sparse_grad)
     return _result(plan, call, student_hidden, student_weight, student_bias, TopKStats)
@@ -214,9 +214,7 @@ def check_linear_options(options: dict[str, Any]) -> None:
 
 def check_linear_topk_options(options: dict[str, Any]) -> None:
     """Check the options of ``linear_topk_kd_loss`` whose check needs no tensor."""
-    owner = "linear_topk_kd_loss"
-    functional.check_options(owner, options, LINEAR_TOPK_DEFAULTS)
-    functional.check_topk_options({name: options[name] for name in options if name in TOPK_DEFAULTS}, owner)
+    functional.check_options("linear_topk_kd_loss", options, LINEAR_TOPK_DEFAULTS)
     _check_chunk_bytes(options.get("chunk_bytes"))
     checks.flag("sparse_grad", options.get("sparse_grad", False))
 
