@@ -63,12 +63,19 @@ class RowLoss(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
-        dstudent, dteacher = ctx.saved_tensors
-        # A graph cannot write to what forward saved.
-        backend = "torch" if torch.compiler.is_compiling() else ctx.backend
-        return (_scaled(dstudent, dloss, backend), _scaled(dteacher, dloss, backend), None, None, None, None, None)
+        # Turning autograd off and forbidding a second derivative matters only where it is on: create_graph=True.
+        return (_backward_once if torch.is_grad_enabled() else _backward)(ctx, dloss)
+
+
+def _backward(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:
+    dstudent, dteacher = ctx.saved_tensors
+    # A graph cannot write to what forward saved.
+    backend = "torch" if torch.compiler.is_compiling() else ctx.backend
+    return (_scaled(dstudent, dloss, backend), _scaled(dteacher, dloss, backend), None, None, None, None, None)
+
+
+_backward_once = torch.autograd.function.once_differentiable(_backward)
 
 
 def run(
