@@ -295,11 +295,11 @@ KDK_INLINE auto to_float(const Pair<E>& x) {
   return Pair<decltype(to_float(x.a))>(to_float(x.a), to_float(x.b));
 }
 // Natural logarithm of a finite number >= 0: log(2^e (1 + f)) = e log 2 + f + f^2 P(f), minimax in absolute error:
-// degree 4 2.0e-6 with a mean of 0 (see exp2_slopes), which is what exponentials good to 3e-6 ask for; degree 6 3.7e-8.
-// Numbers below the normal range, 0 included, give about -88: what multiplies them is 0.
+// degree 5 2.9e-7, degree 6 3.7e-8. Numbers below the normal range, 0 included, give about -88: what multiplies them is
+// 0.
 template <int DEGREE, class V>
 KDK_INLINE V log_of_floats(V x) {
-  static_assert(DEGREE == 4 || DEGREE == 6, "no such polynomial");
+  static_assert(DEGREE == 5 || DEGREE == 6, "no such polynomial");
   const auto exponent = exponent_of(x);
   const V f = mantissa_of(x, exponent) - 1.0f;
   V poly;
@@ -311,17 +311,18 @@ KDK_INLINE V log_of_floats(V x) {
     poly = poly * f + 0.33335262537002563f;
     poly = poly * f + -0.500005841255188f;
   } else {
-    poly = -0.14159794f * f + 0.22066261f;
-    poly = poly * f + -0.25442684f;
-    poly = poly * f + 0.33262497f;
-    poly = poly * f + -0.4998849f;
+    poly = 0.11986404657363892f * f + -0.18761716783046722f;
+    poly = poly * f + 0.20492568612098694f;
+    poly = poly * f + -0.2489776611328125f;
+    poly = poly * f + 0.33315545320510864f;
+    poly = poly * f + -0.5000148415565491f;
   }
   return to_float(exponent) * (0.6931471805599453f / (1 << 23)) + (f * f * poly + f);
 }
 KDK_INLINE VecF kdk_log(VecF x) { return log_of_floats<6>(x); }
-KDK_INLINE VecF kdk_log_coarse(VecF x) { return log_of_floats<4>(x); }
+KDK_INLINE VecF kdk_log_coarse(VecF x) { return log_of_floats<5>(x); }
 KDK_INLINE Pair<Pair<VecF>> kdk_log(const Pair<Pair<VecF>>& x) { return log_of_floats<6>(x); }
-KDK_INLINE Pair<Pair<VecF>> kdk_log_coarse(const Pair<Pair<VecF>>& x) { return log_of_floats<4>(x); }
+KDK_INLINE Pair<Pair<VecF>> kdk_log_coarse(const Pair<Pair<VecF>>& x) { return log_of_floats<5>(x); }
 KDK_INLINE VecD kdk_log(VecD x) {
   VecD y;
   for (int i = 0; i < kLanes<double>; ++i) y[i] = std::log(x[i]);
