@@ -650,6 +650,34 @@ def test_op_is_registered_as_torch_wants_it():
     torch.library.opcheck(torch.ops.kdkernels.topk_fwd_cpu.default, arguments, options)
 
 
+@pytest.mark.parametrize("path", ["as built", "plain PyTorch"])
+@pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_values_of_a_sparse_teacher_are_checked_alike(dtype, id_dtype, path, monkeypatch):
+    """The compiled check reads 16-bit numbers by their bits; without the extension plain PyTorch decides."""
+    if path == "plain PyTorch":
+        monkeypatch.setattr(backends.cpu, "load_error", lambda: "the C++ extension was not built")
+    student, nan, inf = torch.zeros(2, 9), torch.nan, torch.inf
+
+    def accepts(ids, logprobs):
+        ids, logprobs = torch.tensor(ids, dtype=id_dtype), torch.tensor(logprobs, dtype=dtype)
+        try:
+            checks.sparse_teacher(ids, logprobs, student, 9)
+        except ValueError:
+            return False
+        return True
+
+    ids = [[0, -1, 8], [3, 4, 5]]
+    assert accepts(ids, [[-1.0, nan, -inf], [0.0, -0.0, torch.finfo(dtype).min]])
+    assert accepts(ids, [[torch.finfo(dtype).max, inf, -1.0], [-1.0] * 3])
+    for value in (nan, -nan, inf):
+        assert not accepts(ids, [[-1.0] * 3, [-1.0, -1.0, value]])
+    for wild in (9, -2, 2**31 - 1, -(2**31)):
+        assert not accepts([[0, -1, 8], [3, 4, wild]], [[-1.0] * 3] * 2)
+    if id_dtype == torch.int64:
+        assert not accepts([[2**32, -1, 8], [3, 4, 5]], [[-1.0] * 3] * 2)
+
+
 def test_backends_of_a_gpu():
     pytest.importorskip("triton")
     built = backends.cuda.load_error() is None
