@@ -171,7 +171,7 @@ struct Largest {
       V sum0 = {}, sum1 = {};
       for (int64_t j = begin; j < end; j += block) {
         const X* from = s + j;
-        prefetch_ahead(from);
+        prefetch_ahead<block>(from);
         if (end - j < block) {
           from_compute(-std::numeric_limits<C>::infinity(), edge);
           std::fill(edge + 1, edge + block, edge[0]);

@@ -229,9 +229,13 @@ double maximum(const X* x, int64_t n) {
   return best;
 }
 
-// The address may lie past the end of the logits; it is only a hint.
-KDK_INLINE void prefetch_ahead(const void* address) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(address) + kPrefetchBytes));
+// Fetches what comes kPrefetchBytes after COUNT elements, every cache line of it: the processor's own prefetching gives
+// up where a part of the lines is there already. The addresses may lie past the end of the logits; they are only hints.
+template <int64_t COUNT, class X>
+KDK_INLINE void prefetch_ahead(const X* elements) {
+  const uintptr_t first = reinterpret_cast<uintptr_t>(elements) + kPrefetchBytes;
+  for (int64_t offset = 0; offset < COUNT * int64_t(sizeof(X)); offset += 64)
+    __builtin_prefetch(reinterpret_cast<const void*>(first + uintptr_t(offset)));
 }
 
 template <class C>
@@ -296,8 +300,8 @@ void sweep_tile(const Row<X>& row, int64_t tile, const Affine<C> as, const Affin
         C *es_out = es + slot, *et_out = et + slot;
         Accumulators<C> local = acc;
         for (int64_t b = 0; b < blocks; ++b, s += block, t += block, es_out += block, et_out += block) {
-          prefetch_ahead(s);
-          prefetch_ahead(t);
+          prefetch_ahead<block>(s);
+          prefetch_ahead<block>(t);
           Vec<C> s0, s1, t0, t1;
           Io<X>::load2(s, s0, s1);
           Io<X>::load2(t, t0, t1);
@@ -337,8 +341,8 @@ bool sweep_tile_trusting(const Row<X>& row, int64_t tile, const Affine<float>& a
         Peak<X> local_peak_s = peak_s, local_peak_t = peak_t;
 #pragma GCC unroll 2
         for (int64_t b = 0; b < blocks; ++b, s += block, t += block, es_out += block, et_out += block) {
-          prefetch_ahead(s);
-          prefetch_ahead(t);
+          prefetch_ahead<block>(s);
+          prefetch_ahead<block>(t);
           V s0, s1, t0, t1;
           Io<X>::load2(s, s0, s1);
           Io<X>::load2(t, t0, t1);
@@ -457,7 +461,7 @@ double student_exponentials(const Row<X>& row, int64_t tile, const Affine<C> stu
         V local0 = sum0, local1 = sum1;
         const Affine<C> as = student;
         for (int64_t b = 0; b < blocks; ++b, s += block, es_out += block, xs_out += block) {
-          prefetch_ahead(s);
+          prefetch_ahead<block>(s);
           V s0, s1;
           Io<X>::load2(s, s0, s1);
           const V x0 = as(s0), x1 = as(s1);
@@ -492,8 +496,7 @@ double student_exponentials_trusting(const Row<X>& row, int64_t tile, const Affi
         Bounds local_bounds = bounds;
         int64_t b = 0;
         for (; b + 2 <= blocks; b += 2, s += 2 * block, es_out += 2 * block) {
-          prefetch_ahead(s);
-          if (sizeof(X) == 4) prefetch_ahead(s + block);  // a cache line each
+          prefetch_ahead<2 * block>(s);
           for (int h = 0; h < 2; ++h) {
             V e[2];
             Io<X>::load2(s + h * block, e[0], e[1]);

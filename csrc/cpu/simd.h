@@ -152,7 +152,7 @@ KDK_INLINE VecD clamp_exponent(VecD x) {
 // register less for the iterations that the processor runs ahead: 8 % of the sweep.
 KDK_INLINE VecF plus_in_memory(VecF a, VecF b, const VecF& c) {
 #if defined(__x86_64__) && defined(__FMA__)
-  asm("vfmadd213ps %2, %1, %0" : "+x"(a) : "x"(b), "m"(c));
+  asm("vfmadd213ps %2, %1, %0" : "+v"(a) : "v"(b), "m"(c));
   return a;
 #else
   return a * b + c;
@@ -222,7 +222,7 @@ KDK_INLINE VecD kdk_exp(VecD x) {
 template <class V>
 KDK_INLINE V unfused(V v) {
 #if defined(__x86_64__)
-  asm("" : "+x"(v));
+  asm("" : "+v"(v));
 #elif defined(__aarch64__)
   asm("" : "+w"(v));
 #endif
