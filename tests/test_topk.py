@@ -189,11 +189,14 @@ def check(s, ids, logprobs, labels=None, *, backend, **options):
     error, margin = (loss.double()[finite] - truth).abs(), (eager.double()[finite] - truth).abs().nan_to_num().max()
     assert bool((error <= margin + epsilon * weight).all()), f"loss {loss}: error {error}"
     error, margin = (grad.double()[finite] - dtruth).abs(), (deager.double()[finite] - dtruth).abs().nan_to_num().max()
-    # What cancels is of the size of p and q: on the set that of the row, outside that of each one's share.
+    # What cancels is of the size of p and q: on the set that of the row, outside that of each one's share, at T and,
+    # for cross entropy, at 1.
     columns = s.shape[-1]
     slots = torch.where(ids < 0, columns, ids)[finite].long()
     outside = F.pad(s.double()[finite].nan_to_num(), (0, 1), value=-1e4).scatter(1, slots, -1e4)
-    unit = torch.softmax(outside, -1).scatter(1, slots, 1.0)[:, :columns]
+    temperature = torch.as_tensor(options.get("temperature", 1.0)).double().expand(len(s))[finite].unsqueeze(-1)
+    share = torch.maximum(torch.softmax(outside, -1), torch.softmax(outside / temperature, -1))
+    unit = share.scatter(1, slots, 1.0)[:, :columns]
     # Rounded when it is stored, and once more when grad_output multiplies it.
     info = torch.finfo(s.dtype)
     # Triton's interpreter truncates to bf16.
