@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -159,21 +160,32 @@ KDK_INLINE VecF plus_in_memory(VecF a, VecF b, const VecF& c) {
 #endif
 }
 
-// The polynomial of 2^f = 1 + f Q(f) for f in [-1/2, 1/2], minimax in the relative error of 2^f, whose mean is 0:
-// degree 4 3.0e-6, degree 5 1.2e-7. A mean other than 0 comes back as it is in the divergences that set p against log
-// p: JSD was off by 3e-7 with the best 2^f for the maximum alone. f comes divided by 2^UNIT_LOG2, and so Q multiplied
-// by it.
-template <int DEGREE, int UNIT_LOG2, int COUNT>
-KDK_INLINE void exp2_slopes(const VecF (&f)[COUNT], VecF (&slope)[COUNT]) {
-  static_assert(DEGREE == 4 || DEGREE == 5, "no such polynomial");
-  constexpr float u1 = float(int64_t(1) << UNIT_LOG2), u2 = u1 * u1, u3 = u2 * u1, u4 = u2 * u2, u5 = u3 * u2;
+// The polynomial of 2^f = 1 + f Q(f) for f in [-1/2, 1/2] / 2^STEPS_LOG2, minimax in the relative error of 2^f, whose
+// mean is 0. A mean other than 0 comes back as it is in the divergences that set p against log p: JSD was off by 3e-7
+// with the best 2^f for the maximum alone. f comes divided by 2^UNIT_LOG2, and so Q multiplied by it.
+template <int DEGREE, int STEPS_LOG2>
+constexpr float kExp2Slope[DEGREE] = {};
+template <>
+constexpr float kExp2Slope<5, 0>[] = {0.6931466460227966f, 0.2402230054140091f, 0.05551067739725113f,
+                                      0.00966887641698122f, 0.0013179666129872203f};  // 1.2e-7
+template <>
+constexpr float kExp2Slope<4, 0>[] = {0.6931210160255432f, 0.24022895097732544f, 0.05591738969087601f,
+                                      0.00962985958904028f};  // 3.0e-6
+template <>
+constexpr float kExp2Slope<3, 3>[] = {0.6931472420692444f, 0.24024905264377594f, 0.0554962232708931f};  // 6e-8
+template <>
+constexpr float kExp2Slope<2, 3>[] = {0.6933088898658752f, 0.2402709424495697f};  // 3.6e-6
+template <>
+constexpr float kExp2Slope<3, 4>[] = {0.6931471824645996f, 0.24023213982582092f, 0.055502135306596756f};  // 4e-9
+template <>
+constexpr float kExp2Slope<2, 4>[] = {0.6931877136230469f, 0.24023769795894623f};  // 4.4e-7
+
+constexpr float power_of_two(int n) { return n == 0 ? 1.0f : 2.0f * power_of_two(n - 1); }
+
+template <int DEGREE, int STEPS_LOG2, int UNIT_LOG2, size_t... K, int COUNT>
+KDK_INLINE void exp2_slopes(std::index_sequence<K...>, const VecF (&f)[COUNT], VecF (&slope)[COUNT]) {
   const VecF zero = {};
-  static const VecF c5[] = {zero + 0.6931466460227966f * u1, zero + 0.2402230054140091f * u2,
-                            zero + 0.05551067739725113f * u3, zero + 0.00966887641698122f * u4,
-                            zero + 0.0013179666129872203f * u5};
-  static const VecF c4[] = {zero + 0.6931210160255432f * u1, zero + 0.24022895097732544f * u2,
-                            zero + 0.05591738969087601f * u3, zero + 0.00962985958904028f * u4};
-  const VecF* c = DEGREE == 5 ? c5 : c4;
+  static const VecF c[] = {zero + kExp2Slope<DEGREE, STEPS_LOG2>[K] * power_of_two(UNIT_LOG2* int(K + 1))...};
 #pragma GCC unroll 4
   for (int i = 0; i < COUNT; ++i) slope[i] = c[DEGREE - 1];
 #pragma GCC unroll 4
@@ -181,12 +193,9 @@ KDK_INLINE void exp2_slopes(const VecF (&f)[COUNT], VecF (&slope)[COUNT]) {
 #pragma GCC unroll 4
     for (int i = 0; i < COUNT; ++i) slope[i] = plus_in_memory(slope[i], f[i], c[k]);
 }
-template <int DEGREE, int UNIT_LOG2 = 0>
-KDK_INLINE VecF exp2_slope(VecF f) {
-  const VecF in[1] = {f};
-  VecF slope[1];
-  exp2_slopes<DEGREE, UNIT_LOG2>(in, slope);
-  return slope[0];
+template <int DEGREE, int STEPS_LOG2, int UNIT_LOG2, int COUNT>
+KDK_INLINE void exp2_slopes(const VecF (&f)[COUNT], VecF (&slope)[COUNT]) {
+  exp2_slopes<DEGREE, STEPS_LOG2, UNIT_LOG2>(std::make_index_sequence<DEGREE>(), f, slope);
 }
 
 // 1.5 * 2^23, to which adding rounds to an integer, and the exponent's bias.
@@ -197,8 +206,10 @@ constexpr float kRoundingBias = 12582912.0f + 127.0f;
 template <int DEGREE>
 KDK_INLINE VecF exp2_fast(VecF x) {
   const VecF shifted = x + kRoundingBias;
-  const VecF f = x - (shifted - kRoundingBias);
-  return (exp2_slope<DEGREE>(f) * f + 1.0f) * bit_cast<VecF>(bit_cast<VecI>(shifted) << 23);
+  const VecF f[] = {x - (shifted - kRoundingBias)};
+  VecF slope[1];
+  exp2_slopes<DEGREE, 0, 0>(f, slope);
+  return (slope[0] * f[0] + 1.0f) * bit_cast<VecF>(bit_cast<VecI>(shifted) << 23);
 }
 template <int DEGREE>
 KDK_INLINE VecD exp2_fast(VecD x) {
@@ -465,18 +476,45 @@ struct Io {  // float, double
   KDK_INLINE static int64_t slot(int64_t j) { return j; }
 };
 
+// 2^(i / N) for i < N, N the lanes of a vector: where a permutation picks one for each lane, the polynomial loses two
+// degrees, of which each is a fused multiply-add. As bits less those of 1 and of i / N added to the exponent.
+#if defined(__AVX512F__)
+constexpr int kStepsLog2 = 4;
+alignas(64) constexpr int32_t kSteps[] = {0,       -152893, -289342, -408621, -509968, -592590, -655657, -698305,
+                                          -719629, -718684, -694486, -646004, -572163, -471841, -343865, -187011};
+#elif defined(__AVX2__)
+constexpr int kStepsLog2 = 3;
+alignas(32) constexpr int32_t kSteps[] = {0, -289342, -509968, -655657, -719629, -694486, -572163, -343865};
+#else
+constexpr int kStepsLog2 = 0;
+alignas(16) constexpr int32_t kSteps[kLanes<float>] = {};
+#endif
+// The steps of which the low bits of places are the index.
+KDK_INLINE VecI steps_at(VecI places) {
+  const VecI steps = load<VecI>(kSteps);
+#if defined(__AVX512F__)
+  return bit_cast<VecI>(_mm512_permutexvar_epi32(bit_cast<__m512i>(places), bit_cast<__m512i>(steps)));
+#elif defined(__AVX2__)
+  return bit_cast<VecI>(_mm256_permutevar8x32_epi32(bit_cast<__m256i>(steps), bit_cast<__m256i>(places)));
+#else
+  (void)places;
+  return steps;
+#endif
+}
+
 // Exponentials straight from logits, with no x = logit c - r between: three instructions reduce a logit where x and its
 // reduction take four, and one watches the bounds where clamping takes two. Needs fused multiply-adds and an integer r.
 //
-// Adding bias = 2 + (127 - r) 2^-22 to logit c 2^-22 rounds x to an integer n, for the spacing of floats in [2, 4) is
-// 2^-22, and leaves 127 + n in the low bits. As long as it is in [0, 255] the other bits are those of 2; of the numbers
-// that have no others set only 0 is not among these, and there the exponential comes out as 0, as it should.
+// With N steps of an octave, adding bias = 2 + (127 - r) N 2^-22 to logit c N 2^-22 rounds x N to an integer n, for the
+// spacing of floats in [2, 4) is 2^-22, and leaves 127 N + n in the low bits. As long as it is in [0, 256 N) the other
+// bits are those of 2; of the numbers that have no others set only 0 is not among these, and there the exponential
+// comes out as 0, as it should. Exponentials below 2^-126 are anything below it, those from 2^127.5 on inf or NaN.
 #if defined(__FMA__) || defined(__aarch64__)
 constexpr bool kFused = true;
 #else
 constexpr bool kFused = false;
 #endif
-constexpr int kUnitLog2 = 22;
+constexpr int kUnitLog2 = 22 - kStepsLog2;
 constexpr float kUnit = 1.0f / float(1 << kUnitLog2);
 
 struct Bounds {
@@ -485,33 +523,35 @@ struct Bounds {
   bool kept() const {
     int32_t all = 0;
     for (int i = 0; i < kLanes<float>; ++i) all |= seen[i];
-    return (all & ~0xff & ~bit_cast<int32_t>(2.0f)) == 0;
+    return (all & ~((256 << kStepsLog2) - 1) & ~bit_cast<int32_t>(2.0f)) == 0;
   }
 };
-template <int DEGREE>
-KDK_INLINE VecF exp2_of_logit(VecF logit, float scale, float bias, Bounds& bounds) {
-  const VecF shifted = logit * scale + bias;
-  const VecI bits = bit_cast<VecI>(shifted);
-  bounds.seen |= bits;
-  const VecF power = bit_cast<VecF>(bits << 23), f = logit * scale + (bias - shifted);
-  // 2^n + (2^n f) Q: the product by 2^n is done while Q is worked out. It costs no instruction more and three cycles
-  // less on the way from a logit to its exponential, which is what the loop waits for.
-  return exp2_slope<DEGREE, kUnitLog2>(f) * (power * f) + power;
-}
-// The same of several vectors step by step (see Pair): two make the sparse sweep 2 to 3 % faster, four run out of
-// registers.
-template <int DEGREE, int COUNT>
+// Of several vectors step by step (see Pair): two make the sparse sweep 2 to 3 % faster, four run out of AVX2's
+// registers, and gain nothing with AVX-512. ACCURACY is the degree of the polynomial with no steps.
+template <int ACCURACY, int COUNT>
 KDK_INLINE void exp2_of_logits(VecF (&v)[COUNT], float scale, float bias, Bounds& bounds) {
   VecF power[COUNT], f[COUNT], slope[COUNT];
+  constexpr int degree = kStepsLog2 > 0 ? ACCURACY - 2 : ACCURACY;
 #define KDK_EACH _Pragma("GCC unroll 4") for (int i = 0; i < COUNT; ++i)
   KDK_EACH power[i] = v[i] * scale + bias;
   KDK_EACH bounds.seen |= bit_cast<VecI>(power[i]);
   KDK_EACH f[i] = v[i] * scale + (bias - power[i]);
-  KDK_EACH power[i] = bit_cast<VecF>(bit_cast<VecI>(power[i]) << 23);
-  exp2_slopes<DEGREE, kUnitLog2>(f, slope);
+  KDK_EACH {
+    const VecI places = bit_cast<VecI>(power[i]);
+    power[i] = bit_cast<VecF>((places << (23 - kStepsLog2)) + steps_at(places));
+  }
+  exp2_slopes<degree, kStepsLog2, kUnitLog2>(f, slope);
+  // 2^n + (2^n f) Q: the product by 2^n is done while Q is worked out. It costs no instruction more and three cycles
+  // less on the way from a logit to its exponential, which is what the loop waits for.
   KDK_EACH f[i] *= power[i];
   KDK_EACH v[i] = slope[i] * f[i] + power[i];
 #undef KDK_EACH
+}
+template <int ACCURACY>
+KDK_INLINE VecF exp2_of_logit(VecF logit, float scale, float bias, Bounds& bounds) {
+  VecF v[] = {logit};
+  exp2_of_logits<ACCURACY>(v, scale, bias, bounds);
+  return v[0];
 }
 
 template <>
