@@ -427,21 +427,38 @@ KDK_INLINE V power(V e) {
   return POWER == 3 ? e * e * e : POWER == 2 ? e * e : e;
 }
 
+// The sum of value(j) over whole vectors j of a tile, in four chains of additions: one would be waited for.
+template <class C, class Value>
+KDK_INLINE double sum_in_chains(int64_t count, Value value) {
+  Vec<C> sums[4] = {};
+  int64_t j = 0;
+  for (; j + 4 * kLanes<C> <= count; j += 4 * kLanes<C>)
+    for (int i = 0; i < 4; ++i) sums[i] += value(j + i * kLanes<C>);
+  for (; j < count; j += kLanes<C>) sums[0] += value(j);
+  return horizontal_sum<C>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// The same over a row, whatever its length.
+template <class C, class Value>
+double sum_over_row(int64_t n, Value value) {
+  double total = 0;
+  for (int64_t begin = 0; begin < n; begin += kTileElements)
+    total += sum_in_chains<C>(std::min(kTileElements, n - begin),
+                              [&](int64_t j) KDK_LAMBDA_INLINE { return value(begin + j); });
+  return total;
+}
+
 // Sum of a power of the exponentials of a tile: at T = 2, 3 and 4 these are the exponentials at T = 1. They go to kept,
 // which is e where nobody needs them.
 template <int POWER, class C>
 double sum_of_powers(const C* e, C* kept, int64_t count) {
-  Vec<C> sum0 = {}, sum1 = {};
-  for (int64_t j = 0; j < count; j += 2 * kLanes<C>) {
-    const Vec<C> a = power<POWER>(load<Vec<C>>(e + j)), b = power<POWER>(load<Vec<C>>(e + j + kLanes<C>));
-    sum0 += a;
-    sum1 += b;
-    if (kept != e) {
-      store(kept + j, a);
-      store(kept + j + kLanes<C>, b);
-    }
-  }
-  return horizontal_sum<C>(sum0 + sum1);
+  using V = Vec<C>;
+  const auto raised = [&](int64_t j) KDK_LAMBDA_INLINE {
+    const V x = power<POWER>(load<V>(e + j));
+    if (kept != e) store(kept + j, x);
+    return x;
+  };
+  return sum_in_chains<C>(count, raised);
 }
 template <class C>
 double sum_of_powers(int power, const C* e, C* kept, int64_t count) {
@@ -537,6 +554,23 @@ double student_exponentials(const Row<X>& row, int64_t tile, const Affine<C>& as
   return student_exponentials<KEEP_X>(row, tile, as, es, xs);
 }
 
+// The student's exponentials of the whole row, and their sum, from the reference of its first elements, or from its
+// maximum where those were too far below it.
+template <bool KEEP_X, class X>
+double sweep_student(const Row<X>& row, int64_t n, double scale, Affine<typename Io<X>::C>& as, typename Io<X>::C* es,
+                     typename Io<X>::C* xs) {
+  double high = maximum(row.s, std::min(n, kSeedElements));
+  for (bool from_maximum = false;; from_maximum = true) {
+    as = affine<typename Io<X>::C>(scale, high);
+    double z = 0;
+    bool trusting = true;
+    for (int64_t tile = 0; tile < row.tiles() && (from_maximum || !(z > kRedo)); ++tile)
+      z += student_exponentials<KEEP_X>(row, tile, as, es, xs, trusting);
+    if (from_maximum || !(z > kRedo)) return z;
+    high = maximum(row.s, n);
+  }
+}
+
 // Index of the first largest element of a tile, or -1 where all are NaN.
 template <class X>
 int64_t first_maximum(const Row<X>& row, const X* x, int64_t tile, int64_t n) {
@@ -559,14 +593,23 @@ double sum_of_logits(const X* s, int64_t n) {
   double total = 0;
   int64_t j = 0;
   while (j + block <= n) {
-    Vec<C> sum0 = {}, sum1 = {};
-    for (const int64_t end = std::min(n - n % block, j + kTileElements); j < end; j += block) {
+    Vec<C> sums[4] = {};
+    const int64_t end = std::min(n - n % block, j + kTileElements);
+    for (; j + 2 * block <= end; j += 2 * block) {
+      for (int i = 0; i < 2; ++i) {
+        Vec<C> a, b;
+        Io<X>::load2(s + j + i * block, a, b);
+        sums[2 * i] += a;
+        sums[2 * i + 1] += b;
+      }
+    }
+    for (; j < end; j += block) {
       Vec<C> a, b;
       Io<X>::load2(s + j, a, b);
-      sum0 += a;
-      sum1 += b;
+      sums[0] += a;
+      sums[1] += b;
     }
-    total += horizontal_sum<C>(sum0 + sum1);
+    total += horizontal_sum<C>((sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
   for (; j < n; ++j) total += to_compute(s[j]);
   return total;
@@ -1226,18 +1269,13 @@ struct Moments {
 template <class C>
 Moments moments(const C* x, int64_t n) {
   const double mean = sum_of_logits(x, n) / double(n);
-  double squares = 0;
-  int64_t j = 0;
   const Vec<C> centre = Vec<C>{} + C(mean);
-  while (j + kLanes<C> <= n) {
-    Vec<C> sum = {};
-    for (const int64_t end = std::min(n - n % kLanes<C>, j + kTileElements); j < end; j += kLanes<C>) {
-      const Vec<C> d = load<Vec<C>>(x + j) - centre;
-      sum += d * d;
-    }
-    squares += horizontal_sum<C>(sum);
-  }
-  for (; j < n; ++j) squares += (double(x[j]) - mean) * (double(x[j]) - mean);
+  const int64_t whole = n - n % kLanes<C>;
+  double squares = sum_over_row<C>(whole, [&](int64_t j) KDK_LAMBDA_INLINE {
+    const Vec<C> d = load<Vec<C>>(x + j) - centre;
+    return d * d;
+  });
+  for (int64_t j = whole; j < n; ++j) squares += (double(x[j]) - mean) * (double(x[j]) - mean);
   // The centre was rounded to C: take that part out again.
   const double shift = mean - double(C(mean));
   const double variance = squares / double(n) - shift * shift;
@@ -1260,21 +1298,49 @@ void logits_of_teacher(const DenseArgs& args, int k, int64_t row, C* out) {
 template <class C>
 double log2_sum_exp(const C* x, int64_t n, double c) {
   const Affine<C> a = affine<C>(c, maximum(x, n));
-  double total = 0;
-  int64_t j = 0;
-  while (j + kLanes<C> <= n) {
-    Vec<C> sum = {};
-    for (const int64_t end = std::min(n - n % kLanes<C>, j + kTileElements); j < end; j += kLanes<C>)
-      sum += exp2_fast<5>(clamp_exponent(a(load<Vec<C>>(x + j))));
-    total += horizontal_sum<C>(sum);
-  }
-  for (; j < n; ++j) total += std::exp2(a.scalar(x[j]));
+  const int64_t whole = n - n % kLanes<C>;
+  double total = sum_over_row<C>(
+      whole, [&](int64_t j) KDK_LAMBDA_INLINE { return exp2_fast<5>(clamp_exponent(a(load<Vec<C>>(x + j)))); });
+  for (int64_t j = whole; j < n; ++j) total += std::exp2(a.scalar(x[j]));
   return a.reference() + std::log2(total);
 }
 
 template <class C>
 double mixture_weight(const DenseArgs& args, int64_t row, int k) {
   return double(static_cast<const C*>(args.mixture_weights)[row * args.mixture_stride_n + k * args.mixture_stride_m]);
+}
+
+// The logarithm of the mixture of the teachers' probabilities: one exponential for each of them and one logarithm.
+// False where a probability is too small for that, as next to a logit of -inf: its logarithm may matter all the same.
+template <class C>
+bool mixture_of_probabilities(const DenseArgs& args, int64_t row, double scale, C* out) {
+  using V = Vec<C>;
+  Scratch<C>& scratch = Scratch<C>::mine();
+  const int64_t n = args.columns;
+  C *logits = scratch.get(kOtherRow, n), *e = scratch.get(kE1, n + Row<C>::kBlock);
+  bool first = true;
+  for (int k = 0; k < args.num_teachers; ++k) {
+    const double weight = mixture_weight<C>(args, row, k);
+    if (weight == 0) continue;
+    logits_of_teacher(args, k, row, logits);
+    const double own_scale = args.standardize ? scale / moments(logits, n).std : scale;
+    const Row<C> whole(logits, logits, n, 0);
+    Affine<C> affine;
+    const double z = sweep_student<false>(whole, n, own_scale, affine, e, e);
+    if (!(z > 0 && z < std::numeric_limits<double>::infinity())) return false;
+    const C share = C(weight / z);
+    const auto add = [=](const V& sum, const V& x) KDK_LAMBDA_INLINE { return first ? x * share : sum + x * share; };
+    for (int64_t j = 0; j < n; j += kLanes<C>) store(out + j, add(load<V>(out + j), load<V>(e + j)));
+    first = false;
+  }
+  V lowest = V{} + C(1);
+  const int64_t whole = n - n % kLanes<C>;
+  for (int64_t j = 0; j < whole; j += kLanes<C>) lowest = min_of(load<V>(out + j), lowest);
+  C least = fold_lanes<C>(lowest, [](auto x, auto y) KDK_LAMBDA_INLINE { return y < x ? y : x; });
+  for (int64_t j = whole; j < n; ++j) least = std::min(least, out[j]);
+  if (first || !(least > C(0x1p-100))) return false;
+  map_row(out, n, [](V p) KDK_LAMBDA_INLINE { return kdk_log(p); });
+  return true;
 }
 
 // The teacher's row as logits in C; scale becomes log2(e) / T of that row.
@@ -1288,9 +1354,13 @@ const C* teacher_row(const DenseArgs& args, int64_t row, double& scale) {
     if (args.standardize) scale /= moments(out, n).std;
     return out;
   }
+  const bool logits = args.mixture == Mixture::kLogits;
+  if (!logits && mixture_of_probabilities(args, row, scale, out)) {
+    scale = kLog2e;
+    return out;
+  }
   C* one = scratch.get(kOtherRow, n);
   const Vec<C> low = Vec<C>{} - std::numeric_limits<C>::infinity(), zero = {};
-  const bool logits = args.mixture == Mixture::kLogits;
   map_row(out, n, [=](Vec<C>) { return logits ? zero : low; });
   for (int k = 0; k < args.num_teachers; ++k) {
     const double weight = mixture_weight<C>(args, row, k);
@@ -1396,8 +1466,10 @@ void dense_generic(const DenseArgs& args, int64_t begin, int64_t end) {
       if (g != nullptr) {
         // objective_row divided by T std: dz = std * that, ds = (dz - z mean(dz z)) / std.
         const C mean = C(m.mean);
-        double along = 0;
-        for (int64_t j = 0; j < n; ++j) along += double(g[j]) * double(s[j] - mean);
+        const int64_t whole = n - n % kLanes<C>;
+        double along = sum_over_row<C>(
+            whole, [&](int64_t j) KDK_LAMBDA_INLINE { return load<Vec<C>>(g + j) * (load<Vec<C>>(s + j) - mean); });
+        for (int64_t j = whole; j < n; ++j) along += double(g[j]) * double(s[j] - mean);
         const C slope = C(along / (m.std * m.std * double(n)));
         for (int64_t j = 0; j < n; j += kLanes<C>)
           store(g + j, load<Vec<C>>(g + j) - (load<Vec<C>>(s + j) - mean) * slope);
@@ -1528,52 +1600,83 @@ inline void run_dkd(const DkdArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// Calls body(j) for every whole vector of a row; what is left over goes through padded copies made by the caller.
-template <class C, class Body>
-double sum_over_row(int64_t n, Body body) {
-  double total = 0;
-  for (int64_t j = 0; j < n;) {
-    Vec<C> sum = {};
-    for (const int64_t end = std::min(n, j + kTileElements); j < end; j += kLanes<C>) sum += body(j);
-    total += horizontal_sum<C>(sum);
-  }
-  return total;
-}
-
-// Mean squared difference of the logits of one row; the scratch rows have room for whole vectors.
-template <class C>
-double mse_row(const MseArgs& args, double weight, C* s, C* t, C* g) {
+// Mean squared difference of the logits of one row: a pass over memory, or two over a row that the caches hold by then.
+template <bool STREAM, class X>
+double mse_row(const MseArgs& args, double weight, const X* s, const X* t, X* out) {
+  using C = typename Io<X>::C;
   using V = Vec<C>;
+  constexpr int64_t block = Io<X>::kBlock;
   const int64_t n = args.columns;
-  std::fill(s + n, s + n + kLanes<C>, C(0));
-  std::fill(t + n, t + n + kLanes<C>, C(0));
-  V centre = {};
+  const Row<X> row(s, t, n, head_elements(out, STREAM));
+  // Calls visit(difference, difference, first, valid) for the blocks of a tile. The padding is -inf on both sides.
+  const auto differences = [&](int64_t tile, V centre, auto visit) KDK_LAMBDA_INLINE {
+    row.pieces(tile,
+               [&](const X* ps, const X* pt, int64_t blocks, int64_t, int64_t first, int64_t valid) KDK_LAMBDA_INLINE {
+                 for (int64_t i = 0; i < blocks; ++i, ps += block, pt += block) {
+                   prefetch_ahead<block>(ps);
+                   prefetch_ahead<block>(pt);
+                   V s0, s1, t0, t1;
+                   Io<X>::load2(ps, s0, s1);
+                   Io<X>::load2(pt, t0, t1);
+                   visit(s0 - t0 - centre, s1 - t1 - centre, first + i * block, valid);
+                 }
+               });
+  };
+  // The elements that fill no block, one by one.
+  const auto edges = [&](auto visit) KDK_LAMBDA_INLINE {
+    for (int64_t j = 0; j < row.head; ++j) visit(j);
+    for (int64_t j = n - row.tail; j < n; ++j) visit(j);
+  };
+  const auto difference = [&](int64_t j) { return double(to_compute(s[j])) - double(to_compute(t[j])); };
+  double mean = 0;
   if (args.centered) {
-    const double mean = sum_over_row<C>(n, [&](int64_t j) { return load<V>(s + j) - load<V>(t + j); }) / double(n);
-    centre = V{} + C(mean);
-    // The padding counts as no difference after the mean is taken off.
-    std::fill(s + n, s + n + kLanes<C>, C(mean));
+    for (int64_t tile = 0; tile < row.tiles(); ++tile) {
+      V sum0 = {}, sum1 = {};
+      differences(tile, V{}, [&](V d0, V d1, int64_t, int64_t valid) KDK_LAMBDA_INLINE {
+        if (valid == block) sum0 += d0, sum1 += d1;
+      });
+      mean += horizontal_sum<C>(sum0 + sum1);
+    }
+    edges([&](int64_t j) { mean += difference(j); });
+    mean /= double(n);
   }
-  const V factor = V{} + C(2 * weight / double(n));
-  const double squares = sum_over_row<C>(n, [&](int64_t j) {
-    const V d = load<V>(s + j) - load<V>(t + j) - centre;
-    // The derivative of the mean falls out: the centred differences sum to 0.
-    if (g != nullptr) store(g + j, factor * d);
-    return d * d;
+  // The derivative of the mean falls out: the centred differences sum to 0.
+  const C factor = C(2 * weight / double(n));
+  double squares = 0;
+  edges([&](int64_t j) {
+    const double d = difference(j) - mean;
+    squares += d * d;
+    if (out != nullptr) from_compute(C(double(factor) * d), out + j);
   });
+  for (int64_t tile = 0; tile < row.tiles(); ++tile) {
+    V sum0 = {}, sum1 = {};
+    differences(tile, V{} + C(mean), [&](V d0, V d1, int64_t first, int64_t valid) KDK_LAMBDA_INLINE {
+      if (valid != block) return;
+      sum0 += d0 * d0;
+      sum1 += d1 * d1;
+      if (out != nullptr) Io<X>::template store2<STREAM>(out + first, d0 * factor, d1 * factor);
+    });
+    squares += horizontal_sum<C>(sum0 + sum1);
+  }
   return squares / double(n);
 }
 
 template <class X>
 void mse_rows(const MseArgs& args, int64_t begin, int64_t end) {
   using C = typename Io<X>::C;
+  const bool direct = args.teacher.dtype == args.student.dtype, streamed = direct && streams(args, sizeof(X));
   for_rows<X>(args, begin, end, [&](int64_t row, int64_t, double weight, X* out) {
+    const X* s = row_pointer<X>(args.student, row, args.length);
+    if (direct) {
+      const X* t = row_pointer<X>(args.teacher, row, args.length);
+      return streamed ? mse_row<true>(args, weight, s, t, out) : mse_row<false>(args, weight, s, t, out);
+    }
     Scratch<C>& scratch = Scratch<C>::mine();
     C *student = scratch.get(kStudentRow, args.columns), *teacher = scratch.get(kTeacherRow, args.columns);
     C* g = out == nullptr ? nullptr : scratch.get(kGradientRow, args.columns);
     widen_row(args.student, row, args.length, args.columns, student);
     widen_row(args.teacher, row, args.length, args.columns, teacher);
-    const double loss = mse_row<C>(args, weight, student, teacher, g);
+    const double loss = mse_row<false, C>(args, weight, student, teacher, g);
     if (g != nullptr) narrow_row(g, args.columns, args.dstudent.dtype, out);
     return loss;
   });

@@ -257,22 +257,6 @@ double sum_of(const C* e, int64_t slots) {
   return total;
 }
 
-// The whole row from the reference of its first elements, or from its maximum where those were too far below it.
-template <bool KEEP_X, class X>
-double sweep(const Row<X>& row, int64_t n, double scale, Affine<typename Io<X>::C>& as, typename Io<X>::C* es,
-             typename Io<X>::C* xs) {
-  double high = maximum(row.s, std::min(n, kSeedElements));
-  for (bool from_maximum = false;; from_maximum = true) {
-    as = affine<typename Io<X>::C>(scale, high);
-    double z = 0;
-    bool trusting = true;
-    for (int64_t tile = 0; tile < row.tiles() && (from_maximum || !(z > kRedo)); ++tile)
-      z += student_exponentials<KEEP_X>(row, tile, as, es, xs, trusting);
-    if (from_maximum || !(z > kRedo)) return z;
-    high = maximum(row.s, n);
-  }
-}
-
 // Calls visit(slot) for the slots of a row that hold no element.
 template <class X, class Visit>
 void for_padding(const Row<X>& row, Visit visit) {
@@ -453,8 +437,8 @@ RowResult objective_row(const TopkArgs& args, const RowNumbers& num, int64_t ind
   Affine<C> as = affine<C>(num.student_scale, 0);
   double z = 0;
   if (swept) {
-    z = pointwise ? sweep<true>(row, n, num.student_scale, as, es, xs)
-                  : sweep<false>(row, n, num.student_scale, as, es, xs);
+    z = pointwise ? sweep_student<true>(row, n, num.student_scale, as, es, xs)
+                  : sweep_student<false>(row, n, num.student_scale, as, es, xs);
   }
 
   // The student on the entries: e^x in double, and the sum of what stands for them in the scratch.
@@ -481,7 +465,7 @@ RowResult objective_row(const TopkArgs& args, const RowNumbers& num, int64_t ind
   double lse = kLn2 * as.reference() + log_z, z1 = z;
   if (own) {
     Affine<C> a1;
-    z1 = sweep<false>(row, n, kLog2e, a1, e1, e1);
+    z1 = sweep_student<false>(row, n, kLog2e, a1, e1, e1);
     lse = kLn2 * (a1.reference() + std::log2(z1));
   }
   const double student_mass = swept ? z_entries / z : 0;
