@@ -29,6 +29,8 @@ CHOICES = ("auto", "cpu", "cuda", "none")
 # The oldest release whose stable ABI has all that csrc uses; the library then loads in every later one.
 TORCH_FLOOR = (2, 10)
 CXX_STANDARD = "-std=c++17"
+# Contraction to fused multiply-adds is what the kernels count on; ISO mode turns it off in GCC.
+CXX_FLAGS = ["-ffp-contract=fast", "-g0", "-fvisibility=hidden", "-Werror=return-type"]
 # Files compiled for one instruction set, by the end of their name; the dispatcher picks one at run time.
 X86_FLAGS = {
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -100,8 +102,7 @@ def cpu_extension() -> Extension:
             ("TORCH_TARGET_VERSION", target_version()),
             *(X86_MACROS if use_x86 else []),
         ],
-        # Contraction to fused multiply-adds is what the kernels count on; ISO mode turns it off in GCC.
-        extra_compile_args=[CXX_STANDARD, "-O3", "-ffp-contract=fast", "-g0", "-fvisibility=hidden"],
+        extra_compile_args=[CXX_STANDARD, "-O3", *CXX_FLAGS],
         py_limited_api=True,
         language="c++",
     )

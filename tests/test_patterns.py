@@ -348,3 +348,16 @@ def test_teachers_may_rule_out_tokens(backend):
     for divergence in ("forward_kl", "jsd", "skew_reverse_kl"):
         options = {"divergence": divergence, "temperature": 2.0, "teacher_weights": [0.5, 0.5]}
         testing.check_kd_loss(student, [first, second], backend=backend, **options)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("depth", [50.0, 75.0, 150.0])
+@dtypes
+def test_a_mixture_keeps_the_logarithm_of_what_is_too_small_for_a_float(depth, count, dtype, backend):
+    """e^-75 is a float and its share of a mixture hardly one, e^-150 is none: a reverse KL sees its logarithm."""
+    student, first, _ = inputs("normal", 300, dtype)
+    teachers = [first, *(testing.make_inputs("normal", ROWS, 300, DTYPES[dtype], seed)[1] for seed in (1, 2))][:count]
+    for teacher in teachers:
+        teacher[:, 5] -= depth
+    options = {"divergence": "reverse_kl", "teacher_weights": [1 / count] * count}
+    testing.check_kd_loss(student, teachers, backend=backend, **options)

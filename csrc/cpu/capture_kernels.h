@@ -214,7 +214,7 @@ struct Largest {
     if (!(rest < 0x1p-90)) return relative.reference() + std::log2(rest);
     // All others are so far below the k-th that they have left the range of their exponentials.
     C* others = Scratch<C>::mine().get(kOtherRow, n);
-    widen_row(s, n, others);
+    widen_row(s, n, others, AsIs());
     for (int64_t j = 0; j < count; ++j) others[id_of<C>(keys[size_t(j)])] = -std::numeric_limits<C>::infinity();
     return log2_sum_exp(others, n, double(relative.c));
   }

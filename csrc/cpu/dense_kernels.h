@@ -1218,19 +1218,79 @@ void dense_direct(const DenseArgs& args, int64_t begin, int64_t end) {
   });
 }
 
+// Element by element where the type of the sums is not that of the logits.
 template <class C, class X>
-void widen_row(const X* in, int64_t n, C* out) {
-  for (int64_t j = 0; j < n; ++j) out[j] = C(to_compute(in[j]));
-}
-template <class C>
-void widen_row(const LogitsView& view, int64_t row, int64_t length, int64_t n, C* out) {
-  switch (view.dtype) {
-    case DType::kFloat32: return widen_row(row_pointer<float>(view, row, length), n, out);
-    case DType::kBFloat16: return widen_row(row_pointer<BFloat16>(view, row, length), n, out);
-    case DType::kFloat16: return widen_row(row_pointer<Half>(view, row, length), n, out);
-    case DType::kFloat64: return widen_row(row_pointer<double>(view, row, length), n, out);
+KDK_INLINE Vec<C> widened(const X* in) {
+  if constexpr (std::is_same_v<C, typename Io<X>::C>) {
+    return Io<X>::widen(in);
+  } else {
+    Vec<C> v;
+    for (int i = 0; i < kLanes<C>; ++i) v[i] = C(to_compute(in[i]));
+    return v;
   }
 }
+
+// Writes map(j, x) for the vectors x of a row of logits in C, padded with zeros up to whole vectors (the scratch has
+// room), and returns the sum of what it wrote for the row. What can be done on the way is: a pass over a row in C costs
+// half as much as its exponentials.
+template <class C, class X, class Map>
+double widen_row(const X* in, int64_t n, C* out, Map map) {
+  double total = 0;
+  const int64_t whole = n - n % kLanes<C>;
+  for (int64_t j = 0; j < whole;) {
+    Vec<C> sum = {};
+    for (const int64_t end = std::min(whole, j + kTileElements); j < end; j += kLanes<C>) {
+      prefetch_ahead<kLanes<C>>(in + j);
+      const Vec<C> x = map(j, widened<C>(in + j));
+      store(out + j, x);
+      sum += x;
+    }
+    total += horizontal_sum<C>(sum);
+  }
+  if (whole < n) {
+    X last[kLanes<C>] = {};
+    std::copy(in + whole, in + n, last);
+    store(out + whole, map(whole, widened<C>(last)));
+    for (int64_t j = whole; j < n; ++j) total += double(out[j]);
+  }
+  return total;
+}
+template <class C, class Map>
+double widen_row(const LogitsView& view, int64_t row, int64_t length, int64_t n, C* out, Map map) {
+  switch (view.dtype) {
+    case DType::kFloat32: return widen_row(row_pointer<float>(view, row, length), n, out, map);
+    case DType::kBFloat16: return widen_row(row_pointer<BFloat16>(view, row, length), n, out, map);
+    case DType::kFloat16: return widen_row(row_pointer<Half>(view, row, length), n, out, map);
+    case DType::kFloat64: return widen_row(row_pointer<double>(view, row, length), n, out, map);
+  }
+  return 0;
+}
+// What leaves logits as they are.
+struct AsIs {
+  template <class V>
+  KDK_INLINE V operator()(int64_t, V x) const {
+    return x;
+  }
+};
+
+// Writes value(j) for the vectors of a row.
+template <class X, class Value>
+void narrow_row(int64_t n, X* out, Value value) {
+  using C = typename Io<X>::C;
+  int64_t j = 0;
+  for (; j + kLanes<C> <= n; j += kLanes<C>) Io<X>::narrow(out + j, value(j));
+  if (j < n) {
+    X last[kLanes<C>];
+    Io<X>::narrow(last, value(j));
+    std::copy(last, last + (n - j), out + j);
+  }
+}
+
+template <class C>
+struct Stored {
+  const C* values;
+  KDK_INLINE Vec<C> operator()(int64_t j) const { return load<Vec<C>>(values + j); }
+};
 
 // Applies update(x) to a row in place, padded up to whole vectors (the scratch has room).
 template <class C, class Update>
@@ -1256,19 +1316,28 @@ KDK_INLINE VecD tanh_fast(VecD x) {
   return y;
 }
 
-template <class C>
-void softcap_row(C* x, int64_t n, double cap) {
+// A row of logits in C after its softcap (0: none), seen by map; returns their sum.
+template <class C, class Map>
+double capped_row(const LogitsView& view, int64_t row, int64_t length, int64_t n, double cap, C* out, Map map) {
+  if (cap == 0) return widen_row(view, row, length, n, out, map);
   const C up = C(cap), down = C(1 / cap);
-  map_row(x, n, [=](Vec<C> v) { return up * tanh_fast(v * down); });
+  return widen_row(view, row, length, n, out,
+                   [=](int64_t j, Vec<C> x) KDK_LAMBDA_INLINE { return map(j, up * tanh_fast(x * down)); });
+}
+// What takes the gradient by a capped logit to that by the logit itself.
+template <class C>
+KDK_INLINE Vec<C> slope_of_cap(Vec<C> capped, C inverse_cap) {
+  const Vec<C> ratio = capped * inverse_cap;
+  return 1 - ratio * ratio;
 }
 
 struct Moments {
   double mean, std;
 };
-// Population mean and standard deviation; a constant row counts as having deviation 1.
+// Population mean and standard deviation of n numbers with this sum; a constant row counts as having deviation 1.
 template <class C>
-Moments moments(const C* x, int64_t n) {
-  const double mean = sum_of_logits(x, n) / double(n);
+Moments moments(const C* x, int64_t n, double sum) {
+  const double mean = sum / double(n);
   const Vec<C> centre = Vec<C>{} + C(mean);
   const int64_t whole = n - n % kLanes<C>;
   double squares = sum_over_row<C>(whole, [&](int64_t j) KDK_LAMBDA_INLINE {
@@ -1282,16 +1351,16 @@ Moments moments(const C* x, int64_t n) {
   return {mean, variance > 0 ? std::sqrt(variance) : (variance != variance ? variance : 1.0)};
 }
 
-template <class C>
-void logits_of_teacher(const DenseArgs& args, int k, int64_t row, C* out) {
-  const int64_t n = args.columns;
-  widen_row(args.teachers[k], row, args.length, n, out);
-  if (args.teacher_form == TeacherForm::kProbs) {
-    const Vec<C> zero = {}, low = zero - std::numeric_limits<C>::infinity();
-    map_row(out, n, [=](Vec<C> v) { return kdk_where(v == zero, low, kdk_log(v)); });
-  } else if (args.teacher_softcap != 0) {
-    softcap_row(out, n, args.teacher_softcap);
-  }
+// A teacher's row as logits in C, seen by map; returns their sum.
+template <class C, class Map>
+double logits_of_teacher(const DenseArgs& args, int k, int64_t row, C* out, Map map) {
+  const LogitsView& view = args.teachers[k];
+  if (args.teacher_form != TeacherForm::kProbs)
+    return capped_row(view, row, args.length, args.columns, args.teacher_softcap, out, map);
+  const Vec<C> zero = {}, low = zero - std::numeric_limits<C>::infinity();
+  return widen_row(view, row, args.length, args.columns, out, [=](int64_t j, Vec<C> p) KDK_LAMBDA_INLINE {
+    return map(j, kdk_where(p == zero, low, kdk_log(p)));
+  });
 }
 
 // log(sum of 2^(x c)) in base 2.
@@ -1318,29 +1387,42 @@ bool mixture_of_probabilities(const DenseArgs& args, int64_t row, double scale, 
   Scratch<C>& scratch = Scratch<C>::mine();
   const int64_t n = args.columns;
   C *logits = scratch.get(kOtherRow, n), *e = scratch.get(kE1, n + Row<C>::kBlock);
-  bool first = true;
+  // The mixture so far is out * held + e * share: added up when the next one comes, and with its logarithm at the end.
+  C held = 0, share = 0;
+  int64_t teachers = 0;
+  const auto mixed = [&](int64_t j) KDK_LAMBDA_INLINE { return load<V>(out + j) * held + load<V>(e + j) * share; };
   for (int k = 0; k < args.num_teachers; ++k) {
     const double weight = mixture_weight<C>(args, row, k);
     if (weight == 0) continue;
-    logits_of_teacher(args, k, row, logits);
-    const double own_scale = args.standardize ? scale / moments(logits, n).std : scale;
-    const Row<C> whole(logits, logits, n, 0);
+    if (teachers > 1) {
+      for (int64_t j = 0; j < n; j += kLanes<C>) store(out + j, mixed(j));
+      held = 1;
+    }
+    const double sum = logits_of_teacher(args, k, row, logits, AsIs());
+    const double own_scale = args.standardize ? scale / moments(logits, n, sum).std : scale;
+    C* const to = teachers == 0 ? out : e;
     Affine<C> affine;
-    const double z = sweep_student<false>(whole, n, own_scale, affine, e, e);
+    const double z = sweep_student<false>(Row<C>(logits, logits, n, 0), n, own_scale, affine, to, to);
     if (!(z > 0 && z < std::numeric_limits<double>::infinity())) return false;
-    const C share = C(weight / z);
-    const auto add = [=](const V& sum, const V& x) KDK_LAMBDA_INLINE { return first ? x * share : sum + x * share; };
-    for (int64_t j = 0; j < n; j += kLanes<C>) store(out + j, add(load<V>(out + j), load<V>(e + j)));
-    first = false;
+    (teachers == 0 ? held : share) = C(weight / z);
+    ++teachers;
   }
+  if (teachers == 0) return false;
+  if (teachers == 1) std::fill(e, e + n + kLanes<C>, C(0));
   V lowest = V{} + C(1);
   const int64_t whole = n - n % kLanes<C>;
-  for (int64_t j = 0; j < whole; j += kLanes<C>) lowest = min_of(load<V>(out + j), lowest);
+  for (int64_t j = 0; j < whole; j += kLanes<C>) {
+    const V p = mixed(j);
+    lowest = min_of(p, lowest);
+    store(out + j, kdk_log(p));
+  }
   C least = fold_lanes<C>(lowest, [](auto x, auto y) KDK_LAMBDA_INLINE { return y < x ? y : x; });
-  for (int64_t j = whole; j < n; ++j) least = std::min(least, out[j]);
-  if (first || !(least > C(0x1p-100))) return false;
-  map_row(out, n, [](V p) KDK_LAMBDA_INLINE { return kdk_log(p); });
-  return true;
+  if (whole < n) {
+    const V p = mixed(whole);
+    for (int64_t j = whole; j < n; ++j) least = std::min<C>(least, p[j - whole]);
+    store(out + whole, kdk_log(p));
+  }
+  return least > C(0x1p-100);
 }
 
 // The teacher's row as logits in C; scale becomes log2(e) / T of that row.
@@ -1350,8 +1432,8 @@ const C* teacher_row(const DenseArgs& args, int64_t row, double& scale) {
   const int64_t n = args.columns;
   C* out = scratch.get(kTeacherRow, n);
   if (args.mixture == Mixture::kNone) {
-    logits_of_teacher(args, 0, row, out);
-    if (args.standardize) scale /= moments(out, n).std;
+    const double sum = logits_of_teacher(args, 0, row, out, AsIs());
+    if (args.standardize) scale /= moments(out, n, sum).std;
     return out;
   }
   const bool logits = args.mixture == Mixture::kLogits;
@@ -1365,19 +1447,23 @@ const C* teacher_row(const DenseArgs& args, int64_t row, double& scale) {
   for (int k = 0; k < args.num_teachers; ++k) {
     const double weight = mixture_weight<C>(args, row, k);
     if (weight == 0) continue;
-    logits_of_teacher(args, k, row, one);
+    const C w = C(weight);
+    if (logits && !args.standardize) {
+      logits_of_teacher(args, k, row, out,
+                        [=](int64_t j, Vec<C> x) KDK_LAMBDA_INLINE { return load<Vec<C>>(out + j) + w * x; });
+      continue;
+    }
+    const double sum = logits_of_teacher(args, k, row, one, AsIs());
     double own_scale = scale;
     if (args.standardize) {
-      const Moments m = moments(one, n);
+      const Moments m = moments(one, n, sum);
       own_scale /= m.std;
       const C mean = C(m.mean), inverse = C(1 / m.std);
-      if (logits) map_row(one, n, [=](Vec<C> v) { return (v - mean) * inverse; });
-    }
-    const C* in = one;
-    if (logits) {
-      const C w = C(weight);
-      for (int64_t j = 0; j < n; j += kLanes<C>) store(out + j, load<Vec<C>>(out + j) + w * load<Vec<C>>(in + j));
-      continue;
+      if (logits) {
+        for (int64_t j = 0; j < n; j += kLanes<C>)
+          store(out + j, load<Vec<C>>(out + j) + w * ((load<Vec<C>>(one + j) - mean) * inverse));
+        continue;
+      }
     }
     // log(e^u + e^v) with u the mixture so far, v = log w + log p of this teacher.
     const double maximum_of_row = maximum(one, n);
@@ -1385,7 +1471,7 @@ const C* teacher_row(const DenseArgs& args, int64_t row, double& scale) {
     const C offset = C(a.reference() - log2_sum_exp(one, n, own_scale)), ln2 = C(kLn2),
             log_weight = C(std::log(weight));
     for (int64_t j = 0; j < n; j += kLanes<C>) {
-      const Vec<C> u = load<Vec<C>>(out + j), v = (a(load<Vec<C>>(in + j)) + offset) * ln2 + log_weight;
+      const Vec<C> u = load<Vec<C>>(out + j), v = (a(load<Vec<C>>(one + j)) + offset) * ln2 + log_weight;
       const Vec<C> high = max_keep_nan(u, v), under = min_of(u, v) - high;
       const Vec<C> sum = high + kdk_log(1 + kdk_exp(kdk_where(high == low, zero, under)));
       store(out + j, kdk_where(high == low, low, sum));
@@ -1393,24 +1479,6 @@ const C* teacher_row(const DenseArgs& args, int64_t row, double& scale) {
   }
   if (!logits) scale = kLog2e;
   return out;
-}
-
-template <class C>
-void narrow_row(const C* in, int64_t n, DType dtype, void* out) {
-  switch (dtype) {
-    case DType::kFloat32:
-      for (int64_t j = 0; j < n; ++j) static_cast<float*>(out)[j] = float(in[j]);
-      return;
-    case DType::kFloat64:
-      for (int64_t j = 0; j < n; ++j) static_cast<double*>(out)[j] = double(in[j]);
-      return;
-    case DType::kBFloat16:
-      for (int64_t j = 0; j < n; ++j) from_compute(float(in[j]), static_cast<BFloat16*>(out) + j);
-      return;
-    case DType::kFloat16:
-      for (int64_t j = 0; j < n; ++j) from_compute(float(in[j]), static_cast<Half*>(out) + j);
-      return;
-  }
 }
 
 // Cross entropy and z-loss of a row of logits alone, added to result; their gradient is added to g.
@@ -1452,41 +1520,46 @@ void dense_generic(const DenseArgs& args, int64_t begin, int64_t end) {
     const double tempered = num.student_scale;
     const C* t = teacher_row<C>(args, row, num.teacher_scale);
     C* s = scratch.get(kStudentRow, n);
-    widen_row(args.student, row, args.length, n, s);
-    if (args.student_softcap != 0) softcap_row(s, n, args.student_softcap);
+    const double sum = capped_row(args.student, row, args.length, n, args.student_softcap, s, AsIs());
     C* g = out == nullptr ? nullptr : scratch.get(kGradientRow, n);
     RowResult result;
+    C mean = 0, slope = 0;
     if (args.standardize) {
       // The divergence sees z = (s - mean) / std, whose softmax is that of s at T std; the other terms see s.
-      const Moments m = moments(s, n);
+      const Moments m = moments(s, n, sum);
       RowNumbers soft = num;
       soft.student_scale = tempered / m.std;
       soft.ce = soft.z = 0;
       result = objective_row(args, soft, s, t, label, g, false, masking);
       if (g != nullptr) {
         // objective_row divided by T std: dz = std * that, ds = (dz - z mean(dz z)) / std.
-        const C mean = C(m.mean);
+        mean = C(m.mean);
         const int64_t whole = n - n % kLanes<C>;
         double along = sum_over_row<C>(
             whole, [&](int64_t j) KDK_LAMBDA_INLINE { return load<Vec<C>>(g + j) * (load<Vec<C>>(s + j) - mean); });
         for (int64_t j = whole; j < n; ++j) along += double(g[j]) * double(s[j] - mean);
-        const C slope = C(along / (m.std * m.std * double(n)));
-        for (int64_t j = 0; j < n; j += kLanes<C>)
-          store(g + j, load<Vec<C>>(g + j) - (load<Vec<C>>(s + j) - mean) * slope);
+        slope = C(along / (m.std * m.std * double(n)));
       }
-      if (num.ce != 0 || num.z != 0 || args.stats != nullptr) add_hard_terms(args, num, s, label, g, result);
     } else {
       result = objective_row(args, num, s, t, label, g, false, masking);
     }
+    const bool hard = args.standardize && (num.ce != 0 || num.z != 0 || args.stats != nullptr);
+    if (hard && g != nullptr && slope != 0) {
+      for (int64_t j = 0; j < n; j += kLanes<C>)
+        store(g + j, load<Vec<C>>(g + j) - (load<Vec<C>>(s + j) - mean) * slope);
+      slope = 0;
+    }
+    if (hard) add_hard_terms(args, num, s, label, g, result);
     if (g != nullptr) {
-      if (args.student_softcap != 0) {
-        const C inverse = C(1 / args.student_softcap);
-        for (int64_t j = 0; j < n; j += kLanes<C>) {
-          const Vec<C> ratio = load<Vec<C>>(s + j) * inverse;
-          store(g + j, load<Vec<C>>(g + j) * (1 - ratio * ratio));
-        }
+      const C inverse = args.student_softcap == 0 ? C(0) : C(1 / args.student_softcap);
+      if (slope == 0 && inverse == 0) {
+        narrow_row(n, out, Stored<C>{g});
+      } else {
+        narrow_row(n, out, [&](int64_t j) KDK_LAMBDA_INLINE {
+          const Vec<C> x = load<Vec<C>>(s + j);
+          return (load<Vec<C>>(g + j) - (x - mean) * slope) * slope_of_cap(x, inverse);
+        });
       }
-      narrow_row(g, n, args.dstudent.dtype, out);
     }
     put_stats<C>(args, row, result);
     return result.loss;
@@ -1583,10 +1656,10 @@ void dkd_rows(const DkdArgs& args, int64_t begin, int64_t end) {
     Scratch<C>& scratch = Scratch<C>::mine();
     C *student = scratch.get(kStudentRow, args.columns), *teacher = scratch.get(kTeacherRow, args.columns);
     C* g = out == nullptr ? nullptr : scratch.get(kGradientRow, args.columns);
-    widen_row(args.student, row, args.length, args.columns, student);
-    widen_row(args.teacher, row, args.length, args.columns, teacher);
+    widen_row(args.student, row, args.length, args.columns, student, AsIs());
+    widen_row(args.teacher, row, args.length, args.columns, teacher, AsIs());
     const double loss = dkd_row<C>(args, weight, student, teacher, label, g, false);
-    if (g != nullptr) narrow_row(g, args.columns, args.dstudent.dtype, out);
+    if (g != nullptr) narrow_row(args.columns, out, Stored<C>{g});
     return loss;
   });
 }
@@ -1674,10 +1747,10 @@ void mse_rows(const MseArgs& args, int64_t begin, int64_t end) {
     Scratch<C>& scratch = Scratch<C>::mine();
     C *student = scratch.get(kStudentRow, args.columns), *teacher = scratch.get(kTeacherRow, args.columns);
     C* g = out == nullptr ? nullptr : scratch.get(kGradientRow, args.columns);
-    widen_row(args.student, row, args.length, args.columns, student);
-    widen_row(args.teacher, row, args.length, args.columns, teacher);
+    widen_row(args.student, row, args.length, args.columns, student, AsIs());
+    widen_row(args.teacher, row, args.length, args.columns, teacher, AsIs());
     const double loss = mse_row<false, C>(args, weight, student, teacher, g);
-    if (g != nullptr) narrow_row(g, args.columns, args.dstudent.dtype, out);
+    if (g != nullptr) narrow_row(args.columns, out, Stored<C>{g});
     return loss;
   });
 }

@@ -513,6 +513,8 @@ struct Io {  // float, double
   using C = T;
   static constexpr bool kCoarse = false;
   static constexpr int kBlock = 2 * kLanes<C>;
+  KDK_INLINE static Vec<C> widen(const T* address) { return load<Vec<C>>(address); }
+  KDK_INLINE static void narrow(T* address, Vec<C> v) { store(address, v); }
   KDK_INLINE static void load2(const T* address, Vec<C>& a, Vec<C>& b) {
     a = load<Vec<C>>(address);
     b = load<Vec<C>>(address + kLanes<C>);
@@ -613,6 +615,31 @@ struct Io<BFloat16> {
   using C = float;
   static constexpr bool kCoarse = true;
   static constexpr int kBlock = 2 * kLanes<float>;
+  // One vector, in the order of the elements.
+  KDK_INLINE static VecF widen(const BFloat16* address) {
+#if defined(__AVX512F__)
+    return bit_cast<VecF>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(address)), 16));
+#elif defined(__AVX2__)
+    return bit_cast<VecF>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(address)), 16));
+#else
+    VecF v;
+    for (int i = 0; i < kLanes<float>; ++i) v[i] = to_compute(address[i]);
+    return v;
+#endif
+  }
+  // Back, rounded as from_compute does.
+  KDK_INLINE static void narrow(BFloat16* address, VecF v) {
+    const VecU bits = bit_cast<VecU>(v), nan = VecU{} + 0x7fc0u;
+    const VecU halves = v == v ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : nan;
+#if defined(__AVX512F__)
+    store(address, _mm512_cvtepi32_epi16(bit_cast<__m512i>(halves)));
+#elif defined(__AVX2__)
+    const __m256i packed = _mm256_packus_epi32(bit_cast<__m256i>(halves), bit_cast<__m256i>(halves));
+    store(address, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+#else
+    for (int i = 0; i < kLanes<float>; ++i) address[i].bits = uint16_t(halves[i]);
+#endif
+  }
   // Even elements in a, odd ones in b: one shift and one mask for a whole register of pairs.
   KDK_INLINE static void load2(const BFloat16* address, VecF& a, VecF& b) {
     const VecU pairs = load<VecU>(address);

@@ -491,7 +491,7 @@ RowResult objective_row(const TopkArgs& args, const RowNumbers& num, int64_t ind
       if (z_outside < 0x1p-90) {
         // Those outside have left the range of their exponentials: take these relative to their own maximum.
         C* masked = scratch.get(kOtherRow, n);
-        widen_row(s, n, masked);
+        widen_row(s, n, masked, AsIs());
         for (int64_t k = 0; k < count; ++k) masked[entries.ids[size_t(k)]] = -std::numeric_limits<C>::infinity();
         const Affine<C> again = affine<C>(num.student_scale, maximum(masked, n));
         for (int64_t tile = 0; tile < row.tiles(); ++tile) student_exponentials<false>(row, tile, again, es, es);
@@ -652,16 +652,13 @@ void rows_capped(const TopkArgs& args, int64_t begin, int64_t end) {
   for_rows<X>(args, begin, end, [&](int64_t row, int64_t label, double weight, X* out) {
     Scratch<C>& scratch = Scratch<C>::mine();
     C *s = scratch.get(kStudentRow, n), *g = out == nullptr ? nullptr : scratch.get(kGradientRow, n);
-    widen_row(args.student, row, args.length, n, s);
-    softcap_row(s, n, args.student_softcap);
+    capped_row(args.student, row, args.length, n, args.student_softcap, s, AsIs());
     const RowResult result = topk::objective_row(args, row_numbers<C>(args, row, weight), row, s, label, g, false);
     if (g != nullptr) {
       const C inverse = C(1 / args.student_softcap);
-      for (int64_t j = 0; j < n; j += kLanes<C>) {
-        const Vec<C> ratio = load<Vec<C>>(s + j) * inverse;
-        store(g + j, load<Vec<C>>(g + j) * (1 - ratio * ratio));
-      }
-      narrow_row(g, n, args.dstudent.dtype, out);
+      narrow_row(n, out, [&](int64_t j) KDK_LAMBDA_INLINE {
+        return load<Vec<C>>(g + j) * slope_of_cap(load<Vec<C>>(s + j), inverse);
+      });
     }
     put_stats<C, kTopkStats>(args, row, result);
     return result.loss;
