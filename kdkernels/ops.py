@@ -91,7 +91,8 @@ LACKING = {
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define("cpu_isa() -> str")
-# A check of values on the CPU: ids and log-probabilities contiguous and of one size.
+# Checks of values on the CPU. Labels int64 and contiguous; ids and log-probabilities contiguous and of one size.
+_library.define("labels_are_sound(Tensor labels, int columns, int ignore_index) -> bool")
 _library.define("sparse_teacher_is_sound(Tensor ids, Tensor logprobs, int columns) -> bool")
 
 

@@ -225,6 +225,17 @@ bool sparse_teacher_is_sound(Tensor ids, Tensor logprobs, int64_t columns) {
   return false;
 }
 
+// Whether all labels are a column or ignore_index: one call where plain PyTorch takes six.
+bool labels_are_sound(Tensor labels, int64_t columns, int64_t ignore_index) {
+  STD_TORCH_CHECK(labels.is_contiguous() && labels.scalar_type() == ScalarType::Long,
+                  "labels must be contiguous and int64");
+  const int64_t* label = static_cast<const int64_t*>(labels.const_data_ptr());
+  bool wrong = false;
+  const int64_t count = labels.numel();
+  for (int64_t i = 0; i < count; ++i) wrong |= label[i] != ignore_index && (label[i] < 0 || label[i] >= columns);
+  return !wrong;
+}
+
 Tensor dkd_fwd(Tensor student, Tensor teacher, std::optional<Tensor> dstudent, Tensor labels,
                std::optional<Tensor> row_weight, double alpha, double beta, double temperature,
                double teacher_temperature, int64_t vocab_size, int64_t ignore_index, double scale,
@@ -267,6 +278,7 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
   m.impl("dkd_fwd_cpu", TORCH_BOX(&kdk::dkd_fwd));
   m.impl("mse_fwd_cpu", TORCH_BOX(&kdk::mse_fwd));
   m.impl("topk_fwd_cpu", TORCH_BOX((&kdk::topk_fwd<kdk::find_divergence, kdk::run_topk>)));
+  m.impl("labels_are_sound", TORCH_BOX(&kdk::labels_are_sound));
   m.impl("sparse_teacher_is_sound", TORCH_BOX(&kdk::sparse_teacher_is_sound));
   m.impl("scale_grad_cpu", TORCH_BOX(&kdk::scale_grad<kdk::run_scale>));
 }
