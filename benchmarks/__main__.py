@@ -73,7 +73,8 @@ def _run_suite(name: str, suite: Suite, device: str, options: argparse.Namespace
     job: dict[str, Any] = {"suite": name, "device": device, "seed": SEED}
     timed = {}
     for count in threads:
-        timed[count] = worker.run({**job, "mode": "time", "cases": listed, "threads": count, "rounds": rounds})
+        task = {**job, "mode": "time", "cases": listed, "threads": count, "rounds": rounds}
+        timed[count] = pooled([worker.run({**task, "seed": SEED + index}) for index in range(options.processes)])
     memory: dict[str, dict[str, int]] = {}
     memory_note = _why_no_memory(suite, cases, device, options)
     if memory_note is None:
@@ -82,12 +83,33 @@ def _run_suite(name: str, suite: Suite, device: str, options: argparse.Namespace
         suite=suite,
         machine=about,
         versions=machine.versions(),
-        options={"rounds": rounds, "threads": threads, "seed": SEED, "device": device},
+        options={
+            "rounds": rounds,
+            "processes": options.processes,
+            "threads": threads,
+            "seed": SEED,
+            "device": device,
+        },
         cases=cases,
         timed=timed,
         memory=memory,
         memory_note=memory_note,
     )
+
+
+def pooled(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The rounds of several processes as those of one: all seconds, the largest errors, the highest limits."""
+    first, *others = answers
+    for other in others:
+        for name, value in other["limits"].items():
+            if isinstance(value, (int, float)):
+                first["limits"][name] = max(first["limits"][name], value)
+        for mine, theirs in zip(first["results"], other["results"], strict=True):
+            for candidate, again in zip(mine["candidates"], theirs["candidates"], strict=True):
+                candidate["seconds"] += again["seconds"]
+                errors = candidate["errors"]
+                candidate["errors"] = {what: max(error, again["errors"][what]) for what, error in errors.items()}
+    return first
 
 
 def _plan(suite: Suite, device: str, options: argparse.Namespace) -> tuple[list[Case], list[int], int]:
@@ -151,6 +173,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--threads", type=_counts, metavar="N,...", help="CPU threads (default: 1 and all; quick: all)")
     parser.add_argument("--rounds", type=_count, metavar="N", help="timed rounds (default: 15; quick: 5)")
+    parser.add_argument(
+        "--processes",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="take the rounds in each of N processes: what allocates may be 4 times slower in one than in the next "
+        "(default: %(default)s)",
+    )
     parser.add_argument("--quick", action="store_true", help="one small shape, one dtype, few rounds")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out the peak memory")

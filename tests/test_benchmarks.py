@@ -129,6 +129,34 @@ def test_each_thread_count_and_each_peak_has_a_process_of_its_own(monkeypatch, t
     assert len(capsys.readouterr().out.split("Forward KL")) == 1 + 4
 
 
+def test_rounds_of_several_processes_are_pooled(monkeypatch, tmp_path):
+    seeds = []
+
+    def run(job):
+        seeds.append(job["seed"])
+        measured = fake_measurements(SECONDS)
+        for candidate in measured:
+            candidate["seconds"] = [(1 + len(seeds)) * x for x in candidate["seconds"]]
+            candidate["errors"] = {"loss": 1e-7 * len(seeds)}
+        return {
+            "limits": {"measured_by": "nothing", "triad": 20.0 + len(seeds)},
+            "results": [{"candidates": measured, "absent": []}],
+        }
+
+    monkeypatch.setattr(worker, "run", run)
+    arguments = ["--device", "cpu", "--shapes", "256x8192", "--dtypes", "fp32", "--threads", "1", "--no-memory"]
+    assert command_line.main([*arguments, "--processes", "3", "--output-dir", str(tmp_path)]) == 0
+    assert len(set(seeds)) == 3
+    written = json.loads((tmp_path / "dense.json").read_text())
+    assert written["options"]["processes"] == 3
+    text = json.dumps(written)
+    for seconds in SECONDS.values():
+        assert json.dumps([factor * x for factor in (2, 3, 4) for x in seconds])[1:-1] in text
+    pooled = command_line.pooled([run({"seed": 0}), run({"seed": 1})])
+    assert pooled["limits"]["triad"] == 25.0
+    assert all(candidate["errors"]["loss"] == pytest.approx(5e-7) for candidate in pooled["results"][0]["candidates"])
+
+
 WRONG_SUITE = """
     import dataclasses
 

@@ -673,7 +673,7 @@ void value_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>
                                     : Quad({as(s0), as(s1)}, {as(s2), as(s3)}) * quad(ln2) - quad(lzs);
           Quad value, score;
           if constexpr (weighted) {
-            F::template weighted<GUARDED>(p, logp, q, logq, value, score);
+            F::template weighted<GUARDED>(params4, p, logp, q, logq, value, score);
           } else {
             F::template eval<GUARDED>(params4, p, logp, q, logq, value, score);
           }
@@ -690,8 +690,8 @@ void value_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>
           const V q0 = unfused(load<V>(es_in) * iq), q1 = unfused(load<V>(es_in + kLanes<C>) * iq);
           const V logp0 = log_p(t0), logp1 = log_p(t1), logq0 = log_q(s0), logq1 = log_q(s1);
           if constexpr (weighted) {
-            F::template weighted<GUARDED>(p0, logp0, q0, logq0, value0, score0);
-            F::template weighted<GUARDED>(p1, logp1, q1, logq1, value1, score1);
+            F::template weighted<GUARDED>(parameters, p0, logp0, q0, logq0, value0, score0);
+            F::template weighted<GUARDED>(parameters, p1, logp1, q1, logq1, value1, score1);
           } else {
             F::template eval<GUARDED>(parameters, p0, logp0, q0, logq0, value0, score0);
             F::template eval<GUARDED>(parameters, p1, logp1, q1, logq1, value1, score1);
@@ -704,7 +704,7 @@ void value_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>
         values = local_values;
         scores = local_scores;
       });
-  value_sum += horizontal_sum<C>(weighted ? values + scores : values);
+  value_sum += horizontal_sum<C>(weighted && Weighted<F>::less_score ? values + scores : values);
   score_sum += horizontal_sum<C>(scores);
 }
 
@@ -1311,7 +1311,7 @@ KDK_INLINE VecF tanh_fast(VecF x) {
   return kdk_where(magnitude < 0.625f, small, kdk_where(x != x, x, signed_large));
 }
 KDK_INLINE VecD tanh_fast(VecD x) {
-  VecD y;
+  VecD y = {};
   for (int i = 0; i < kLanes<double>; ++i) y[i] = std::tanh(x[i]);
   return y;
 }

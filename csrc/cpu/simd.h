@@ -178,28 +178,39 @@ KDK_INLINE VecF plus_in_memory(VecF a, VecF b, const VecF& c) {
 // mean is 0. A mean other than 0 comes back as it is in the divergences that set p against log p: JSD was off by 3e-7
 // with the best 2^f for the maximum alone. f comes divided by 2^UNIT_LOG2, and so Q multiplied by it.
 template <int DEGREE, int STEPS_LOG2>
-constexpr float kExp2Slope[DEGREE] = {};
+struct Exp2Slope;
 template <>
-constexpr float kExp2Slope<5, 0>[] = {0.6931466460227966f, 0.2402230054140091f, 0.05551067739725113f,
-                                      0.00966887641698122f, 0.0013179666129872203f};  // 1.2e-7
+struct Exp2Slope<5, 0> {  // 1.2e-7
+  static constexpr float at[] = {0.6931466460227966f, 0.2402230054140091f, 0.05551067739725113f, 0.00966887641698122f,
+                                 0.0013179666129872203f};
+};
 template <>
-constexpr float kExp2Slope<4, 0>[] = {0.6931210160255432f, 0.24022895097732544f, 0.05591738969087601f,
-                                      0.00962985958904028f};  // 3.0e-6
+struct Exp2Slope<4, 0> {  // 3.0e-6
+  static constexpr float at[] = {0.6931210160255432f, 0.24022895097732544f, 0.05591738969087601f, 0.00962985958904028f};
+};
 template <>
-constexpr float kExp2Slope<3, 3>[] = {0.6931472420692444f, 0.24024905264377594f, 0.0554962232708931f};  // 6e-8
+struct Exp2Slope<3, 3> {  // 6e-8
+  static constexpr float at[] = {0.6931472420692444f, 0.24024905264377594f, 0.0554962232708931f};
+};
 template <>
-constexpr float kExp2Slope<2, 3>[] = {0.6933088898658752f, 0.2402709424495697f};  // 3.6e-6
+struct Exp2Slope<2, 3> {  // 3.6e-6
+  static constexpr float at[] = {0.6933088898658752f, 0.2402709424495697f};
+};
 template <>
-constexpr float kExp2Slope<3, 4>[] = {0.6931471824645996f, 0.24023213982582092f, 0.055502135306596756f};  // 4e-9
+struct Exp2Slope<3, 4> {  // 4e-9
+  static constexpr float at[] = {0.6931471824645996f, 0.24023213982582092f, 0.055502135306596756f};
+};
 template <>
-constexpr float kExp2Slope<2, 4>[] = {0.6931877136230469f, 0.24023769795894623f};  // 4.4e-7
+struct Exp2Slope<2, 4> {  // 4.4e-7
+  static constexpr float at[] = {0.6931877136230469f, 0.24023769795894623f};
+};
 
 constexpr float power_of_two(int n) { return n == 0 ? 1.0f : 2.0f * power_of_two(n - 1); }
 
 template <int DEGREE, int STEPS_LOG2, int UNIT_LOG2, size_t... K, int COUNT>
 KDK_INLINE void exp2_slopes(std::index_sequence<K...>, const VecF (&f)[COUNT], VecF (&slope)[COUNT]) {
   const VecF zero = {};
-  static const VecF c[] = {zero + kExp2Slope<DEGREE, STEPS_LOG2>[K] * power_of_two(UNIT_LOG2* int(K + 1))...};
+  static const VecF c[] = {zero + Exp2Slope<DEGREE, STEPS_LOG2>::at[K] * power_of_two(UNIT_LOG2 * int(K + 1))...};
 #pragma GCC unroll 4
   for (int i = 0; i < COUNT; ++i) slope[i] = c[DEGREE - 1];
 #pragma GCC unroll 4

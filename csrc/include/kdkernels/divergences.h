@@ -31,15 +31,16 @@ struct Params {
 // error. What is added to a mixture then keeps it from 0, and is far below the rounding of any that matters.
 constexpr float kTiny = 1.17549435e-38f;
 
-// A functor that sees p and q only as weight_p p and weight_q q, with a value that contains its score, may say so with
-// a function weighted: the weights of a row then go into what normalises it, and the scores are added up once.
+// A functor that sees p and q only as weight_p p and weight_q q may say so with a function weighted: the weights of a
+// row then go into what normalises it. Where weighted leaves the score out of the value (kLessScore), the scores are
+// added up once.
 template <class F, class = void>
 struct Weighted {
-  static constexpr bool value = false;
+  static constexpr bool value = false, less_score = false;
 };
 template <class F>
 struct Weighted<F, decltype(F::weight_p(Params<float>()), void())> {
-  static constexpr bool value = true;
+  static constexpr bool value = true, less_score = F::kLessScore;
 };
 
 // weight * x, and 0 where the weight is 0.
@@ -69,7 +70,7 @@ KDK_HD V kdk_power_of(V logarithm, V k) {
 
 // m = beta p + (1 - beta) q; f = beta p log(p/m) + (1 - beta) q log(q/m).
 struct Jsd {
-  // See Weighted below.
+  static constexpr bool kLessScore = true;
   template <class V>
   KDK_HD static V weight_p(const Params<V>& k) {
     return k.x0;
@@ -79,14 +80,14 @@ struct Jsd {
     return V{} + 1.0f - k.x0;
   }
   template <bool GUARDED, class V>
-  KDK_HD static void weighted(V wp, V logp, V wq, V logq, V& value_less_score, V& score) {
+  KDK_HD static void weighted(const Params<V>&, V wp, V logp, V wq, V logq, V& value_less_score, V& score) {
     const V logm = kdk_log_of<GUARDED>(wp + wq);
     score = kdk_weigh<GUARDED>(wq, logq - logm);
     value_less_score = kdk_weigh<GUARDED>(wp, logp - logm);
   }
   template <bool GUARDED = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V logq, V& value, V& score) {
-    weighted<GUARDED>(weight_p(k) * p, logp, weight_q(k) * q, logq, value, score);
+    weighted<GUARDED>(k, weight_p(k) * p, logp, weight_q(k) * q, logq, value, score);
     value = value + score;
   }
 };
@@ -105,15 +106,24 @@ struct Tvd {
 
 // m = alpha p + (1 - alpha) q; f = p log(p/m).
 struct SkewKl {
+  static constexpr bool kLessScore = false;
+  template <class V>
+  KDK_HD static V weight_p(const Params<V>&) {
+    return V{} + 1.0f;
+  }
+  template <class V>
+  KDK_HD static V weight_q(const Params<V>& k) {
+    return V{} + 1.0f - k.x0;
+  }
+  template <bool GUARDED, class V>
+  KDK_HD static void weighted(const Params<V>& k, V p, V logp, V wq, V, V& value, V& score) {
+    const V m = k.x0 * p + (wq + kTiny);
+    value = p * (logp - kdk_log_of<GUARDED>(m));
+    score = -(p * wq) / m;
+  }
   template <bool GUARDED = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V, V& value, V& score) {
     const V zero = V{}, rest = zero + 1.0f - k.x0;
-    if constexpr (GUARDED) {
-      const V wq = rest * q, m = k.x0 * p + (wq + kTiny);
-      value = p * (logp - kdk_log_of<GUARDED>(m));
-      score = -(p * wq) / m;
-      return;
-    }
     const V m = k.x0 * p + rest * q;
     // m may be 0 where the weight is not: alpha times it rounds to 0 for the smallest numbers.
     const auto some = (m > zero) & (p > zero);
@@ -124,16 +134,25 @@ struct SkewKl {
 
 // m = alpha q + (1 - alpha) p; f = q log(q/m).
 struct SkewReverseKl {
+  static constexpr bool kLessScore = false;
+  template <class V>
+  KDK_HD static V weight_p(const Params<V>& k) {
+    return V{} + 1.0f - k.x0;
+  }
+  template <class V>
+  KDK_HD static V weight_q(const Params<V>&) {
+    return V{} + 1.0f;
+  }
+  // 1 - alpha q / m is (1 - alpha) p / m.
+  template <bool GUARDED, class V>
+  KDK_HD static void weighted(const Params<V>& k, V wp, V, V q, V logq, V& value, V& score) {
+    const V m = k.x0 * q + (wp + kTiny);
+    value = q * (logq - kdk_log_of<GUARDED>(m));
+    score = value + q * wp / m;
+  }
   template <bool GUARDED = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V, V q, V logq, V& value, V& score) {
     const V zero = V{};
-    if constexpr (GUARDED) {
-      // 1 - alpha q / m is (1 - alpha) p / m.
-      const V wp = (zero + 1.0f - k.x0) * p, m = k.x0 * q + (wp + kTiny);
-      value = q * (logq - kdk_log_of<GUARDED>(m));
-      score = value + q * wp / m;
-      return;
-    }
     const V m = k.x0 * q + (zero + 1.0f - k.x0) * p;
     const auto some = (m > zero) & (q > zero);
     value = kdk_where(some, q * (logq - kdk_log(m)), zero);
