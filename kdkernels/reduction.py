@@ -47,8 +47,8 @@ def row_weights(
         if labels is None:
             scale = 1.0 / max(num_rows, 1)
         else:
-            # No counted row gives a loss of 0, not 0/0. On a CPU the number is there at once, and one number is less work
-            # than a weight for every row.
+            # No counted row gives a loss of 0, not 0/0. On a CPU the number is there at once, and one number is less
+            # work than a weight for every row.
             count = (labels != ignore_index).sum()
             if labels.device.type == "cpu" and not torch.compiler.is_compiling():
                 scale = 1.0 / max(int(count), 1)
