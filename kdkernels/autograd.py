@@ -131,6 +131,8 @@ def as_rows(tensors: tuple[Tensor, ...]) -> list[Tensor]:
     Any tensor of up to three dimensions is a view already, and so are those whose leading dimensions collapse into two.
     Only what remains (four and more dimensions, cut in two places) is copied; in place that is refused in ``checks``.
     """
+    if tensors[0].dim() == 2:
+        return [t.unsqueeze(0) for t in tensors]
     leading = tensors[0].shape[:-1]
     if len(leading) <= 2:
         shape = (1, 1) if len(leading) == 0 else (1, leading[0]) if len(leading) == 1 else tuple(leading)

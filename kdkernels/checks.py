@@ -334,7 +334,7 @@ def tail_like(value: Any, tail: str, student: Tensor) -> Optional[Tensor]:
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError("tail_logprob must not require grad: it gets no gradient; detach it")
     # A mass of 1 may come out of a sum a few roundings above it.
-    if reads_values(value) and value.numel() and not value.amax() <= 1e-3:
+    if reads_values(value) and value.numel() and not float(value.amax()) <= 1e-3:
         raise ValueError("tail_logprob must hold log-probabilities, at most 0 and not NaN")
     return value.detach().to(sum_dtype(student)).reshape(-1)
 

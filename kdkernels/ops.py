@@ -182,5 +182,11 @@ def implement(name: str, function: Callable[..., Any]) -> None:
 
 def op(pattern: str, backend: str) -> torch._ops.OpOverload:
     """The overload ``torch.ops.kdkernels.<pattern>_<backend>.default``."""
-    packet = getattr(getattr(torch.ops, NAMESPACE), f"{pattern}_{backend}")
-    return packet.default
+    found = _overloads.get((pattern, backend))
+    if found is None:
+        found = getattr(getattr(torch.ops, NAMESPACE), f"{pattern}_{backend}").default
+        _overloads[pattern, backend] = found
+    return found
+
+
+_overloads: dict[tuple[str, str], torch._ops.OpOverload] = {}
