@@ -361,3 +361,24 @@ def test_a_mixture_keeps_the_logarithm_of_what_is_too_small_for_a_float(depth, c
         teacher[:, 5] -= depth
     options = {"divergence": "reverse_kl", "teacher_weights": [1 / count] * count}
     testing.check_kd_loss(student, teachers, backend=backend, **options)
+
+
+@pytest.mark.parametrize("form", ["probs", "log_probs", "probs mixed", "logits mixed", "standardised", "capped"])
+@dtypes
+def test_a_nan_of_the_teacher_spoils_its_row_only(form, dtype, backend):
+    student, teacher, _ = inputs("normal", 300, dtype)
+    other = testing.make_inputs("normal", ROWS, 300, DTYPES[dtype], 1)[1]
+    options = {
+        "probs": {"teacher_form": "probs"},
+        "log_probs": {"teacher_form": "log_probs"},
+        "logits mixed": {"mixture": "logits"},
+        "standardised": {"standardize": True},
+        "capped": {"teacher_softcap": 5.0, "student_softcap": 5.0},
+    }.get(form, {})
+    if form == "probs":
+        teacher = torch.softmax(teacher.float(), -1).to(teacher.dtype)
+    teacher[1, 7] = torch.nan
+    teachers = [[teacher, other], [other, teacher]] if form.endswith("mixed") else [teacher]
+    for given in teachers:
+        loss = kd.kd_loss(student, given, reduction="none", backend=backend, **options)
+        assert loss.isnan().tolist() == [row == 1 for row in range(len(student))]

@@ -681,6 +681,29 @@ def test_values_of_a_sparse_teacher_are_checked_alike(dtype, id_dtype, path, mon
         assert not accepts([[2**32, -1, 8], [3, 4, 5]], [[-1.0] * 3] * 2)
 
 
+@pytest.mark.parametrize("path", ["as built", "plain PyTorch"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_labels_are_checked_alike(dtype, path, monkeypatch):
+    if path == "plain PyTorch":
+        monkeypatch.setattr(backends.cpu, "load_error", lambda: "the C++ extension was not built")
+    student = torch.zeros(2, 2, 9)
+
+    def accepts(labels, ignore_index=-100):
+        try:
+            checks.labels_like(torch.tensor(labels, dtype=dtype), student, 9, ignore_index)
+        except ValueError:
+            return False
+        return True
+
+    assert accepts([[0, 8], [-100, 3]]) and accepts([[-100, -100], [-100, -100]])
+    assert accepts([[0, 8], [20, 3]], ignore_index=20) and accepts([[0, 8], [-1, 3]], ignore_index=-1)
+    for wild in (9, -1, 2**31 - 1, -(2**31)):
+        assert not accepts([[0, 8], [wild, 3]])
+    assert not accepts([[0, 8], [-100, 3]], ignore_index=-1)
+    if dtype == torch.int64:
+        assert not accepts([[0, 2**32], [1, 3]])
+
+
 def test_backends_of_a_gpu():
     pytest.importorskip("triton")
     built = backends.cuda.load_error() is None

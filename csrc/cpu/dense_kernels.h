@@ -1357,9 +1357,10 @@ double logits_of_teacher(const DenseArgs& args, int k, int64_t row, C* out, Map 
   const LogitsView& view = args.teachers[k];
   if (args.teacher_form != TeacherForm::kProbs)
     return capped_row(view, row, args.length, args.columns, args.teacher_softcap, out, map);
-  const Vec<C> zero = {}, low = zero - std::numeric_limits<C>::infinity();
+  // Of NaN kdk_log makes a number.
+  const Vec<C> zero = {}, low = zero - std::numeric_limits<C>::infinity(), nan = low - low;
   return widen_row(view, row, args.length, args.columns, out, [=](int64_t j, Vec<C> p) KDK_LAMBDA_INLINE {
-    return map(j, kdk_where(p == zero, low, kdk_log(p)));
+    return map(j, kdk_where(p > zero, kdk_log(p), kdk_where(p == zero, low, nan)));
   });
 }
 
@@ -1474,7 +1475,8 @@ const C* teacher_row(const DenseArgs& args, int64_t row, double& scale) {
       const Vec<C> u = load<Vec<C>>(out + j), v = (a(load<Vec<C>>(one + j)) + offset) * ln2 + log_weight;
       const Vec<C> high = max_keep_nan(u, v), under = min_of(u, v) - high;
       const Vec<C> sum = high + kdk_log(1 + kdk_exp(kdk_where(high == low, zero, under)));
-      store(out + j, kdk_where(high == low, low, sum));
+      // The maximum forgets a NaN in u.
+      store(out + j, kdk_where(u != u, u, kdk_where(high == low, low, sum)));
     }
   }
   if (!logits) scale = kLog2e;
