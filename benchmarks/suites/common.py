@@ -237,10 +237,37 @@ def add_probe(group: str) -> Candidate:
         torch.add(inputs.student.detach(), inputs.teacher, out=inputs.out)
         return Outcome(torch.zeros(()), (inputs.out,))
 
-    def expected(inputs: Any) -> Outcome:
-        return Outcome(torch.zeros(()), (inputs.pristine.double() + inputs.teacher.double(),))
+    return Candidate("torch.add(s, t, out=g)", group, "probe", lambda: run, _added)
 
-    return Candidate("torch.add(s, t, out=g)", group, "probe", lambda: run, expected)
+
+class _AddAsLoss(torch.autograd.Function):
+    """A loss of 0 whose gradient is said to be ``s + t``."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        gradient = memory.empty_like(student)
+        torch.add(student.detach(), teacher, out=gradient)
+        ctx.save_for_backward(gradient)
+        return student.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
+        return ctx.saved_tensors[0], None
+
+
+def add_through_autograd(group: str) -> Candidate:
+    """The least that a loss with a gradient of its own takes: what autograd costs, and the addition for its memory."""
+
+    def run(inputs: Any) -> Outcome:
+        value = _AddAsLoss.apply(inputs.student, inputs.teacher)
+        value.backward()
+        return Outcome(value, (inputs.student.grad,))
+
+    return Candidate("torch.add through autograd", group, "kernel", lambda: run, _added)
+
+
+def _added(inputs: Any) -> Outcome:
+    return Outcome(torch.zeros(()), (inputs.pristine.double() + inputs.teacher.double(),))
 
 
 def _compile_unavailable(device: str) -> Optional[str]:

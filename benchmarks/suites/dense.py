@@ -39,6 +39,7 @@ def make_candidates(case: Case) -> list[Union[Candidate, Absent]]:
         *common.fresh_pages(GROUP, forward_kl, case),
         *common.kernels(GROUP, case),
         *common.ours(GROUP, forward_kl, case, backends=("torch",)),
+        common.add_through_autograd(GROUP),
         common.add_probe(GROUP),
     ]
 
