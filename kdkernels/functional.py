@@ -572,8 +572,6 @@ class _Plan(NamedTuple):
 
     def weights(self, labels: Optional[Tensor]) -> tuple[float, Optional[Tensor]]:
         weight = self.row_weight
-        if labels is None and weight is None and self.normalizer is None and self.options["reduction"] == "mean":
-            return 1.0 / max(_num_rows(self.student), 1), None
         scale, rows = reduction.row_weights(
             self.options["reduction"],
             num_rows=_num_rows(self.student),
@@ -701,12 +699,10 @@ def topk_launch(
 def _labels_and_param(plan: _Plan, labels: Optional[Tensor]) -> tuple[Optional[Tensor], Optional[Tensor]]:
     """Labels and ``row_param`` of an objective, checked, as ``[N]``."""
     get = plan.options
-    row_param = get["row_param"]
-    if labels is None and row_param is None and not get["ce_weight"]:
-        return None, None
     flat = checks.labels_like(labels, plan.student, plan.columns, get["ignore_index"])
     if get["ce_weight"] and flat is None:
         raise ValueError("labels are required when ce_weight is not 0")
+    row_param = get["row_param"]
     if row_param is not None:
         row_param = checks.per_row("row_param", row_param, plan.student, low=0.0, high=1.0)
         if not isinstance(row_param, Tensor):

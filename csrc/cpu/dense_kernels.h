@@ -1292,12 +1292,6 @@ struct Stored {
   KDK_INLINE Vec<C> operator()(int64_t j) const { return load<Vec<C>>(values + j); }
 };
 
-// Applies update(x) to a row in place, padded up to whole vectors (the scratch has room).
-template <class C, class Update>
-void map_row(C* x, int64_t n, Update update) {
-  for (int64_t j = 0; j < n; j += kLanes<C>) store(x + j, update(load<Vec<C>>(x + j)));
-}
-
 // tanh with a relative error of a few ulp: minimax x + x^3 P(x^2) below 5/8, 1 - 2 / (1 + e^2|x|) above.
 KDK_INLINE VecF tanh_fast(VecF x) {
   const VecF zero = {}, magnitude = kdk_where(x < zero, -x, x), square = x * x;
@@ -1401,6 +1395,7 @@ bool mixture_of_probabilities(const DenseArgs& args, int64_t row, double scale, 
     }
     const double sum = logits_of_teacher(args, k, row, logits, AsIs());
     const double own_scale = args.standardize ? scale / moments(logits, n, sum).std : scale;
+    // In the student's place of a row.
     C* const to = teachers == 0 ? out : e;
     Affine<C> affine;
     const double z = sweep_student<false>(Row<C>(logits, logits, n, 0), n, own_scale, affine, to, to);
@@ -1444,7 +1439,7 @@ const C* teacher_row(const DenseArgs& args, int64_t row, double& scale) {
   }
   C* one = scratch.get(kOtherRow, n);
   const Vec<C> low = Vec<C>{} - std::numeric_limits<C>::infinity(), zero = {};
-  map_row(out, n, [=](Vec<C>) { return logits ? zero : low; });
+  std::fill(out, out + n + kLanes<C>, logits ? C(0) : -std::numeric_limits<C>::infinity());
   for (int k = 0; k < args.num_teachers; ++k) {
     const double weight = mixture_weight<C>(args, row, k);
     if (weight == 0) continue;
@@ -1542,16 +1537,16 @@ void dense_generic(const DenseArgs& args, int64_t begin, int64_t end) {
         for (int64_t j = whole; j < n; ++j) along += double(g[j]) * double(s[j] - mean);
         slope = C(along / (m.std * m.std * double(n)));
       }
+      if (num.ce != 0 || num.z != 0 || args.stats != nullptr) {
+        // Their gradient is that by the raw logits already.
+        for (int64_t j = 0; g != nullptr && j < n; j += kLanes<C>)
+          store(g + j, load<Vec<C>>(g + j) - (load<Vec<C>>(s + j) - mean) * slope);
+        slope = 0;
+        add_hard_terms(args, num, s, label, g, result);
+      }
     } else {
       result = objective_row(args, num, s, t, label, g, false, masking);
     }
-    const bool hard = args.standardize && (num.ce != 0 || num.z != 0 || args.stats != nullptr);
-    if (hard && g != nullptr && slope != 0) {
-      for (int64_t j = 0; j < n; j += kLanes<C>)
-        store(g + j, load<Vec<C>>(g + j) - (load<Vec<C>>(s + j) - mean) * slope);
-      slope = 0;
-    }
-    if (hard) add_hard_terms(args, num, s, label, g, result);
     if (g != nullptr) {
       const C inverse = args.student_softcap == 0 ? C(0) : C(1 / args.student_softcap);
       if (slope == 0 && inverse == 0) {
@@ -1683,19 +1678,19 @@ double mse_row(const MseArgs& args, double weight, const X* s, const X* t, X* ou
   constexpr int64_t block = Io<X>::kBlock;
   const int64_t n = args.columns;
   const Row<X> row(s, t, n, head_elements(out, STREAM));
-  // Calls visit(difference, difference, first, valid) for the blocks of a tile. The padding is -inf on both sides.
+  // Calls visit(difference, difference, first) for the whole blocks of a tile.
   const auto differences = [&](int64_t tile, V centre, auto visit) KDK_LAMBDA_INLINE {
-    row.pieces(tile,
-               [&](const X* ps, const X* pt, int64_t blocks, int64_t, int64_t first, int64_t valid) KDK_LAMBDA_INLINE {
-                 for (int64_t i = 0; i < blocks; ++i, ps += block, pt += block) {
-                   prefetch_ahead<block>(ps);
-                   prefetch_ahead<block>(pt);
-                   V s0, s1, t0, t1;
-                   Io<X>::load2(ps, s0, s1);
-                   Io<X>::load2(pt, t0, t1);
-                   visit(s0 - t0 - centre, s1 - t1 - centre, first + i * block, valid);
-                 }
-               });
+    row.template pieces<kBody>(
+        tile, [&](const X* ps, const X* pt, int64_t blocks, int64_t, int64_t first, int64_t) KDK_LAMBDA_INLINE {
+          for (int64_t i = 0; i < blocks; ++i, ps += block, pt += block) {
+            prefetch_ahead<block>(ps);
+            prefetch_ahead<block>(pt);
+            V s0, s1, t0, t1;
+            Io<X>::load2(ps, s0, s1);
+            Io<X>::load2(pt, t0, t1);
+            visit(s0 - t0 - centre, s1 - t1 - centre, first + i * block);
+          }
+        });
   };
   // The elements that fill no block, one by one.
   const auto edges = [&](auto visit) KDK_LAMBDA_INLINE {
@@ -1707,9 +1702,7 @@ double mse_row(const MseArgs& args, double weight, const X* s, const X* t, X* ou
   if (args.centered) {
     for (int64_t tile = 0; tile < row.tiles(); ++tile) {
       V sum0 = {}, sum1 = {};
-      differences(tile, V{}, [&](V d0, V d1, int64_t, int64_t valid) KDK_LAMBDA_INLINE {
-        if (valid == block) sum0 += d0, sum1 += d1;
-      });
+      differences(tile, V{}, [&](V d0, V d1, int64_t) KDK_LAMBDA_INLINE { sum0 += d0, sum1 += d1; });
       mean += horizontal_sum<C>(sum0 + sum1);
     }
     edges([&](int64_t j) { mean += difference(j); });
@@ -1725,8 +1718,7 @@ double mse_row(const MseArgs& args, double weight, const X* s, const X* t, X* ou
   });
   for (int64_t tile = 0; tile < row.tiles(); ++tile) {
     V sum0 = {}, sum1 = {};
-    differences(tile, V{} + C(mean), [&](V d0, V d1, int64_t first, int64_t valid) KDK_LAMBDA_INLINE {
-      if (valid != block) return;
+    differences(tile, V{} + C(mean), [&](V d0, V d1, int64_t first) KDK_LAMBDA_INLINE {
       sum0 += d0 * d0;
       sum1 += d1 * d1;
       if (out != nullptr) Io<X>::template store2<STREAM>(out + first, d0 * factor, d1 * factor);
