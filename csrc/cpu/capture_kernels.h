@@ -150,15 +150,9 @@ struct Largest {
     store(block + kLanes<C>, b);
     for (; hits != 0; hits &= hits - 1) {
       const int slot = __builtin_ctz(hits);
-      keys[size_t(count++)] = key_of<C>(block[slot], first + element_of_slot<X>(slot));
+      keys[size_t(count++)] = key_of<C>(block[slot], first + Io<X>::element(slot));
     }
   }
-  template <class X>
-  KDK_INLINE static int64_t element_of_slot(int slot) {
-    if constexpr (std::is_same_v<X, BFloat16>) return slot < kLanes<C> ? 2 * slot : 2 * (slot - kLanes<C>)+1;
-    return slot;
-  }
-
   template <class X>
   void sweep(const X* s, int64_t n) {
     using V = Vec<C>;

@@ -76,6 +76,8 @@ struct Affine {
   double log_normalizer(double log2_z, C scale) const {
     return kLn2 * (reference() + log2_z) + (double(scale) - kLn2 * double(c)) * double(m);
   }
+  // A logit whose exponential is exactly 0, without leaving the bounds of exp2_of_logit.
+  float nothing() const { return float((reference() - 127) / double(c)); }
   // Differences of logits that are this small lose nothing to rounding, whatever they stand for.
   bool trusts(const Affine& other) const {
     return std::abs(reference()) <= 126 && std::abs(other.reference()) <= 126 &&
@@ -93,7 +95,56 @@ Affine<C> affine(double c, double maximum) {
 
 enum Part { kWhole, kBody, kEdges };
 
-// One row of both models, cut into aligned blocks, with what does not fill a block copied to padded ones.
+// What load_block is told of blocks of which every lane counts.
+template <class X>
+struct AllLanes {
+  static constexpr bool kEdge = false;
+};
+// And of a single block of which only the elements [begin, end) count, less one that may be excluded.
+template <class X>
+struct SomeLanes {
+  static constexpr bool kEdge = true;
+  using Mask = typename VecOf<typename Io<X>::C>::Mask;
+  int64_t begin, end;
+  Mask first, second;
+
+  SomeLanes(int64_t from, int64_t to, int64_t excluded) : begin(from), end(to) {
+    using Lane = std::remove_reference_t<decltype(first[0])>;
+    static constexpr auto elements = elements_of_slots<Lane>(std::make_index_sequence<size_t(Io<X>::kBlock)>());
+    const auto counts = [=](Mask j) KDK_LAMBDA_INLINE {
+      return (j >= Lane(from)) & (j < Lane(to)) & (j != Lane(excluded));
+    };
+    first = counts(load<Mask>(elements.at));
+    second = counts(load<Mask>(elements.at + Io<X>::kBlock / 2));
+  }
+
+ private:
+  template <class Lane>
+  struct Elements {
+    alignas(64) Lane at[size_t(Io<X>::kBlock)];
+  };
+  template <class Lane, size_t... K>
+  static constexpr Elements<Lane> elements_of_slots(std::index_sequence<K...>) {
+    return {{Lane(Io<X>::element(int64_t(K)))...}};
+  }
+};
+
+// The two vectors of a block, with padding in place of what does not count.
+template <class X, class C>
+KDK_INLINE void load_block(const X* x, AllLanes<X>, C, Vec<C>& a, Vec<C>& b) {
+  Io<X>::load2(x, a, b);
+}
+template <class X, class C>
+KDK_INLINE void load_block(const X* x, const SomeLanes<X>& lanes, C padding, Vec<C>& a, Vec<C>& b) {
+  Io<X>::load2(x, a, b);
+  a = kdk_where(lanes.first, a, Vec<C>{} + padding);
+  b = kdk_where(lanes.second, b, Vec<C>{} + padding);
+}
+
+// One row of both models, cut into blocks, aligned where the gradient is streamed. What fills no block at either end is
+// read in a block of which only a part counts: the first and the last of the row. The caches have those by the time
+// that they are swept; copied to padded ones when the row was begun, the last cost a wait for memory, and both
+// together 65 ns a row.
 template <class X>
 struct Row {
   using C = typename Io<X>::C;
@@ -101,39 +152,30 @@ struct Row {
   static constexpr int64_t kTileBlocks = kTileElements / kBlock;
 
   const X *s, *t;
-  int64_t head, body, tail;  // elements, blocks, elements
-  int64_t excluded = -1;     // body block of which a masked copy is used
-  alignas(64) X edge_s[3][kBlock], edge_t[3][kBlock];
+  int64_t n, head, body, tail;  // elements: all, before the body, and after it; the body in blocks
+  int64_t excluded = -1;        // an element
+  X short_s[kBlock], short_t[kBlock];
 
-  Row(const X* student, const X* teacher, int64_t n, int64_t head_elements) : s(student), t(teacher) {
-    head = std::min(head_elements, n);
+  Row(const X* student, const X* teacher, int64_t columns, int64_t head_elements)
+      : s(student), t(teacher), n(columns), head(columns < kBlock ? 0 : head_elements) {
     body = (n - head) / kBlock;
     tail = n - head - body * kBlock;
-    if (head) copy_edge(0, 0, head);
-    if (tail) copy_edge(1, n - tail, tail);
+    if (n >= kBlock) return;
+    // Nothing may be read before a row that is shorter than a block.
+    std::memset(static_cast<void*>(short_s), 0, sizeof(short_s));
+    std::memset(static_cast<void*>(short_t), 0, sizeof(short_t));
+    std::copy(s, s + n, short_s + kBlock - n);
+    std::copy(t, t + n, short_t + kBlock - n);
   }
 
   // Leaves element j out of all sums, by treating it as -inf on both sides.
-  void exclude(int64_t j) {
-    const X inf = minus_infinity();
-    if (j < head) {
-      edge_s[0][j] = edge_t[0][j] = inf;
-    } else if (j >= head + body * kBlock) {
-      edge_s[1][j - head - body * kBlock] = edge_t[1][j - head - body * kBlock] = inf;
-    } else {
-      excluded = (j - head) / kBlock;
-      const int64_t first = head + excluded * kBlock;
-      std::copy(s + first, s + first + kBlock, edge_s[2]);
-      std::copy(t + first, t + first + kBlock, edge_t[2]);
-      edge_s[2][j - first] = edge_t[2][j - first] = inf;
-    }
-  }
+  void exclude(int64_t j) { excluded = j; }
 
   bool padded(int64_t tile) const { return (tile == 0 && head > 0) || (tile == tiles() - 1 && tail > 0); }
   int64_t tiles() const { return std::max<int64_t>(1, (body + kTileBlocks - 1) / kTileBlocks); }
   int64_t slots() const { return (body + (head > 0) + (tail > 0)) * kBlock; }
 
-  // First element and number of those of a tile that stand in aligned blocks.
+  // First element and number of those of a tile that stand in the body.
   std::pair<int64_t, int64_t> body_of(int64_t tile) const {
     const int64_t begin = tile * kTileBlocks, end = std::min(body, begin + kTileBlocks);
     return {head + begin * kBlock, std::max<int64_t>(0, end - begin) * kBlock};
@@ -141,23 +183,26 @@ struct Row {
 
   int64_t slot(int64_t j) const {
     if (j < head) return Io<X>::slot(j);
-    const int64_t base = head > 0 ? kBlock : 0;
-    const int64_t rest = j - head;
+    const int64_t base = head > 0 ? kBlock : 0, rest = j - head, full = body * kBlock;
+    if (rest >= full) return base + full + Io<X>::slot(j - (n - kBlock));
     return base + (rest / kBlock) * kBlock + Io<X>::slot(rest % kBlock);
   }
 
-  // Calls visit(s, t, blocks, slot, first, valid) for the pieces of a tile in order; valid < kBlock marks a padded
-  // block, which belongs to the edges.
+  // Calls visit(s, t, blocks, slot, first, lanes) for the pieces of a tile in order: first is the element at s, and of
+  // the edges, a block each, only some lanes count.
   template <Part PART = kWhole, class Visit>
   KDK_INLINE void pieces(int64_t tile, Visit visit) const {
     const int64_t base = head > 0 ? 1 : 0;
     if constexpr (PART != kBody) {
-      if (tile == 0 && head) visit(edge_s[0], edge_t[0], int64_t(1), int64_t(0), int64_t(0), head);
+      if (tile == 0 && head > 0) visit(s, t, int64_t(1), int64_t(0), int64_t(0), SomeLanes<X>(0, head, excluded));
     }
     if constexpr (PART != kEdges) inner_pieces(tile, visit, base);
     if constexpr (PART != kBody) {
-      if (tile == tiles() - 1 && tail)
-        visit(edge_s[1], edge_t[1], int64_t(1), (base + body) * kBlock, head + body * kBlock, tail);
+      if (tile == tiles() - 1 && tail > 0) {
+        const int64_t first = n - kBlock;
+        visit(first < 0 ? short_s : s + first, first < 0 ? short_t : t + first, int64_t(1), (base + body) * kBlock,
+              first, SomeLanes<X>(kBlock - tail, kBlock, excluded - first));
+      }
     }
   }
 
@@ -166,10 +211,15 @@ struct Row {
   KDK_INLINE void inner_pieces(int64_t tile, Visit visit, int64_t base) const {
     int64_t begin = tile * kTileBlocks;
     const int64_t end = std::min(body, begin + kTileBlocks);
-    if (excluded >= begin && excluded < end) {
-      span(visit, begin, excluded, base);
-      visit(edge_s[2], edge_t[2], int64_t(1), (base + excluded) * kBlock, head + excluded * kBlock, kBlock);
-      begin = excluded + 1;
+    if (excluded >= head) {
+      const int64_t hole = (excluded - head) / kBlock;
+      if (hole >= begin && hole < end) {
+        const int64_t first = head + hole * kBlock;
+        span(visit, begin, hole, base);
+        visit(s + first, t + first, int64_t(1), (base + hole) * kBlock, first,
+              SomeLanes<X>(0, kBlock, excluded - first));
+        begin = hole + 1;
+      }
     }
     span(visit, begin, end, base);
   }
@@ -178,21 +228,8 @@ struct Row {
   KDK_INLINE void span(Visit visit, int64_t begin, int64_t end, int64_t base) const {
     if (begin < end) {
       const int64_t first = head + begin * kBlock;
-      visit(s + first, t + first, end - begin, (base + begin) * kBlock, first, kBlock);
+      visit(s + first, t + first, end - begin, (base + begin) * kBlock, first, AllLanes<X>());
     }
-  }
-
-  static X minus_infinity() {
-    X x;
-    from_compute(C(-std::numeric_limits<double>::infinity()), &x);
-    return x;
-  }
-
-  void copy_edge(int edge, int64_t first, int64_t count) {
-    std::fill(edge_s[edge], edge_s[edge] + kBlock, minus_infinity());
-    std::fill(edge_t[edge], edge_t[edge] + kBlock, minus_infinity());
-    std::copy(s + first, s + first + count, edge_s[edge]);
-    std::copy(t + first, t + first + count, edge_t[edge]);
   }
 };
 
@@ -296,18 +333,19 @@ template <int SUMS, bool MASKING, Part PART = kWhole, class X, class C>
 void sweep_tile(const Row<X>& row, int64_t tile, const Affine<C> as, const Affine<C> at, C* es, C* et, RowSums& sums) {
   constexpr int64_t block = Io<X>::kBlock;
   constexpr int degree = kExpDegree<X>;
+  constexpr C nothing = -std::numeric_limits<C>::infinity();
   Accumulators<C> acc;
   acc.max_s = acc.max_t = Vec<C>{} - std::numeric_limits<C>::infinity();
   row.template pieces<PART>(
-      tile, [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t, int64_t) KDK_LAMBDA_INLINE {
+      tile, [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t, auto lanes) KDK_LAMBDA_INLINE {
         C *es_out = es + slot, *et_out = et + slot;
         Accumulators<C> local = acc;
         for (int64_t b = 0; b < blocks; ++b, s += block, t += block, es_out += block, et_out += block) {
           prefetch_ahead<block>(s);
           prefetch_ahead<block>(t);
           Vec<C> s0, s1, t0, t1;
-          Io<X>::load2(s, s0, s1);
-          Io<X>::load2(t, t0, t1);
+          load_block(s, lanes, nothing, s0, s1);
+          load_block(t, lanes, nothing, t0, t1);
           accumulate<SUMS, MASKING, degree, C>(as(s0), as(s1), at(t0), at(t1), es_out, et_out, local);
         }
         acc = local;
@@ -323,8 +361,8 @@ void sweep_tile(const Row<X>& row, int64_t tile, const Affine<C> as, const Affin
   }
 }
 
-// The body of a tile without clamps, in sums over logits instead of x. False when a logit was out of bounds: then
-// nothing was added to the sums.
+// A tile without clamps, in sums over logits instead of x. False when a logit was out of bounds: then nothing was added
+// to the sums.
 template <int SUMS, class X>
 bool sweep_tile_trusting(const Row<X>& row, int64_t tile, const Affine<float>& as, const Affine<float>& at, float* es,
                          float* et, RowSums& sums) {
@@ -336,8 +374,9 @@ bool sweep_tile_trusting(const Row<X>& row, int64_t tile, const Affine<float>& a
   Bounds bounds;
   const float scale_s = as.scale(), bias_s = as.bias(), scale_t = at.scale(), bias_t = at.bias();
   const float ratio = float(double(at.c) / double(as.c));
-  row.template pieces<kBody>(
-      tile, [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t, int64_t) KDK_LAMBDA_INLINE {
+  const float nothing_s = as.nothing(), nothing_t = at.nothing();
+  row.pieces(
+      tile, [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t, auto lanes) KDK_LAMBDA_INLINE {
         float *es_out = es + slot, *et_out = et + slot;
         Accumulators<float> local = acc;
         Bounds local_bounds = bounds;
@@ -347,8 +386,8 @@ bool sweep_tile_trusting(const Row<X>& row, int64_t tile, const Affine<float>& a
           prefetch_ahead<block>(s);
           prefetch_ahead<block>(t);
           V s0, s1, t0, t1;
-          Io<X>::load2(s, s0, s1);
-          Io<X>::load2(t, t0, t1);
+          load_block(s, lanes, nothing_s, s0, s1);
+          load_block(t, lanes, nothing_t, t0, t1);
           const V es0 = exp2_of_logit<degree>(s0, scale_s, bias_s, local_bounds);
           const V et0 = exp2_of_logit<degree>(t0, scale_t, bias_t, local_bounds);
           const V es1 = exp2_of_logit<degree>(s1, scale_s, bias_s, local_bounds);
@@ -369,8 +408,7 @@ bool sweep_tile_trusting(const Row<X>& row, int64_t tile, const Affine<float>& a
             local.teacher += et1 * t1;
             local.student += es0 * s0;
             local.student += es1 * s1;
-            local_peak_s.see(s, s0, s1);
-            local_peak_t.see(t, t0, t1);
+            if (!lanes.kEdge) local_peak_s.see(s, s0, s1), local_peak_t.see(t, t0, t1);
           }
           store(es_out, es0);
           store(es_out + kLanes<float>, es1);
@@ -396,6 +434,12 @@ bool sweep_tile_trusting(const Row<X>& row, int64_t tile, const Affine<float>& a
     const auto [first, count] = row.body_of(tile);
     if (std::isnan(high_s)) high_s = maximum(row.s + first, count);
     if (std::isnan(high_t)) high_t = maximum(row.t + first, count);
+    const auto also = [&](int64_t j, int64_t elements) {
+      high_s = std::max(high_s, maximum(row.s + j, elements));
+      high_t = std::max(high_t, maximum(row.t + j, elements));
+    };
+    if (tile == 0) also(0, row.head);
+    if (tile == row.tiles() - 1) also(row.n - row.tail, row.tail);
     sums.see_maximum(tile, as.scalar(high_s), at.scalar(high_t));
   }
   return true;
@@ -406,11 +450,7 @@ void sweep_tile(const Row<X>& row, int64_t tile, const Affine<C>& as, const Affi
                 bool masking, RowSums& sums) {
   if constexpr (kFused && std::is_same_v<C, float>) {
     if (trusting && as.trusts(at)) {
-      if (sweep_tile_trusting<SUMS>(row, tile, as, at, es, et, sums)) {
-        // The padding of the edges is -inf.
-        if (row.padded(tile)) sweep_tile<SUMS, true, kEdges>(row, tile, as, at, es, et, sums);
-        return;
-      }
+      if (sweep_tile_trusting<SUMS>(row, tile, as, at, es, et, sums)) return;
       trusting = false;
     }
   }
@@ -470,20 +510,21 @@ double sum_of_powers(int power, const C* e, C* kept, int64_t count) {
 }
 
 // Exponentials of a tile of the student into es, its x into xs where KEEP_X, and their sum.
-template <bool KEEP_X, Part PART = kWhole, class X, class C>
+template <bool KEEP_X, class X, class C>
 double student_exponentials(const Row<X>& row, int64_t tile, const Affine<C> student, C* es, C* xs) {
   using V = Vec<C>;
   constexpr int64_t block = Io<X>::kBlock;
+  constexpr C nothing = -std::numeric_limits<C>::infinity();
   V sum0 = {}, sum1 = {};
-  row.template pieces<PART>(
-      tile, [&](const X* s, const X*, int64_t blocks, int64_t slot, int64_t, int64_t) KDK_LAMBDA_INLINE {
+  row.pieces(
+      tile, [&](const X* s, const X*, int64_t blocks, int64_t slot, int64_t, auto lanes) KDK_LAMBDA_INLINE {
         C *es_out = es + slot, *xs_out = xs + slot;
         V local0 = sum0, local1 = sum1;
         const Affine<C> as = student;
         for (int64_t b = 0; b < blocks; ++b, s += block, es_out += block, xs_out += block) {
           prefetch_ahead<block>(s);
           V s0, s1;
-          Io<X>::load2(s, s0, s1);
+          load_block(s, lanes, nothing, s0, s1);
           const V x0 = as(s0), x1 = as(s1);
           const V e0 = exp2_fast<kExpDegree<X>>(clamp_exponent(x0)), e1 = exp2_fast<kExpDegree<X>>(clamp_exponent(x1));
           local0 += e0;
@@ -501,21 +542,21 @@ double student_exponentials(const Row<X>& row, int64_t tile, const Affine<C> stu
   return horizontal_sum<C>(sum0 + sum1);
 }
 
-// The body of a tile without clamps and x; NaN when a logit was out of bounds.
+// A tile without clamps and x; NaN when a logit was out of bounds.
 template <class X>
 double student_exponentials_trusting(const Row<X>& row, int64_t tile, const Affine<float>& as, float* es) {
   using V = VecF;
   constexpr int64_t block = Io<X>::kBlock;
-  const float scale = as.scale(), bias = as.bias();
+  const float scale = as.scale(), bias = as.bias(), nothing = as.nothing();
   V sum0 = {}, sum1 = {};
   Bounds bounds;
-  row.template pieces<kBody>(
-      tile, [&](const X* s, const X*, int64_t blocks, int64_t slot, int64_t, int64_t) KDK_LAMBDA_INLINE {
+  row.pieces(
+      tile, [&](const X* s, const X*, int64_t blocks, int64_t slot, int64_t, auto lanes) KDK_LAMBDA_INLINE {
         float* es_out = es + slot;
         V local0 = sum0, local1 = sum1;
         Bounds local_bounds = bounds;
         int64_t b = 0;
-        for (; b + 2 <= blocks; b += 2, s += 2 * block, es_out += 2 * block) {
+        for (; !lanes.kEdge && b + 2 <= blocks; b += 2, s += 2 * block, es_out += 2 * block) {
           prefetch_ahead<2 * block>(s);
           for (int h = 0; h < 2; ++h) {
             V e[2];
@@ -529,7 +570,7 @@ double student_exponentials_trusting(const Row<X>& row, int64_t tile, const Affi
         }
         if (b < blocks) {
           V e[2];
-          Io<X>::load2(s, e[0], e[1]);
+          load_block(s, lanes, nothing, e[0], e[1]);
           exp2_of_logits<kExpDegree<X>>(e, scale, bias, local_bounds);
           local0 += e[0];
           local1 += e[1];
@@ -547,7 +588,7 @@ double student_exponentials(const Row<X>& row, int64_t tile, const Affine<C>& as
   if constexpr (kFused && std::is_same_v<C, float> && !KEEP_X) {
     if (trusting && as.trusts(as)) {
       const double z = student_exponentials_trusting(row, tile, as, es);
-      if (!std::isnan(z)) return row.padded(tile) ? z + student_exponentials<false, kEdges>(row, tile, as, es, xs) : z;
+      if (!std::isnan(z)) return z;
       trusting = false;
     }
   }
@@ -649,9 +690,10 @@ void value_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>
   const C cs = C(kLn2 * double(student.c)), ct = C(kLn2 * double(teacher.c));
   const V rs = V{} + C(student.log_normalizer(log2_zs, cs)), rt = V{} + C(teacher.log_normalizer(log2_zt, ct));
   const auto quad = [](V x) { return Quad({x, x}, {x, x}); };
+  constexpr C nothing = -std::numeric_limits<C>::infinity();
   V values = {}, scores = {};
   row.template pieces<PART>(
-      tile, [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t, int64_t) KDK_LAMBDA_INLINE {
+      tile, [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t, auto lanes) KDK_LAMBDA_INLINE {
         const C* es_in = es + slot;
         C* et_io = et + slot;
         const Affine<C> as = student, at = teacher;
@@ -660,7 +702,7 @@ void value_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>
         // Where the guard bounds the logits, one multiplication is exact enough.
         const auto log_p = [&](V x) KDK_LAMBDA_INLINE { return GUARDED ? x * ct - rt : at(x) * ln2 - lzt; };
         const auto log_q = [&](V x) KDK_LAMBDA_INLINE { return GUARDED ? x * cs - rs : as(x) * ln2 - lzs; };
-        while (kQuads && blocks >= 2) {
+        while (kQuads && !lanes.kEdge && blocks >= 2) {
           V s0, s1, s2, s3, t0, t1, t2, t3;
           Io<X>::load2(s, s0, s1);
           Io<X>::load2(s + block, s2, s3);
@@ -684,8 +726,8 @@ void value_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>
         }
         for (; blocks > 0; --blocks, s += block, t += block, es_in += block, et_io += block) {
           V s0, s1, t0, t1, value0, score0, value1, score1;
-          Io<X>::load2(s, s0, s1);
-          Io<X>::load2(t, t0, t1);
+          load_block(s, lanes, nothing, s0, s1);
+          load_block(t, lanes, nothing, t0, t1);
           const V p0 = unfused(load<V>(et_io) * ip), p1 = unfused(load<V>(et_io + kLanes<C>) * ip);
           const V q0 = unfused(load<V>(es_in) * iq), q1 = unfused(load<V>(es_in + kLanes<C>) * iq);
           const V logp0 = log_p(t0), logp1 = log_p(t1), logq0 = log_q(s0), logq1 = log_q(s1);
@@ -759,13 +801,14 @@ void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k
   for (int64_t tile = row.tiles() - 1; tile >= 0; --tile) {
     V accepted = {};
     row.pieces(tile, [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t first,
-                         int64_t valid) KDK_LAMBDA_INLINE {
+                         auto lanes) KDK_LAMBDA_INLINE {
+      constexpr bool streamed = STREAM && !lanes.kEdge;
       alignas(64) X edge[block];
       V local_accepted = accepted;
-      X* to = valid < block ? edge : out + first;
+      X* to = lanes.kEdge ? edge : out + first;
       // Whole cache lines only: one that is half streamed and half stored costs a read.
-      const int64_t stream_begin = STREAM && valid == block ? lines_begin(to) : blocks;
-      const int64_t stream_end = STREAM && valid == block ? lines_end(to, blocks) : blocks;
+      const int64_t stream_begin = streamed ? lines_begin(to) : blocks;
+      const int64_t stream_end = streamed ? lines_end(to, blocks) : blocks;
       const Affine<C> as = k.as, at = k.at;
       const C *es_in = k.es + slot, *et_in = k.et + slot, *e1_in = k.e1 + slot;
       for (int64_t i = 0; i < blocks; ++i, es_in += block, et_in += block, e1_in += block, to += block) {
@@ -793,13 +836,13 @@ void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k
           g0 += load<V>(e1_in) * c1;
           g1 += load<V>(e1_in + kLanes<C>) * c1;
         }
-        if (STREAM && i >= stream_begin && i < stream_end) {
+        if (streamed && i >= stream_begin && i < stream_end) {
           Io<X>::template store2<true>(to, g0, g1);
         } else {
           Io<X>::template store2<false>(to, g0, g1);
         }
       }
-      if (valid < block) std::copy(edge, edge + valid, out + first);
+      if constexpr (lanes.kEdge) std::copy(edge + lanes.begin, edge + lanes.end, out + (first + lanes.begin));
       accepted = local_accepted;
     });
     if (ACCEPTED) *k.accepted += horizontal_sum<C>(accepted);
@@ -1605,9 +1648,15 @@ double dkd_row(const DkdArgs& args, double weight, const X* s, const X* t, int64
     if (attempt > 0 || !(lost(sums.zs) || lost(sums.zt))) break;
     max_s = max_t = -std::numeric_limits<double>::infinity();
     for (int64_t tile = 0; tile < row.tiles(); ++tile)
-      row.pieces(tile, [&](const X* ps, const X* pt, int64_t blocks, int64_t, int64_t, int64_t) {
-        max_s = std::max(max_s, maximum(ps, blocks * Row<X>::kBlock));
-        max_t = std::max(max_t, maximum(pt, blocks * Row<X>::kBlock));
+      row.pieces(tile, [&](const X* ps, const X* pt, int64_t blocks, int64_t, int64_t, auto lanes) {
+        const auto largest = [&](const X* x) {
+          if constexpr (!lanes.kEdge) return maximum(x, blocks * Row<X>::kBlock);
+          Vec<C> a, b;
+          load_block(x, lanes, -std::numeric_limits<C>::infinity(), a, b);
+          return double(horizontal_max<C>(max_keep_nan(a, b)));
+        };
+        max_s = std::max(max_s, largest(ps));
+        max_t = std::max(max_t, largest(pt));
       });
   }
   const double label_s = to_compute(s[label]), label_t = to_compute(t[label]);
@@ -1681,7 +1730,7 @@ double mse_row(const MseArgs& args, double weight, const X* s, const X* t, X* ou
   // Calls visit(difference, difference, first) for the whole blocks of a tile.
   const auto differences = [&](int64_t tile, V centre, auto visit) KDK_LAMBDA_INLINE {
     row.template pieces<kBody>(
-        tile, [&](const X* ps, const X* pt, int64_t blocks, int64_t, int64_t first, int64_t) KDK_LAMBDA_INLINE {
+        tile, [&](const X* ps, const X* pt, int64_t blocks, int64_t, int64_t first, auto) KDK_LAMBDA_INLINE {
           for (int64_t i = 0; i < blocks; ++i, ps += block, pt += block) {
             prefetch_ahead<block>(ps);
             prefetch_ahead<block>(pt);

@@ -518,7 +518,7 @@ struct Peak<BFloat16> {
 };
 
 // Blocks of two vectors. load2 and store2 agree on an order of the elements in the two vectors, which is theirs alone:
-// slot(j) is the place of element j in the scratch where the two vectors lie side by side.
+// slot(j) is the place of element j in the scratch where the two vectors lie side by side, element(slot) its inverse.
 template <class T>
 struct Io {  // float, double
   using C = T;
@@ -541,6 +541,7 @@ struct Io {  // float, double
     }
   }
   KDK_INLINE static int64_t slot(int64_t j) { return j; }
+  static constexpr int64_t element(int64_t slot) { return slot; }
 };
 
 // 2^(i / N) for i < N, N the lanes of a vector: where a permutation picks one for each lane, the polynomial loses two
@@ -678,6 +679,9 @@ struct Io<BFloat16> {
     const int64_t in_block = j % kBlock;
     return j - in_block + (in_block & 1) * kLanes<float> + in_block / 2;
   }
+  static constexpr int64_t element(int64_t slot) {
+    return slot < kLanes<float> ? 2 * slot : 2 * (slot - kLanes<float>)+1;
+  }
 };
 
 template <>
@@ -715,6 +719,7 @@ struct Io<Half> {
     narrow(address + kLanes<float>, b);
   }
   KDK_INLINE static int64_t slot(int64_t j) { return j; }
+  static constexpr int64_t element(int64_t slot) { return slot; }
 };
 
 }  // namespace KDK_ISA

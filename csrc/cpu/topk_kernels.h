@@ -264,7 +264,7 @@ void for_padding(const Row<X>& row, Visit visit) {
   if (row.head > 0)
     for (int64_t j = row.head; j < block; ++j) visit(Io<X>::slot(j));
   if (row.tail > 0)
-    for (int64_t j = row.tail; j < block; ++j) visit(row.slots() - block + Io<X>::slot(j));
+    for (int64_t j = 0; j < block - row.tail; ++j) visit(row.slots() - block + Io<X>::slot(j));
 }
 
 // The gradient es a + score b + e1 c1 + c0 of all elements; score only where SCORES, e1 only where OWN.
@@ -291,11 +291,12 @@ void write_gradient(const Row<X>& row, const Gradient<typename Io<X>::C>& k, X* 
   // Backwards, as in dense_kernels.h.
   for (int64_t tile = row.tiles() - 1; tile >= 0; --tile) {
     row.pieces(tile,
-               [&](const X*, const X*, int64_t blocks, int64_t slot, int64_t first, int64_t valid) KDK_LAMBDA_INLINE {
+               [&](const X*, const X*, int64_t blocks, int64_t slot, int64_t first, auto lanes) KDK_LAMBDA_INLINE {
+                 constexpr bool streamed = STREAM && !lanes.kEdge;
                  alignas(64) X edge[block];
-                 X* to = valid < block ? edge : out + first;
-                 const int64_t stream_begin = STREAM && valid == block ? lines_begin(to) : blocks;
-                 const int64_t stream_end = STREAM && valid == block ? lines_end(to, blocks) : blocks;
+                 X* to = lanes.kEdge ? edge : out + first;
+                 const int64_t stream_begin = streamed ? lines_begin(to) : blocks;
+                 const int64_t stream_end = streamed ? lines_end(to, blocks) : blocks;
                  const C *es_in = k.es + slot, *scores_in = k.scores + slot, *e1_in = k.e1 + slot;
                  for (int64_t i = 0; i < blocks; ++i, es_in += block, scores_in += block, e1_in += block, to += block) {
                    V g0 = c0 + load<V>(es_in) * a, g1 = c0 + load<V>(es_in + kLanes<C>) * a;
@@ -307,13 +308,14 @@ void write_gradient(const Row<X>& row, const Gradient<typename Io<X>::C>& k, X* 
                      g0 += load<V>(e1_in) * c1;
                      g1 += load<V>(e1_in + kLanes<C>) * c1;
                    }
-                   if (STREAM && i >= stream_begin && i < stream_end) {
+                   if (streamed && i >= stream_begin && i < stream_end) {
                      Io<X>::template store2<true>(to, g0, g1);
                    } else {
                      Io<X>::template store2<false>(to, g0, g1);
                    }
                  }
-                 if (valid < block) std::copy(edge, edge + valid, out + first);
+                 if constexpr (lanes.kEdge)
+                   std::copy(edge + lanes.begin, edge + lanes.end, out + (first + lanes.begin));
                });
   }
 }
