@@ -167,7 +167,7 @@ def _scaled(grad: Optional[Tensor], dloss: Tensor, backend: str) -> Optional[Ten
         factor = dloss if dloss.dim() == 0 else dloss.reshape(*grad.shape[:-1], 1)
         return grad * factor.to(grad.dtype)
     # The value of a number on the CPU costs less than a launch; elsewhere only the kernel looks at it.
-    if type(dloss) is Tensor and dloss.device.type == "cpu" and dloss.dim() == 0 and dloss.item() == 1:
+    if type(dloss) is Tensor and dloss.is_cpu and dloss.dim() == 0 and dloss.item() == 1:
         return grad
     ops.op("scale_grad", backend)(as_rows((grad,))[0], dloss)
     return grad

@@ -143,6 +143,11 @@ def sparse_teacher(ids: Any, logprobs: Any, student: Tensor, columns: int) -> tu
         )
     if logprobs.requires_grad and torch.is_grad_enabled():
         raise ValueError("teacher_logprobs must not require grad: they get no gradient; detach them")
+    return sparse_entries(ids, logprobs, columns)
+
+
+def sparse_entries(ids: Tensor, logprobs: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """What ``sparse_teacher`` returns, with the values checked alone."""
     k = ids.shape[-1]
     ids, logprobs = ids.reshape(-1, k).contiguous(), logprobs.detach().reshape(-1, k).contiguous()
     if reads_values(ids) and ids.numel():

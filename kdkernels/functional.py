@@ -123,12 +123,17 @@ def kd_loss(
     options = dict(locals())
     for name in ("student", "teacher", "labels"):
         del options[name]
+    key = _call_key("kd_loss", options, (student, teacher))
+    if (known := _known_calls.get(key)) is not None:
+        return _dense(known.of(student), (teacher,), labels, None, mixture, known.backend)
     plan = _plan("kd_loss", options, student)
     teachers = _teachers(teacher)
     for k, item in enumerate(teachers):
         checks.teacher_like("teacher" if len(teachers) == 1 else f"teacher[{k}]", item, student, vocab_size)
     weights = _mixture_weights(teacher_weights, len(teachers), student, single=isinstance(teacher, Tensor))
-    return _dense(plan, student, teachers, labels, weights, mixture)
+    name = _dense_backend(plan, teachers, weights)
+    _know_call(key, plan, name)
+    return _dense(plan, teachers, labels, weights, mixture, name)
 
 
 class TopKStats(NamedTuple):
@@ -239,11 +244,17 @@ def topk_kd_loss(
     options = dict(locals())
     for name in ("student", "teacher_ids", "teacher_logprobs", "labels", "tail_logprob"):
         del options[name]
-    plan = _plan("topk_kd_loss", options, student)
-    teacher = checks.sparse_teacher(teacher_ids, teacher_logprobs, student, plan.columns)
+    key = _call_key("topk_kd_loss", options, (student, teacher_ids, teacher_logprobs))
+    if (known := _known_calls.get(key)) is not None:
+        plan, name = known.of(student), known.backend
+        teacher = checks.sparse_entries(teacher_ids, teacher_logprobs, plan.columns)
+    else:
+        plan = _plan("topk_kd_loss", options, student)
+        teacher = checks.sparse_teacher(teacher_ids, teacher_logprobs, student, plan.columns)
+        name = backends.select(backend, student.device.type, divergence=plan.divergence.name, pattern="topk_fwd")
+        _know_call(key, plan, name)
     tail_rows = checks.tail_like(tail_logprob, tail, student)
     flat, row_param = _labels_and_param(plan, labels)
-    name = backends.select(backend, student.device.type, divergence=plan.divergence.name, pattern="topk_fwd")
     scale, weight = plan.weights(flat)
     launch = topk_launch(plan, name, teacher, (flat, weight, row_param, tail_rows), scale)
     return plan.result(*plan.launch(launch, ()), TopKStats)
@@ -276,7 +287,8 @@ def taid_loss(
         lam if isinstance(lam, Tensor) else torch.full((), lam, dtype=checks.sum_dtype(student), device=student.device)
     )
     lam = lam.expand(_num_rows(student))
-    return _dense(plan, student, (student.detach(), teacher), labels, torch.stack([1 - lam, lam], -1), "logits")
+    teachers, weights = (student.detach(), teacher), torch.stack([1 - lam, lam], -1)
+    return _dense(plan, teachers, labels, weights, "logits", _dense_backend(plan, teachers, weights))
 
 
 def dkd_loss(
@@ -620,6 +632,50 @@ class _Plan(NamedTuple):
         return (loss.reshape(self.student.shape[:-1]) if per_row else loss), stats
 
 
+class _KnownCall(NamedTuple):
+    """A call that passed all checks but those of labels."""
+
+    plan: _Plan
+    backend: str
+
+    def of(self, student: Tensor) -> _Plan:
+        return self.plan._replace(student=student)
+
+
+def _call_key(owner: str, options: dict[str, Any], tensors: tuple[Any, ...]) -> Any:
+    """All that the checks of a call look at and its backend depends on; None where that is more than can be compared.
+
+    With cold caches, as in a training step, the checks take 0.1 ms. A loop calls with the same options and shapes again
+    and again, and what they led to is remembered. On the CPU only: elsewhere the backend may change between calls.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    values = tuple(options.values())
+    types = tuple(map(type, values))
+    if not _remembered.issuperset(types):
+        return None
+    key: list[Any] = [owner, divergences.version, types, values]
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN_TENSORS or not tensor.is_cpu or tensor.layout is not torch.strided:
+            return None
+        key += (tensor.dtype, tensor.shape, tensor.stride())
+    # The first is the student; a teacher that wants a gradient is another matter.
+    return None if any(tensor.requires_grad for tensor in tensors[1:]) else tuple(key)
+
+
+def _know_call(key: Any, plan: _Plan, backend: str) -> None:
+    if key is None:
+        return
+    if len(_known_calls) >= MAX_ACCEPTED:
+        _known_calls.clear()
+    # Not the student: nobody wants its memory kept.
+    _known_calls[key] = _KnownCall(plan._replace(student=None), backend)  # type: ignore[arg-type]
+
+
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+_known_calls: dict[Any, _KnownCall] = {}
+
+
 def _plan(owner: str, options: dict[str, Any], student: Any) -> _Plan:
     get, divergence, plain, objective = check_options(owner, options, TOPK_DEFAULTS if "topk" in owner else DEFAULTS)
     checks.logits("student", student)
@@ -641,22 +697,28 @@ def _plan(owner: str, options: dict[str, Any], student: Any) -> _Plan:
     return _Plan(student, get, divergence, objective, columns, temperature, teacher_temperature, weight, normalizer)
 
 
+def _dense_backend(plan: _Plan, teachers: tuple[Tensor, ...], mixture_weights: Optional[Tensor]) -> str:
+    get, name = plan.options, plan.divergence.name
+    torch_only = _teacher_grad_needs_torch(get, teachers, mixture_weights) if _teacher_grad(teachers) else None
+    return backends.select(get["backend"], plan.student.device.type, divergence=name, torch_only=torch_only)
+
+
+def _teacher_grad(teachers: tuple[Tensor, ...]) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in teachers)
+
+
 def _dense(
     plan: _Plan,
-    student: Tensor,
     teachers: tuple[Tensor, ...],
     labels: Optional[Tensor],
     mixture_weights: Optional[Tensor],
     mixture: str,
+    backend: str,
 ) -> Any:
-    get = plan.options
     flat, row_param = _labels_and_param(plan, labels)
-    teacher_grad = torch.is_grad_enabled() and any(t.requires_grad for t in teachers)
-    torch_only = _teacher_grad_needs_torch(get, teachers, mixture_weights) if teacher_grad else None
-    name = backends.select(get["backend"], student.device.type, divergence=plan.divergence.name, torch_only=torch_only)
     scale, weight = plan.weights(flat)
-    launch = dense_launch(plan, name, (flat, weight, row_param), scale, mixture_weights, mixture)
-    dual = _dual(plan, launch) if teacher_grad and name != "torch" else None
+    launch = dense_launch(plan, backend, (flat, weight, row_param), scale, mixture_weights, mixture)
+    dual = _dual(plan, launch) if backend != "torch" and _teacher_grad(teachers) else None
     return plan.result(*plan.launch(launch, teachers, dual), KDStats)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kdkernels as kd
-from kdkernels import backends, checks
+from kdkernels import backends, checks, functional
 
 N, L, V = 2, 3, 8
 NAN, INF = float("nan"), float("inf")
@@ -467,6 +467,7 @@ def test_bad_calls_of_the_other_losses(call, error, message):
 def test_a_backend_that_is_not_there_says_why(monkeypatch):
     monkeypatch.setattr(backends.cpu, "load_error", lambda: "the C++ extension was not built")
     monkeypatch.setattr(backends, "_selected", {})  # what was answered before
+    monkeypatch.setattr(functional, "_known_calls", {})
     with pytest.raises(ValueError, match="backend 'cpu' cannot run this call: the C.. extension was not built"):
         kd.kd_loss(logits(), logits(), backend="cpu")
     # "auto" goes on to the next, and gives the same.
@@ -506,3 +507,70 @@ def test_options_that_were_accepted_once_are_still_checked():
             continue
         with pytest.raises(ValueError, match="temperature must be"):
             kd.kd_loss(student, teacher, temperature=temperature)
+
+
+WIDE = torch.zeros(2, 10)
+DIFFERENCES = {
+    "dtype": ((torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2, 5)), TypeError, "student must be float32"),
+    "stride": ((WIDE[:, ::2], torch.zeros(2, 5)), ValueError, "student must have stride 1"),
+    "teacher's stride": ((torch.zeros(2, 5), WIDE[:, ::2]), ValueError, "teacher must have stride 1"),
+    "shape": ((torch.zeros(2, 5), torch.zeros(2, 6)), ValueError, "teacher must have the student's shape"),
+    "layout": ((torch.zeros(2, 5).to_sparse(), torch.zeros(2, 5)), TypeError, "student must be a dense tensor"),
+    "device": ((torch.zeros(2, 5), torch.zeros(2, 5, device="meta")), ValueError, "teacher must be on the student's"),
+    "type": ((torch.zeros(2, 5), [0.0] * 5), (TypeError, ValueError), "teacher"),
+    "labels": ((torch.zeros(2, 5), torch.zeros(2, 5), torch.tensor([0, 5])), ValueError, "labels must be in"),
+    "labels' shape": ((torch.zeros(2, 5), torch.zeros(2, 5), torch.tensor([0])), ValueError, "labels must have shape"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), DIFFERENCES.values(), ids=DIFFERENCES)
+def test_a_call_like_one_that_was_accepted_is_still_checked_where_it_differs(arguments, error, message):
+    functional._known_calls.clear()
+    for _ in range(2):
+        kd.kd_loss(torch.zeros(2, 5), torch.zeros(2, 5), reduction="sum")
+    assert len(functional._known_calls) == 1
+    with pytest.raises(error, match=message):
+        kd.kd_loss(*arguments, reduction="sum")
+
+
+def test_a_known_call_of_a_sparse_teacher_has_its_values_checked():
+    student, logprobs = torch.zeros(2, 5), torch.full((2, 2), -1.0)
+    functional._known_calls.clear()
+    for _ in range(2):
+        kd.topk_kd_loss(student, torch.tensor([[0, 1], [2, -1]]), logprobs)
+    assert len(functional._known_calls) == 1
+    with pytest.raises(ValueError, match="teacher_ids must be in"):
+        kd.topk_kd_loss(student, torch.tensor([[0, 1], [2, 5]]), logprobs)
+    with pytest.raises(ValueError, match="teacher_logprobs must not be NaN"):
+        kd.topk_kd_loss(student, torch.tensor([[0, 1], [2, 3]]), torch.full((2, 2), float("nan")))
+    with pytest.raises(ValueError, match="teacher_logprobs must not require grad"):
+        kd.topk_kd_loss(student, torch.tensor([[0, 1], [2, 3]]), logprobs.clone().requires_grad_())
+    with pytest.raises(ValueError, match="tail_logprob must have shape"):
+        kd.topk_kd_loss(student, torch.tensor([[0, 1], [2, 3]]), logprobs, tail_logprob=torch.zeros(3))
+
+
+def test_known_calls_hold_no_tensor_and_are_not_taken_for_others():
+    """A tensor among the options is compared by nothing but its identity, and a teacher that wants a gradient gets it."""
+    functional._known_calls.clear()
+    student, teacher = torch.randn(2, 5), torch.randn(2, 5)
+    plain = kd.kd_loss(student, teacher)
+    [known] = functional._known_calls.values()
+    assert known.plan.student is None
+    temperature = torch.tensor([1.0, 2.0])
+    first = kd.kd_loss(student, teacher, temperature=temperature)
+    temperature.fill_(1.0)
+    second = kd.kd_loss(student, teacher, temperature=temperature)
+    assert len(functional._known_calls) == 1
+    assert first != plain and second == plain
+    wanting = teacher.clone().requires_grad_()
+    kd.kd_loss(student, wanting).backward()
+    assert wanting.grad is not None and wanting.grad.abs().sum() > 0
+    # 1 is equal to 1.0 and to True.
+    with pytest.raises(TypeError, match="kd_weight must be a number"):
+        kd.kd_loss(student, teacher, kd_weight=True)
+
+
+def test_the_number_of_known_calls_is_bounded():
+    for columns in range(1, functional.MAX_ACCEPTED + 10):
+        kd.kd_loss(torch.zeros(1, columns), torch.zeros(1, columns))
+    assert 0 < len(functional._known_calls) <= functional.MAX_ACCEPTED

@@ -90,6 +90,15 @@ def test_several_small_blocks_are_kept():
     del tensor
 
 
+def test_a_block_begins_with_a_huge_page():
+    """Two tensors of one block, one after the other, and of another, begin where the system can put huge pages."""
+    for rows in (40, 60, ROWS):
+        first, second = memory.empty_like(like(rows)), memory.empty_like(like(rows))
+        assert first.data_ptr() % memory.HUGE_PAGE == second.data_ptr() % memory.HUGE_PAGE == 0
+        first.fill_(1.0), second.fill_(2.0)
+        assert (first == 1.0).all() and (second == 2.0).all()
+
+
 def test_a_block_is_kept_for_each_use():
     shape = (ROWS, COLUMNS)
     addresses = {}
@@ -117,12 +126,10 @@ def test_losses_on_hidden_states_reuse_their_chunks_and_the_gradient_of_the_head
 
 
 @pytest.mark.parametrize(
-    "reason", ["small", "not wanted", "compiled", "poisoned", pytest.param("fake", id="fake tensors")]
+    "reason", ["small", "compiled", "poisoned", pytest.param("fake", id="fake tensors")]
 )
 def test_what_is_left_to_torch(reason, monkeypatch):
     logits = like(2 if reason == "small" else ROWS)
-    if reason == "not wanted":
-        monkeypatch.setenv("KDKERNELS_CPU_CACHE", "0")
     if reason == "compiled":
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     if reason == "poisoned":
@@ -134,6 +141,18 @@ def test_what_is_left_to_torch(reason, monkeypatch):
     else:
         assert memory.empty_like(logits).shape == logits.shape
     assert not kept()
+
+
+def test_nothing_is_kept_where_the_environment_says_so():
+    script = """
+import torch
+from kdkernels import memory
+for _ in range(2):
+    memory.empty_like(torch.empty(130, 65536)).fill_(1.0)
+assert not memory._kept
+"""
+    environment = {**os.environ, "KDKERNELS_CPU_CACHE": "0"}
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120, env=environment)
 
 
 def test_gradients_of_training_steps_are_right_and_their_own():
