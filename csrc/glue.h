@@ -57,8 +57,24 @@ inline ScalarType sum_dtype(const Tensor& student) {
   return student.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline Tensor new_rows(const Tensor& student, std::vector<int64_t> shape) {
-  return torch::stable::new_empty(student, shape, sum_dtype(student));
+// An uninitialised tensor on the student's device. Not by torch::stable::new_empty, which looks the op up and packs its
+// arguments: where the caches are cold that takes longer than all else here.
+template <size_t DIMENSIONS>
+Tensor new_tensor(const Tensor& student, const int64_t (&shape)[DIMENSIONS], ScalarType dtype) {
+  int64_t strides[DIMENSIONS], step = 1;
+  for (size_t d = DIMENSIONS; d-- > 0; step *= std::max<int64_t>(shape[d], 1)) strides[d] = step;
+  int32_t device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(student.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(student.get(), &device_index));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      DIMENSIONS, shape, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+      device_index, &handle));
+  return Tensor(handle);
+}
+template <size_t DIMENSIONS>
+Tensor new_rows(const Tensor& student, const int64_t (&shape)[DIMENSIONS]) {
+  return new_tensor(student, shape, sum_dtype(student));
 }
 
 // Fills what all row losses share, and allocates the losses.

@@ -993,11 +993,37 @@ struct RowResult {
   double stats[kStats] = {};
 };
 
+// Maxima of the first elements of a row, which give it its references.
+struct Seeds {
+  double s, t;
+};
+template <class X>
+KDK_INLINE Seeds seeds_of(const X* s, const X* t, int64_t n) {
+  const int64_t count = std::min(n, kSeedElements);
+  return {maximum(s, count), maximum(t, count)};
+}
+
+// Seeds of a row, found while the processor waited for the sums of the row before it; and the row whose seeds are to be
+// found next. Null where there is none.
+template <class X>
+struct SeedsAhead {
+  const X *s = nullptr, *t = nullptr, *next_s = nullptr, *next_t = nullptr;
+  Seeds seeds{};
+
+  Seeds of(const X* student, const X* teacher, int64_t n) const {
+    return s == student && t == teacher ? seeds : seeds_of(student, teacher, n);
+  }
+  KDK_INLINE void find(int64_t n) {
+    s = next_s, t = next_t;
+    if (s != nullptr) seeds = seeds_of(s, t, n);
+  }
+};
+
 // One row whose student and teacher are of type X; the gradient goes to out (null: none). masking is set where a
 // row needs it.
 template <class X>
 RowResult objective_row(const DenseArgs& args, const RowNumbers& num, const X* s, const X* t, int64_t label, X* out,
-                        bool streamed, bool& masking) {
+                        bool streamed, bool& masking, SeedsAhead<X>& ahead) {
   using C = typename Io<X>::C;
   const int64_t n = args.columns;
   const Divergence& divergence = kDivergences[args.divergence];
@@ -1023,7 +1049,7 @@ RowResult objective_row(const DenseArgs& args, const RowNumbers& num, const X* s
   }
   if (args.stats != nullptr) sums_needed = kAll;
 
-  double max_s = maximum(s, std::min(n, kSeedElements)), max_t = maximum(t, std::min(n, kSeedElements));
+  auto [max_s, max_t] = ahead.of(s, t, n);
   Affine<C> as, at, a1{};
   RowSums sums;
   double z1 = 0;
@@ -1069,6 +1095,7 @@ RowResult objective_row(const DenseArgs& args, const RowNumbers& num, const X* s
     if (!redo) break;
   }
   if (ce == kCeSame) z1 = sums.zs;
+  ahead.find(n);
 
   const double log2_zs = std::log2(sums.zs), log2_zt = std::log2(sums.zt);
   const double iq = 1 / sums.zs, ip = 1 / sums.zt;
@@ -1250,12 +1277,17 @@ void dense_direct(const DenseArgs& args, int64_t begin, int64_t end) {
   using C = typename Io<X>::C;
   const bool streamed = streams(args, sizeof(X));
   bool masking = false;
+  SeedsAhead<X> ahead;
   for_rows<X>(args, begin, end, [&](int64_t row, int64_t label, double weight, X* out) {
     const X* s = row_pointer<X>(args.student, row, args.length);
     const X* t = row_pointer<X>(args.teachers[0], row, args.length);
+    // Rows that do not count are not read.
+    const bool has_next = row + 1 < end && (args.labels == nullptr || args.labels[row + 1] != args.ignore_index);
+    ahead.next_s = has_next ? row_pointer<X>(args.student, row + 1, args.length) : nullptr;
+    ahead.next_t = has_next ? row_pointer<X>(args.teachers[0], row + 1, args.length) : nullptr;
     if (out != nullptr && !streamed && out != s) prefetch_for_writing(out, args.width);
     const RowResult result =
-        objective_row(args, row_numbers<C>(args, row, weight), s, t, label, out, streamed, masking);
+        objective_row(args, row_numbers<C>(args, row, weight), s, t, label, out, streamed, masking, ahead);
     put_stats<C>(args, row, result);
     return result.loss;
   });
@@ -1555,6 +1587,7 @@ void dense_generic(const DenseArgs& args, int64_t begin, int64_t end) {
   const int64_t n = args.columns;
   Scratch<C>& scratch = Scratch<C>::mine();
   bool masking = false;
+  SeedsAhead<C> none;
   for_rows<X>(args, begin, end, [&](int64_t row, int64_t label, double weight, X* out) {
     RowNumbers num = row_numbers<C>(args, row, weight);
     const double tempered = num.student_scale;
@@ -1570,7 +1603,7 @@ void dense_generic(const DenseArgs& args, int64_t begin, int64_t end) {
       RowNumbers soft = num;
       soft.student_scale = tempered / m.std;
       soft.ce = soft.z = 0;
-      result = objective_row(args, soft, s, t, label, g, false, masking);
+      result = objective_row(args, soft, s, t, label, g, false, masking, none);
       if (g != nullptr) {
         // objective_row divided by T std: dz = std * that, ds = (dz - z mean(dz z)) / std.
         mean = C(m.mean);
@@ -1588,7 +1621,7 @@ void dense_generic(const DenseArgs& args, int64_t begin, int64_t end) {
         add_hard_terms(args, num, s, label, g, result);
       }
     } else {
-      result = objective_row(args, num, s, t, label, g, false, masking);
+      result = objective_row(args, num, s, t, label, g, false, masking, none);
     }
     if (g != nullptr) {
       const C inverse = args.student_softcap == 0 ? C(0) : C(1 / args.student_softcap);

@@ -173,7 +173,7 @@ std::tuple<Tensor, Tensor, Tensor> capture_topk(Tensor teacher, std::optional<Te
   STD_TORCH_CHECK(k >= 1 && k <= vocab_size, "k must be in [1, ", vocab_size, "], got ", k);
   args.temperature_rows = per_row(temperature_rows, sum_dtype(teacher), rows, "temperature_rows");
   args.temperature = temperature;
-  Tensor ids = torch::stable::new_empty(teacher, {rows, k}, ScalarType::Int);
+  Tensor ids = new_tensor(teacher, {rows, k}, ScalarType::Int);
   Tensor logprobs = new_rows(teacher, {rows, k}), tail = new_rows(teacher, {rows});
   args.ids = static_cast<int32_t*>(ids.mutable_data_ptr());
   args.logprobs = logprobs.mutable_data_ptr();
