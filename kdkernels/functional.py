@@ -98,8 +98,9 @@ def kd_loss(
         teacher_form: what ``teacher`` holds: "logits", "log_probs" (normalised log-probabilities; a temperature acts on
             them as on logits) or "probs".
         teacher_weights: for a sequence of teachers, M weights >= 0, or a tensor ``(..., M)`` of weights per row; equal
-            weights by default. Weights are used as given: let them sum to 1.
-        mixture: "probs" (``p = sum_k w_k softmax(t_k / T_t)``) or "logits" (``p = softmax(sum_k w_k t_k / T_t)``).
+            weights by default.
+        mixture: "probs" (``p = sum_k w_k softmax(t_k / T_t)``, the weights divided by their sum) or "logits"
+            (``p = softmax(sum_k w_k t_k / T_t)``, the weights as they are given).
         vocab_size: columns from there on are padding: no probability, gradient 0. Student and teacher may then be
             padded to different widths.
         student_softcap, teacher_softcap: cap > 0 of ``cap * tanh(logits / cap)``, applied first (Gemma 2).
@@ -125,12 +126,14 @@ def kd_loss(
         del options[name]
     key = _call_key("kd_loss", options, (student, teacher))
     if (known := _known_calls.get(key)) is not None:
+        assert isinstance(teacher, Tensor)  # _call_key lets nothing else through
         return _dense(known.of(student), (teacher,), labels, None, mixture, known.backend)
     plan = _plan("kd_loss", options, student)
     teachers = _teachers(teacher)
     for k, item in enumerate(teachers):
         checks.teacher_like("teacher" if len(teachers) == 1 else f"teacher[{k}]", item, student, vocab_size)
-    weights = _mixture_weights(teacher_weights, len(teachers), student, single=isinstance(teacher, Tensor))
+    single = isinstance(teacher, Tensor)
+    weights = _mixture_weights(teacher_weights, mixture, len(teachers), student, single=single)
     name = _dense_backend(plan, teachers, weights)
     _know_call(key, plan, name)
     return _dense(plan, teachers, labels, weights, mixture, name)
@@ -826,7 +829,8 @@ def _teachers(teacher: Any) -> tuple[Any, ...]:
     return (teacher,)
 
 
-def _mixture_weights(weights: Any, count: int, student: Tensor, *, single: bool) -> Optional[Tensor]:
+def _mixture_weights(weights: Any, mixture: str, count: int, student: Tensor, *, single: bool) -> Optional[Tensor]:
+    """Weights ``[N, M]`` of the teachers, such that those of probabilities sum to 1; None for a single teacher."""
     if single:
         if weights is not None:
             raise ValueError("teacher_weights need a sequence of teachers, got one tensor")
@@ -847,6 +851,11 @@ def _mixture_weights(weights: Any, count: int, student: Tensor, *, single: bool)
     if checks.reads_values(weights) and weights.numel() and not bool((torch.isfinite(weights) & (weights >= 0)).all()):
         raise ValueError("teacher_weights must be finite and >= 0")
     weights = weights.to(device=student.device, dtype=dtype).reshape(-1, count)
+    if mixture == "probs":
+        total = weights.sum(-1, keepdim=True)
+        if checks.reads_values(weights) and not bool((total > 0).all()):
+            raise ValueError("teacher_weights must not all be 0")
+        weights = weights / total
     return weights.expand(_num_rows(student), count)
 
 

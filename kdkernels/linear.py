@@ -115,7 +115,7 @@ def linear_kd_loss(
     else:
         checks.teacher_callable(teacher_logits, teacher_hidden, teacher_weight, teacher_bias)
         teachers, count = [], 1 if teacher_weights is None else _count(teacher_weights)
-    mixture_weights = functional._mixture_weights(teacher_weights, count, logits, single=single)
+    mixture_weights = functional._mixture_weights(teacher_weights, mixture, count, logits, single=single)
     labels, row_param = functional._labels_and_param(plan, labels)
     name = backends.select(backend, logits.device.type, divergence=plan.divergence.name)
     scale, weight = plan.weights(labels)

@@ -34,9 +34,7 @@ HUGE_PAGE = 2 * 2**20
 # A kept block is used for what needs at least this part of it; a smaller one would hold memory that nobody needs.
 MIN_SHARE = 0.5
 
-_available = (
-    sys.platform == "linux" and hasattr(mmap, "MADV_FREE") and os.environ.get("KDKERNELS_CPU_CACHE") != "0"
-)
+_available = sys.platform == "linux" and hasattr(mmap, "MADV_FREE") and os.environ.get("KDKERNELS_CPU_CACHE") != "0"
 # By use, large blocks and small ones. Only methods that are atomic touch what is in here: blocks come back from any
 # thread, in the middle of anything.
 _kept: dict[tuple[str, bool], deque[_Block]] = {}
@@ -73,7 +71,7 @@ class _Block:
     def __init__(self, size: int, use: str) -> None:
         self.use = use
         self.size = size
-        # Private: a forked process has pages of its own. The space before the first boundary of a huge page is not used.
+        # Private: a forked process has pages of its own. The space before the first huge page is not used.
         self.pages = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.offset = -ctypes.addressof(ctypes.c_char.from_buffer(self.pages)) % HUGE_PAGE
         self.lease_type = _lease_type(size)

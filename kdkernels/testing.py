@@ -223,6 +223,7 @@ def textbook_objective(
         if get("mixture") == "logits":
             logp = torch.log_softmax(_times(weights[:, None], stacked).sum(-1), -1)
         else:
+            weights = weights / weights.sum(-1, keepdim=True)
             logp = _times(weights[:, None], torch.softmax(stacked, 1)).sum(-1).log()
 
     d = textbook_divergence(

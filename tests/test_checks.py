@@ -282,6 +282,11 @@ CALLS = {
         ValueError,
         "teacher_weights must be >= 0, got -0.5",
     ),
+    "teacher_weights-zero": (
+        {"teacher": [logits()] * 2, "teacher_weights": torch.ones(N, L, 2).index_fill(1, torch.tensor([1]), 0.0)},
+        ValueError,
+        "teacher_weights must not all be 0",
+    ),
     "teacher_weights-nan": (
         {"teacher": [logits()] * 2, "teacher_weights": torch.tensor([NAN, 1.0])},
         ValueError,
@@ -550,7 +555,7 @@ def test_a_known_call_of_a_sparse_teacher_has_its_values_checked():
 
 
 def test_known_calls_hold_no_tensor_and_are_not_taken_for_others():
-    """A tensor among the options is compared by nothing but its identity, and a teacher that wants a gradient gets it."""
+    """Calls with a tensor among their options are not remembered, and a teacher that wants a gradient gets it."""
     functional._known_calls.clear()
     student, teacher = torch.randn(2, 5), torch.randn(2, 5)
     plain = kd.kd_loss(student, teacher)

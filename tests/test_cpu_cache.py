@@ -125,9 +125,7 @@ def test_losses_on_hidden_states_reuse_their_chunks_and_the_gradient_of_the_head
     torch.testing.assert_close(grads[0][1], grads[1][1], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    "reason", ["small", "compiled", "poisoned", pytest.param("fake", id="fake tensors")]
-)
+@pytest.mark.parametrize("reason", ["small", "compiled", "poisoned", pytest.param("fake", id="fake tensors")])
 def test_what_is_left_to_torch(reason, monkeypatch):
     logits = like(2 if reason == "small" else ROWS)
     if reason == "compiled":

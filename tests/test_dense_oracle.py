@@ -109,7 +109,7 @@ def test_student_and_teacher_of_different_dtypes(student, teacher, divergence, b
 
 @dtypes
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "tvd"])
-@pytest.mark.parametrize("width", [32000, 50257])
+@pytest.mark.parametrize("width", [1777, 32000, 50257])
 def test_a_gradient_too_large_for_the_caches(dtype, divergence, width):
     """Such gradients are written around the caches, from the first aligned element of a row on."""
     if backends.BACKENDS["cpu"].why_not("cpu"):
@@ -133,8 +133,8 @@ def test_a_gradient_too_large_for_the_caches(dtype, divergence, width):
     jump = 1e-4 if divergence == "tvd" else 0.0
     expected = torch.cat([p.dstudent for p in parts])
     rounding = torch.finfo(DTYPES[dtype]).eps
-    # Both runs have the error that one is allowed.
-    torch.testing.assert_close(whole.dstudent, expected, rtol=2 * rounding, atol=max(jump, 2 * epsilon))
+    # Both runs have errors of their own, in units of the logarithms of what is most likely.
+    torch.testing.assert_close(whole.dstudent, expected, rtol=2 * rounding, atol=max(jump, 8 * epsilon))
     assert torch.equal(whole.dstudent[:, -3:], torch.zeros(rows, 3, dtype=DTYPES[dtype]))
 
 

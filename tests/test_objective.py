@@ -451,6 +451,15 @@ def test_mixtures_of_probabilities_are_what_they_say(backend):
     options = {"temperature": 2.0, "reduction": "none", "backend": backend}
     got = kd.kd_loss(student, teachers, teacher_weights=[0.25, 0.75], **options)
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    # Any multiple of the weights is the same mixture, for all rows alike or row by row.
+    rows = torch.tensor([0.25, 0.75]) * (1 + torch.arange(NUM_ROWS))[:, None]
+    for weights in ([1, 3], [1e-3, 3e-3], rows):
+        got = kd.kd_loss(student, teachers, teacher_weights=weights, **options)
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    # Of logits they say how strong each is.
+    doubled = kd.kd_loss(student, teachers, teacher_weights=[0.5, 1.5], mixture="logits", **options)
+    strong = kd.kd_loss(student, 0.5 * teachers[0] + 1.5 * teachers[1], **options)
+    torch.testing.assert_close(doubled, strong, rtol=1e-10, atol=1e-12)
     mixed = 0.25 * teachers[0] + 0.75 * teachers[1]
     got = kd.kd_loss(student, teachers, teacher_weights=[0.25, 0.75], mixture="logits", **options)
     torch.testing.assert_close(got, kd.kd_loss(student, mixed, **options), rtol=1e-10, atol=1e-12)

@@ -307,6 +307,49 @@ def test_standardised_logits_of_a_row_without_spread(backend):
     assert torch.isfinite(outcome.loss).all() and torch.isfinite(outcome.dstudent).all()
 
 
+# Edges of rows.
+
+
+@pytest.mark.parametrize("vocab_size", [770, 1783], ids=lambda v: f"V{v}")
+@pytest.mark.parametrize("loss", ["dkd", "topk", "mse"])
+@dtypes
+def test_edges_of_rows_that_are_written_around_the_caches(loss, vocab_size, dtype, backend):
+    """Rows of a large gradient begin anywhere in a cache line, and labels and ids stand in what fills no vector."""
+    rows = 1 + (9 << 20) // (vocab_size * DTYPES[dtype].itemsize)
+    student, teacher = testing.make_inputs("normal", rows, vocab_size, torch.float32)
+    student, teacher = student.to(DTYPES[dtype]), teacher.to(DTYPES[dtype])
+    labels = torch.arange(rows) % vocab_size
+    ends = torch.stack([labels, (labels + 7) % vocab_size, vocab_size - 1 - labels % 40], -1)
+    if loss != "topk":
+        labels = torch.where(labels % 3 == 0, vocab_size - 1 - labels % 40, labels)
+
+    def call(part, s, backend):
+        t, mark = teacher[part], labels[part]
+        if loss == "dkd":
+            return kd.dkd_loss(s, t, mark, reduction="none", backend=backend)
+        if loss == "mse":
+            return kd.logit_mse_loss(s, t, mark, reduction="none", backend=backend)
+        logprobs = torch.log_softmax(t.float(), -1).gather(1, ends[part])
+        return kd.topk_kd_loss(s, ends[part], logprobs, mark, ce_weight=0.5, reduction="none", backend=backend)
+
+    def run(part, backend, s):
+        s = s.detach().clone().requires_grad_()
+        with testing.poisoned_memory():
+            values = call(part, s, backend)
+            values.sum().backward()
+        return values.detach(), s.grad
+
+    values, gradient = run(slice(None), backend, student)
+    assert gradient.nbytes > 8 << 20
+    for start in (0, rows // 2, rows - 9):
+        part = slice(start, start + 9)
+        expected, exact = run(part, "torch", student[part].double())
+        epsilon = testing.allowed_epsilon(DTYPES[dtype])
+        torch.testing.assert_close(values[part].double(), expected, rtol=2e-5, atol=2e-5)
+        rounding = torch.finfo(DTYPES[dtype]).eps
+        torch.testing.assert_close(gradient[part].double(), exact, rtol=2 * rounding, atol=2 * epsilon)
+
+
 # Mixtures.
 
 

@@ -104,28 +104,29 @@ struct AllLanes {
 template <class X>
 struct SomeLanes {
   static constexpr bool kEdge = true;
-  using Mask = typename VecOf<typename Io<X>::C>::Mask;
+  static constexpr int64_t kBlock = Io<X>::kBlock;
+  using C = typename Io<X>::C;
+  using Mask = typename VecOf<C>::Mask;
+  using Lane = std::conditional_t<sizeof(C) == 8, int64_t, int32_t>;
   int64_t begin, end;
   Mask first, second;
 
   SomeLanes(int64_t from, int64_t to, int64_t excluded) : begin(from), end(to) {
-    using Lane = std::remove_reference_t<decltype(first[0])>;
-    static constexpr auto elements = elements_of_slots<Lane>(std::make_index_sequence<size_t(Io<X>::kBlock)>());
-    const auto counts = [=](Mask j) KDK_LAMBDA_INLINE {
-      return (j >= Lane(from)) & (j < Lane(to)) & (j != Lane(excluded));
-    };
-    first = counts(load<Mask>(elements.at));
-    second = counts(load<Mask>(elements.at + Io<X>::kBlock / 2));
+    static constexpr Elements elements = in_order_of_slots(std::make_index_sequence<size_t(kBlock)>());
+    first = counts(load<Mask>(elements.at), Lane(from), Lane(to), Lane(excluded));
+    second = counts(load<Mask>(elements.at + kBlock / 2), Lane(from), Lane(to), Lane(excluded));
   }
 
  private:
-  template <class Lane>
   struct Elements {
-    alignas(64) Lane at[size_t(Io<X>::kBlock)];
+    alignas(64) Lane at[size_t(kBlock)];
   };
-  template <class Lane, size_t... K>
-  static constexpr Elements<Lane> elements_of_slots(std::index_sequence<K...>) {
+  template <size_t... K>
+  static constexpr Elements in_order_of_slots(std::index_sequence<K...>) {
     return {{Lane(Io<X>::element(int64_t(K)))...}};
+  }
+  static KDK_INLINE Mask counts(Mask j, Lane from, Lane to, Lane excluded) {
+    return (j >= from) & (j < to) & (j != excluded);
   }
 };
 
@@ -142,9 +143,8 @@ KDK_INLINE void load_block(const X* x, const SomeLanes<X>& lanes, C padding, Vec
 }
 
 // One row of both models, cut into blocks, aligned where the gradient is streamed. What fills no block at either end is
-// read in a block of which only a part counts: the first and the last of the row. The caches have those by the time
-// that they are swept; copied to padded ones when the row was begun, the last cost a wait for memory, and both
-// together 65 ns a row.
+// read in place, in a block of which only a part counts: the first and the last of the row. Copies of them, made when
+// the row was begun, cost a wait for its last line from memory.
 template <class X>
 struct Row {
   using C = typename Io<X>::C;
@@ -375,51 +375,50 @@ bool sweep_tile_trusting(const Row<X>& row, int64_t tile, const Affine<float>& a
   const float scale_s = as.scale(), bias_s = as.bias(), scale_t = at.scale(), bias_t = at.bias();
   const float ratio = float(double(at.c) / double(as.c));
   const float nothing_s = as.nothing(), nothing_t = at.nothing();
-  row.pieces(
-      tile, [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t, auto lanes) KDK_LAMBDA_INLINE {
-        float *es_out = es + slot, *et_out = et + slot;
-        Accumulators<float> local = acc;
-        Bounds local_bounds = bounds;
-        Peak<X> local_peak_s = peak_s, local_peak_t = peak_t;
+  row.pieces(tile, [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t, auto lanes) KDK_LAMBDA_INLINE {
+    float *es_out = es + slot, *et_out = et + slot;
+    Accumulators<float> local = acc;
+    Bounds local_bounds = bounds;
+    Peak<X> local_peak_s = peak_s, local_peak_t = peak_t;
 #pragma GCC unroll 2
-        for (int64_t b = 0; b < blocks; ++b, s += block, t += block, es_out += block, et_out += block) {
-          prefetch_ahead<block>(s);
-          prefetch_ahead<block>(t);
-          V s0, s1, t0, t1;
-          load_block(s, lanes, nothing_s, s0, s1);
-          load_block(t, lanes, nothing_t, t0, t1);
-          const V es0 = exp2_of_logit<degree>(s0, scale_s, bias_s, local_bounds);
-          const V et0 = exp2_of_logit<degree>(t0, scale_t, bias_t, local_bounds);
-          const V es1 = exp2_of_logit<degree>(s1, scale_s, bias_s, local_bounds);
-          const V et1 = exp2_of_logit<degree>(t1, scale_t, bias_t, local_bounds);
-          local.zs += es0 + es1;
-          local.zt += et0 + et1;
-          const V difference0 = t0 * ratio - s0, difference1 = t1 * ratio - s1;
-          if (SUMS & kForward) {
-            local.forward += et0 * difference0;
-            local.forward += et1 * difference1;
-          }
-          if (SUMS & kReverse) {
-            local.reverse -= es0 * difference0;
-            local.reverse -= es1 * difference1;
-          }
-          if (SUMS == kAll) {
-            local.teacher += et0 * t0;
-            local.teacher += et1 * t1;
-            local.student += es0 * s0;
-            local.student += es1 * s1;
-            if (!lanes.kEdge) local_peak_s.see(s, s0, s1), local_peak_t.see(t, t0, t1);
-          }
-          store(es_out, es0);
-          store(es_out + kLanes<float>, es1);
-          store(et_out, et0);
-          store(et_out + kLanes<float>, et1);
-        }
-        acc = local;
-        bounds = local_bounds;
-        peak_s = local_peak_s;
-        peak_t = local_peak_t;
-      });
+    for (int64_t b = 0; b < blocks; ++b, s += block, t += block, es_out += block, et_out += block) {
+      prefetch_ahead<block>(s);
+      prefetch_ahead<block>(t);
+      V s0, s1, t0, t1;
+      load_block(s, lanes, nothing_s, s0, s1);
+      load_block(t, lanes, nothing_t, t0, t1);
+      const V es0 = exp2_of_logit<degree>(s0, scale_s, bias_s, local_bounds);
+      const V et0 = exp2_of_logit<degree>(t0, scale_t, bias_t, local_bounds);
+      const V es1 = exp2_of_logit<degree>(s1, scale_s, bias_s, local_bounds);
+      const V et1 = exp2_of_logit<degree>(t1, scale_t, bias_t, local_bounds);
+      local.zs += es0 + es1;
+      local.zt += et0 + et1;
+      const V difference0 = t0 * ratio - s0, difference1 = t1 * ratio - s1;
+      if (SUMS & kForward) {
+        local.forward += et0 * difference0;
+        local.forward += et1 * difference1;
+      }
+      if (SUMS & kReverse) {
+        local.reverse -= es0 * difference0;
+        local.reverse -= es1 * difference1;
+      }
+      if (SUMS == kAll) {
+        local.teacher += et0 * t0;
+        local.teacher += et1 * t1;
+        local.student += es0 * s0;
+        local.student += es1 * s1;
+        if (!lanes.kEdge) local_peak_s.see(s, s0, s1), local_peak_t.see(t, t0, t1);
+      }
+      store(es_out, es0);
+      store(es_out + kLanes<float>, es1);
+      store(et_out, et0);
+      store(et_out + kLanes<float>, et1);
+    }
+    acc = local;
+    bounds = local_bounds;
+    peak_s = local_peak_s;
+    peak_t = local_peak_t;
+  });
   const double zs = horizontal_sum<float>(acc.zs), zt = horizontal_sum<float>(acc.zt);
   if (!bounds.kept() || std::isnan(zs) || std::isnan(zt)) return false;
   sums.zs += zs;
@@ -516,29 +515,28 @@ double student_exponentials(const Row<X>& row, int64_t tile, const Affine<C> stu
   constexpr int64_t block = Io<X>::kBlock;
   constexpr C nothing = -std::numeric_limits<C>::infinity();
   V sum0 = {}, sum1 = {};
-  row.pieces(
-      tile, [&](const X* s, const X*, int64_t blocks, int64_t slot, int64_t, auto lanes) KDK_LAMBDA_INLINE {
-        C *es_out = es + slot, *xs_out = xs + slot;
-        V local0 = sum0, local1 = sum1;
-        const Affine<C> as = student;
-        for (int64_t b = 0; b < blocks; ++b, s += block, es_out += block, xs_out += block) {
-          prefetch_ahead<block>(s);
-          V s0, s1;
-          load_block(s, lanes, nothing, s0, s1);
-          const V x0 = as(s0), x1 = as(s1);
-          const V e0 = exp2_fast<kExpDegree<X>>(clamp_exponent(x0)), e1 = exp2_fast<kExpDegree<X>>(clamp_exponent(x1));
-          local0 += e0;
-          local1 += e1;
-          store(es_out, e0);
-          store(es_out + kLanes<C>, e1);
-          if (KEEP_X) {
-            store(xs_out, x0);
-            store(xs_out + kLanes<C>, x1);
-          }
-        }
-        sum0 = local0;
-        sum1 = local1;
-      });
+  row.pieces(tile, [&](const X* s, const X*, int64_t blocks, int64_t slot, int64_t, auto lanes) KDK_LAMBDA_INLINE {
+    C *es_out = es + slot, *xs_out = xs + slot;
+    V local0 = sum0, local1 = sum1;
+    const Affine<C> as = student;
+    for (int64_t b = 0; b < blocks; ++b, s += block, es_out += block, xs_out += block) {
+      prefetch_ahead<block>(s);
+      V s0, s1;
+      load_block(s, lanes, nothing, s0, s1);
+      const V x0 = as(s0), x1 = as(s1);
+      const V e0 = exp2_fast<kExpDegree<X>>(clamp_exponent(x0)), e1 = exp2_fast<kExpDegree<X>>(clamp_exponent(x1));
+      local0 += e0;
+      local1 += e1;
+      store(es_out, e0);
+      store(es_out + kLanes<C>, e1);
+      if (KEEP_X) {
+        store(xs_out, x0);
+        store(xs_out + kLanes<C>, x1);
+      }
+    }
+    sum0 = local0;
+    sum1 = local1;
+  });
   return horizontal_sum<C>(sum0 + sum1);
 }
 
@@ -550,36 +548,35 @@ double student_exponentials_trusting(const Row<X>& row, int64_t tile, const Affi
   const float scale = as.scale(), bias = as.bias(), nothing = as.nothing();
   V sum0 = {}, sum1 = {};
   Bounds bounds;
-  row.pieces(
-      tile, [&](const X* s, const X*, int64_t blocks, int64_t slot, int64_t, auto lanes) KDK_LAMBDA_INLINE {
-        float* es_out = es + slot;
-        V local0 = sum0, local1 = sum1;
-        Bounds local_bounds = bounds;
-        int64_t b = 0;
-        for (; !lanes.kEdge && b + 2 <= blocks; b += 2, s += 2 * block, es_out += 2 * block) {
-          prefetch_ahead<2 * block>(s);
-          for (int h = 0; h < 2; ++h) {
-            V e[2];
-            Io<X>::load2(s + h * block, e[0], e[1]);
-            exp2_of_logits<kExpDegree<X>>(e, scale, bias, local_bounds);
-            local0 += e[0];
-            local1 += e[1];
-            store(es_out + h * block, e[0]);
-            store(es_out + h * block + kLanes<float>, e[1]);
-          }
-        }
-        if (b < blocks) {
-          V e[2];
-          load_block(s, lanes, nothing, e[0], e[1]);
-          exp2_of_logits<kExpDegree<X>>(e, scale, bias, local_bounds);
-          local0 += e[0];
-          local1 += e[1];
-          for (int i = 0; i < 2; ++i) store(es_out + i * kLanes<float>, e[i]);
-        }
-        sum0 = local0;
-        sum1 = local1;
-        bounds = local_bounds;
-      });
+  row.pieces(tile, [&](const X* s, const X*, int64_t blocks, int64_t slot, int64_t, auto lanes) KDK_LAMBDA_INLINE {
+    float* es_out = es + slot;
+    V local0 = sum0, local1 = sum1;
+    Bounds local_bounds = bounds;
+    int64_t b = 0;
+    for (; !lanes.kEdge && b + 2 <= blocks; b += 2, s += 2 * block, es_out += 2 * block) {
+      prefetch_ahead<2 * block>(s);
+      for (int h = 0; h < 2; ++h) {
+        V e[2];
+        Io<X>::load2(s + h * block, e[0], e[1]);
+        exp2_of_logits<kExpDegree<X>>(e, scale, bias, local_bounds);
+        local0 += e[0];
+        local1 += e[1];
+        store(es_out + h * block, e[0]);
+        store(es_out + h * block + kLanes<float>, e[1]);
+      }
+    }
+    if (b < blocks) {
+      V e[2];
+      load_block(s, lanes, nothing, e[0], e[1]);
+      exp2_of_logits<kExpDegree<X>>(e, scale, bias, local_bounds);
+      local0 += e[0];
+      local1 += e[1];
+      for (int i = 0; i < 2; ++i) store(es_out + i * kLanes<float>, e[i]);
+    }
+    sum0 = local0;
+    sum1 = local1;
+    bounds = local_bounds;
+  });
   return bounds.kept() ? double(horizontal_sum<float>(sum0 + sum1)) : std::numeric_limits<double>::quiet_NaN();
 }
 
@@ -800,51 +797,52 @@ void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k
   // Backwards: of a row whose exponentials do not all fit the cache, the last are still there.
   for (int64_t tile = row.tiles() - 1; tile >= 0; --tile) {
     V accepted = {};
-    row.pieces(tile, [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t first,
-                         auto lanes) KDK_LAMBDA_INLINE {
-      constexpr bool streamed = STREAM && !lanes.kEdge;
-      alignas(64) X edge[block];
-      V local_accepted = accepted;
-      X* to = lanes.kEdge ? edge : out + first;
-      // Whole cache lines only: one that is half streamed and half stored costs a read.
-      const int64_t stream_begin = streamed ? lines_begin(to) : blocks;
-      const int64_t stream_end = streamed ? lines_end(to, blocks) : blocks;
-      const Affine<C> as = k.as, at = k.at;
-      const C *es_in = k.es + slot, *et_in = k.et + slot, *e1_in = k.e1 + slot;
-      for (int64_t i = 0; i < blocks; ++i, es_in += block, et_in += block, e1_in += block, to += block) {
-        const V es0 = load<V>(es_in), es1 = load<V>(es_in + kLanes<C>);
-        V g0, g1;
-        if (LOGS) {
-          V s0, s1, t0, t1;
-          Io<X>::load2(s + i * block, s0, s1);
-          Io<X>::load2(t + i * block, t0, t1);
-          const V xs0 = as(s0), xs1 = as(s1), xt0 = at(t0), xt1 = at(t1);
-          g0 = c0 + es0 * keep(es0 != zero, a + ks * (xs0 - xt0) + kst * xt0);
-          g1 = c0 + es1 * keep(es1 != zero, a + ks * (xs1 - xt1) + kst * xt1);
-        } else if (power_of(CE) > 1) {
-          g0 = c0 + es0 * (a + power<power_of(CE) - 1>(es0) * c1);
-          g1 = c0 + es1 * (a + power<power_of(CE) - 1>(es1) * c1);
-        } else {
-          g0 = c0 + es0 * a;
-          g1 = c0 + es1 * a;
-        }
-        const V et0 = load<V>(et_in), et1 = load<V>(et_in + kLanes<C>);
-        g0 -= unfused(et0 * b);
-        g1 -= unfused(et1 * b);
-        if (ACCEPTED) local_accepted += min_of(es0, et0 * ratio) + min_of(es1, et1 * ratio);
-        if (CE == kCeOwn) {
-          g0 += load<V>(e1_in) * c1;
-          g1 += load<V>(e1_in + kLanes<C>) * c1;
-        }
-        if (streamed && i >= stream_begin && i < stream_end) {
-          Io<X>::template store2<true>(to, g0, g1);
-        } else {
-          Io<X>::template store2<false>(to, g0, g1);
-        }
-      }
-      if constexpr (lanes.kEdge) std::copy(edge + lanes.begin, edge + lanes.end, out + (first + lanes.begin));
-      accepted = local_accepted;
-    });
+    row.pieces(tile,
+               [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t first, auto lanes) KDK_LAMBDA_INLINE {
+                 constexpr bool streamed = STREAM && !lanes.kEdge;
+                 alignas(64) X edge[block];
+                 V local_accepted = accepted;
+                 X* to = lanes.kEdge ? edge : out + first;
+                 // Whole cache lines only: one that is half streamed and half stored costs a read.
+                 const int64_t stream_begin = streamed ? lines_begin(to) : blocks;
+                 const int64_t stream_end = streamed ? lines_end(to, blocks) : blocks;
+                 const Affine<C> as = k.as, at = k.at;
+                 const C *es_in = k.es + slot, *et_in = k.et + slot, *e1_in = k.e1 + slot;
+                 for (int64_t i = 0; i < blocks; ++i, es_in += block, et_in += block, e1_in += block, to += block) {
+                   const V es0 = load<V>(es_in), es1 = load<V>(es_in + kLanes<C>);
+                   V g0, g1;
+                   if (LOGS) {
+                     V s0, s1, t0, t1;
+                     Io<X>::load2(s + i * block, s0, s1);
+                     Io<X>::load2(t + i * block, t0, t1);
+                     const V xs0 = as(s0), xs1 = as(s1), xt0 = at(t0), xt1 = at(t1);
+                     g0 = c0 + es0 * keep(es0 != zero, a + ks * (xs0 - xt0) + kst * xt0);
+                     g1 = c0 + es1 * keep(es1 != zero, a + ks * (xs1 - xt1) + kst * xt1);
+                   } else if (power_of(CE) > 1) {
+                     g0 = c0 + es0 * (a + power<power_of(CE) - 1>(es0) * c1);
+                     g1 = c0 + es1 * (a + power<power_of(CE) - 1>(es1) * c1);
+                   } else {
+                     g0 = c0 + es0 * a;
+                     g1 = c0 + es1 * a;
+                   }
+                   const V et0 = load<V>(et_in), et1 = load<V>(et_in + kLanes<C>);
+                   g0 -= unfused(et0 * b);
+                   g1 -= unfused(et1 * b);
+                   if (ACCEPTED) local_accepted += min_of(es0, et0 * ratio) + min_of(es1, et1 * ratio);
+                   if (CE == kCeOwn) {
+                     g0 += load<V>(e1_in) * c1;
+                     g1 += load<V>(e1_in + kLanes<C>) * c1;
+                   }
+                   if (streamed && i >= stream_begin && i < stream_end) {
+                     Io<X>::template store2<true>(to, g0, g1);
+                   } else {
+                     Io<X>::template store2<false>(to, g0, g1);
+                   }
+                 }
+                 if constexpr (lanes.kEdge)
+                   std::copy(edge + lanes.begin, edge + lanes.end, out + (first + lanes.begin));
+                 accepted = local_accepted;
+               });
     if (ACCEPTED) *k.accepted += horizontal_sum<C>(accepted);
   }
 }
