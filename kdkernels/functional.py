@@ -124,19 +124,23 @@ def kd_loss(
     options = dict(locals())
     for name in ("student", "teacher", "labels"):
         del options[name]
-    key = _call_key("kd_loss", options, (student, teacher))
+    key = _call_key("kd_loss", options, (student, teacher), labels is None)
     if (known := _known_calls.get(key)) is not None:
         assert isinstance(teacher, Tensor)  # _call_key lets nothing else through
-        return _dense(known.of(student), (teacher,), labels, None, mixture, known.backend)
+        if known.launch is not None:
+            loss, stats = _launched(known.launch, known.options, student, (teacher,))
+            return _outcome(loss, stats, known.options, student, KDStats)
+        plan = known.plan._replace(student=student)
+        return _dense(plan, (teacher,), _dense_call(plan, labels, None, mixture, known.backend))
     plan = _plan("kd_loss", options, student)
     teachers = _teachers(teacher)
     for k, item in enumerate(teachers):
         checks.teacher_like("teacher" if len(teachers) == 1 else f"teacher[{k}]", item, student, vocab_size)
     single = isinstance(teacher, Tensor)
     weights = _mixture_weights(teacher_weights, mixture, len(teachers), student, single=single)
-    name = _dense_backend(plan, teachers, weights)
-    _know_call(key, plan, name)
-    return _dense(plan, teachers, labels, weights, mixture, name)
+    launch = _dense_call(plan, labels, weights, mixture, _dense_backend(plan, teachers, weights))
+    _know_call(key, plan, launch, labels is None)
+    return _dense(plan, teachers, launch)
 
 
 class TopKStats(NamedTuple):
@@ -247,19 +251,25 @@ def topk_kd_loss(
     options = dict(locals())
     for name in ("student", "teacher_ids", "teacher_logprobs", "labels", "tail_logprob"):
         del options[name]
-    key = _call_key("topk_kd_loss", options, (student, teacher_ids, teacher_logprobs))
-    if (known := _known_calls.get(key)) is not None:
-        plan, name = known.of(student), known.backend
-        teacher = checks.sparse_entries(teacher_ids, teacher_logprobs, plan.columns)
+    unlabelled = labels is None and tail_logprob is None
+    key = _call_key("topk_kd_loss", options, (student, teacher_ids, teacher_logprobs), unlabelled)
+    known = _known_calls.get(key)
+    if known is not None:
+        teacher = checks.sparse_entries(teacher_ids, teacher_logprobs, known.plan.columns)
+        if known.launch is not None:
+            launch = known.launch._replace(sparse_teacher=teacher)
+            return _outcome(*_launched(launch, known.options, student, ()), known.options, student, TopKStats)
+        plan, name = known.plan._replace(student=student), known.backend
     else:
         plan = _plan("topk_kd_loss", options, student)
         teacher = checks.sparse_teacher(teacher_ids, teacher_logprobs, student, plan.columns)
         name = backends.select(backend, student.device.type, divergence=plan.divergence.name, pattern="topk_fwd")
-        _know_call(key, plan, name)
     tail_rows = checks.tail_like(tail_logprob, tail, student)
     flat, row_param = _labels_and_param(plan, labels)
     scale, weight = plan.weights(flat)
     launch = topk_launch(plan, name, teacher, (flat, weight, row_param, tail_rows), scale)
+    if known is None:
+        _know_call(key, plan, launch, unlabelled)
     return plan.result(*plan.launch(launch, ()), TopKStats)
 
 
@@ -291,7 +301,8 @@ def taid_loss(
     )
     lam = lam.expand(_num_rows(student))
     teachers, weights = (student.detach(), teacher), torch.stack([1 - lam, lam], -1)
-    return _dense(plan, teachers, labels, weights, "logits", _dense_backend(plan, teachers, weights))
+    launch = _dense_call(plan, labels, weights, "logits", _dense_backend(plan, teachers, weights))
+    return _dense(plan, teachers, launch)
 
 
 def dkd_loss(
@@ -600,52 +611,63 @@ class _Plan(NamedTuple):
         return (scale if weight is None or isinstance(weight, Tensor) else scale * weight), rows
 
     def result(self, loss: Tensor, stats: Optional[Tensor], kind: Any) -> Any:
-        """The loss, with the columns of ``stats`` as a named tuple of type ``kind`` where they were asked for."""
-        if not self.options["return_stats"]:
-            return loss
-        assert stats is not None
-        return loss, kind(*(column.reshape(self.student.shape[:-1]) for column in stats.unbind(-1)))
+        return _outcome(loss, stats, self.options, self.student, kind)
 
     def reduced(self, rows: Tensor) -> Tensor:
-        return rows.reshape(self.student.shape[:-1]) if self.options["reduction"] == "none" else rows.sum()
+        return _reduced(rows, self.options, self.student)
 
     def launch(
         self, launch: Launch, teachers: tuple[Tensor, ...], dual: Optional[Launch] = None
     ) -> tuple[Tensor, Optional[Tensor]]:
-        if launch.backend == "torch":
-            # Autograd differentiates the reference, for the teachers too.
-            loss, stats = run_reference(launch, _flat(self.student)[0], _flat(*teachers))
-            return self.reduced(loss), stats
-        per_row = self.options["reduction"] == "none"
-        with_grad = torch.is_grad_enabled() and (self.student.requires_grad or dual is not None)
-        if with_grad:
-            result = RowLoss.apply(
-                self.student,
-                teachers[0] if teachers else None,
-                teachers[1:],
-                launch,
-                dual,
-                per_row,
-                self.options["inplace"],
-            )
-            loss, stats = result if isinstance(result, tuple) else (result, None)
-        else:
-            loss, stats = run(launch, self.student.detach(), teachers, None)
-            loss = loss if per_row else loss.sum()
-        return (loss.reshape(self.student.shape[:-1]) if per_row else loss), stats
+        return _launched(launch, self.options, self.student, teachers, dual)
+
+
+def _outcome(loss: Tensor, stats: Optional[Tensor], options: dict[str, Any], student: Tensor, kind: Any) -> Any:
+    """The loss, with the columns of ``stats`` as a named tuple of type ``kind`` where they were asked for."""
+    if not options["return_stats"]:
+        return loss
+    assert stats is not None
+    return loss, kind(*(column.reshape(student.shape[:-1]) for column in stats.unbind(-1)))
+
+
+def _reduced(rows: Tensor, options: dict[str, Any], student: Tensor) -> Tensor:
+    return rows.reshape(student.shape[:-1]) if options["reduction"] == "none" else rows.sum()
+
+
+def _launched(
+    launch: Launch,
+    options: dict[str, Any],
+    student: Tensor,
+    teachers: tuple[Tensor, ...],
+    dual: Optional[Launch] = None,
+) -> tuple[Tensor, Optional[Tensor]]:
+    """Loss and statistics of a launch, through autograd where it is wanted."""
+    if launch.backend == "torch":
+        # Autograd differentiates the reference, for the teachers too.
+        loss, stats = run_reference(launch, _flat(student)[0], _flat(*teachers))
+        return _reduced(loss, options, student), stats
+    per_row = options["reduction"] == "none"
+    if torch.is_grad_enabled() and (student.requires_grad or dual is not None):
+        result = RowLoss.apply(
+            student, teachers[0] if teachers else None, teachers[1:], launch, dual, per_row, options["inplace"]
+        )
+        loss, stats = result if isinstance(result, tuple) else (result, None)
+    else:
+        loss, stats = run(launch, student.detach(), teachers, None)
+        loss = loss if per_row else loss.sum()
+    return (loss.reshape(student.shape[:-1]) if per_row else loss), stats
 
 
 class _KnownCall(NamedTuple):
-    """A call that passed all checks but those of labels."""
+    """A call that passed all checks but those of labels and of a sparse teacher's values."""
 
-    plan: _Plan
+    plan: _Plan  # without the student
+    options: dict[str, Any]
     backend: str
-
-    def of(self, student: Tensor) -> _Plan:
-        return self.plan._replace(student=student)
+    launch: Optional[Launch]  # where the call had no tensors per row, and the launch has none either
 
 
-def _call_key(owner: str, options: dict[str, Any], tensors: tuple[Any, ...]) -> Any:
+def _call_key(owner: str, options: dict[str, Any], tensors: tuple[Any, ...], plain: bool) -> Any:
     """All that the checks of a call look at and its backend depends on; None where that is more than can be compared.
 
     With cold caches, as in a training step, the checks take 0.1 ms. A loop calls with the same options and shapes again
@@ -657,7 +679,7 @@ def _call_key(owner: str, options: dict[str, Any], tensors: tuple[Any, ...]) -> 
     types = tuple(map(type, values))
     if not _remembered.issuperset(types):
         return None
-    key: list[Any] = [owner, divergences.version, types, values]
+    key: list[Any] = [owner, divergences.version, types, values, plain]
     for tensor in tensors:
         if type(tensor) not in _PLAIN_TENSORS or not tensor.is_cpu or tensor.layout is not torch.strided:
             return None
@@ -666,13 +688,15 @@ def _call_key(owner: str, options: dict[str, Any], tensors: tuple[Any, ...]) -> 
     return None if any(tensor.requires_grad for tensor in tensors[1:]) else tuple(key)
 
 
-def _know_call(key: Any, plan: _Plan, backend: str) -> None:
+def _know_call(key: Any, plan: _Plan, launch: Launch, plain: bool) -> None:
     if key is None:
         return
     if len(_known_calls) >= MAX_ACCEPTED:
         _known_calls.clear()
-    # Not the student: nobody wants its memory kept.
-    _known_calls[key] = _KnownCall(plan._replace(student=None), backend)  # type: ignore[arg-type]
+    # Neither the student nor a sparse teacher: nobody wants their memory kept.
+    bare = launch._replace(sparse_teacher=()) if plain else None
+    plan = plan._replace(student=None)  # type: ignore[arg-type]
+    _known_calls[key] = _KnownCall(plan, plan.options, launch.backend, bare)
 
 
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
@@ -710,18 +734,16 @@ def _teacher_grad(teachers: tuple[Tensor, ...]) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in teachers)
 
 
-def _dense(
-    plan: _Plan,
-    teachers: tuple[Tensor, ...],
-    labels: Optional[Tensor],
-    mixture_weights: Optional[Tensor],
-    mixture: str,
-    backend: str,
-) -> Any:
+def _dense_call(
+    plan: _Plan, labels: Optional[Tensor], mixture_weights: Optional[Tensor], mixture: str, backend: str
+) -> Launch:
     flat, row_param = _labels_and_param(plan, labels)
     scale, weight = plan.weights(flat)
-    launch = dense_launch(plan, backend, (flat, weight, row_param), scale, mixture_weights, mixture)
-    dual = _dual(plan, launch) if backend != "torch" and _teacher_grad(teachers) else None
+    return dense_launch(plan, backend, (flat, weight, row_param), scale, mixture_weights, mixture)
+
+
+def _dense(plan: _Plan, teachers: tuple[Tensor, ...], launch: Launch) -> Any:
+    dual = _dual(plan, launch) if launch.backend != "torch" and _teacher_grad(teachers) else None
     return plan.result(*plan.launch(launch, teachers, dual), KDStats)
 
 

@@ -6,10 +6,11 @@ that gives freed pages back to its host (docs/cpu.md). A smaller block fares the
 made the library give the top of its heap back. So the pages of the last gradient that was freed are kept, or of the
 last four where they are small, and those of the last chunks of the losses on hidden states.
 
-They are not withheld from anyone: what is kept is marked with ``MADV_FREE``, and the kernel takes it back when memory
-gets scarce, without a word to this process and without writing it anywhere. Until then it counts as resident.
-``empty_cache()`` gives it back at once; with ``KDKERNELS_CPU_CACHE=0`` in the environment when
-the package is imported nothing is kept. On Linux only; elsewhere gradients are what ``torch.empty`` gives.
+They are not withheld from anyone: what is kept is marked with ``MADV_FREE``, all but less than 2 MiB of a block, and
+the kernel takes it back when memory gets scarce, without a word to this process and without writing it anywhere. Until
+then it counts as resident. ``empty_cache()`` gives it back at once; where ``KDKERNELS_CPU_CACHE=0`` is in the
+environment when the package is imported, nothing is kept. On Linux only; elsewhere gradients are what ``torch.empty``
+gives.
 """
 
 from __future__ import annotations
