@@ -670,7 +670,7 @@ class _KnownCall(NamedTuple):
 def _call_key(owner: str, options: dict[str, Any], tensors: tuple[Any, ...], plain: bool) -> Any:
     """All that the checks of a call look at and its backend depends on; None where that is more than can be compared.
 
-    With cold caches, as in a training step, the checks take 0.15 ms. A loop calls with the same options and shapes again
+    In the cold caches of a training step the checks take 0.15 ms. A loop calls with the same options and shapes again
     and again, and what they led to is remembered. On the CPU only: elsewhere the backend may change between calls.
     """
     if torch.compiler.is_compiling():

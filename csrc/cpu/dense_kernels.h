@@ -773,18 +773,45 @@ struct GradientTerms {
   double ratio = 0;
 };
 
-// The first block of a run that begins a cache line, and the one after the last that ends one.
 constexpr int64_t kLineBytes = 64;
-template <class X>
-int64_t lines_begin(const X* to) {
-  constexpr int64_t bytes = Io<X>::kBlock * int64_t(sizeof(X));
-  return (kLineBytes - int64_t(reinterpret_cast<uintptr_t>(to) % kLineBytes)) % kLineBytes / bytes;
-}
-template <class X>
-int64_t lines_end(const X* to, int64_t blocks) {
-  constexpr int64_t bytes = Io<X>::kBlock * int64_t(sizeof(X));
-  return blocks - int64_t(reinterpret_cast<uintptr_t>(to + blocks * Io<X>::kBlock) % kLineBytes) / bytes;
-}
+
+// Writes the blocks of a piece of a row, one after the other; out is where the row begins. Where STREAM goes around the
+// caches it does so with whole cache lines only: one that is half streamed and half stored costs a read.
+template <bool STREAM, class X, class Lanes>
+struct BlockWriter {
+  static constexpr int64_t kBlock = Io<X>::kBlock;
+  using V = Vec<typename Io<X>::C>;
+  X* to;
+  int64_t stream_begin = 0, stream_end = 0;
+  const Lanes lanes;
+
+  KDK_INLINE BlockWriter(X* out, int64_t first, int64_t blocks, const Lanes& counting) : lanes(counting) {
+    if constexpr (Lanes::kEdge) {
+      to = out + (first + lanes.begin);
+    } else {
+      to = out + first;
+      if (STREAM) {
+        constexpr int64_t bytes = kBlock * int64_t(sizeof(X));
+        const auto in_line = [](const X* x) { return int64_t(reinterpret_cast<uintptr_t>(x) % kLineBytes); };
+        stream_begin = (kLineBytes - in_line(to)) % kLineBytes / bytes;
+        stream_end = blocks - in_line(to + blocks * kBlock) / bytes;
+      }
+    }
+  }
+  // Block i of the piece.
+  KDK_INLINE void put(int64_t i, V a, V b) {
+    if constexpr (Lanes::kEdge) {
+      alignas(64) X block[kBlock];
+      Io<X>::template store2<false>(block, a, b);
+      std::copy(block + lanes.begin, block + lanes.end, to);
+    } else if (STREAM && i >= stream_begin && i < stream_end) {
+      Io<X>::template store2<true>(to, a, b);
+    } else {
+      Io<X>::template store2<false>(to, a, b);
+    }
+    to += kBlock;
+  }
+};
 
 template <bool LOGS, int CE, bool STREAM, bool ACCEPTED, class X>
 void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, X* out) {
@@ -799,16 +826,11 @@ void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k
     V accepted = {};
     row.pieces(tile,
                [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t first, auto lanes) KDK_LAMBDA_INLINE {
-                 constexpr bool streamed = STREAM && !lanes.kEdge;
-                 alignas(64) X edge[block];
+                 BlockWriter<STREAM, X, decltype(lanes)> writer(out, first, blocks, lanes);
                  V local_accepted = accepted;
-                 X* to = lanes.kEdge ? edge : out + first;
-                 // Whole cache lines only: one that is half streamed and half stored costs a read.
-                 const int64_t stream_begin = streamed ? lines_begin(to) : blocks;
-                 const int64_t stream_end = streamed ? lines_end(to, blocks) : blocks;
                  const Affine<C> as = k.as, at = k.at;
                  const C *es_in = k.es + slot, *et_in = k.et + slot, *e1_in = k.e1 + slot;
-                 for (int64_t i = 0; i < blocks; ++i, es_in += block, et_in += block, e1_in += block, to += block) {
+                 for (int64_t i = 0; i < blocks; ++i, es_in += block, et_in += block, e1_in += block) {
                    const V es0 = load<V>(es_in), es1 = load<V>(es_in + kLanes<C>);
                    V g0, g1;
                    if (LOGS) {
@@ -833,14 +855,8 @@ void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k
                      g0 += load<V>(e1_in) * c1;
                      g1 += load<V>(e1_in + kLanes<C>) * c1;
                    }
-                   if (streamed && i >= stream_begin && i < stream_end) {
-                     Io<X>::template store2<true>(to, g0, g1);
-                   } else {
-                     Io<X>::template store2<false>(to, g0, g1);
-                   }
+                   writer.put(i, g0, g1);
                  }
-                 if constexpr (lanes.kEdge)
-                   std::copy(edge + lanes.begin, edge + lanes.end, out + (first + lanes.begin));
                  accepted = local_accepted;
                });
     if (ACCEPTED) *k.accepted += horizontal_sum<C>(accepted);

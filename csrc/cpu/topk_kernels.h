@@ -292,13 +292,9 @@ void write_gradient(const Row<X>& row, const Gradient<typename Io<X>::C>& k, X* 
   for (int64_t tile = row.tiles() - 1; tile >= 0; --tile) {
     row.pieces(tile,
                [&](const X*, const X*, int64_t blocks, int64_t slot, int64_t first, auto lanes) KDK_LAMBDA_INLINE {
-                 constexpr bool streamed = STREAM && !lanes.kEdge;
-                 alignas(64) X edge[block];
-                 X* to = lanes.kEdge ? edge : out + first;
-                 const int64_t stream_begin = streamed ? lines_begin(to) : blocks;
-                 const int64_t stream_end = streamed ? lines_end(to, blocks) : blocks;
+                 BlockWriter<STREAM, X, decltype(lanes)> writer(out, first, blocks, lanes);
                  const C *es_in = k.es + slot, *scores_in = k.scores + slot, *e1_in = k.e1 + slot;
-                 for (int64_t i = 0; i < blocks; ++i, es_in += block, scores_in += block, e1_in += block, to += block) {
+                 for (int64_t i = 0; i < blocks; ++i, es_in += block, scores_in += block, e1_in += block) {
                    V g0 = c0 + load<V>(es_in) * a, g1 = c0 + load<V>(es_in + kLanes<C>) * a;
                    if (SCORES) {
                      g0 += load<V>(scores_in) * b;
@@ -308,14 +304,8 @@ void write_gradient(const Row<X>& row, const Gradient<typename Io<X>::C>& k, X* 
                      g0 += load<V>(e1_in) * c1;
                      g1 += load<V>(e1_in + kLanes<C>) * c1;
                    }
-                   if (streamed && i >= stream_begin && i < stream_end) {
-                     Io<X>::template store2<true>(to, g0, g1);
-                   } else {
-                     Io<X>::template store2<false>(to, g0, g1);
-                   }
+                   writer.put(i, g0, g1);
                  }
-                 if constexpr (lanes.kEdge)
-                   std::copy(edge + lanes.begin, edge + lanes.end, out + (first + lanes.begin));
                });
   }
 }
