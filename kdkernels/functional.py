@@ -125,15 +125,14 @@ def kd_loss(
     for name in ("student", "teacher", "labels"):
         del options[name]
     key = _call_key("kd_loss", options, (student, teacher), labels is None)
-    if (known := _known_calls.get(key)) is not None:
-        assert isinstance(teacher, Tensor)  # _call_key lets nothing else through
-        if known.launch is not None:
-            loss, stats = _launched(known.launch, known.options, student, (teacher,))
-            return _outcome(loss, stats, known.options, student, KDStats)
-        plan = known.plan._replace(student=student)
-        return _dense(plan, (teacher,), _dense_call(plan, labels, None, mixture, known.backend))
-    plan = _plan("kd_loss", options, student)
     teachers = _teachers(teacher)
+    known = _known_calls.get(key)
+    if known is not None:
+        plan, launch = known.plan._replace(student=student), known.launch
+        if launch is None:
+            launch = _dense_call(plan, labels, None, mixture, known.backend)
+        return _dense(plan, teachers, launch)
+    plan = _plan("kd_loss", options, student)
     for k, item in enumerate(teachers):
         checks.teacher_like("teacher" if len(teachers) == 1 else f"teacher[{k}]", item, student, vocab_size)
     single = isinstance(teacher, Tensor)
@@ -251,25 +250,25 @@ def topk_kd_loss(
     options = dict(locals())
     for name in ("student", "teacher_ids", "teacher_logprobs", "labels", "tail_logprob"):
         del options[name]
-    unlabelled = labels is None and tail_logprob is None
-    key = _call_key("topk_kd_loss", options, (student, teacher_ids, teacher_logprobs), unlabelled)
+    plain = labels is None and tail_logprob is None
+    key = _call_key("topk_kd_loss", options, (student, teacher_ids, teacher_logprobs), plain)
     known = _known_calls.get(key)
-    if known is not None:
-        teacher = checks.sparse_entries(teacher_ids, teacher_logprobs, known.plan.columns)
-        if known.launch is not None:
-            launch = known.launch._replace(sparse_teacher=teacher)
-            return _outcome(*_launched(launch, known.options, student, ()), known.options, student, TopKStats)
-        plan, name = known.plan._replace(student=student), known.backend
-    else:
+    if known is None:
         plan = _plan("topk_kd_loss", options, student)
         teacher = checks.sparse_teacher(teacher_ids, teacher_logprobs, student, plan.columns)
         name = backends.select(backend, student.device.type, divergence=plan.divergence.name, pattern="topk_fwd")
-    tail_rows = checks.tail_like(tail_logprob, tail, student)
-    flat, row_param = _labels_and_param(plan, labels)
-    scale, weight = plan.weights(flat)
-    launch = topk_launch(plan, name, teacher, (flat, weight, row_param, tail_rows), scale)
+    else:
+        plan, name = known.plan._replace(student=student), known.backend
+        teacher = checks.sparse_entries(teacher_ids, teacher_logprobs, plan.columns)
+    if known is not None and known.launch is not None:
+        launch = known.launch._replace(sparse_teacher=teacher)
+    else:
+        tail_rows = checks.tail_like(tail_logprob, tail, student)
+        flat, row_param = _labels_and_param(plan, labels)
+        scale, weight = plan.weights(flat)
+        launch = topk_launch(plan, name, teacher, (flat, weight, row_param, tail_rows), scale)
     if known is None:
-        _know_call(key, plan, launch, unlabelled)
+        _know_call(key, plan, launch, plain)
     return plan.result(*plan.launch(launch, ()), TopKStats)
 
 
@@ -476,17 +475,11 @@ def check_options(owner: str, options: dict[str, Any], defaults: dict[str, Any] 
 
     A training loop asks the same thing in every step: what was accepted is remembered.
     """
-    types = tuple(map(type, options.values()))
-    if torch.compiler.is_compiling() or not _rememberable(types, options):
-        return _check_options(owner, options, defaults)
-    # Types too: 1 is equal to True, and not a flag.
-    key = (owner, divergences.version, types, *options, *options.values())
+    key = _options_key(owner, options)
     found = _accepted.get(key)
     if found is None:
         found = _check_options(owner, options, defaults)
-        if len(_accepted) >= MAX_ACCEPTED:
-            _accepted.clear()
-        _accepted[key] = found
+        _remember(_accepted, key, found)
     return found
 
 
@@ -496,13 +489,26 @@ _accepted: dict[Any, Settings] = {}
 _remembered: set[type] = {str, int, float, bool, type(None)}
 
 
-def _rememberable(types: tuple[type, ...], options: dict[str, Any]) -> bool:
-    if _remembered.issuperset(types):
-        return True
-    known = all(kind in _remembered or issubclass(kind, Divergence) for kind in types)
-    if known:
+def _options_key(owner: str, options: dict[str, Any]) -> Optional[tuple[Any, ...]]:
+    """What tells options apart, or None where a tensor is among them, or a graph is made."""
+    if torch.compiler.is_compiling():
+        return None
+    values = tuple(options.values())
+    # Types too: 1 is equal to True, and not a flag.
+    types = tuple(map(type, values))
+    if not _remembered.issuperset(types):
+        if not all(kind in _remembered or issubclass(kind, Divergence) for kind in types):
+            return None
         _remembered.update(types)
-    return known
+    return owner, divergences.version, *options, types, values
+
+
+def _remember(memory: dict[Any, Any], key: Any, value: Any) -> None:
+    if key is None:
+        return
+    if len(memory) >= MAX_ACCEPTED:
+        memory.clear()
+    memory[key] = value
 
 
 def _check_options(owner: str, options: dict[str, Any], defaults: dict[str, Any]) -> Settings:
@@ -611,92 +617,71 @@ class _Plan(NamedTuple):
         return (scale if weight is None or isinstance(weight, Tensor) else scale * weight), rows
 
     def result(self, loss: Tensor, stats: Optional[Tensor], kind: Any) -> Any:
-        return _outcome(loss, stats, self.options, self.student, kind)
+        """The loss, with the columns of ``stats`` as a named tuple of type ``kind`` where they were asked for."""
+        if not self.options["return_stats"]:
+            return loss
+        assert stats is not None
+        return loss, kind(*(column.reshape(self.student.shape[:-1]) for column in stats.unbind(-1)))
 
     def reduced(self, rows: Tensor) -> Tensor:
-        return _reduced(rows, self.options, self.student)
+        return rows.reshape(self.student.shape[:-1]) if self.options["reduction"] == "none" else rows.sum()
 
     def launch(
         self, launch: Launch, teachers: tuple[Tensor, ...], dual: Optional[Launch] = None
     ) -> tuple[Tensor, Optional[Tensor]]:
-        return _launched(launch, self.options, self.student, teachers, dual)
-
-
-def _outcome(loss: Tensor, stats: Optional[Tensor], options: dict[str, Any], student: Tensor, kind: Any) -> Any:
-    """The loss, with the columns of ``stats`` as a named tuple of type ``kind`` where they were asked for."""
-    if not options["return_stats"]:
-        return loss
-    assert stats is not None
-    return loss, kind(*(column.reshape(student.shape[:-1]) for column in stats.unbind(-1)))
-
-
-def _reduced(rows: Tensor, options: dict[str, Any], student: Tensor) -> Tensor:
-    return rows.reshape(student.shape[:-1]) if options["reduction"] == "none" else rows.sum()
-
-
-def _launched(
-    launch: Launch,
-    options: dict[str, Any],
-    student: Tensor,
-    teachers: tuple[Tensor, ...],
-    dual: Optional[Launch] = None,
-) -> tuple[Tensor, Optional[Tensor]]:
-    """Loss and statistics of a launch, through autograd where it is wanted."""
-    if launch.backend == "torch":
-        # Autograd differentiates the reference, for the teachers too.
-        loss, stats = run_reference(launch, _flat(student)[0], _flat(*teachers))
-        return _reduced(loss, options, student), stats
-    per_row = options["reduction"] == "none"
-    if torch.is_grad_enabled() and (student.requires_grad or dual is not None):
-        result = RowLoss.apply(
-            student, teachers[0] if teachers else None, teachers[1:], launch, dual, per_row, options["inplace"]
-        )
-        loss, stats = result if isinstance(result, tuple) else (result, None)
-    else:
-        loss, stats = run(launch, student.detach(), teachers, None)
-        loss = loss if per_row else loss.sum()
-    return (loss.reshape(student.shape[:-1]) if per_row else loss), stats
+        if launch.backend == "torch":
+            # Autograd differentiates the reference, for the teachers too.
+            loss, stats = run_reference(launch, _flat(self.student)[0], _flat(*teachers))
+            return self.reduced(loss), stats
+        per_row = self.options["reduction"] == "none"
+        with_grad = torch.is_grad_enabled() and (self.student.requires_grad or dual is not None)
+        if with_grad:
+            result = RowLoss.apply(
+                self.student,
+                teachers[0] if teachers else None,
+                teachers[1:],
+                launch,
+                dual,
+                per_row,
+                self.options["inplace"],
+            )
+            loss, stats = result if isinstance(result, tuple) else (result, None)
+        else:
+            loss, stats = run(launch, self.student.detach(), teachers, None)
+            loss = loss if per_row else loss.sum()
+        return (loss.reshape(self.student.shape[:-1]) if per_row else loss), stats
 
 
 class _KnownCall(NamedTuple):
     """A call that passed all checks but those of labels and of a sparse teacher's values."""
 
     plan: _Plan  # without the student
-    options: dict[str, Any]
     backend: str
     launch: Optional[Launch]  # where the call had no tensors per row, and the launch has none either
 
 
-def _call_key(owner: str, options: dict[str, Any], tensors: tuple[Any, ...], plain: bool) -> Any:
+def _call_key(owner: str, options: dict[str, Any], tensors: tuple[Any, ...], plain: bool) -> Optional[tuple[Any, ...]]:
     """All that the checks of a call look at and its backend depends on; None where that is more than can be compared.
 
     In the cold caches of a training step the checks take 0.15 ms. A loop calls with the same options and shapes again
     and again, and what they led to is remembered. On the CPU only: elsewhere the backend may change between calls.
     """
-    if torch.compiler.is_compiling():
+    key = _options_key(owner, options)
+    if key is None:
         return None
-    values = tuple(options.values())
-    types = tuple(map(type, values))
-    if not _remembered.issuperset(types):
-        return None
-    key: list[Any] = [owner, divergences.version, types, values, plain]
     for tensor in tensors:
         if type(tensor) not in _PLAIN_TENSORS or not tensor.is_cpu or tensor.layout is not torch.strided:
             return None
         key += (tensor.dtype, tensor.shape, tensor.stride())
     # The first is the student; a teacher that wants a gradient is another matter.
-    return None if any(tensor.requires_grad for tensor in tensors[1:]) else tuple(key)
+    return None if any(tensor.requires_grad for tensor in tensors[1:]) else (*key, plain)
 
 
 def _know_call(key: Any, plan: _Plan, launch: Launch, plain: bool) -> None:
-    if key is None:
-        return
-    if len(_known_calls) >= MAX_ACCEPTED:
-        _known_calls.clear()
     # Neither the student nor a sparse teacher: nobody wants their memory kept.
     bare = launch._replace(sparse_teacher=()) if plain else None
     plan = plan._replace(student=None)  # type: ignore[arg-type]
-    _known_calls[key] = _KnownCall(plan, plan.options, launch.backend, bare)
+    _remember(_known_calls, key, _KnownCall(plan, launch.backend, bare))
 
 
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)

@@ -115,8 +115,7 @@ def _keeps(like: Tensor, size: int) -> bool:
 
 def _blocks(size: int, use: str) -> deque[_Block]:
     large = size >= LARGE_BYTES
-    found = _kept.get((use, large))
-    return _kept.setdefault((use, large), deque(maxlen=1 if large else SMALL_BLOCKS)) if found is None else found
+    return _kept.setdefault((use, large), deque(maxlen=1 if large else SMALL_BLOCKS))
 
 
 def _take(size: int, use: str) -> _Block:

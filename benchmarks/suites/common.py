@@ -256,7 +256,7 @@ class _AddAsLoss(torch.autograd.Function):
 
 
 def add_through_autograd(group: str) -> Candidate:
-    """The least that a loss with a gradient of its own takes: what autograd costs, and the addition for its memory."""
+    """About the least that a loss with a gradient takes: what autograd costs, and an addition for the memory."""
 
     def run(inputs: Any) -> Outcome:
         value = _AddAsLoss.apply(inputs.student, inputs.teacher)

@@ -329,27 +329,26 @@ KDK_INLINE void accumulate(Vec<C> xs0, Vec<C> xs1, Vec<C> xt0, Vec<C> xt1, C* es
   store(et_out + kLanes<C>, et1);
 }
 
-template <int SUMS, bool MASKING, Part PART = kWhole, class X, class C>
+template <int SUMS, bool MASKING, class X, class C>
 void sweep_tile(const Row<X>& row, int64_t tile, const Affine<C> as, const Affine<C> at, C* es, C* et, RowSums& sums) {
   constexpr int64_t block = Io<X>::kBlock;
   constexpr int degree = kExpDegree<X>;
   constexpr C nothing = -std::numeric_limits<C>::infinity();
   Accumulators<C> acc;
   acc.max_s = acc.max_t = Vec<C>{} - std::numeric_limits<C>::infinity();
-  row.template pieces<PART>(
-      tile, [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t, auto lanes) KDK_LAMBDA_INLINE {
-        C *es_out = es + slot, *et_out = et + slot;
-        Accumulators<C> local = acc;
-        for (int64_t b = 0; b < blocks; ++b, s += block, t += block, es_out += block, et_out += block) {
-          prefetch_ahead<block>(s);
-          prefetch_ahead<block>(t);
-          Vec<C> s0, s1, t0, t1;
-          load_block(s, lanes, nothing, s0, s1);
-          load_block(t, lanes, nothing, t0, t1);
-          accumulate<SUMS, MASKING, degree, C>(as(s0), as(s1), at(t0), at(t1), es_out, et_out, local);
-        }
-        acc = local;
-      });
+  row.pieces(tile, [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t, auto lanes) KDK_LAMBDA_INLINE {
+    C *es_out = es + slot, *et_out = et + slot;
+    Accumulators<C> local = acc;
+    for (int64_t b = 0; b < blocks; ++b, s += block, t += block, es_out += block, et_out += block) {
+      prefetch_ahead<block>(s);
+      prefetch_ahead<block>(t);
+      Vec<C> s0, s1, t0, t1;
+      load_block(s, lanes, nothing, s0, s1);
+      load_block(t, lanes, nothing, t0, t1);
+      accumulate<SUMS, MASKING, degree, C>(as(s0), as(s1), at(t0), at(t1), es_out, et_out, local);
+    }
+    acc = local;
+  });
   sums.zs += horizontal_sum<C>(acc.zs);
   sums.zt += horizontal_sum<C>(acc.zt);
   if (SUMS & kForward) sums.forward += horizontal_sum<C>(acc.forward);
