@@ -12,6 +12,8 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <atomic>
+#include <cstring>
 #include <iterator>
 #include <optional>
 #include <string>
@@ -36,14 +38,31 @@ inline DType dtype_of(const Tensor& tensor) {
 }
 
 inline LogitsView view(const Tensor& tensor, const char* name, bool written) {
-  STD_TORCH_CHECK(tensor.dim() == 3 && (tensor.stride(2) == 1 || tensor.size(2) == 1), name,
-                  " must be [B, L, V] with unit stride in the last dimension");
+  const int64_t last = tensor.dim() - 1;
+  STD_TORCH_CHECK((last == 1 || last == 2) && (tensor.stride(last) == 1 || tensor.size(last) == 1), name,
+                  " must be [B, L, V] or [N, V] with unit stride in the last dimension");
   LogitsView out;
   out.data = written ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
-  out.stride_b = tensor.stride(0);
-  out.stride_l = tensor.stride(1);
+  out.stride_b = last == 2 ? tensor.stride(0) : 0;
+  out.stride_l = tensor.stride(last - 1);
   out.dtype = dtype_of(tensor);
   return out;
+}
+
+// The shape of logits that passed view().
+template <class Args>
+void fill_shape(Args& args, const Tensor& logits) {
+  const int64_t last = logits.dim() - 1;
+  args.batch = last == 2 ? logits.size(0) : 1;
+  args.length = logits.size(last - 1);
+  args.width = logits.size(last);
+}
+
+// Whether logits are as many rows as the student's, at least as wide as a number of columns.
+inline bool has_rows(const Tensor& logits, const RowArgs& args, int64_t columns) {
+  const int64_t last = logits.dim() - 1;
+  return (last == 2 ? logits.size(0) == args.batch : last == 1 && args.batch == 1) &&
+         logits.size(last - 1) == args.length && logits.size(last) >= columns;
 }
 
 inline PerRow per_row(const std::optional<Tensor>& values, ScalarType dtype, int64_t rows, const char* name) {
@@ -57,43 +76,57 @@ inline ScalarType sum_dtype(const Tensor& student) {
   return student.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// Whether new tensors on the CPU are filled with bytes of ones, NaN in every floating-point dtype: tests then see what
+// a kernel forgets to write. torch's own switch for that (deterministic.fill_uninitialized_memory) is beyond the stable
+// ABI.
+inline std::atomic<bool>& poisons_memory() {
+  static std::atomic<bool> on{false};
+  return on;
+}
+inline void poison(void* data, size_t bytes) {
+  if (poisons_memory().load(std::memory_order_relaxed) && bytes > 0) std::memset(data, 0xff, bytes);
+}
+
 // An uninitialised tensor on the student's device. Not by torch::stable::new_empty, which looks the op up and packs its
 // arguments: where the caches are cold that takes longer than all else here.
-template <size_t DIMENSIONS>
-Tensor new_tensor(const Tensor& student, const int64_t (&shape)[DIMENSIONS], ScalarType dtype) {
-  int64_t strides[DIMENSIONS], step = 1;
-  for (size_t d = DIMENSIONS; d-- > 0; step *= std::max<int64_t>(shape[d], 1)) strides[d] = step;
+inline Tensor new_tensor(const Tensor& student, int64_t dimensions, const int64_t* shape, const int64_t* strides,
+                         ScalarType dtype) {
   int32_t device_type, device_index;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(student.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(student.get(), &device_index));
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      DIMENSIONS, shape, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+      dimensions, shape, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
       device_index, &handle));
-  return Tensor(handle);
+  Tensor tensor(handle);
+  if (device_type == aoti_torch_device_type_cpu() && poisons_memory().load(std::memory_order_relaxed))
+    poison(tensor.mutable_data_ptr(), size_t(tensor.numel()) * tensor.element_size());
+  return tensor;
+}
+template <size_t DIMENSIONS>
+Tensor new_tensor(const Tensor& student, const int64_t (&shape)[DIMENSIONS], ScalarType dtype) {
+  int64_t strides[DIMENSIONS], step = 1;
+  for (size_t d = DIMENSIONS; d-- > 0; step *= std::max<int64_t>(shape[d], 1)) strides[d] = step;
+  return new_tensor(student, DIMENSIONS, shape, strides, dtype);
 }
 template <size_t DIMENSIONS>
 Tensor new_rows(const Tensor& student, const int64_t (&shape)[DIMENSIONS]) {
   return new_tensor(student, shape, sum_dtype(student));
 }
 
-// Fills what all row losses share, and allocates the losses.
-inline Tensor fill_rows(RowArgs& args, const Tensor& student, const std::optional<Tensor>& dstudent,
-                        const std::optional<Tensor>& labels, const std::optional<Tensor>& row_weight,
-                        int64_t vocab_size, int64_t ignore_index, double scale) {
+// Fills the tensors that the rows of every loss have, of which there are args.columns columns.
+inline void fill_tensors(RowArgs& args, const Tensor& student, const std::optional<Tensor>& dstudent,
+                         const std::optional<Tensor>& labels) {
   args.student = view(student, "student", false);
-  args.batch = student.size(0);
-  args.length = student.size(1);
-  args.width = student.size(2);
-  args.columns = vocab_size;
+  fill_shape(args, student);
   const int64_t rows = args.batch * args.length;
-  STD_TORCH_CHECK(vocab_size >= 1 && vocab_size <= args.width, "vocab_size must be in [1, ", args.width, "], got ",
-                  vocab_size);
+  STD_TORCH_CHECK(args.columns >= 1 && args.columns <= args.width, "vocab_size must be in [1, ", args.width, "], got ",
+                  args.columns);
   if (dstudent) {
     args.wants_grad = true;
     args.dstudent = view(*dstudent, "dstudent", true);
-    STD_TORCH_CHECK(dstudent->size(0) == args.batch && dstudent->size(1) == args.length &&
-                        dstudent->size(2) == args.width && args.dstudent.dtype == args.student.dtype,
+    STD_TORCH_CHECK(has_rows(*dstudent, args, args.width) && dstudent->size(dstudent->dim() - 1) == args.width &&
+                        args.dstudent.dtype == args.student.dtype,
                     "dstudent must have the student's shape and dtype");
   }
   if (labels) {
@@ -102,6 +135,15 @@ inline Tensor fill_rows(RowArgs& args, const Tensor& student, const std::optiona
                     "labels must be contiguous int64 [N]");
     args.labels = static_cast<const int64_t*>(labels->const_data_ptr());
   }
+}
+
+// Fills what all row losses share, and allocates the losses.
+inline Tensor fill_rows(RowArgs& args, const Tensor& student, const std::optional<Tensor>& dstudent,
+                        const std::optional<Tensor>& labels, const std::optional<Tensor>& row_weight,
+                        int64_t vocab_size, int64_t ignore_index, double scale) {
+  args.columns = vocab_size;
+  fill_tensors(args, student, dstudent, labels);
+  const int64_t rows = args.batch * args.length;
   args.ignore_index = ignore_index;
   args.row_weight = per_row(row_weight, sum_dtype(student), rows, "row_weight");
   args.scale = scale;
@@ -110,20 +152,29 @@ inline Tensor fill_rows(RowArgs& args, const Tensor& student, const std::optiona
   return loss;
 }
 
-// Fills what the objectives with a divergence share.
-inline void fill_objective(ObjectiveArgs& args, int divergence_index, const Tensor& student,
-                           const std::optional<Tensor>& student_temperature_rows,
-                           const std::optional<Tensor>& teacher_temperature_rows,
-                           const std::optional<Tensor>& param_rows, const std::string& divergence, double param0,
-                           double param1, double temperature, double teacher_temperature, double kd_weight,
-                           double ce_weight, double z_loss_weight, double label_smoothing, bool scale_by_t_squared,
-                           double student_softcap) {
-  STD_TORCH_CHECK(ce_weight == 0 || args.labels != nullptr || args.batch * args.length == 0, "ce_weight needs labels");
+inline void check_labels(const ObjectiveArgs& args) {
+  STD_TORCH_CHECK(args.ce_weight == 0 || args.labels != nullptr || args.batch * args.length == 0,
+                  "ce_weight needs labels");
+}
+
+// Fills what the objectives with a divergence take for each row.
+inline void fill_objective_rows(ObjectiveArgs& args, const Tensor& student,
+                                const std::optional<Tensor>& student_temperature_rows,
+                                const std::optional<Tensor>& teacher_temperature_rows,
+                                const std::optional<Tensor>& param_rows) {
+  check_labels(args);
   const ScalarType dtype = sum_dtype(student);
   const int64_t rows = args.batch * args.length;
   args.student_temperature = per_row(student_temperature_rows, dtype, rows, "student_temperature_rows");
   args.teacher_temperature = per_row(teacher_temperature_rows, dtype, rows, "teacher_temperature_rows");
   args.param = per_row(param_rows, dtype, rows, "param_rows");
+}
+
+// Fills what the objectives with a divergence take for all rows alike.
+inline void fill_objective(ObjectiveArgs& args, int divergence_index, const std::string& divergence, double param0,
+                           double param1, double temperature, double teacher_temperature, double kd_weight,
+                           double ce_weight, double z_loss_weight, double label_smoothing, bool scale_by_t_squared,
+                           double student_softcap) {
   args.divergence = divergence_index;
   STD_TORCH_CHECK(args.divergence >= 0, "this backend does not know the divergence ", divergence);
   args.param0 = param0;
@@ -136,6 +187,32 @@ inline void fill_objective(ObjectiveArgs& args, int divergence_index, const Tens
   args.label_smoothing = label_smoothing;
   args.scale_by_t_squared = scale_by_t_squared;
   args.student_softcap = student_softcap;
+}
+
+inline Tail find_tail(const std::string& name) {
+  static const char* const tails[] = {"bucket", "renormalize", "renormalize_both", "uniform", "drop"};
+  const auto found = std::find(std::begin(tails), std::end(tails), name);
+  STD_TORCH_CHECK(found != std::end(tails), "this backend does not know the tail ", name);
+  return Tail(found - std::begin(tails));
+}
+
+// Fills a sparse teacher's tensors.
+inline void fill_entries(TopkArgs& args, const Tensor& student, const Tensor& teacher_ids,
+                         const Tensor& teacher_logprobs, const std::optional<Tensor>& tail_rows) {
+  const int64_t rows = args.batch * args.length;
+  for (const Tensor* tensor : {&teacher_ids, &teacher_logprobs})
+    STD_TORCH_CHECK(tensor->dim() == 2 && tensor->size(0) == rows && tensor->size(1) == teacher_ids.size(1) &&
+                        tensor->is_contiguous(),
+                    "teacher_ids and teacher_logprobs must be contiguous [N, K]");
+  STD_TORCH_CHECK(teacher_ids.scalar_type() == ScalarType::Int || teacher_ids.scalar_type() == ScalarType::Long,
+                  "teacher_ids must be int32 or int64");
+  args.entries = teacher_ids.size(1);
+  args.ids = teacher_ids.const_data_ptr();
+  args.ids_are_64_bits = teacher_ids.scalar_type() == ScalarType::Long;
+  args.logprobs.data = const_cast<void*>(teacher_logprobs.const_data_ptr());
+  args.logprobs.stride_l = args.entries;
+  args.logprobs.dtype = dtype_of(teacher_logprobs);
+  args.tail_rows = per_row(tail_rows, sum_dtype(student), rows, "tail_rows");
 }
 
 inline Tensor new_stats(ObjectiveArgs& args, const Tensor& student, int64_t columns) {
@@ -157,27 +234,13 @@ std::tuple<Tensor, Tensor> topk_fwd(Tensor student, Tensor teacher_ids, Tensor t
                                     bool scale_by_t_squared, double student_softcap, bool stats) {
   TopkArgs args;
   Tensor loss = fill_rows(args, student, dstudent, labels, row_weight, vocab_size, ignore_index, scale);
-  fill_objective(args, FIND(divergence.c_str(), param0, param1), student, student_temperature_rows,
-                 teacher_temperature_rows, param_rows, divergence, param0, param1, temperature, teacher_temperature,
-                 kd_weight, ce_weight, z_loss_weight, label_smoothing, scale_by_t_squared, student_softcap);
+  fill_objective(args, FIND(divergence.c_str(), param0, param1), divergence, param0, param1, temperature,
+                 teacher_temperature, kd_weight, ce_weight, z_loss_weight, label_smoothing, scale_by_t_squared,
+                 student_softcap);
+  fill_objective_rows(args, student, student_temperature_rows, teacher_temperature_rows, param_rows);
+  fill_entries(args, student, teacher_ids, teacher_logprobs, tail_rows);
+  args.tail = find_tail(tail);
   const int64_t rows = args.batch * args.length;
-  for (const Tensor* tensor : {&teacher_ids, &teacher_logprobs})
-    STD_TORCH_CHECK(tensor->dim() == 2 && tensor->size(0) == rows && tensor->size(1) == teacher_ids.size(1) &&
-                        tensor->is_contiguous(),
-                    "teacher_ids and teacher_logprobs must be contiguous [N, K]");
-  STD_TORCH_CHECK(teacher_ids.scalar_type() == ScalarType::Int || teacher_ids.scalar_type() == ScalarType::Long,
-                  "teacher_ids must be int32 or int64");
-  args.entries = teacher_ids.size(1);
-  args.ids = teacher_ids.const_data_ptr();
-  args.ids_are_64_bits = teacher_ids.scalar_type() == ScalarType::Long;
-  args.logprobs.data = const_cast<void*>(teacher_logprobs.const_data_ptr());
-  args.logprobs.stride_l = args.entries;
-  args.logprobs.dtype = dtype_of(teacher_logprobs);
-  args.tail_rows = per_row(tail_rows, sum_dtype(student), rows, "tail_rows");
-  static const char* const tails[] = {"bucket", "renormalize", "renormalize_both", "uniform", "drop"};
-  const auto found = std::find(std::begin(tails), std::end(tails), tail);
-  STD_TORCH_CHECK(found != std::end(tails), "this backend does not know the tail ", tail);
-  args.tail = Tail(found - std::begin(tails));
   Tensor out_stats = new_stats(args, student, stats ? kTopkStats : 0);
   if (rows > 0) RUN(args, student);
   return {loss, out_stats};
@@ -188,9 +251,7 @@ template <auto RUN>
 void scale_grad(Tensor grad, Tensor grad_output) {
   ScaleArgs args;
   args.grad = view(grad, "grad", true);
-  args.batch = grad.size(0);
-  args.length = grad.size(1);
-  args.width = grad.size(2);
+  fill_shape(args, grad);
   const int64_t rows = args.batch * args.length;
   STD_TORCH_CHECK(grad_output.numel() == 1 || grad_output.numel() == rows,
                   "grad_output must hold one value, or one per row");

@@ -78,6 +78,54 @@ def _backward(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:
 _backward_once = torch.autograd.function.once_differentiable(_backward)
 
 
+class SummedCall(NamedTuple):
+    """A call of ``kdkernels::<pattern>_loss_cpu`` but for its tensors and its scale."""
+
+    op: Any
+    call: Tensor  # what all rows share, as <pattern>_call_cpu packs it
+    inplace: bool
+
+
+class SummedLoss(torch.autograd.Function):
+    """As ``RowLoss``, where one op of the CPU makes the gradient's memory and sums the rows."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, summed: SummedCall, scale: float, operands: tuple[Any, ...]) -> Tensor:
+        dstudent = student.detach() if summed.inplace else None
+        loss, gradient = summed.op(student, dstudent, summed.call, scale, True, *operands)
+        if dstudent is not None:
+            gradient = dstudent
+            torch.autograd.graph.increment_version(student)
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            return _backward_of_sum_once(ctx, dloss)
+        # The common case in few steps: all of this is cold.
+        if dloss.item() == 1 and not _graph_is_kept():
+            return ctx.saved_tensors[0], None, None, None
+        return _backward_of_sum(ctx, dloss)
+
+
+def _backward_of_sum(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:
+    (gradient,) = ctx.saved_tensors
+    return _scaled(gradient, dloss, "cpu"), None, None, None
+
+
+_backward_of_sum_once = torch.autograd.function.once_differentiable(_backward_of_sum)
+# torch.autograd.Function.apply, in Python, looks for transforms of torch.func before it calls this: 20 us of cold code.
+_apply_summed = super(torch.autograd.Function, SummedLoss).apply
+
+
+def run_summed(summed: SummedCall, student: Tensor, scale: float, operands: tuple[Any, ...]) -> Tensor:
+    """The loss of a call outside graphs and ``torch.func``; ``operands`` are what the op takes after ``needs_grad``."""
+    if student.requires_grad and torch.is_grad_enabled():
+        return _apply_summed(student, summed, scale, operands)
+    return summed.op(student, None, summed.call, scale, False, *operands)[0]
+
+
 def run(
     launch: Launch, student: Tensor, teachers: tuple[Tensor, ...], dstudent: Optional[Tensor]
 ) -> tuple[Tensor, Optional[Tensor]]:
@@ -173,7 +221,5 @@ def _scaled(grad: Optional[Tensor], dloss: Tensor, backend: str) -> Optional[Ten
     return grad
 
 
-def _graph_is_kept() -> bool:
-    """Whether the running backward keeps its graph; where torch does not tell, the safe answer is yes."""
-    query = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if query is None else bool(query())
+# Whether the running backward keeps its graph; where torch does not tell, the safe answer is yes.
+_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Optional, Union
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Optional, TypeVar, Union
 
 import torch
 from torch import Tensor
 
-from kdkernels import backends, checks, divergences, reduction, reference
-from kdkernels.autograd import Launch, RowLoss, run, run_reference
+from kdkernels import backends, checks, divergences, ops, reduction, reference
+from kdkernels.autograd import Launch, RowLoss, SummedCall, run, run_reference, run_summed
 from kdkernels.divergences import Divergence
 
 PerRow = Union[float, Tensor]
@@ -35,6 +36,68 @@ class KDStats(NamedTuple):
     acceptance: Tensor
 
 
+_Loss = TypeVar("_Loss", bound=Callable[..., Any])
+
+
+def _dense_loss(prepare: _Loss) -> _Loss:
+    """Make what checks and prepares a call of ``kd_loss`` a function that runs it, and remembers what led to what."""
+
+    @functools.wraps(prepare)
+    def loss(student: Any, teacher: Any, labels: Any = None, **options: Any) -> Any:
+        key = _call_key("kd_loss", options, (student, teacher), labels is None)
+        known = None if key is None else _known_calls.get(key)
+        if known is None:
+            call = prepare(student, teacher, labels, **options)
+            known = _know_call(key, call, plain=labels is None)
+            launch = call.launch
+            if known.summed is not None:
+                return run_summed(known.summed, student, launch.options["scale"], (teacher, launch.tensors[0]))
+            return _dense(call.plan, call.teachers, launch)
+        if known.summed is not None:
+            scale, flat = known.scale_and_labels(student, labels)
+            return run_summed(known.summed, student, scale, (teacher, flat))
+        plan = known.plan._replace(student=student)
+        launch = known.launch or _dense_call(plan, labels, None, plan.options["mixture"], known.backend)
+        return _dense(plan, (teacher,), launch)
+
+    return loss  # type: ignore[return-value]
+
+
+def _topk_loss(prepare: _Loss) -> _Loss:
+    """As ``_dense_loss``, for ``topk_kd_loss``; the values of a sparse teacher are checked in every call."""
+
+    @functools.wraps(prepare)
+    def loss(
+        student: Any,
+        teacher_ids: Any,
+        teacher_logprobs: Any,
+        labels: Any = None,
+        *,
+        tail_logprob: Any = None,
+        **options: Any,
+    ) -> Any:
+        given = (labels is None, tail_logprob is None)
+        key = _call_key("topk_kd_loss", options, (student, teacher_ids, teacher_logprobs), *given)
+        known = None if key is None else _known_calls.get(key)
+        if known is None:
+            call = prepare(student, teacher_ids, teacher_logprobs, labels, tail_logprob=tail_logprob, **options)
+            known, plan, launch = _know_call(key, call, plain=all(given)), call.plan, call.launch
+        else:
+            plan = known.plan._replace(student=student)
+            teacher = checks.sparse_entries(teacher_ids, teacher_logprobs, plan.columns)
+            if known.launch is not None:
+                launch = known.launch._replace(sparse_teacher=teacher)
+            else:
+                launch = _topk_call(plan, teacher, labels, tail_logprob, known.backend)
+        if known.summed is not None:
+            operands = (*launch.sparse_teacher, launch.tensors[0], launch.tensors[-1])
+            return run_summed(known.summed, student, launch.options["scale"], operands)
+        return plan.result(*plan.launch(launch, ()), TopKStats)
+
+    return loss  # type: ignore[return-value]
+
+
+@_dense_loss
 def kd_loss(
     student: Tensor,
     teacher: Union[Tensor, Sequence[Tensor]],
@@ -124,22 +187,14 @@ def kd_loss(
     options = dict(locals())
     for name in ("student", "teacher", "labels"):
         del options[name]
-    key = _call_key("kd_loss", options, (student, teacher), labels is None)
-    teachers = _teachers(teacher)
-    known = _known_calls.get(key)
-    if known is not None:
-        plan, launch = known.plan._replace(student=student), known.launch
-        if launch is None:
-            launch = _dense_call(plan, labels, None, mixture, known.backend)
-        return _dense(plan, teachers, launch)
     plan = _plan("kd_loss", options, student)
+    teachers = _teachers(teacher)
     for k, item in enumerate(teachers):
         checks.teacher_like("teacher" if len(teachers) == 1 else f"teacher[{k}]", item, student, vocab_size)
     single = isinstance(teacher, Tensor)
     weights = _mixture_weights(teacher_weights, mixture, len(teachers), student, single=single)
     launch = _dense_call(plan, labels, weights, mixture, _dense_backend(plan, teachers, weights))
-    _know_call(key, plan, launch, labels is None)
-    return _dense(plan, teachers, launch)
+    return _Call(plan, teachers, launch)
 
 
 class TopKStats(NamedTuple):
@@ -159,6 +214,7 @@ class TopKStats(NamedTuple):
     overlap: Tensor
 
 
+@_topk_loss
 def topk_kd_loss(
     student: Tensor,
     teacher_ids: Tensor,
@@ -250,26 +306,10 @@ def topk_kd_loss(
     options = dict(locals())
     for name in ("student", "teacher_ids", "teacher_logprobs", "labels", "tail_logprob"):
         del options[name]
-    plain = labels is None and tail_logprob is None
-    key = _call_key("topk_kd_loss", options, (student, teacher_ids, teacher_logprobs), plain)
-    known = _known_calls.get(key)
-    if known is None:
-        plan = _plan("topk_kd_loss", options, student)
-        teacher = checks.sparse_teacher(teacher_ids, teacher_logprobs, student, plan.columns)
-        name = backends.select(backend, student.device.type, divergence=plan.divergence.name, pattern="topk_fwd")
-    else:
-        plan, name = known.plan._replace(student=student), known.backend
-        teacher = checks.sparse_entries(teacher_ids, teacher_logprobs, plan.columns)
-    if known is not None and known.launch is not None:
-        launch = known.launch._replace(sparse_teacher=teacher)
-    else:
-        tail_rows = checks.tail_like(tail_logprob, tail, student)
-        flat, row_param = _labels_and_param(plan, labels)
-        scale, weight = plan.weights(flat)
-        launch = topk_launch(plan, name, teacher, (flat, weight, row_param, tail_rows), scale)
-    if known is None:
-        _know_call(key, plan, launch, plain)
-    return plan.result(*plan.launch(launch, ()), TopKStats)
+    plan = _plan("topk_kd_loss", options, student)
+    teacher = checks.sparse_teacher(teacher_ids, teacher_logprobs, student, plan.columns)
+    name = backends.select(backend, student.device.type, divergence=plan.divergence.name, pattern="topk_fwd")
+    return _Call(plan, (), _topk_call(plan, teacher, labels, tail_logprob, name))
 
 
 def taid_loss(
@@ -652,38 +692,75 @@ class _Plan(NamedTuple):
         return (loss.reshape(self.student.shape[:-1]) if per_row else loss), stats
 
 
+class _Call(NamedTuple):
+    """A call after all checks."""
+
+    plan: _Plan
+    teachers: tuple[Tensor, ...]
+    launch: Launch
+
+
 class _KnownCall(NamedTuple):
-    """A call that passed all checks but those of labels and of a sparse teacher's values."""
+    """A call that passed all checks but those of labels, of a sparse teacher's values, and of a captured tail."""
 
     plan: _Plan  # without the student
     backend: str
     launch: Optional[Launch]  # where the call had no tensors per row, and the launch has none either
+    summed: Optional[SummedCall]  # where one op makes all of the loss
+
+    def scale_and_labels(self, student: Tensor, labels: Any) -> tuple[float, Optional[Tensor]]:
+        """What a summed call takes beside the logits."""
+        if self.launch is not None:
+            return self.launch.options["scale"], None
+        plan = self.plan._replace(student=student)
+        flat, _ = _labels_and_param(plan, labels)
+        return plan.weights(flat)[0], flat
 
 
-def _call_key(owner: str, options: dict[str, Any], tensors: tuple[Any, ...], plain: bool) -> Optional[tuple[Any, ...]]:
+def _call_key(owner: str, options: dict[str, Any], tensors: tuple[Any, ...], *given: bool) -> Optional[tuple[Any, ...]]:
     """All that the checks of a call look at and its backend depends on; None where that is more than can be compared.
 
     In the cold caches of a training step the checks take 0.15 ms. A loop calls with the same options and shapes again
     and again, and what they led to is remembered. On the CPU only: elsewhere the backend may change between calls.
+    ``options`` are those that were given: a look at two costs less than one at all 23.
     """
     key = _options_key(owner, options)
-    if key is None:
+    if key is None or _in_transform():
         return None
     for tensor in tensors:
-        if type(tensor) not in _PLAIN_TENSORS or not tensor.is_cpu or tensor.layout is not torch.strided:
+        if type(tensor) not in _PLAIN_TENSORS or not tensor.is_cpu or tensor.layout is not _STRIDED:
             return None
         key += (tensor.dtype, tensor.shape, tensor.stride())
-    # The first is the student; a teacher that wants a gradient is another matter.
-    return None if any(tensor.requires_grad for tensor in tensors[1:]) else (*key, plain)
+    # Teachers that want a gradient are another matter.
+    return None if tensors[1].requires_grad or tensors[-1].requires_grad else key + given
 
 
-def _know_call(key: Any, plan: _Plan, launch: Launch, plain: bool) -> None:
+def _know_call(key: Any, call: _Call, *, plain: bool) -> _KnownCall:
     # Neither the student nor a sparse teacher: nobody wants their memory kept.
+    plan, launch = call.plan._replace(student=None), call.launch  # type: ignore[arg-type]
     bare = launch._replace(sparse_teacher=()) if plain else None
-    plan = plan._replace(student=None)  # type: ignore[arg-type]
-    _remember(_known_calls, key, _KnownCall(plan, launch.backend, bare))
+    summed = None if key is None else _summed_call(call)
+    known = _KnownCall(plan, launch.backend, bare, summed)
+    _remember(_known_calls, key, known)
+    return known
 
 
+def _summed_call(call: _Call) -> Optional[SummedCall]:
+    """The call of one op that does all of it, on the CPU and where nothing is asked for or given by row but labels."""
+    plan, launch = call.plan, call.launch
+    if launch.backend != "cpu" or plan.options["reduction"] == "none" or plan.options["return_stats"]:
+        return None
+    rows = launch.tensors[1:-1] if launch.sparse_teacher else launch.tensors[1:]
+    if plan.student.dim() not in (2, 3) or any(item is not None for item in rows):
+        return None
+    pattern = launch.pattern.removesuffix("_fwd")
+    alike = {name: value for name, value in launch.options.items() if name not in ("scale", "stats", "mixture")}
+    packed = ops.op(f"{pattern}_call", "cpu")(plan.student.detach(), **alike)
+    return SummedCall(ops.op(f"{pattern}_loss", "cpu"), packed, plan.options["inplace"])
+
+
+_in_transform = torch._C._are_functorch_transforms_active
+_STRIDED = torch.strided
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 _known_calls: dict[Any, _KnownCall] = {}
 
@@ -725,6 +802,19 @@ def _dense_call(
     flat, row_param = _labels_and_param(plan, labels)
     scale, weight = plan.weights(flat)
     return dense_launch(plan, backend, (flat, weight, row_param), scale, mixture_weights, mixture)
+
+
+def _topk_call(
+    plan: _Plan,
+    teacher: tuple[Tensor, ...],
+    labels: Optional[Tensor],
+    tail_logprob: Optional[Tensor],
+    backend: str,
+) -> Launch:
+    tail_rows = checks.tail_like(tail_logprob, plan.options["tail"], plan.student)
+    flat, row_param = _labels_and_param(plan, labels)
+    scale, weight = plan.weights(flat)
+    return topk_launch(plan, backend, teacher, (flat, weight, row_param, tail_rows), scale)
 
 
 def _dense(plan: _Plan, teachers: tuple[Tensor, ...], launch: Launch) -> Any:

@@ -1,6 +1,7 @@
 """torch.library schemas and fakes of every op, and nothing else.
 
 One op per access pattern and backend, ``kdkernels::<pattern>_<backend>``; all backends of a pattern share one schema.
+Beside them stand those of the CPU that make a whole loss in one call.
 The CPU and CUDA implementations are registered by the compiled libraries ``_C`` and ``_C_cuda`` when they are loaded,
 the Triton ones by ``kdkernels.backends.triton``.
 
@@ -73,6 +74,26 @@ SCHEMAS = {
     "scale_grad": "(Tensor(a!) grad, Tensor grad_output) -> ()",
 }
 
+# The whole loss of the compiled CPU backend, its rows summed: what a training loop calls again and again, with no
+# tensor per row but labels and a sparse teacher's tail. ``call`` is what <pattern>_call_cpu returns for the numbers and
+# names that all rows share. Logits are [B, L, V] or [N, V]. Returns the loss (0-d), and the gradient of the student's
+# logits where needs_grad asks for it and there is no dstudent to write it to; else that is empty.
+_ALIKE = (
+    "str divergence, float param0, float param1, int vocab_size, int ignore_index, float temperature, "
+    "float teacher_temperature, float kd_weight, float ce_weight, float z_loss_weight, float label_smoothing, "
+    "bool scale_by_t_squared, float student_softcap"
+)
+_SUMMED = "Tensor student, Tensor(a!)? dstudent, Tensor call, float scale, bool needs_grad"
+SUMMED_SCHEMAS = {
+    "dense_call": f"(Tensor student, *, {_ALIKE}, str teacher_form, float teacher_softcap, bool standardize) -> Tensor",
+    "topk_call": f"(Tensor student, *, {_ALIKE}, str tail) -> Tensor",
+    "dense_loss": f"({_SUMMED}, Tensor teacher, Tensor? labels) -> (Tensor, Tensor)",
+    "topk_loss": (
+        f"({_SUMMED}, Tensor teacher_ids, Tensor teacher_logprobs, Tensor? labels, Tensor? tail_rows) "
+        "-> (Tensor, Tensor)"
+    ),
+}
+
 # The loop of a pattern over chunks of rows whose logits are products. Returns (loss [N], stats [N, S], dhidden,
 # dweight, dbias); a gradient that needs (of hidden, weight and bias) does not ask for is empty.
 LINEAR_TEACHERS = {
@@ -91,6 +112,11 @@ LACKING = {
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define("cpu_isa() -> str")
+# The memory behind kdkernels.memory.
+_library.define("kept_empty(int[] shape, ScalarType dtype, str use) -> Tensor")
+_library.define("kept_blocks(str use) -> int[]")
+_library.define("kept_release() -> ()")
+_library.define("poison_memory(bool on) -> ()")  # what the library makes from here on is NaN: for tests
 # Checks of values on the CPU. Labels int64 and contiguous; ids and log-probabilities contiguous and of one size.
 _library.define("labels_are_sound(Tensor labels, int columns, int ignore_index) -> bool")
 _library.define("sparse_teacher_is_sound(Tensor ids, Tensor logprobs, int columns) -> bool")
@@ -141,6 +167,20 @@ def _capture_fake(teacher: Tensor, *args: object, k: int, **kwargs: object) -> t
     return torch.empty_like(logprobs, dtype=torch.int32), logprobs, _rows(teacher)
 
 
+def _call_fake(student: Tensor, **alike: object) -> Tensor:
+    size = torch.library.get_ctx().new_dynamic_size()
+    return student.new_empty(size, dtype=torch.uint8)
+
+
+def _summed_fake(
+    student: Tensor, dstudent: Optional[Tensor], call: Tensor, scale: float, needs_grad: bool, *args: object
+) -> tuple[Tensor, Tensor]:
+    loss = student.new_empty((), dtype=torch.float64 if student.dtype == torch.float64 else torch.float32)
+    if needs_grad and dstudent is None:
+        return loss, torch.empty_like(student, memory_format=torch.contiguous_format)
+    return loss, loss.new_empty(0)
+
+
 def _none_fake(*args: object, **kwargs: object) -> None:
     return None
 
@@ -152,10 +192,14 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "dkd_fwd": _rows_fake,
     "mse_fwd": _rows_fake,
     "scale_grad": _none_fake,
+    "dense_call": _call_fake,
+    "topk_call": _call_fake,
+    "dense_loss": _summed_fake,
+    "topk_loss": _summed_fake,
 }
 
 for _backend in PATTERN_BACKENDS:
-    for _pattern, _schema in SCHEMAS.items():
+    for _pattern, _schema in {**SCHEMAS, **(SUMMED_SCHEMAS if _backend == "cpu" else {})}.items():
         if _backend in LACKING.get(_pattern, {}):
             continue
         _name = f"{_pattern}_{_backend}"

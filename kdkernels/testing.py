@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels import divergences
+from kdkernels.backends import cpu
 from kdkernels.divergences import Divergence
 from kdkernels.functional import KDStats, kd_loss
 from kdkernels.reference import divergences as reference_divergences
@@ -565,7 +566,8 @@ def check_kd_loss(
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Within it ``torch.empty`` and its kin return NaN, so that a kernel that forgets to write an output shows."""
+    """Within it ``torch.empty`` and its kin return NaN, and so does what the compiled CPU backend makes for its outputs,
+    so that a kernel that forgets to write one shows."""
     memory: Any = torch.utils.deterministic
     before = memory.fill_uninitialized_memory
     enabled, warn_only = (
@@ -574,8 +576,13 @@ def poisoned_memory() -> Iterator[None]:
     )
     torch.use_deterministic_algorithms(True, warn_only=True)
     memory.fill_uninitialized_memory = True
+    compiled = cpu.load_error() is None
+    if compiled:
+        torch.ops.kdkernels.poison_memory(True)
     try:
         yield
     finally:
+        if compiled:
+            torch.ops.kdkernels.poison_memory(False)
         memory.fill_uninitialized_memory = before
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kdkernels as kd
-from kdkernels import backends
+from kdkernels import backends, testing
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INF = math.inf
@@ -14,13 +14,9 @@ INF = math.inf
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """``torch.empty`` returns NaN, so that an output that is not written shows."""
-    enabled, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(enabled)
-    torch.utils.deterministic.fill_uninitialized_memory = fill
+    """An output that is not written shows."""
+    with testing.poisoned_memory():
+        yield
 
 
 def expected(logits, k, temperature=1.0):

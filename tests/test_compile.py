@@ -191,7 +191,7 @@ def test_opcheck_of_the_other_ops():
         ({"teachers": [torch.empty(2, 3, VOCAB)] * 2}, "a mixture needs mixture_weights"),
         ({"teachers": [torch.empty(2, 2, VOCAB)]}, "teacher must have the student's rows"),
         ({"teachers": [torch.empty(2, 3, 2 * VOCAB)[..., ::2]]}, "unit stride in the last dimension"),
-        ({"student": torch.empty(6, VOCAB)}, r"student must be \[B, L, V\]"),
+        ({"student": torch.empty(VOCAB)}, r"student must be \[B, L, V\]"),
         ({"ce_weight": 1.0}, "ce_weight needs labels"),
         ({"row_weight": torch.ones(6).double()}, "row_weight must hold one value per row in the dtype of the sums"),
     ],

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 import kdkernels as kd
 from kdkernels import backends, divergences, testing
+from kdkernels.backends import cpu
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 # Small vocabularies in many rows, large ones in few: every edge of the kernels' tiles and vectors, in seconds.
@@ -268,6 +269,13 @@ def test_the_oracle_sees_what_is_wrong():
 def test_poisoned_memory_is_nan_and_only_there():
     with testing.poisoned_memory():
         assert torch.empty(3).isnan().all() and torch.empty_like(torch.zeros(2, dtype=torch.bfloat16)).isnan().all()
-        # The losses that the compiled library allocates are poisoned too.
-        assert torch.ones(2).new_empty(4).isnan().all()
+        # What the compiled library allocates is poisoned too, in kept memory and elsewhere.
+        if cpu.load_error() is None:
+            for size in (5, 2**22):
+                torch.ops.kdkernels.kept_empty([size], torch.float32, "test").zero_()
+                assert torch.ops.kdkernels.kept_empty([size], torch.float32, "test").isnan().all()
+    if cpu.load_error() is None:
+        zeros = torch.ops.kdkernels.kept_empty([2**22], torch.float32, "test").zero_()
+        del zeros
+        assert not torch.ops.kdkernels.kept_empty([2**22], torch.float32, "test").isnan().any()
     assert not torch.are_deterministic_algorithms_enabled()

@@ -30,8 +30,4 @@ const KernelTable& avx512_kernels();
 // Index of a divergence by name and parameters, or -1.
 int find_divergence(const char* name, double param0, double param1);
 
-// Asks for huge pages under a fresh output, where the system has them on request: faulting it in by 4 KB pages costs
-// more than the kernel.
-void prefer_huge_pages(void* data, size_t bytes);
-
 }  // namespace kdk
