@@ -566,8 +566,10 @@ def check_kd_loss(
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Within it ``torch.empty`` and its kin return NaN, and so does what the compiled CPU backend makes for its outputs,
-    so that a kernel that forgets to write one shows."""
+    """Within it ``torch.empty`` and its kin return NaN, so that a kernel that forgets to write an output shows.
+
+    So do the outputs that the compiled CPU backend makes.
+    """
     memory: Any = torch.utils.deterministic
     before = memory.fill_uninitialized_memory
     enabled, warn_only = (
