@@ -59,7 +59,7 @@ class Candidate:
         name: unique within its group.
         group: what is computed; candidates of one group share the expected outcome and the baselines.
         family: "eager", "compile", "peer" (another package), "kdkernels" (through autograd), "kernel" (the op alone),
-            "reference" (kdkernels in plain PyTorch) or "probe" (a yardstick).
+            "reference" (kdkernels in plain PyTorch), "probe" (a yardstick) or "fixed" (what does not grow with logits).
         build: returns the function to time, compiling it where it must be compiled.
         expected: replaces the suite's expected outcome, for probes that compute something else.
     """

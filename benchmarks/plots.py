@@ -24,6 +24,7 @@ COLOURS = {
     "kernel": "#f5b37d",
     "reference": "#fbe6d5",
     "probe": "#ffffff",
+    "fixed": "#ffffff",
 }
 MEANING = {
     "eager": "eager PyTorch",
@@ -33,6 +34,7 @@ MEANING = {
     "kernel": "its op alone",
     "reference": "its reference in plain PyTorch",
     "probe": "yardstick",
+    "fixed": "what any loss costs",
 }
 EDGE = "#555555"
 PANEL_INCHES, LABEL_INCHES, BAR_INCHES = 4.1, 2.7, 0.26

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 from tabulate import tabulate
 
 from benchmarks import plots
 from benchmarks.model import Case
-from benchmarks.summary import Report, Row, Spread, rows, where
+from benchmarks.summary import Bound, Report, Row, Spread, bound, rows, where
 
 SCHEMA = 1
 
@@ -24,6 +24,13 @@ def text(report: Report, *, tablefmt: str) -> str:
         for threads in report.options["threads"]:
             table = _table(report, case, threads, several, tablefmt)
             parts.append(f"{report.suite.title}: {case}, {where(report, threads)}\n\n{table}")
+            least = bound(report, case, threads)
+            if least is not None:
+                eager, compiled = (_ratio(x) or "-" for x in (least.faster_than_eager, least.faster_than_compile))
+                parts.append(
+                    f"The limit, {least.floor_seconds * 1e3:.2f} ms, and an autograd.Function that does nothing "
+                    f"together: {least.seconds.median * 1e3:.2f} ms, {eager} x eager, {compiled} x compile."
+                )
     absent = _absent(report)
     if absent:
         parts.append("Not run here:\n" + "\n".join(f"- {line}" for line in absent))
@@ -40,7 +47,8 @@ LEGEND = """\
 "ms": median of the rounds, then the quartiles. "x eager", "x compile": how many times faster than the fastest eager
 and the fastest compiled formulation of the same loss. "of {probe}": time beside {yardstick}.
 "of limit": the least time that the {bandwidth} bandwidth allows for the bytes that must move, over the time taken (more
-than 100 % is cache). "memory": peak of forward and backward beyond the inputs, in units of one {unit}.
+than 100 % is cache: a gradient written in place may stay there). "memory": peak of forward and backward beyond the
+inputs, in units of one {unit}.
 Ratios are taken per round, then their median."""
 
 
@@ -116,7 +124,8 @@ def as_json(report: Report) -> dict[str, Any]:
                     "threads": threads,
                     "unit_bytes": report.suite.unit_bytes(case),
                     "floor_bytes": report.suite.floor_bytes(case),
-                    "candidates": [_row_as_json(row) for row in rows(report, case, threads)],
+                    "candidates": [_as_json(row) for row in rows(report, case, threads)],
+                    "bound": _bound_as_json(report, case, threads),
                     "absent": report.timed[threads]["results"][index]["absent"],
                 }
             )
@@ -133,13 +142,18 @@ def as_json(report: Report) -> dict[str, Any]:
     }
 
 
-def _row_as_json(row: Row) -> dict[str, Any]:
+def _bound_as_json(report: Report, case: Case, threads: int) -> Optional[dict[str, Any]]:
+    least = bound(report, case, threads)
+    return None if least is None else _as_json(least)
+
+
+def _as_json(record: Union[Row, Bound]) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         if isinstance(value, Spread):
             return {"median": value.median, "q1": value.q1, "q3": value.q3}
         return value
 
-    return {name: plain(value) for name, value in vars(row).items()}
+    return {name: plain(value) for name, value in vars(record).items()}
 
 
 def _measured(report: Report) -> list[dict[str, Any]]:

@@ -65,28 +65,63 @@ class Row:
     first_run_seconds: float
 
 
+@dataclass(frozen=True)
+class Bound:
+    """``floor_seconds``, the least time for a loss's bytes, and the fixed cost around it; only caches beat it."""
+
+    seconds: Spread
+    floor_seconds: float
+    faster_than_eager: Optional[Spread]
+    faster_than_compile: Optional[Spread]
+
+
+def floor_seconds(report: Report, case: Case, threads: int) -> float:
+    """The least time that the suite's bandwidth allows for the bytes that must move."""
+    bandwidth = report.timed[threads]["limits"][report.suite.bandwidth]
+    return report.suite.floor_bytes(case) / (bandwidth * 1e9)
+
+
+def bound(report: Report, case: Case, threads: int) -> Optional[Bound]:
+    """The bound of a case whose suite measures the fixed cost (a candidate of the family "fixed"); else None."""
+    measured = report.timed[threads]["results"][report.cases.index(case)]["candidates"]
+    fixed = next((item for item in measured if item["family"] == "fixed"), None)
+    if fixed is None:
+        return None
+    floor = floor_seconds(report, case, threads)
+    least = floor + np.asarray(fixed["seconds"])
+    eager, compiled = (_fastest(measured, fixed["group"], family) for family in ("eager", "compile"))
+    return Bound(
+        seconds=Spread.of(least),
+        floor_seconds=floor,
+        faster_than_eager=None if eager is None else Spread.of(eager / least),
+        faster_than_compile=None if compiled is None else Spread.of(compiled / least),
+    )
+
+
+def _fastest(measured: Sequence[dict[str, Any]], group: str, family: str) -> Optional[np.ndarray]:
+    members = [np.asarray(item["seconds"]) for item in measured if (item["group"], item["family"]) == (group, family)]
+    return min(members, key=lambda values: float(np.median(values)), default=None)
+
+
 def rows(report: Report, case: Case, threads: int) -> list[Row]:
     """The candidates of a case, in the order in which the suite lists them."""
     answer = report.timed[threads]
     measured = answer["results"][report.cases.index(case)]["candidates"]
     seconds = {(item["group"], item["name"]): np.asarray(item["seconds"]) for item in measured}
     probe = next((seconds[item["group"], item["name"]] for item in measured if item["family"] == "probe"), None)
-    floor = report.suite.floor_bytes(case) / (answer["limits"][report.suite.bandwidth] * 1e9)
+    floor = floor_seconds(report, case, threads)
     peaks = report.memory.get(str(case), {})
-
-    def fastest(group: str, family: str) -> Optional[np.ndarray]:
-        members = [
-            seconds[group, item["name"]] for item in measured if (item["group"], item["family"]) == (group, family)
-        ]
-        return min(members, key=lambda values: float(np.median(values)), default=None)
 
     found = []
     for item in measured:
         own = seconds[item["group"], item["name"]]
         loss = item["family"] != "probe"
-        eager, compiled = (fastest(item["group"], family) if loss else None for family in ("eager", "compile"))
+        eager, compiled = (
+            _fastest(measured, item["group"], family) if loss else None for family in ("eager", "compile")
+        )
         baseline = seconds.get((report.suite.baseline_group or "", item["name"])) if loss else None
         peak = peaks.get(f"{item['group']} / {item['name']}")
+        share = report.suite.floor_share.get(item["group"], 1.0)
         found.append(
             Row(
                 name=item["name"],
@@ -97,7 +132,7 @@ def rows(report: Report, case: Case, threads: int) -> list[Row]:
                 faster_than_compile=None if compiled is None else Spread.of(compiled / own),
                 of_probe=None if probe is None else Spread.of(own / probe),
                 of_baseline=None if baseline is None else Spread.of(own / baseline),
-                of_bandwidth=floor * report.suite.floor_share.get(item["group"], 1.0) / float(np.median(own)),
+                of_bandwidth=None if item["family"] == "fixed" else floor * share / float(np.median(own)),
                 peak_bytes=peak,
                 peak_units=None if peak is None else peak / report.suite.unit_bytes(case),
                 errors=item["errors"],

@@ -531,7 +531,8 @@ _remembered: set[type] = {str, int, float, bool, type(None)}
 
 def _options_key(owner: str, options: dict[str, Any]) -> Optional[tuple[Any, ...]]:
     """What tells options apart, or None where a tensor is among them, or a graph is made."""
-    if torch.compiler.is_compiling():
+    # is_compiling() also asks about TorchScript, and about export, where tensors are fake: 5 us of cold code.
+    if torch.compiler.is_dynamo_compiling():
         return None
     values = tuple(options.values())
     # Types too: 1 is equal to True, and not a flag.

@@ -66,7 +66,7 @@ def test_quick_run_writes_table_json_and_plot(tmp_path):
         measured = {row["name"]: row for row in result["candidates"]}
         absent = {item["name"]: item["reason"] for item in result["absent"]}
         expected = {"eager, as written", "eager, log_target", "torch.compile, log_target", "kdkernels torch"}
-        expected |= {"torch.add(s, t, out=g)", "torch.add through autograd"}
+        expected |= {"torch.add(s, t, out=g)", "torch.add through autograd", "autograd.Function, no work"}
         for backend in fused:
             mine = {f"kdkernels {backend.name}", f"kdkernels {backend.name}, in place"}
             mine |= {f"{backend.name} kernel, output allocated"}
@@ -79,6 +79,15 @@ def test_quick_run_writes_table_json_and_plot(tmp_path):
         for row in measured.values():
             assert len(row["rounds"]) == 3 and min(row["rounds"]) > 0
             assert row["seconds"]["q1"] <= row["seconds"]["median"] <= row["seconds"]["q3"]
+        fixed = measured["autograd.Function, no work"]
+        assert fixed["of_bandwidth"] is None
+        seconds = result["bound"]["floor_seconds"] + fixed["seconds"]["median"]
+        assert result["bound"]["seconds"]["median"] == pytest.approx(seconds)
+        ratio = np.divide(
+            measured["torch.compile, log_target"]["rounds"],
+            result["bound"]["floor_seconds"] + np.array(fixed["rounds"]),
+        )
+        assert result["bound"]["faster_than_compile"]["median"] == pytest.approx(np.median(ratio))
 
     table = (tmp_path / "dense.md").read_text()
     assert "| eager, as written" in table and "GB/s, " in table

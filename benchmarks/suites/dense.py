@@ -40,6 +40,7 @@ def make_candidates(case: Case) -> list[Union[Candidate, Absent]]:
         *common.kernels(GROUP, case),
         *common.ours(GROUP, forward_kl, case, backends=("torch",)),
         common.add_through_autograd(GROUP),
+        *common.nothing_through_autograd(GROUP, case),
         common.add_probe(GROUP),
     ]
 
