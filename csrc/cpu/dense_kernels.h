@@ -278,6 +278,22 @@ KDK_INLINE void prefetch_ahead(const X* elements) {
     __builtin_prefetch(reinterpret_cast<const void*>(first + uintptr_t(offset)));
 }
 
+// What is fetched of the next row while the gradient of this one is written, block for block: both rows from where
+// prefetch_ahead ends.
+template <class X>
+struct NextRows {
+  const X *s = nullptr, *t = nullptr;
+  int64_t elements = 0;
+
+  template <int64_t COUNT>
+  KDK_INLINE void fetch() {
+    if (elements <= 0) return;
+    prefetch_ahead<COUNT>(s);
+    prefetch_ahead<COUNT>(t);
+    s += COUNT, t += COUNT, elements -= COUNT;
+  }
+};
+
 template <class C>
 struct Accumulators {
   Vec<C> zs = {}, zt = {}, forward = {}, teacher = {}, reverse = {}, student = {}, max_s, max_t;
@@ -813,7 +829,7 @@ struct BlockWriter {
 };
 
 template <bool LOGS, int CE, bool STREAM, bool ACCEPTED, class X>
-void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, X* out) {
+void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, X* out, NextRows<X> next) {
   using C = typename Io<X>::C;
   using V = Vec<C>;
   constexpr int64_t block = Io<X>::kBlock;
@@ -855,6 +871,7 @@ void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k
                      g1 += load<V>(e1_in + kLanes<C>) * c1;
                    }
                    writer.put(i, g0, g1);
+                   if (STREAM) next.template fetch<block>();
                  }
                  accepted = local_accepted;
                });
@@ -863,28 +880,30 @@ void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k
 }
 
 template <bool LOGS, int CE, class X>
-void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, X* out, bool streamed) {
+void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, X* out, bool streamed,
+                    const NextRows<X>& next) {
   if (k.accepted != nullptr) {
-    return streamed ? write_gradient<LOGS, CE, true, true>(row, k, out)
-                    : write_gradient<LOGS, CE, false, true>(row, k, out);
+    return streamed ? write_gradient<LOGS, CE, true, true>(row, k, out, next)
+                    : write_gradient<LOGS, CE, false, true>(row, k, out, next);
   }
-  return streamed ? write_gradient<LOGS, CE, true, false>(row, k, out)
-                  : write_gradient<LOGS, CE, false, false>(row, k, out);
+  return streamed ? write_gradient<LOGS, CE, true, false>(row, k, out, next)
+                  : write_gradient<LOGS, CE, false, false>(row, k, out, next);
 }
 
 // With logarithms powers come as kCeOwn.
 template <class X>
-void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, X* out, bool streamed) {
+void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, X* out, bool streamed,
+                    const NextRows<X>& next = {}) {
   if (k.logs) {
-    return k.ce == kCeOwn ? write_gradient<true, kCeOwn>(row, k, out, streamed)
-                          : write_gradient<true, kCeNone>(row, k, out, streamed);
+    return k.ce == kCeOwn ? write_gradient<true, kCeOwn>(row, k, out, streamed, next)
+                          : write_gradient<true, kCeNone>(row, k, out, streamed, next);
   }
   switch (k.ce) {
-    case kCeSquare: return write_gradient<false, kCeSquare>(row, k, out, streamed);
-    case kCeCube: return write_gradient<false, kCeCube>(row, k, out, streamed);
-    case kCeFourth: return write_gradient<false, kCeFourth>(row, k, out, streamed);
-    case kCeOwn: return write_gradient<false, kCeOwn>(row, k, out, streamed);
-    default: return write_gradient<false, kCeNone>(row, k, out, streamed);
+    case kCeSquare: return write_gradient<false, kCeSquare>(row, k, out, streamed, next);
+    case kCeCube: return write_gradient<false, kCeCube>(row, k, out, streamed, next);
+    case kCeFourth: return write_gradient<false, kCeFourth>(row, k, out, streamed, next);
+    case kCeOwn: return write_gradient<false, kCeOwn>(row, k, out, streamed, next);
+    default: return write_gradient<false, kCeNone>(row, k, out, streamed, next);
   }
 }
 
@@ -1208,7 +1227,10 @@ RowResult objective_row(const DenseArgs& args, const RowNumbers& num, const X* s
       terms.accepted = &accepted_sum;
       terms.ratio = ip / iq;
     }
-    write_gradient(row, terms, out, streamed);
+    NextRows<X> next{ahead.next_s, ahead.next_t, 0};
+    if (next.s != nullptr)
+      next.elements = std::min(n, args.fetch_bytes / int64_t(sizeof(X))) - kPrefetchBytes / int64_t(sizeof(X));
+    write_gradient(row, terms, out, streamed, next);
     if (terms.accepted != nullptr) result.stats[8] = accepted_sum * iq;
     if (has_label) {
       const double g = gradient_at(row, terms, label, xs, xt) - num.weight * num.ce * (1 - args.label_smoothing);
