@@ -99,8 +99,11 @@ inline Tensor new_tensor(const Tensor& student, int64_t dimensions, const int64_
       dimensions, shape, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
       device_index, &handle));
   Tensor tensor(handle);
-  if (device_type == aoti_torch_device_type_cpu() && poisons_memory().load(std::memory_order_relaxed))
-    poison(tensor.mutable_data_ptr(), size_t(tensor.numel()) * tensor.element_size());
+  if (device_type == aoti_torch_device_type_cpu() && poisons_memory().load(std::memory_order_relaxed)) {
+    int32_t type;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &type));
+    poison(tensor.mutable_data_ptr(), size_t(tensor.numel()) * aoti_torch_dtype_element_size(type));
+  }
   return tensor;
 }
 template <size_t DIMENSIONS>
