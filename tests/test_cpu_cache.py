@@ -151,6 +151,12 @@ def test_what_is_left_to_torch(reason, monkeypatch):
     assert not kept()
 
 
+@pytest.mark.parametrize("shape", [[-1, 4], [2**40, 2**40], [2**61, 2], [1] * 9], ids=str)
+def test_the_op_itself_refuses_shapes_that_are_none(shape):
+    with pytest.raises(RuntimeError, match="the shape of a tensor|too many bytes|at most 8 dimensions"):
+        torch.ops.kdkernels.kept_empty(shape, torch.float64, "gradient")
+
+
 def test_nothing_is_kept_where_the_environment_says_so():
     script = """
 import torch

@@ -64,9 +64,15 @@ struct Layout {
   Layout(int64_t count, const int64_t* shape, ScalarType type)
       : dtype(torch::stable::detail::to<int32_t>(torch::stable::detail::from(type))), dimensions(count), sizes(shape) {
     STD_TORCH_CHECK(count <= 8, "memory is kept for tensors of at most 8 dimensions");
-    int64_t elements = 1;
-    for (int64_t d = count; d-- > 0; elements *= shape[d]) strides[d] = elements > 0 ? elements : 1;
-    bytes = size_t(elements) * element_size(type);
+    int64_t elements = 1, size = 0;
+    for (int64_t d = count; d-- > 0;) {
+      strides[d] = elements > 0 ? elements : 1;
+      STD_TORCH_CHECK(shape[d] >= 0 && !__builtin_mul_overflow(elements, shape[d], &elements),
+                      "the shape of a tensor must be numbers >= 0 whose product is a number");
+    }
+    STD_TORCH_CHECK(!__builtin_mul_overflow(elements, int64_t(element_size(type)), &size),
+                    "a tensor of too many bytes");
+    bytes = size_t(size);
   }
 };
 
