@@ -278,19 +278,25 @@ KDK_INLINE void prefetch_ahead(const X* elements) {
     __builtin_prefetch(reinterpret_cast<const void*>(first + uintptr_t(offset)));
 }
 
-// What is fetched of the next row while the gradient of this one is written, block for block: both rows from where
-// prefetch_ahead ends.
-template <class X>
-struct NextRows {
-  const X *s = nullptr, *t = nullptr;
+// What is fetched of the next row of one model or both while the gradient of this one is written, block for block, from
+// where prefetch_ahead ends.
+template <class X, int MODELS>
+struct NextRow {
+  const X* of[MODELS] = {};
   int64_t elements = 0;
 
+  // At most so many bytes of each row of n elements, and nothing where there is none.
+  void limit(int64_t n, int64_t bytes) {
+    if (of[0] != nullptr) elements = std::min(n, bytes / int64_t(sizeof(X))) - kPrefetchBytes / int64_t(sizeof(X));
+  }
   template <int64_t COUNT>
   KDK_INLINE void fetch() {
     if (elements <= 0) return;
-    prefetch_ahead<COUNT>(s);
-    prefetch_ahead<COUNT>(t);
-    s += COUNT, t += COUNT, elements -= COUNT;
+    for (int m = 0; m < MODELS; ++m) {
+      prefetch_ahead<COUNT>(of[m]);
+      of[m] += COUNT;
+    }
+    elements -= COUNT;
   }
 };
 
@@ -829,7 +835,7 @@ struct BlockWriter {
 };
 
 template <bool LOGS, int CE, bool STREAM, bool ACCEPTED, class X>
-void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, X* out, NextRows<X> next) {
+void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, X* out, NextRow<X, 2> next) {
   using C = typename Io<X>::C;
   using V = Vec<C>;
   constexpr int64_t block = Io<X>::kBlock;
@@ -843,6 +849,7 @@ void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k
                [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t first, auto lanes) KDK_LAMBDA_INLINE {
                  BlockWriter<STREAM, X, decltype(lanes)> writer(out, first, blocks, lanes);
                  V local_accepted = accepted;
+                 NextRow<X, 2> local_next = next;
                  const Affine<C> as = k.as, at = k.at;
                  const C *es_in = k.es + slot, *et_in = k.et + slot, *e1_in = k.e1 + slot;
                  for (int64_t i = 0; i < blocks; ++i, es_in += block, et_in += block, e1_in += block) {
@@ -871,9 +878,10 @@ void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k
                      g1 += load<V>(e1_in + kLanes<C>) * c1;
                    }
                    writer.put(i, g0, g1);
-                   if (STREAM) next.template fetch<block>();
+                   if (STREAM) local_next.template fetch<block>();
                  }
                  accepted = local_accepted;
+                 next = local_next;
                });
     if (ACCEPTED) *k.accepted += horizontal_sum<C>(accepted);
   }
@@ -881,7 +889,7 @@ void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k
 
 template <bool LOGS, int CE, class X>
 void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, X* out, bool streamed,
-                    const NextRows<X>& next) {
+                    const NextRow<X, 2>& next) {
   if (k.accepted != nullptr) {
     return streamed ? write_gradient<LOGS, CE, true, true>(row, k, out, next)
                     : write_gradient<LOGS, CE, false, true>(row, k, out, next);
@@ -893,7 +901,7 @@ void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k
 // With logarithms powers come as kCeOwn.
 template <class X>
 void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, X* out, bool streamed,
-                    const NextRows<X>& next = {}) {
+                    const NextRow<X, 2>& next = {}) {
   if (k.logs) {
     return k.ce == kCeOwn ? write_gradient<true, kCeOwn>(row, k, out, streamed, next)
                           : write_gradient<true, kCeNone>(row, k, out, streamed, next);
@@ -1227,9 +1235,8 @@ RowResult objective_row(const DenseArgs& args, const RowNumbers& num, const X* s
       terms.accepted = &accepted_sum;
       terms.ratio = ip / iq;
     }
-    NextRows<X> next{ahead.next_s, ahead.next_t, 0};
-    if (next.s != nullptr)
-      next.elements = std::min(n, args.fetch_bytes / int64_t(sizeof(X))) - kPrefetchBytes / int64_t(sizeof(X));
+    NextRow<X, 2> next{{ahead.next_s, ahead.next_t}};
+    next.limit(n, args.fetch_bytes);
     write_gradient(row, terms, out, streamed, next);
     if (terms.accepted != nullptr) result.stats[8] = accepted_sum * iq;
     if (has_label) {
@@ -1298,6 +1305,11 @@ void put_stats(const ObjectiveArgs& args, int64_t row, const RowResult& result) 
   for (int k = 0; k < COLUMNS; ++k) put<C>(args.stats, row * COLUMNS + k, result.stats[k]);
 }
 
+// Whether a row before end is one of those whose logits are read.
+inline bool is_read(const RowArgs& args, int64_t row, int64_t end) {
+  return row < end && (args.labels == nullptr || args.labels[row] != args.ignore_index);
+}
+
 // Asks for the lines of a short row that will be written, so that they are there when the gradient is.
 template <class X>
 void prefetch_for_writing(X* out, int64_t n) {
@@ -1316,8 +1328,7 @@ void dense_direct(const DenseArgs& args, int64_t begin, int64_t end) {
   for_rows<X>(args, begin, end, [&](int64_t row, int64_t label, double weight, X* out) {
     const X* s = row_pointer<X>(args.student, row, args.length);
     const X* t = row_pointer<X>(args.teachers[0], row, args.length);
-    // Rows that do not count are not read.
-    const bool has_next = row + 1 < end && (args.labels == nullptr || args.labels[row + 1] != args.ignore_index);
+    const bool has_next = is_read(args, row + 1, end);
     ahead.next_s = has_next ? row_pointer<X>(args.student, row + 1, args.length) : nullptr;
     ahead.next_t = has_next ? row_pointer<X>(args.teachers[0], row + 1, args.length) : nullptr;
     if (out != nullptr && !streamed && out != s) prefetch_for_writing(out, args.width);
