@@ -24,7 +24,7 @@ COLOURS = {
     "kernel": "#f5b37d",
     "reference": "#fbe6d5",
     "probe": "#ffffff",
-    "fixed": "#ffffff",
+    "fixed": "#e6e3b8",
 }
 MEANING = {
     "eager": "eager PyTorch",
