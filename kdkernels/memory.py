@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kdkernels.backends import cpu
 
-# Smaller tensors are not kept: they stay in the caches, and their memory in the C library.
+# Smaller tensors are not kept (kMinBytes of csrc/cpu/memory.cpp), so torch makes them.
 MIN_BYTES = 8 * 2**20
 
 

@@ -122,10 +122,13 @@ _library.define("labels_are_sound(Tensor labels, int columns, int ignore_index) 
 _library.define("sparse_teacher_is_sound(Tensor ids, Tensor logprobs, int columns) -> bool")
 
 
+def _sums(student: Tensor, *shape: int) -> Tensor:
+    return student.new_empty(shape, dtype=torch.float64 if student.dtype == torch.float64 else torch.float32)
+
+
 def _rows(student: Tensor, columns: Optional[int] = None) -> Tensor:
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     num_rows = student.shape[0] * student.shape[1]
-    return student.new_empty((num_rows,) if columns is None else (num_rows, columns), dtype=dtype)
+    return _sums(student, num_rows) if columns is None else _sums(student, num_rows, columns)
 
 
 def _dense_fake(
@@ -175,10 +178,9 @@ def _call_fake(student: Tensor, **alike: object) -> Tensor:
 def _summed_fake(
     student: Tensor, dstudent: Optional[Tensor], call: Tensor, scale: float, needs_grad: bool, *args: object
 ) -> tuple[Tensor, Tensor]:
-    loss = student.new_empty((), dtype=torch.float64 if student.dtype == torch.float64 else torch.float32)
     if needs_grad and dstudent is None:
-        return loss, torch.empty_like(student, memory_format=torch.contiguous_format)
-    return loss, loss.new_empty(0)
+        return _sums(student), torch.empty_like(student, memory_format=torch.contiguous_format)
+    return _sums(student), _sums(student, 0)
 
 
 def _none_fake(*args: object, **kwargs: object) -> None:

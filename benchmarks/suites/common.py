@@ -259,13 +259,17 @@ class _Nothing(torch.autograd.Function):
     """A loss of 0 with the gradient it is given."""
 
     @staticmethod
-    def forward(ctx: Any, leaf: Tensor, gradient: Tensor, loss: Tensor) -> Tensor:
+    def forward(ctx: Any, leaf: Tensor, gradient: Tensor) -> Tensor:
         ctx.save_for_backward(gradient)
-        return loss
+        return torch.zeros(())
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.saved_tensors[0], None, None
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
+        return ctx.saved_tensors[0], None
+
+
+# Without the Python half of apply, as kdkernels calls its own: 20 us less, and a least is to be the least.
+_apply_nothing = super(torch.autograd.Function, _Nothing).apply
 
 
 def nothing_through_autograd(group: str, case: Case) -> list[Candidate]:
@@ -276,7 +280,7 @@ def nothing_through_autograd(group: str, case: Case) -> list[Candidate]:
 
     def run(inputs: Any) -> Outcome:
         leaf.grad = None
-        value = _Nothing.apply(leaf, gradient, torch.zeros(()))
+        value = _apply_nothing(leaf, gradient)
         value.backward()
         assert leaf.grad is not None
         return Outcome(value, (leaf.grad,))
