@@ -3,7 +3,8 @@
 // A row is swept in tiles that stay in L1. Sweep 1 takes the exponentials of student and teacher relative to a running
 // reference and keeps them in a row scratch (L2), with the sums that the divergence needs; what follows reads the
 // scratch only, so that every logit costs one exponential and is read from memory once. The reference is the maximum of
-// the first elements of the row; a row whose sums pass kRedo is swept again from its true maximum.
+// the first elements of the row; a row whose sums pass kRedo is swept again from its true maximum. The gradient of a
+// row is written while the next one is swept, see Pending.
 //
 // x denotes a scaled logit relative to its reference in base 2: x = logit / (T ln 2) - r; z the sum of 2^x; p = 2^x /
 // z.
@@ -31,8 +32,8 @@ constexpr int64_t kSeedElements = 128;
 constexpr double kRedo = 0x1p80;
 constexpr int64_t kPrefetchBytes = 4096;
 // Gradients larger than this are written around the caches, which they would only flush; but not short rows, where
-// aligning the writes costs more than it saves.
-constexpr int64_t kStreamBytes = int64_t(8) << 20, kStreamRowBytes = 3 << 10;
+// aligning the writes costs more than it saves. Rows may be shorter where the next one is read while they are written.
+constexpr int64_t kStreamBytes = int64_t(8) << 20, kStreamRowBytes = 3 << 10, kStreamShortRowBytes = 512;
 
 // Which sums over e^x sweep 1 makes: of et (xt - xs), of es (xs - xt), or both with both entropies' terms.
 enum Sums { kNoSums = 0, kForward = 1, kReverse = 2, kAll = 3 };
@@ -58,7 +59,8 @@ inline double per_row(const PerRow& values, int64_t row, double otherwise, bool 
 
 template <class X>
 X* row_pointer(const LogitsView& view, int64_t row, int64_t length) {
-  return static_cast<X*>(view.data) + (row / length) * view.stride_b + (row % length) * view.stride_l;
+  const int64_t batch = row < length ? 0 : row / length;
+  return static_cast<X*>(view.data) + batch * view.stride_b + (row - batch * length) * view.stride_l;
 }
 
 // Scale and reference of one side; see relative() for why the reference is kept twice.
@@ -317,6 +319,266 @@ struct RowSums {
   }
 };
 
+// The gradient es (a + ks (xs - xt) + kst xt) - et b + e1 c1 + c0; the middle terms only where LOGS.
+template <class C>
+struct GradientTerms {
+  double a = 0, b = 0, c0 = 0, c1 = 0, ks = 0, kst = 0;
+  CeSource ce = kCeNone;
+  bool logs = false;
+  Affine<C> as{}, at{};
+  const C *es = nullptr, *et = nullptr, *e1 = nullptr;
+  // Where it is wanted and et still holds the teacher's exponentials: sum min(es, et ratio) is added up on the way.
+  double* accepted = nullptr;
+  double ratio = 0;
+};
+
+template <int POWER, class V>
+KDK_INLINE V power(V e) {
+  if (POWER == 4) return (e * e) * (e * e);
+  return POWER == 3 ? e * e * e : POWER == 2 ? e * e : e;
+}
+
+// Two vectors of a gradient, from where their exponentials and logits stand.
+template <bool LOGS, int CE, bool ACCEPTED, class X>
+struct GradientBlock {
+  using C = typename Io<X>::C;
+  using V = Vec<C>;
+  C a, b, c0, c1, ks, kst, ratio;
+  Affine<C> as, at;
+
+  explicit GradientBlock(const GradientTerms<C>& k)
+      : a(C(k.a)),
+        b(C(k.b)),
+        c0(C(k.c0)),
+        c1(C(k.c1)),
+        ks(C(k.ks)),
+        kst(C(k.kst)),
+        ratio(C(k.ratio)),
+        as(k.as),
+        at(k.at) {}
+
+  KDK_INLINE void operator()(const C* es, const C* et, const C* e1, const X* s, const X* t, V& accepted, V& g0,
+                             V& g1) const {
+    const V zero = {};
+    const V es0 = load<V>(es), es1 = load<V>(es + kLanes<C>);
+    if (LOGS) {
+      V s0, s1, t0, t1;
+      Io<X>::load2(s, s0, s1);
+      Io<X>::load2(t, t0, t1);
+      const V xs0 = as(s0), xs1 = as(s1), xt0 = at(t0), xt1 = at(t1);
+      g0 = c0 + es0 * keep(es0 != zero, a + ks * (xs0 - xt0) + kst * xt0);
+      g1 = c0 + es1 * keep(es1 != zero, a + ks * (xs1 - xt1) + kst * xt1);
+    } else if (power_of(CE) > 1) {
+      g0 = c0 + es0 * (a + power<power_of(CE) - 1>(es0) * c1);
+      g1 = c0 + es1 * (a + power<power_of(CE) - 1>(es1) * c1);
+    } else {
+      g0 = c0 + es0 * a;
+      g1 = c0 + es1 * a;
+    }
+    const V et0 = load<V>(et), et1 = load<V>(et + kLanes<C>);
+    g0 -= unfused(et0 * b);
+    g1 -= unfused(et1 * b);
+    if (ACCEPTED) accepted += min_of(es0, et0 * ratio) + min_of(es1, et1 * ratio);
+    if (CE == kCeOwn) {
+      g0 += load<V>(e1) * c1;
+      g1 += load<V>(e1 + kLanes<C>) * c1;
+    }
+  }
+};
+
+constexpr int64_t kLineBytes = 64;
+
+// Those of the blocks at out that may be streamed around the caches: whole cache lines, for one that is half streamed
+// and half stored costs a read.
+template <class X>
+KDK_INLINE Range streamed_blocks(const X* out, int64_t blocks) {
+  constexpr int64_t bytes = Io<X>::kBlock * int64_t(sizeof(X));
+  const auto in_line = [](const X* x) { return int64_t(reinterpret_cast<uintptr_t>(x) % kLineBytes); };
+  return {(kLineBytes - in_line(out)) % kLineBytes / bytes, blocks - in_line(out + blocks * Io<X>::kBlock) / bytes};
+}
+
+// Writes the blocks of a piece of a row, one after the other; out is where the row begins.
+template <bool STREAM, class X, class Lanes>
+struct BlockWriter {
+  static constexpr int64_t kBlock = Io<X>::kBlock;
+  using V = Vec<typename Io<X>::C>;
+  X* to;
+  Range streamed = {0, 0};
+  const Lanes lanes;
+
+  KDK_INLINE BlockWriter(X* out, int64_t first, int64_t blocks, const Lanes& counting) : lanes(counting) {
+    if constexpr (Lanes::kEdge) {
+      to = out + (first + lanes.begin);
+    } else {
+      to = out + first;
+      if (STREAM) streamed = streamed_blocks(to, blocks);
+    }
+  }
+  // Block i of the piece.
+  KDK_INLINE void put(int64_t i, V a, V b) {
+    if constexpr (Lanes::kEdge) {
+      alignas(64) X block[kBlock];
+      Io<X>::template store2<false>(block, a, b);
+      std::copy(block + lanes.begin, block + lanes.end, to);
+    } else if (STREAM && i >= streamed.begin && i < streamed.end) {
+      Io<X>::template store2<true>(to, a, b);
+    } else {
+      Io<X>::template store2<false>(to, a, b);
+    }
+    to += kBlock;
+  }
+};
+
+// The gradient of the last row, which is written while the next one is swept, block for block: an exponential is read
+// where that of the next row goes. So memory is read and written at the same time, and nothing waits for the sums that
+// the gradient needs. Of the row's edges, which are stored, the elements wait here: what is stored after them would
+// wait for the cache lines they share.
+template <class X>
+struct Pending {
+  using C = typename Io<X>::C;
+  static constexpr int64_t kBlock = Io<X>::kBlock;
+  struct Edge {
+    alignas(64) X block[kBlock];
+    int64_t begin, end;
+    X* to;
+  };
+  GradientTerms<C> terms;
+  int64_t first_slot = 0;  // of the body
+  X* out = nullptr;        // the next block
+  int64_t written = 0;     // blocks before that
+  int64_t blocks = 0;      // from there on
+  Range streamed = {0, 0};
+  int num_edges = 0;
+  Edge edges[2];
+  // What is left to do when all is written: the label's element, and the acceptance rate, which is a sum over the row.
+  X* label = nullptr;
+  C at_label = 0;
+  C* acceptance = nullptr;
+  double accepted = 0, acceptance_factor = 0;
+
+  // terms: of the row, their es, et and e1 where its slots begin; to: where its gradient begins.
+  void begin(const Row<X>& row, X* to, bool stream) {
+    first_slot = row.head > 0 ? kBlock : 0;
+    out = to + row.head;
+    written = 0;
+    blocks = row.body;
+    streamed = stream ? streamed_blocks(out, blocks) : Range{0, 0};
+  }
+  void accept(C* to, double factor) {
+    acceptance = to;
+    accepted = 0;
+    acceptance_factor = factor;
+  }
+  KDK_INLINE void finish() {
+    if (blocks > 0) write_blocks();
+    for (int k = 0; k < num_edges; ++k)
+      std::copy(edges[k].block + edges[k].begin, edges[k].block + edges[k].end, edges[k].to);
+    num_edges = 0;
+    if (label != nullptr) from_compute(at_label, std::exchange(label, nullptr));
+    if (acceptance != nullptr) *std::exchange(acceptance, nullptr) = C(accepted * acceptance_factor);
+  }
+
+ private:
+  void write_blocks();
+};
+
+// Nothing to do beside a sweep.
+template <class X>
+struct Alone {
+  static constexpr bool kWrites = false;
+  explicit Alone(const Pending<X>&) {}
+  void stop(Pending<X>&) const {}
+};
+
+// What is pending, written beside a sweep.
+template <int CE, bool ACCEPTED, class X>
+struct Beside {
+  static constexpr bool kWrites = true;
+  static constexpr int64_t kBlock = Io<X>::kBlock;
+  using C = typename Io<X>::C;
+  using V = Vec<C>;
+
+  GradientBlock<false, CE, ACCEPTED, X> gradient;
+  const C* e1;
+  X* out;
+  int64_t done = 0, blocks, first_streamed, num_streamed;
+  V accepted = {};
+
+  explicit Beside(const Pending<X>& pending)
+      : gradient(pending.terms),
+        e1(pending.terms.e1 + pending.first_slot + pending.written * kBlock),
+        out(pending.out),
+        blocks(pending.blocks),
+        first_streamed(pending.streamed.begin),
+        num_streamed(pending.streamed.end - pending.streamed.begin) {}
+
+  // The next block, whose exponentials are at es and et.
+  KDK_INLINE void write_block(const C* es, const C* et) {
+    V g0, g1;
+    gradient(es, et, e1, nullptr, nullptr, accepted, g0, g1);
+    if (uint64_t(done - first_streamed) < uint64_t(num_streamed)) {
+      Io<X>::template store2<true>(out, g0, g1);
+    } else {
+      Io<X>::template store2<false>(out, g0, g1);
+    }
+    out += kBlock, ++done;
+    if (CE == kCeOwn) e1 += kBlock;
+  }
+  void stop(Pending<X>& pending) const {
+    pending.written += done;
+    pending.out = out;
+    pending.blocks = blocks - done;
+    pending.streamed.begin -= done, pending.streamed.end -= done;
+    if (ACCEPTED) pending.accepted += double(horizontal_sum<C>(accepted));
+  }
+};
+
+// Calls write(Beside or Alone) with what writes a pending gradient while sums are made that are SUMS. What is never
+// pending then, and so is not among them, beside_sweep() knows.
+template <int SUMS, class X, class Write>
+KDK_INLINE void with_pending(Pending<X>& pending, Write write) {
+  const auto with = [&](auto beside) KDK_LAMBDA_INLINE {
+    write(beside);
+    beside.stop(pending);
+  };
+  if (pending.blocks == 0) return with(Alone<X>(pending));
+  if constexpr (SUMS == kForward) {
+    switch (pending.terms.ce) {
+      case kCeSquare: return with(Beside<kCeSquare, false, X>(pending));
+      case kCeCube: return with(Beside<kCeCube, false, X>(pending));
+      case kCeFourth: return with(Beside<kCeFourth, false, X>(pending));
+      case kCeOwn: return with(Beside<kCeOwn, false, X>(pending));
+      default: break;
+    }
+  } else if constexpr (SUMS == kAll) {
+    if (pending.terms.accepted != nullptr) return with(Beside<kCeNone, true, X>(pending));
+  }
+  return with(Beside<kCeNone, false, X>(pending));
+}
+template <class C>
+bool beside_sweep(int sums, const GradientTerms<C>& terms) {
+  return !terms.logs && (sums == kForward || terms.ce == kCeNone);
+}
+
+template <class X>
+void Pending<X>::write_blocks() {
+  // In tiles, as beside a sweep: an acceptance rate is the same to the last bit, whatever row comes next.
+  while (blocks > 0) {
+    const int64_t slot = first_slot + written * kBlock, count = Row<X>::kTileBlocks - written % Row<X>::kTileBlocks;
+    const C *es = terms.es + slot, *et = terms.et + slot;
+    const auto tile = [&](auto& beside) KDK_LAMBDA_INLINE {
+      if constexpr (std::decay_t<decltype(beside)>::kWrites)
+        for (const int64_t end = std::min(count, beside.blocks); beside.done < end; es += kBlock, et += kBlock)
+          beside.write_block(es, et);
+    };
+    if (terms.accepted != nullptr) {
+      with_pending<kAll>(*this, tile);
+    } else {
+      with_pending<kForward>(*this, tile);
+    }
+  }
+}
+
 // Adds a block, two vectors of both models, to the sums, and stores its exponentials. A clamped x stands for x wherever
 // its exponential is 0, so that 0 * inf does not arise. Only the other model's x must stay as it is, for mass where the
 // other has none costs infinitely much; MASKING covers its -inf where there is no mass.
@@ -382,64 +644,105 @@ void sweep_tile(const Row<X>& row, int64_t tile, const Affine<C> as, const Affin
   }
 }
 
-// A tile without clamps, in sums over logits instead of x. False when a logit was out of bounds: then nothing was added
-// to the sums.
-template <int SUMS, class X>
-bool sweep_tile_trusting(const Row<X>& row, int64_t tile, const Affine<float>& as, const Affine<float>& at, float* es,
-                         float* et, RowSums& sums) {
+// What a sweep without clamps takes of a row, and the teacher's scale over the student's.
+struct Trusted {
+  float scale_s, bias_s, nothing_s, scale_t, bias_t, nothing_t, ratio;
+
+  Trusted(const Affine<float>& as, const Affine<float>& at)
+      : scale_s(as.scale()),
+        bias_s(as.bias()),
+        nothing_s(as.nothing()),
+        scale_t(at.scale()),
+        bias_t(at.bias()),
+        nothing_t(at.nothing()),
+        ratio(float(double(at.c) / double(as.c))) {}
+};
+
+// What is summed up of a tile without clamps: sums over logits instead of x, and whether all of them were in bounds.
+template <class X>
+struct TrustedSums {
+  Accumulators<float> sums;
+  Bounds bounds;
+  Peak<X> peak_s, peak_t;
+};
+
+// Sweeps a tile without clamps. A block of what is pending is written for every block of the body. For sums that are
+// kReverse, et becomes what they are made of, es (t ratio - s): the gradient needs that, and no exponential of t.
+template <int SUMS, class X, class Beside>
+KDK_INLINE void sweep_trusting(const Row<X>& row, int64_t tile, const Trusted& k, float* es, float* et,
+                               TrustedSums<X>& all, Beside& beside) {
   using V = VecF;
   constexpr int64_t block = Io<X>::kBlock;
   constexpr int degree = kExpDegree<X>;
-  Accumulators<float> acc;
-  Peak<X> peak_s, peak_t;
-  Bounds bounds;
-  const float scale_s = as.scale(), bias_s = as.bias(), scale_t = at.scale(), bias_t = at.bias();
-  const float ratio = float(double(at.c) / double(as.c));
-  const float nothing_s = as.nothing(), nothing_t = at.nothing();
   row.pieces(tile, [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t, auto lanes) KDK_LAMBDA_INLINE {
     float *es_out = es + slot, *et_out = et + slot;
-    Accumulators<float> local = acc;
-    Bounds local_bounds = bounds;
-    Peak<X> local_peak_s = peak_s, local_peak_t = peak_t;
-#pragma GCC unroll 2
-    for (int64_t b = 0; b < blocks; ++b, s += block, t += block, es_out += block, et_out += block) {
+    TrustedSums<X> local = all;
+    const auto sweep = [&]() KDK_LAMBDA_INLINE {
       prefetch_ahead<block>(s);
       prefetch_ahead<block>(t);
       V s0, s1, t0, t1;
-      load_block(s, lanes, nothing_s, s0, s1);
-      load_block(t, lanes, nothing_t, t0, t1);
-      const V es0 = exp2_of_logit<degree>(s0, scale_s, bias_s, local_bounds);
-      const V et0 = exp2_of_logit<degree>(t0, scale_t, bias_t, local_bounds);
-      const V es1 = exp2_of_logit<degree>(s1, scale_s, bias_s, local_bounds);
-      const V et1 = exp2_of_logit<degree>(t1, scale_t, bias_t, local_bounds);
-      local.zs += es0 + es1;
-      local.zt += et0 + et1;
-      const V difference0 = t0 * ratio - s0, difference1 = t1 * ratio - s1;
+      load_block(s, lanes, k.nothing_s, s0, s1);
+      load_block(t, lanes, k.nothing_t, t0, t1);
+      const V es0 = exp2_of_logit<degree>(s0, k.scale_s, k.bias_s, local.bounds);
+      const V et0 = exp2_of_logit<degree>(t0, k.scale_t, k.bias_t, local.bounds);
+      const V es1 = exp2_of_logit<degree>(s1, k.scale_s, k.bias_s, local.bounds);
+      const V et1 = exp2_of_logit<degree>(t1, k.scale_t, k.bias_t, local.bounds);
+      Accumulators<float>& sums = local.sums;
+      sums.zs += es0 + es1;
+      sums.zt += et0 + et1;
+      const V difference0 = t0 * k.ratio - s0, difference1 = t1 * k.ratio - s1;
       if (SUMS & kForward) {
-        local.forward += et0 * difference0;
-        local.forward += et1 * difference1;
+        sums.forward += et0 * difference0;
+        sums.forward += et1 * difference1;
       }
       if (SUMS & kReverse) {
-        local.reverse -= es0 * difference0;
-        local.reverse -= es1 * difference1;
+        sums.reverse -= es0 * difference0;
+        sums.reverse -= es1 * difference1;
       }
       if (SUMS == kAll) {
-        local.teacher += et0 * t0;
-        local.teacher += et1 * t1;
-        local.student += es0 * s0;
-        local.student += es1 * s1;
-        if (!lanes.kEdge) local_peak_s.see(s, s0, s1), local_peak_t.see(t, t0, t1);
+        sums.teacher += et0 * t0;
+        sums.teacher += et1 * t1;
+        sums.student += es0 * s0;
+        sums.student += es1 * s1;
+        if (!lanes.kEdge) local.peak_s.see(s, s0, s1), local.peak_t.see(t, t0, t1);
       }
       store(es_out, es0);
       store(es_out + kLanes<float>, es1);
-      store(et_out, et0);
-      store(et_out + kLanes<float>, et1);
+      store(et_out, SUMS == kReverse ? es0 * difference0 : et0);
+      store(et_out + kLanes<float>, SUMS == kReverse ? es1 * difference1 : et1);
+      s += block, t += block, es_out += block, et_out += block;
+    };
+    int64_t b = 0;
+    if constexpr (Beside::kWrites && decltype(lanes)::kEdge) {
+      // The last block of a body may be where the tail of the next row goes.
+      if (slot > 0 && beside.done < beside.blocks) beside.write_block(es_out, et_out);
     }
-    acc = local;
-    bounds = local_bounds;
-    peak_s = local_peak_s;
-    peak_t = local_peak_t;
+    if constexpr (Beside::kWrites && !decltype(lanes)::kEdge) {
+      // What is pending begins where the body does.
+      const int64_t both = std::min(blocks, beside.blocks - beside.done);
+      Beside local_beside = beside;
+#pragma GCC unroll 2
+      for (; b < both; ++b) {
+        local_beside.write_block(es_out, et_out);
+        sweep();
+      }
+      beside = local_beside;
+    }
+#pragma GCC unroll 2
+    for (; b < blocks; ++b) sweep();
+    all = local;
   });
+}
+
+// A tile without clamps. False when a logit was out of bounds: then nothing was added to the sums.
+template <int SUMS, class X>
+bool sweep_tile_trusting(const Row<X>& row, int64_t tile, const Affine<float>& as, const Affine<float>& at, float* es,
+                         float* et, RowSums& sums, Pending<X>& pending) {
+  TrustedSums<X> all;
+  const Trusted trusted(as, at);
+  with_pending<SUMS>(
+      pending, [&](auto& beside) KDK_LAMBDA_INLINE { sweep_trusting<SUMS>(row, tile, trusted, es, et, all, beside); });
+  const auto& [acc, bounds, peak_s, peak_t] = all;
   const double zs = horizontal_sum<float>(acc.zs), zt = horizontal_sum<float>(acc.zt);
   if (!bounds.kept() || std::isnan(zs) || std::isnan(zt)) return false;
   sums.zs += zs;
@@ -467,24 +770,19 @@ bool sweep_tile_trusting(const Row<X>& row, int64_t tile, const Affine<float>& a
 
 template <int SUMS, class X, class C>
 void sweep_tile(const Row<X>& row, int64_t tile, const Affine<C>& as, const Affine<C>& at, C* es, C* et, bool& trusting,
-                bool masking, RowSums& sums) {
+                bool masking, RowSums& sums, Pending<X>& pending) {
   if constexpr (kFused && std::is_same_v<C, float>) {
     if (trusting && as.trusts(at)) {
-      if (sweep_tile_trusting<SUMS>(row, tile, as, at, es, et, sums)) return;
+      if (sweep_tile_trusting<SUMS>(row, tile, as, at, es, et, sums, pending)) return;
       trusting = false;
     }
   }
+  pending.finish();
   if (masking || row.padded(tile)) {
     sweep_tile<SUMS, true>(row, tile, as, at, es, et, sums);
   } else {
     sweep_tile<SUMS, false>(row, tile, as, at, es, et, sums);
   }
-}
-
-template <int POWER, class V>
-KDK_INLINE V power(V e) {
-  if (POWER == 4) return (e * e) * (e * e);
-  return POWER == 3 ? e * e * e : POWER == 2 ? e * e : e;
 }
 
 // The sum of value(j) over whole vectors j of a tile, in four chains of additions: one would be waited for.
@@ -781,67 +1079,12 @@ double accepted(const C* es, const C* et, int64_t count, double iq, double ip) {
   return total * iq;
 }
 
-// The gradient es (a + ks (xs - xt) + kst xt) - et b + e1 c1 + c0; the middle terms only where LOGS.
-template <class C>
-struct GradientTerms {
-  double a = 0, b = 0, c0 = 0, c1 = 0, ks = 0, kst = 0;
-  CeSource ce = kCeNone;
-  bool logs = false;
-  Affine<C> as{}, at{};
-  const C *es = nullptr, *et = nullptr, *e1 = nullptr;
-  // Where it is wanted and et still holds the teacher's exponentials: sum min(es, et ratio) is added up on the way.
-  double* accepted = nullptr;
-  double ratio = 0;
-};
-
-constexpr int64_t kLineBytes = 64;
-
-// Writes the blocks of a piece of a row, one after the other; out is where the row begins. Where STREAM goes around the
-// caches it does so with whole cache lines only: one that is half streamed and half stored costs a read.
-template <bool STREAM, class X, class Lanes>
-struct BlockWriter {
-  static constexpr int64_t kBlock = Io<X>::kBlock;
-  using V = Vec<typename Io<X>::C>;
-  X* to;
-  int64_t stream_begin = 0, stream_end = 0;
-  const Lanes lanes;
-
-  KDK_INLINE BlockWriter(X* out, int64_t first, int64_t blocks, const Lanes& counting) : lanes(counting) {
-    if constexpr (Lanes::kEdge) {
-      to = out + (first + lanes.begin);
-    } else {
-      to = out + first;
-      if (STREAM) {
-        constexpr int64_t bytes = kBlock * int64_t(sizeof(X));
-        const auto in_line = [](const X* x) { return int64_t(reinterpret_cast<uintptr_t>(x) % kLineBytes); };
-        stream_begin = (kLineBytes - in_line(to)) % kLineBytes / bytes;
-        stream_end = blocks - in_line(to + blocks * kBlock) / bytes;
-      }
-    }
-  }
-  // Block i of the piece.
-  KDK_INLINE void put(int64_t i, V a, V b) {
-    if constexpr (Lanes::kEdge) {
-      alignas(64) X block[kBlock];
-      Io<X>::template store2<false>(block, a, b);
-      std::copy(block + lanes.begin, block + lanes.end, to);
-    } else if (STREAM && i >= stream_begin && i < stream_end) {
-      Io<X>::template store2<true>(to, a, b);
-    } else {
-      Io<X>::template store2<false>(to, a, b);
-    }
-    to += kBlock;
-  }
-};
-
 template <bool LOGS, int CE, bool STREAM, bool ACCEPTED, class X>
 void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, X* out, NextRow<X, 2> next) {
   using C = typename Io<X>::C;
   using V = Vec<C>;
   constexpr int64_t block = Io<X>::kBlock;
-  const C a = C(k.a), b = C(k.b), c0 = C(k.c0), c1 = C(k.c1), ks = C(k.ks), kst = C(k.kst);
-  const C ratio = C(k.ratio);
-  const V zero = {};
+  const GradientBlock<LOGS, CE, ACCEPTED, X> gradient(k);
   // Backwards: of a row whose exponentials do not all fit the cache, the last are still there.
   for (int64_t tile = row.tiles() - 1; tile >= 0; --tile) {
     V accepted = {};
@@ -850,33 +1093,11 @@ void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k
                  BlockWriter<STREAM, X, decltype(lanes)> writer(out, first, blocks, lanes);
                  V local_accepted = accepted;
                  NextRow<X, 2> local_next = next;
-                 const Affine<C> as = k.as, at = k.at;
+                 const auto local_gradient = gradient;
                  const C *es_in = k.es + slot, *et_in = k.et + slot, *e1_in = k.e1 + slot;
                  for (int64_t i = 0; i < blocks; ++i, es_in += block, et_in += block, e1_in += block) {
-                   const V es0 = load<V>(es_in), es1 = load<V>(es_in + kLanes<C>);
                    V g0, g1;
-                   if (LOGS) {
-                     V s0, s1, t0, t1;
-                     Io<X>::load2(s + i * block, s0, s1);
-                     Io<X>::load2(t + i * block, t0, t1);
-                     const V xs0 = as(s0), xs1 = as(s1), xt0 = at(t0), xt1 = at(t1);
-                     g0 = c0 + es0 * keep(es0 != zero, a + ks * (xs0 - xt0) + kst * xt0);
-                     g1 = c0 + es1 * keep(es1 != zero, a + ks * (xs1 - xt1) + kst * xt1);
-                   } else if (power_of(CE) > 1) {
-                     g0 = c0 + es0 * (a + power<power_of(CE) - 1>(es0) * c1);
-                     g1 = c0 + es1 * (a + power<power_of(CE) - 1>(es1) * c1);
-                   } else {
-                     g0 = c0 + es0 * a;
-                     g1 = c0 + es1 * a;
-                   }
-                   const V et0 = load<V>(et_in), et1 = load<V>(et_in + kLanes<C>);
-                   g0 -= unfused(et0 * b);
-                   g1 -= unfused(et1 * b);
-                   if (ACCEPTED) local_accepted += min_of(es0, et0 * ratio) + min_of(es1, et1 * ratio);
-                   if (CE == kCeOwn) {
-                     g0 += load<V>(e1_in) * c1;
-                     g1 += load<V>(e1_in + kLanes<C>) * c1;
-                   }
+                   local_gradient(es_in, et_in, e1_in, s + i * block, t + i * block, local_accepted, g0, g1);
                    writer.put(i, g0, g1);
                    if (STREAM) local_next.template fetch<block>();
                  }
@@ -884,6 +1105,47 @@ void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k
                  next = local_next;
                });
     if (ACCEPTED) *k.accepted += horizontal_sum<C>(accepted);
+  }
+}
+
+// Asks for the cache lines of the edges of a row that is streamed: they are stored, and what is stored after them waits
+// until the lines are there.
+template <class X>
+KDK_INLINE void prefetch_edges(const Row<X>& row, const X* out) {
+  if (row.head > 0) __builtin_prefetch(out, 1);
+  if (row.tail > 0 && out != nullptr) __builtin_prefetch(out + row.n - 1, 1);
+}
+
+// The edges of a row whose body is pending; out is where its gradient begins.
+template <int CE, bool ACCEPTED, class X>
+KDK_INLINE void add_edges(const Row<X>& row, X* out, Pending<X>& pending) {
+  using C = typename Io<X>::C;
+  const GradientTerms<C>& k = pending.terms;
+  const GradientBlock<false, CE, ACCEPTED, X> gradient(k);
+  Vec<C> accepted = {};
+  const auto add = [&](const X* s, const X* t, int64_t, int64_t slot, int64_t first, auto lanes) KDK_LAMBDA_INLINE {
+    if constexpr (decltype(lanes)::kEdge) {
+      Vec<C> g0, g1;
+      gradient(k.es + slot, k.et + slot, k.e1 + slot, s, t, accepted, g0, g1);
+      auto& edge = pending.edges[pending.num_edges++];
+      Io<X>::template store2<false>(edge.block, g0, g1);
+      edge.begin = lanes.begin, edge.end = lanes.end;
+      edge.to = out + (first + lanes.begin);
+    }
+  };
+  row.template pieces<kEdges>(0, add);
+  if (row.tiles() > 1) row.template pieces<kEdges>(row.tiles() - 1, add);
+  if (ACCEPTED) pending.accepted += double(horizontal_sum<C>(accepted));
+}
+template <class X>
+void add_edges(const Row<X>& row, X* out, Pending<X>& pending) {
+  if (pending.terms.accepted != nullptr) return add_edges<kCeNone, true>(row, out, pending);
+  switch (pending.terms.ce) {
+    case kCeSquare: return add_edges<kCeSquare, false>(row, out, pending);
+    case kCeCube: return add_edges<kCeCube, false>(row, out, pending);
+    case kCeFourth: return add_edges<kCeFourth, false>(row, out, pending);
+    case kCeOwn: return add_edges<kCeOwn, false>(row, out, pending);
+    default: return add_edges<kCeNone, false>(row, out, pending);
   }
 }
 
@@ -937,16 +1199,19 @@ int64_t head_elements(const X* out, bool streamed) {
   return over == 0 ? 0 : (alignment - over) / int64_t(sizeof(X));
 }
 
-// Growing buffers of one thread, kept between calls.
+// Growing buffers of one thread, kept between calls, each at a place of its own within a page: what a row costs does
+// not depend on where the C library puts them.
+constexpr size_t kPageBytes = 4096;
 template <class C>
 struct Scratch {
   std::vector<C> storage[7];
   C* get(int which, int64_t elements) {
     std::vector<C>& buffer = storage[which];
-    const size_t needed = size_t(elements) + 4 * 64;
+    const size_t needed = size_t(elements) + 2 * kPageBytes / sizeof(C);
     if (buffer.size() < needed) buffer.resize(needed);
     const uintptr_t address = reinterpret_cast<uintptr_t>(buffer.data());
-    return reinterpret_cast<C*>((address + 63) / 64 * 64);
+    return reinterpret_cast<C*>((address + kPageBytes - 1) / kPageBytes * kPageBytes) +
+           uintptr_t(which) * kPageBytes / 8 / sizeof(C);
   }
   static Scratch& mine() {
     static thread_local Scratch scratch;
@@ -1012,11 +1277,25 @@ constexpr Divergence linear(const char* name, Linear c) { return {name, true, c,
 
 #include "kdkernels/divergence_table.h"
 
+// Whether the gradient has terms in q log p or q log q.
+inline bool has_logs(const Divergence& divergence) {
+  return divergence.linear && (divergence.coefficients.c_qp != 0 || divergence.coefficients.c_qq != 0);
+}
+
 inline CeSource ce_source(double student_scale) {
   for (const CeSource ce : {kCeSame, kCeSquare, kCeCube, kCeFourth}) {
     if (student_scale == kLog2e / power_of(ce)) return ce;
   }
   return kCeOwn;
+}
+
+inline Sums sums_for(const DenseArgs& args) {
+  const Divergence& divergence = kDivergences[args.divergence];
+  if (args.stats != nullptr) return kAll;
+  if (!divergence.linear) return kNoSums;
+  const Linear& k = divergence.coefficients;
+  const bool entropies = k.c_pp + k.c_pq != 0 || k.c_qp + k.c_qq != 0;
+  return entropies ? kAll : Sums((k.c_pq != 0 ? kForward : 0) | (k.c_qp != 0 ? kReverse : 0));
 }
 
 // What one row of the objective needs, resolved for the row.
@@ -1038,9 +1317,21 @@ struct Seeds {
   double s, t;
 };
 template <class X>
+KDK_INLINE double maximum_of_seed(const X* x) {
+  using C = typename Io<X>::C;
+  Vec<C> high, next, a, b;
+  Io<X>::load2(x, high, next);
+  for (int64_t j = Io<X>::kBlock; j < kSeedElements; j += Io<X>::kBlock) {
+    Io<X>::load2(x + j, a, b);
+    high = max_keep_nan(high, a);
+    next = max_keep_nan(next, b);
+  }
+  return double(horizontal_max<C>(max_keep_nan(high, next)));
+}
+template <class X>
 KDK_INLINE Seeds seeds_of(const X* s, const X* t, int64_t n) {
-  const int64_t count = std::min(n, kSeedElements);
-  return {maximum(s, count), maximum(t, count)};
+  if (n < kSeedElements) return {maximum(s, n), maximum(t, n)};
+  return {maximum_of_seed(s), maximum_of_seed(t)};
 }
 
 // Seeds of a row, found while the processor waited for the sums of the row before it; and the row whose seeds are to be
@@ -1059,35 +1350,51 @@ struct SeedsAhead {
   }
 };
 
-// One row whose student and teacher are of type X; the gradient goes to out (null: none). masking is set where a
-// row needs it.
+// The rows of one call, one after the other.
 template <class X>
-RowResult objective_row(const DenseArgs& args, const RowNumbers& num, const X* s, const X* t, int64_t label, X* out,
-                        bool streamed, bool& masking, SeedsAhead<X>& ahead) {
+struct ObjectiveRows {
   using C = typename Io<X>::C;
-  const int64_t n = args.columns;
+  const DenseArgs& args;
+  // Whether gradients go around the caches, and whether one may be written with the next row or by finish(): its memory
+  // must be there till then.
+  const bool streamed, deferred;
+  // To the gradient's cache lines: across them, rows of 1,000 in place take 15 % longer.
+  const bool aligned = streamed || args.columns * int64_t(sizeof(X)) >= kStreamRowBytes;
+  int64_t n = args.columns;
   const Divergence& divergence = kDivergences[args.divergence];
-  Row<X> row(s, t, n, head_elements(out, streamed));
   Scratch<C>& scratch = Scratch<C>::mine();
+  // With a block for either edge; what is pending is read where the next row goes, so the body begins in one place.
+  C* const es_of_body = scratch.get(kEs, n + 2 * Row<X>::kBlock) + Row<X>::kBlock;
+  C* const et_of_body = scratch.get(kEt, n + 2 * Row<X>::kBlock) + Row<X>::kBlock;
+  bool masking = false;  // set where a row needs it
+  SeedsAhead<X> ahead = {};
+  Pending<X> pending = {};
+
+  ObjectiveRows(const DenseArgs& arguments, bool streams, bool defers)
+      : args(arguments), streamed(streams), deferred(defers) {}
+
+  // Student and teacher of one row; the gradient goes to out (null: none), the acceptance rate to where it is known.
+  RowResult add(const RowNumbers& num, const X* s, const X* t, int64_t label, X* out, C* acceptance);
+  void finish() { pending.finish(); }
+};
+
+template <class X>
+RowResult ObjectiveRows<X>::add(const RowNumbers& num, const X* s, const X* t, int64_t label, X* out, C* acceptance) {
+  Row<X> row(s, t, n, head_elements(out, aligned));
+  prefetch_edges(row, out);
   const bool whole_row = out != nullptr || !divergence.linear || args.stats != nullptr;
-  C* es = scratch.get(kEs, row.slots());
-  C* et = scratch.get(kEt, row.slots());
+  const int64_t head_slots = row.head > 0 ? Row<X>::kBlock : 0;
+  C *es = es_of_body - head_slots, *et = et_of_body - head_slots;
 
   const bool wants_ce = num.ce != 0 || num.z != 0 || args.stats != nullptr;
   CeSource ce = kCeNone;
   if (wants_ce) ce = ce_source(num.student_scale);
   const int power = power_of(ce);
-  const bool has_logs = divergence.linear && (divergence.coefficients.c_qp != 0 || divergence.coefficients.c_qq != 0);
-  const bool keeps_powers = power > 1 && has_logs && out != nullptr;
-  C* e1 = ce == kCeOwn || keeps_powers ? scratch.get(kE1, row.slots()) : es;
+  const bool keeps_powers = power > 1 && has_logs(divergence) && out != nullptr;
+  C* e1 = es;
+  if (ce == kCeOwn || keeps_powers) e1 = scratch.get(kE1, n + 2 * Row<X>::kBlock) + Row<X>::kBlock - head_slots;
 
-  int sums_needed = kNoSums;
-  if (divergence.linear) {
-    const Linear& k = divergence.coefficients;
-    const bool entropies = k.c_pp + k.c_pq != 0 || k.c_qp + k.c_qq != 0;
-    sums_needed = entropies ? kAll : (k.c_pq != 0 ? kForward : 0) | (k.c_qp != 0 ? kReverse : 0);
-  }
-  if (args.stats != nullptr) sums_needed = kAll;
+  const int sums_needed = sums_for(args);
 
   auto [max_s, max_t] = ahead.of(s, t, n);
   Affine<C> as, at, a1{};
@@ -1108,10 +1415,14 @@ RowResult objective_row(const DenseArgs& args, const RowNumbers& num, const X* s
       C* tile_es = whole_row ? es : es - tile * kTileElements;
       C* tile_et = whole_row ? et : et - tile * kTileElements;
       switch (sums_needed) {
-        case kNoSums: sweep_tile<kNoSums>(row, tile, as, at, tile_es, tile_et, trusting, masking, sums); break;
-        case kForward: sweep_tile<kForward>(row, tile, as, at, tile_es, tile_et, trusting, masking, sums); break;
-        case kReverse: sweep_tile<kReverse>(row, tile, as, at, tile_es, tile_et, trusting, masking, sums); break;
-        default: sweep_tile<kAll>(row, tile, as, at, tile_es, tile_et, trusting, masking, sums); break;
+        case kNoSums: sweep_tile<kNoSums>(row, tile, as, at, tile_es, tile_et, trusting, masking, sums, pending); break;
+        case kForward:
+          sweep_tile<kForward>(row, tile, as, at, tile_es, tile_et, trusting, masking, sums, pending);
+          break;
+        case kReverse:
+          sweep_tile<kReverse>(row, tile, as, at, tile_es, tile_et, trusting, masking, sums, pending);
+          break;
+        default: sweep_tile<kAll>(row, tile, as, at, tile_es, tile_et, trusting, masking, sums, pending); break;
       }
       if (power > 1) {
         const auto [first, last] = tile_slots(row, tile);
@@ -1132,6 +1443,8 @@ RowResult objective_row(const DenseArgs& args, const RowNumbers& num, const X* s
       max_s = maximum(s, n);
       max_t = maximum(t, n);
     }
+    // What is pending goes with the first sweep, from its first block on.
+    pending.finish();
     if (!redo) break;
   }
   if (ce == kCeSame) z1 = sums.zs;
@@ -1176,11 +1489,18 @@ RowResult objective_row(const DenseArgs& args, const RowNumbers& num, const X* s
     const double score_sum = k.c_pq + k.c_qq + over_q;
     terms.b = -f * ip * k.c_pq;
     terms.a = f * iq * (k.c_qq - score_sum);
-    terms.logs = has_logs;
+    terms.logs = has_logs(divergence);
     if (terms.logs) {
       terms.a -= f * iq * kLn2 * (k.c_qp * log2_zt + k.c_qq * log2_zs);
       terms.ks = f * iq * kLn2 * k.c_qq;
       terms.kst = f * iq * kLn2 * (k.c_qp + k.c_qq);
+      if (kFused && std::is_same_v<C, float> && sums_needed == kReverse && trusting && as.trusts(at)) {
+        // es (xs - xt) is in et already, but for scale and references.
+        terms.a -= terms.ks * (as.reference() - at.reference());
+        terms.b = terms.ks * double(as.c);
+        terms.ks = 0;
+        terms.logs = false;
+      }
     }
   } else {
     // A NaN logit has spoilt the whole row, and a row of -inf has no distribution; functors see neither.
@@ -1235,13 +1555,21 @@ RowResult objective_row(const DenseArgs& args, const RowNumbers& num, const X* s
       terms.accepted = &accepted_sum;
       terms.ratio = ip / iq;
     }
-    NextRow<X, 2> next{{ahead.next_s, ahead.next_t}};
-    next.limit(n, args.fetch_bytes);
-    write_gradient(row, terms, out, streamed, next);
-    if (terms.accepted != nullptr) result.stats[8] = accepted_sum * iq;
-    if (has_label) {
-      const double g = gradient_at(row, terms, label, xs, xt) - num.weight * num.ce * (1 - args.label_smoothing);
-      from_compute(C(g), out + label);
+    C at_label = 0;
+    if (has_label)
+      at_label = C(gradient_at(row, terms, label, xs, xt) - num.weight * num.ce * (1 - args.label_smoothing));
+    if (deferred && beside_sweep(sums_needed, terms)) {
+      pending.terms = terms;
+      pending.begin(row, out, streamed);
+      if (terms.accepted != nullptr) pending.accept(acceptance, iq);
+      add_edges(row, out, pending);
+      if (has_label) pending.label = out + label, pending.at_label = at_label;
+    } else {
+      NextRow<X, 2> next{{ahead.next_s, ahead.next_t}};
+      next.limit(n, args.fetch_bytes);
+      write_gradient(row, terms, out, streamed, next);
+      if (terms.accepted != nullptr) result.stats[8] = accepted_sum * iq;
+      if (has_label) from_compute(at_label, out + label);
     }
   }
   return result;
@@ -1257,9 +1585,9 @@ void put(void* array, int64_t index, double value) {
   static_cast<C*>(array)[index] = C(value);
 }
 
-// Runs body(row, label, weight) for the rows that count, and writes zeros for the others.
-template <class X, class Body>
-void for_rows(const RowArgs& args, int64_t begin, int64_t end, Body body) {
+// Runs body(row, label, weight, out) for the rows that count, and writes zeros for the others; then finish().
+template <class X, class Body, class Finish>
+void for_rows(const RowArgs& args, int64_t begin, int64_t end, Body body, Finish finish) {
   using C = typename Io<X>::C;
   constexpr bool fp64 = sizeof(C) == 8;
   for (int64_t row = begin; row < end; ++row) {
@@ -1274,13 +1602,18 @@ void for_rows(const RowArgs& args, int64_t begin, int64_t end, Body body) {
     put<C>(args.loss, row, weight * body(row, label, weight, out));
     if (out != nullptr) fill_zero(out, args.columns, args.width);
   }
+  finish();
 #if defined(__x86_64__)
   _mm_sfence();
 #endif
 }
+template <class X, class Body>
+void for_rows(const RowArgs& args, int64_t begin, int64_t end, Body body) {
+  for_rows<X>(args, begin, end, body, [] {});
+}
 
-inline bool streams(const RowArgs& args, int64_t element_bytes) {
-  return args.wants_grad && args.dstudent.data != args.student.data && args.width * element_bytes >= kStreamRowBytes &&
+inline bool streams(const RowArgs& args, int64_t element_bytes, int64_t row_bytes = kStreamRowBytes) {
+  return args.wants_grad && args.dstudent.data != args.student.data && args.width * element_bytes >= row_bytes &&
          args.batch * args.length * args.width * element_bytes > kStreamBytes;
 }
 
@@ -1322,21 +1655,28 @@ void prefetch_for_writing(X* out, int64_t n) {
 template <class X>
 void dense_direct(const DenseArgs& args, int64_t begin, int64_t end) {
   using C = typename Io<X>::C;
-  const bool streamed = streams(args, sizeof(X));
-  bool masking = false;
-  SeedsAhead<X> ahead;
-  for_rows<X>(args, begin, end, [&](int64_t row, int64_t label, double weight, X* out) {
+  // Where the gradient needs the logits again, it is written while they are in the caches.
+  const bool needs_logits = has_logs(kDivergences[args.divergence]) && sums_for(args) != kReverse;
+  const bool deferred = kFused && std::is_same_v<C, float> && !needs_logits;
+  ObjectiveRows<X> rows(args, streams(args, sizeof(X), deferred ? kStreamShortRowBytes : kStreamRowBytes), deferred);
+  const bool numbers_differ = args.student_temperature.data != nullptr || args.teacher_temperature.data != nullptr ||
+                              args.param.data != nullptr;
+  RowNumbers num = row_numbers<C>(args, begin, 1);
+  const auto add = [&](int64_t row, int64_t label, double weight, X* out) {
     const X* s = row_pointer<X>(args.student, row, args.length);
     const X* t = row_pointer<X>(args.teachers[0], row, args.length);
     const bool has_next = is_read(args, row + 1, end);
-    ahead.next_s = has_next ? row_pointer<X>(args.student, row + 1, args.length) : nullptr;
-    ahead.next_t = has_next ? row_pointer<X>(args.teachers[0], row + 1, args.length) : nullptr;
-    if (out != nullptr && !streamed && out != s) prefetch_for_writing(out, args.width);
-    const RowResult result =
-        objective_row(args, row_numbers<C>(args, row, weight), s, t, label, out, streamed, masking, ahead);
+    rows.ahead.next_s = has_next ? row_pointer<X>(args.student, row + 1, args.length) : nullptr;
+    rows.ahead.next_t = has_next ? row_pointer<X>(args.teachers[0], row + 1, args.length) : nullptr;
+    if (out != nullptr && !rows.streamed && out != s) prefetch_for_writing(out, args.width);
+    if (numbers_differ) num = row_numbers<C>(args, row, weight);
+    num.weight = weight;
+    C* stats = args.stats == nullptr ? nullptr : static_cast<C*>(args.stats) + row * kStats;
+    const RowResult result = rows.add(num, s, t, label, out, stats == nullptr ? nullptr : stats + 8);
     put_stats<C>(args, row, result);
     return result.loss;
-  });
+  };
+  for_rows<X>(args, begin, end, add, [&] { rows.finish(); });
 }
 
 // Element by element where the type of the sums is not that of the logits.
@@ -1632,8 +1972,7 @@ void dense_generic(const DenseArgs& args, int64_t begin, int64_t end) {
   using C = typename Io<X>::C;
   const int64_t n = args.columns;
   Scratch<C>& scratch = Scratch<C>::mine();
-  bool masking = false;
-  SeedsAhead<C> none;
+  ObjectiveRows<C> rows(args, false, false);
   for_rows<X>(args, begin, end, [&](int64_t row, int64_t label, double weight, X* out) {
     RowNumbers num = row_numbers<C>(args, row, weight);
     const double tempered = num.student_scale;
@@ -1649,7 +1988,7 @@ void dense_generic(const DenseArgs& args, int64_t begin, int64_t end) {
       RowNumbers soft = num;
       soft.student_scale = tempered / m.std;
       soft.ce = soft.z = 0;
-      result = objective_row(args, soft, s, t, label, g, false, masking, none);
+      result = rows.add(soft, s, t, label, g, nullptr);
       if (g != nullptr) {
         // objective_row divided by T std: dz = std * that, ds = (dz - z mean(dz z)) / std.
         mean = C(m.mean);
@@ -1667,7 +2006,7 @@ void dense_generic(const DenseArgs& args, int64_t begin, int64_t end) {
         add_hard_terms(args, num, s, label, g, result);
       }
     } else {
-      result = objective_row(args, num, s, t, label, g, false, masking, none);
+      result = rows.add(num, s, t, label, g, nullptr);
     }
     if (g != nullptr) {
       const C inverse = args.student_softcap == 0 ? C(0) : C(1 / args.student_softcap);

@@ -96,9 +96,10 @@ void fill_dense(DenseArgs& args, const std::string& teacher_form, double teacher
   args.standardize = standardize;
 }
 
+// For gradients that are not written while the next row is read (Jeffreys, those of reverse KL's kin with statistics).
 // Cores that share one way to memory, which fp32 logits fill, had better not read together and then write together:
-// with the next row fetched while a gradient is written (512, 32000) takes 12 % less on two threads. Where each core
-// has its way, or is alone on it, that costs 5 %.
+// with the next row fetched while a gradient is written (512, 32000) took 12 % less on two threads. Where each core has
+// its way, or is alone on it, that costs 5 %.
 constexpr int64_t kFetchBytes = int64_t(128) << 10;
 
 void run_dense(DenseArgs& args) {

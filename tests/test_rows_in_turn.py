@@ -1,0 +1,164 @@
+"""On the CPU a gradient is written while the next row is read: what comes after a row, and how it ends, is none of its
+business."""
+
+import pytest
+import torch
+
+import kdkernels as kd
+from kdkernels import backends, testing
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+IGNORE = -100
+LARGE = 8 << 20  # bytes of a gradient beyond which it is written around the caches
+# With each of them something else is pending between two rows, or nothing is.
+OBJECTIVES = {
+    "forward KL": {},
+    "no T^2, row weights": {"scale_by_t_squared": False, "temperature": 2.0, "row_weight": "ramp"},
+    "a temperature for every row": {"temperature": "ramp"},
+    "CE at T=1": {"ce_weight": 0.5},
+    "CE at T=2": {"ce_weight": 0.5, "temperature": 2.0},
+    "CE at T=3": {"ce_weight": 0.5, "temperature": 3.0},
+    "CE at T=4": {"ce_weight": 0.5, "temperature": 4.0},
+    "CE at T=5": {"ce_weight": 0.5, "temperature": 5.0},
+    "label smoothing": {"ce_weight": 0.5, "temperature": 2.0, "label_smoothing": 0.1},
+    "z-loss": {"z_loss_weight": 0.1, "temperature": 3.0},
+    "CE alone": {"kd_weight": 0.0, "ce_weight": 1.0},
+    "soft CE": {"divergence": "soft_ce"},
+    "reverse KL": {"divergence": "reverse_kl"},
+    "reverse KL, two temperatures": {"divergence": "reverse_kl", "temperature": 2.0, "teacher_temperature": 1.5},
+    "reverse KL, CE at T=2": {"divergence": "reverse_kl", "ce_weight": 0.5, "temperature": 2.0},
+    "Jeffreys": {"divergence": "jeffreys", "temperature": 2.0},
+    "JSD": {"divergence": "jsd"},
+    "JSD, CE at T=1": {"divergence": "jsd", "ce_weight": 0.5},
+    "TVD": {"divergence": "tvd"},
+    "statistics": {"return_stats": True},
+    "statistics, CE at T=2": {"return_stats": True, "ce_weight": 0.5, "temperature": 2.0},
+}
+# Bodies of rows differ by a block from one to the next, by how far they begin from a cache line; 2,081 elements are one
+# tile or two.
+vocabularies = pytest.mark.parametrize("vocab_size", [7, 130, 1001, 1029, 2081], ids=lambda v: f"V{v}")
+dtypes = pytest.mark.parametrize("dtype", DTYPES)
+objectives = pytest.mark.parametrize("objective", OBJECTIVES)
+KINDS = ["normal", "late", "near", "huge", "peaked", "equal", "spread"]
+
+
+@pytest.fixture(autouse=True)
+def compiled():
+    reason = backends.BACKENDS["cpu"].why_not("cpu")
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def options_of(objective, rows):
+    ramp = torch.linspace(0.5, 3.0, rows)
+    return {name: ramp if value == "ramp" else value for name, value in OBJECTIVES[objective].items()}
+
+
+def rows_of_all_kinds(rows, vocab_size, dtype):
+    """Rows that are swept without clamps, and such as are not, or twice; labels of which some are ignored."""
+    pairs = [testing.make_inputs(kind, -(-rows // len(KINDS)), vocab_size, dtype) for kind in KINDS]
+    student, teacher = (torch.stack(side, 1).flatten(0, 1)[:rows].contiguous() for side in zip(*pairs, strict=True))
+    labels = (torch.arange(rows) * 5 - 1) % vocab_size
+    labels[4::9] = IGNORE
+    return student, teacher, labels
+
+
+def run(student, teacher, labels, *, inplace=False, **options):
+    """Loss, gradient and statistics of every row."""
+    student = student.detach().clone().requires_grad_()
+    with testing.poisoned_memory():
+        result = kd.kd_loss(
+            student * 1 if inplace else student,
+            teacher,
+            labels,
+            reduction="none",
+            backend="cpu",
+            inplace=inplace,
+            **options,
+        )
+        loss, stats = result if options.get("return_stats") else (result, ())
+        loss.sum().backward()
+    return [loss.detach(), student.grad, *stats]
+
+
+@objectives
+@vocabularies
+@dtypes
+def test_rows_of_all_kinds(objective, vocab_size, dtype):
+    rows = 3 * len(KINDS) + 2
+    student, teacher, labels = rows_of_all_kinds(rows, vocab_size, DTYPES[dtype])
+    options = options_of(objective, rows)
+    if options.pop("return_stats", False):
+        expected = testing.textbook_stats(student.double(), teacher.double(), labels, **options)
+        _, _, *stats = run(student, teacher, labels, return_stats=True, **options)
+        # Not of rows of logits up to 1e4, whose logarithms are large.
+        ordinary = torch.arange(rows) % len(KINDS) != KINDS.index("huge")
+        for name, got, truth in zip(kd.KDStats._fields, stats, expected, strict=True):
+            message = lambda text, name=name: f"{name}: {text}"  # noqa: E731
+            torch.testing.assert_close(got.double()[ordinary], truth[ordinary], rtol=1e-4, atol=2e-4, msg=message)
+    with testing.poisoned_memory():
+        testing.check_kd_loss(student, teacher, labels, backend="cpu", **options)
+
+
+@objectives
+@pytest.mark.parametrize("vocab_size", [300, 1001, 4101], ids=lambda v: f"V{v}")
+@pytest.mark.parametrize("memory", ["stored", "streamed", "in place"])
+@dtypes
+def test_a_row_does_not_depend_on_what_is_around_it(objective, vocab_size, memory, dtype):
+    row_bytes = vocab_size * DTYPES[dtype].itemsize
+    rows = 1 + LARGE // row_bytes if memory == "streamed" else 67
+    student, teacher, labels = testing.make_inputs("normal", 67, vocab_size, torch.float32)[:2] + (None,)
+    repeats = -(-rows // 67)
+    student, teacher = (x.to(DTYPES[dtype]).repeat(repeats, 1)[:rows] for x in (student, teacher))
+    labels = (torch.arange(rows) * 5 - 1) % vocab_size
+    options = {**options_of(objective, rows), "inplace": memory == "in place"}
+    plain = run(student, teacher, labels, **options)
+    assert (plain[1].nbytes > LARGE) == (memory == "streamed")
+
+    others = torch.arange(rows) % 3 == 1
+    strange_student, strange_teacher, strange_labels = student.clone(), teacher.clone(), labels.clone()
+    for k, number in enumerate(others.nonzero().flatten()):
+        if k % 5 == 0:
+            strange_labels[number] = IGNORE
+        elif k % 5 == 1:
+            strange_student[number, k % vocab_size] = torch.nan
+        elif k % 5 == 2:
+            strange_student[number, ::2] = 3e4
+        elif k % 5 == 3:
+            strange_teacher[number, k % vocab_size :] = -torch.inf
+        else:
+            strange_student[number], strange_teacher[number] = -300.0, 40.0
+    strange = run(strange_student, strange_teacher, strange_labels, **options)
+    for before, after in zip(plain, strange, strict=True):
+        assert torch.equal(before[~others], after[~others])
+    assert torch.equal(strange[1][others][::5], torch.zeros_like(strange[1][others][::5]))
+
+
+@objectives
+@pytest.mark.parametrize("vocab_size", [300, 1001, 4101], ids=lambda v: f"V{v}")
+@dtypes
+def test_a_large_gradient_is_that_of_its_parts(objective, vocab_size, dtype):
+    rows = 1 + LARGE // (vocab_size * DTYPES[dtype].itemsize)
+    student, teacher = testing.make_inputs("normal", 500, vocab_size, torch.float32)
+    student, teacher = (x.to(DTYPES[dtype]).repeat(-(-rows // 500), 1)[:rows] for x in (student, teacher))
+    labels = (torch.arange(rows) * 5 - 1) % vocab_size
+    labels[4::9] = IGNORE
+    options = options_of(objective, rows)
+    whole = run(student, teacher, labels, **options)
+    for start in (0, rows // 2 - 7, rows - 25):
+        part = slice(start, start + 25)
+        some = {name: value[part] if torch.is_tensor(value) else value for name, value in options.items()}
+        if some.pop("return_stats", False):
+            for got, expected in zip(
+                whole[2:], run(student[part], teacher[part], labels[part], return_stats=True, **some)[2:], strict=True
+            ):
+                torch.testing.assert_close(got[part], expected, rtol=1e-4, atol=1e-5)
+        exact = student[part].double().requires_grad_()
+        loss = kd.kd_loss(exact, teacher[part].double(), labels[part], reduction="none", backend="torch", **some)
+        loss.sum().backward()
+        epsilon = testing.allowed_epsilon(DTYPES[dtype])
+        rounding = torch.finfo(DTYPES[dtype]).eps
+        torch.testing.assert_close(whole[0][part].double(), loss.detach(), rtol=1e-4, atol=1e-4)
+        # TVD's gradient jumps where p and q are equal to rounding.
+        jump = 1e-4 if some.get("divergence") == "tvd" else 0.0
+        torch.testing.assert_close(whole[1][part].double(), exact.grad, rtol=2 * rounding, atol=max(jump, 30 * epsilon))
