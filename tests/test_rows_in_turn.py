@@ -63,6 +63,12 @@ def rows_of_all_kinds(rows, vocab_size, dtype):
     return student, teacher, labels
 
 
+def many_rows(rows, vocab_size, dtype):
+    """Ordinary rows, of which the first come again and again."""
+    sides = testing.make_inputs("normal", min(rows, 67), vocab_size, torch.float32)
+    return tuple(side.to(dtype).repeat(-(-rows // len(side)), 1)[:rows] for side in sides)
+
+
 def run(student, teacher, labels, *, inplace=False, **options):
     """Loss, gradient and statistics of every row."""
     student = student.detach().clone().requires_grad_()
@@ -107,9 +113,7 @@ def test_rows_of_all_kinds(objective, vocab_size, dtype):
 def test_a_row_does_not_depend_on_what_is_around_it(objective, vocab_size, memory, dtype):
     row_bytes = vocab_size * DTYPES[dtype].itemsize
     rows = 1 + LARGE // row_bytes if memory == "streamed" else 67
-    student, teacher, labels = testing.make_inputs("normal", 67, vocab_size, torch.float32)[:2] + (None,)
-    repeats = -(-rows // 67)
-    student, teacher = (x.to(DTYPES[dtype]).repeat(repeats, 1)[:rows] for x in (student, teacher))
+    student, teacher = many_rows(rows, vocab_size, DTYPES[dtype])
     labels = (torch.arange(rows) * 5 - 1) % vocab_size
     options = {**options_of(objective, rows), "inplace": memory == "in place"}
     plain = run(student, teacher, labels, **options)
@@ -139,8 +143,7 @@ def test_a_row_does_not_depend_on_what_is_around_it(objective, vocab_size, memor
 @dtypes
 def test_a_large_gradient_is_that_of_its_parts(objective, vocab_size, dtype):
     rows = 1 + LARGE // (vocab_size * DTYPES[dtype].itemsize)
-    student, teacher = testing.make_inputs("normal", 500, vocab_size, torch.float32)
-    student, teacher = (x.to(DTYPES[dtype]).repeat(-(-rows // 500), 1)[:rows] for x in (student, teacher))
+    student, teacher = many_rows(rows, vocab_size, DTYPES[dtype])
     labels = (torch.arange(rows) * 5 - 1) % vocab_size
     labels[4::9] = IGNORE
     options = options_of(objective, rows)

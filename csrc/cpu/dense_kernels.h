@@ -467,6 +467,7 @@ struct Pending {
   void accept(C* to, double factor) {
     acceptance = to;
     accepted = 0;
+    terms.accepted = &accepted;
     acceptance_factor = factor;
   }
   KDK_INLINE void finish() {
