@@ -1670,7 +1670,7 @@ void dense_direct(const DenseArgs& args, int64_t begin, int64_t end) {
     rows.ahead.next_s = has_next ? row_pointer<X>(args.student, row + 1, args.length) : nullptr;
     rows.ahead.next_t = has_next ? row_pointer<X>(args.teachers[0], row + 1, args.length) : nullptr;
     if (out != nullptr && !rows.streamed && out != s) prefetch_for_writing(out, args.width);
-    if (numbers_differ) num = row_numbers<C>(args, row, weight);
+    if (numbers_differ) num = row_numbers<C>(args, row, 1);
     num.weight = weight;
     C* stats = args.stats == nullptr ? nullptr : static_cast<C*>(args.stats) + row * kStats;
     const RowResult result = rows.add(num, s, t, label, out, stats == nullptr ? nullptr : stats + 8);
@@ -1991,7 +1991,7 @@ void dense_generic(const DenseArgs& args, int64_t begin, int64_t end) {
       soft.ce = soft.z = 0;
       result = rows.add(soft, s, t, label, g, nullptr);
       if (g != nullptr) {
-        // objective_row divided by T std: dz = std * that, ds = (dz - z mean(dz z)) / std.
+        // add() divided by T std: dz = std * that, ds = (dz - z mean(dz z)) / std.
         mean = C(m.mean);
         const int64_t whole = n - n % kLanes<C>;
         double along = sum_over_row<C>(
