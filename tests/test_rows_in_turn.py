@@ -34,11 +34,32 @@ OBJECTIVES = {
     "statistics": {"return_stats": True},
     "statistics, CE at T=2": {"return_stats": True, "ce_weight": 0.5, "temperature": 2.0},
 }
+SPARSE = {
+    "bucket": {},
+    "forward KL, row weights": {"divergence": "forward_kl", "scale_by_t_squared": False, "row_weight": "ramp"},
+    "a temperature for every row": {"temperature": "ramp", "teacher_temperature": 1.0},
+    "CE at T=1": {"ce_weight": 0.5},
+    "CE at T=2": {"ce_weight": 0.5, "temperature": 2.0, "teacher_temperature": 1.0},
+    "label smoothing": {"ce_weight": 0.5, "label_smoothing": 0.1},
+    "z-loss": {"z_loss_weight": 0.1, "temperature": 3.0, "teacher_temperature": 1.0},
+    "CE alone": {"kd_weight": 0.0, "ce_weight": 1.0},
+    "JSD": {"divergence": "jsd"},
+    "uniform": {"tail": "uniform"},
+    "uniform, CE at T=2": {"tail": "uniform", "ce_weight": 0.5, "temperature": 2.0},
+    "renormalize": {"tail": "renormalize"},
+    "renormalize both": {"tail": "renormalize_both"},
+    "renormalize both, CE": {"tail": "renormalize_both", "ce_weight": 0.5},
+    "drop": {"tail": "drop"},
+    "statistics": {"return_stats": True},
+}
 # Bodies of rows differ by a block from one to the next, by how far they begin from a cache line; 2,081 elements are one
 # tile or two.
 vocabularies = pytest.mark.parametrize("vocab_size", [7, 130, 1001, 1029, 2081], ids=lambda v: f"V{v}")
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
+memories = pytest.mark.parametrize("memory", ["stored", "streamed", "in place"])
+wide = pytest.mark.parametrize("vocab_size", [300, 1001, 4101], ids=lambda v: f"V{v}")
 objectives = pytest.mark.parametrize("objective", OBJECTIVES)
+sparse_objectives = pytest.mark.parametrize("objective", SPARSE)
 KINDS = ["normal", "late", "near", "huge", "peaked", "equal", "spread"]
 
 
@@ -51,7 +72,7 @@ def compiled():
 
 def options_of(objective, rows):
     ramp = torch.linspace(0.5, 3.0, rows)
-    return {name: ramp if value == "ramp" else value for name, value in OBJECTIVES[objective].items()}
+    return {name: ramp if value == "ramp" else value for name, value in objective.items()}
 
 
 def rows_of_all_kinds(rows, vocab_size, dtype):
@@ -69,13 +90,22 @@ def many_rows(rows, vocab_size, dtype):
     return tuple(side.to(dtype).repeat(-(-rows // len(side)), 1)[:rows] for side in sides)
 
 
-def run(student, teacher, labels, *, inplace=False, **options):
+def sparse_teacher(rows, vocab_size, entries=5):
+    """Ids of which one may come twice and one may be none, on both sides of a row's middle."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(vocab_size, (rows, entries), generator=generator)
+    ids[::3, -1] = -1
+    logprobs = torch.log_softmax(torch.randn(rows, entries + 1, generator=generator), -1)[:, :entries]
+    return ids, logprobs
+
+
+def run(student, teacher, labels, *, inplace=False, loss_of=kd.kd_loss, **options):
     """Loss, gradient and statistics of every row."""
     student = student.detach().clone().requires_grad_()
     with testing.poisoned_memory():
-        result = kd.kd_loss(
+        result = loss_of(
             student * 1 if inplace else student,
-            teacher,
+            *(teacher if isinstance(teacher, tuple) else (teacher,)),
             labels,
             reduction="none",
             backend="cpu",
@@ -93,7 +123,7 @@ def run(student, teacher, labels, *, inplace=False, **options):
 def test_rows_of_all_kinds(objective, vocab_size, dtype):
     rows = 3 * len(KINDS) + 2
     student, teacher, labels = rows_of_all_kinds(rows, vocab_size, DTYPES[dtype])
-    options = options_of(objective, rows)
+    options = options_of(OBJECTIVES[objective], rows)
     if options.pop("return_stats", False):
         expected = testing.textbook_stats(student.double(), teacher.double(), labels, **options)
         _, _, *stats = run(student, teacher, labels, return_stats=True, **options)
@@ -107,46 +137,113 @@ def test_rows_of_all_kinds(objective, vocab_size, dtype):
 
 
 @objectives
-@pytest.mark.parametrize("vocab_size", [300, 1001, 4101], ids=lambda v: f"V{v}")
-@pytest.mark.parametrize("memory", ["stored", "streamed", "in place"])
+@wide
+@memories
 @dtypes
 def test_a_row_does_not_depend_on_what_is_around_it(objective, vocab_size, memory, dtype):
     row_bytes = vocab_size * DTYPES[dtype].itemsize
     rows = 1 + LARGE // row_bytes if memory == "streamed" else 67
     student, teacher = many_rows(rows, vocab_size, DTYPES[dtype])
     labels = (torch.arange(rows) * 5 - 1) % vocab_size
-    options = {**options_of(objective, rows), "inplace": memory == "in place"}
+    options = {**options_of(OBJECTIVES[objective], rows), "inplace": memory == "in place"}
     plain = run(student, teacher, labels, **options)
     assert (plain[1].nbytes > LARGE) == (memory == "streamed")
 
     others = torch.arange(rows) % 3 == 1
     strange_student, strange_teacher, strange_labels = student.clone(), teacher.clone(), labels.clone()
     for k, number in enumerate(others.nonzero().flatten()):
-        if k % 5 == 0:
-            strange_labels[number] = IGNORE
-        elif k % 5 == 1:
-            strange_student[number, k % vocab_size] = torch.nan
-        elif k % 5 == 2:
-            strange_student[number, ::2] = 3e4
-        elif k % 5 == 3:
+        if k % 5 == 3:
             strange_teacher[number, k % vocab_size :] = -torch.inf
-        else:
+        elif k % 5 == 4:
             strange_student[number], strange_teacher[number] = -300.0, 40.0
+        else:
+            make_strange(k, strange_student[number], strange_labels[number : number + 1])
     strange = run(strange_student, strange_teacher, strange_labels, **options)
+    assert_same_but(others, plain, strange)
+
+
+def make_strange(kind, student, label):
+    """One row that is ignored, or holds a NaN, or logits that a sweep without clamps does not take."""
+    if kind % 5 == 0:
+        label[0] = IGNORE
+    elif kind % 5 == 1:
+        student[kind % len(student)] = torch.nan
+    elif kind % 5 == 2:
+        student[::2] = 3e4
+
+
+def assert_same_but(others, plain, strange):
     for before, after in zip(plain, strange, strict=True):
         assert torch.equal(before[~others], after[~others])
     assert torch.equal(strange[1][others][::5], torch.zeros_like(strange[1][others][::5]))
 
 
+@sparse_objectives
+@wide
+@memories
+@dtypes
+def test_a_row_with_a_sparse_teacher_does_not_depend_on_what_is_around_it(objective, vocab_size, memory, dtype):
+    rows = 1 + LARGE // (vocab_size * DTYPES[dtype].itemsize) if memory == "streamed" else 67
+    student, _ = many_rows(rows, vocab_size, DTYPES[dtype])
+    ids, logprobs = sparse_teacher(rows, vocab_size)
+    labels = (torch.arange(rows) * 5 - 1) % vocab_size
+    labels[::4] = ids[::4, 0]
+    options = {**options_of(SPARSE[objective], rows), "inplace": memory == "in place", "loss_of": kd.topk_kd_loss}
+    plain = run(student, (ids, logprobs), labels, **options)
+
+    others = torch.arange(rows) % 3 == 1
+    strange_student, strange_ids, strange_logprobs, strange_labels = (
+        x.clone() for x in (student, ids, logprobs, labels)
+    )
+    for k, number in enumerate(others.nonzero().flatten()):
+        if k % 5 == 3:
+            strange_ids[number] = -1
+        elif k % 5 == 4:
+            strange_logprobs[number, 1:] = -torch.inf
+            strange_student[number] = -300.0
+        else:
+            make_strange(k, strange_student[number], strange_labels[number : number + 1])
+    strange = run(strange_student, (strange_ids, strange_logprobs), strange_labels, **options)
+    assert_same_but(others, plain, strange)
+
+
+@sparse_objectives
+@wide
+@dtypes
+def test_a_large_gradient_of_a_sparse_teacher_is_that_of_its_parts(objective, vocab_size, dtype):
+    rows = 1 + LARGE // (vocab_size * DTYPES[dtype].itemsize)
+    student, _ = many_rows(rows, vocab_size, DTYPES[dtype])
+    ids, logprobs = sparse_teacher(rows, vocab_size)
+    labels = (torch.arange(rows) * 5 - 1) % vocab_size
+    labels[::4] = ids[::4, 0]
+    labels[4::9] = IGNORE
+    options = options_of(SPARSE[objective], rows)
+    loss, gradient, *_ = run(student, (ids, logprobs), labels, loss_of=kd.topk_kd_loss, **options)
+    for start in (0, rows // 2 - 7, rows - 25):
+        part = slice(start, start + 25)
+        some = {name: value[part] if torch.is_tensor(value) else value for name, value in options.items()}
+        some.pop("return_stats", None)
+        exact = student[part].double().requires_grad_()
+        expected = kd.topk_kd_loss(
+            exact, ids[part], logprobs[part].double(), labels[part], reduction="none", backend="torch", **some
+        )
+        expected.sum().backward()
+        epsilon = testing.allowed_epsilon(DTYPES[dtype])
+        torch.testing.assert_close(loss[part].double(), expected.detach(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            gradient[part].double(), exact.grad, rtol=2 * torch.finfo(DTYPES[dtype]).eps, atol=30 * epsilon
+        )
+
+
 @objectives
-@pytest.mark.parametrize("vocab_size", [300, 1001, 4101], ids=lambda v: f"V{v}")
+@wide
 @dtypes
 def test_a_large_gradient_is_that_of_its_parts(objective, vocab_size, dtype):
     rows = 1 + LARGE // (vocab_size * DTYPES[dtype].itemsize)
     student, teacher = many_rows(rows, vocab_size, DTYPES[dtype])
     labels = (torch.arange(rows) * 5 - 1) % vocab_size
     labels[4::9] = IGNORE
-    options = options_of(objective, rows)
+    options = options_of(OBJECTIVES[objective], rows)
     whole = run(student, teacher, labels, **options)
     for start in (0, rows // 2 - 7, rows - 25):
         part = slice(start, start + 25)

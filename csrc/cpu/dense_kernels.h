@@ -35,8 +35,9 @@ constexpr int64_t kPrefetchBytes = 4096;
 // aligning the writes costs more than it saves. Rows may be shorter where the next one is read while they are written.
 constexpr int64_t kStreamBytes = int64_t(8) << 20, kStreamRowBytes = 3 << 10, kStreamShortRowBytes = 512;
 
-// Which sums over e^x sweep 1 makes: of et (xt - xs), of es (xs - xt), or both with both entropies' terms.
-enum Sums { kNoSums = 0, kForward = 1, kReverse = 2, kAll = 3 };
+// Which sums over e^x sweep 1 makes: of et (xt - xs), of es (xs - xt), or both with both entropies' terms; or that there
+// is one model only.
+enum Sums { kNoSums = 0, kForward = 1, kReverse = 2, kAll = 3, kOneModel = 4 };
 // What carries the exponentials at temperature 1 for cross entropy and z-loss: at T = 2, 3 and 4 a power of those at T.
 enum CeSource { kCeNone, kCeSame, kCeSquare, kCeCube, kCeFourth, kCeOwn };
 constexpr int power_of(int ce) { return ce == kCeSquare ? 2 : ce == kCeCube ? 3 : ce == kCeFourth ? 4 : 1; }
@@ -319,12 +320,12 @@ struct RowSums {
   }
 };
 
-// The gradient es (a + ks (xs - xt) + kst xt) - et b + e1 c1 + c0; the middle terms only where LOGS.
+// The gradient es (a + ks (xs - xt) + kst xt) - et b + e1 c1 + c0; the middle terms only where LOGS, et only of TWO models.
 template <class C>
 struct GradientTerms {
   double a = 0, b = 0, c0 = 0, c1 = 0, ks = 0, kst = 0;
   CeSource ce = kCeNone;
-  bool logs = false;
+  bool logs = false, two_models = true;
   Affine<C> as{}, at{};
   const C *es = nullptr, *et = nullptr, *e1 = nullptr;
   // Where it is wanted and et still holds the teacher's exponentials: sum min(es, et ratio) is added up on the way.
@@ -339,7 +340,7 @@ KDK_INLINE V power(V e) {
 }
 
 // Two vectors of a gradient, from where their exponentials and logits stand.
-template <bool LOGS, int CE, bool ACCEPTED, class X>
+template <bool LOGS, int CE, bool ACCEPTED, bool TWO, class X>
 struct GradientBlock {
   using C = typename Io<X>::C;
   using V = Vec<C>;
@@ -375,10 +376,12 @@ struct GradientBlock {
       g0 = c0 + es0 * a;
       g1 = c0 + es1 * a;
     }
-    const V et0 = load<V>(et), et1 = load<V>(et + kLanes<C>);
-    g0 -= unfused(et0 * b);
-    g1 -= unfused(et1 * b);
-    if (ACCEPTED) accepted += min_of(es0, et0 * ratio) + min_of(es1, et1 * ratio);
+    if (TWO) {
+      const V et0 = load<V>(et), et1 = load<V>(et + kLanes<C>);
+      g0 -= unfused(et0 * b);
+      g1 -= unfused(et1 * b);
+      if (ACCEPTED) accepted += min_of(es0, et0 * ratio) + min_of(es1, et1 * ratio);
+    }
     if (CE == kCeOwn) {
       g0 += load<V>(e1) * c1;
       g1 += load<V>(e1 + kLanes<C>) * c1;
@@ -487,19 +490,18 @@ struct Pending {
 template <class X>
 struct Alone {
   static constexpr bool kWrites = false;
-  explicit Alone(const Pending<X>&) {}
   void stop(Pending<X>&) const {}
 };
 
 // What is pending, written beside a sweep.
-template <int CE, bool ACCEPTED, class X>
+template <int CE, bool ACCEPTED, bool TWO, class X>
 struct Beside {
   static constexpr bool kWrites = true;
   static constexpr int64_t kBlock = Io<X>::kBlock;
   using C = typename Io<X>::C;
   using V = Vec<C>;
 
-  GradientBlock<false, CE, ACCEPTED, X> gradient;
+  GradientBlock<false, CE, ACCEPTED, TWO, X> gradient;
   const C* e1;
   X* out;
   int64_t done = 0, blocks, first_streamed, num_streamed;
@@ -542,19 +544,21 @@ KDK_INLINE void with_pending(Pending<X>& pending, Write write) {
     write(beside);
     beside.stop(pending);
   };
-  if (pending.blocks == 0) return with(Alone<X>(pending));
+  if (pending.blocks == 0) return with(Alone<X>());
   if constexpr (SUMS == kForward) {
     switch (pending.terms.ce) {
-      case kCeSquare: return with(Beside<kCeSquare, false, X>(pending));
-      case kCeCube: return with(Beside<kCeCube, false, X>(pending));
-      case kCeFourth: return with(Beside<kCeFourth, false, X>(pending));
-      case kCeOwn: return with(Beside<kCeOwn, false, X>(pending));
+      case kCeSquare: return with(Beside<kCeSquare, false, true, X>(pending));
+      case kCeCube: return with(Beside<kCeCube, false, true, X>(pending));
+      case kCeFourth: return with(Beside<kCeFourth, false, true, X>(pending));
+      case kCeOwn: return with(Beside<kCeOwn, false, true, X>(pending));
       default: break;
     }
   } else if constexpr (SUMS == kAll) {
-    if (pending.terms.accepted != nullptr) return with(Beside<kCeNone, true, X>(pending));
+    if (pending.terms.accepted != nullptr) return with(Beside<kCeNone, true, true, X>(pending));
+  } else if constexpr (SUMS == kOneModel) {
+    if (pending.terms.ce == kCeOwn) return with(Beside<kCeOwn, false, false, X>(pending));
   }
-  return with(Beside<kCeNone, false, X>(pending));
+  return with(Beside<kCeNone, false, SUMS != kOneModel, X>(pending));
 }
 template <class C>
 bool beside_sweep(int sums, const GradientTerms<C>& terms) {
@@ -572,7 +576,9 @@ void Pending<X>::write_blocks() {
         for (const int64_t end = std::min(count, beside.blocks); beside.done < end; es += kBlock, et += kBlock)
           beside.write_block(es, et);
     };
-    if (terms.accepted != nullptr) {
+    if (!terms.two_models) {
+      with_pending<kOneModel>(*this, tile);
+    } else if (terms.accepted != nullptr) {
       with_pending<kAll>(*this, tile);
     } else {
       with_pending<kForward>(*this, tile);
@@ -860,9 +866,11 @@ double student_exponentials(const Row<X>& row, int64_t tile, const Affine<C> stu
   return horizontal_sum<C>(sum0 + sum1);
 }
 
-// A tile without clamps and x; NaN when a logit was out of bounds.
-template <class X>
-double student_exponentials_trusting(const Row<X>& row, int64_t tile, const Affine<float>& as, float* es) {
+// A tile without clamps and x; NaN when a logit was out of bounds. A block of what is pending is written for every block
+// of the body.
+template <class X, class Beside>
+KDK_INLINE double student_exponentials_trusting(const Row<X>& row, int64_t tile, const Affine<float>& as, float* es,
+                                                Beside& beside) {
   using V = VecF;
   constexpr int64_t block = Io<X>::kBlock;
   const float scale = as.scale(), bias = as.bias(), nothing = as.nothing();
@@ -873,6 +881,28 @@ double student_exponentials_trusting(const Row<X>& row, int64_t tile, const Affi
     V local0 = sum0, local1 = sum1;
     Bounds local_bounds = bounds;
     int64_t b = 0;
+    if constexpr (Beside::kWrites && decltype(lanes)::kEdge) {
+      // The last block of a body may be where the tail of the next row goes.
+      if (slot > 0 && beside.done < beside.blocks) beside.write_block(es_out, es_out);
+    }
+    if constexpr (Beside::kWrites && !decltype(lanes)::kEdge) {
+      // What is pending begins where the body does.
+      const int64_t both = std::min(blocks, beside.blocks - beside.done);
+      Beside local_beside = beside;
+#pragma GCC unroll 2
+      for (; b < both; ++b, s += block, es_out += block) {
+        local_beside.write_block(es_out, es_out);
+        prefetch_ahead<block>(s);
+        V e[2];
+        Io<X>::load2(s, e[0], e[1]);
+        exp2_of_logits<kExpDegree<X>>(e, scale, bias, local_bounds);
+        local0 += e[0];
+        local1 += e[1];
+        store(es_out, e[0]);
+        store(es_out + kLanes<float>, e[1]);
+      }
+      beside = local_beside;
+    }
     for (; !lanes.kEdge && b + 2 <= blocks; b += 2, s += 2 * block, es_out += 2 * block) {
       prefetch_ahead<2 * block>(s);
       for (int h = 0; h < 2; ++h) {
@@ -900,30 +930,47 @@ double student_exponentials_trusting(const Row<X>& row, int64_t tile, const Affi
   return bounds.kept() ? double(horizontal_sum<float>(sum0 + sum1)) : std::numeric_limits<double>::quiet_NaN();
 }
 
-template <bool KEEP_X, class X, class C>
-double student_exponentials(const Row<X>& row, int64_t tile, const Affine<C>& as, C* es, C* xs, bool& trusting) {
+// In place of a Pending where there is none.
+struct NothingPending {
+  void finish() const {}
+};
+constexpr NothingPending kNothingPending;
+template <int SUMS, class X, class Write>
+KDK_INLINE void with_pending(const NothingPending&, Write write) {
+  const Alone<X> alone;
+  write(alone);
+}
+
+template <bool KEEP_X, class X, class C, class Waiting>
+double student_exponentials(const Row<X>& row, int64_t tile, const Affine<C>& as, C* es, C* xs, bool& trusting,
+                            Waiting& pending) {
   if constexpr (kFused && std::is_same_v<C, float> && !KEEP_X) {
     if (trusting && as.trusts(as)) {
-      const double z = student_exponentials_trusting(row, tile, as, es);
+      double z;
+      with_pending<kOneModel, X>(pending, [&](auto& beside) KDK_LAMBDA_INLINE {
+        z = student_exponentials_trusting(row, tile, as, es, beside);
+      });
       if (!std::isnan(z)) return z;
       trusting = false;
     }
   }
+  pending.finish();
   return student_exponentials<KEEP_X>(row, tile, as, es, xs);
 }
 
 // The student's exponentials of the whole row, and their sum, from the reference of its first elements, or from its
-// maximum where those were too far below it.
-template <bool KEEP_X, class X>
+// maximum where those were too far below it. What is pending is written meanwhile.
+template <bool KEEP_X, class X, class Waiting = const NothingPending>
 double sweep_student(const Row<X>& row, int64_t n, double scale, Affine<typename Io<X>::C>& as, typename Io<X>::C* es,
-                     typename Io<X>::C* xs) {
+                     typename Io<X>::C* xs, Waiting& pending = kNothingPending) {
   double high = maximum(row.s, std::min(n, kSeedElements));
   for (bool from_maximum = false;; from_maximum = true) {
     as = affine<typename Io<X>::C>(scale, high);
     double z = 0;
     bool trusting = true;
     for (int64_t tile = 0; tile < row.tiles() && (from_maximum || !(z > kRedo)); ++tile)
-      z += student_exponentials<KEEP_X>(row, tile, as, es, xs, trusting);
+      z += student_exponentials<KEEP_X>(row, tile, as, es, xs, trusting, pending);
+    pending.finish();
     if (from_maximum || !(z > kRedo)) return z;
     high = maximum(row.s, n);
   }
@@ -1080,12 +1127,12 @@ double accepted(const C* es, const C* et, int64_t count, double iq, double ip) {
   return total * iq;
 }
 
-template <bool LOGS, int CE, bool STREAM, bool ACCEPTED, class X>
+template <bool LOGS, int CE, bool STREAM, bool ACCEPTED, bool TWO, class X>
 void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, X* out, NextRow<X, 2> next) {
   using C = typename Io<X>::C;
   using V = Vec<C>;
   constexpr int64_t block = Io<X>::kBlock;
-  const GradientBlock<LOGS, CE, ACCEPTED, X> gradient(k);
+  const GradientBlock<LOGS, CE, ACCEPTED, TWO, X> gradient(k);
   // Backwards: of a row whose exponentials do not all fit the cache, the last are still there.
   for (int64_t tile = row.tiles() - 1; tile >= 0; --tile) {
     V accepted = {};
@@ -1118,11 +1165,11 @@ KDK_INLINE void prefetch_edges(const Row<X>& row, const X* out) {
 }
 
 // The edges of a row whose body is pending; out is where its gradient begins.
-template <int CE, bool ACCEPTED, class X>
+template <int CE, bool ACCEPTED, bool TWO, class X>
 KDK_INLINE void add_edges(const Row<X>& row, X* out, Pending<X>& pending) {
   using C = typename Io<X>::C;
   const GradientTerms<C>& k = pending.terms;
-  const GradientBlock<false, CE, ACCEPTED, X> gradient(k);
+  const GradientBlock<false, CE, ACCEPTED, TWO, X> gradient(k);
   Vec<C> accepted = {};
   const auto add = [&](const X* s, const X* t, int64_t, int64_t slot, int64_t first, auto lanes) KDK_LAMBDA_INLINE {
     if constexpr (decltype(lanes)::kEdge) {
@@ -1140,31 +1187,41 @@ KDK_INLINE void add_edges(const Row<X>& row, X* out, Pending<X>& pending) {
 }
 template <class X>
 void add_edges(const Row<X>& row, X* out, Pending<X>& pending) {
-  if (pending.terms.accepted != nullptr) return add_edges<kCeNone, true>(row, out, pending);
+  if (!pending.terms.two_models) {
+    return pending.terms.ce == kCeOwn ? add_edges<kCeOwn, false, false>(row, out, pending)
+                                      : add_edges<kCeNone, false, false>(row, out, pending);
+  }
+  if (pending.terms.accepted != nullptr) return add_edges<kCeNone, true, true>(row, out, pending);
   switch (pending.terms.ce) {
-    case kCeSquare: return add_edges<kCeSquare, false>(row, out, pending);
-    case kCeCube: return add_edges<kCeCube, false>(row, out, pending);
-    case kCeFourth: return add_edges<kCeFourth, false>(row, out, pending);
-    case kCeOwn: return add_edges<kCeOwn, false>(row, out, pending);
-    default: return add_edges<kCeNone, false>(row, out, pending);
+    case kCeSquare: return add_edges<kCeSquare, false, true>(row, out, pending);
+    case kCeCube: return add_edges<kCeCube, false, true>(row, out, pending);
+    case kCeFourth: return add_edges<kCeFourth, false, true>(row, out, pending);
+    case kCeOwn: return add_edges<kCeOwn, false, true>(row, out, pending);
+    default: return add_edges<kCeNone, false, true>(row, out, pending);
   }
 }
 
+template <bool LOGS, int CE, bool ACCEPTED, bool TWO, class X>
+void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, X* out, bool streamed,
+                    const NextRow<X, 2>& next) {
+  return streamed ? write_gradient<LOGS, CE, true, ACCEPTED, TWO>(row, k, out, next)
+                  : write_gradient<LOGS, CE, false, ACCEPTED, TWO>(row, k, out, next);
+}
 template <bool LOGS, int CE, class X>
 void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, X* out, bool streamed,
                     const NextRow<X, 2>& next) {
-  if (k.accepted != nullptr) {
-    return streamed ? write_gradient<LOGS, CE, true, true>(row, k, out, next)
-                    : write_gradient<LOGS, CE, false, true>(row, k, out, next);
-  }
-  return streamed ? write_gradient<LOGS, CE, true, false>(row, k, out, next)
-                  : write_gradient<LOGS, CE, false, false>(row, k, out, next);
+  return k.accepted != nullptr ? write_gradient<LOGS, CE, true, true>(row, k, out, streamed, next)
+                               : write_gradient<LOGS, CE, false, true>(row, k, out, streamed, next);
 }
 
-// With logarithms powers come as kCeOwn.
+// With logarithms powers come as kCeOwn, and as nothing else of one model.
 template <class X>
 void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, X* out, bool streamed,
                     const NextRow<X, 2>& next = {}) {
+  if (!k.two_models) {
+    return k.ce == kCeOwn ? write_gradient<false, kCeOwn, false, false>(row, k, out, streamed, next)
+                          : write_gradient<false, kCeNone, false, false>(row, k, out, streamed, next);
+  }
   if (k.logs) {
     return k.ce == kCeOwn ? write_gradient<true, kCeOwn>(row, k, out, streamed, next)
                           : write_gradient<true, kCeNone>(row, k, out, streamed, next);
@@ -1182,8 +1239,9 @@ void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k
 template <class X>
 double gradient_at(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, int64_t j, double xs, double xt) {
   const int64_t slot = row.slot(j);
-  const double es = k.es[slot], et = k.et[slot];
-  double g = k.c0 - et * k.b + es * k.a;
+  const double es = k.es[slot];
+  double g = k.c0 + es * k.a;
+  if (k.two_models) g -= double(k.et[slot]) * k.b;
   if (k.logs && es != 0) g += es * (k.ks * (xs - xt) + k.kst * xt);
   if (power_of(k.ce) > 1) g += std::pow(es, power_of(k.ce)) * k.c1;
   if (k.ce == kCeOwn) g += double(k.e1[slot]) * k.c1;
@@ -1431,7 +1489,7 @@ RowResult ObjectiveRows<X>::add(const RowNumbers& num, const X* s, const X* t, i
       }
       if (ce == kCeOwn) {
         C* tile_e1 = whole_row ? e1 : e1 - tile * kTileElements;
-        z1 += student_exponentials<false>(row, tile, a1, tile_e1, tile_e1, own_trusting);
+        z1 += student_exponentials<false>(row, tile, a1, tile_e1, tile_e1, own_trusting, kNothingPending);
       }
       redo = !from_maximum && (sums.zs > limit || sums.zt > limit || z1 > kRedo);
     }

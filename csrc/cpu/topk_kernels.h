@@ -267,83 +267,21 @@ void for_padding(const Row<X>& row, Visit visit) {
     for (int64_t j = 0; j < block - row.tail; ++j) visit(row.slots() - block + Io<X>::slot(j));
 }
 
-// How much of the next row is fetched while a gradient is written. With one model there is less to work out than memory
-// can bring: (512, 32000) takes 8 to 13 % less, and as long as before in bf16 on one thread.
-constexpr int64_t kFetchBytes = int64_t(256) << 10;
-
-// The gradient es a + score b + e1 c1 + c0 of all elements; score only where SCORES, e1 only where OWN.
-template <class C>
-struct Gradient {
-  double a = 0, b = 0, c1 = 0, c0 = 0;
-  const C *es = nullptr, *scores = nullptr, *e1 = nullptr;
-  bool has_scores = false, has_e1 = false;
-
-  double at(int64_t slot) const {
-    double g = c0 + a * double(es[slot]);
-    if (has_scores) g += b * double(scores[slot]);
-    if (has_e1) g += c1 * double(e1[slot]);
-    return g;
-  }
-};
-
-template <bool SCORES, bool OWN, bool STREAM, class X>
-void write_gradient(const Row<X>& row, const Gradient<typename Io<X>::C>& k, X* out, NextRow<X, 1> next) {
-  using C = typename Io<X>::C;
-  using V = Vec<C>;
-  constexpr int64_t block = Io<X>::kBlock;
-  const C a = C(k.a), b = C(k.b), c1 = C(k.c1), c0 = C(k.c0);
-  // Backwards, as in dense_kernels.h.
-  for (int64_t tile = row.tiles() - 1; tile >= 0; --tile) {
-    row.pieces(tile,
-               [&](const X*, const X*, int64_t blocks, int64_t slot, int64_t first, auto lanes) KDK_LAMBDA_INLINE {
-                 BlockWriter<STREAM, X, decltype(lanes)> writer(out, first, blocks, lanes);
-                 const C *es_in = k.es + slot, *scores_in = k.scores + slot, *e1_in = k.e1 + slot;
-                 NextRow<X, 1> local_next = next;
-                 for (int64_t i = 0; i < blocks; ++i, es_in += block, scores_in += block, e1_in += block) {
-                   V g0 = c0 + load<V>(es_in) * a, g1 = c0 + load<V>(es_in + kLanes<C>) * a;
-                   if (SCORES) {
-                     g0 += load<V>(scores_in) * b;
-                     g1 += load<V>(scores_in + kLanes<C>) * b;
-                   }
-                   if (OWN) {
-                     g0 += load<V>(e1_in) * c1;
-                     g1 += load<V>(e1_in + kLanes<C>) * c1;
-                   }
-                   writer.put(i, g0, g1);
-                   if (STREAM) local_next.template fetch<block>();
-                 }
-                 next = local_next;
-               });
-  }
-}
-
-template <bool SCORES, bool OWN, class X>
-void write_gradient(const Row<X>& row, const Gradient<typename Io<X>::C>& k, X* out, bool streamed,
-                    const NextRow<X, 1>& next) {
-  return streamed ? write_gradient<SCORES, OWN, true>(row, k, out, next)
-                  : write_gradient<SCORES, OWN, false>(row, k, out, next);
-}
-template <class X>
-void write_gradient(const Row<X>& row, const Gradient<typename Io<X>::C>& k, X* out, bool streamed,
-                    const NextRow<X, 1>& next) {
-  if (k.has_scores) {
-    return k.has_e1 ? write_gradient<true, true>(row, k, out, streamed, next)
-                    : write_gradient<true, false>(row, k, out, streamed, next);
-  }
-  return k.has_e1 ? write_gradient<false, true>(row, k, out, streamed, next)
-                  : write_gradient<false, false>(row, k, out, streamed, next);
-}
-
 // Puts what gives the entries' gradient g in place of their exponentials; false, and nothing done, where that leaves
 // the range. Written afterwards, each would bring a line back that was just streamed to memory.
 template <class C>
-bool put_in_scratch(const Gradient<C>& k, const Entries& entries, const double* g, C* es) {
+bool put_in_scratch(const GradientTerms<C>& k, const Entries& entries, const double* g, C* es, C* scores, C* e1) {
   const double limit = 1e30 * std::abs(k.a), over_a = 1 / k.a;
   if (!(limit > 1)) return false;
   int64_t within = 0;
   for (int64_t j = 0; j < entries.count; ++j) within += std::abs(g[j] - k.c0) < limit;
   if (within != entries.count) return false;
-  for (int64_t j = 0; j < entries.count; ++j) es[entries.slots[size_t(j)]] = C((g[j] - k.c0) * over_a);
+  for (int64_t j = 0; j < entries.count; ++j) {
+    const int64_t slot = entries.slots[size_t(j)];
+    if (k.two_models) scores[slot] = 0;
+    if (k.ce == kCeOwn) e1[slot] = 0;
+    es[slot] = C((g[j] - k.c0) * over_a);
+  }
   return true;
 }
 
@@ -392,12 +330,29 @@ double overlap(const X* s, int64_t n, const Entries& entries) {
   return double(among) / double(entries.count);
 }
 
-// One row of logits of type X; the gradient goes to out (null: none).
+// The rows of one call, one after the other.
 template <class X>
-RowResult objective_row(const TopkArgs& args, const RowNumbers& num, int64_t index, const X* s, int64_t label, X* out,
-                        bool streamed, const NextRow<X, 1>& next = {}) {
+struct SparseRows {
   using C = typename Io<X>::C;
-  const int64_t n = args.columns;
+  const TopkArgs& args;
+  // As of ObjectiveRows.
+  const bool streamed, deferred;
+  const bool aligned = streamed || (deferred && args.columns * int64_t(sizeof(X)) >= kStreamRowBytes);
+  int64_t n = args.columns;
+  Scratch<C>& scratch = Scratch<C>::mine();
+  C* const es_of_body = scratch.get(kEs, n + 2 * Row<X>::kBlock) + Row<X>::kBlock;
+  Pending<X> pending = {};
+
+  SparseRows(const TopkArgs& arguments, bool streams, bool defers)
+      : args(arguments), streamed(streams), deferred(defers) {}
+
+  // One row, which is the index-th; the gradient goes to out (null: none).
+  RowResult add(const RowNumbers& num, int64_t index, const X* s, int64_t label, X* out);
+  void finish() { pending.finish(); }
+};
+
+template <class X>
+RowResult SparseRows<X>::add(const RowNumbers& num, int64_t index, const X* s, int64_t label, X* out) {
   const Divergence& divergence = kDivergences[args.divergence];
   const Tail tail = args.tail;
 
@@ -429,18 +384,18 @@ RowResult objective_row(const TopkArgs& args, const RowNumbers& num, int64_t ind
   const bool is_alpha_beta = std::strncmp(divergence.name, "alpha_beta", 10) == 0;
   const bool pointwise = outcomes_outside > 0 && (tail == Tail::kUniform || (no_teacher && is_alpha_beta));
 
-  Row<X> row(s, s, n, head_elements(out, streamed));
-  const int64_t slots = row.slots();
-  Scratch<C>& scratch = Scratch<C>::mine();
-  C *es = scratch.get(kEs, slots), *xs = pointwise ? scratch.get(kEt, slots) : es;
-  C* e1 = own ? scratch.get(kE1, slots) : es;
+  Row<X> row(s, s, n, head_elements(out, aligned));
+  prefetch_edges(row, out);
+  const int64_t slots = row.slots(), head_slots = row.head > 0 ? Row<X>::kBlock : 0;
+  C *const es = es_of_body - head_slots, *const xs = pointwise ? scratch.get(kEt, slots) : es;
+  C* const e1 = own ? scratch.get(kE1, n + 2 * Row<X>::kBlock) + Row<X>::kBlock - head_slots : es;
 
   const bool swept = !restricted || wants_ce;
   Affine<C> as = affine<C>(num.student_scale, 0);
   double z = 0;
   if (swept) {
-    z = pointwise ? sweep_student<true>(row, n, num.student_scale, as, es, xs)
-                  : sweep_student<false>(row, n, num.student_scale, as, es, xs);
+    z = pointwise ? sweep_student<true>(row, n, num.student_scale, as, es, xs, pending)
+                  : sweep_student<false>(row, n, num.student_scale, as, es, xs, pending);
   }
 
   // The student on the entries: e^x in double, and the sum of what stands for them in the scratch.
@@ -573,26 +528,28 @@ RowResult objective_row(const TopkArgs& args, const RowNumbers& num, int64_t ind
   if (args.stats != nullptr) result.stats[5] = nan || !(z > 0) ? std::nan("") : overlap(s, n, entries);
   if (out == nullptr) return result;
 
-  Gradient<C> gradient;
-  gradient.es = es;
-  gradient.scores = xs;
-  gradient.e1 = e1;
-  gradient.c0 = c0;
+  GradientTerms<C> terms;
+  terms.es = es;
+  terms.et = xs;
+  terms.e1 = e1;
+  terms.c0 = c0;
+  terms.two_models = false;
   if (w != 0 && !restricted) {
     if (pointwise) {
-      gradient.has_scores = true;
-      gradient.b = w;
-      gradient.a = -w * iq * score_sum;
+      // The scores, in the teacher's place.
+      terms.two_models = true;
+      terms.b = -w;
+      terms.a = -w * iq * score_sum;
     } else if (!(z_outside <= 0)) {
-      gradient.a = w * (score_outside - q_outside * score_sum) / z_outside;
+      terms.a = w * (score_outside - q_outside * score_sum) / z_outside;
     }
   }
   if (hard != 0) {
     if (own) {
-      gradient.has_e1 = true;
-      gradient.c1 = hard / z1;
+      terms.ce = kCeOwn;
+      terms.c1 = hard / z1;
     } else {
-      gradient.a += hard * iq;
+      terms.a += hard * iq;
     }
   }
   // The entries, before the student may be overwritten; the place of their values is free now.
@@ -614,19 +571,25 @@ RowResult objective_row(const TopkArgs& args, const RowNumbers& num, int64_t ind
       // One more entry, past the bucket's.
       entries.ids[size_t(count)] = label;
       at[count] = row.slot(label);
-      g[count] = gradient.at(at[count]) - step;
+      g[count] = gradient_at(row, terms, label, 0, 0) - step;
       ++entries.count;
     }
   }
-  const bool reads_scratch = gradient.a != 0 || gradient.has_scores || gradient.has_e1 || std::isnan(gradient.a);
   if (spoilt != 0)
     for (int64_t k = 0; k < entries.count; ++k) g[k] += spoilt;
-  if (reads_scratch && !gradient.has_scores && !gradient.has_e1 && put_in_scratch(gradient, entries, g, es)) {
-    write_gradient(row, gradient, out, streamed, next);
+  const bool reads_scratch = terms.a != 0 || terms.two_models || terms.ce == kCeOwn || std::isnan(terms.a);
+  if (reads_scratch && put_in_scratch(terms, entries, g, es, xs, e1)) {
+    if (deferred && !pointwise) {
+      pending.terms = terms;
+      pending.begin(row, out, streamed);
+      add_edges(row, out, pending);
+    } else {
+      write_gradient(row, terms, out, streamed);
+    }
     return result;
   }
   if (reads_scratch || c0 != 0) {
-    write_gradient(row, gradient, out, streamed, next);
+    write_gradient(row, terms, out, streamed);
   } else {
     fill_zero(out, 0, n);
   }
@@ -637,16 +600,16 @@ RowResult objective_row(const TopkArgs& args, const RowNumbers& num, int64_t ind
 template <class X>
 void rows_direct(const TopkArgs& args, int64_t begin, int64_t end) {
   using C = typename Io<X>::C;
-  const bool streamed = streams(args, sizeof(X));
-  for_rows<X>(args, begin, end, [&](int64_t row, int64_t label, double weight, X* out) {
+  constexpr bool deferred = kFused && std::is_same_v<C, float>;
+  SparseRows<X> rows(args, streams(args, sizeof(X), deferred ? kStreamShortRowBytes : kStreamRowBytes), deferred);
+  const auto add = [&](int64_t row, int64_t label, double weight, X* out) {
     const X* s = row_pointer<X>(args.student, row, args.length);
-    NextRow<X, 1> next{{is_read(args, row + 1, end) ? row_pointer<X>(args.student, row + 1, args.length) : nullptr}};
-    next.limit(args.columns, kFetchBytes);
-    const RowResult result =
-        topk::objective_row(args, row_numbers<C>(args, row, weight), row, s, label, out, streamed, next);
+    if (out != nullptr && !rows.streamed && out != s) prefetch_for_writing(out, args.width);
+    const RowResult result = rows.add(row_numbers<C>(args, row, weight), row, s, label, out);
     put_stats<C, kTopkStats>(args, row, result);
     return result.loss;
-  });
+  };
+  for_rows<X>(args, begin, end, add, [&] { rows.finish(); });
 }
 
 // With a softcap: the row is capped in C first, and the gradient taken back through the cap.
@@ -654,11 +617,12 @@ template <class X>
 void rows_capped(const TopkArgs& args, int64_t begin, int64_t end) {
   using C = typename Io<X>::C;
   const int64_t n = args.columns;
+  SparseRows<C> rows(args, false, false);
   for_rows<X>(args, begin, end, [&](int64_t row, int64_t label, double weight, X* out) {
     Scratch<C>& scratch = Scratch<C>::mine();
     C *s = scratch.get(kStudentRow, n), *g = out == nullptr ? nullptr : scratch.get(kGradientRow, n);
     capped_row(args.student, row, args.length, n, args.student_softcap, s, AsIs());
-    const RowResult result = topk::objective_row(args, row_numbers<C>(args, row, weight), row, s, label, g, false);
+    const RowResult result = rows.add(row_numbers<C>(args, row, weight), row, s, label, g);
     if (g != nullptr) {
       const C inverse = C(1 / args.student_softcap);
       narrow_row(n, out, [&](int64_t j) KDK_LAMBDA_INLINE {
