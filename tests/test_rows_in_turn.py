@@ -34,6 +34,14 @@ OBJECTIVES = {
     "statistics": {"return_stats": True},
     "statistics, CE at T=2": {"return_stats": True, "ce_weight": 0.5, "temperature": 2.0},
 }
+# One element of a row, the label's, is left out of its sums.
+DECOUPLED = {
+    "DKD": {"loss_of": kd.dkd_loss},
+    "DKD at T=2, row weights": {"loss_of": kd.dkd_loss, "temperature": 2.0, "row_weight": "ramp"},
+    "DKD, target class alone": {"loss_of": kd.dkd_loss, "beta": 0.0},
+    "DKD, other classes alone": {"loss_of": kd.dkd_loss, "alpha": 0.0},
+}
+ROWS = {**OBJECTIVES, **DECOUPLED}
 SPARSE = {
     "bucket": {},
     "forward KL, row weights": {"divergence": "forward_kl", "scale_by_t_squared": False, "row_weight": "ramp"},
@@ -59,6 +67,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES)
 memories = pytest.mark.parametrize("memory", ["stored", "streamed", "in place"])
 wide = pytest.mark.parametrize("vocab_size", [300, 1001, 4101], ids=lambda v: f"V{v}")
 objectives = pytest.mark.parametrize("objective", OBJECTIVES)
+all_objectives = pytest.mark.parametrize("objective", ROWS)
 sparse_objectives = pytest.mark.parametrize("objective", SPARSE)
 KINDS = ["normal", "late", "near", "huge", "peaked", "equal", "spread"]
 
@@ -123,7 +132,7 @@ def run(student, teacher, labels, *, inplace=False, loss_of=kd.kd_loss, **option
 def test_rows_of_all_kinds(objective, vocab_size, dtype):
     rows = 3 * len(KINDS) + 2
     student, teacher, labels = rows_of_all_kinds(rows, vocab_size, DTYPES[dtype])
-    options = options_of(OBJECTIVES[objective], rows)
+    options = options_of(ROWS[objective], rows)
     if options.pop("return_stats", False):
         expected = testing.textbook_stats(student.double(), teacher.double(), labels, **options)
         _, _, *stats = run(student, teacher, labels, return_stats=True, **options)
@@ -136,7 +145,7 @@ def test_rows_of_all_kinds(objective, vocab_size, dtype):
         testing.check_kd_loss(student, teacher, labels, backend="cpu", **options)
 
 
-@objectives
+@all_objectives
 @wide
 @memories
 @dtypes
@@ -145,7 +154,7 @@ def test_a_row_does_not_depend_on_what_is_around_it(objective, vocab_size, memor
     rows = 1 + LARGE // row_bytes if memory == "streamed" else 67
     student, teacher = many_rows(rows, vocab_size, DTYPES[dtype])
     labels = (torch.arange(rows) * 5 - 1) % vocab_size
-    options = {**options_of(OBJECTIVES[objective], rows), "inplace": memory == "in place"}
+    options = {**options_of(ROWS[objective], rows), "inplace": memory == "in place"}
     plain = run(student, teacher, labels, **options)
     assert (plain[1].nbytes > LARGE) == (memory == "streamed")
 
@@ -235,7 +244,7 @@ def test_a_large_gradient_of_a_sparse_teacher_is_that_of_its_parts(objective, vo
         )
 
 
-@objectives
+@all_objectives
 @wide
 @dtypes
 def test_a_large_gradient_is_that_of_its_parts(objective, vocab_size, dtype):
@@ -243,7 +252,7 @@ def test_a_large_gradient_is_that_of_its_parts(objective, vocab_size, dtype):
     student, teacher = many_rows(rows, vocab_size, DTYPES[dtype])
     labels = (torch.arange(rows) * 5 - 1) % vocab_size
     labels[4::9] = IGNORE
-    options = options_of(OBJECTIVES[objective], rows)
+    options = options_of(ROWS[objective], rows)
     whole = run(student, teacher, labels, **options)
     for start in (0, rows // 2 - 7, rows - 25):
         part = slice(start, start + 25)
@@ -254,7 +263,8 @@ def test_a_large_gradient_is_that_of_its_parts(objective, vocab_size, dtype):
             ):
                 torch.testing.assert_close(got[part], expected, rtol=1e-4, atol=1e-5)
         exact = student[part].double().requires_grad_()
-        loss = kd.kd_loss(exact, teacher[part].double(), labels[part], reduction="none", backend="torch", **some)
+        loss_of = some.pop("loss_of", kd.kd_loss)
+        loss = loss_of(exact, teacher[part].double(), labels[part], reduction="none", backend="torch", **some)
         loss.sum().backward()
         epsilon = testing.allowed_epsilon(DTYPES[dtype])
         rounding = torch.finfo(DTYPES[dtype]).eps

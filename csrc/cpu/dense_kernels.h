@@ -327,7 +327,7 @@ struct GradientTerms {
   CeSource ce = kCeNone;
   bool logs = false, two_models = true;
   Affine<C> as{}, at{};
-  const C *es = nullptr, *et = nullptr, *e1 = nullptr;
+  C *es = nullptr, *et = nullptr, *e1 = nullptr;
   // Where it is wanted and et still holds the teacher's exponentials: sum min(es, et ratio) is added up on the way.
   double* accepted = nullptr;
   double ratio = 0;
@@ -721,8 +721,8 @@ KDK_INLINE void sweep_trusting(const Row<X>& row, int64_t tile, const Trusted& k
     };
     int64_t b = 0;
     if constexpr (Beside::kWrites && decltype(lanes)::kEdge) {
-      // The last block of a body may be where the tail of the next row goes.
-      if (slot > 0 && beside.done < beside.blocks) beside.write_block(es_out, et_out);
+      // The last block of a body may be where the tail of the next row goes, and any where an element is left out.
+      if ((slot > 0 || row.head == 0) && beside.done < beside.blocks) beside.write_block(es_out, et_out);
     }
     if constexpr (Beside::kWrites && !decltype(lanes)::kEdge) {
       // What is pending begins where the body does.
@@ -1235,6 +1235,21 @@ void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k
   }
 }
 
+// Makes g the gradient of the element at slot, by what stands for it in the scratch; false, and nothing done, where that
+// leaves the range. Stored when the row is written, an element brings a line back that was just streamed to memory, and
+// all that are stored after it wait for that.
+template <class C>
+bool set_gradient(const GradientTerms<C>& k, int64_t slot, double g) {
+  const double x = g - k.c0;
+  const auto within = [&](double factor) { return std::abs(factor) > 1e-30 && std::abs(x) < 1e30 * std::abs(factor); };
+  const bool by_teacher = k.two_models && within(k.b);
+  if (k.logs || k.accepted != nullptr || !(by_teacher || (power_of(k.ce) == 1 && within(k.a)))) return false;
+  k.es[slot] = by_teacher ? C(0) : C(x / k.a);
+  if (k.two_models) k.et[slot] = by_teacher ? C(-x / k.b) : C(0);
+  if (k.ce == kCeOwn) k.e1[slot] = C(0);
+  return true;
+}
+
 // The same formula for element j alone, less the label's part of cross entropy.
 template <class X>
 double gradient_at(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, int64_t j, double xs, double xt) {
@@ -1614,21 +1629,22 @@ RowResult ObjectiveRows<X>::add(const RowNumbers& num, const X* s, const X* t, i
       terms.accepted = &accepted_sum;
       terms.ratio = ip / iq;
     }
-    C at_label = 0;
+    double at_label = 0;
     if (has_label)
-      at_label = C(gradient_at(row, terms, label, xs, xt) - num.weight * num.ce * (1 - args.label_smoothing));
+      at_label = gradient_at(row, terms, label, xs, xt) - num.weight * num.ce * (1 - args.label_smoothing);
+    const bool stores_label = has_label && !(streamed && set_gradient(terms, row.slot(label), at_label));
     if (deferred && beside_sweep(sums_needed, terms)) {
       pending.terms = terms;
       pending.begin(row, out, streamed);
       if (terms.accepted != nullptr) pending.accept(acceptance, iq);
       add_edges(row, out, pending);
-      if (has_label) pending.label = out + label, pending.at_label = at_label;
+      if (stores_label) pending.label = out + label, pending.at_label = C(at_label);
     } else {
       NextRow<X, 2> next{{ahead.next_s, ahead.next_t}};
       next.limit(n, args.fetch_bytes);
       write_gradient(row, terms, out, streamed, next);
       if (terms.accepted != nullptr) result.stats[8] = accepted_sum * iq;
-      if (has_label) from_compute(at_label, out + label);
+      if (stores_label) from_compute(C(at_label), out + label);
     }
   }
   return result;
@@ -2098,20 +2114,38 @@ inline void run_dense(const DenseArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// Decoupled distillation of one row: forward KL over the other classes, and the two-way KL of the label against them in
-// scalars.
+// The rows of one call of decoupled distillation, one after the other: forward KL over the other classes, and the two-way
+// KL of the label against them in scalars.
 template <class X>
-double dkd_row(const DkdArgs& args, double weight, const X* s, const X* t, int64_t label, X* out, bool streamed) {
+struct DkdRows {
   using C = typename Io<X>::C;
-  const int64_t n = args.columns;
+  const DkdArgs& args;
+  // As of ObjectiveRows.
+  const bool streamed, deferred;
+  int64_t n = args.columns;
+  Scratch<C>& scratch = Scratch<C>::mine();
+  C* const es_of_body = scratch.get(kEs, n + 2 * Row<X>::kBlock) + Row<X>::kBlock;
+  C* const et_of_body = scratch.get(kEt, n + 2 * Row<X>::kBlock) + Row<X>::kBlock;
+  Pending<X> pending = {};
+
+  DkdRows(const DkdArgs& arguments, bool streams, bool defers)
+      : args(arguments), streamed(streams), deferred(defers) {}
+
+  double add(double weight, const X* s, const X* t, int64_t label, X* out);
+  void finish() { pending.finish(); }
+};
+
+template <class X>
+double DkdRows<X>::add(double weight, const X* s, const X* t, int64_t label, X* out) {
   if (label < 0 || label >= n) {
     if (out != nullptr) fill_zero(out, 0, n);
     return std::numeric_limits<double>::quiet_NaN();
   }
   Row<X> row(s, t, n, head_elements(out, streamed));
   row.exclude(label);
-  Scratch<C>& scratch = Scratch<C>::mine();
-  C *es = scratch.get(kEs, row.slots()), *et = scratch.get(kEt, row.slots());
+  prefetch_edges(row, out);
+  const int64_t head_slots = row.head > 0 ? Row<X>::kBlock : 0;
+  C *const es = es_of_body - head_slots, *const et = et_of_body - head_slots;
   double max_s = maximum(s, std::min(n, kSeedElements)), max_t = maximum(t, std::min(n, kSeedElements));
   Affine<C> as, at;
   RowSums sums;
@@ -2119,7 +2153,10 @@ double dkd_row(const DkdArgs& args, double weight, const X* s, const X* t, int64
     as = affine<C>(kLog2e / args.temperature, max_s);
     at = affine<C>(kLog2e / args.teacher_temperature, max_t);
     sums = RowSums();
-    for (int64_t tile = 0; tile < row.tiles(); ++tile) sweep_tile<kForward, true>(row, tile, as, at, es, et, sums);
+    bool trusting = true;
+    for (int64_t tile = 0; tile < row.tiles(); ++tile)
+      sweep_tile<kForward>(row, tile, as, at, es, et, trusting, true, sums, pending);
+    pending.finish();
     // The label may have set the reference far above all others, which are alone in these sums.
     const auto lost = [](double z) { return z > kRedo || z < 1 / kRedo; };
     if (attempt > 0 || !(lost(sums.zs) || lost(sums.zt))) break;
@@ -2163,28 +2200,51 @@ double dkd_row(const DkdArgs& args, double weight, const X* s, const X* t, int64
       terms.a = f * (args.beta + args.alpha * difference) / sums.zs;
       terms.b = f * args.beta / sums.zt;
     }
-    write_gradient(row, terms, out, streamed);
-    from_compute(C(others ? -f * args.alpha * difference : 0), out + label);
+    const double at_label = others ? -f * args.alpha * difference : 0;
+    const bool stores_label = !(streamed && set_gradient(terms, row.slot(label), at_label));
+    if (deferred) {
+      pending.terms = terms;
+      pending.begin(row, out, streamed);
+      add_edges(row, out, pending);
+      if (stores_label) pending.label = out + label, pending.at_label = C(at_label);
+    } else {
+      write_gradient(row, terms, out, streamed);
+      if (stores_label) from_compute(C(at_label), out + label);
+    }
   }
   return tau * (args.alpha * tckd + args.beta * nckd);
 }
 
+// Student and teacher of one type.
 template <class X>
-void dkd_rows(const DkdArgs& args, int64_t begin, int64_t end) {
-  using C = typename Io<X>::C;
-  const bool direct = args.teacher.dtype == args.student.dtype, streamed = direct && streams(args, sizeof(X));
-  for_rows<X>(args, begin, end, [&](int64_t row, int64_t label, double weight, X* out) {
+void dkd_direct(const DkdArgs& args, int64_t begin, int64_t end) {
+  constexpr bool deferred = kFused && std::is_same_v<typename Io<X>::C, float>;
+  DkdRows<X> rows(args, streams(args, sizeof(X), deferred ? kStreamShortRowBytes : kStreamRowBytes), deferred);
+  const auto add = [&](int64_t row, int64_t label, double weight, X* out) {
     const X* s = row_pointer<X>(args.student, row, args.length);
-    if (direct) return dkd_row(args, weight, s, row_pointer<X>(args.teacher, row, args.length), label, out, streamed);
-    Scratch<C>& scratch = Scratch<C>::mine();
+    if (out != nullptr && !rows.streamed && out != s) prefetch_for_writing(out, args.width);
+    return rows.add(weight, s, row_pointer<X>(args.teacher, row, args.length), label, out);
+  };
+  for_rows<X>(args, begin, end, add, [&] { rows.finish(); });
+}
+template <class X>
+void dkd_widened(const DkdArgs& args, int64_t begin, int64_t end) {
+  using C = typename Io<X>::C;
+  Scratch<C>& scratch = Scratch<C>::mine();
+  DkdRows<C> rows(args, false, false);
+  for_rows<X>(args, begin, end, [&](int64_t row, int64_t label, double weight, X* out) {
     C *student = scratch.get(kStudentRow, args.columns), *teacher = scratch.get(kTeacherRow, args.columns);
     C* g = out == nullptr ? nullptr : scratch.get(kGradientRow, args.columns);
     widen_row(args.student, row, args.length, args.columns, student, AsIs());
     widen_row(args.teacher, row, args.length, args.columns, teacher, AsIs());
-    const double loss = dkd_row<C>(args, weight, student, teacher, label, g, false);
+    const double loss = rows.add(weight, student, teacher, label, g);
     if (g != nullptr) narrow_row(args.columns, out, Stored<C>{g});
     return loss;
   });
+}
+template <class X>
+void dkd_rows(const DkdArgs& args, int64_t begin, int64_t end) {
+  return args.teacher.dtype == args.student.dtype ? dkd_direct<X>(args, begin, end) : dkd_widened<X>(args, begin, end);
 }
 
 inline void run_dkd(const DkdArgs& args, int64_t begin, int64_t end) {
