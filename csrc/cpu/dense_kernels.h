@@ -35,9 +35,9 @@ constexpr int64_t kPrefetchBytes = 4096;
 // aligning the writes costs more than it saves. Rows may be shorter where the next one is read while they are written.
 constexpr int64_t kStreamBytes = int64_t(8) << 20, kStreamRowBytes = 3 << 10, kStreamShortRowBytes = 512;
 
-// Which sums over e^x sweep 1 makes: of et (xt - xs), of es (xs - xt), or both with both entropies' terms; or that there
-// is one model only.
-enum Sums { kNoSums = 0, kForward = 1, kReverse = 2, kAll = 3, kOneModel = 4 };
+// Which sums over e^x sweep 1 makes: of et (xt - xs), of es (xs - xt), both, or both with both entropies' terms and the
+// maxima; or that there is one model only.
+enum Sums { kNoSums = 0, kForward = 1, kReverse = 2, kBoth = 3, kAll = 7, kOneModel = 8 };
 // What carries the exponentials at temperature 1 for cross entropy and z-loss: at T = 2, 3 and 4 a power of those at T.
 enum CeSource { kCeNone, kCeSame, kCeSquare, kCeCube, kCeFourth, kCeOwn };
 constexpr int power_of(int ce) { return ce == kCeSquare ? 2 : ce == kCeCube ? 3 : ce == kCeFourth ? 4 : 1; }
@@ -178,12 +178,6 @@ struct Row {
   int64_t tiles() const { return std::max<int64_t>(1, (body + kTileBlocks - 1) / kTileBlocks); }
   int64_t slots() const { return (body + (head > 0) + (tail > 0)) * kBlock; }
 
-  // First element and number of those of a tile that stand in the body.
-  std::pair<int64_t, int64_t> body_of(int64_t tile) const {
-    const int64_t begin = tile * kTileBlocks, end = std::min(body, begin + kTileBlocks);
-    return {head + begin * kBlock, std::max<int64_t>(0, end - begin) * kBlock};
-  }
-
   int64_t slot(int64_t j) const {
     if (j < head) return Io<X>::slot(j);
     const int64_t base = head > 0 ? kBlock : 0, rest = j - head, full = body * kBlock;
@@ -280,28 +274,6 @@ KDK_INLINE void prefetch_ahead(const X* elements) {
   for (int64_t offset = 0; offset < COUNT * int64_t(sizeof(X)); offset += 64)
     __builtin_prefetch(reinterpret_cast<const void*>(first + uintptr_t(offset)));
 }
-
-// What is fetched of the next row of one model or both while the gradient of this one is written, block for block, from
-// where prefetch_ahead ends.
-template <class X, int MODELS>
-struct NextRow {
-  const X* of[MODELS] = {};
-  int64_t elements = 0;
-
-  // At most so many bytes of each row of n elements, and nothing where there is none.
-  void limit(int64_t n, int64_t bytes) {
-    if (of[0] != nullptr) elements = std::min(n, bytes / int64_t(sizeof(X))) - kPrefetchBytes / int64_t(sizeof(X));
-  }
-  template <int64_t COUNT>
-  KDK_INLINE void fetch() {
-    if (elements <= 0) return;
-    for (int m = 0; m < MODELS; ++m) {
-      prefetch_ahead<COUNT>(of[m]);
-      of[m] += COUNT;
-    }
-    elements -= COUNT;
-  }
-};
 
 template <class C>
 struct Accumulators {
@@ -546,6 +518,7 @@ KDK_INLINE void with_pending(Pending<X>& pending, Write write) {
   };
   if (pending.blocks == 0) return with(Alone<X>());
   if constexpr (SUMS == kForward) {
+    // Cross entropy's part.
     switch (pending.terms.ce) {
       case kCeSquare: return with(Beside<kCeSquare, false, true, X>(pending));
       case kCeCube: return with(Beside<kCeCube, false, true, X>(pending));
@@ -555,6 +528,8 @@ KDK_INLINE void with_pending(Pending<X>& pending, Write write) {
     }
   } else if constexpr (SUMS == kAll) {
     if (pending.terms.accepted != nullptr) return with(Beside<kCeNone, true, true, X>(pending));
+  } else if constexpr (SUMS == kBoth) {
+    if (pending.terms.ce == kCeOwn) return with(Beside<kCeOwn, false, true, X>(pending));
   } else if constexpr (SUMS == kOneModel) {
     if (pending.terms.ce == kCeOwn) return with(Beside<kCeOwn, false, false, X>(pending));
   }
@@ -562,7 +537,7 @@ KDK_INLINE void with_pending(Pending<X>& pending, Write write) {
 }
 template <class C>
 bool beside_sweep(int sums, const GradientTerms<C>& terms) {
-  return !terms.logs && (sums == kForward || terms.ce == kCeNone);
+  return !terms.logs && (sums == kForward || sums == kBoth || terms.ce == kCeNone);
 }
 
 template <class X>
@@ -673,16 +648,17 @@ struct TrustedSums {
   Peak<X> peak_s, peak_t;
 };
 
-// Sweeps a tile without clamps. A block of what is pending is written for every block of the body. For sums that are
-// kReverse, et becomes what they are made of, es (t ratio - s): the gradient needs that, and no exponential of t.
+// Sweeps a tile without clamps. A block of what is pending is written for every block of the body. What the sums of
+// kReverse are made of, es (t ratio - s), is kept for the gradient: in et, where that needs no exponential of t, and of
+// kBoth in terms.
 template <int SUMS, class X, class Beside>
-KDK_INLINE void sweep_trusting(const Row<X>& row, int64_t tile, const Trusted& k, float* es, float* et,
+KDK_INLINE void sweep_trusting(const Row<X>& row, int64_t tile, const Trusted& k, float* es, float* et, float* terms,
                                TrustedSums<X>& all, Beside& beside) {
   using V = VecF;
   constexpr int64_t block = Io<X>::kBlock;
   constexpr int degree = kExpDegree<X>;
   row.pieces(tile, [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t, auto lanes) KDK_LAMBDA_INLINE {
-    float *es_out = es + slot, *et_out = et + slot;
+    float *es_out = es + slot, *et_out = et + slot, *terms_out = terms + slot;
     TrustedSums<X> local = all;
     const auto sweep = [&]() KDK_LAMBDA_INLINE {
       prefetch_ahead<block>(s);
@@ -711,12 +687,21 @@ KDK_INLINE void sweep_trusting(const Row<X>& row, int64_t tile, const Trusted& k
         sums.teacher += et1 * t1;
         sums.student += es0 * s0;
         sums.student += es1 * s1;
-        if (!lanes.kEdge) local.peak_s.see(s, s0, s1), local.peak_t.see(t, t0, t1);
+        if constexpr (lanes.kEdge) {
+          local.peak_s.see(s0, s1), local.peak_t.see(t0, t1);
+        } else {
+          local.peak_s.see(s, s0, s1), local.peak_t.see(t, t0, t1);
+        }
       }
       store(es_out, es0);
       store(es_out + kLanes<float>, es1);
       store(et_out, SUMS == kReverse ? es0 * difference0 : et0);
       store(et_out + kLanes<float>, SUMS == kReverse ? es1 * difference1 : et1);
+      if (SUMS == kBoth) {
+        store(terms_out, es0 * difference0);
+        store(terms_out + kLanes<float>, es1 * difference1);
+        terms_out += block;
+      }
       s += block, t += block, es_out += block, et_out += block;
     };
     int64_t b = 0;
@@ -744,11 +729,12 @@ KDK_INLINE void sweep_trusting(const Row<X>& row, int64_t tile, const Trusted& k
 // A tile without clamps. False when a logit was out of bounds: then nothing was added to the sums.
 template <int SUMS, class X>
 bool sweep_tile_trusting(const Row<X>& row, int64_t tile, const Affine<float>& as, const Affine<float>& at, float* es,
-                         float* et, RowSums& sums, Pending<X>& pending) {
+                         float* et, float* terms, RowSums& sums, Pending<X>& pending) {
   TrustedSums<X> all;
   const Trusted trusted(as, at);
-  with_pending<SUMS>(
-      pending, [&](auto& beside) KDK_LAMBDA_INLINE { sweep_trusting<SUMS>(row, tile, trusted, es, et, all, beside); });
+  with_pending<SUMS>(pending, [&](auto& beside) KDK_LAMBDA_INLINE {
+    sweep_trusting<SUMS>(row, tile, trusted, es, et, terms, all, beside);
+  });
   const auto& [acc, bounds, peak_s, peak_t] = all;
   const double zs = horizontal_sum<float>(acc.zs), zt = horizontal_sum<float>(acc.zt);
   if (!bounds.kept() || std::isnan(zs) || std::isnan(zt)) return false;
@@ -761,26 +747,20 @@ bool sweep_tile_trusting(const Row<X>& row, int64_t tile, const Affine<float>& a
     sums.teacher += ct * double(horizontal_sum<float>(acc.teacher)) - rt * zt;
     sums.student += cs * double(horizontal_sum<float>(acc.student)) - rs * zs;
     double high_s = peak_s.value(), high_t = peak_t.value();
-    const auto [first, count] = row.body_of(tile);
-    if (std::isnan(high_s)) high_s = maximum(row.s + first, count);
-    if (std::isnan(high_t)) high_t = maximum(row.t + first, count);
-    const auto also = [&](int64_t j, int64_t elements) {
-      high_s = std::max(high_s, maximum(row.s + j, elements));
-      high_t = std::max(high_t, maximum(row.t + j, elements));
-    };
-    if (tile == 0) also(0, row.head);
-    if (tile == row.tiles() - 1) also(row.n - row.tail, row.tail);
+    const auto [begin, end] = tile_elements(row, tile, row.n);
+    if (std::isnan(high_s)) high_s = maximum(row.s + begin, end - begin);
+    if (std::isnan(high_t)) high_t = maximum(row.t + begin, end - begin);
     sums.see_maximum(tile, as.scalar(high_s), at.scalar(high_t));
   }
   return true;
 }
 
 template <int SUMS, class X, class C>
-void sweep_tile(const Row<X>& row, int64_t tile, const Affine<C>& as, const Affine<C>& at, C* es, C* et, bool& trusting,
-                bool masking, RowSums& sums, Pending<X>& pending) {
+void sweep_tile(const Row<X>& row, int64_t tile, const Affine<C>& as, const Affine<C>& at, C* es, C* et, C* terms,
+                bool& trusting, bool masking, RowSums& sums, Pending<X>& pending) {
   if constexpr (kFused && std::is_same_v<C, float>) {
     if (trusting && as.trusts(at)) {
-      if (sweep_tile_trusting<SUMS>(row, tile, as, at, es, et, sums, pending)) return;
+      if (sweep_tile_trusting<SUMS>(row, tile, as, at, es, et, terms, sums, pending)) return;
       trusting = false;
     }
   }
@@ -976,19 +956,29 @@ double sweep_student(const Row<X>& row, int64_t n, double scale, Affine<typename
   }
 }
 
-// Index of the first largest element of a tile, or -1 where all are NaN.
+// Index of the first element from begin to end that is a number, or -1.
 template <class X>
-int64_t first_maximum(const Row<X>& row, const X* x, int64_t tile, int64_t n) {
-  const auto [begin, end] = tile_elements(row, tile, n);
-  const double best = maximum(x + begin, end - begin);
-  constexpr int64_t step = 128;
-  for (int64_t from = begin; from < end; from += step) {
-    const int64_t to = std::min(end, from + step);
-    if (maximum(x + from, to - from) != best) continue;
-    for (int64_t j = from; j < to; ++j)
-      if (double(to_compute(x[j])) == best) return j;
+int64_t first_index(const X* x, int64_t begin, int64_t end, double number) {
+  using C = typename Io<X>::C;
+  constexpr int64_t block = Io<X>::kBlock;
+  int64_t j = begin;
+  for (; j + block <= end; j += block) {
+    Vec<C> a, b;
+    Io<X>::load2(x + j, a, b);
+    if (any((a == C(number)) | (b == C(number)))) break;
   }
+  for (; j < end; ++j)
+    if (double(to_compute(x[j])) == number) return j;
   return -1;
+}
+
+// Whether the first largest element of both models is the same one; it stands in these tiles.
+template <class X>
+bool same_maximum(const Row<X>& row, int64_t tile_s, int64_t tile_t, int64_t n) {
+  if (tile_s != tile_t) return false;
+  const auto [begin, end] = tile_elements(row, tile_s, n);
+  const double best_s = maximum(row.s + begin, end - begin), best_t = maximum(row.t + begin, end - begin);
+  return first_index(row.s, begin, end, best_s) == first_index(row.t, begin, end, best_t);
 }
 
 template <class X>
@@ -1128,7 +1118,7 @@ double accepted(const C* es, const C* et, int64_t count, double iq, double ip) {
 }
 
 template <bool LOGS, int CE, bool STREAM, bool ACCEPTED, bool TWO, class X>
-void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, X* out, NextRow<X, 2> next) {
+void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, X* out) {
   using C = typename Io<X>::C;
   using V = Vec<C>;
   constexpr int64_t block = Io<X>::kBlock;
@@ -1140,17 +1130,14 @@ void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k
                [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t first, auto lanes) KDK_LAMBDA_INLINE {
                  BlockWriter<STREAM, X, decltype(lanes)> writer(out, first, blocks, lanes);
                  V local_accepted = accepted;
-                 NextRow<X, 2> local_next = next;
                  const auto local_gradient = gradient;
                  const C *es_in = k.es + slot, *et_in = k.et + slot, *e1_in = k.e1 + slot;
                  for (int64_t i = 0; i < blocks; ++i, es_in += block, et_in += block, e1_in += block) {
                    V g0, g1;
                    local_gradient(es_in, et_in, e1_in, s + i * block, t + i * block, local_accepted, g0, g1);
                    writer.put(i, g0, g1);
-                   if (STREAM) local_next.template fetch<block>();
                  }
                  accepted = local_accepted;
-                 next = local_next;
                });
     if (ACCEPTED) *k.accepted += horizontal_sum<C>(accepted);
   }
@@ -1202,36 +1189,33 @@ void add_edges(const Row<X>& row, X* out, Pending<X>& pending) {
 }
 
 template <bool LOGS, int CE, bool ACCEPTED, bool TWO, class X>
-void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, X* out, bool streamed,
-                    const NextRow<X, 2>& next) {
-  return streamed ? write_gradient<LOGS, CE, true, ACCEPTED, TWO>(row, k, out, next)
-                  : write_gradient<LOGS, CE, false, ACCEPTED, TWO>(row, k, out, next);
+void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, X* out, bool streamed) {
+  return streamed ? write_gradient<LOGS, CE, true, ACCEPTED, TWO>(row, k, out)
+                  : write_gradient<LOGS, CE, false, ACCEPTED, TWO>(row, k, out);
 }
 template <bool LOGS, int CE, class X>
-void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, X* out, bool streamed,
-                    const NextRow<X, 2>& next) {
-  return k.accepted != nullptr ? write_gradient<LOGS, CE, true, true>(row, k, out, streamed, next)
-                               : write_gradient<LOGS, CE, false, true>(row, k, out, streamed, next);
+void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, X* out, bool streamed) {
+  return k.accepted != nullptr ? write_gradient<LOGS, CE, true, true>(row, k, out, streamed)
+                               : write_gradient<LOGS, CE, false, true>(row, k, out, streamed);
 }
 
 // With logarithms powers come as kCeOwn, and as nothing else of one model.
 template <class X>
-void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, X* out, bool streamed,
-                    const NextRow<X, 2>& next = {}) {
+void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, X* out, bool streamed) {
   if (!k.two_models) {
-    return k.ce == kCeOwn ? write_gradient<false, kCeOwn, false, false>(row, k, out, streamed, next)
-                          : write_gradient<false, kCeNone, false, false>(row, k, out, streamed, next);
+    return k.ce == kCeOwn ? write_gradient<false, kCeOwn, false, false>(row, k, out, streamed)
+                          : write_gradient<false, kCeNone, false, false>(row, k, out, streamed);
   }
   if (k.logs) {
-    return k.ce == kCeOwn ? write_gradient<true, kCeOwn>(row, k, out, streamed, next)
-                          : write_gradient<true, kCeNone>(row, k, out, streamed, next);
+    return k.ce == kCeOwn ? write_gradient<true, kCeOwn>(row, k, out, streamed)
+                          : write_gradient<true, kCeNone>(row, k, out, streamed);
   }
   switch (k.ce) {
-    case kCeSquare: return write_gradient<false, kCeSquare>(row, k, out, streamed, next);
-    case kCeCube: return write_gradient<false, kCeCube>(row, k, out, streamed, next);
-    case kCeFourth: return write_gradient<false, kCeFourth>(row, k, out, streamed, next);
-    case kCeOwn: return write_gradient<false, kCeOwn>(row, k, out, streamed, next);
-    default: return write_gradient<false, kCeNone>(row, k, out, streamed, next);
+    case kCeSquare: return write_gradient<false, kCeSquare>(row, k, out, streamed);
+    case kCeCube: return write_gradient<false, kCeCube>(row, k, out, streamed);
+    case kCeFourth: return write_gradient<false, kCeFourth>(row, k, out, streamed);
+    case kCeOwn: return write_gradient<false, kCeOwn>(row, k, out, streamed);
+    default: return write_gradient<false, kCeNone>(row, k, out, streamed);
   }
 }
 
@@ -1368,8 +1352,12 @@ inline Sums sums_for(const DenseArgs& args) {
   if (args.stats != nullptr) return kAll;
   if (!divergence.linear) return kNoSums;
   const Linear& k = divergence.coefficients;
-  const bool entropies = k.c_pp + k.c_pq != 0 || k.c_qp + k.c_qq != 0;
-  return entropies ? kAll : Sums((k.c_pq != 0 ? kForward : 0) | (k.c_qp != 0 ? kReverse : 0));
+  if (k.c_pp + k.c_pq != 0 || k.c_qp + k.c_qq != 0) return kAll;
+  if (k.c_pq == 0 || k.c_qp == 0) return Sums((k.c_pq != 0 ? kForward : 0) | (k.c_qp != 0 ? kReverse : 0));
+  // What is kept of kBoth has the place of the exponentials at temperature 1.
+  const bool own = (args.ce_weight != 0 || args.z_loss_weight != 0) &&
+                   (args.student_temperature.data != nullptr || args.temperature != 1);
+  return own ? kAll : kBoth;
 }
 
 // What one row of the objective needs, resolved for the row.
@@ -1436,6 +1424,7 @@ struct ObjectiveRows {
   const bool aligned = streamed || args.columns * int64_t(sizeof(X)) >= kStreamRowBytes;
   int64_t n = args.columns;
   const Divergence& divergence = kDivergences[args.divergence];
+  const Sums sums_needed = sums_for(args);
   Scratch<C>& scratch = Scratch<C>::mine();
   // With a block for either edge; what is pending is read where the next row goes, so the body begins in one place.
   C* const es_of_body = scratch.get(kEs, n + 2 * Row<X>::kBlock) + Row<X>::kBlock;
@@ -1466,9 +1455,8 @@ RowResult ObjectiveRows<X>::add(const RowNumbers& num, const X* s, const X* t, i
   const int power = power_of(ce);
   const bool keeps_powers = power > 1 && has_logs(divergence) && out != nullptr;
   C* e1 = es;
-  if (ce == kCeOwn || keeps_powers) e1 = scratch.get(kE1, n + 2 * Row<X>::kBlock) + Row<X>::kBlock - head_slots;
-
-  const int sums_needed = sums_for(args);
+  if (ce == kCeOwn || keeps_powers || sums_needed == kBoth)
+    e1 = scratch.get(kE1, n + 2 * Row<X>::kBlock) + Row<X>::kBlock - head_slots;
 
   auto [max_s, max_t] = ahead.of(s, t, n);
   Affine<C> as, at, a1{};
@@ -1488,22 +1476,22 @@ RowResult ObjectiveRows<X>::add(const RowNumbers& num, const X* s, const X* t, i
       // Without a gradient nothing reads the exponentials again: every tile lands on the first one's place.
       C* tile_es = whole_row ? es : es - tile * kTileElements;
       C* tile_et = whole_row ? et : et - tile * kTileElements;
+      C* tile_e1 = whole_row ? e1 : e1 - tile * kTileElements;
+      const auto sweep = [&](auto made) {
+        sweep_tile<made>(row, tile, as, at, tile_es, tile_et, tile_e1, trusting, masking, sums, pending);
+      };
       switch (sums_needed) {
-        case kNoSums: sweep_tile<kNoSums>(row, tile, as, at, tile_es, tile_et, trusting, masking, sums, pending); break;
-        case kForward:
-          sweep_tile<kForward>(row, tile, as, at, tile_es, tile_et, trusting, masking, sums, pending);
-          break;
-        case kReverse:
-          sweep_tile<kReverse>(row, tile, as, at, tile_es, tile_et, trusting, masking, sums, pending);
-          break;
-        default: sweep_tile<kAll>(row, tile, as, at, tile_es, tile_et, trusting, masking, sums, pending); break;
+        case kNoSums: sweep(std::integral_constant<int, kNoSums>()); break;
+        case kForward: sweep(std::integral_constant<int, kForward>()); break;
+        case kReverse: sweep(std::integral_constant<int, kReverse>()); break;
+        case kBoth: sweep(std::integral_constant<int, kBoth>()); break;
+        default: sweep(std::integral_constant<int, kAll>()); break;
       }
       if (power > 1) {
         const auto [first, last] = tile_slots(row, tile);
         z1 += sum_of_powers(power, tile_es + first, keeps_powers ? e1 + first : tile_es + first, last - first);
       }
       if (ce == kCeOwn) {
-        C* tile_e1 = whole_row ? e1 : e1 - tile * kTileElements;
         z1 += student_exponentials<false>(row, tile, a1, tile_e1, tile_e1, own_trusting, kNothingPending);
       }
       redo = !from_maximum && (sums.zs > limit || sums.zt > limit || z1 > kRedo);
@@ -1539,7 +1527,7 @@ RowResult ObjectiveRows<X>::add(const RowNumbers& num, const X* s, const X* t, i
     result.stats[4] = kl_reverse;
     result.stats[5] = -p_logp;
     result.stats[6] = -q_logq;
-    result.stats[7] = first_maximum(row, s, sums.best_tile_s, n) == first_maximum(row, t, sums.best_tile_t, n);
+    result.stats[7] = same_maximum(row, sums.best_tile_s, sums.best_tile_t, n);
     if (!with_gradient) result.stats[8] = accepted(es, et, row.slots(), iq, ip);
   }
 
@@ -1568,10 +1556,15 @@ RowResult ObjectiveRows<X>::add(const RowNumbers& num, const X* s, const X* t, i
       terms.a -= f * iq * kLn2 * (k.c_qp * log2_zt + k.c_qq * log2_zs);
       terms.ks = f * iq * kLn2 * k.c_qq;
       terms.kst = f * iq * kLn2 * (k.c_qp + k.c_qq);
-      if (kFused && std::is_same_v<C, float> && sums_needed == kReverse && trusting && as.trusts(at)) {
-        // es (xs - xt) is in et already, but for scale and references.
+      if (kFused && std::is_same_v<C, float> && sums_needed != kAll && trusting && as.trusts(at)) {
+        // es (xs - xt) was kept, but for scale and references.
         terms.a -= terms.ks * (as.reference() - at.reference());
-        terms.b = terms.ks * double(as.c);
+        if (sums_needed == kReverse) {
+          terms.b = terms.ks * double(as.c);
+        } else {
+          terms.ce = kCeOwn;
+          terms.c1 = -terms.ks * double(as.c);
+        }
         terms.ks = 0;
         terms.logs = false;
       }
@@ -1589,7 +1582,11 @@ RowResult ObjectiveRows<X>::add(const RowNumbers& num, const X* s, const X* t, i
     terms.a = -f * iq * score_sum;
   }
   if (num.kd != 0) result.loss = num.kd * num.tau * d;
-  if (num.kd == 0 || num.weight == 0) terms.a = terms.b = terms.ks = terms.kst = 0, terms.logs = false;
+  if (num.kd == 0 || num.weight == 0) {
+    terms.a = terms.b = terms.c1 = terms.ks = terms.kst = 0;
+    terms.logs = false;
+    terms.ce = kCeNone;
+  }
 
   if (wants_ce) {
     const Affine<C>& base = ce == kCeOwn ? a1 : as;
@@ -1640,9 +1637,7 @@ RowResult ObjectiveRows<X>::add(const RowNumbers& num, const X* s, const X* t, i
       add_edges(row, out, pending);
       if (stores_label) pending.label = out + label, pending.at_label = C(at_label);
     } else {
-      NextRow<X, 2> next{{ahead.next_s, ahead.next_t}};
-      next.limit(n, args.fetch_bytes);
-      write_gradient(row, terms, out, streamed, next);
+      write_gradient(row, terms, out, streamed);
       if (terms.accepted != nullptr) result.stats[8] = accepted_sum * iq;
       if (stores_label) from_compute(C(at_label), out + label);
     }
@@ -1731,7 +1726,7 @@ template <class X>
 void dense_direct(const DenseArgs& args, int64_t begin, int64_t end) {
   using C = typename Io<X>::C;
   // Where the gradient needs the logits again, it is written while they are in the caches.
-  const bool needs_logits = has_logs(kDivergences[args.divergence]) && sums_for(args) != kReverse;
+  const bool needs_logits = has_logs(kDivergences[args.divergence]) && sums_for(args) == kAll;
   const bool deferred = kFused && std::is_same_v<C, float> && !needs_logits;
   ObjectiveRows<X> rows(args, streams(args, sizeof(X), deferred ? kStreamShortRowBytes : kStreamRowBytes), deferred);
   const bool numbers_differ = args.student_temperature.data != nullptr || args.teacher_temperature.data != nullptr ||
@@ -2155,7 +2150,7 @@ double DkdRows<X>::add(double weight, const X* s, const X* t, int64_t label, X* 
     sums = RowSums();
     bool trusting = true;
     for (int64_t tile = 0; tile < row.tiles(); ++tile)
-      sweep_tile<kForward>(row, tile, as, at, es, et, trusting, true, sums, pending);
+      sweep_tile<kForward>(row, tile, as, at, es, et, es, trusting, true, sums, pending);
     pending.finish();
     // The label may have set the reference far above all others, which are alone in these sums.
     const auto lost = [](double z) { return z > kRedo || z < 1 / kRedo; };

@@ -96,15 +96,8 @@ void fill_dense(DenseArgs& args, const std::string& teacher_form, double teacher
   args.standardize = standardize;
 }
 
-// For gradients that are not written while the next row is read (Jeffreys, those of reverse KL's kin with statistics).
-// Cores that share one way to memory, which fp32 logits fill, had better not read together and then write together:
-// with the next row fetched while a gradient is written (512, 32000) took 12 % less on two threads. Where each core has
-// its way, or is alone on it, that costs 5 %.
-constexpr int64_t kFetchBytes = int64_t(128) << 10;
-
-void run_dense(DenseArgs& args) {
+void run_dense(const DenseArgs& args) {
   const KernelTable& table = kernels();
-  if (args.student.dtype == DType::kFloat32 && torch::stable::get_num_threads() > 1) args.fetch_bytes = kFetchBytes;
   parallel_rows(args.batch * args.length, args.width,
                 [&](int64_t begin, int64_t end) { table.dense(args, begin, end); });
 }

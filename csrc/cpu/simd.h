@@ -147,6 +147,20 @@ KDK_INLINE C fold_lanes(Vec<C> v, Fold fold) {
     for (int i = 0; i < half; ++i) lanes[i] = fold(lanes[i], lanes[i + half]);
   return lanes[0];
 }
+// Whether a bit of a vector of integers is set.
+template <class V>
+KDK_INLINE bool any(V bits) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(bit_cast<__m512i>(bits), bit_cast<__m512i>(bits)) != 0;
+#elif defined(__AVX2__)
+  return _mm256_testz_si256(bit_cast<__m256i>(bits), bit_cast<__m256i>(bits)) == 0;
+#else
+  const VecL longs = bit_cast<VecL>(bits);
+  int64_t all = 0;
+  for (int i = 0; i < kLanes<double>; ++i) all |= longs[i];
+  return all != 0;
+#endif
+}
 template <class C>
 KDK_INLINE C horizontal_sum(Vec<C> v) {
   return fold_lanes<C>(v, [](auto x, auto y) KDK_LAMBDA_INLINE { return x + y; });
@@ -482,26 +496,31 @@ KDK_INLINE void from_compute(float x, BFloat16* out) {
 KDK_INLINE void from_compute(float x, Half* out) { out->bits = half_bits(x); }
 
 // The largest logit met, NaN aside. value() is NaN where the kind of logits does not tell: then they must be read
-// again.
+// again. A block is seen where it stands, or by the two vectors that load2 makes of it.
 template <class T>
 struct Peak {
   using C = T;
   Vec<C> high = Vec<C>{} - std::numeric_limits<C>::infinity();
-  KDK_INLINE void see(const T*, Vec<C> a, Vec<C> b) { high = max_keep_nan(high, max_keep_nan(a, b)); }
+  KDK_INLINE void see(const T*, Vec<C> a, Vec<C> b) { see(a, b); }
+  KDK_INLINE void see(Vec<C> a, Vec<C> b) { high = max_keep_nan(high, max_keep_nan(a, b)); }
   double value() const { return double(horizontal_max<C>(high)); }
 };
 template <>
 struct Peak<Half> {
   VecF high = VecF{} - std::numeric_limits<float>::infinity();
-  KDK_INLINE void see(const Half*, VecF a, VecF b) { high = max_keep_nan(high, max_keep_nan(a, b)); }
+  KDK_INLINE void see(const Half*, VecF a, VecF b) { see(a, b); }
+  KDK_INLINE void see(VecF a, VecF b) { high = max_keep_nan(high, max_keep_nan(a, b)); }
   double value() const { return double(horizontal_max<float>(high)); }
 };
 // As 16-bit integers, positive numbers have their own order; a row that has none is the rare case.
 template <>
 struct Peak<BFloat16> {
   VecS high = VecS{} - 1;
-  KDK_INLINE void see(const BFloat16* address, VecF, VecF) {
-    const VecS pairs = load<VecS>(address);
+  KDK_INLINE void see(const BFloat16* address, VecF, VecF) { see(load<VecS>(address)); }
+  KDK_INLINE void see(VecF a, VecF b) {
+    see(bit_cast<VecS>((bit_cast<VecU>(a) >> 16) | (bit_cast<VecU>(b) & 0xffff0000u)));
+  }
+  KDK_INLINE void see(VecS pairs) {
 #if defined(__AVX512BW__)
     high = bit_cast<VecS>(_mm512_max_epi16(bit_cast<__m512i>(high), bit_cast<__m512i>(pairs)));
 #elif defined(__AVX2__)
@@ -511,9 +530,11 @@ struct Peak<BFloat16> {
 #endif
   }
   double value() const {
-    int16_t best = -1;
-    for (int i = 0; i < kVectorBytes / 2; ++i) best = std::max<int16_t>(best, high[i]);
-    return best < 0 ? std::numeric_limits<double>::quiet_NaN() : double(to_compute(BFloat16{uint16_t(best)}));
+    constexpr float none = -std::numeric_limits<float>::infinity();
+    const VecI pairs = bit_cast<VecI>(high), even = pairs << 16, odd = pairs & int32_t(0xffff0000u);
+    const auto positive = [&](VecI bits) { return kdk_where(bits < 0, VecF{} + none, bit_cast<VecF>(bits)); };
+    const float best = horizontal_max<float>(max_keep_nan(positive(even), positive(odd)));
+    return best == none ? std::numeric_limits<double>::quiet_NaN() : double(best);
   }
 };
 
@@ -588,18 +609,7 @@ constexpr float kUnit = 1.0f / float(1 << kUnitLog2);
 struct Bounds {
   VecI seen = {};
   // Whether every x was in [-127, 128]; NaN is not.
-  bool kept() const {
-    const VecI others = seen & ~(((256 << kStepsLog2) - 1) | bit_cast<int32_t>(2.0f));
-#if defined(__AVX512F__)
-    return _mm512_test_epi32_mask(bit_cast<__m512i>(others), bit_cast<__m512i>(others)) == 0;
-#elif defined(__AVX2__)
-    return _mm256_testz_si256(bit_cast<__m256i>(others), bit_cast<__m256i>(others)) != 0;
-#else
-    int32_t all = 0;
-    for (int i = 0; i < kLanes<float>; ++i) all |= others[i];
-    return all == 0;
-#endif
-  }
+  bool kept() const { return !any(seen & ~(((256 << kStepsLog2) - 1) | bit_cast<int32_t>(2.0f))); }
 };
 // Of several vectors step by step (see Pair): two make the sparse sweep 2 to 3 % faster, four run out of AVX2's
 // registers, and gain nothing with AVX-512. ACCURACY is the degree of the polynomial with no steps.

@@ -61,7 +61,6 @@ struct DenseArgs : ObjectiveArgs {
   TeacherForm teacher_form = TeacherForm::kLogits;
   double teacher_softcap = 0;
   bool standardize = false;
-  int64_t fetch_bytes = 0;  // how much of each of the next row's logits to fetch while a gradient is written (CPU)
 };
 
 struct TopkArgs : ObjectiveArgs {
