@@ -1721,34 +1721,6 @@ void prefetch_for_writing(X* out, int64_t n) {
     __builtin_prefetch(out + j, 1);
 }
 
-// Student and teacher of one type, used as they are.
-template <class X>
-void dense_direct(const DenseArgs& args, int64_t begin, int64_t end) {
-  using C = typename Io<X>::C;
-  // Where the gradient needs the logits again, it is written while they are in the caches.
-  const bool needs_logits = has_logs(kDivergences[args.divergence]) && sums_for(args) == kAll;
-  const bool deferred = kFused && std::is_same_v<C, float> && !needs_logits;
-  ObjectiveRows<X> rows(args, streams(args, sizeof(X), deferred ? kStreamShortRowBytes : kStreamRowBytes), deferred);
-  const bool numbers_differ = args.student_temperature.data != nullptr || args.teacher_temperature.data != nullptr ||
-                              args.param.data != nullptr;
-  RowNumbers num = row_numbers<C>(args, begin, 1);
-  const auto add = [&](int64_t row, int64_t label, double weight, X* out) {
-    const X* s = row_pointer<X>(args.student, row, args.length);
-    const X* t = row_pointer<X>(args.teachers[0], row, args.length);
-    const bool has_next = is_read(args, row + 1, end);
-    rows.ahead.next_s = has_next ? row_pointer<X>(args.student, row + 1, args.length) : nullptr;
-    rows.ahead.next_t = has_next ? row_pointer<X>(args.teachers[0], row + 1, args.length) : nullptr;
-    if (out != nullptr && !rows.streamed && out != s) prefetch_for_writing(out, args.width);
-    if (numbers_differ) num = row_numbers<C>(args, row, 1);
-    num.weight = weight;
-    C* stats = args.stats == nullptr ? nullptr : static_cast<C*>(args.stats) + row * kStats;
-    const RowResult result = rows.add(num, s, t, label, out, stats == nullptr ? nullptr : stats + 8);
-    put_stats<C>(args, row, result);
-    return result.loss;
-  };
-  for_rows<X>(args, begin, end, add, [&] { rows.finish(); });
-}
-
 // Element by element where the type of the sums is not that of the logits.
 template <class C, class X>
 KDK_INLINE Vec<C> widened(const X* in) {
@@ -1912,7 +1884,7 @@ bool mixture_of_probabilities(const DenseArgs& args, int64_t row, double scale, 
   using V = Vec<C>;
   Scratch<C>& scratch = Scratch<C>::mine();
   const int64_t n = args.columns;
-  C *logits = scratch.get(kOtherRow, n), *e = scratch.get(kE1, n + Row<C>::kBlock);
+  C *logits = scratch.get(kOtherRow, n), *e = scratch.get(kGradientRow, n + Row<C>::kBlock);
   // The mixture so far is out * held + e * share: added up when the next one comes, and with its logarithm at the end.
   C held = 0, share = 0;
   int64_t teachers = 0;
@@ -2035,6 +2007,40 @@ void add_hard_terms(const DenseArgs& args, const RowNumbers& num, const C* s, in
   if (inside) g[label] -= C(num.weight * num.ce * (1 - args.label_smoothing));
 }
 
+// The student's logits are read, and its gradient written, as they are; the teacher's too, or brought to logits in C row
+// by row where PREPARED.
+template <class X, bool PREPARED>
+void dense_direct(const DenseArgs& args, int64_t begin, int64_t end) {
+  using C = typename Io<X>::C;
+  // Where the gradient needs the logits again, it is written while they are in the caches.
+  const bool needs_logits = has_logs(kDivergences[args.divergence]) && sums_for(args) == kAll;
+  const bool deferred = kFused && std::is_same_v<C, float> && !needs_logits;
+  ObjectiveRows<X> rows(args, streams(args, sizeof(X), deferred ? kStreamShortRowBytes : kStreamRowBytes), deferred);
+  const bool numbers_differ = PREPARED || args.student_temperature.data != nullptr ||
+                              args.teacher_temperature.data != nullptr || args.param.data != nullptr;
+  RowNumbers num = row_numbers<C>(args, begin, 1);
+  const auto add = [&](int64_t row, int64_t label, double weight, X* out) {
+    const X* s = row_pointer<X>(args.student, row, args.length);
+    if (out != nullptr && !rows.streamed && out != s) prefetch_for_writing(out, args.width);
+    if (numbers_differ) num = row_numbers<C>(args, row, 1);
+    num.weight = weight;
+    const X* t;
+    if constexpr (PREPARED) {
+      t = teacher_row<C>(args, row, num.teacher_scale);
+    } else {
+      t = row_pointer<X>(args.teachers[0], row, args.length);
+      const bool has_next = is_read(args, row + 1, end);
+      rows.ahead.next_s = has_next ? row_pointer<X>(args.student, row + 1, args.length) : nullptr;
+      rows.ahead.next_t = has_next ? row_pointer<X>(args.teachers[0], row + 1, args.length) : nullptr;
+    }
+    C* stats = args.stats == nullptr ? nullptr : static_cast<C*>(args.stats) + row * kStats;
+    const RowResult result = rows.add(num, s, t, label, out, stats == nullptr ? nullptr : stats + 8);
+    put_stats<C>(args, row, result);
+    return result.loss;
+  };
+  for_rows<X>(args, begin, end, add, [&] { rows.finish(); });
+}
+
 // Anything else: rows are first brought to logits in C, and the gradient is taken back through what was done to the
 // student.
 template <class X>
@@ -2094,18 +2100,23 @@ void dense_generic(const DenseArgs& args, int64_t begin, int64_t end) {
   });
 }
 
+template <class X>
+void dense_rows(const DenseArgs& args, int64_t begin, int64_t end) {
+  const bool student_as_is = args.student_softcap == 0 && !args.standardize;
+  const bool teacher_as_is = args.mixture == Mixture::kNone && args.teachers[0].dtype == args.student.dtype &&
+                             args.teacher_form == TeacherForm::kLogits && args.teacher_softcap == 0;
+  if (student_as_is && teacher_as_is) return dense_direct<X, false>(args, begin, end);
+  if constexpr (std::is_same_v<X, typename Io<X>::C>)
+    if (student_as_is) return dense_direct<X, true>(args, begin, end);
+  return dense_generic<X>(args, begin, end);
+}
+
 inline void run_dense(const DenseArgs& args, int64_t begin, int64_t end) {
-  const bool direct = args.mixture == Mixture::kNone && args.teachers[0].dtype == args.student.dtype &&
-                      args.teacher_form == TeacherForm::kLogits && args.student_softcap == 0 &&
-                      args.teacher_softcap == 0 && !args.standardize;
   switch (args.student.dtype) {
-    case DType::kFloat32:
-      return direct ? dense_direct<float>(args, begin, end) : dense_generic<float>(args, begin, end);
-    case DType::kBFloat16:
-      return direct ? dense_direct<BFloat16>(args, begin, end) : dense_generic<BFloat16>(args, begin, end);
-    case DType::kFloat16: return direct ? dense_direct<Half>(args, begin, end) : dense_generic<Half>(args, begin, end);
-    case DType::kFloat64:
-      return direct ? dense_direct<double>(args, begin, end) : dense_generic<double>(args, begin, end);
+    case DType::kFloat32: return dense_rows<float>(args, begin, end);
+    case DType::kBFloat16: return dense_rows<BFloat16>(args, begin, end);
+    case DType::kFloat16: return dense_rows<Half>(args, begin, end);
+    case DType::kFloat64: return dense_rows<double>(args, begin, end);
   }
 }
 
