@@ -178,6 +178,14 @@ def test_dkd_of_one_class_is_0(backend):
     assert loss.abs().max() < 1e-6 and not student.grad.any()
 
 
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_dkd_of_one_class_without_a_distribution_is_nan(value, backend):
+    logits = torch.tensor([[1.0], [value], [2.0]])
+    for student, teacher in ((logits, torch.ones(3, 1)), (torch.ones(3, 1), logits)):
+        loss = kd.dkd_loss(student, teacher, torch.zeros(3, dtype=torch.int64), reduction="none", backend=backend)
+        assert loss.isnan().tolist() == [False, True, False]
+
+
 def test_dkd_options_are_those_of_kd_loss(backend):
     student, teacher, labels = inputs("normal", 90, "fp32")
     student[2], teacher[2] = torch.nan, torch.nan  # ignored
@@ -404,6 +412,18 @@ def test_a_mixture_keeps_the_logarithm_of_what_is_too_small_for_a_float(depth, c
         teacher[:, 5] -= depth
     options = {"divergence": "reverse_kl", "teacher_weights": [1 / count] * count}
     testing.check_kd_loss(student, teachers, backend=backend, **options)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jeffreys", "jsd"])
+@pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
+def test_probabilities_below_the_normal_range_have_their_logarithms(divergence, dtype, backend):
+    """At a temperature, or where the student has its mass, they count: e^-100 is no float of full precision."""
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(ROWS, 300, generator=generator).to(DTYPES[dtype])
+    teacher = (torch.rand(ROWS, 300, generator=generator) * -104).exp().to(DTYPES[dtype])
+    assert bool((teacher.float() < torch.finfo(torch.float32).smallest_normal).any())
+    options = {"divergence": divergence, "teacher_form": "probs", "temperature": 20.0}
+    testing.check_kd_loss(student, teacher, backend=backend, **options)
 
 
 @pytest.mark.parametrize("form", ["probs", "log_probs", "probs mixed", "logits mixed", "standardised", "capped"])

@@ -1854,10 +1854,13 @@ double logits_of_teacher(const DenseArgs& args, int k, int64_t row, C* out, Map 
   const LogitsView& view = args.teachers[k];
   if (args.teacher_form != TeacherForm::kProbs)
     return capped_row(view, row, args.length, args.columns, args.teacher_softcap, out, map);
-  // Of NaN kdk_log makes a number.
+  // kdk_log takes no numbers below the normal range, and of NaN it makes a number.
   const Vec<C> zero = {}, low = zero - std::numeric_limits<C>::infinity(), nan = low - low;
+  const C smallest = std::numeric_limits<C>::min(), raised = C(0x1p64), log_raised = C(64 * kLn2);
   return widen_row(view, row, args.length, args.columns, out, [=](int64_t j, Vec<C> p) KDK_LAMBDA_INLINE {
-    return map(j, kdk_where(p > zero, kdk_log(p), kdk_where(p == zero, low, nan)));
+    const auto small = p < smallest;
+    const Vec<C> log_p = kdk_log(kdk_where(small, p * raised, p)) - kdk_where(small, zero + log_raised, zero);
+    return map(j, kdk_where(p > zero, log_p, kdk_where(p == zero, low, nan)));
   });
 }
 
@@ -2190,7 +2193,9 @@ double DkdRows<X>::add(double weight, const X* s, const X* t, int64_t label, X* 
   const double log_q = others ? log_sigmoid(gap_q) : 0, log_p = others ? log_sigmoid(gap_p) : 0;
   const double log_rest_q = log_sigmoid(-gap_q), log_rest_p = log_sigmoid(-gap_p);
   const double p = std::exp(log_p), rest_p = others ? std::exp(log_rest_p) : 0;
+  // One class alone has all the probability, unless it has none.
   double tckd = p > 0 ? p * (log_p - log_q) : 0;
+  if (!others) tckd = (label_s - label_s) + (label_t - label_t);
   if (rest_p > 0) tckd += rest_p * (log_rest_p - log_rest_q);
   const double tau = args.scale_by_t_squared ? args.temperature * args.temperature : 1;
   if (out != nullptr) {

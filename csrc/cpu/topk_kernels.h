@@ -419,12 +419,9 @@ RowResult SparseRows<X>::add(const RowNumbers& num, int64_t index, const X* s, i
     z = z_outside + z_entries;
     log_z = std::log(z);
   }
-  double lse = kLn2 * as.reference() + log_z, z1 = z;
-  if (own) {
-    Affine<C> a1;
-    z1 = sweep_student<false>(row, n, kLog2e, a1, e1, e1);
-    lse = kLn2 * (a1.reference() + std::log2(z1));
-  }
+  Affine<C> a1 = as;
+  const double z1 = own ? sweep_student<false>(row, n, kLog2e, a1, e1, e1) : z;
+  const double lse = kLn2 * a1.reference() + (own ? std::log(z1) : log_z);
   const double student_mass = swept ? z_entries / z : 0;
   // Functors may take what is NaN for 0.
   bool nan = entries.invalid || std::isnan(z) || std::isnan(given_mass) || std::isnan(log_rest);
@@ -559,8 +556,10 @@ RowResult SparseRows<X>::add(const RowNumbers& num, int64_t index, const X* s, i
   } else {
     std::fill(g, g + count, c0);
   }
+  // By the scale that z1 was made with: of a logit of 1e4, what e^(s - lse) is off by was 6e-5.
   if (hard != 0)
-    for (int64_t k = 0; k < count; ++k) g[k] += hard * std::exp(double(to_compute(s[entries.ids[size_t(k)]])) - lse);
+    for (int64_t k = 0; k < count; ++k)
+      g[k] += hard * std::exp2(a1.scalar(to_compute(s[entries.ids[size_t(k)]]))) / z1;
   const bool has_label = num.ce != 0 && label >= 0 && label < n;
   if (has_label) {
     const double step = num.weight * num.ce * (1 - args.label_smoothing);
