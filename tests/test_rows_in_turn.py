@@ -60,6 +60,17 @@ SPARSE = {
     "drop": {"tail": "drop"},
     "statistics": {"return_stats": True},
 }
+# Teachers that are not logits of the student's dtype.
+TEACHERS = {
+    "fp32": lambda t: (t.float(), {}),
+    "bf16": lambda t: (t.bfloat16(), {}),
+    "fp16": lambda t: (t.half(), {}),
+    "probabilities": lambda t: (torch.softmax(t.float(), -1).clamp(min=1e-5).to(t.dtype), {"teacher_form": "probs"}),
+    "capped": lambda t: (t, {"teacher_softcap": 30.0}),
+    "two": lambda t: ([t, t.roll(1, -1)], {}),
+    "two, logits mixed": lambda t: ([t, t.roll(1, -1)], {"mixture": "logits"}),
+}
+BESIDE_TEACHERS = ("forward KL", "reverse KL", "Jeffreys", "JSD", "CE at T=5", "statistics")
 # Bodies of rows differ by a block from one to the next, by how far they begin from a cache line; 2,081 elements are one
 # tile or two.
 vocabularies = pytest.mark.parametrize("vocab_size", [7, 130, 1001, 1029, 2081], ids=lambda v: f"V{v}")
@@ -185,6 +196,35 @@ def assert_same_but(others, plain, strange):
     for before, after in zip(plain, strange, strict=True):
         assert torch.equal(before[~others], after[~others])
     assert torch.equal(strange[1][others][::5], torch.zeros_like(strange[1][others][::5]))
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+@pytest.mark.parametrize("objective", BESIDE_TEACHERS)
+@pytest.mark.parametrize("memory", ["stored", "streamed"])
+@dtypes
+def test_rows_beside_a_teacher_of_another_kind(kind, objective, memory, dtype):
+    vocab_size = 1001
+    rows = 1 + LARGE // (vocab_size * DTYPES[dtype].itemsize) if memory == "streamed" else 67
+    student, logits = many_rows(rows, vocab_size, DTYPES[dtype])
+    labels = (torch.arange(rows) * 5 - 1) % vocab_size
+    teacher, how = TEACHERS[kind](logits)
+    options = {**options_of(ROWS[objective], rows), **how}
+    plain = run(student, teacher, labels, **options)
+
+    others = torch.arange(rows) % 3 == 1
+    strange_student, strange_logits, strange_labels = student.clone(), logits.clone(), labels.clone()
+    for k, number in enumerate(others.nonzero().flatten()):
+        if k % 5 == 3:
+            strange_logits[number] = strange_logits[number].flip(0) - 30
+        make_strange(k, strange_student[number], strange_labels[number : number + 1])
+    strange = run(strange_student, TEACHERS[kind](strange_logits)[0], strange_labels, **options)
+    assert_same_but(others, plain, strange)
+
+    options.pop("return_stats", None)
+    part = slice(rows - 25, rows)
+    teachers = [x[part] for x in teacher] if isinstance(teacher, list) else teacher[part]
+    outcome = testing.check_kd_loss(student[part], teachers, labels[part], backend="cpu", **options)
+    torch.testing.assert_close(plain[0][part], outcome.loss, rtol=1e-4, atol=1e-4)
 
 
 @sparse_objectives

@@ -133,33 +133,48 @@ struct SomeLanes {
   }
 };
 
-// The two vectors of a block, with padding in place of what does not count.
-template <class X, class C>
-KDK_INLINE void load_block(const X* x, AllLanes<X>, C, Vec<C>& a, Vec<C>& b) {
-  Io<X>::load2(x, a, b);
+// A block of logits of type Y as the two vectors that it would be as X.
+template <class X, class Y, class V>
+KDK_INLINE void load2_as(const Y* y, V& a, V& b) {
+  if constexpr (std::is_same_v<X, Y>) {
+    Io<X>::load2(y, a, b);
+  } else {
+    static_assert(std::is_same_v<Y, typename Io<X>::C>, "the teacher's logits are of the student's type or its sums'");
+    a = load<V>(y), b = load<V>(y + kLanes<Y>);
+    if (Io<X>::element(1) == 2) even_and_odd(a, b);
+  }
 }
-template <class X, class C>
-KDK_INLINE void load_block(const X* x, const SomeLanes<X>& lanes, C padding, Vec<C>& a, Vec<C>& b) {
-  Io<X>::load2(x, a, b);
+
+// The two vectors of a block, with padding in place of what does not count.
+template <class X, class Y, class C>
+KDK_INLINE void load_block(const Y* x, AllLanes<X>, C, Vec<C>& a, Vec<C>& b) {
+  load2_as<X>(x, a, b);
+}
+template <class X, class Y, class C>
+KDK_INLINE void load_block(const Y* x, const SomeLanes<X>& lanes, C padding, Vec<C>& a, Vec<C>& b) {
+  load2_as<X>(x, a, b);
   a = kdk_where(lanes.first, a, Vec<C>{} + padding);
   b = kdk_where(lanes.second, b, Vec<C>{} + padding);
 }
 
 // One row of both models, cut into blocks, aligned where the gradient is streamed. What fills no block at either end is
 // read in place, in a block of which only a part counts: the first and the last of the row. Copies of them, made when
-// the row was begun, cost a wait for its last line from memory.
-template <class X>
+// the row was begun, cost a wait for its last line from memory. X is the student's type, and gives the order of elements
+// in a block, Y the teacher's: the same, or that of the sums.
+template <class X, class Y = X>
 struct Row {
   using C = typename Io<X>::C;
   static constexpr int64_t kBlock = Io<X>::kBlock;
   static constexpr int64_t kTileBlocks = kTileElements / kBlock;
 
-  const X *s, *t;
+  const X* s;
+  const Y* t;
   int64_t n, head, body, tail;  // elements: all, before the body, and after it; the body in blocks
   int64_t excluded = -1;        // an element
-  X short_s[kBlock], short_t[kBlock];
+  X short_s[kBlock];
+  Y short_t[kBlock];
 
-  Row(const X* student, const X* teacher, int64_t columns, int64_t head_elements)
+  Row(const X* student, const Y* teacher, int64_t columns, int64_t head_elements)
       : s(student), t(teacher), n(columns), head(columns < kBlock ? 0 : head_elements) {
     body = (n - head) / kBlock;
     tail = n - head - body * kBlock;
@@ -235,16 +250,16 @@ struct Range {
 };
 
 // The elements, and the slots, that belong to a tile.
-template <class X>
-Range tile_elements(const Row<X>& row, int64_t tile, int64_t n) {
-  const int64_t begin = row.head + tile * Row<X>::kTileBlocks * Row<X>::kBlock;
-  return {tile == 0 ? 0 : begin, tile == row.tiles() - 1 ? n : begin + Row<X>::kTileBlocks * Row<X>::kBlock};
+template <class R>
+Range tile_elements(const R& row, int64_t tile, int64_t n) {
+  const int64_t begin = row.head + tile * R::kTileBlocks * R::kBlock;
+  return {tile == 0 ? 0 : begin, tile == row.tiles() - 1 ? n : begin + R::kTileBlocks * R::kBlock};
 }
-template <class X>
-Range tile_slots(const Row<X>& row, int64_t tile) {
-  const int64_t base = row.head > 0 ? Row<X>::kBlock : 0;
-  const int64_t begin = base + tile * Row<X>::kTileBlocks * Row<X>::kBlock;
-  return {tile == 0 ? 0 : begin, tile == row.tiles() - 1 ? row.slots() : begin + Row<X>::kTileBlocks * Row<X>::kBlock};
+template <class R>
+Range tile_slots(const R& row, int64_t tile) {
+  const int64_t base = row.head > 0 ? R::kBlock : 0;
+  const int64_t begin = base + tile * R::kTileBlocks * R::kBlock;
+  return {tile == 0 ? 0 : begin, tile == row.tiles() - 1 ? row.slots() : begin + R::kTileBlocks * R::kBlock};
 }
 
 template <class X>
@@ -330,14 +345,15 @@ struct GradientBlock {
         as(k.as),
         at(k.at) {}
 
-  KDK_INLINE void operator()(const C* es, const C* et, const C* e1, const X* s, const X* t, V& accepted, V& g0,
+  template <class Y = X>
+  KDK_INLINE void operator()(const C* es, const C* et, const C* e1, const X* s, const Y* t, V& accepted, V& g0,
                              V& g1) const {
     const V zero = {};
     const V es0 = load<V>(es), es1 = load<V>(es + kLanes<C>);
     if (LOGS) {
       V s0, s1, t0, t1;
       Io<X>::load2(s, s0, s1);
-      Io<X>::load2(t, t0, t1);
+      load2_as<X>(t, t0, t1);
       const V xs0 = as(s0), xs1 = as(s1), xt0 = at(t0), xt1 = at(t1);
       g0 = c0 + es0 * keep(es0 != zero, a + ks * (xs0 - xt0) + kst * xt0);
       g1 = c0 + es1 * keep(es1 != zero, a + ks * (xs1 - xt1) + kst * xt1);
@@ -432,7 +448,8 @@ struct Pending {
   double accepted = 0, acceptance_factor = 0;
 
   // terms: of the row, their es, et and e1 where its slots begin; to: where its gradient begins.
-  void begin(const Row<X>& row, X* to, bool stream) {
+  template <class Y>
+  void begin(const Row<X, Y>& row, X* to, bool stream) {
     first_slot = row.head > 0 ? kBlock : 0;
     out = to + row.head;
     written = 0;
@@ -490,7 +507,7 @@ struct Beside {
   // The next block, whose exponentials are at es and et.
   KDK_INLINE void write_block(const C* es, const C* et) {
     V g0, g1;
-    gradient(es, et, e1, nullptr, nullptr, accepted, g0, g1);
+    gradient(es, et, e1, nullptr, static_cast<const X*>(nullptr), accepted, g0, g1);
     if (uint64_t(done - first_streamed) < uint64_t(num_streamed)) {
       Io<X>::template store2<true>(out, g0, g1);
     } else {
@@ -595,14 +612,14 @@ KDK_INLINE void accumulate(Vec<C> xs0, Vec<C> xs1, Vec<C> xt0, Vec<C> xt1, C* es
   store(et_out + kLanes<C>, et1);
 }
 
-template <int SUMS, bool MASKING, class X, class C>
-void sweep_tile(const Row<X>& row, int64_t tile, const Affine<C> as, const Affine<C> at, C* es, C* et, RowSums& sums) {
+template <int SUMS, bool MASKING, class X, class Y, class C>
+void sweep_tile(const Row<X, Y>& row, int64_t tile, const Affine<C> as, const Affine<C> at, C* es, C* et, RowSums& sums) {
   constexpr int64_t block = Io<X>::kBlock;
   constexpr int degree = kExpDegree<X>;
   constexpr C nothing = -std::numeric_limits<C>::infinity();
   Accumulators<C> acc;
   acc.max_s = acc.max_t = Vec<C>{} - std::numeric_limits<C>::infinity();
-  row.pieces(tile, [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t, auto lanes) KDK_LAMBDA_INLINE {
+  row.pieces(tile, [&](const X* s, const Y* t, int64_t blocks, int64_t slot, int64_t, auto lanes) KDK_LAMBDA_INLINE {
     C *es_out = es + slot, *et_out = et + slot;
     Accumulators<C> local = acc;
     for (int64_t b = 0; b < blocks; ++b, s += block, t += block, es_out += block, et_out += block) {
@@ -641,25 +658,26 @@ struct Trusted {
 };
 
 // What is summed up of a tile without clamps: sums over logits instead of x, and whether all of them were in bounds.
-template <class X>
+template <class X, class Y>
 struct TrustedSums {
   Accumulators<float> sums;
   Bounds bounds;
-  Peak<X> peak_s, peak_t;
+  Peak<X> peak_s;
+  Peak<Y> peak_t;
 };
 
 // Sweeps a tile without clamps. A block of what is pending is written for every block of the body. What the sums of
 // kReverse are made of, es (t ratio - s), is kept for the gradient: in et, where that needs no exponential of t, and of
 // kBoth in terms.
-template <int SUMS, class X, class Beside>
-KDK_INLINE void sweep_trusting(const Row<X>& row, int64_t tile, const Trusted& k, float* es, float* et, float* terms,
-                               TrustedSums<X>& all, Beside& beside) {
+template <int SUMS, class X, class Y, class Beside>
+KDK_INLINE void sweep_trusting(const Row<X, Y>& row, int64_t tile, const Trusted& k, float* es, float* et, float* terms,
+                               TrustedSums<X, Y>& all, Beside& beside) {
   using V = VecF;
   constexpr int64_t block = Io<X>::kBlock;
   constexpr int degree = kExpDegree<X>;
-  row.pieces(tile, [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t, auto lanes) KDK_LAMBDA_INLINE {
+  row.pieces(tile, [&](const X* s, const Y* t, int64_t blocks, int64_t slot, int64_t, auto lanes) KDK_LAMBDA_INLINE {
     float *es_out = es + slot, *et_out = et + slot, *terms_out = terms + slot;
-    TrustedSums<X> local = all;
+    TrustedSums<X, Y> local = all;
     const auto sweep = [&]() KDK_LAMBDA_INLINE {
       prefetch_ahead<block>(s);
       prefetch_ahead<block>(t);
@@ -727,10 +745,10 @@ KDK_INLINE void sweep_trusting(const Row<X>& row, int64_t tile, const Trusted& k
 }
 
 // A tile without clamps. False when a logit was out of bounds: then nothing was added to the sums.
-template <int SUMS, class X>
-bool sweep_tile_trusting(const Row<X>& row, int64_t tile, const Affine<float>& as, const Affine<float>& at, float* es,
+template <int SUMS, class X, class Y>
+bool sweep_tile_trusting(const Row<X, Y>& row, int64_t tile, const Affine<float>& as, const Affine<float>& at, float* es,
                          float* et, float* terms, RowSums& sums, Pending<X>& pending) {
-  TrustedSums<X> all;
+  TrustedSums<X, Y> all;
   const Trusted trusted(as, at);
   with_pending<SUMS>(pending, [&](auto& beside) KDK_LAMBDA_INLINE {
     sweep_trusting<SUMS>(row, tile, trusted, es, et, terms, all, beside);
@@ -755,8 +773,8 @@ bool sweep_tile_trusting(const Row<X>& row, int64_t tile, const Affine<float>& a
   return true;
 }
 
-template <int SUMS, class X, class C>
-void sweep_tile(const Row<X>& row, int64_t tile, const Affine<C>& as, const Affine<C>& at, C* es, C* et, C* terms,
+template <int SUMS, class X, class Y, class C>
+void sweep_tile(const Row<X, Y>& row, int64_t tile, const Affine<C>& as, const Affine<C>& at, C* es, C* et, C* terms,
                 bool& trusting, bool masking, RowSums& sums, Pending<X>& pending) {
   if constexpr (kFused && std::is_same_v<C, float>) {
     if (trusting && as.trusts(at)) {
@@ -815,13 +833,13 @@ double sum_of_powers(int power, const C* e, C* kept, int64_t count) {
 }
 
 // Exponentials of a tile of the student into es, its x into xs where KEEP_X, and their sum.
-template <bool KEEP_X, class X, class C>
-double student_exponentials(const Row<X>& row, int64_t tile, const Affine<C> student, C* es, C* xs) {
+template <bool KEEP_X, class X, class Y, class C>
+double student_exponentials(const Row<X, Y>& row, int64_t tile, const Affine<C> student, C* es, C* xs) {
   using V = Vec<C>;
   constexpr int64_t block = Io<X>::kBlock;
   constexpr C nothing = -std::numeric_limits<C>::infinity();
   V sum0 = {}, sum1 = {};
-  row.pieces(tile, [&](const X* s, const X*, int64_t blocks, int64_t slot, int64_t, auto lanes) KDK_LAMBDA_INLINE {
+  row.pieces(tile, [&](const X* s, const Y*, int64_t blocks, int64_t slot, int64_t, auto lanes) KDK_LAMBDA_INLINE {
     C *es_out = es + slot, *xs_out = xs + slot;
     V local0 = sum0, local1 = sum1;
     const Affine<C> as = student;
@@ -848,15 +866,15 @@ double student_exponentials(const Row<X>& row, int64_t tile, const Affine<C> stu
 
 // A tile without clamps and x; NaN when a logit was out of bounds. A block of what is pending is written for every block
 // of the body.
-template <class X, class Beside>
-KDK_INLINE double student_exponentials_trusting(const Row<X>& row, int64_t tile, const Affine<float>& as, float* es,
+template <class X, class Y, class Beside>
+KDK_INLINE double student_exponentials_trusting(const Row<X, Y>& row, int64_t tile, const Affine<float>& as, float* es,
                                                 Beside& beside) {
   using V = VecF;
   constexpr int64_t block = Io<X>::kBlock;
   const float scale = as.scale(), bias = as.bias(), nothing = as.nothing();
   V sum0 = {}, sum1 = {};
   Bounds bounds;
-  row.pieces(tile, [&](const X* s, const X*, int64_t blocks, int64_t slot, int64_t, auto lanes) KDK_LAMBDA_INLINE {
+  row.pieces(tile, [&](const X* s, const Y*, int64_t blocks, int64_t slot, int64_t, auto lanes) KDK_LAMBDA_INLINE {
     float* es_out = es + slot;
     V local0 = sum0, local1 = sum1;
     Bounds local_bounds = bounds;
@@ -921,8 +939,8 @@ KDK_INLINE void with_pending(const NothingPending&, Write write) {
   write(alone);
 }
 
-template <bool KEEP_X, class X, class C, class Waiting>
-double student_exponentials(const Row<X>& row, int64_t tile, const Affine<C>& as, C* es, C* xs, bool& trusting,
+template <bool KEEP_X, class X, class Y, class C, class Waiting>
+double student_exponentials(const Row<X, Y>& row, int64_t tile, const Affine<C>& as, C* es, C* xs, bool& trusting,
                             Waiting& pending) {
   if constexpr (kFused && std::is_same_v<C, float> && !KEEP_X) {
     if (trusting && as.trusts(as)) {
@@ -973,8 +991,8 @@ int64_t first_index(const X* x, int64_t begin, int64_t end, double number) {
 }
 
 // Whether the first largest element of both models is the same one; it stands in these tiles.
-template <class X>
-bool same_maximum(const Row<X>& row, int64_t tile_s, int64_t tile_t, int64_t n) {
+template <class X, class Y>
+bool same_maximum(const Row<X, Y>& row, int64_t tile_s, int64_t tile_t, int64_t n) {
   if (tile_s != tile_t) return false;
   const auto [begin, end] = tile_elements(row, tile_s, n);
   const double best_s = maximum(row.s + begin, end - begin), best_t = maximum(row.t + begin, end - begin);
@@ -1028,8 +1046,8 @@ KDK_INLINE void store4(C* x, const Pair<Pair<Vec<C>>>& v) {
 constexpr bool kQuads = kVectorBytes < 64;
 
 // Values and scores of a tile; the scores replace the teacher's exponentials. GUARDED: see divergences.h.
-template <bool GUARDED, Part PART, class F, class X>
-void value_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>& student,
+template <bool GUARDED, Part PART, class F, class X, class Y>
+void value_tile(const Row<X, Y>& row, int64_t tile, const Affine<typename Io<X>::C>& student,
                 const Affine<typename Io<X>::C>& teacher, double log2_zs, double log2_zt,
                 Params<Vec<typename Io<X>::C>> parameters, const typename Io<X>::C* es, typename Io<X>::C* et,
                 double& value_sum, double& score_sum) {
@@ -1047,7 +1065,7 @@ void value_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>
   constexpr C nothing = -std::numeric_limits<C>::infinity();
   V values = {}, scores = {};
   row.template pieces<PART>(
-      tile, [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t, auto lanes) KDK_LAMBDA_INLINE {
+      tile, [&](const X* s, const Y* t, int64_t blocks, int64_t slot, int64_t, auto lanes) KDK_LAMBDA_INLINE {
         const C* es_in = es + slot;
         C* et_io = et + slot;
         const Affine<C> as = student, at = teacher;
@@ -1060,8 +1078,8 @@ void value_tile(const Row<X>& row, int64_t tile, const Affine<typename Io<X>::C>
           V s0, s1, s2, s3, t0, t1, t2, t3;
           Io<X>::load2(s, s0, s1);
           Io<X>::load2(s + block, s2, s3);
-          Io<X>::load2(t, t0, t1);
-          Io<X>::load2(t + block, t2, t3);
+          load2_as<X>(t, t0, t1);
+          load2_as<X>(t + block, t2, t3);
           const Quad p = unfused(load4<C>(et_io) * quad(ip)), q = unfused(load4<C>(es_in) * quad(iq));
           const Quad logp = GUARDED ? Quad({t0, t1}, {t2, t3}) * quad(V{} + ct) - quad(rt)
                                     : Quad({at(t0), at(t1)}, {at(t2), at(t3)}) * quad(ln2) - quad(lzt);
@@ -1117,8 +1135,8 @@ double accepted(const C* es, const C* et, int64_t count, double iq, double ip) {
   return total * iq;
 }
 
-template <bool LOGS, int CE, bool STREAM, bool ACCEPTED, bool TWO, class X>
-void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, X* out) {
+template <bool LOGS, int CE, bool STREAM, bool ACCEPTED, bool TWO, class X, class Y>
+void write_gradient(const Row<X, Y>& row, const GradientTerms<typename Io<X>::C>& k, X* out) {
   using C = typename Io<X>::C;
   using V = Vec<C>;
   constexpr int64_t block = Io<X>::kBlock;
@@ -1127,7 +1145,7 @@ void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k
   for (int64_t tile = row.tiles() - 1; tile >= 0; --tile) {
     V accepted = {};
     row.pieces(tile,
-               [&](const X* s, const X* t, int64_t blocks, int64_t slot, int64_t first, auto lanes) KDK_LAMBDA_INLINE {
+               [&](const X* s, const Y* t, int64_t blocks, int64_t slot, int64_t first, auto lanes) KDK_LAMBDA_INLINE {
                  BlockWriter<STREAM, X, decltype(lanes)> writer(out, first, blocks, lanes);
                  V local_accepted = accepted;
                  const auto local_gradient = gradient;
@@ -1145,20 +1163,20 @@ void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k
 
 // Asks for the cache lines of the edges of a row that is streamed: they are stored, and what is stored after them waits
 // until the lines are there.
-template <class X>
-KDK_INLINE void prefetch_edges(const Row<X>& row, const X* out) {
+template <class X, class Y>
+KDK_INLINE void prefetch_edges(const Row<X, Y>& row, const X* out) {
   if (row.head > 0) __builtin_prefetch(out, 1);
   if (row.tail > 0 && out != nullptr) __builtin_prefetch(out + row.n - 1, 1);
 }
 
 // The edges of a row whose body is pending; out is where its gradient begins.
-template <int CE, bool ACCEPTED, bool TWO, class X>
-KDK_INLINE void add_edges(const Row<X>& row, X* out, Pending<X>& pending) {
+template <int CE, bool ACCEPTED, bool TWO, class X, class Y>
+KDK_INLINE void add_edges(const Row<X, Y>& row, X* out, Pending<X>& pending) {
   using C = typename Io<X>::C;
   const GradientTerms<C>& k = pending.terms;
   const GradientBlock<false, CE, ACCEPTED, TWO, X> gradient(k);
   Vec<C> accepted = {};
-  const auto add = [&](const X* s, const X* t, int64_t, int64_t slot, int64_t first, auto lanes) KDK_LAMBDA_INLINE {
+  const auto add = [&](const X* s, const Y* t, int64_t, int64_t slot, int64_t first, auto lanes) KDK_LAMBDA_INLINE {
     if constexpr (decltype(lanes)::kEdge) {
       Vec<C> g0, g1;
       gradient(k.es + slot, k.et + slot, k.e1 + slot, s, t, accepted, g0, g1);
@@ -1172,8 +1190,8 @@ KDK_INLINE void add_edges(const Row<X>& row, X* out, Pending<X>& pending) {
   if (row.tiles() > 1) row.template pieces<kEdges>(row.tiles() - 1, add);
   if (ACCEPTED) pending.accepted += double(horizontal_sum<C>(accepted));
 }
-template <class X>
-void add_edges(const Row<X>& row, X* out, Pending<X>& pending) {
+template <class X, class Y>
+void add_edges(const Row<X, Y>& row, X* out, Pending<X>& pending) {
   if (!pending.terms.two_models) {
     return pending.terms.ce == kCeOwn ? add_edges<kCeOwn, false, false>(row, out, pending)
                                       : add_edges<kCeNone, false, false>(row, out, pending);
@@ -1188,20 +1206,20 @@ void add_edges(const Row<X>& row, X* out, Pending<X>& pending) {
   }
 }
 
-template <bool LOGS, int CE, bool ACCEPTED, bool TWO, class X>
-void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, X* out, bool streamed) {
+template <bool LOGS, int CE, bool ACCEPTED, bool TWO, class X, class Y>
+void write_gradient(const Row<X, Y>& row, const GradientTerms<typename Io<X>::C>& k, X* out, bool streamed) {
   return streamed ? write_gradient<LOGS, CE, true, ACCEPTED, TWO>(row, k, out)
                   : write_gradient<LOGS, CE, false, ACCEPTED, TWO>(row, k, out);
 }
-template <bool LOGS, int CE, class X>
-void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, X* out, bool streamed) {
+template <bool LOGS, int CE, class X, class Y>
+void write_gradient(const Row<X, Y>& row, const GradientTerms<typename Io<X>::C>& k, X* out, bool streamed) {
   return k.accepted != nullptr ? write_gradient<LOGS, CE, true, true>(row, k, out, streamed)
                                : write_gradient<LOGS, CE, false, true>(row, k, out, streamed);
 }
 
 // With logarithms powers come as kCeOwn, and as nothing else of one model.
-template <class X>
-void write_gradient(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, X* out, bool streamed) {
+template <class X, class Y>
+void write_gradient(const Row<X, Y>& row, const GradientTerms<typename Io<X>::C>& k, X* out, bool streamed) {
   if (!k.two_models) {
     return k.ce == kCeOwn ? write_gradient<false, kCeOwn, false, false>(row, k, out, streamed)
                           : write_gradient<false, kCeNone, false, false>(row, k, out, streamed);
@@ -1235,8 +1253,8 @@ bool set_gradient(const GradientTerms<C>& k, int64_t slot, double g) {
 }
 
 // The same formula for element j alone, less the label's part of cross entropy.
-template <class X>
-double gradient_at(const Row<X>& row, const GradientTerms<typename Io<X>::C>& k, int64_t j, double xs, double xt) {
+template <class X, class Y>
+double gradient_at(const Row<X, Y>& row, const GradientTerms<typename Io<X>::C>& k, int64_t j, double xs, double xt) {
   const int64_t slot = row.slot(j);
   const double es = k.es[slot];
   double g = k.c0 + es * k.a;
@@ -1278,17 +1296,17 @@ struct Scratch {
 };
 enum ScratchUse { kEs, kEt, kE1, kStudentRow, kTeacherRow, kOtherRow, kGradientRow };
 
-template <class X, class C = typename Io<X>::C>
-using ValueTile = void (*)(const Row<X>&, int64_t, const Affine<C>&, const Affine<C>&, double, double, Params<Vec<C>>,
-                           const C*, C*, double&, double&);
+template <class X, class Y, class C = typename Io<X>::C>
+using ValueTile = void (*)(const Row<X, Y>&, int64_t, const Affine<C>&, const Affine<C>&, double, double,
+                           Params<Vec<C>>, const C*, C*, double&, double&);
 
-// A functor's value_tile for one type of logits: for any row, and for one whose bounds were watched.
-template <class X>
+// A functor's value_tile for one type of logits each: for any row, and for one whose bounds were watched.
+template <class X, class Y = X>
 struct ValueTiles {
-  ValueTile<X> any = nullptr, guarded = nullptr;
+  ValueTile<X, Y> any = nullptr, guarded = nullptr;
 };
-template <class F, class X>
-void guarded_value_tile(const Row<X>& row, int64_t tile, const Affine<float>& student, const Affine<float>& teacher,
+template <class F, class X, class Y>
+void guarded_value_tile(const Row<X, Y>& row, int64_t tile, const Affine<float>& student, const Affine<float>& teacher,
                         double log2_zs, double log2_zt, Params<VecF> parameters, const float* es, float* et,
                         double& value_sum, double& score_sum) {
   value_tile<true, kBody, F>(row, tile, student, teacher, log2_zs, log2_zt, parameters, es, et, value_sum, score_sum);
@@ -1297,12 +1315,12 @@ void guarded_value_tile(const Row<X>& row, int64_t tile, const Affine<float>& st
     value_tile<false, kEdges, F>(row, tile, student, teacher, log2_zs, log2_zt, parameters, es, et, value_sum,
                                  score_sum);
 }
-template <class F, class X>
-constexpr ValueTiles<X> value_tiles() {
+template <class F, class X, class Y = X>
+constexpr ValueTiles<X, Y> value_tiles() {
   if constexpr (kFused && Io<X>::kCoarse) {
-    return {value_tile<false, kWhole, F, X>, guarded_value_tile<F, X>};
+    return {value_tile<false, kWhole, F, X, Y>, guarded_value_tile<F, X, Y>};
   } else {
-    return {value_tile<false, kWhole, F, X>, value_tile<false, kWhole, F, X>};
+    return {value_tile<false, kWhole, F, X, Y>, value_tile<false, kWhole, F, X, Y>};
   }
 }
 
@@ -1312,13 +1330,15 @@ struct Divergence {
   Linear coefficients;
   ValueTiles<float> f32;
   ValueTiles<BFloat16> bf16;
+  ValueTiles<BFloat16, float> bf16_f32;
   ValueTiles<Half> f16;
   ValueTiles<double> f64;
 
-  ValueTile<float> tile(const Row<float>&, bool) const { return f32.any; }
-  ValueTile<BFloat16> tile(const Row<BFloat16>&, bool guarded) const { return guarded ? bf16.guarded : bf16.any; }
-  ValueTile<Half> tile(const Row<Half>&, bool) const { return f16.any; }
-  ValueTile<double> tile(const Row<double>&, bool) const { return f64.any; }
+  const auto& tiles(const Row<float>&) const { return f32; }
+  const auto& tiles(const Row<BFloat16>&) const { return bf16; }
+  const auto& tiles(const Row<BFloat16, float>&) const { return bf16_f32; }
+  const auto& tiles(const Row<Half>&) const { return f16; }
+  const auto& tiles(const Row<double>&) const { return f64; }
 };
 
 template <class F>
@@ -1328,10 +1348,11 @@ constexpr Divergence general(const char* name) {
           {},
           value_tiles<F, float>(),
           value_tiles<F, BFloat16>(),
+          value_tiles<F, BFloat16, float>(),
           value_tiles<F, Half>(),
           value_tiles<F, double>()};
 }
-constexpr Divergence linear(const char* name, Linear c) { return {name, true, c, {}, {}, {}, {}}; }
+constexpr Divergence linear(const char* name, Linear c) { return {name, true, c, {}, {}, {}, {}, {}}; }
 
 #include "kdkernels/divergence_table.h"
 
@@ -1390,20 +1411,21 @@ KDK_INLINE double maximum_of_seed(const X* x) {
   }
   return double(horizontal_max<C>(max_keep_nan(high, next)));
 }
-template <class X>
-KDK_INLINE Seeds seeds_of(const X* s, const X* t, int64_t n) {
+template <class X, class Y>
+KDK_INLINE Seeds seeds_of(const X* s, const Y* t, int64_t n) {
   if (n < kSeedElements) return {maximum(s, n), maximum(t, n)};
   return {maximum_of_seed(s), maximum_of_seed(t)};
 }
 
 // Seeds of a row, found while the processor waited for the sums of the row before it; and the row whose seeds are to be
 // found next. Null where there is none.
-template <class X>
+template <class X, class Y>
 struct SeedsAhead {
-  const X *s = nullptr, *t = nullptr, *next_s = nullptr, *next_t = nullptr;
+  const X *s = nullptr, *next_s = nullptr;
+  const Y *t = nullptr, *next_t = nullptr;
   Seeds seeds{};
 
-  Seeds of(const X* student, const X* teacher, int64_t n) const {
+  Seeds of(const X* student, const Y* teacher, int64_t n) const {
     return s == student && t == teacher ? seeds : seeds_of(student, teacher, n);
   }
   KDK_INLINE void find(int64_t n) {
@@ -1413,7 +1435,7 @@ struct SeedsAhead {
 };
 
 // The rows of one call, one after the other.
-template <class X>
+template <class X, class Y = X>
 struct ObjectiveRows {
   using C = typename Io<X>::C;
   const DenseArgs& args;
@@ -1430,20 +1452,21 @@ struct ObjectiveRows {
   C* const es_of_body = scratch.get(kEs, n + 2 * Row<X>::kBlock) + Row<X>::kBlock;
   C* const et_of_body = scratch.get(kEt, n + 2 * Row<X>::kBlock) + Row<X>::kBlock;
   bool masking = false;  // set where a row needs it
-  SeedsAhead<X> ahead = {};
+  SeedsAhead<X, Y> ahead = {};
   Pending<X> pending = {};
 
   ObjectiveRows(const DenseArgs& arguments, bool streams, bool defers)
       : args(arguments), streamed(streams), deferred(defers) {}
 
   // Student and teacher of one row; the gradient goes to out (null: none), the acceptance rate to where it is known.
-  RowResult add(const RowNumbers& num, const X* s, const X* t, int64_t label, X* out, C* acceptance);
+  RowResult add(const RowNumbers& num, const X* s, const Y* t, int64_t label, X* out, C* acceptance);
   void finish() { pending.finish(); }
 };
 
-template <class X>
-RowResult ObjectiveRows<X>::add(const RowNumbers& num, const X* s, const X* t, int64_t label, X* out, C* acceptance) {
-  Row<X> row(s, t, n, head_elements(out, aligned));
+template <class X, class Y>
+RowResult ObjectiveRows<X, Y>::add(const RowNumbers& num, const X* s, const Y* t, int64_t label, X* out,
+                                   C* acceptance) {
+  Row<X, Y> row(s, t, n, head_elements(out, aligned));
   prefetch_edges(row, out);
   const bool whole_row = out != nullptr || !divergence.linear || args.stats != nullptr;
   const int64_t head_slots = row.head > 0 ? Row<X>::kBlock : 0;
@@ -1574,8 +1597,8 @@ RowResult ObjectiveRows<X>::add(const RowNumbers& num, const X* s, const X* t, i
     double score_sum = !(sums.zs > 0 && sums.zt > 0) ? std::numeric_limits<double>::quiet_NaN() : 0;
     d = score_sum;
     const Params<Vec<C>> params{Vec<C>{} + C(num.param0), Vec<C>{} + C(args.param1)};
-    const bool guarded = trusting && as.trusts(at);
-    const auto value_of_tile = divergence.tile(row, guarded);
+    const auto& tiles = divergence.tiles(row);
+    const auto value_of_tile = trusting && as.trusts(at) ? tiles.guarded : tiles.any;
     for (int64_t tile = 0; tile < row.tiles() && !std::isnan(score_sum); ++tile)
       value_of_tile(row, tile, as, at, log2_zs, log2_zt, params, es, et, d, score_sum);
     terms.b = -f;
@@ -2010,15 +2033,15 @@ void add_hard_terms(const DenseArgs& args, const RowNumbers& num, const C* s, in
   if (inside) g[label] -= C(num.weight * num.ce * (1 - args.label_smoothing));
 }
 
-// The student's logits are read, and its gradient written, as they are; the teacher's too, or brought to logits in C row
-// by row where PREPARED.
-template <class X, bool PREPARED>
+// The student's logits are read, and its gradient written, as they are; the teacher's too, of type Y, or brought to
+// logits in C row by row where PREPARED.
+template <class X, class Y, bool PREPARED>
 void dense_direct(const DenseArgs& args, int64_t begin, int64_t end) {
   using C = typename Io<X>::C;
   // Where the gradient needs the logits again, it is written while they are in the caches.
   const bool needs_logits = has_logs(kDivergences[args.divergence]) && sums_for(args) == kAll;
   const bool deferred = kFused && std::is_same_v<C, float> && !needs_logits;
-  ObjectiveRows<X> rows(args, streams(args, sizeof(X), deferred ? kStreamShortRowBytes : kStreamRowBytes), deferred);
+  ObjectiveRows<X, Y> rows(args, streams(args, sizeof(X), deferred ? kStreamShortRowBytes : kStreamRowBytes), deferred);
   const bool numbers_differ = PREPARED || args.student_temperature.data != nullptr ||
                               args.teacher_temperature.data != nullptr || args.param.data != nullptr;
   RowNumbers num = row_numbers<C>(args, begin, 1);
@@ -2027,14 +2050,14 @@ void dense_direct(const DenseArgs& args, int64_t begin, int64_t end) {
     if (out != nullptr && !rows.streamed && out != s) prefetch_for_writing(out, args.width);
     if (numbers_differ) num = row_numbers<C>(args, row, 1);
     num.weight = weight;
-    const X* t;
+    const Y* t;
     if constexpr (PREPARED) {
       t = teacher_row<C>(args, row, num.teacher_scale);
     } else {
-      t = row_pointer<X>(args.teachers[0], row, args.length);
+      t = row_pointer<Y>(args.teachers[0], row, args.length);
       const bool has_next = is_read(args, row + 1, end);
       rows.ahead.next_s = has_next ? row_pointer<X>(args.student, row + 1, args.length) : nullptr;
-      rows.ahead.next_t = has_next ? row_pointer<X>(args.teachers[0], row + 1, args.length) : nullptr;
+      rows.ahead.next_t = has_next ? row_pointer<Y>(args.teachers[0], row + 1, args.length) : nullptr;
     }
     C* stats = args.stats == nullptr ? nullptr : static_cast<C*>(args.stats) + row * kStats;
     const RowResult result = rows.add(num, s, t, label, out, stats == nullptr ? nullptr : stats + 8);
@@ -2105,13 +2128,20 @@ void dense_generic(const DenseArgs& args, int64_t begin, int64_t end) {
 
 template <class X>
 void dense_rows(const DenseArgs& args, int64_t begin, int64_t end) {
-  const bool student_as_is = args.student_softcap == 0 && !args.standardize;
-  const bool teacher_as_is = args.mixture == Mixture::kNone && args.teachers[0].dtype == args.student.dtype &&
-                             args.teacher_form == TeacherForm::kLogits && args.teacher_softcap == 0;
-  if (student_as_is && teacher_as_is) return dense_direct<X, false>(args, begin, end);
-  if constexpr (std::is_same_v<X, typename Io<X>::C>)
-    if (student_as_is) return dense_direct<X, true>(args, begin, end);
-  return dense_generic<X>(args, begin, end);
+  using C = typename Io<X>::C;
+  if (args.student_softcap != 0 || args.standardize) return dense_generic<X>(args, begin, end);
+  const bool logits_alone = args.mixture == Mixture::kNone && args.teacher_form == TeacherForm::kLogits &&
+                            args.teacher_softcap == 0;
+  const DType teacher = args.teachers[0].dtype;
+  if (logits_alone && teacher == args.student.dtype) return dense_direct<X, X, false>(args, begin, end);
+  if constexpr (std::is_same_v<X, BFloat16>)
+    if (logits_alone && teacher == DType::kFloat32) return dense_direct<X, float, false>(args, begin, end);
+  // Not beside fp16: it would take the compiler as long again as bf16 does.
+  if constexpr (std::is_same_v<X, Half>) {
+    dense_generic<X>(args, begin, end);
+  } else {
+    dense_direct<X, C, true>(args, begin, end);
+  }
 }
 
 inline void run_dense(const DenseArgs& args, int64_t begin, int64_t end) {

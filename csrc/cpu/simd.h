@@ -125,6 +125,32 @@ KDK_INLINE VecF min_of(VecF a, VecF b) {
 }
 KDK_INLINE VecD min_of(VecD a, VecD b) { return a < b ? a : b; }
 
+// The even elements of the two vectors in a, the odd ones in b, in order.
+KDK_INLINE void even_and_odd(VecF& a, VecF& b) {
+#if defined(__AVX512F__)
+  const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  const VecF evens = _mm512_permutex2var_ps(a, even, b);
+  b = _mm512_permutex2var_ps(a, odd, b);
+  a = evens;
+#elif defined(__AVX2__)
+  // Of each half of a, then of b: the middle two pairs change places.
+  const auto in_order = [](VecF v) KDK_LAMBDA_INLINE {
+    return bit_cast<VecF>(_mm256_permute4x64_epi64(bit_cast<__m256i>(v), 0xd8));
+  };
+  const VecF evens = in_order(_mm256_shuffle_ps(a, b, 0x88));
+  b = in_order(_mm256_shuffle_ps(a, b, 0xdd));
+  a = evens;
+#else
+  VecF evens, odds;
+  for (int i = 0; i < kLanes<float>; ++i) {
+    evens[i] = 2 * i < kLanes<float> ? a[2 * i] : b[2 * i - kLanes<float>];
+    odds[i] = 2 * i < kLanes<float> ? a[2 * i + 1] : b[2 * i + 1 - kLanes<float>];
+  }
+  a = evens, b = odds;
+#endif
+}
+
 // Lanes are folded in halves: a chain of eight additions would cost as much as a hundred elements, and so does the way
 // through memory that the compilers take where they are not told of a shorter one.
 template <class C, class Fold>
