@@ -2256,15 +2256,29 @@ double DkdRows<X>::add(double weight, const X* s, const X* t, int64_t label, X* 
   return tau * (args.alpha * tckd + args.beta * nckd);
 }
 
-// Student and teacher of one type.
+// A teacher's row as it is, or where it is of another type, in C.
+template <class X>
+const X* row_as(const LogitsView& teacher, const RowArgs& args, int64_t row, bool as_is) {
+  using C = typename Io<X>::C;
+  if constexpr (std::is_same_v<X, C>) {
+    if (!as_is) {
+      C* out = Scratch<C>::mine().get(kTeacherRow, args.columns);
+      widen_row(teacher, row, args.length, args.columns, out, AsIs());
+      return out;
+    }
+  }
+  return row_pointer<X>(teacher, row, args.length);
+}
+
 template <class X>
 void dkd_direct(const DkdArgs& args, int64_t begin, int64_t end) {
   constexpr bool deferred = kFused && std::is_same_v<typename Io<X>::C, float>;
+  const bool as_is = args.teacher.dtype == args.student.dtype;
   DkdRows<X> rows(args, streams(args, sizeof(X), deferred ? kStreamShortRowBytes : kStreamRowBytes), deferred);
   const auto add = [&](int64_t row, int64_t label, double weight, X* out) {
     const X* s = row_pointer<X>(args.student, row, args.length);
     if (out != nullptr && !rows.streamed && out != s) prefetch_for_writing(out, args.width);
-    return rows.add(weight, s, row_pointer<X>(args.teacher, row, args.length), label, out);
+    return rows.add(weight, s, row_as<X>(args.teacher, args, row, as_is), label, out);
   };
   for_rows<X>(args, begin, end, add, [&] { rows.finish(); });
 }
@@ -2283,9 +2297,14 @@ void dkd_widened(const DkdArgs& args, int64_t begin, int64_t end) {
     return loss;
   });
 }
+// Whether the student's logits are taken, and its gradient is given, as they are.
+template <class X>
+bool is_direct(const RowArgs& args, const LogitsView& teacher) {
+  return std::is_same_v<X, typename Io<X>::C> || teacher.dtype == args.student.dtype;
+}
 template <class X>
 void dkd_rows(const DkdArgs& args, int64_t begin, int64_t end) {
-  return args.teacher.dtype == args.student.dtype ? dkd_direct<X>(args, begin, end) : dkd_widened<X>(args, begin, end);
+  return is_direct<X>(args, args.teacher) ? dkd_direct<X>(args, begin, end) : dkd_widened<X>(args, begin, end);
 }
 
 inline void run_dkd(const DkdArgs& args, int64_t begin, int64_t end) {
@@ -2358,11 +2377,12 @@ double mse_row(const MseArgs& args, double weight, const X* s, const X* t, X* ou
 template <class X>
 void mse_rows(const MseArgs& args, int64_t begin, int64_t end) {
   using C = typename Io<X>::C;
-  const bool direct = args.teacher.dtype == args.student.dtype, streamed = direct && streams(args, sizeof(X));
+  const bool direct = is_direct<X>(args, args.teacher), streamed = direct && streams(args, sizeof(X));
+  const bool as_is = args.teacher.dtype == args.student.dtype;
   for_rows<X>(args, begin, end, [&](int64_t row, int64_t, double weight, X* out) {
     const X* s = row_pointer<X>(args.student, row, args.length);
     if (direct) {
-      const X* t = row_pointer<X>(args.teacher, row, args.length);
+      const X* t = row_as<X>(args.teacher, args, row, as_is);
       return streamed ? mse_row<true>(args, weight, s, t, out) : mse_row<false>(args, weight, s, t, out);
     }
     Scratch<C>& scratch = Scratch<C>::mine();

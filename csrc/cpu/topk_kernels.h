@@ -382,12 +382,17 @@ RowResult SparseRows<X>::add(const RowNumbers& num, int64_t index, const X* s, i
   const bool restricted = tail == Tail::kRenormalizeBoth;
   const bool no_teacher = tail == Tail::kRenormalize || tail == Tail::kDrop;
   const bool is_alpha_beta = std::strncmp(divergence.name, "alpha_beta", 10) == 0;
-  const bool pointwise = outcomes_outside > 0 && (tail == Tail::kUniform || (no_teacher && is_alpha_beta));
+  // Where the teacher's probability p is the same for all outcomes outside, and the divergence takes q only by p log q,
+  // its gradient there is a constant and a multiple of q, and its value takes the sum of the logits.
+  const bool uniform = outcomes_outside > 0 && tail == Tail::kUniform;
+  const Linear& linear = divergence.coefficients;
+  bool summed = uniform && count <= outcomes_outside && linear.c_pq != 0 && linear.c_qp == 0 && linear.c_qq == 0;
+  bool pointwise = (uniform && !summed) || (outcomes_outside > 0 && no_teacher && is_alpha_beta);
 
   Row<X> row(s, s, n, head_elements(out, aligned));
   prefetch_edges(row, out);
   const int64_t slots = row.slots(), head_slots = row.head > 0 ? Row<X>::kBlock : 0;
-  C *const es = es_of_body - head_slots, *const xs = pointwise ? scratch.get(kEt, slots) : es;
+  C *const es = es_of_body - head_slots, *const xs = pointwise || summed ? scratch.get(kEt, slots) : es;
   C* const e1 = own ? scratch.get(kE1, n + 2 * Row<X>::kBlock) + Row<X>::kBlock - head_slots : es;
 
   const bool swept = !restricted || wants_ce;
@@ -396,6 +401,17 @@ RowResult SparseRows<X>::add(const RowNumbers& num, int64_t index, const X* s, i
   if (swept) {
     z = pointwise ? sweep_student<true>(row, n, num.student_scale, as, es, xs, pending)
                   : sweep_student<false>(row, n, num.student_scale, as, es, xs, pending);
+  }
+  double logits_outside = 0;
+  if (summed) {
+    logits_outside = sum_of_logits(s, n);
+    for (int64_t k = 0; k < count; ++k) logits_outside -= double(to_compute(s[entries.ids[size_t(k)]]));
+    if (!std::isfinite(logits_outside)) {
+      // Those outside may be finite all the same.
+      summed = false;
+      pointwise = true;
+      z = sweep_student<true>(row, n, num.student_scale, as, es, xs, pending);
+    }
   }
 
   // The student on the entries: e^x in double, and the sum of what stands for them in the scratch.
@@ -482,6 +498,12 @@ RowResult SparseRows<X>::add(const RowNumbers& num, int64_t index, const X* s, i
                      xs, values, value_outside, score_outside);
     d += value_outside;
     score_sum += score_outside;
+  } else if (summed && outside.each > 0) {
+    const double others = double(outcomes_outside);
+    const double log_q_sum = kLn2 * (double(as.c) * logits_outside - others * as.reference()) - others * log_z;
+    d += outside.each * (linear.c_pp * others * outside.log_each + linear.c_pq * log_q_sum);
+    score_outside = others * linear.c_pq * outside.each;
+    score_sum += score_outside;
   } else if (no_teacher && outcomes_outside > 0) {
     // Homogeneous of degree 1: f(0, q) = q f(0, 1), and so is the score.
     alignas(64) double none[kLanes<double>], log_none[kLanes<double>], one[kLanes<double>], log_one[kLanes<double>],
@@ -537,6 +559,9 @@ RowResult SparseRows<X>::add(const RowNumbers& num, int64_t index, const X* s, i
       terms.two_models = true;
       terms.b = -w;
       terms.a = -w * iq * score_sum;
+    } else if (summed) {
+      terms.c0 += w * linear.c_pq * outside.each;
+      terms.a = -w * iq * score_sum;
     } else if (!(z_outside <= 0)) {
       terms.a = w * (score_outside - q_outside * score_sum) / z_outside;
     }
@@ -587,7 +612,7 @@ RowResult SparseRows<X>::add(const RowNumbers& num, int64_t index, const X* s, i
     }
     return result;
   }
-  if (reads_scratch || c0 != 0) {
+  if (reads_scratch || terms.c0 != 0) {
     write_gradient(row, terms, out, streamed);
   } else {
     fill_zero(out, 0, n);
