@@ -35,9 +35,9 @@ constexpr int64_t kPrefetchBytes = 4096;
 // aligning the writes costs more than it saves. Rows may be shorter where the next one is read while they are written.
 constexpr int64_t kStreamBytes = int64_t(8) << 20, kStreamRowBytes = 3 << 10, kStreamShortRowBytes = 512;
 
-// Which sums over e^x sweep 1 makes: of et (xt - xs), of es (xs - xt), both, or both with both entropies' terms and the
-// maxima; or that there is one model only.
-enum Sums { kNoSums = 0, kForward = 1, kReverse = 2, kBoth = 3, kAll = 7, kOneModel = 8 };
+// Which sums over e^x sweep 1 makes: of et (xt - xs), of es (xs - xt), of et xt, or all of them with es xs and the maxima;
+// or that there is one model only.
+enum Sums { kNoSums = 0, kForward = 1, kReverse = 2, kBoth = 3, kTeacher = 4, kSoft = 5, kAll = 15, kOneModel = 16 };
 // What carries the exponentials at temperature 1 for cross entropy and z-loss: at T = 2, 3 and 4 a power of those at T.
 enum CeSource { kCeNone, kCeSame, kCeSquare, kCeCube, kCeFourth, kCeOwn };
 constexpr int power_of(int ce) { return ce == kCeSquare ? 2 : ce == kCeCube ? 3 : ce == kCeFourth ? 4 : 1; }
@@ -534,7 +534,7 @@ KDK_INLINE void with_pending(Pending<X>& pending, Write write) {
     beside.stop(pending);
   };
   if (pending.blocks == 0) return with(Alone<X>());
-  if constexpr (SUMS == kForward) {
+  if constexpr (SUMS == kForward || SUMS == kSoft) {
     // Cross entropy's part.
     switch (pending.terms.ce) {
       case kCeSquare: return with(Beside<kCeSquare, false, true, X>(pending));
@@ -554,7 +554,7 @@ KDK_INLINE void with_pending(Pending<X>& pending, Write write) {
 }
 template <class C>
 bool beside_sweep(int sums, const GradientTerms<C>& terms) {
-  return !terms.logs && (sums == kForward || sums == kBoth || terms.ce == kCeNone);
+  return !terms.logs && (terms.ce == kCeNone || sums == kForward || sums == kSoft || sums == kBoth);
 }
 
 template <class X>
@@ -598,9 +598,11 @@ KDK_INLINE void accumulate(Vec<C> xs0, Vec<C> xs1, Vec<C> xt0, Vec<C> xt1, C* es
     acc.reverse += es0 * (MASKING ? keep(es0 != zero, cs0 - xt0) : cs0 - xt0);
     acc.reverse += es1 * (MASKING ? keep(es1 != zero, cs1 - xt1) : cs1 - xt1);
   }
-  if (SUMS == kAll) {
+  if (SUMS & kTeacher) {
     acc.teacher += et0 * ct0;
     acc.teacher += et1 * ct1;
+  }
+  if (SUMS == kAll) {
     acc.student += es0 * cs0;
     acc.student += es1 * cs1;
     acc.max_s = max_keep_nan(acc.max_s, max_keep_nan(xs0, xs1));
@@ -636,8 +638,8 @@ void sweep_tile(const Row<X, Y>& row, int64_t tile, const Affine<C> as, const Af
   sums.zt += horizontal_sum<C>(acc.zt);
   if (SUMS & kForward) sums.forward += horizontal_sum<C>(acc.forward);
   if (SUMS & kReverse) sums.reverse += horizontal_sum<C>(acc.reverse);
+  if (SUMS & kTeacher) sums.teacher += horizontal_sum<C>(acc.teacher);
   if (SUMS == kAll) {
-    sums.teacher += horizontal_sum<C>(acc.teacher);
     sums.student += horizontal_sum<C>(acc.student);
     sums.see_maximum(tile, horizontal_max<C>(acc.max_s), horizontal_max<C>(acc.max_t));
   }
@@ -700,9 +702,11 @@ KDK_INLINE void sweep_trusting(const Row<X, Y>& row, int64_t tile, const Trusted
         sums.reverse -= es0 * difference0;
         sums.reverse -= es1 * difference1;
       }
-      if (SUMS == kAll) {
+      if (SUMS & kTeacher) {
         sums.teacher += et0 * t0;
         sums.teacher += et1 * t1;
+      }
+      if (SUMS == kAll) {
         sums.student += es0 * s0;
         sums.student += es1 * s1;
         if constexpr (lanes.kEdge) {
@@ -761,8 +765,8 @@ bool sweep_tile_trusting(const Row<X, Y>& row, int64_t tile, const Affine<float>
   const double cs = as.c, ct = at.c, rs = as.reference(), rt = at.reference();
   if (SUMS & kForward) sums.forward += cs * double(horizontal_sum<float>(acc.forward)) - (rt - rs) * zt;
   if (SUMS & kReverse) sums.reverse += cs * double(horizontal_sum<float>(acc.reverse)) + (rt - rs) * zs;
+  if (SUMS & kTeacher) sums.teacher += ct * double(horizontal_sum<float>(acc.teacher)) - rt * zt;
   if (SUMS == kAll) {
-    sums.teacher += ct * double(horizontal_sum<float>(acc.teacher)) - rt * zt;
     sums.student += cs * double(horizontal_sum<float>(acc.student)) - rs * zs;
     double high_s = peak_s.value(), high_t = peak_t.value();
     const auto [begin, end] = tile_elements(row, tile, row.n);
@@ -1373,8 +1377,9 @@ inline Sums sums_for(const DenseArgs& args) {
   if (args.stats != nullptr) return kAll;
   if (!divergence.linear) return kNoSums;
   const Linear& k = divergence.coefficients;
+  if (k.c_qp == 0 && k.c_qq == 0) return k.c_pp + k.c_pq == 0 ? kForward : kSoft;
   if (k.c_pp + k.c_pq != 0 || k.c_qp + k.c_qq != 0) return kAll;
-  if (k.c_pq == 0 || k.c_qp == 0) return Sums((k.c_pq != 0 ? kForward : 0) | (k.c_qp != 0 ? kReverse : 0));
+  if (k.c_pq == 0) return kReverse;
   // What is kept of kBoth has the place of the exponentials at temperature 1.
   const bool own = (args.ce_weight != 0 || args.z_loss_weight != 0) &&
                    (args.student_temperature.data != nullptr || args.temperature != 1);
@@ -1508,6 +1513,7 @@ RowResult ObjectiveRows<X, Y>::add(const RowNumbers& num, const X* s, const Y* t
         case kForward: sweep(std::integral_constant<int, kForward>()); break;
         case kReverse: sweep(std::integral_constant<int, kReverse>()); break;
         case kBoth: sweep(std::integral_constant<int, kBoth>()); break;
+        case kSoft: sweep(std::integral_constant<int, kSoft>()); break;
         default: sweep(std::integral_constant<int, kAll>()); break;
       }
       if (power > 1) {
