@@ -33,6 +33,16 @@ OBJECTIVES = {
     "JSD, CE at T=1": {"divergence": "jsd", "ce_weight": 0.5},
     "JSD, CE at T=2": {"divergence": "jsd", "ce_weight": 0.5, "temperature": 2.0},
     "TVD": {"divergence": "tvd"},
+    "Jeffreys, CE at T=1": {"divergence": "jeffreys", "ce_weight": 0.5},
+    "Jeffreys, CE at T=2": {"divergence": "jeffreys", "temperature": 2.0, "ce_weight": 0.5},
+    "Jeffreys, statistics": {"divergence": "jeffreys", "temperature": 2.0, "return_stats": True},
+    "reverse KL, statistics": {"divergence": "reverse_kl", "return_stats": True},
+    "reverse KL, statistics, CE at T=5": {
+        "divergence": "reverse_kl",
+        "return_stats": True,
+        "temperature": 5.0,
+        "ce_weight": 0.5,
+    },
     "statistics": {"return_stats": True},
     "statistics, CE at T=2": {"return_stats": True, "ce_weight": 0.5, "temperature": 2.0},
 }
@@ -72,7 +82,7 @@ TEACHERS = {
     "two": lambda t: ([t, t.roll(1, -1)], {}),
     "two, logits mixed": lambda t: ([t, t.roll(1, -1)], {"mixture": "logits"}),
 }
-BESIDE_TEACHERS = ("forward KL", "reverse KL", "Jeffreys", "JSD", "CE at T=5", "statistics")
+BESIDE_TEACHERS = ("reverse KL, statistics", "forward KL", "reverse KL", "Jeffreys", "JSD", "CE at T=5", "statistics")
 # Bodies of rows differ by a block from one to the next, by how far they begin from a cache line; 2,081 elements are one
 # tile or two.
 vocabularies = pytest.mark.parametrize("vocab_size", [7, 130, 1001, 1029, 2081], ids=lambda v: f"V{v}")

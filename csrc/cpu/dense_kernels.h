@@ -35,9 +35,21 @@ constexpr int64_t kPrefetchBytes = 4096;
 // aligning the writes costs more than it saves. Rows may be shorter where the next one is read while they are written.
 constexpr int64_t kStreamBytes = int64_t(8) << 20, kStreamRowBytes = 3 << 10, kStreamShortRowBytes = 512;
 
-// Which sums over e^x sweep 1 makes: of et (xt - xs), of es (xs - xt), of et xt, or all of them with es xs and the maxima;
-// or that there is one model only.
-enum Sums { kNoSums = 0, kForward = 1, kReverse = 2, kBoth = 3, kTeacher = 4, kSoft = 5, kAll = 15, kOneModel = 16 };
+// Which sums over e^x sweep 1 makes: of et (xt - xs), of es (xs - xt), of et xt, of es xs with the maxima. With kKept what
+// those of kReverse are made of is kept for the gradient, in a place of its own; kOneModel is for one model alone.
+enum Sums {
+  kNoSums = 0,
+  kForward = 1,
+  kReverse = 2,
+  kTeacher = 4,
+  kStudent = 8,
+  kKept = 16,
+  kSoft = kForward | kTeacher,
+  kBoth = kForward | kReverse | kKept,
+  kAll = kForward | kReverse | kTeacher | kStudent,
+  kAllKept = kAll | kKept,
+  kOneModel = 32
+};
 // What carries the exponentials at temperature 1 for cross entropy and z-loss: at T = 2, 3 and 4 a power of those at T.
 enum CeSource { kCeNone, kCeSame, kCeSquare, kCeCube, kCeFourth, kCeOwn };
 constexpr int power_of(int ce) { return ce == kCeSquare ? 2 : ce == kCeCube ? 3 : ce == kCeFourth ? 4 : 1; }
@@ -298,7 +310,7 @@ struct Accumulators {
 // Sums of a row relative to its references, in double.
 struct RowSums {
   double zs = 0, zt = 0, forward = 0, teacher = 0, reverse = 0, student = 0;
-  double max_s = -std::numeric_limits<double>::infinity(), max_t = max_s;  // of x, under kAll only
+  double max_s = -std::numeric_limits<double>::infinity(), max_t = max_s;  // of x, under kStudent only
   int64_t best_tile_s = 0, best_tile_t = 0;
 
   void see_maximum(int64_t tile, double high_s, double high_t) {
@@ -543,18 +555,18 @@ KDK_INLINE void with_pending(Pending<X>& pending, Write write) {
       case kCeOwn: return with(Beside<kCeOwn, false, true, X>(pending));
       default: break;
     }
-  } else if constexpr (SUMS == kAll) {
+  } else if constexpr (SUMS & kStudent) {
+    if constexpr (SUMS & kKept)
+      if (pending.terms.ce == kCeOwn) return with(Beside<kCeOwn, true, true, X>(pending));
     if (pending.terms.accepted != nullptr) return with(Beside<kCeNone, true, true, X>(pending));
-  } else if constexpr (SUMS == kBoth) {
-    if (pending.terms.ce == kCeOwn) return with(Beside<kCeOwn, false, true, X>(pending));
-  } else if constexpr (SUMS == kOneModel) {
-    if (pending.terms.ce == kCeOwn) return with(Beside<kCeOwn, false, false, X>(pending));
+  } else if constexpr (SUMS == kBoth || SUMS == kOneModel) {
+    if (pending.terms.ce == kCeOwn) return with(Beside<kCeOwn, false, SUMS == kBoth, X>(pending));
   }
   return with(Beside<kCeNone, false, SUMS != kOneModel, X>(pending));
 }
 template <class C>
 bool beside_sweep(int sums, const GradientTerms<C>& terms) {
-  return !terms.logs && (terms.ce == kCeNone || sums == kForward || sums == kSoft || sums == kBoth);
+  return !terms.logs && (terms.ce == kCeNone || sums == kForward || sums == kSoft || (sums & kKept) != 0);
 }
 
 template <class X>
@@ -571,7 +583,7 @@ void Pending<X>::write_blocks() {
     if (!terms.two_models) {
       with_pending<kOneModel>(*this, tile);
     } else if (terms.accepted != nullptr) {
-      with_pending<kAll>(*this, tile);
+      with_pending<kAllKept>(*this, tile);
     } else {
       with_pending<kForward>(*this, tile);
     }
@@ -602,7 +614,7 @@ KDK_INLINE void accumulate(Vec<C> xs0, Vec<C> xs1, Vec<C> xt0, Vec<C> xt1, C* es
     acc.teacher += et0 * ct0;
     acc.teacher += et1 * ct1;
   }
-  if (SUMS == kAll) {
+  if (SUMS & kStudent) {
     acc.student += es0 * cs0;
     acc.student += es1 * cs1;
     acc.max_s = max_keep_nan(acc.max_s, max_keep_nan(xs0, xs1));
@@ -639,7 +651,7 @@ void sweep_tile(const Row<X, Y>& row, int64_t tile, const Affine<C> as, const Af
   if (SUMS & kForward) sums.forward += horizontal_sum<C>(acc.forward);
   if (SUMS & kReverse) sums.reverse += horizontal_sum<C>(acc.reverse);
   if (SUMS & kTeacher) sums.teacher += horizontal_sum<C>(acc.teacher);
-  if (SUMS == kAll) {
+  if (SUMS & kStudent) {
     sums.student += horizontal_sum<C>(acc.student);
     sums.see_maximum(tile, horizontal_max<C>(acc.max_s), horizontal_max<C>(acc.max_t));
   }
@@ -669,8 +681,8 @@ struct TrustedSums {
 };
 
 // Sweeps a tile without clamps. A block of what is pending is written for every block of the body. What the sums of
-// kReverse are made of, es (t ratio - s), is kept for the gradient: in et, where that needs no exponential of t, and of
-// kBoth in terms.
+// kReverse are made of, es (t ratio - s), goes to terms where it is kKept, and for kReverse alone, whose gradient needs no
+// exponential of t, to et.
 template <int SUMS, class X, class Y, class Beside>
 KDK_INLINE void sweep_trusting(const Row<X, Y>& row, int64_t tile, const Trusted& k, float* es, float* et, float* terms,
                                TrustedSums<X, Y>& all, Beside& beside) {
@@ -706,7 +718,7 @@ KDK_INLINE void sweep_trusting(const Row<X, Y>& row, int64_t tile, const Trusted
         sums.teacher += et0 * t0;
         sums.teacher += et1 * t1;
       }
-      if (SUMS == kAll) {
+      if (SUMS & kStudent) {
         sums.student += es0 * s0;
         sums.student += es1 * s1;
         if constexpr (lanes.kEdge) {
@@ -719,7 +731,7 @@ KDK_INLINE void sweep_trusting(const Row<X, Y>& row, int64_t tile, const Trusted
       store(es_out + kLanes<float>, es1);
       store(et_out, SUMS == kReverse ? es0 * difference0 : et0);
       store(et_out + kLanes<float>, SUMS == kReverse ? es1 * difference1 : et1);
-      if (SUMS == kBoth) {
+      if (SUMS & kKept) {
         store(terms_out, es0 * difference0);
         store(terms_out + kLanes<float>, es1 * difference1);
         terms_out += block;
@@ -766,7 +778,7 @@ bool sweep_tile_trusting(const Row<X, Y>& row, int64_t tile, const Affine<float>
   if (SUMS & kForward) sums.forward += cs * double(horizontal_sum<float>(acc.forward)) - (rt - rs) * zt;
   if (SUMS & kReverse) sums.reverse += cs * double(horizontal_sum<float>(acc.reverse)) + (rt - rs) * zs;
   if (SUMS & kTeacher) sums.teacher += ct * double(horizontal_sum<float>(acc.teacher)) - rt * zt;
-  if (SUMS == kAll) {
+  if (SUMS & kStudent) {
     sums.student += cs * double(horizontal_sum<float>(acc.student)) - rs * zs;
     double high_s = peak_s.value(), high_t = peak_t.value();
     const auto [begin, end] = tile_elements(row, tile, row.n);
@@ -1200,7 +1212,10 @@ void add_edges(const Row<X, Y>& row, X* out, Pending<X>& pending) {
     return pending.terms.ce == kCeOwn ? add_edges<kCeOwn, false, false>(row, out, pending)
                                       : add_edges<kCeNone, false, false>(row, out, pending);
   }
-  if (pending.terms.accepted != nullptr) return add_edges<kCeNone, true, true>(row, out, pending);
+  if (pending.terms.accepted != nullptr) {
+    return pending.terms.ce == kCeOwn ? add_edges<kCeOwn, true, true>(row, out, pending)
+                                      : add_edges<kCeNone, true, true>(row, out, pending);
+  }
   switch (pending.terms.ce) {
     case kCeSquare: return add_edges<kCeSquare, false, true>(row, out, pending);
     case kCeCube: return add_edges<kCeCube, false, true>(row, out, pending);
@@ -1284,7 +1299,7 @@ int64_t head_elements(const X* out, bool streamed) {
 constexpr size_t kPageBytes = 4096;
 template <class C>
 struct Scratch {
-  std::vector<C> storage[7];
+  std::vector<C> storage[8];
   C* get(int which, int64_t elements) {
     std::vector<C>& buffer = storage[which];
     const size_t needed = size_t(elements) + 2 * kPageBytes / sizeof(C);
@@ -1298,7 +1313,7 @@ struct Scratch {
     return scratch;
   }
 };
-enum ScratchUse { kEs, kEt, kE1, kStudentRow, kTeacherRow, kOtherRow, kGradientRow };
+enum ScratchUse { kEs, kEt, kE1, kTerms, kStudentRow, kTeacherRow, kOtherRow, kGradientRow };
 
 template <class X, class Y, class C = typename Io<X>::C>
 using ValueTile = void (*)(const Row<X, Y>&, int64_t, const Affine<C>&, const Affine<C>&, double, double,
@@ -1374,16 +1389,13 @@ inline CeSource ce_source(double student_scale) {
 
 inline Sums sums_for(const DenseArgs& args) {
   const Divergence& divergence = kDivergences[args.divergence];
-  if (args.stats != nullptr) return kAll;
-  if (!divergence.linear) return kNoSums;
   const Linear& k = divergence.coefficients;
-  if (k.c_qp == 0 && k.c_qq == 0) return k.c_pp + k.c_pq == 0 ? kForward : kSoft;
-  if (k.c_pp + k.c_pq != 0 || k.c_qp + k.c_qq != 0) return kAll;
-  if (k.c_pq == 0) return kReverse;
-  // What is kept of kBoth has the place of the exponentials at temperature 1.
-  const bool own = (args.ce_weight != 0 || args.z_loss_weight != 0) &&
-                   (args.student_temperature.data != nullptr || args.temperature != 1);
-  return own ? kAll : kBoth;
+  const bool entropies = k.c_pp + k.c_pq != 0 || k.c_qp + k.c_qq != 0;
+  if (args.stats != nullptr) return divergence.linear && k.c_qp != 0 && !entropies ? kAllKept : kAll;
+  if (!divergence.linear) return kNoSums;
+  if (k.c_qp == 0 && k.c_qq == 0) return entropies ? kSoft : kForward;
+  if (entropies) return kAll;
+  return k.c_pq == 0 ? kReverse : kBoth;
 }
 
 // What one row of the objective needs, resolved for the row.
@@ -1483,8 +1495,11 @@ RowResult ObjectiveRows<X, Y>::add(const RowNumbers& num, const X* s, const Y* t
   const int power = power_of(ce);
   const bool keeps_powers = power > 1 && has_logs(divergence) && out != nullptr;
   C* e1 = es;
-  if (ce == kCeOwn || keeps_powers || sums_needed == kBoth)
-    e1 = scratch.get(kE1, n + 2 * Row<X>::kBlock) + Row<X>::kBlock - head_slots;
+  const auto another = [&](ScratchUse use) {
+    return scratch.get(use, n + 2 * Row<X>::kBlock) + Row<X>::kBlock - head_slots;
+  };
+  if (ce == kCeOwn || keeps_powers) e1 = another(kE1);
+  C* const kept = sums_needed & kKept ? another(kTerms) : es;
 
   auto [max_s, max_t] = ahead.of(s, t, n);
   Affine<C> as, at, a1{};
@@ -1505,8 +1520,9 @@ RowResult ObjectiveRows<X, Y>::add(const RowNumbers& num, const X* s, const Y* t
       C* tile_es = whole_row ? es : es - tile * kTileElements;
       C* tile_et = whole_row ? et : et - tile * kTileElements;
       C* tile_e1 = whole_row ? e1 : e1 - tile * kTileElements;
+      C* tile_kept = whole_row ? kept : kept - tile * kTileElements;
       const auto sweep = [&](auto made) {
-        sweep_tile<made>(row, tile, as, at, tile_es, tile_et, tile_e1, trusting, masking, sums, pending);
+        sweep_tile<made>(row, tile, as, at, tile_es, tile_et, tile_kept, trusting, masking, sums, pending);
       };
       switch (sums_needed) {
         case kNoSums: sweep(std::integral_constant<int, kNoSums>()); break;
@@ -1514,6 +1530,7 @@ RowResult ObjectiveRows<X, Y>::add(const RowNumbers& num, const X* s, const Y* t
         case kReverse: sweep(std::integral_constant<int, kReverse>()); break;
         case kBoth: sweep(std::integral_constant<int, kBoth>()); break;
         case kSoft: sweep(std::integral_constant<int, kSoft>()); break;
+        case kAllKept: sweep(std::integral_constant<int, kAllKept>()); break;
         default: sweep(std::integral_constant<int, kAll>()); break;
       }
       if (power > 1) {
@@ -1585,18 +1602,6 @@ RowResult ObjectiveRows<X, Y>::add(const RowNumbers& num, const X* s, const Y* t
       terms.a -= f * iq * kLn2 * (k.c_qp * log2_zt + k.c_qq * log2_zs);
       terms.ks = f * iq * kLn2 * k.c_qq;
       terms.kst = f * iq * kLn2 * (k.c_qp + k.c_qq);
-      if (kFused && std::is_same_v<C, float> && sums_needed != kAll && trusting && as.trusts(at)) {
-        // es (xs - xt) was kept, but for scale and references.
-        terms.a -= terms.ks * (as.reference() - at.reference());
-        if (sums_needed == kReverse) {
-          terms.b = terms.ks * double(as.c);
-        } else {
-          terms.ce = kCeOwn;
-          terms.c1 = -terms.ks * double(as.c);
-        }
-        terms.ks = 0;
-        terms.logs = false;
-      }
     }
   } else {
     // A NaN logit has spoilt the whole row, and a row of -inf has no distribution; functors see neither.
@@ -1612,9 +1617,8 @@ RowResult ObjectiveRows<X, Y>::add(const RowNumbers& num, const X* s, const Y* t
   }
   if (num.kd != 0) result.loss = num.kd * num.tau * d;
   if (num.kd == 0 || num.weight == 0) {
-    terms.a = terms.b = terms.c1 = terms.ks = terms.kst = 0;
+    terms.a = terms.b = terms.ks = terms.kst = 0;
     terms.logs = false;
-    terms.ce = kCeNone;
   }
 
   if (wants_ce) {
@@ -1644,6 +1648,21 @@ RowResult ObjectiveRows<X, Y>::add(const RowNumbers& num, const X* s, const Y* t
     result.stats[2] = lse;
   }
   result.stats[0] = d;
+
+  // es (xs - xt) was kept, but for scale and references: in the place of et, or where cross entropy has no part of its own.
+  const bool in_et = sums_needed == kReverse, in_kept = (sums_needed & kKept) != 0 && terms.ce == kCeNone;
+  if (kFused && std::is_same_v<C, float> && terms.logs && (in_et || in_kept) && trusting && as.trusts(at)) {
+    terms.a -= terms.ks * (as.reference() - at.reference());
+    if (in_et) {
+      terms.b = terms.ks * double(as.c);
+    } else {
+      terms.ce = kCeOwn;
+      terms.e1 = kept;
+      terms.c1 = -terms.ks * double(as.c);
+    }
+    terms.ks = 0;
+    terms.logs = false;
+  }
 
   if (out != nullptr) {
     const bool has_label = num.ce != 0 && label >= 0 && label < n;
@@ -2045,7 +2064,8 @@ template <class X, class Y, bool PREPARED>
 void dense_direct(const DenseArgs& args, int64_t begin, int64_t end) {
   using C = typename Io<X>::C;
   // Where the gradient needs the logits again, it is written while they are in the caches.
-  const bool needs_logits = has_logs(kDivergences[args.divergence]) && sums_for(args) == kAll;
+  const Sums sums = sums_for(args);
+  const bool needs_logits = has_logs(kDivergences[args.divergence]) && sums != kReverse && (sums & kKept) == 0;
   const bool deferred = kFused && std::is_same_v<C, float> && !needs_logits;
   ObjectiveRows<X, Y> rows(args, streams(args, sizeof(X), deferred ? kStreamShortRowBytes : kStreamRowBytes), deferred);
   const bool numbers_differ = PREPARED || args.student_temperature.data != nullptr ||
