@@ -35,8 +35,8 @@ constexpr int64_t kPrefetchBytes = 4096;
 // aligning the writes costs more than it saves. Rows may be shorter where the next one is read while they are written.
 constexpr int64_t kStreamBytes = int64_t(8) << 20, kStreamRowBytes = 3 << 10, kStreamShortRowBytes = 512;
 
-// Which sums over e^x sweep 1 makes: of et (xt - xs), of es (xs - xt), of et xt, of es xs with the maxima. With kKept what
-// those of kReverse are made of is kept for the gradient, in a place of its own; kOneModel is for one model alone.
+// Which sums over e^x sweep 1 makes: of et (xt - xs), of es (xs - xt), of et xt, of es xs with the maxima. With kKept
+// what those of kReverse are made of is kept for the gradient, in a place of its own; kOneModel is for one model alone.
 enum Sums {
   kNoSums = 0,
   kForward = 1,
@@ -171,8 +171,8 @@ KDK_INLINE void load_block(const Y* x, const SomeLanes<X>& lanes, C padding, Vec
 
 // One row of both models, cut into blocks, aligned where the gradient is streamed. What fills no block at either end is
 // read in place, in a block of which only a part counts: the first and the last of the row. Copies of them, made when
-// the row was begun, cost a wait for its last line from memory. X is the student's type, and gives the order of elements
-// in a block, Y the teacher's: the same, or that of the sums.
+// the row was begun, cost a wait for its last line from memory. X is the student's type, and gives the order of
+// elements in a block, Y the teacher's: the same, or that of the sums.
 template <class X, class Y = X>
 struct Row {
   using C = typename Io<X>::C;
@@ -319,7 +319,8 @@ struct RowSums {
   }
 };
 
-// The gradient es (a + ks (xs - xt) + kst xt) - et b + e1 c1 + c0; the middle terms only where LOGS, et only of TWO models.
+// The gradient es (a + ks (xs - xt) + kst xt) - et b + e1 c1 + c0; the middle terms only where LOGS, et only of TWO
+// models.
 template <class C>
 struct GradientTerms {
   double a = 0, b = 0, c0 = 0, c1 = 0, ks = 0, kst = 0;
@@ -627,7 +628,8 @@ KDK_INLINE void accumulate(Vec<C> xs0, Vec<C> xs1, Vec<C> xt0, Vec<C> xt1, C* es
 }
 
 template <int SUMS, bool MASKING, class X, class Y, class C>
-void sweep_tile(const Row<X, Y>& row, int64_t tile, const Affine<C> as, const Affine<C> at, C* es, C* et, RowSums& sums) {
+void sweep_tile(const Row<X, Y>& row, int64_t tile, const Affine<C> as, const Affine<C> at, C* es, C* et,
+                RowSums& sums) {
   constexpr int64_t block = Io<X>::kBlock;
   constexpr int degree = kExpDegree<X>;
   constexpr C nothing = -std::numeric_limits<C>::infinity();
@@ -681,8 +683,8 @@ struct TrustedSums {
 };
 
 // Sweeps a tile without clamps. A block of what is pending is written for every block of the body. What the sums of
-// kReverse are made of, es (t ratio - s), goes to terms where it is kKept, and for kReverse alone, whose gradient needs no
-// exponential of t, to et.
+// kReverse are made of, es (t ratio - s), goes to terms where it is kKept, and for kReverse alone, whose gradient needs
+// no exponential of t, to et.
 template <int SUMS, class X, class Y, class Beside>
 KDK_INLINE void sweep_trusting(const Row<X, Y>& row, int64_t tile, const Trusted& k, float* es, float* et, float* terms,
                                TrustedSums<X, Y>& all, Beside& beside) {
@@ -762,8 +764,8 @@ KDK_INLINE void sweep_trusting(const Row<X, Y>& row, int64_t tile, const Trusted
 
 // A tile without clamps. False when a logit was out of bounds: then nothing was added to the sums.
 template <int SUMS, class X, class Y>
-bool sweep_tile_trusting(const Row<X, Y>& row, int64_t tile, const Affine<float>& as, const Affine<float>& at, float* es,
-                         float* et, float* terms, RowSums& sums, Pending<X>& pending) {
+bool sweep_tile_trusting(const Row<X, Y>& row, int64_t tile, const Affine<float>& as, const Affine<float>& at,
+                         float* es, float* et, float* terms, RowSums& sums, Pending<X>& pending) {
   TrustedSums<X, Y> all;
   const Trusted trusted(as, at);
   with_pending<SUMS>(pending, [&](auto& beside) KDK_LAMBDA_INLINE {
@@ -880,8 +882,8 @@ double student_exponentials(const Row<X, Y>& row, int64_t tile, const Affine<C> 
   return horizontal_sum<C>(sum0 + sum1);
 }
 
-// A tile without clamps and x; NaN when a logit was out of bounds. A block of what is pending is written for every block
-// of the body.
+// A tile without clamps and x; NaN when a logit was out of bounds. A block of what is pending is written for every
+// block of the body.
 template <class X, class Y, class Beside>
 KDK_INLINE double student_exponentials_trusting(const Row<X, Y>& row, int64_t tile, const Affine<float>& as, float* es,
                                                 Beside& beside) {
@@ -1256,9 +1258,9 @@ void write_gradient(const Row<X, Y>& row, const GradientTerms<typename Io<X>::C>
   }
 }
 
-// Makes g the gradient of the element at slot, by what stands for it in the scratch; false, and nothing done, where that
-// leaves the range. Stored when the row is written, an element brings a line back that was just streamed to memory, and
-// all that are stored after it wait for that.
+// Makes g the gradient of the element at slot, by what stands for it in the scratch; false, and nothing done, where
+// that leaves the range. Stored when the row is written, an element brings a line back that was just streamed to
+// memory, and all that are stored after it wait for that.
 template <class C>
 bool set_gradient(const GradientTerms<C>& k, int64_t slot, double g) {
   const double x = g - k.c0;
@@ -1649,7 +1651,8 @@ RowResult ObjectiveRows<X, Y>::add(const RowNumbers& num, const X* s, const Y* t
   }
   result.stats[0] = d;
 
-  // es (xs - xt) was kept, but for scale and references: in the place of et, or where cross entropy has no part of its own.
+  // es (xs - xt) was kept, but for scale and references: in the place of et, or where cross entropy has no part of its
+  // own.
   const bool in_et = sums_needed == kReverse, in_kept = (sums_needed & kKept) != 0 && terms.ce == kCeNone;
   if (kFused && std::is_same_v<C, float> && terms.logs && (in_et || in_kept) && trusting && as.trusts(at)) {
     terms.a -= terms.ks * (as.reference() - at.reference());
@@ -1675,8 +1678,7 @@ RowResult ObjectiveRows<X, Y>::add(const RowNumbers& num, const X* s, const Y* t
       terms.ratio = ip / iq;
     }
     double at_label = 0;
-    if (has_label)
-      at_label = gradient_at(row, terms, label, xs, xt) - num.weight * num.ce * (1 - args.label_smoothing);
+    if (has_label) at_label = gradient_at(row, terms, label, xs, xt) - num.weight * num.ce * (1 - args.label_smoothing);
     const bool stores_label = has_label && !(streamed && set_gradient(terms, row.slot(label), at_label));
     if (deferred && beside_sweep(sums_needed, terms)) {
       pending.terms = terms;
@@ -2156,8 +2158,8 @@ template <class X>
 void dense_rows(const DenseArgs& args, int64_t begin, int64_t end) {
   using C = typename Io<X>::C;
   if (args.student_softcap != 0 || args.standardize) return dense_generic<X>(args, begin, end);
-  const bool logits_alone = args.mixture == Mixture::kNone && args.teacher_form == TeacherForm::kLogits &&
-                            args.teacher_softcap == 0;
+  const bool logits_alone =
+      args.mixture == Mixture::kNone && args.teacher_form == TeacherForm::kLogits && args.teacher_softcap == 0;
   const DType teacher = args.teachers[0].dtype;
   if (logits_alone && teacher == args.student.dtype) return dense_direct<X, X, false>(args, begin, end);
   if constexpr (std::is_same_v<X, BFloat16>)
@@ -2179,8 +2181,8 @@ inline void run_dense(const DenseArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// The rows of one call of decoupled distillation, one after the other: forward KL over the other classes, and the two-way
-// KL of the label against them in scalars.
+// The rows of one call of decoupled distillation, one after the other: forward KL over the other classes, and the
+// two-way KL of the label against them in scalars.
 template <class X>
 struct DkdRows {
   using C = typename Io<X>::C;
@@ -2193,8 +2195,7 @@ struct DkdRows {
   C* const et_of_body = scratch.get(kEt, n + 2 * Row<X>::kBlock) + Row<X>::kBlock;
   Pending<X> pending = {};
 
-  DkdRows(const DkdArgs& arguments, bool streams, bool defers)
-      : args(arguments), streamed(streams), deferred(defers) {}
+  DkdRows(const DkdArgs& arguments, bool streams, bool defers) : args(arguments), streamed(streams), deferred(defers) {}
 
   double add(double weight, const X* s, const X* t, int64_t label, X* out);
   void finish() { pending.finish(); }

@@ -583,8 +583,7 @@ RowResult SparseRows<X>::add(const RowNumbers& num, int64_t index, const X* s, i
   }
   // By the scale that z1 was made with: of a logit of 1e4, what e^(s - lse) is off by was 6e-5.
   if (hard != 0)
-    for (int64_t k = 0; k < count; ++k)
-      g[k] += hard * std::exp2(a1.scalar(to_compute(s[entries.ids[size_t(k)]]))) / z1;
+    for (int64_t k = 0; k < count; ++k) g[k] += hard * std::exp2(a1.scalar(to_compute(s[entries.ids[size_t(k)]]))) / z1;
   const bool has_label = num.ce != 0 && label >= 0 && label < n;
   if (has_label) {
     const double step = num.weight * num.ce * (1 - args.label_smoothing);
