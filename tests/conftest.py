@@ -41,10 +41,20 @@ def seed(request):
 @pytest.fixture(params=["cpu", "torch"])
 def backend(request):
     """Every backend that takes CPU tensors; the Triton one has tests of its own, in the interpreter."""
-    reason = backends.BACKENDS[request.param].why_not("cpu")
+    _skip_without(request.param)
+    return request.param
+
+
+@pytest.fixture
+def compiled_cpu():
+    """For tests of the compiled CPU backend alone."""
+    _skip_without("cpu")
+
+
+def _skip_without(backend):
+    reason = backends.BACKENDS[backend].why_not("cpu")
     if reason is not None:
         pytest.skip(reason)
-    return request.param
 
 
 def _fail_if_avoidable(report):

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import kdkernels as kd
-from kdkernels import backends, testing
+from kdkernels import testing
+
+pytestmark = pytest.mark.usefixtures("compiled_cpu")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Where every term and every option may be asked for; of other kinds the oracle does not know, for instance, that a
@@ -16,13 +18,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TAME = ("normal", "near", "equal", "flat", "late", "peaked")
 WIDTHS = (2, 3, 7, 15, 16, 17, 31, 33, 63, 65, 100, 127, 129, 255, 300, 1000, 1001, 2047, 2049, 2081, 4097, 6145)
 CALLS = 12
-
-
-@pytest.fixture(autouse=True)
-def compiled():
-    reason = backends.BACKENDS["cpu"].why_not("cpu")
-    if reason is not None:
-        pytest.skip(reason)
 
 
 def strided(logits, pad):

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 import kdkernels as kd
-from kdkernels import backends, testing
+from kdkernels import testing
+
+pytestmark = pytest.mark.usefixtures("compiled_cpu")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 IGNORE = -100
@@ -93,13 +95,6 @@ objectives = pytest.mark.parametrize("objective", OBJECTIVES)
 all_objectives = pytest.mark.parametrize("objective", ROWS)
 sparse_objectives = pytest.mark.parametrize("objective", SPARSE)
 KINDS = ["normal", "late", "near", "huge", "peaked", "equal", "spread"]
-
-
-@pytest.fixture(autouse=True)
-def compiled():
-    reason = backends.BACKENDS["cpu"].why_not("cpu")
-    if reason is not None:
-        pytest.skip(reason)
 
 
 def options_of(objective, rows):

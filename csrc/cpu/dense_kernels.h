@@ -1179,6 +1179,10 @@ void write_gradient(const Row<X, Y>& row, const GradientTerms<typename Io<X>::C>
   }
 }
 
+// Whether rows of this type can be written with the next ones: their exponentials are taken without clamps.
+template <class X>
+constexpr bool kDefers = kFused && std::is_same_v<typename Io<X>::C, float>;
+
 // Asks for the cache lines of the edges of a row that is streamed: they are stored, and what is stored after them waits
 // until the lines are there.
 template <class X, class Y>
@@ -1225,6 +1229,17 @@ void add_edges(const Row<X, Y>& row, X* out, Pending<X>& pending) {
     case kCeOwn: return add_edges<kCeOwn, false, true>(row, out, pending);
     default: return add_edges<kCeNone, false, true>(row, out, pending);
   }
+}
+
+// Leaves the gradient of a row to be written with the next one. Where terms want the acceptance rate it goes to
+// acceptance, times factor.
+template <class X, class Y>
+void postpone(const Row<X, Y>& row, const GradientTerms<typename Io<X>::C>& terms, X* out, bool streamed,
+              Pending<X>& pending, typename Io<X>::C* acceptance = nullptr, double factor = 0) {
+  pending.terms = terms;
+  pending.begin(row, out, streamed);
+  if (terms.accepted != nullptr) pending.accept(acceptance, factor);
+  add_edges(row, out, pending);
 }
 
 template <bool LOGS, int CE, bool ACCEPTED, bool TWO, class X, class Y>
@@ -1681,10 +1696,7 @@ RowResult ObjectiveRows<X, Y>::add(const RowNumbers& num, const X* s, const Y* t
     if (has_label) at_label = gradient_at(row, terms, label, xs, xt) - num.weight * num.ce * (1 - args.label_smoothing);
     const bool stores_label = has_label && !(streamed && set_gradient(terms, row.slot(label), at_label));
     if (deferred && beside_sweep(sums_needed, terms)) {
-      pending.terms = terms;
-      pending.begin(row, out, streamed);
-      if (terms.accepted != nullptr) pending.accept(acceptance, iq);
-      add_edges(row, out, pending);
+      postpone(row, terms, out, streamed, pending, acceptance, iq);
       if (stores_label) pending.label = out + label, pending.at_label = C(at_label);
     } else {
       write_gradient(row, terms, out, streamed);
@@ -1732,7 +1744,8 @@ void for_rows(const RowArgs& args, int64_t begin, int64_t end, Body body) {
   for_rows<X>(args, begin, end, body, [] {});
 }
 
-inline bool streams(const RowArgs& args, int64_t element_bytes, int64_t row_bytes = kStreamRowBytes) {
+inline bool streams(const RowArgs& args, int64_t element_bytes, bool deferred = false) {
+  const int64_t row_bytes = deferred ? kStreamShortRowBytes : kStreamRowBytes;
   return args.wants_grad && args.dstudent.data != args.student.data && args.width * element_bytes >= row_bytes &&
          args.batch * args.length * args.width * element_bytes > kStreamBytes;
 }
@@ -2068,8 +2081,8 @@ void dense_direct(const DenseArgs& args, int64_t begin, int64_t end) {
   // Where the gradient needs the logits again, it is written while they are in the caches.
   const Sums sums = sums_for(args);
   const bool needs_logits = has_logs(kDivergences[args.divergence]) && sums != kReverse && (sums & kKept) == 0;
-  const bool deferred = kFused && std::is_same_v<C, float> && !needs_logits;
-  ObjectiveRows<X, Y> rows(args, streams(args, sizeof(X), deferred ? kStreamShortRowBytes : kStreamRowBytes), deferred);
+  const bool deferred = kDefers<X> && !needs_logits;
+  ObjectiveRows<X, Y> rows(args, streams(args, sizeof(X), deferred), deferred);
   const bool numbers_differ = PREPARED || args.student_temperature.data != nullptr ||
                               args.teacher_temperature.data != nullptr || args.param.data != nullptr;
   RowNumbers num = row_numbers<C>(args, begin, 1);
@@ -2271,9 +2284,7 @@ double DkdRows<X>::add(double weight, const X* s, const X* t, int64_t label, X* 
     const double at_label = others ? -f * args.alpha * difference : 0;
     const bool stores_label = !(streamed && set_gradient(terms, row.slot(label), at_label));
     if (deferred) {
-      pending.terms = terms;
-      pending.begin(row, out, streamed);
-      add_edges(row, out, pending);
+      postpone(row, terms, out, streamed, pending);
       if (stores_label) pending.label = out + label, pending.at_label = C(at_label);
     } else {
       write_gradient(row, terms, out, streamed);
@@ -2297,11 +2308,11 @@ const X* row_as(const LogitsView& teacher, const RowArgs& args, int64_t row, boo
   return row_pointer<X>(teacher, row, args.length);
 }
 
+// The student's logits are read, and its gradient written, as they are.
 template <class X>
 void dkd_direct(const DkdArgs& args, int64_t begin, int64_t end) {
-  constexpr bool deferred = kFused && std::is_same_v<typename Io<X>::C, float>;
   const bool as_is = args.teacher.dtype == args.student.dtype;
-  DkdRows<X> rows(args, streams(args, sizeof(X), deferred ? kStreamShortRowBytes : kStreamRowBytes), deferred);
+  DkdRows<X> rows(args, streams(args, sizeof(X), kDefers<X>), kDefers<X>);
   const auto add = [&](int64_t row, int64_t label, double weight, X* out) {
     const X* s = row_pointer<X>(args.student, row, args.length);
     if (out != nullptr && !rows.streamed && out != s) prefetch_for_writing(out, args.width);
@@ -2309,6 +2320,7 @@ void dkd_direct(const DkdArgs& args, int64_t begin, int64_t end) {
   };
   for_rows<X>(args, begin, end, add, [&] { rows.finish(); });
 }
+// Both are brought to C.
 template <class X>
 void dkd_widened(const DkdArgs& args, int64_t begin, int64_t end) {
   using C = typename Io<X>::C;

@@ -270,7 +270,7 @@ void for_padding(const Row<X>& row, Visit visit) {
 // Puts what gives the entries' gradient g in place of their exponentials; false, and nothing done, where that leaves
 // the range. Written afterwards, each would bring a line back that was just streamed to memory.
 template <class C>
-bool put_in_scratch(const GradientTerms<C>& k, const Entries& entries, const double* g, C* es, C* scores, C* e1) {
+bool put_in_scratch(const GradientTerms<C>& k, const Entries& entries, const double* g) {
   const double limit = 1e30 * std::abs(k.a), over_a = 1 / k.a;
   if (!(limit > 1)) return false;
   int64_t within = 0;
@@ -278,9 +278,9 @@ bool put_in_scratch(const GradientTerms<C>& k, const Entries& entries, const dou
   if (within != entries.count) return false;
   for (int64_t j = 0; j < entries.count; ++j) {
     const int64_t slot = entries.slots[size_t(j)];
-    if (k.two_models) scores[slot] = 0;
-    if (k.ce == kCeOwn) e1[slot] = 0;
-    es[slot] = C((g[j] - k.c0) * over_a);
+    if (k.two_models) k.et[slot] = 0;
+    if (k.ce == kCeOwn) k.e1[slot] = 0;
+    k.es[slot] = C((g[j] - k.c0) * over_a);
   }
   return true;
 }
@@ -601,11 +601,9 @@ RowResult SparseRows<X>::add(const RowNumbers& num, int64_t index, const X* s, i
   if (spoilt != 0)
     for (int64_t k = 0; k < entries.count; ++k) g[k] += spoilt;
   const bool reads_scratch = terms.a != 0 || terms.two_models || terms.ce == kCeOwn || std::isnan(terms.a);
-  if (reads_scratch && put_in_scratch(terms, entries, g, es, xs, e1)) {
+  if (reads_scratch && put_in_scratch(terms, entries, g)) {
     if (deferred && !pointwise) {
-      pending.terms = terms;
-      pending.begin(row, out, streamed);
-      add_edges(row, out, pending);
+      postpone(row, terms, out, streamed, pending);
     } else {
       write_gradient(row, terms, out, streamed);
     }
@@ -623,8 +621,7 @@ RowResult SparseRows<X>::add(const RowNumbers& num, int64_t index, const X* s, i
 template <class X>
 void rows_direct(const TopkArgs& args, int64_t begin, int64_t end) {
   using C = typename Io<X>::C;
-  constexpr bool deferred = kFused && std::is_same_v<C, float>;
-  SparseRows<X> rows(args, streams(args, sizeof(X), deferred ? kStreamShortRowBytes : kStreamRowBytes), deferred);
+  SparseRows<X> rows(args, streams(args, sizeof(X), kDefers<X>), kDefers<X>);
   const auto add = [&](int64_t row, int64_t label, double weight, X* out) {
     const X* s = row_pointer<X>(args.student, row, args.length);
     if (out != nullptr && !rows.streamed && out != s) prefetch_for_writing(out, args.width);
