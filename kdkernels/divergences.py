@@ -294,6 +294,14 @@ def add(cls: type[Divergence], *, on_triton: bool) -> None:
         raise ValueError(f"a divergence's name must be an identifier, got {cls.name!r}")
     if cls.name in _TABLE:
         raise ValueError(f"divergence {cls.name!r} is registered already")
+    dataclass_params = cls.__dict__.get("__dataclass_params__")
+    if dataclass_params is None or not (dataclass_params.frozen and dataclass_params.eq):
+        # Instances that compare equal stand for one another: those of a class that only inherits the base's comparison
+        # do, whatever numbers they hold.
+        raise TypeError(
+            f"cls must be decorated with @dataclass(frozen=True) itself, with its numbers as fields; {cls.__name__} "
+            f"{'is not' if dataclass_params is None else 'is another kind of dataclass'}"
+        )
     global version
     version += 1
     _TABLE[cls.name] = cls
@@ -332,6 +340,11 @@ def resolve(divergence: Union[str, Divergence]) -> Divergence:
     if not isinstance(divergence, Divergence):
         got = getattr(divergence, "__name__", divergence)
         raise TypeError(f"divergence must be a name or an instance such as JSD(0.5), got {got!r}")
+    if _TABLE.get(divergence.name) is not type(divergence):
+        raise ValueError(
+            f"divergence of the class {type(divergence).__name__} is unknown: its name {divergence.name!r} "
+            "is not registered for this class; kdkernels.register_divergence enters one"
+        )
     return divergence.canonical()
 
 
