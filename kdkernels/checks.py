@@ -60,7 +60,8 @@ def number(
     """``value`` must be a finite Python number in ``[low, high]``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    # A comparison, not math.isfinite: Dynamo traces it for a number that it keeps as a symbol. NaN fails it too.
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
     if value < low or value > high or (exclusive_low and value == low):
         expected = f"> {low:g}" if exclusive_low else (f">= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]")

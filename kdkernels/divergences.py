@@ -44,7 +44,8 @@ class Divergence:
 def _check_number(owner: str, name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{owner}: {name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    # A comparison, not math.isfinite: Dynamo traces it for a number that it keeps as a symbol. NaN fails it too.
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{owner}: {name} must be finite, got {value}")
     return float(value)
 

@@ -185,9 +185,31 @@ def kd_loss(
         TypeError, ValueError: naming the argument, before anything is launched. Values inside tensors are read on the
             CPU always, on a GPU only when ``KDKERNELS_DEBUG=1``.
     """
-    options = dict(locals())
-    for name in ("student", "teacher", "labels"):
-        del options[name]
+    options = {
+        "divergence": divergence,
+        "temperature": temperature,
+        "teacher_temperature": teacher_temperature,
+        "scale_by_t_squared": scale_by_t_squared,
+        "kd_weight": kd_weight,
+        "ce_weight": ce_weight,
+        "z_loss_weight": z_loss_weight,
+        "label_smoothing": label_smoothing,
+        "ignore_index": ignore_index,
+        "row_weight": row_weight,
+        "reduction": reduction,
+        "normalizer": normalizer,
+        "teacher_form": teacher_form,
+        "teacher_weights": teacher_weights,
+        "mixture": mixture,
+        "vocab_size": vocab_size,
+        "student_softcap": student_softcap,
+        "teacher_softcap": teacher_softcap,
+        "standardize": standardize,
+        "row_param": row_param,
+        "inplace": inplace,
+        "return_stats": return_stats,
+        "backend": backend,
+    }
     plan = _plan("kd_loss", options, student)
     teachers = _teachers(teacher)
     for k, item in enumerate(teachers):
@@ -304,9 +326,27 @@ def topk_kd_loss(
             CPU always, on a GPU only when ``KDKERNELS_DEBUG=1``; the row of an id out of range that was not seen gives
             NaN.
     """
-    options = dict(locals())
-    for name in ("student", "teacher_ids", "teacher_logprobs", "labels", "tail_logprob"):
-        del options[name]
+    options = {
+        "tail": tail,
+        "divergence": divergence,
+        "temperature": temperature,
+        "teacher_temperature": teacher_temperature,
+        "scale_by_t_squared": scale_by_t_squared,
+        "kd_weight": kd_weight,
+        "ce_weight": ce_weight,
+        "z_loss_weight": z_loss_weight,
+        "label_smoothing": label_smoothing,
+        "ignore_index": ignore_index,
+        "row_weight": row_weight,
+        "reduction": reduction,
+        "normalizer": normalizer,
+        "vocab_size": vocab_size,
+        "student_softcap": student_softcap,
+        "row_param": row_param,
+        "inplace": inplace,
+        "return_stats": return_stats,
+        "backend": backend,
+    }
     plan = _plan("topk_kd_loss", options, student)
     teacher = checks.sparse_teacher(teacher_ids, teacher_logprobs, student, plan.columns)
     name = backends.select(backend, student.device.type, divergence=plan.divergence.name, pattern="topk_fwd")
@@ -371,9 +411,18 @@ def dkd_loss(
     numbers >= 0; the other arguments, shapes, dtypes and errors are those of ``kd_loss`` with one temperature for all
     rows. The teacher gets no gradient.
     """
-    options = dict(locals())
-    for name in ("student", "teacher", "labels", "alpha", "beta"):
-        del options[name]
+    options = {
+        "temperature": temperature,
+        "teacher_temperature": teacher_temperature,
+        "scale_by_t_squared": scale_by_t_squared,
+        "ignore_index": ignore_index,
+        "row_weight": row_weight,
+        "reduction": reduction,
+        "normalizer": normalizer,
+        "vocab_size": vocab_size,
+        "inplace": inplace,
+        "backend": backend,
+    }
     checks.number("alpha", alpha, low=0.0)
     checks.number("beta", beta, low=0.0)
     for name in ("temperature", "teacher_temperature"):
@@ -444,9 +493,15 @@ def logit_mse_loss(
     ``F.mse_loss(student, teacher)``. The other arguments, shapes, dtypes and errors are those of ``kd_loss``; the
     teacher gets no gradient.
     """
-    options = dict(locals())
-    for name in ("student", "teacher", "labels", "centered"):
-        del options[name]
+    options = {
+        "ignore_index": ignore_index,
+        "row_weight": row_weight,
+        "reduction": reduction,
+        "normalizer": normalizer,
+        "vocab_size": vocab_size,
+        "inplace": inplace,
+        "backend": backend,
+    }
     checks.flag("centered", centered)
     plan = _plan("logit_mse_loss", options, student)
     checks.teacher_like("teacher", teacher, student, vocab_size)

@@ -97,7 +97,30 @@ def linear_kd_loss(
         TypeError, ValueError: naming the argument, before anything is launched; for what ``teacher_logits`` returns,
             when it does.
     """
-    options = {name: value for name, value in locals().items() if name in DEFAULTS}
+    options = {
+        "divergence": divergence,
+        "temperature": temperature,
+        "teacher_temperature": teacher_temperature,
+        "scale_by_t_squared": scale_by_t_squared,
+        "kd_weight": kd_weight,
+        "ce_weight": ce_weight,
+        "z_loss_weight": z_loss_weight,
+        "label_smoothing": label_smoothing,
+        "ignore_index": ignore_index,
+        "row_weight": row_weight,
+        "reduction": reduction,
+        "normalizer": normalizer,
+        "teacher_form": teacher_form,
+        "teacher_weights": teacher_weights,
+        "mixture": mixture,
+        "vocab_size": vocab_size,
+        "student_softcap": student_softcap,
+        "teacher_softcap": teacher_softcap,
+        "standardize": standardize,
+        "row_param": row_param,
+        "return_stats": return_stats,
+        "backend": backend,
+    }
     product_dtype = _autocast_dtype(student_hidden)
     checks.head("student", student_hidden, student_weight, student_bias, product_dtype is not None)
     _check_chunk_bytes(chunk_bytes)
@@ -189,7 +212,26 @@ def linear_topk_kd_loss(
     Raises:
         TypeError, ValueError: naming the argument, before anything is launched.
     """
-    options = {name: value for name, value in locals().items() if name in TOPK_DEFAULTS}
+    options = {
+        "tail": tail,
+        "divergence": divergence,
+        "temperature": temperature,
+        "teacher_temperature": teacher_temperature,
+        "scale_by_t_squared": scale_by_t_squared,
+        "kd_weight": kd_weight,
+        "ce_weight": ce_weight,
+        "z_loss_weight": z_loss_weight,
+        "label_smoothing": label_smoothing,
+        "ignore_index": ignore_index,
+        "row_weight": row_weight,
+        "reduction": reduction,
+        "normalizer": normalizer,
+        "vocab_size": vocab_size,
+        "student_softcap": student_softcap,
+        "row_param": row_param,
+        "return_stats": return_stats,
+        "backend": backend,
+    }
     product_dtype = _autocast_dtype(student_hidden)
     checks.head("student", student_hidden, student_weight, student_bias, product_dtype is not None)
     _check_chunk_bytes(chunk_bytes)
