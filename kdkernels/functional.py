@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Optional, TypeVar, Union
 import torch
 from torch import Tensor
 
-from kdkernels import backends, checks, divergences, ops, reduction, reference, transforms
+from kdkernels import backends, checks, distributed, divergences, ops, reduction, reference, transforms
 from kdkernels.autograd import Launch, RowLoss, SummedCall, run, run_reference, run_summed
 from kdkernels.divergences import Divergence
 
@@ -47,6 +47,8 @@ def _dense_loss(prepare: _Loss) -> _Loss:
         key = _call_key("kd_loss", options, (student, teacher), labels is None)
         known = None if key is None else _known_calls.get(key)
         if known is None:
+            if distributed.among((student, teacher, labels, *options.values())):
+                return distributed.of_all_ranks(loss, student, {"teacher": teacher, "labels": labels, **options})
             call = prepare(student, teacher, labels, **options)
             known = _know_call(key, call, plain=labels is None)
             launch = call.launch
@@ -80,7 +82,11 @@ def _topk_loss(prepare: _Loss) -> _Loss:
         key = _call_key("topk_kd_loss", options, (student, teacher_ids, teacher_logprobs), *given)
         known = None if key is None else _known_calls.get(key)
         if known is None:
-            call = prepare(student, teacher_ids, teacher_logprobs, labels, tail_logprob=tail_logprob, **options)
+            rest = {"labels": labels, "tail_logprob": tail_logprob, **options}
+            if distributed.among((student, teacher_ids, teacher_logprobs, *rest.values())):
+                entries = {"teacher_ids": teacher_ids, "teacher_logprobs": teacher_logprobs}
+                return distributed.of_all_ranks(loss, student, {**entries, **rest})
+            call = prepare(student, teacher_ids, teacher_logprobs, **rest)
             known, plan, launch = _know_call(key, call, plain=all(given)), call.plan, call.launch
         else:
             plan = known.plan._replace(student=student)
@@ -95,6 +101,18 @@ def _topk_loss(prepare: _Loss) -> _Loss:
         return plan.result(*plan.launch(launch, ()), TopKStats)
 
     return loss  # type: ignore[return-value]
+
+
+def _takes_dtensors(loss: _Loss) -> _Loss:
+    """As ``_dense_loss`` does, for a loss that remembers nothing."""
+
+    @functools.wraps(loss)
+    def call(student: Any, teacher: Any, labels: Any = None, **options: Any) -> Any:
+        if distributed.among((student, teacher, labels, *options.values())):
+            return distributed.of_all_ranks(loss, student, {"teacher": teacher, "labels": labels, **options})
+        return loss(student, teacher, labels, **options)
+
+    return call  # type: ignore[return-value]
 
 
 @_dense_loss
@@ -354,6 +372,7 @@ def topk_kd_loss(
     return _Call(plan, (), _topk_call(plan, teacher, labels, tail_logprob, name))
 
 
+@_takes_dtensors
 def taid_loss(
     student: Tensor,
     teacher: Tensor,
@@ -386,6 +405,7 @@ def taid_loss(
     return _dense(plan, teachers, launch)
 
 
+@_takes_dtensors
 def dkd_loss(
     student: Tensor,
     teacher: Tensor,
@@ -472,6 +492,7 @@ def dkd_loss(
     return plan.launch(launch, (teacher,))[0]
 
 
+@_takes_dtensors
 def logit_mse_loss(
     student: Tensor,
     teacher: Tensor,

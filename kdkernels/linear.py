@@ -66,8 +66,10 @@ def linear_kd_loss(
     Args:
         student_hidden: ``(..., D)``, float32, bfloat16 or float16 (float64 on the CPU).
         student_weight: the head ``[V, D]``: a plain tensor, with everything that makes the logits in it. A sharded
-            parameter is gathered first (``weight.full_tensor()``); an adapter is merged by the caller
-            (``weight + scale * B @ A``) and gets its gradient through that sum; a scale of logits is multiplied in.
+            parameter is gathered first: FSDP2 does it in the forward of the module it shards, and elsewhere
+            ``weight.full_tensor(grad_placements=[Partial("avg")])`` has the gradient that FSDP2 means, see
+            docs/linear.md. An adapter is merged by the caller (``weight + scale * B @ A``) and gets its gradient
+            through that sum; a scale of logits is multiplied in.
         teacher_hidden, teacher_weight: the same of the teacher, ``(..., D')`` and ``[V, D']``; or sequences of up to 4
             for a mixture, see ``teacher_weights``. They get no gradient.
         labels: as in ``kd_loss``. Rows equal to ``ignore_index``, and rows of ``row_weight`` 0 unless ``return_stats``,
