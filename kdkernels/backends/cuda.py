@@ -15,7 +15,8 @@ from kdkernels.backends.cpu import load
 def load_error() -> Optional[str]:
     """Load the library once; None on success, else why it is not there, and what cures it."""
     if torch.version.cuda is None:
-        return f"this torch ({torch.__version__}) is not a CUDA build; install one, then {build_info.rebuild_command('cuda')}"
+        cure = build_info.rebuild_command("cuda")
+        return f"this torch ({torch.__version__}) is not a CUDA build; install one, then {cure}"
     path = build_info.find("cuda")
     return build_info.why_missing("cuda") if path is None else load(path, "cuda")
 
