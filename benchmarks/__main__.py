@@ -24,8 +24,6 @@ except ModuleNotFoundError as error:
 
 SEED = 20240607
 SMALLEST_MEMORY_UNIT = 4 * 2**20
-# The backends with kernels for a device.
-KERNELS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 DESCRIPTION = """\
 Times loss + backward of kdkernels beside eager PyTorch and torch.compile.
@@ -85,7 +83,7 @@ def why_only_plain_torch(device: str) -> Optional[str]:
     answers = backends.available(device)
     if any(answer.ok for answer in answers if answer.name != "torch"):
         return None
-    wanted = [answer for answer in answers if not answer.ok and answer.name in KERNELS[device]]
+    wanted = [answer for answer in answers if not answer.ok and answer.name in backends.KERNELS[device]]
     reasons = "".join(f"\n  {answer.name}: {answer.reason}" for answer in wanted)
     return (
         f"no figures: on {device} tensors kdkernels runs plain PyTorch here, no kernel.{reasons}\n"
