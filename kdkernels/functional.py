@@ -367,7 +367,7 @@ def topk_kd_loss(
     }
     plan = _plan("topk_kd_loss", options, student)
     teacher = checks.sparse_teacher(teacher_ids, teacher_logprobs, student, plan.columns)
-    name = backends.select(backend, student.device.type, divergence=plan.divergence.name, pattern="topk_fwd")
+    name = backends.choose(backend, student, divergence=plan.divergence.name, pattern="topk_fwd")
     checks.reverse_mode_only(name, student)
     return _Call(plan, (), _topk_call(plan, teacher, labels, tail_logprob, name))
 
@@ -455,7 +455,7 @@ def dkd_loss(
     _no_teacher_grad(teacher, "dkd_loss")
     flat = checks.labels_like(labels, student, plan.columns, ignore_index)
     scale, weight = plan.weights(flat)
-    name = backends.select(backend, student.device.type)
+    name = backends.choose(backend, student)
     checks.reverse_mode_only(name, student, teacher)
     if name == "torch":
         assert flat is not None
@@ -529,7 +529,7 @@ def logit_mse_loss(
     _no_teacher_grad(teacher, "logit_mse_loss")
     flat = checks.labels_like(labels, student, plan.columns, ignore_index)
     scale, weight = plan.weights(flat)
-    name = backends.select(backend, student.device.type)
+    name = backends.choose(backend, student)
     checks.reverse_mode_only(name, student, teacher)
     if name == "torch":
         s, t = _flat(student, teacher)
@@ -872,7 +872,7 @@ def _plan(owner: str, options: dict[str, Any], student: Any) -> _Plan:
 def _dense_backend(plan: _Plan, teachers: tuple[Tensor, ...], mixture_weights: Optional[Tensor]) -> str:
     get, name = plan.options, plan.divergence.name
     torch_only = _teacher_grad_needs_torch(get, teachers, mixture_weights) if _teacher_grad(teachers) else None
-    found = backends.select(get["backend"], plan.student.device.type, divergence=name, torch_only=torch_only)
+    found = backends.choose(get["backend"], plan.student, divergence=name, torch_only=torch_only)
     checks.reverse_mode_only(found, plan.student, *teachers)
     return found
 
