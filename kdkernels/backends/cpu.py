@@ -35,11 +35,18 @@ def load_error() -> Optional[str]:
     path = library_path()
     if path is None:
         return "the C++ extension was not built (KDKERNELS_BUILD=none, or no C++ compiler at installation)"
-    return load(path)
+    return load(path) or torch.ops.kdkernels.cpu_fault() or None
 
 
 def isa() -> str:
-    """The instruction set in use; ``KDKERNELS_CPU_ISA`` in the environment may ask for a lower one."""
+    """The instruction set in use; ``KDKERNELS_CPU_ISA`` in the environment may ask for a lower one.
+
+    Raises:
+        RuntimeError: the library is not there, with the reason.
+    """
+    error = load_error()
+    if error is not None:
+        raise RuntimeError(f"no instruction set is in use: {error}")
     return torch.ops.kdkernels.cpu_isa()
 
 
