@@ -16,6 +16,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor
 
+from kdkernels import transforms
 from kdkernels.backends import cpu
 from kdkernels.reduction import REDUCTIONS
 
@@ -59,7 +60,8 @@ def number(
     """``value`` must be a finite Python number in ``[low, high]``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    # A comparison, not math.isfinite: Dynamo traces it for a number that it keeps as a symbol. NaN fails it too.
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
     if value < low or value > high or (exclusive_low and value == low):
         expected = f"> {low:g}" if exclusive_low else (f">= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]")
@@ -94,6 +96,7 @@ def logits(name: str, value: Any) -> None:
     """A floating tensor ``(..., V)`` with unit stride in the last dimension; fp64 on the CPU only."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    plain(name, value)
     if value.dtype not in FLOATING:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {_dtype(value)}")
     if value.dtype == torch.float64 and value.device.type != "cpu":
@@ -104,6 +107,95 @@ def logits(name: str, value: Any) -> None:
         raise ValueError(f"{name} must have shape (..., V) with V >= 1, got {tuple(value.shape)}")
     if value.shape[-1] > 1 and value.stride(-1) != 1:
         raise ValueError(f"{name} must have stride 1 in the last dimension, got strides {tuple(value.stride())}")
+
+
+def is_dtensor(value: Any) -> bool:
+    """Whether a value is a DTensor. This imports nothing, and costs next to nothing where it is a plain tensor."""
+    kind = type(value)
+    return kind is not Tensor and issubclass(kind, Tensor) and hasattr(kind, "full_tensor")
+
+
+def plain(name: str, value: Any) -> None:
+    """A value is no DTensor, where only the numbers of this rank are of use."""
+    if is_dtensor(value):
+        raise TypeError(
+            f"{name} must be a plain tensor here, got a DTensor with placements {_listed(value.placements)}; pass "
+            f"{name}.to_local() for what this rank has, or {name}.full_tensor()"
+        )
+
+
+def sharded_student(student: Any, others: Sequence[str]) -> None:
+    """The student is a DTensor as ``others`` are, whole on every rank or sharded in dimensions of its rows."""
+    if not is_dtensor(student):
+        kind = "plain tensor" if isinstance(student, Tensor) else type(student).__name__
+        raise TypeError(
+            f"student must be a DTensor as {others[0]} is, got a {kind}; pass DTensor.from_local(student, ...), or "
+            f"{others[0]}.to_local() for what this rank has"
+        )
+    if student.dim() == 0:
+        raise ValueError("student must have shape (..., V) with V >= 1, got ()")
+    _sharded_by_rows("student", student, student.dim() - 1)
+
+
+def sharded_argument(name: str, value: Any, student: Any, *, by_row: bool) -> None:
+    """A tensor of a call whose student is a DTensor: placed as its rows are where ``by_row``, else the same anywhere.
+
+    Shapes are compared here, and not by the loss of a rank's rows alone: an error must come to all ranks, or those that
+    it does not come to wait for the others.
+    """
+    whole, rows = _whole(student), tuple(student.shape[:-1])
+    if not is_dtensor(value):
+        if by_row and not whole:
+            placements = _listed(student.placements)
+            raise TypeError(
+                f"{name} must be a DTensor as the student is, whose placements are {placements}, got a plain tensor; "
+                f"pass DTensor.from_local({name}, mesh, {placements}) where it is this rank's part, or "
+                f"distribute_tensor({name}, mesh, {placements}) where it is all of it"
+            )
+        return
+    if value.device_mesh != student.device_mesh:
+        raise ValueError(f"{name} must be on the student's mesh {student.device_mesh}, got {value.device_mesh}")
+    if not by_row:
+        if not _whole(value):
+            raise ValueError(
+                f"{name} must have the student's rows {rows} or be the same on all ranks, got shape "
+                f"{tuple(value.shape)} with placements {_listed(value.placements)}; pass {name}.full_tensor()"
+            )
+        return
+    if tuple(value.shape[: len(rows)]) != rows:
+        raise ValueError(f"{name} must have the student's leading shape {rows}, got {tuple(value.shape)}")
+    _sharded_by_rows(name, value, len(rows))
+    if any(not p.is_replicate() and p != q for p, q in zip(value.placements, student.placements, strict=True)):
+        wanted = _listed(student.placements)
+        raise ValueError(
+            f"{name} must have the student's placements {wanted}, got {_listed(value.placements)}; pass "
+            f"{name}.redistribute(placements={wanted})"
+        )
+
+
+def _sharded_by_rows(name: str, value: Any, num_dims: int) -> None:
+    """Of a DTensor whose first dimensions are those of rows no other is cut, and nothing is left to be summed."""
+    placements = value.placements
+    wrong = [placement.is_partial() or getattr(placement, "dim", -1) >= num_dims for placement in placements]
+    if not any(wrong):
+        return
+    wanted = ", ".join("Replicate()" if bad else repr(p) for bad, p in zip(wrong, placements, strict=True))
+    state, reason = "a sum over ranks that is still to be made", ""
+    if not any(placement.is_partial() for placement in placements):
+        state = "sharded in its last dimension"
+        reason = ": losses of a sharded vocabulary (vocabulary-parallel) are not there yet"
+    raise ValueError(
+        f"{name} must not be {state}, got placements {_listed(placements)}{reason}; pass "
+        f"{name}.redistribute(placements=[{wanted}])"
+    )
+
+
+def _whole(value: Any) -> bool:
+    return all(placement.is_replicate() for placement in value.placements)
+
+
+def _listed(placements: Sequence[Any]) -> str:
+    return f"[{', '.join(map(repr, placements))}]"
 
 
 def teacher_like(name: str, teacher: Any, student: Tensor, vocab_size: Optional[int]) -> None:
@@ -128,6 +220,7 @@ def sparse_teacher(ids: Any, logprobs: Any, student: Tensor, columns: int) -> tu
     for name, value in (("teacher_ids", ids), ("teacher_logprobs", logprobs)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        plain(name, value)
         if value.device != student.device:
             raise ValueError(f"{name} must be on the student's device {student.device}, got {value.device}")
     if ids.dtype not in (torch.int32, torch.int64):
@@ -247,8 +340,15 @@ def head(side: str, hidden: Any, weight: Any, bias: Any, autocast: bool) -> None
             continue
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-        if hasattr(value, "full_tensor"):
-            raise TypeError(f"{name} must be a plain tensor, got a {type(value).__name__}: pass {name}.full_tensor()")
+        if is_dtensor(value):
+            cure = f"pass {name}.full_tensor()"
+            if value.requires_grad:
+                cure = (
+                    "call the loss in the forward of the module that FSDP2 shards, where the head is gathered, or pass "
+                    f'{name}.full_tensor(grad_placements=[Partial("avg")]) where each rank has rows of its own, '
+                    f"{name}.full_tensor() where all have the same (docs/linear.md)"
+                )
+            raise TypeError(f"{name} must be a plain tensor, got a DTensor: {cure}")
         if value.dtype not in FLOATING:
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {_dtype(value)}")
         if value.dtype == torch.float64 and value.device.type != "cpu":
@@ -335,6 +435,7 @@ def tail_like(value: Any, tail: str, student: Tensor) -> Optional[Tensor]:
         return None
     if not isinstance(value, Tensor):
         raise TypeError(f"tail_logprob must be a torch.Tensor, got {type(value).__name__}")
+    plain("tail_logprob", value)
     if tail not in ("bucket", "uniform"):
         raise ValueError(f"tail_logprob has no meaning with tail {tail!r}, only with 'bucket' and 'uniform'")
     if value.dtype not in FLOATING:
@@ -368,6 +469,7 @@ def labels_like(value: Any, student: Tensor, columns: int, ignore_index: int) ->
         return None
     if not isinstance(value, Tensor):
         raise TypeError(f"labels must be a torch.Tensor, got {type(value).__name__}")
+    plain("labels", value)
     if value.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"labels must be int64 or int32, got {_dtype(value)}")
     if value.device != student.device:
@@ -402,6 +504,7 @@ def per_row(
     """A Python number, or a tensor of one value per row (or one value), returned as a float or as ``[N]``."""
     if not isinstance(value, Tensor):
         return number(name, value, low=low, high=high, exclusive_low=exclusive and low > -math.inf)
+    plain(name, value)
     if not value.dtype.is_floating_point and value.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be a number or a tensor of numbers, got {_dtype(value)}")
     if value.requires_grad:
@@ -434,6 +537,7 @@ def normalizer_like(value: Any, reduction: str, student: Optional[Tensor] = None
         raise ValueError(f"normalizer needs reduction 'sum' or 'mean', got {reduction!r}")
     if not isinstance(value, Tensor):
         return number("normalizer", value, low=0.0, exclusive_low=True)
+    plain("normalizer", value)
     if value.numel() != 1:
         raise ValueError(f"normalizer must be a number or a tensor of one element, got shape {tuple(value.shape)}")
     if value.requires_grad:
@@ -444,13 +548,35 @@ def normalizer_like(value: Any, reduction: str, student: Optional[Tensor] = None
 
 
 def inplace_allowed(student: Tensor) -> None:
-    """``inplace`` is for eager mode, and for a student whose rows are a view."""
+    """``inplace`` is for eager mode, for a student that gets a gradient, and for rows that are views of their own."""
     if torch.compiler.is_compiling():
         raise ValueError("inplace=True works in eager mode only; under torch.compile leave it out")
+    if torch.is_grad_enabled() and not student.requires_grad:
+        raise ValueError("inplace=True needs a student that requires grad: there is no gradient to write otherwise")
     if student.dim() > 3 and not student.is_contiguous():
         raise ValueError(
             f"inplace needs a contiguous student or at most 3 dimensions, got strides {tuple(student.stride())}"
         )
+    extent = 1
+    for stride, size in sorted(zip(student.stride(), student.shape, strict=True)):
+        if size > 1 and stride < extent and student.numel() > 0:
+            raise ValueError(
+                "inplace needs a student whose rows share no memory, for they are overwritten one by one; got shape "
+                f"{tuple(student.shape)} with strides {tuple(student.stride())}: pass student.contiguous()"
+            )
+        extent += (size - 1) * stride
+
+
+def reverse_mode_only(backend: str, *tensors: Tensor) -> None:
+    """The kernels give a gradient in reverse mode: no tangents, and no tensors that stand for others."""
+    if backend == "torch" or torch.compiler.is_compiling() or not transforms.active():
+        return
+    for tensor in tensors:
+        if transforms.stands_for_others(tensor) or transforms.has_tangent(tensor):
+            raise RuntimeError(
+                f"backend {backend!r} has a gradient in reverse mode only, outside torch.func (grad, vmap, jvp, ...) "
+                'and forward-mode differentiation; there, backend="torch" works'
+            )
 
 
 def reduction_name(reduction: Any, student: Optional[Tensor] = None) -> None:

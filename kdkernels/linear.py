@@ -66,8 +66,10 @@ def linear_kd_loss(
     Args:
         student_hidden: ``(..., D)``, float32, bfloat16 or float16 (float64 on the CPU).
         student_weight: the head ``[V, D]``: a plain tensor, with everything that makes the logits in it. A sharded
-            parameter is gathered first (``weight.full_tensor()``); an adapter is merged by the caller
-            (``weight + scale * B @ A``) and gets its gradient through that sum; a scale of logits is multiplied in.
+            parameter is gathered first: FSDP2 does it in the forward of the module it shards, and elsewhere
+            ``weight.full_tensor(grad_placements=[Partial("avg")])`` has the gradient that FSDP2 means, see
+            docs/linear.md. An adapter is merged by the caller (``weight + scale * B @ A``) and gets its gradient
+            through that sum; a scale of logits is multiplied in.
         teacher_hidden, teacher_weight: the same of the teacher, ``(..., D')`` and ``[V, D']``; or sequences of up to 4
             for a mixture, see ``teacher_weights``. They get no gradient.
         labels: as in ``kd_loss``. Rows equal to ``ignore_index``, and rows of ``row_weight`` 0 unless ``return_stats``,
@@ -97,7 +99,30 @@ def linear_kd_loss(
         TypeError, ValueError: naming the argument, before anything is launched; for what ``teacher_logits`` returns,
             when it does.
     """
-    options = {name: value for name, value in locals().items() if name in DEFAULTS}
+    options = {
+        "divergence": divergence,
+        "temperature": temperature,
+        "teacher_temperature": teacher_temperature,
+        "scale_by_t_squared": scale_by_t_squared,
+        "kd_weight": kd_weight,
+        "ce_weight": ce_weight,
+        "z_loss_weight": z_loss_weight,
+        "label_smoothing": label_smoothing,
+        "ignore_index": ignore_index,
+        "row_weight": row_weight,
+        "reduction": reduction,
+        "normalizer": normalizer,
+        "teacher_form": teacher_form,
+        "teacher_weights": teacher_weights,
+        "mixture": mixture,
+        "vocab_size": vocab_size,
+        "student_softcap": student_softcap,
+        "teacher_softcap": teacher_softcap,
+        "standardize": standardize,
+        "row_param": row_param,
+        "return_stats": return_stats,
+        "backend": backend,
+    }
     product_dtype = _autocast_dtype(student_hidden)
     checks.head("student", student_hidden, student_weight, student_bias, product_dtype is not None)
     _check_chunk_bytes(chunk_bytes)
@@ -189,7 +214,26 @@ def linear_topk_kd_loss(
     Raises:
         TypeError, ValueError: naming the argument, before anything is launched.
     """
-    options = {name: value for name, value in locals().items() if name in TOPK_DEFAULTS}
+    options = {
+        "tail": tail,
+        "divergence": divergence,
+        "temperature": temperature,
+        "teacher_temperature": teacher_temperature,
+        "scale_by_t_squared": scale_by_t_squared,
+        "kd_weight": kd_weight,
+        "ce_weight": ce_weight,
+        "z_loss_weight": z_loss_weight,
+        "label_smoothing": label_smoothing,
+        "ignore_index": ignore_index,
+        "row_weight": row_weight,
+        "reduction": reduction,
+        "normalizer": normalizer,
+        "vocab_size": vocab_size,
+        "student_softcap": student_softcap,
+        "row_param": row_param,
+        "return_stats": return_stats,
+        "backend": backend,
+    }
     product_dtype = _autocast_dtype(student_hidden)
     checks.head("student", student_hidden, student_weight, student_bias, product_dtype is not None)
     _check_chunk_bytes(chunk_bytes)
