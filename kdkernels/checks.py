@@ -300,13 +300,12 @@ def captured_sequence(
     if bool(bad.any()):
         raise ValueError(f"ids must be in [0, {layout.vocab_size}) or -1 for an unused slot, got {int(ids[bad][0])}")
     used = torch.where(ids < 0, -torch.inf, logprobs)
-    # fp16 is what they are stored in; NaN fails the comparison too.
-    if not bool((used <= torch.finfo(torch.float16).max).all()):
-        raise ValueError("logprobs must not be NaN or above 65504, where ids is not -1")
+    _no_more_than_certain("logprobs", used, " where ids is not -1")
     if tail_logprob is not None:
         tail_logprob = _of_tokens("tail_logprob", tail_logprob, len(ids))
-        if not tail_logprob.is_floating_point() or bool(tail_logprob.isnan().any()):
-            raise ValueError("tail_logprob must be of floating point and not NaN")
+        if not tail_logprob.is_floating_point():
+            raise TypeError(f"tail_logprob must be of floating point, got {_dtype(tail_logprob)}")
+        _no_more_than_certain("tail_logprob", tail_logprob)
     converted = {}
     for name, dtype in layout.extras.items():
         value = _of_tokens(name, extras[name], len(ids))
@@ -314,6 +313,14 @@ def captured_sequence(
         if value.dtype != dtype and not torch.equal(converted[name].to(value.dtype), value):
             raise ValueError(f"{name} must fit {_dtype(converted[name])}, got {_dtype(value)} values that do not")
     return ids, logprobs, tail_logprob, converted
+
+
+def _no_more_than_certain(name: str, logprobs: Tensor, where: str = "") -> None:
+    """Log-probabilities, of which 0 may have been rounded to as much as an epsilon of fp16."""
+    # NaN fails the comparison too.
+    if not bool((logprobs <= 1e-3).all()):
+        worst = logprobs[~(logprobs <= 1e-3)].reshape(-1)[0].item()
+        raise ValueError(f"{name} must be log-probabilities, at most 0 and not NaN{where}, got {worst:g}")
 
 
 def _of_tokens(name: str, value: Any, length: int) -> Tensor:

@@ -111,6 +111,7 @@ LACKING = {
 }
 
 _library = torch.library.Library(NAMESPACE, "DEF")
+_library.define("cpu_fault() -> str")
 _library.define("cpu_isa() -> str")
 # The memory behind kdkernels.memory.
 _library.define("kept_empty(int[] shape, ScalarType dtype, str use) -> Tensor")

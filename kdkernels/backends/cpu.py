@@ -32,18 +32,20 @@ def library_path() -> Optional[Path]:
 def load_error() -> Optional[str]:
     """Load the library once; None on success, else why it is not there, and the command that cures it."""
     path = library_path()
-    return build_info.why_missing("cpu") if path is None else load(path, "cpu")
+    if path is None:
+        return build_info.why_missing("cpu")
+    return load(path, "cpu") or torch.ops.kdkernels.cpu_fault() or None
 
 
 def isa() -> str:
     """The instruction set in use; ``KDKERNELS_CPU_ISA`` in the environment may ask for a lower one.
 
     Raises:
-        RuntimeError: where the library is not there, with the reason.
+        RuntimeError: the library is not there, with the reason.
     """
-    reason = load_error()
-    if reason is not None:
-        raise RuntimeError(reason)
+    error = load_error()
+    if error is not None:
+        raise RuntimeError(f"no instruction set is in use: {error}")
     return torch.ops.kdkernels.cpu_isa()
 
 
