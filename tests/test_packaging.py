@@ -298,6 +298,12 @@ def test_a_build_that_sees_no_torch_fails_and_names_the_ways_on(source, isolated
     assert "--no-build-isolation" in last and "KDKERNELS_BUILD=none" in last
 
 
+def test_without_a_compiler_an_isolated_build_needs_no_torch(source, isolated):
+    done = isolated(BUILD, "wheel", cwd=source, torch=False, CXX="/nonexistent/c++")
+    assert done.returncode == 0, done.stderr
+    assert "+no.cpu.kernels-py3-none-any.whl" in done.stdout
+
+
 def test_a_source_archive_needs_neither_torch_nor_compiler(source, isolated):
     done = isolated(BUILD, "sdist", cwd=source, torch=False, CXX="/nonexistent/c++", KDKERNELS_BUILD="cuda")
     assert done.returncode == 0, done.stderr
