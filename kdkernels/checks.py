@@ -16,6 +16,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor
 
+from kdkernels import transforms
 from kdkernels.backends import cpu
 from kdkernels.reduction import REDUCTIONS
 
@@ -59,7 +60,8 @@ def number(
     """``value`` must be a finite Python number in ``[low, high]``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    # A comparison, not math.isfinite: Dynamo traces it for a number that it keeps as a symbol. NaN fails it too.
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
     if value < low or value > high or (exclusive_low and value == low):
         expected = f"> {low:g}" if exclusive_low else (f">= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]")
@@ -298,13 +300,12 @@ def captured_sequence(
     if bool(bad.any()):
         raise ValueError(f"ids must be in [0, {layout.vocab_size}) or -1 for an unused slot, got {int(ids[bad][0])}")
     used = torch.where(ids < 0, -torch.inf, logprobs)
-    # fp16 is what they are stored in; NaN fails the comparison too.
-    if not bool((used <= torch.finfo(torch.float16).max).all()):
-        raise ValueError("logprobs must not be NaN or above 65504, where ids is not -1")
+    _no_more_than_certain("logprobs", used, " where ids is not -1")
     if tail_logprob is not None:
         tail_logprob = _of_tokens("tail_logprob", tail_logprob, len(ids))
-        if not tail_logprob.is_floating_point() or bool(tail_logprob.isnan().any()):
-            raise ValueError("tail_logprob must be of floating point and not NaN")
+        if not tail_logprob.is_floating_point():
+            raise TypeError(f"tail_logprob must be of floating point, got {_dtype(tail_logprob)}")
+        _no_more_than_certain("tail_logprob", tail_logprob)
     converted = {}
     for name, dtype in layout.extras.items():
         value = _of_tokens(name, extras[name], len(ids))
@@ -312,6 +313,14 @@ def captured_sequence(
         if value.dtype != dtype and not torch.equal(converted[name].to(value.dtype), value):
             raise ValueError(f"{name} must fit {_dtype(converted[name])}, got {_dtype(value)} values that do not")
     return ids, logprobs, tail_logprob, converted
+
+
+def _no_more_than_certain(name: str, logprobs: Tensor, where: str = "") -> None:
+    """Log-probabilities, of which 0 may have been rounded to as much as an epsilon of fp16."""
+    # NaN fails the comparison too.
+    if not bool((logprobs <= 1e-3).all()):
+        worst = logprobs[~(logprobs <= 1e-3)].reshape(-1)[0].item()
+        raise ValueError(f"{name} must be log-probabilities, at most 0 and not NaN{where}, got {worst:g}")
 
 
 def _of_tokens(name: str, value: Any, length: int) -> Tensor:
@@ -539,13 +548,35 @@ def normalizer_like(value: Any, reduction: str, student: Optional[Tensor] = None
 
 
 def inplace_allowed(student: Tensor) -> None:
-    """``inplace`` is for eager mode, and for a student whose rows are a view."""
+    """``inplace`` is for eager mode, for a student that gets a gradient, and for rows that are views of their own."""
     if torch.compiler.is_compiling():
         raise ValueError("inplace=True works in eager mode only; under torch.compile leave it out")
+    if torch.is_grad_enabled() and not student.requires_grad:
+        raise ValueError("inplace=True needs a student that requires grad: there is no gradient to write otherwise")
     if student.dim() > 3 and not student.is_contiguous():
         raise ValueError(
             f"inplace needs a contiguous student or at most 3 dimensions, got strides {tuple(student.stride())}"
         )
+    extent = 1
+    for stride, size in sorted(zip(student.stride(), student.shape, strict=True)):
+        if size > 1 and stride < extent and student.numel() > 0:
+            raise ValueError(
+                "inplace needs a student whose rows share no memory, for they are overwritten one by one; got shape "
+                f"{tuple(student.shape)} with strides {tuple(student.stride())}: pass student.contiguous()"
+            )
+        extent += (size - 1) * stride
+
+
+def reverse_mode_only(backend: str, *tensors: Tensor) -> None:
+    """The kernels give a gradient in reverse mode: no tangents, and no tensors that stand for others."""
+    if backend == "torch" or torch.compiler.is_compiling() or not transforms.active():
+        return
+    for tensor in tensors:
+        if transforms.stands_for_others(tensor) or transforms.has_tangent(tensor):
+            raise RuntimeError(
+                f"backend {backend!r} has a gradient in reverse mode only, outside torch.func (grad, vmap, jvp, ...) "
+                'and forward-mode differentiation; there, backend="torch" works'
+            )
 
 
 def reduction_name(reduction: Any, student: Optional[Tensor] = None) -> None:

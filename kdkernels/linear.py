@@ -99,7 +99,30 @@ def linear_kd_loss(
         TypeError, ValueError: naming the argument, before anything is launched; for what ``teacher_logits`` returns,
             when it does.
     """
-    options = {name: value for name, value in locals().items() if name in DEFAULTS}
+    options = {
+        "divergence": divergence,
+        "temperature": temperature,
+        "teacher_temperature": teacher_temperature,
+        "scale_by_t_squared": scale_by_t_squared,
+        "kd_weight": kd_weight,
+        "ce_weight": ce_weight,
+        "z_loss_weight": z_loss_weight,
+        "label_smoothing": label_smoothing,
+        "ignore_index": ignore_index,
+        "row_weight": row_weight,
+        "reduction": reduction,
+        "normalizer": normalizer,
+        "teacher_form": teacher_form,
+        "teacher_weights": teacher_weights,
+        "mixture": mixture,
+        "vocab_size": vocab_size,
+        "student_softcap": student_softcap,
+        "teacher_softcap": teacher_softcap,
+        "standardize": standardize,
+        "row_param": row_param,
+        "return_stats": return_stats,
+        "backend": backend,
+    }
     product_dtype = _autocast_dtype(student_hidden)
     checks.head("student", student_hidden, student_weight, student_bias, product_dtype is not None)
     _check_chunk_bytes(chunk_bytes)
@@ -119,7 +142,7 @@ def linear_kd_loss(
         teachers, count = [], 1 if teacher_weights is None else _count(teacher_weights)
     mixture_weights = functional._mixture_weights(teacher_weights, mixture, count, logits, single=single)
     labels, row_param = functional._labels_and_param(plan, labels)
-    name = backends.select(backend, logits.device.type, divergence=plan.divergence.name)
+    name = backends.choose(backend, logits, divergence=plan.divergence.name)
     scale, weight = plan.weights(labels)
     launch = functional.dense_launch(plan, name, (labels, weight, row_param), scale, mixture_weights, mixture)
     hiddens, weights, biases = zip(*teachers, strict=True) if teachers else ((), (), ())
@@ -191,7 +214,26 @@ def linear_topk_kd_loss(
     Raises:
         TypeError, ValueError: naming the argument, before anything is launched.
     """
-    options = {name: value for name, value in locals().items() if name in TOPK_DEFAULTS}
+    options = {
+        "tail": tail,
+        "divergence": divergence,
+        "temperature": temperature,
+        "teacher_temperature": teacher_temperature,
+        "scale_by_t_squared": scale_by_t_squared,
+        "kd_weight": kd_weight,
+        "ce_weight": ce_weight,
+        "z_loss_weight": z_loss_weight,
+        "label_smoothing": label_smoothing,
+        "ignore_index": ignore_index,
+        "row_weight": row_weight,
+        "reduction": reduction,
+        "normalizer": normalizer,
+        "vocab_size": vocab_size,
+        "student_softcap": student_softcap,
+        "row_param": row_param,
+        "return_stats": return_stats,
+        "backend": backend,
+    }
     product_dtype = _autocast_dtype(student_hidden)
     checks.head("student", student_hidden, student_weight, student_bias, product_dtype is not None)
     _check_chunk_bytes(chunk_bytes)
@@ -199,7 +241,7 @@ def linear_topk_kd_loss(
     plan = functional._plan("linear_topk_kd_loss", options, logits)
     teacher = checks.sparse_teacher(teacher_ids, teacher_logprobs, logits, plan.columns)
     labels, row_param = functional._labels_and_param(plan, labels)
-    name = backends.select(backend, logits.device.type, divergence=plan.divergence.name, pattern="topk_fwd")
+    name = backends.choose(backend, logits, divergence=plan.divergence.name, pattern="topk_fwd")
     scale, weight = plan.weights(labels)
     tail_rows = checks.tail_like(tail_logprob, tail, logits)
     launch = functional.topk_launch(plan, name, teacher, (labels, weight, row_param, tail_rows), scale)
