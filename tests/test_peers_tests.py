@@ -153,6 +153,10 @@ def test_rows_that_do_not_count_give_0_whatever_comes_from_above(loss, dtype, gr
 # No fallback.
 
 
+def tensors(tree):
+    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
 class Ops(TorchDispatchMode):
     """The ops that run, those with a result as large as logits, and what went in and out of those of a loss."""
 
@@ -167,7 +171,7 @@ class Ops(TorchDispatchMode):
         computes = name.startswith("kdkernels.") and ("_fwd_" in name or "_loss_" in name)
         given = tree_map_only(torch.Tensor, lambda x: x.detach().clone(), (args, kwargs)) if computes else None
         result = function(*args, **kwargs)
-        results = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        results = tensors(result)
         self.large += [name for x in results if x.numel() == N * V]
         if computes:
             self.calls.append((function, given, [x.detach().clone() for x in results]))
@@ -202,12 +206,10 @@ def test_the_op_that_ran_is_the_one_asked_for(loss, dtype, reduction, compiled_c
         # The same call again, by hand: the same bits.
         function, (args, kwargs), result = ran.calls[0]
         again = function(*args, **kwargs)
-        for x, y in zip(result, tree_leaves(again), strict=True):
-            assert torch.equal(x, y)
+        assert len(result) == len(tensors(again)) and all(map(torch.equal, result, tensors(again)))
         if dtype != "fp16":
             # In fp16 the loss's constants are applied to what the op made.
-            buffers = [x for x in (*tree_leaves(args), *tree_leaves(again)) if x is not None]
-            buffers = [x for x in buffers if isinstance(x, torch.Tensor) and x.numel() == student.numel()]
+            buffers = [x for x in tensors((args, again)) if x.numel() == student.numel()]
             assert any(torch.equal(x.reshape_as(grad), grad) for x in buffers)
     plain, expected, slow = ops_of(loss, student, teacher, backend="torch", **options)
     assert not plain.calls and any(map(ARITHMETIC.match, plain.large))
@@ -260,10 +262,9 @@ class Held(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor) and not x.is_sparse:
-                storage = x.untyped_storage()
-                self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        for x in tensors(result):
+            storage = x.untyped_storage()
+            self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         return result
 
     def bytes(self, *without):
