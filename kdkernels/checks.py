@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional, Union
 
@@ -24,6 +25,8 @@ BACKENDS = ("auto", "cuda", "triton", "cpu", "torch")
 TEACHER_FORMS = ("logits", "log_probs", "probs")
 MIXTURES = ("probs", "logits")
 TAILS = ("bucket", "renormalize", "renormalize_both", "uniform", "drop")
+LARGEST = sys.float_info.max
+INT64 = torch.iinfo(torch.int64)
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_TEACHERS = 4
 EXTRA_DTYPES = (
@@ -60,8 +63,9 @@ def number(
     """``value`` must be a finite Python number in ``[low, high]``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    # A comparison, not math.isfinite: Dynamo traces it for a number that it keeps as a symbol. NaN fails it too.
-    if not -math.inf < value < math.inf:
+    # A comparison, not math.isfinite: Dynamo traces it for a number that it keeps as a symbol. NaN fails it too, and an
+    # int beyond all floats is larger than the largest.
+    if not -LARGEST <= value <= LARGEST:
         raise ValueError(f"{name} must be finite, got {value}")
     if value < low or value > high or (exclusive_low and value == low):
         expected = f"> {low:g}" if exclusive_low else (f">= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]")
@@ -69,13 +73,23 @@ def number(
     return float(value)
 
 
-def integer(name: str, value: Any, *, low: Optional[int] = None, high: Optional[int] = None) -> int:
-    """``value`` must be an int (``torch.SymInt`` counts) of at least ``low`` and at most ``high``."""
+def in_sums(name: str, value: float, student: Tensor, *, positive: bool = False) -> None:
+    """A Python number stays finite in the dtype of the sums; one that must be ``positive`` has an inverse there."""
+    dtype = sum_dtype(student)
+    info = torch.finfo(dtype)
+    if not -info.max <= value <= info.max:
+        raise ValueError(f"{name} must be finite in {_name(dtype)}, got {value}")
+    if positive and value < info.smallest_normal:
+        raise ValueError(f"{name} must be at least {info.smallest_normal:.3g} in {_name(dtype)}, got {value}")
+
+
+def integer(name: str, value: Any, *, low: int = INT64.min, high: int = INT64.max) -> int:
+    """``value`` must be an int (``torch.SymInt`` counts) in ``[low, high]``, which are by default those of 64 bits."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if low is not None and value < low:
+    if value < low:
         raise ValueError(f"{name} must be at least {low}, got {value}")
-    if high is not None and value > high:
+    if value > high:
         raise ValueError(f"{name} must be at most {high}, got {value}")
     return value  # type: ignore[return-value]
 
@@ -300,12 +314,18 @@ def captured_sequence(
     if bool(bad.any()):
         raise ValueError(f"ids must be in [0, {layout.vocab_size}) or -1 for an unused slot, got {int(ids[bad][0])}")
     used = torch.where(ids < 0, -torch.inf, logprobs)
-    _no_more_than_certain("logprobs", used, " where ids is not -1")
+    weights = torch.ones(len(ids), dtype=torch.bool)
     if tail_logprob is not None:
         tail_logprob = _of_tokens("tail_logprob", tail_logprob, len(ids))
         if not tail_logprob.is_floating_point():
             raise TypeError(f"tail_logprob must be of floating point, got {_dtype(tail_logprob)}")
         _no_more_than_certain("tail_logprob", tail_logprob)
+        weights = tail_logprob == -torch.inf
+    _no_more_than_certain("logprobs", used[~weights], " where ids is not -1")
+    # Nothing is left to the ids that are not here, so that these may be samples: their weights may be above 1. fp16 is
+    # what they are stored in; NaN fails the comparison too.
+    if not bool((used <= torch.finfo(torch.float16).max).all()):
+        raise ValueError("logprobs must not be NaN or above 65504, where ids is not -1")
     converted = {}
     for name, dtype in layout.extras.items():
         value = _of_tokens(name, extras[name], len(ids))
@@ -316,10 +336,11 @@ def captured_sequence(
 
 
 def _no_more_than_certain(name: str, logprobs: Tensor, where: str = "") -> None:
-    """Log-probabilities, of which 0 may have been rounded to as much as an epsilon of fp16."""
+    """Log-probabilities, of which 0 may have been rounded up: a logit of 32 less a logsumexp of that size, say."""
     # NaN fails the comparison too.
-    if not bool((logprobs <= 1e-3).all()):
-        worst = logprobs[~(logprobs <= 1e-3)].reshape(-1)[0].item()
+    bad = ~(logprobs <= max(1e-3, 16 * torch.finfo(logprobs.dtype).eps))
+    if bool(bad.any()):
+        worst = logprobs[bad].reshape(-1)[0].item()
         raise ValueError(f"{name} must be log-probabilities, at most 0 and not NaN{where}, got {worst:g}")
 
 
@@ -502,8 +523,11 @@ def per_row(
     exclusive: bool = True,
 ) -> Union[float, Tensor]:
     """A Python number, or a tensor of one value per row (or one value), returned as a float or as ``[N]``."""
+    positive = exclusive and low == 0.0 and high == math.inf
     if not isinstance(value, Tensor):
-        return number(name, value, low=low, high=high, exclusive_low=exclusive and low > -math.inf)
+        value = number(name, value, low=low, high=high, exclusive_low=exclusive and low > -math.inf)
+        in_sums(name, value, student, positive=positive)
+        return value
     plain(name, value)
     if not value.dtype.is_floating_point and value.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be a number or a tensor of numbers, got {_dtype(value)}")
@@ -516,16 +540,23 @@ def per_row(
         raise ValueError(
             f"{name} must be a number or have one value per row, shape {tuple(rows)}, got {tuple(value.shape)}"
         )
+    flat = value.detach().to(device=student.device, dtype=sum_dtype(student))
     if reads_values(value) and value.numel():
-        bad = ~torch.isfinite(value) | (value < low) | (value > high)
+        # As the sums know them: numbers of fp64 may be 0 or infinite in fp32.
+        known = flat.to(value.device)
+        bad = ~torch.isfinite(known) | (known < low) | (known > high)
         if exclusive:
-            bad |= (value == low) | (value == high)
+            bad |= (known == low) | (known == high)
+        if positive:
+            bad |= known < torch.finfo(flat.dtype).smallest_normal
         if bool(bad.any()):
             worst = value[bad].reshape(-1)[0].item()
             expected = f"> {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-            raise ValueError(f"{name} must be finite{'' if low == -math.inf else f' and {expected}'}, got {worst}")
+            sums = "" if not math.isfinite(worst) or value.dtype == flat.dtype else f" in {_name(flat.dtype)}"
+            raise ValueError(
+                f"{name} must be finite{'' if low == -math.inf else f' and {expected}'}{sums}, got {worst}"
+            )
     num_rows = student.numel() // student.shape[-1]
-    flat = value.detach().to(device=student.device, dtype=sum_dtype(student))
     return flat.reshape(()).expand(num_rows) if value.numel() == 1 and num_rows != 1 else flat.reshape(-1)
 
 
@@ -536,14 +567,20 @@ def normalizer_like(value: Any, reduction: str, student: Optional[Tensor] = None
     if reduction not in ("sum", "mean"):
         raise ValueError(f"normalizer needs reduction 'sum' or 'mean', got {reduction!r}")
     if not isinstance(value, Tensor):
-        return number("normalizer", value, low=0.0, exclusive_low=True)
+        value = number("normalizer", value, low=0.0, exclusive_low=True)
+        if student is not None:
+            in_sums("normalizer", value, student, positive=True)
+        return value
     plain("normalizer", value)
     if value.numel() != 1:
         raise ValueError(f"normalizer must be a number or a tensor of one element, got shape {tuple(value.shape)}")
     if value.requires_grad:
         raise ValueError("normalizer must not require grad: it gets no gradient; detach it")
-    if reads_values(value) and not 0.0 < float(value) < math.inf:
-        raise ValueError(f"normalizer must be finite and > 0, got {float(value)}")
+    if reads_values(value):
+        if not 0.0 < float(value) < math.inf:
+            raise ValueError(f"normalizer must be finite and > 0, got {float(value)}")
+        if student is not None:
+            in_sums("normalizer", float(value), student, positive=True)
     return value.detach().to(value.device if student is None else student.device)
 
 
@@ -599,4 +636,8 @@ def reads_values(value: Tensor) -> bool:
 
 
 def _dtype(value: Tensor) -> str:
-    return str(value.dtype).replace("torch.", "")
+    return _name(value.dtype)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).replace("torch.", "")

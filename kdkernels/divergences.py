@@ -7,7 +7,7 @@ Every class states its formula; the pointwise functions live in ``kdkernels.refe
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
 from typing import ClassVar, Optional, Union
 
@@ -44,8 +44,9 @@ class Divergence:
 def _check_number(owner: str, name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{owner}: {name} must be a number, got {type(value).__name__}")
-    # A comparison, not math.isfinite: Dynamo traces it for a number that it keeps as a symbol. NaN fails it too.
-    if not -math.inf < value < math.inf:
+    # A comparison, not math.isfinite: Dynamo traces it for a number that it keeps as a symbol. NaN fails it too, and an
+    # int beyond all floats is larger than the largest.
+    if not -sys.float_info.max <= value <= sys.float_info.max:
         raise ValueError(f"{owner}: {name} must be finite, got {value}")
     return float(value)
 

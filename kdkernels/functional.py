@@ -858,6 +858,15 @@ def _plan(owner: str, options: dict[str, Any], student: Any) -> _Plan:
         checks.inplace_allowed(student)
     temperature, teacher_temperature = objective["temperature"], objective["teacher_temperature"]
     weight, normalizer = get["row_weight"], get["normalizer"]
+    checks.in_sums("temperature", temperature, student, positive=True)
+    checks.in_sums("teacher_temperature", teacher_temperature, student, positive=True)
+    for name in ("student_softcap", "teacher_softcap"):
+        if get[name] is not None:
+            checks.in_sums(name, get[name], student, positive=True)
+    if plain and weight is not None:
+        checks.in_sums("row_weight", weight, student)
+    if plain and normalizer is not None:
+        checks.in_sums("normalizer", normalizer, student, positive=True)
     if not plain:
         temperature = checks.per_row("temperature", get["temperature"], student, low=0.0)
         teacher_temperature = temperature
@@ -1055,14 +1064,16 @@ def _mixture_weights(weights: Any, mixture: str, count: int, student: Tensor, *,
         )
     if weights.requires_grad:
         raise ValueError("teacher_weights must not require grad: they get no gradient; detach them")
-    if checks.reads_values(weights) and weights.numel() and not bool((torch.isfinite(weights) & (weights >= 0)).all()):
-        raise ValueError("teacher_weights must be finite and >= 0")
     weights = weights.to(device=student.device, dtype=dtype).reshape(-1, count)
+    if checks.reads_values(weights) and weights.numel() and not bool((torch.isfinite(weights) & (weights >= 0)).all()):
+        raise ValueError(f"teacher_weights must be finite and >= 0 in {str(dtype).removeprefix('torch.')}")
     if mixture == "probs":
-        total = weights.sum(-1, keepdim=True)
-        if checks.reads_values(weights) and not bool((total > 0).all()):
+        largest = weights.amax(-1, keepdim=True)
+        if checks.reads_values(weights) and not bool((largest > 0).all()):
             raise ValueError("teacher_weights must not all be 0")
-        weights = weights / total
+        # Of the largest, so that their sum is one of this dtype.
+        weights = weights / largest
+        weights = weights / weights.sum(-1, keepdim=True)
     return weights.expand(_num_rows(student), count)
 
 

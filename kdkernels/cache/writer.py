@@ -134,8 +134,9 @@ class TeacherCacheWriter:
 
         Args:
             ids: int32 or int64 ``[L, K]``, each in ``[0, V)`` or -1 for an unused slot.
-            logprobs: float ``[L, K]``, natural log-probabilities, at most 0 but for rounding (1e-3); -inf is allowed.
-                Stored in fp16, such that the sum of a row's probabilities stays what it is.
+            logprobs: float ``[L, K]``, natural log-probabilities, at most 0 but for rounding; -inf is allowed. A row
+                without a tail may have weights above 1, as samples do. Stored in fp16, such that the sum of a row's
+                probabilities stays what it is.
             tail_logprob: float ``[L]``, the log of the mass outside the K ids, at most 0 as well, stored in fp32; to be
                 given if and only if the writer was made with ``tail=True``.
             extras: the tensors ``[L]`` that the writer was told of, converted where that changes no value.
