@@ -60,6 +60,49 @@ __device__ __forceinline__ Scored<V> eval(const Linear& c, int functor, V x0, V 
   return {over_p + over_q, V(c.c_pq) * p + V(c.c_qq) * q + over_q};
 }
 
+// The exponent of a logit relative to a maximum: one rounding in one instruction, unless the product of the maximum has
+// lost its fraction; then the difference comes first, and an offset of all logits costs no digits however large it is.
+struct Exponent {
+  float high, scale, at;
+  bool fused;
+
+  __device__ __forceinline__ Exponent(float high, float scale)
+      : high(high), scale(scale), at(high * scale), fused(fabsf(at) < 16777216.0f) {}
+  // Both forms are a loop of their own where there is one: a choice for each logit would be as dear as both.
+  __device__ __forceinline__ float by_fusing(float x) const { return fmaf(x, scale, -at); }
+  __device__ __forceinline__ float by_difference(float x) const { return (x - high) * scale; }
+  __device__ __forceinline__ float operator()(float x) const { return fused ? by_fusing(x) : by_difference(x); }
+  // What it is relative to.
+  __device__ __forceinline__ double reference() const { return fused ? double(at) : double(high) * double(scale); }
+  // By how much sums relative to this one shrink relative to another.
+  __device__ __forceinline__ float to(const Exponent& other) const {
+    return exp2_fast(float(reference() - other.reference()));
+  }
+  template <int N>
+  __device__ __forceinline__ float sum(const float (&x)[N]) const {
+    float total = 0;
+    if (fused) {
+#pragma unroll
+      for (float value : x) total += exp2_fast(by_fusing(value));
+    } else {
+#pragma unroll
+      for (float value : x) total += exp2_fast(by_difference(value));
+    }
+    return total;
+  }
+  // out += factor * 2^exponent.
+  template <int N>
+  __device__ __forceinline__ void add(float factor, const float (&x)[N], float (&out)[N]) const {
+    if (fused) {
+#pragma unroll
+      for (int l = 0; l < N; ++l) out[l] = fmaf(factor, exp2_fast(by_fusing(x[l])), out[l]);
+    } else {
+#pragma unroll
+      for (int l = 0; l < N; ++l) out[l] = fmaf(factor, exp2_fast(by_difference(x[l])), out[l]);
+    }
+  }
+};
+
 // The slots of a teacher's row. A slot is live when it holds a valid id, the first one of equal ids.
 struct Entries {
   double *logp, *q;  // logp makes room for the score
@@ -152,9 +195,9 @@ struct AddOutside {
   __device__ __forceinline__ Outside operator()(const Outside& a, const Outside& b) const {
     Outside out;
     out.high = fmaxf(a.high, b.high);
-    const float below_a = a.high - out.high, below_b = b.high - out.high;
-    out.z = a.z * exp2_fast(below_a * scale) + b.z * exp2_fast(below_b * scale);
-    out.z1 = a.z1 * exp2_fast(below_a * kLog2e) + b.z1 * exp2_fast(below_b * kLog2e);
+    const Exponent y(out.high, scale), x(out.high, kLog2e);
+    out.z = a.z * Exponent(a.high, scale).to(y) + b.z * Exponent(b.high, scale).to(y);
+    out.z1 = a.z1 * Exponent(a.high, kLog2e).to(x) + b.z1 * Exponent(b.high, kLog2e).to(x);
     out.sum_x = a.sum_x + b.sum_x;
     return out;
   }
@@ -264,7 +307,7 @@ struct RowNumbers {
   double weight, tau, nats, inverse_t, x0, picked, center;  // y = (x - top) nats
   double rest, log_rest, log_each, teacher_high, log_norm;  // log p = logp inverse_t - log_norm
   double top, log_z, lse_above, q_outside, log_q_outside;   // log q = y - log_z; the logsumexp is top + lse_above
-  double y_outside, x_outside;                              // of the largest logit outside; x_outside less top
+  double y_outside, x_outside;                              // what the exponentials outside are relative to, less top
   double student_mass, w, hard, c0, step, score;            // of the gradient
   float scale, p_each, log_p_each, share, log_share, a, c1;
   int others;  // outcomes
@@ -407,17 +450,14 @@ struct TopkRow {
       float next = sums.high;
 #pragma unroll
       for (float value : x) next = fmaxf(next, value);
+      const Exponent y(next, scale);
       if (next > sums.high) {
-        sums.z *= exp2_fast((sums.high - next) * scale);
-        sums.z1 *= exp2_fast((sums.high - next) * kLog2e);
+        sums.z *= Exponent(sums.high, scale).to(y);
+        if (own) sums.z1 *= Exponent(sums.high, kLog2e).to(Exponent(next, kLog2e));
         sums.high = next;
       }
-#pragma unroll
-      for (float value : x) sums.z += exp2_fast((value - next) * scale);
-      if (own) {
-#pragma unroll
-        for (float value : x) sums.z1 += exp2_fast((value - next) * kLog2e);
-      }
+      sums.z += y.sum(x);
+      if (own) sums.z1 += Exponent(next, kLog2e).sum(x);
       if (adds) {
 #pragma unroll
         for (int l = 0; l < kL; ++l) sums.sum_x += dead >> l & 1 ? 0.0f : x[l] - center;
@@ -447,8 +487,9 @@ struct TopkRow {
     }
     const float top = fmaxf(found.high_x, outside.z > 0 ? outside.high : -INFINITY);
     n.top = top > -INFINITY ? double(top) : 0.0;
-    n.x_outside = double(outside.high) - n.top;
-    n.y_outside = n.x_outside * n.nats;
+    const Exponent y(outside.high, n.scale), x(outside.high, kLog2e);
+    n.y_outside = (y.reference() - n.top * double(n.scale)) * kLn2;
+    n.x_outside = double(x.high) - n.top + (x.reference() - double(x.high) * double(x.scale)) * kLn2;
     const double x_entries = double(found.high_x) - n.top, y_entries = x_entries * n.nats;
     const double log_z_entries = y_entries + log(masses.student);
     n.log_z = n.lse_above = log_total(y_entries, masses.student, n.y_outside, outside.z);
@@ -510,13 +551,14 @@ struct TopkRow {
   __device__ __forceinline__ void eval_lanes(const float (&x)[kL], uint32_t dead, Visit visit) const {
     const int functor = args.tail == Tail::kUniform ? launch.functor : kNoTeacherFunctor;
     const float x0 = float(n.x0), x1 = float(args.param1);
+    const Exponent exponent(n.outside.high, n.scale);
 #pragma unroll 1
     for (int lane = 0; lane < kL; ++lane) {
       if (dead >> lane & 1) continue;
       float mine = x[0];
 #pragma unroll
       for (int l = 1; l < kL; ++l) mine = l == lane ? x[l] : mine;
-      const float y = (mine - n.outside.high) * n.scale;
+      const float y = exponent(mine);
       visit(lane, eval<float>(launch.coefficients, functor, x0, x1, n.p_each, n.log_p_each, exp2_fast(y) * n.share,
                               fmaf(y, float(kLn2), n.log_share)));
     }
@@ -597,18 +639,17 @@ struct TopkRow {
   __device__ __forceinline__ void write_outside(int64_t label) {
     const Grid<X> grid = logits.grid;
     const int columns = int(args.columns), width = int(args.width), last = grid.vectors(columns) - 1;
-    const float scale = n.scale, high = n.outside.high, a = n.a, c1 = n.c1, c0 = float(n.c0), w = float(n.w);
+    const Exponent y(n.outside.high, n.scale), at1(n.outside.high, kLog2e);
+    const float a = n.a, c1 = n.c1, c0 = float(n.c0), w = float(n.w);
     const float inverse_cap = logits.cap != 0 ? 1 / logits.cap : 0.0f;
     const int label_vector = n.step != 0 ? grid.vector_of(int(label)) : -1;
     const bool own = c1 != 0;
     logits.template sweep<EVERY ? 1 : 4>(team, entries, swept(), true, [&](int v, const float (&x)[kL], uint32_t dead) {
       float out[kL];
 #pragma unroll
-      for (int l = 0; l < kL; ++l) out[l] = fmaf(a, exp2_fast((x[l] - high) * scale), c0);
-      if (own) {
-#pragma unroll
-        for (int l = 0; l < kL; ++l) out[l] = fmaf(c1, exp2_fast((x[l] - high) * kLog2e), out[l]);
-      }
+      for (int l = 0; l < kL; ++l) out[l] = c0;
+      y.add(a, x, out);
+      if (own) at1.add(c1, x, out);
       if (EVERY && w != 0) {
         eval_lanes(x, dead, [&](int lane, const Scored<float>& f) {
 #pragma unroll
