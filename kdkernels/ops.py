@@ -117,6 +117,10 @@ _library.define("kept_empty(int[] shape, ScalarType dtype, str use) -> Tensor")
 _library.define("kept_blocks(str use) -> int[]")
 _library.define("kept_release() -> ()")
 _library.define("poison_memory(bool on) -> ()")  # what the library makes from here on is NaN: for tests
+# The product of bf16 matrices with an fp32 result, which torch lacks on a CPU: out = a @ b, or += that. An fp32 ``a`` is
+# rounded to bf16. There is none on a processor without instructions for it, or beside a torch without what it calls.
+_library.define("has_bf16_product() -> bool")
+_library.define("bf16_product(Tensor a, Tensor b, Tensor(a!) out, bool add) -> ()")
 # Checks of values on the CPU. Labels int64 and contiguous; ids and log-probabilities contiguous and of one size.
 _library.define("labels_are_sound(Tensor labels, int columns, int ignore_index) -> bool")
 _library.define("sparse_teacher_is_sound(Tensor ids, Tensor logprobs, int columns) -> bool")
