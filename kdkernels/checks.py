@@ -16,6 +16,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor
 
+from kdkernels import transforms
 from kdkernels.backends import cpu
 from kdkernels.reduction import REDUCTIONS
 
@@ -437,13 +438,35 @@ def normalizer_like(value: Any, reduction: str, student: Optional[Tensor] = None
 
 
 def inplace_allowed(student: Tensor) -> None:
-    """``inplace`` is for eager mode, and for a student whose rows are a view."""
+    """``inplace`` is for eager mode, for a student that gets a gradient, and for rows that are views of their own."""
     if torch.compiler.is_compiling():
         raise ValueError("inplace=True works in eager mode only; under torch.compile leave it out")
+    if torch.is_grad_enabled() and not student.requires_grad:
+        raise ValueError("inplace=True needs a student that requires grad: there is no gradient to write otherwise")
     if student.dim() > 3 and not student.is_contiguous():
         raise ValueError(
             f"inplace needs a contiguous student or at most 3 dimensions, got strides {tuple(student.stride())}"
         )
+    extent = 1
+    for stride, size in sorted(zip(student.stride(), student.shape, strict=True)):
+        if size > 1 and stride < extent and student.numel() > 0:
+            raise ValueError(
+                "inplace needs a student whose rows share no memory, for they are overwritten one by one; got shape "
+                f"{tuple(student.shape)} with strides {tuple(student.stride())}: pass student.contiguous()"
+            )
+        extent += (size - 1) * stride
+
+
+def reverse_mode_only(backend: str, *tensors: Tensor) -> None:
+    """The kernels give a gradient in reverse mode: no tangents, and no tensors that stand for others."""
+    if backend == "torch" or torch.compiler.is_compiling() or not transforms.active():
+        return
+    for tensor in tensors:
+        if transforms.stands_for_others(tensor) or transforms.has_tangent(tensor):
+            raise RuntimeError(
+                f"backend {backend!r} has a gradient in reverse mode only, outside torch.func (grad, vmap, jvp, ...) "
+                'and forward-mode differentiation; there, backend="torch" works'
+            )
 
 
 def reduction_name(reduction: Any, student: Optional[Tensor] = None) -> None:

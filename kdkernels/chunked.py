@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import checks, ops
-from kdkernels.autograd import Launch, _scaled, run, run_reference
+from kdkernels.autograd import Launch, run, run_reference, scaled
 from kdkernels.heads import Head, HeadGrad, Scratch, sum_dtype
 from kdkernels.reference.topk import distinct
 
@@ -73,7 +73,7 @@ class LinearLoss(torch.autograd.Function):
         *grads, grad_rows = ctx.saved_tensors
         # A graph cannot write to what forward saved.
         backend = "torch" if torch.compiler.is_compiling() else ctx.backend
-        dhidden, dweight, dbias = (_scaled(grad, dloss, backend) for grad in grads)
+        dhidden, dweight, dbias = (scaled(grad, dloss, None, backend, shared=False) for grad in grads)
         if grad_rows is not None and dweight is not None:
             # Sorted and unique by construction.
             dweight = torch.sparse_coo_tensor(

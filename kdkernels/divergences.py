@@ -24,6 +24,9 @@ class Divergence:
     paper: ClassVar[str] = ""
     # Sweeps over the logits of a two-sweep kernel: (reads of each logits tensor) when the row is not resident on chip.
     sweeps: ClassVar[int] = 3
+    # Whether an entry of the gradient by the student's tempered logits stays near 1 however far apart the models are.
+    # Others grow with the difference of log-probabilities, and a gradient in fp16 leaves them more room.
+    bounded_gradient: ClassVar[bool] = False
 
     def params(self) -> tuple[float, float]:
         """The two run-time numbers handed to the kernels; unused ones are 0."""
@@ -61,6 +64,7 @@ class ForwardKL(Divergence):
     formula = "sum p (log p - log q)"
     gradient = "(q - p) / T"
     paper = "Hinton et al. 2015, arXiv:1503.02531"
+    bounded_gradient = True
     sweeps = 2
 
     def dual(self) -> Divergence:
@@ -98,6 +102,7 @@ class JSD(Divergence):
     formula = "beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q"
     gradient = "(1 - beta) q (log q - log m - KL(q || m)) / T"
     paper = "Agarwal et al. 2024 (GKD), arXiv:2306.13649"
+    bounded_gradient = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "beta", _check_fraction("JSD", "beta", self.beta))
@@ -124,6 +129,7 @@ class TVD(Divergence):
     formula = "1/2 sum |p - q|"
     gradient = "q (sign(q - p) - sum q sign(q - p)) / (2 T)"
     paper = "Wen et al. 2023 (f-DISTILL), arXiv:2307.15190"
+    bounded_gradient = True
 
     def dual(self) -> Divergence:
         return TVD()
@@ -140,6 +146,7 @@ class SkewKL(Divergence):
     formula = "KL(p || m), m = alpha p + (1 - alpha) q"
     gradient = "(1 - alpha) q (sum p q / m - p / m) / T"
     paper = "Ko et al. 2024 (DistiLLM), arXiv:2402.03898"
+    bounded_gradient = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "alpha", _check_fraction("SkewKL", "alpha", self.alpha))
@@ -165,6 +172,7 @@ class SkewReverseKL(Divergence):
     formula = "KL(q || m), m = alpha q + (1 - alpha) p"
     gradient = "q (log q - log m - alpha q / m - D + alpha sum q^2 / m) / T"
     paper = "Ko et al. 2024 (DistiLLM), arXiv:2402.03898"
+    bounded_gradient = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "alpha", _check_fraction("SkewReverseKL", "alpha", self.alpha))
@@ -235,6 +243,7 @@ class SoftCE(Divergence):
     formula = "-sum p log q"
     gradient = "(q - p) / T"
     paper = "Hinton et al. 2015, arXiv:1503.02531"
+    bounded_gradient = True
     sweeps = 2
 
     def dual(self) -> Divergence:

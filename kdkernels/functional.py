@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Optional, TypeVar, Union
 import torch
 from torch import Tensor
 
-from kdkernels import backends, checks, divergences, ops, reduction, reference
+from kdkernels import backends, checks, divergences, ops, reduction, reference, transforms
 from kdkernels.autograd import Launch, RowLoss, SummedCall, run, run_reference, run_summed
 from kdkernels.divergences import Divergence
 
@@ -172,7 +172,8 @@ def kd_loss(
         row_param: one value per row for the divergence's parameter (JSD's ``beta``, the skew forms' ``alpha``),
             strictly between 0 and 1; overrides the instance's.
         inplace: write the gradient over the student's logits: no ``[N, V]`` allocation at all, and the logits are gone
-            after the call. Eager only; needs a student that requires grad.
+            after the call. Eager only; needs a student that requires grad, whose rows share no memory. Under
+            ``torch.no_grad()`` there is no gradient, and the logits stay.
         return_stats: also return ``KDStats``.
         backend: "auto", "triton", "cpu" (C++) or "torch" (plain PyTorch, the reference).
 
@@ -309,6 +310,7 @@ def topk_kd_loss(
     plan = _plan("topk_kd_loss", options, student)
     teacher = checks.sparse_teacher(teacher_ids, teacher_logprobs, student, plan.columns)
     name = backends.select(backend, student.device.type, divergence=plan.divergence.name, pattern="topk_fwd")
+    checks.reverse_mode_only(name, student)
     return _Call(plan, (), _topk_call(plan, teacher, labels, tail_logprob, name))
 
 
@@ -385,6 +387,7 @@ def dkd_loss(
     flat = checks.labels_like(labels, student, plan.columns, ignore_index)
     scale, weight = plan.weights(flat)
     name = backends.select(backend, student.device.type)
+    checks.reverse_mode_only(name, student, teacher)
     if name == "torch":
         assert flat is not None
         s, t = _flat(student, teacher)
@@ -415,6 +418,7 @@ def dkd_loss(
             "scale": scale,
             "scale_by_t_squared": scale_by_t_squared,
         },
+        gradient_size=(alpha + beta) * _tempered(plan.temperature, scale_by_t_squared) + 2.0**-100,
     )
     return plan.launch(launch, (teacher,))[0]
 
@@ -450,12 +454,15 @@ def logit_mse_loss(
     flat = checks.labels_like(labels, student, plan.columns, ignore_index)
     scale, weight = plan.weights(flat)
     name = backends.select(backend, student.device.type)
+    checks.reverse_mode_only(name, student, teacher)
     if name == "torch":
         s, t = _flat(student, teacher)
         rows = reference.mse_rows(s, t, flat, centered=centered, vocab_size=plan.columns, ignore_index=ignore_index)
         return plan.reduced(rows * scale if weight is None else rows * (scale * weight))
     scalars = {"centered": centered, "vocab_size": plan.columns, "ignore_index": ignore_index, "scale": scale}
-    return plan.launch(Launch("mse_fwd", name, (flat, weight), scalars), (teacher,))[0]
+    # 2 (s - t) / V: half of s - t is kept, which fits fp16 however far apart two of its numbers are.
+    launch = Launch("mse_fwd", name, (flat, weight), scalars, gradient_size=1024.0 / plan.columns)
+    return plan.launch(launch, (teacher,))[0]
 
 
 DEFAULTS: dict[str, Any] = {
@@ -726,7 +733,7 @@ def _call_key(owner: str, options: dict[str, Any], tensors: tuple[Any, ...], *gi
     ``options`` are those that were given: a look at two costs less than one at all 23.
     """
     key = _options_key(owner, options)
-    if key is None or _in_transform():
+    if key is None or transforms.active():
         return None
     for tensor in tensors:
         if type(tensor) not in _PLAIN_TENSORS or not tensor.is_cpu or tensor.layout is not _STRIDED:
@@ -757,10 +764,9 @@ def _summed_call(call: _Call) -> Optional[SummedCall]:
     pattern = launch.pattern.removesuffix("_fwd")
     alike = {name: value for name, value in launch.options.items() if name not in ("scale", "stats", "mixture")}
     packed = ops.op(f"{pattern}_call", "cpu")(plan.student.detach(), **alike)
-    return SummedCall(ops.op(f"{pattern}_loss", "cpu"), packed, plan.options["inplace"])
+    return SummedCall(ops.op(f"{pattern}_loss", "cpu"), packed, plan.options["inplace"], launch.gradient_size)
 
 
-_in_transform = torch._C._are_functorch_transforms_active
 _STRIDED = torch.strided
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 _known_calls: dict[Any, _KnownCall] = {}
@@ -790,7 +796,9 @@ def _plan(owner: str, options: dict[str, Any], student: Any) -> _Plan:
 def _dense_backend(plan: _Plan, teachers: tuple[Tensor, ...], mixture_weights: Optional[Tensor]) -> str:
     get, name = plan.options, plan.divergence.name
     torch_only = _teacher_grad_needs_torch(get, teachers, mixture_weights) if _teacher_grad(teachers) else None
-    return backends.select(get["backend"], plan.student.device.type, divergence=name, torch_only=torch_only)
+    found = backends.select(get["backend"], plan.student.device.type, divergence=name, torch_only=torch_only)
+    checks.reverse_mode_only(found, plan.student, *teachers)
+    return found
 
 
 def _teacher_grad(teachers: tuple[Tensor, ...]) -> bool:
@@ -819,8 +827,26 @@ def _topk_call(
 
 
 def _dense(plan: _Plan, teachers: tuple[Tensor, ...], launch: Launch) -> Any:
-    dual = _dual(plan, launch) if launch.backend != "torch" and _teacher_grad(teachers) else None
+    dual = _dual(plan, launch, teachers[0]) if launch.backend != "torch" and _teacher_grad(teachers) else None
     return plan.result(*plan.launch(launch, teachers, dual), KDStats)
+
+
+# A z-loss has a gradient of 2 lse q, and lse is some tens; an unbounded divergence has one that grows as the difference
+# of log-probabilities.
+Z_LOSS_SIZE, UNBOUNDED_SIZE = 32.0, 16.0
+
+
+def _gradient_size(divergence: Divergence, options: dict[str, Any]) -> float:
+    """``Launch.gradient_size`` of an objective."""
+    size = 1.0 if divergence.bounded_gradient else UNBOUNDED_SIZE
+    size = options["kd_weight"] * size * _tempered(options["temperature"], options["scale_by_t_squared"])
+    # With no term at all there is still something to divide by.
+    return size + options["ce_weight"] + Z_LOSS_SIZE * options["z_loss_weight"] + 2.0**-100
+
+
+def _tempered(temperature: float, scale_by_t_squared: bool) -> float:
+    """What a gradient by tempered logits is multiplied by."""
+    return temperature if scale_by_t_squared else 1.0 / temperature
 
 
 def dense_launch(
@@ -838,6 +864,7 @@ def dense_launch(
         backend,
         (labels, weight, *_row_tensors(plan.temperature, plan.teacher_temperature), row_param, mixture_weights),
         {**plan.objective, "mixture": mixture, "scale": scale, "vocab_size": plan.columns},
+        gradient_size=_gradient_size(plan.divergence, plan.objective),
     )
 
 
@@ -856,6 +883,7 @@ def topk_launch(
         (labels, weight, *_row_tensors(plan.temperature, plan.teacher_temperature), row_param, tail_rows),
         {**plan.objective, "scale": scale, "vocab_size": plan.columns},
         teacher,
+        _gradient_size(plan.divergence, plan.objective),
     )
 
 
@@ -873,12 +901,15 @@ def _labels_and_param(plan: _Plan, labels: Optional[Tensor]) -> tuple[Optional[T
     return flat, row_param
 
 
-def _dual(plan: _Plan, launch: Launch) -> Launch:
+def _dual(plan: _Plan, launch: Launch, teacher: Tensor) -> Launch:
     """The launch whose student is the teacher: roles swapped, without the student's terms."""
     get = plan.options
     dual = plan.divergence.dual().canonical()
     param0, param1 = dual.params()
-    labels, weight, student_rows, teacher_rows, row_param, _ = launch.tensors
+    # Numbers per row are in the dtype of the sums, which is that of whoever is the student.
+    dtype = checks.sum_dtype(teacher)
+    labels, *rows, _ = launch.tensors
+    weight, student_rows, teacher_rows, row_param = (None if item is None else item.to(dtype) for item in rows)
     scale = launch.options["scale"]
     if row_param is not None and dual.name == plan.divergence.name:
         row_param = 1 - row_param  # JSD's beta weighs the teacher
@@ -904,7 +935,9 @@ def _dual(plan: _Plan, launch: Launch) -> Launch:
         "teacher_softcap": launch.options["student_softcap"],
         "stats": False,
     }
-    return Launch("dense_fwd", launch.backend, (labels, weight, teacher_rows, student_rows, row_param, None), options)
+    tensors = (labels, weight, teacher_rows, student_rows, row_param, None)
+    size = _gradient_size(dual, options)
+    return Launch("dense_fwd", launch.backend, tensors, options, gradient_size=size)
 
 
 def _teacher_grad_needs_torch(
