@@ -278,7 +278,10 @@ def _logits_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tens
 
 def _fp16_range(launch: Launch, loss: Tensor) -> Fp16Range:
     """For dlogits of about the size of the constants of the loss."""
-    size, weight = loss.new_tensor(abs(launch.options["scale"])), launch.tensors[1]
+    get, weight = launch.options, launch.tensors[1]
+    tempered = get["temperature"] if get["scale_by_t_squared"] else 1 / get["temperature"]
+    terms = max(get["kd_weight"] * tempered, get["ce_weight"], get["z_loss_weight"])
+    size = loss.new_tensor(abs(get["scale"]) * terms)
     if weight is not None:
         size = size * torch.linalg.vector_norm(weight, torch.inf)
     return Fp16Range(torch.ldexp(torch.ones_like(size), (8 - torch.frexp(size)[1]).clamp(-100, 100)))
