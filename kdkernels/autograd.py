@@ -141,7 +141,7 @@ class SummedLoss(torch.autograd.Function):
             gradient = dstudent
             torch.autograd.graph.increment_version(student)
         ctx.save_for_backward(gradient)
-        ctx.factor, ctx.shared = factor, has_saved_tensor_hooks()
+        ctx.factor, ctx.shared = factor, _hooks(False) is not None
         return loss if factor is None else loss * factor
 
     @staticmethod

@@ -7,7 +7,7 @@ Every class states its formula; the pointwise functions live in ``kdkernels.refe
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
 from typing import ClassVar, Optional, Union
 
@@ -44,7 +44,9 @@ class Divergence:
 def _check_number(owner: str, name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{owner}: {name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    # A comparison, not math.isfinite: Dynamo traces it for a number that it keeps as a symbol. NaN fails it too, and an
+    # int beyond all floats is larger than the largest.
+    if not -sys.float_info.max <= value <= sys.float_info.max:
         raise ValueError(f"{owner}: {name} must be finite, got {value}")
     return float(value)
 
@@ -294,6 +296,14 @@ def add(cls: type[Divergence], *, on_triton: bool) -> None:
         raise ValueError(f"a divergence's name must be an identifier, got {cls.name!r}")
     if cls.name in _TABLE:
         raise ValueError(f"divergence {cls.name!r} is registered already")
+    dataclass_params = cls.__dict__.get("__dataclass_params__")
+    if dataclass_params is None or not (dataclass_params.frozen and dataclass_params.eq):
+        # Instances that compare equal stand for one another: those of a class that only inherits the base's comparison
+        # do, whatever numbers they hold.
+        raise TypeError(
+            f"cls must be decorated with @dataclass(frozen=True) itself, with its numbers as fields; {cls.__name__} "
+            f"{'is not' if dataclass_params is None else 'is another kind of dataclass'}"
+        )
     global version
     version += 1
     _TABLE[cls.name] = cls
@@ -332,6 +342,11 @@ def resolve(divergence: Union[str, Divergence]) -> Divergence:
     if not isinstance(divergence, Divergence):
         got = getattr(divergence, "__name__", divergence)
         raise TypeError(f"divergence must be a name or an instance such as JSD(0.5), got {got!r}")
+    if _TABLE.get(divergence.name) is not type(divergence):
+        raise ValueError(
+            f"divergence of the class {type(divergence).__name__} is unknown: its name {divergence.name!r} "
+            "is not registered for this class; kdkernels.register_divergence enters one"
+        )
     return divergence.canonical()
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Optional, TypeVar, Union
 import torch
 from torch import Tensor
 
-from kdkernels import backends, checks, divergences, ops, reduction, reference, transforms
+from kdkernels import backends, checks, distributed, divergences, ops, reduction, reference, transforms
 from kdkernels.autograd import Launch, RowLoss, SummedCall, run, run_reference, run_summed
 from kdkernels.divergences import Divergence
 
@@ -47,6 +47,8 @@ def _dense_loss(prepare: _Loss) -> _Loss:
         key = _call_key("kd_loss", options, (student, teacher), labels is None)
         known = None if key is None else _known_calls.get(key)
         if known is None:
+            if distributed.among((student, teacher, labels, *options.values())):
+                return distributed.of_all_ranks(loss, student, {"teacher": teacher, "labels": labels, **options})
             call = prepare(student, teacher, labels, **options)
             known = _know_call(key, call, plain=labels is None)
             launch = call.launch
@@ -80,7 +82,11 @@ def _topk_loss(prepare: _Loss) -> _Loss:
         key = _call_key("topk_kd_loss", options, (student, teacher_ids, teacher_logprobs), *given)
         known = None if key is None else _known_calls.get(key)
         if known is None:
-            call = prepare(student, teacher_ids, teacher_logprobs, labels, tail_logprob=tail_logprob, **options)
+            rest = {"labels": labels, "tail_logprob": tail_logprob, **options}
+            if distributed.among((student, teacher_ids, teacher_logprobs, *rest.values())):
+                entries = {"teacher_ids": teacher_ids, "teacher_logprobs": teacher_logprobs}
+                return distributed.of_all_ranks(loss, student, {**entries, **rest})
+            call = prepare(student, teacher_ids, teacher_logprobs, **rest)
             known, plan, launch = _know_call(key, call, plain=all(given)), call.plan, call.launch
         else:
             plan = known.plan._replace(student=student)
@@ -95,6 +101,18 @@ def _topk_loss(prepare: _Loss) -> _Loss:
         return plan.result(*plan.launch(launch, ()), TopKStats)
 
     return loss  # type: ignore[return-value]
+
+
+def _takes_dtensors(loss: _Loss) -> _Loss:
+    """As ``_dense_loss`` does, for a loss that remembers nothing."""
+
+    @functools.wraps(loss)
+    def call(student: Any, teacher: Any, labels: Any = None, **options: Any) -> Any:
+        if distributed.among((student, teacher, labels, *options.values())):
+            return distributed.of_all_ranks(loss, student, {"teacher": teacher, "labels": labels, **options})
+        return loss(student, teacher, labels, **options)
+
+    return call  # type: ignore[return-value]
 
 
 @_dense_loss
@@ -185,9 +203,31 @@ def kd_loss(
         TypeError, ValueError: naming the argument, before anything is launched. Values inside tensors are read on the
             CPU always, on a GPU only when ``KDKERNELS_DEBUG=1``.
     """
-    options = dict(locals())
-    for name in ("student", "teacher", "labels"):
-        del options[name]
+    options = {
+        "divergence": divergence,
+        "temperature": temperature,
+        "teacher_temperature": teacher_temperature,
+        "scale_by_t_squared": scale_by_t_squared,
+        "kd_weight": kd_weight,
+        "ce_weight": ce_weight,
+        "z_loss_weight": z_loss_weight,
+        "label_smoothing": label_smoothing,
+        "ignore_index": ignore_index,
+        "row_weight": row_weight,
+        "reduction": reduction,
+        "normalizer": normalizer,
+        "teacher_form": teacher_form,
+        "teacher_weights": teacher_weights,
+        "mixture": mixture,
+        "vocab_size": vocab_size,
+        "student_softcap": student_softcap,
+        "teacher_softcap": teacher_softcap,
+        "standardize": standardize,
+        "row_param": row_param,
+        "inplace": inplace,
+        "return_stats": return_stats,
+        "backend": backend,
+    }
     plan = _plan("kd_loss", options, student)
     teachers = _teachers(teacher)
     for k, item in enumerate(teachers):
@@ -304,16 +344,35 @@ def topk_kd_loss(
             CPU always, on a GPU only when ``KDKERNELS_DEBUG=1``; the row of an id out of range that was not seen gives
             NaN.
     """
-    options = dict(locals())
-    for name in ("student", "teacher_ids", "teacher_logprobs", "labels", "tail_logprob"):
-        del options[name]
+    options = {
+        "tail": tail,
+        "divergence": divergence,
+        "temperature": temperature,
+        "teacher_temperature": teacher_temperature,
+        "scale_by_t_squared": scale_by_t_squared,
+        "kd_weight": kd_weight,
+        "ce_weight": ce_weight,
+        "z_loss_weight": z_loss_weight,
+        "label_smoothing": label_smoothing,
+        "ignore_index": ignore_index,
+        "row_weight": row_weight,
+        "reduction": reduction,
+        "normalizer": normalizer,
+        "vocab_size": vocab_size,
+        "student_softcap": student_softcap,
+        "row_param": row_param,
+        "inplace": inplace,
+        "return_stats": return_stats,
+        "backend": backend,
+    }
     plan = _plan("topk_kd_loss", options, student)
     teacher = checks.sparse_teacher(teacher_ids, teacher_logprobs, student, plan.columns)
-    name = backends.select(backend, student.device.type, divergence=plan.divergence.name, pattern="topk_fwd")
+    name = backends.choose(backend, student, divergence=plan.divergence.name, pattern="topk_fwd")
     checks.reverse_mode_only(name, student)
     return _Call(plan, (), _topk_call(plan, teacher, labels, tail_logprob, name))
 
 
+@_takes_dtensors
 def taid_loss(
     student: Tensor,
     teacher: Tensor,
@@ -346,6 +405,7 @@ def taid_loss(
     return _dense(plan, teachers, launch)
 
 
+@_takes_dtensors
 def dkd_loss(
     student: Tensor,
     teacher: Tensor,
@@ -371,9 +431,18 @@ def dkd_loss(
     numbers >= 0; the other arguments, shapes, dtypes and errors are those of ``kd_loss`` with one temperature for all
     rows. The teacher gets no gradient.
     """
-    options = dict(locals())
-    for name in ("student", "teacher", "labels", "alpha", "beta"):
-        del options[name]
+    options = {
+        "temperature": temperature,
+        "teacher_temperature": teacher_temperature,
+        "scale_by_t_squared": scale_by_t_squared,
+        "ignore_index": ignore_index,
+        "row_weight": row_weight,
+        "reduction": reduction,
+        "normalizer": normalizer,
+        "vocab_size": vocab_size,
+        "inplace": inplace,
+        "backend": backend,
+    }
     checks.number("alpha", alpha, low=0.0)
     checks.number("beta", beta, low=0.0)
     for name in ("temperature", "teacher_temperature"):
@@ -386,7 +455,7 @@ def dkd_loss(
     _no_teacher_grad(teacher, "dkd_loss")
     flat = checks.labels_like(labels, student, plan.columns, ignore_index)
     scale, weight = plan.weights(flat)
-    name = backends.select(backend, student.device.type)
+    name = backends.choose(backend, student)
     checks.reverse_mode_only(name, student, teacher)
     if name == "torch":
         assert flat is not None
@@ -423,6 +492,7 @@ def dkd_loss(
     return plan.launch(launch, (teacher,))[0]
 
 
+@_takes_dtensors
 def logit_mse_loss(
     student: Tensor,
     teacher: Tensor,
@@ -444,16 +514,22 @@ def logit_mse_loss(
     ``F.mse_loss(student, teacher)``. The other arguments, shapes, dtypes and errors are those of ``kd_loss``; the
     teacher gets no gradient.
     """
-    options = dict(locals())
-    for name in ("student", "teacher", "labels", "centered"):
-        del options[name]
+    options = {
+        "ignore_index": ignore_index,
+        "row_weight": row_weight,
+        "reduction": reduction,
+        "normalizer": normalizer,
+        "vocab_size": vocab_size,
+        "inplace": inplace,
+        "backend": backend,
+    }
     checks.flag("centered", centered)
     plan = _plan("logit_mse_loss", options, student)
     checks.teacher_like("teacher", teacher, student, vocab_size)
     _no_teacher_grad(teacher, "logit_mse_loss")
     flat = checks.labels_like(labels, student, plan.columns, ignore_index)
     scale, weight = plan.weights(flat)
-    name = backends.select(backend, student.device.type)
+    name = backends.choose(backend, student)
     checks.reverse_mode_only(name, student, teacher)
     if name == "torch":
         s, t = _flat(student, teacher)
@@ -782,6 +858,15 @@ def _plan(owner: str, options: dict[str, Any], student: Any) -> _Plan:
         checks.inplace_allowed(student)
     temperature, teacher_temperature = objective["temperature"], objective["teacher_temperature"]
     weight, normalizer = get["row_weight"], get["normalizer"]
+    checks.in_sums("temperature", temperature, student, positive=True)
+    checks.in_sums("teacher_temperature", teacher_temperature, student, positive=True)
+    for name in ("student_softcap", "teacher_softcap"):
+        if get[name] is not None:
+            checks.in_sums(name, get[name], student, positive=True)
+    if plain and weight is not None:
+        checks.in_sums("row_weight", weight, student)
+    if plain and normalizer is not None:
+        checks.in_sums("normalizer", normalizer, student, positive=True)
     if not plain:
         temperature = checks.per_row("temperature", get["temperature"], student, low=0.0)
         teacher_temperature = temperature
@@ -796,7 +881,7 @@ def _plan(owner: str, options: dict[str, Any], student: Any) -> _Plan:
 def _dense_backend(plan: _Plan, teachers: tuple[Tensor, ...], mixture_weights: Optional[Tensor]) -> str:
     get, name = plan.options, plan.divergence.name
     torch_only = _teacher_grad_needs_torch(get, teachers, mixture_weights) if _teacher_grad(teachers) else None
-    found = backends.select(get["backend"], plan.student.device.type, divergence=name, torch_only=torch_only)
+    found = backends.choose(get["backend"], plan.student, divergence=name, torch_only=torch_only)
     checks.reverse_mode_only(found, plan.student, *teachers)
     return found
 
@@ -979,14 +1064,16 @@ def _mixture_weights(weights: Any, mixture: str, count: int, student: Tensor, *,
         )
     if weights.requires_grad:
         raise ValueError("teacher_weights must not require grad: they get no gradient; detach them")
-    if checks.reads_values(weights) and weights.numel() and not bool((torch.isfinite(weights) & (weights >= 0)).all()):
-        raise ValueError("teacher_weights must be finite and >= 0")
     weights = weights.to(device=student.device, dtype=dtype).reshape(-1, count)
+    if checks.reads_values(weights) and weights.numel() and not bool((torch.isfinite(weights) & (weights >= 0)).all()):
+        raise ValueError(f"teacher_weights must be finite and >= 0 in {str(dtype).removeprefix('torch.')}")
     if mixture == "probs":
-        total = weights.sum(-1, keepdim=True)
-        if checks.reads_values(weights) and not bool((total > 0).all()):
+        largest = weights.amax(-1, keepdim=True)
+        if checks.reads_values(weights) and not bool((largest > 0).all()):
             raise ValueError("teacher_weights must not all be 0")
-        weights = weights / total
+        # Of the largest, so that their sum is one of this dtype.
+        weights = weights / largest
+        weights = weights / weights.sum(-1, keepdim=True)
     return weights.expand(_num_rows(student), count)
 
 

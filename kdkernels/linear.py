@@ -71,10 +71,11 @@ def linear_kd_loss(
     Args:
         student_hidden: ``(..., D)``, float32, bfloat16 or float16 (float64 on the CPU).
         student_weight: the head ``[V, D]``: a plain tensor, with everything that makes the logits in it; or the module
-            that it is the weight of, such as a model's ``lm_head`` (``nn.Linear`` or a tied ``nn.Embedding``), whose
+            that it is the weight of, such as a model's ``lm_head`` (an ``nn.Linear`` or a tied ``nn.Embedding``), whose
             bias then counts too. A module that does more than multiply (adapters, hooks, quantised weights) is an
-            error: its weight alone would be another model. A sharded
-            parameter is gathered first (``weight.full_tensor()``); an adapter is merged by the caller
+            error: its weight alone would be another model. A sharded parameter is gathered first: FSDP2 does it in the
+            forward of the module it shards, and elsewhere ``weight.full_tensor(grad_placements=[Partial("avg")])`` has
+            the gradient that FSDP2 means, see docs/linear.md. An adapter is merged by the caller
             (``weight + scale * B @ A``) and gets its gradient through that sum; a scale of logits is multiplied in.
         teacher_hidden, teacher_weight: the same of the teacher, ``(..., D')`` and ``[V, D']``; or sequences of up to 4
             for a mixture, see ``teacher_weights``. They get no gradient, whether they require one or not: they are
@@ -109,7 +110,30 @@ def linear_kd_loss(
         TypeError, ValueError: naming the argument, before anything is launched; for what ``teacher_logits`` returns,
             when it does.
     """
-    options = {name: value for name, value in locals().items() if name in DEFAULTS}
+    options = {
+        "divergence": divergence,
+        "temperature": temperature,
+        "teacher_temperature": teacher_temperature,
+        "scale_by_t_squared": scale_by_t_squared,
+        "kd_weight": kd_weight,
+        "ce_weight": ce_weight,
+        "z_loss_weight": z_loss_weight,
+        "label_smoothing": label_smoothing,
+        "ignore_index": ignore_index,
+        "row_weight": row_weight,
+        "reduction": reduction,
+        "normalizer": normalizer,
+        "teacher_form": teacher_form,
+        "teacher_weights": teacher_weights,
+        "mixture": mixture,
+        "vocab_size": vocab_size,
+        "student_softcap": student_softcap,
+        "teacher_softcap": teacher_softcap,
+        "standardize": standardize,
+        "row_param": row_param,
+        "return_stats": return_stats,
+        "backend": backend,
+    }
     product_dtype = _autocast_dtype(student_hidden)
     head, bias = checks.head_tensors("student", student_weight, student_bias)
     checks.head("student", student_hidden, head, bias, product_dtype is not None)
@@ -131,7 +155,7 @@ def linear_kd_loss(
         teachers, count = [], 1 if teacher_weights is None else _count(teacher_weights)
     mixture_weights = functional._mixture_weights(teacher_weights, mixture, count, logits, single=single)
     labels, row_param = functional._labels_and_param(plan, labels)
-    name = backends.select(backend, logits.device.type, divergence=plan.divergence.name)
+    name = backends.choose(backend, logits, divergence=plan.divergence.name)
     scale, weight = plan.weights(labels)
     launch = functional.dense_launch(plan, name, (labels, weight, row_param), scale, mixture_weights, mixture)
     hiddens, weights, biases = zip(*teachers, strict=True) if teachers else ((), (), ())
@@ -206,7 +230,26 @@ def linear_topk_kd_loss(
     Raises:
         TypeError, ValueError: naming the argument, before anything is launched.
     """
-    options = {name: value for name, value in locals().items() if name in TOPK_DEFAULTS}
+    options = {
+        "tail": tail,
+        "divergence": divergence,
+        "temperature": temperature,
+        "teacher_temperature": teacher_temperature,
+        "scale_by_t_squared": scale_by_t_squared,
+        "kd_weight": kd_weight,
+        "ce_weight": ce_weight,
+        "z_loss_weight": z_loss_weight,
+        "label_smoothing": label_smoothing,
+        "ignore_index": ignore_index,
+        "row_weight": row_weight,
+        "reduction": reduction,
+        "normalizer": normalizer,
+        "vocab_size": vocab_size,
+        "student_softcap": student_softcap,
+        "row_param": row_param,
+        "return_stats": return_stats,
+        "backend": backend,
+    }
     product_dtype = _autocast_dtype(student_hidden)
     head, bias = checks.head_tensors("student", student_weight, student_bias)
     checks.head("student", student_hidden, head, bias, product_dtype is not None)
@@ -216,7 +259,7 @@ def linear_topk_kd_loss(
     plan = functional._plan("linear_topk_kd_loss", options, logits)
     teacher = checks.sparse_teacher(teacher_ids, teacher_logprobs, logits, plan.columns)
     labels, row_param = functional._labels_and_param(plan, labels)
-    name = backends.select(backend, logits.device.type, divergence=plan.divergence.name, pattern="topk_fwd")
+    name = backends.choose(backend, logits, divergence=plan.divergence.name, pattern="topk_fwd")
     scale, weight = plan.weights(labels)
     tail_rows = checks.tail_like(tail_logprob, tail, logits)
     launch = functional.topk_launch(plan, name, teacher, (labels, weight, row_param, tail_rows), scale)

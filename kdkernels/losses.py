@@ -102,7 +102,8 @@ class LinearTopKKDLoss(torch.nn.Module):
     """``linear_topk_kd_loss`` as a module: ``LinearTopKKDLoss(**options)(student_hidden, student_weight, ...)``.
 
     See ``kdkernels.linear_topk_kd_loss`` for the options; they are checked when the module is built, tensors when it is
-    called. It holds no weight: the head is handed in, as a tensor or a module. A captured ``tail_logprob`` goes to the call.
+    called. It holds no weight: the head is handed in, as a tensor or as a module. A captured ``tail_logprob`` goes to
+    the call.
     """
 
     def __init__(self, **options: Any) -> None:

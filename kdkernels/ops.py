@@ -111,6 +111,7 @@ LACKING = {
 }
 
 _library = torch.library.Library(NAMESPACE, "DEF")
+_library.define("cpu_fault() -> str")
 _library.define("cpu_isa() -> str")
 # The memory behind kdkernels.memory.
 _library.define("kept_empty(int[] shape, ScalarType dtype, str use) -> Tensor")
@@ -238,7 +239,9 @@ def op(pattern: str, backend: str) -> torch._ops.OpOverload:
     found = _overloads.get((pattern, backend))
     if found is None:
         found = getattr(getattr(torch.ops, NAMESPACE), f"{pattern}_{backend}").default
-        _overloads[pattern, backend] = found
+        # A graph of torch 2.10 may not write outside the autograd function that it traces.
+        if not torch.compiler.is_dynamo_compiling():
+            _overloads[pattern, backend] = found
     return found
 
 

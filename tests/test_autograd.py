@@ -36,6 +36,19 @@ def gradcheck(function, *inputs):
     return torch.autograd.gradcheck(function, inputs, eps=1e-6, atol=1e-7, rtol=1e-5)
 
 
+def test_a_loss_without_any_term_has_a_gradient_of_0(backend):
+    student, teacher = logits(dtype=torch.float32)
+    logprobs, ids = torch.log_softmax(teacher, -1).topk(3)
+    options = {"kd_weight": 0.0, "temperature": 2.0, "backend": backend}
+    for loss in (
+        lambda: kd.kd_loss(student, teacher, LABELS, **options),
+        lambda: kd.topk_kd_loss(student, ids, logprobs, LABELS, teacher_temperature=1.0, **options),
+    ):
+        value = loss()
+        (grad,) = torch.autograd.grad(value, student)
+        assert value == 0 and not grad.any()
+
+
 @all_divergences
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_gradcheck_of_every_divergence(divergence, reduction, backend):

@@ -24,6 +24,9 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, 
 MARGIN = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
+NONE_GIVEN = ("chunk_bytes", "product_dtype", "logits_dtype")
+
+
 def make(dtype=torch.float32, *, rows=(N,), vocab=V, teacher_vocab=V, width=D, seed=0):
     """Student hidden states, head and bias, which require grad; teacher hidden states and head; labels, 2 ignored."""
     g = torch.Generator().manual_seed(seed)
@@ -59,9 +62,9 @@ def gradients(loss, inputs):
 
 
 def hold(ours, full, inputs):
-    """``ours(hidden, weight, bias)`` against ``full`` of the same on fp64 copies, with ``full`` in fp32 at least as bar.
+    """``ours(hidden, weight, bias)`` against ``full`` of the same on fp64 copies, with ``full`` in fp32 at least as bar:
 
-    It is no bar that the whole formulation rounds logits to 16 bits: nobody has to.
+    that the whole formulation rounds logits to 16 bits in the inputs' dtype excuses nobody.
     """
     dtype = inputs[0].dtype
     with testing.poisoned_memory():
@@ -545,7 +548,7 @@ class TestAroundTheHead:
         torch.library.opcheck(
             torch.ops.kdkernels.linear_dense_fwd.default,
             (*captured["tensors"], list(call.teacher_hidden), list(call.teacher_weight), [None], *launch.tensors),
-            {"backend": "cpu", "chunk_bytes": None, "product_dtype": None, "logits_dtype": None, "needs": needs, **launch.options},
+            {"backend": "cpu", "needs": needs, **dict.fromkeys(NONE_GIVEN), **launch.options},
         )
 
 

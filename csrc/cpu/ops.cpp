@@ -1,4 +1,5 @@
 // Torch glue of the CPU backend: runs rows in parallel on torch's threads.
+#include "contraction.h"
 #include "dense.h"
 #include "memory.h"
 
@@ -39,12 +40,28 @@ bool cpu_has_avx512() {
 #endif
 }
 
+// Why no kernel of this build may run on this machine; empty where they may.
+std::string cpu_fault() {
+  bool sound = baseline::contracts();
+#if defined(KDK_HAVE_AVX2)
+  sound = sound && (!cpu_has_avx2() || avx2::contracts());
+#endif
+#if defined(KDK_HAVE_AVX512)
+  sound = sound && (!cpu_has_avx512() || avx512::contracts());
+#endif
+  return sound ? ""
+               : "the C++ extension was compiled without fused multiply-adds, which its accuracy rests on: compile it "
+                 "with -O2 or more, or with -O1 -fexpensive-optimizations, and without -ffp-contract=off";
+}
+
 // The best instruction set of this machine, or a lower one that KDKERNELS_CPU_ISA asks for.
 const KernelTable& choose_kernels() {
   const char* wish = std::getenv("KDKERNELS_CPU_ISA");
   const std::string limit = wish == nullptr ? "avx512" : wish;
   STD_TORCH_CHECK(limit == "avx512" || limit == "avx2" || limit == "baseline",
                   "KDKERNELS_CPU_ISA must be avx512, avx2 or baseline, got ", limit);
+  const std::string fault = cpu_fault();
+  STD_TORCH_CHECK(fault.empty(), fault);
 #if defined(KDK_HAVE_AVX512)
   if (limit == "avx512" && cpu_has_avx512()) return avx512_kernels();
 #endif
@@ -387,6 +404,7 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels, CompositeImplicitAutograd, m) {
+  m.impl("cpu_fault", TORCH_BOX(&kdk::cpu_fault));
   m.impl("cpu_isa", TORCH_BOX(&kdk::cpu_isa));
   m.impl("kept_blocks", TORCH_BOX(&kdk::kept_blocks));
   m.impl("kept_empty", TORCH_BOX(&kdk::kept_empty));

@@ -136,7 +136,8 @@ def dense_rows(
         standardize=standardize,
     )
 
-    loss = torch.zeros_like(capped[:, 0])
+    # A loss without any term is 0, and so is its gradient, which is there.
+    loss = capped[:, :0].sum(-1)
     if kd_weight:
         scale = squared(temperature) if scale_by_t_squared else 1.0
         d = divergences.TABLE[divergence](logp, logq, column(params[0]), params[1])

@@ -175,7 +175,8 @@ def topk_rows(
     d = d * torch.where(torch.isnan(d), d.detach(), torch.ones_like(d))
 
     zero = torch.zeros_like(d)
-    loss = zero
+    # A loss without any term is 0, and so is its gradient, which is there.
+    loss = capped[:, :0].sum(-1)
     if kd_weight:
         loss = kd_weight * (squared(temperature) if scale_by_t_squared else 1.0) * d
     lse = torch.logsumexp(capped, -1) if ce_weight or z_loss_weight or stats else zero
