@@ -119,6 +119,10 @@ _library.define("kept_empty(int[] shape, ScalarType dtype, str use) -> Tensor")
 _library.define("kept_blocks(str use) -> int[]")
 _library.define("kept_release() -> ()")
 _library.define("poison_memory(bool on) -> ()")  # what the library makes from here on is NaN: for tests
+# The product of bf16 matrices with an fp32 result, which torch lacks on a CPU: out = a @ b, or += that. An fp32 ``a``
+# is rounded to bf16. There is none on a processor without the instructions, or beside a torch without what it calls.
+_library.define("has_bf16_product() -> bool")
+_library.define("bf16_product(Tensor a, Tensor b, Tensor(a!) out, bool add) -> ()")
 # Checks of values on the CPU. Labels int64 and contiguous; ids and log-probabilities contiguous and of one size.
 _library.define("labels_are_sound(Tensor labels, int columns, int ignore_index) -> bool")
 _library.define("sparse_teacher_is_sound(Tensor ids, Tensor logprobs, int columns, float highest) -> bool")
@@ -158,11 +162,13 @@ def _linear_fake(columns: Sequence[str]) -> Callable[..., Any]:
         **kwargs: object,
     ) -> tuple[Tensor, ...]:
         rows = hidden[None]
-        grads = (
+        grads = [
             torch.empty_like(item) if need and item is not None else hidden.new_empty(0)
             for item, need in zip((hidden, weight, bias), needs, strict=True)
-        )
-        return _rows(rows), _rows(rows, len(columns) if stats else 0), *grads
+        ]
+        if needs[0] and hidden.dtype == torch.float16:
+            grads[0] = torch.empty_like(hidden, dtype=torch.float32)
+        return _rows(rows), _rows(rows, len(columns) if stats else 0), *grads, _sums(hidden, 2)
 
     return fake
 
@@ -215,7 +221,8 @@ for _pattern, _teacher in LINEAR_TEACHERS.items():
     _objective = SCHEMAS[_pattern].partition("dstudent, ")[2].partition(") -> ")[0]
     _library.define(
         f"linear_{_pattern}(Tensor hidden, Tensor weight, Tensor? bias, {_teacher}, {_objective}, str backend, "
-        "int? chunk_bytes, ScalarType? product_dtype, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        "int? chunk_bytes, ScalarType? product_dtype, ScalarType? logits_dtype, bool[] needs) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         tags=(torch.Tag.pt2_compliant_tag,),
     )
     torch.library.register_fake(
