@@ -1,8 +1,8 @@
 """Every loss and the capture on calls that hypothesis draws: shapes, strides, dtypes, values and options together.
 
-The truth is written here once more, in NumPy and fp64, with gradients in closed form: it shares no line with the package,
-its reference or its oracle. Bounds are those of a wrong formula, index or stride and not of the last bits, which the tests
-of each loss hold. ``KDKERNELS_HYPOTHESIS=deep`` draws 10,000 calls, new ones every time, and not 150 that never change;
+The truth is written here once more, in NumPy and fp64, with gradients in closed form: it shares no line with the
+package, its reference or its oracle. Bounds are those of a wrong formula, index or stride and not of the last bits,
+which the tests of each loss hold. ``KDKERNELS_HYPOTHESIS=deep`` draws 10,000 calls, new ones every time, and not 150 that never change;
 ``KDKERNELS_HYPOTHESIS=n`` draws n.
 """
 
@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import kdkernels as kd
-from kdkernels import backends, checks, testing
+from kdkernels import backends, testing
 
 PROFILE = os.environ.get("KDKERNELS_HYPOTHESIS", "150")
 DEEP = PROFILE == "deep"
