@@ -2,8 +2,8 @@
 
 The truth is written here once more, in NumPy and fp64, with gradients in closed form: it shares no line with the
 package, its reference or its oracle. Bounds are those of a wrong formula, index or stride and not of the last bits,
-which the tests of each loss hold. ``KDKERNELS_HYPOTHESIS=deep`` draws 10,000 calls, new ones every time, and not 150 that never change;
-``KDKERNELS_HYPOTHESIS=n`` draws n.
+which the tests of each loss hold. ``KDKERNELS_HYPOTHESIS=deep`` draws 10,000 calls, new ones every time, and not 150
+that never change; ``KDKERNELS_HYPOTHESIS=n`` draws n.
 """
 
 import os
