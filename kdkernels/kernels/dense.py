@@ -503,7 +503,12 @@ def dense_fwd_kernel(
             if not KD:
                 g = tl.zeros(s.shape, tl.float32)
             elif LINEAR:
-                g = tl.fma(et, -z_ratio, es) * (-COEFFICIENTS[1] * g_scale * inverse_zs)
+                if BOTH:
+                    # Where one outcome has all but 1e-8 of both, the ratio's excess over 1 is what there is.
+                    g = tl.fma(et, -excess_z, es - et)
+                else:
+                    g = tl.fma(et, -z_ratio, es)
+                g *= -COEFFICIENTS[1] * g_scale * inverse_zs
                 if Q_TERMS:
                     # The normalisers cancel: what is left of a logarithm is as small as the rows are near.
                     log_mix = mix_logs(COEFFICIENTS[2], dt, COEFFICIENTS[3], ds, ratio) - mean_q

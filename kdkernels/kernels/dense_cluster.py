@@ -475,12 +475,18 @@ def dense_cluster_fwd_kernel(
             g_scale = kd_scale * unit_s
         if LINEAR:
             # Exactly 1 for equal rows, so that their gradient is exactly 0: es - z_ratio * et with one rounding.
-            z_ratio = tl.fma(excess_z, inverse_zt, 1.0)
+            excess_z *= inverse_zt
+            z_ratio = 1.0 + excess_z
         for k in tl.static_range(PIECES):
             if not KD:
                 g = zeros
             elif LINEAR:
-                g = tl.fma(exps_t[k], -z_ratio, exps_s[k]) * (-COEFFICIENTS[1] * g_scale * inverse_zs)
+                if BOTH:
+                    # Where one outcome has all but 1e-8 of both, the ratio's excess over 1 is what there is.
+                    g = tl.fma(exps_t[k], -excess_z, exps_s[k] - exps_t[k])
+                else:
+                    g = tl.fma(exps_t[k], -z_ratio, exps_s[k])
+                g *= -COEFFICIENTS[1] * g_scale * inverse_zs
                 if Q_TERMS:
                     ds = widen(student[k]) - top_s
                     dt = widen(teacher[k]) - top_t
