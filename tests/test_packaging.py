@@ -73,7 +73,7 @@ def faults(line, extras):
     """What a line tells to run and is not there."""
     for command in re.findall(r"\bpip3? install\b([^`]*)", line):
         # An index has nothing of this name, neither bare nor with a version or extras.
-        yield from re.findall(r"(?<![\w/+:-])kdkernels(?![\w/])\S*", command)
+        yield from re.findall(r"(?<![\w/+:-])(?<!-m )kdkernels(?![\w/])\S*", command)
         yield from (
             name for names in re.findall(r"\.\[([\w,]+)\]", command) for name in names.split(",") if name not in extras
         )
