@@ -152,8 +152,9 @@ class NativeExtension(Extension):
 
 def cpu_extension() -> NativeExtension:
     """``kdkernels/_C``: the schemas and the CPU kernels, against LibTorch's stable ABI and no Python API at all."""
-    torch = find_torch()
+    # First: without a compiler no torch is asked for.
     compiler, is_x86_64 = find_compiler()
+    torch = find_torch()
     os.environ["CXX"] = compiler
     sources = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc" / "cpu").glob("*.cpp"))
     # torch has no build for Macs with an x86 processor, and a universal compiler would refuse these flags.

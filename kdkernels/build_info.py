@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import os
 import shlex
 import sys
 import urllib.parse
@@ -63,7 +64,7 @@ def find(backend: str, package: Path = PACKAGE) -> Optional[Path]:
     """
     path = beside(package, backend)
     root = source_tree(package)
-    if path is not None or root is None:
+    if path is not None or root is None or read(package):
         return path
     for other in installed(package):
         path = beside(other, backend)
@@ -109,7 +110,7 @@ def why_missing(backend: str, package: Path = PACKAGE) -> str:
 
 def rebuild_command(backend: str, package: Path = PACKAGE) -> str:
     """A sentence's end with the command line that builds the library of a backend, or fails and says why."""
-    command = f"KDKERNELS_BUILD={backend} {shlex.quote(sys.executable)} -m pip install --no-deps"
+    command = f"KDKERNELS_BUILD={backend} {shlex.quote(os.path.normpath(sys.executable))} -m pip install --no-deps"
     root = source_tree(package)
     if root is not None:
         return f"run `{command} -e {shlex.quote(str(root))}`"

@@ -20,6 +20,7 @@ from torch import Tensor
 from kdkernels import transforms
 from kdkernels.backends import cpu
 from kdkernels.reduction import REDUCTIONS
+from kdkernels.reference.topk import unused
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "torch")
 TEACHER_FORMS = ("logits", "log_probs", "probs")
@@ -229,7 +230,7 @@ def teacher_like(name: str, teacher: Any, student: Tensor, vocab_size: Optional[
         raise ValueError(f"vocab_size must be at most {name}'s width {teacher.shape[-1]}, got {vocab_size}")
 
 
-def sparse_teacher(ids: Any, logprobs: Any, student: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+def sparse_teacher(ids: Any, logprobs: Any, student: Tensor, columns: int, tail: str) -> tuple[Tensor, Tensor]:
     """Ids and log-probabilities of the student's leading shape with K slots, returned as contiguous ``[N, K]``."""
     for name, value in (("teacher_ids", ids), ("teacher_logprobs", logprobs)):
         if not isinstance(value, Tensor):
@@ -250,28 +251,46 @@ def sparse_teacher(ids: Any, logprobs: Any, student: Tensor, columns: int) -> tu
         )
     if logprobs.requires_grad and torch.is_grad_enabled():
         raise ValueError("teacher_logprobs must not require grad: they get no gradient; detach them")
-    return sparse_entries(ids, logprobs, columns)
+    return sparse_entries(ids, logprobs, columns, tail)
 
 
-def sparse_entries(ids: Tensor, logprobs: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+def sparse_entries(ids: Tensor, logprobs: Tensor, columns: int, tail: str) -> tuple[Tensor, Tensor]:
     """What ``sparse_teacher`` returns, with the values checked alone."""
     k = ids.shape[-1]
     ids, logprobs = ids.reshape(-1, k).contiguous(), logprobs.detach().reshape(-1, k).contiguous()
     if reads_values(ids) and ids.numel():
-        _values_of_sparse_teacher(ids, logprobs, columns)
+        _values_of_sparse_teacher(ids, logprobs, columns, highest_logprob(logprobs.dtype, tail))
     return ids, logprobs
 
 
-def _values_of_sparse_teacher(ids: Tensor, logprobs: Tensor, columns: int) -> None:
-    if cpu.why_not(ids.device.type) is None and torch.ops.kdkernels.sparse_teacher_is_sound(ids, logprobs, columns):
+def highest_logprob(dtype: torch.dtype, tail: str) -> float:
+    """The largest log-probability that may be the rounding of one that is at most 0.
+
+    A logit of up to 32 less a logsumexp of that size, in 16 bits, is off by up to 16 epsilons; wider dtypes get the
+    allowance of ``tail_logprob``. The weights of sampled ids (tail "drop") may be above 1.
+    """
+    info = torch.finfo(dtype)
+    return info.max if tail == "drop" else max(1e-3, 16 * info.eps)
+
+
+def _values_of_sparse_teacher(ids: Tensor, logprobs: Tensor, columns: int, highest: float) -> None:
+    sound = torch.ops.kdkernels.sparse_teacher_is_sound
+    if cpu.why_not(ids.device.type) is None and sound(ids, logprobs, columns, highest):
         return
-    low, high = (int(v) for v in torch.aminmax(ids))
-    if low < -1 or high >= columns:
-        worst = low if low < -1 else high
+    # Unused slots may hold anything else.
+    used = ~unused(ids, logprobs)
+    low, high = (int(v) for v in torch.aminmax(torch.where(used, ids, 0)))
+    if low < 0 or high >= columns:
+        worst = low if low < 0 else high
         raise ValueError(f"teacher_ids must be in [0, {columns}) or -1 for an unused slot, got {worst}")
-    # Unused slots may hold anything.
-    if not (torch.where(ids < 0, -torch.inf, logprobs) < torch.inf).all():
+    logprobs = torch.where(used, logprobs, -torch.inf)
+    if not (logprobs < torch.inf).all():
         raise ValueError("teacher_logprobs must not be NaN or +inf, where teacher_ids is not -1")
+    if not (logprobs <= highest).all():
+        raise ValueError(
+            f"teacher_logprobs must be natural log-probabilities, at most 0, got {float(logprobs.amax()):.4g}: "
+            "are they probabilities, or logits?"
+        )
 
 
 def extras_of_tokens(extras: Any) -> dict[str, torch.dtype]:
@@ -386,7 +405,93 @@ def head(side: str, hidden: Any, weight: Any, bias: Any, autocast: bool) -> None
         raise ValueError(f"{names[2]} must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
 
 
-def teacher_head(hidden: Tensor, weight: Tensor, bias: Optional[Tensor], student: Tensor, vocab_size: Any) -> None:
+def logits_dtype(value: Any, product: Optional[torch.dtype] = None) -> None:
+    """None, float32, or the 16-bit dtype of the products; which that is is known with the tensors."""
+    if value is None:
+        return
+    if not isinstance(value, torch.dtype):
+        raise TypeError(f"logits_dtype must be a torch.dtype or None, got {type(value).__name__}")
+    if value not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"logits_dtype must be float32, bfloat16, float16 or None, got {_name(value)}")
+    if product is None or value in (product, torch.float32 if product.itemsize == 2 else product):
+        return
+    wanted = f"float32, {_name(product)}" if product.itemsize == 2 else _name(product)
+    raise ValueError(
+        f"logits_dtype must be {wanted} or None where the products are of {_name(product)}, got {_name(value)}"
+    )
+
+
+def head_tensors(side: str, weight: Any, bias: Any) -> tuple[Any, Any]:
+    """Weight and bias of a head that may be a module: one whose ``forward`` is their product and sum, and no more."""
+    if not isinstance(weight, torch.nn.Module):
+        return weight, bias
+    name, kind = f"{side}_weight", type(weight).__name__
+    found = getattr(weight, "weight", None)
+    if is_dtensor(found):
+        # That is the first thing to be told, and is told with the tensors.
+        return found, bias
+    _no_adapters(name, weight)
+    _no_hooks(name, weight)
+    quantised = (
+        f"{name} must be a module with a weight of floating point, got {kind}, {{}}: pass the dequantised weight, such "
+        "as weight.dequantize(), and the bias apart"
+    )
+    if not isinstance(found, Tensor):
+        raise TypeError(quantised.format(f"whose weight is {type(found).__name__}"))
+    if not found.is_floating_point():
+        raise TypeError(quantised.format(f"whose weight is {_dtype(found)}"))
+    if any(hasattr(found, mark) for mark in ("quant_state", "tensor_impl", "qdata", "SCB")) or found.is_quantized:
+        raise TypeError(quantised.format(f"whose weight is a quantised {type(found).__name__}"))
+    makes_products = isinstance(weight, torch.nn.Linear) and type(weight).forward is torch.nn.Linear.forward
+    is_table = isinstance(weight, torch.nn.Embedding) and type(weight).forward is torch.nn.Embedding.forward
+    if not (makes_products or is_table) or "forward" in vars(weight):
+        raise TypeError(
+            f"{name} must be an nn.Linear with nn.Linear's own forward, or a tied nn.Embedding, got {kind}: what its "
+            f"forward does beside hidden @ weight.T + bias would be lost. If that is nothing, pass {kind}'s weight and "
+            "bias as tensors"
+        )
+    own = getattr(weight, "bias", None)
+    if own is None:
+        return found, bias
+    if bias is not None:
+        raise ValueError(f"{side}_bias must be None where {name} is a module with a bias of its own")
+    return found, own
+
+
+# Names that adapters are known by: LoRA and its kin in peft, and those that wrap a layer.
+_ADAPTER_NAMES = ("base_layer", "modules_to_save", "original_module", "trainable_tokens_delta")
+
+
+def _no_adapters(name: str, module: torch.nn.Module) -> None:
+    children = [child for child, _ in module.named_children() if child != "parametrizations"]
+    adapters = [child for child in children if child in _ADAPTER_NAMES or "lora_" in child or "adapter" in child]
+    adapters += [own for own in vars(module) if own.startswith("lora_") or own in _ADAPTER_NAMES]
+    adapters += [own for own in module._parameters if own.startswith("lora_")]
+    if adapters:
+        listed = ", ".join(dict.fromkeys(adapters))
+        raise TypeError(
+            f"{name} must be a head whose weight is all of it, got {type(module).__name__} with an adapter ({listed}), "
+            "which would neither count nor learn. Merge it: pass the tensor base.weight + scaling * lora_B.weight @ "
+            "lora_A.weight, through which the factors get their gradient, or call merge_and_unload() where they are "
+            "frozen. Of a module trained in full (modules_to_save) pass modules_to_save['default'] itself"
+        )
+    if children:
+        raise TypeError(
+            f"{name} must be a single layer, got {type(module).__name__} with the modules {', '.join(children)}: pass "
+            "the one that multiplies"
+        )
+
+
+def _no_hooks(name: str, module: torch.nn.Module) -> None:
+    for kind in ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks"):
+        if getattr(module, f"_{kind}"):
+            raise TypeError(
+                f"{name} must be a module without hooks, got {type(module).__name__} with {kind}, which would not run: "
+                "the module's forward is never called. Pass its weight and bias as tensors if that is right"
+            )
+
+
+def teacher_head(hidden: Tensor, weight: Tensor, student: Tensor, vocab_size: Any) -> None:
     """A teacher's, for a student whose logits are of the shape of ``student``."""
     if hidden.device != student.device:
         raise ValueError(f"teacher_hidden must be on the student's device {student.device}, got {hidden.device}")
@@ -401,9 +506,6 @@ def teacher_head(hidden: Tensor, weight: Tensor, bias: Optional[Tensor], student
         )
     if vocab_size is not None and vocab_size > weight.shape[0]:
         raise ValueError(f"vocab_size must be at most teacher_weight's {weight.shape[0]} rows, got {vocab_size}")
-    for name, value in (("teacher_hidden", hidden), ("teacher_weight", weight), ("teacher_bias", bias)):
-        if value is not None and value.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name} must not require grad: the teacher gets no gradient here; detach it")
 
 
 def teacher_chunks(value: Any, num_rows: int, columns: int, count: int, device: torch.device) -> list[Tensor]:
@@ -438,9 +540,13 @@ def sparse_grad_allowed(value: Any, columns_only: bool) -> None:
         )
 
 
-def linear_mode_allowed(reduction: str, needs_grad: bool, teacher_callable: bool, sparse_grad: bool) -> None:
-    """What the linear losses cannot do with a gradient, or in a graph."""
-    if reduction == "none" and needs_grad:
+def linear_mode_allowed(
+    reduction: str, needs_grad: bool, teacher_callable: bool, sparse_grad: bool, transformed: bool
+) -> None:
+    """What the linear losses cannot do with a gradient, in a graph, or in a transform of plain PyTorch."""
+    if sparse_grad and transformed:
+        raise ValueError("sparse_grad works in reverse mode only, outside torch.func and forward mode; leave it out")
+    if reduction == "none" and needs_grad and not transformed:
         raise ValueError(
             "reduction 'none' has no gradient here: the logits of a row are gone before its grad_output is known; give "
             "the rows their weights as row_weight, or call it under torch.no_grad()"

@@ -52,9 +52,9 @@ def of_all_ranks(loss: Callable[..., Any], student: Any, arguments: Mapping[str,
 
     result = loss(_to_local(student), **local)
     value, stats = result if isinstance(result, tuple) else (result, None)
-    strides = torch.empty(rows, device="meta").stride()
 
     def of_rows(values: Tensor) -> Tensor:
+        strides = torch.empty(rows, device="meta").stride()
         return DTensor.from_local(values, mesh, placements, shape=rows, stride=strides)
 
     if reduction == "none":

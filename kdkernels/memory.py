@@ -65,5 +65,10 @@ def _keeps(like: Tensor, size: int) -> bool:
     # A subclass, such as a fake tensor, has its own way to make tensors; and whoever asks for filled memory gets it.
     if type(like) not in (Tensor, torch.nn.Parameter):
         return False
+    return not is_poisoned()
+
+
+def is_poisoned() -> bool:
+    """Whether uninitialised memory is to be filled with NaN, as torch's deterministic mode does."""
     deterministic: Any = torch.utils.deterministic
-    return not (torch.are_deterministic_algorithms_enabled() and deterministic.fill_uninitialized_memory)
+    return torch.are_deterministic_algorithms_enabled() and deterministic.fill_uninitialized_memory
