@@ -291,7 +291,7 @@ def _check_chunk_bytes(value: Optional[int]) -> None:
 
 def _autocast_dtype(hidden: Any) -> Optional[torch.dtype]:
     """The dtype that autocast, where it is on, wants of the operands of a product; it leaves fp64 alone."""
-    if not isinstance(hidden, Tensor) or hidden.dtype == torch.float64:
+    if not isinstance(hidden, Tensor) or hidden.dtype == torch.float64 or hidden.device.type == "meta":
         return None
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -212,6 +212,22 @@ class TestLossScale:
         found = dense(*make(torch.float16, distance), {**options, "backend": backend}, factor)
         assert max(found) < 1e-3, found
 
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"normalizer": 1e6}, {"row_weight": torch.linspace(1e-5, 3e-5, N)}],
+        ids=["mean", "normalizer", "row-weight"],
+    )
+    def test_rounded_logits_leave_room_for_it(self, options, way, backend):
+        """The gradient then takes their place in fp16."""
+        inputs, teacher = make(torch.float16, None)
+        found = dense(inputs, teacher, {**options, "backend": backend}, SCALE, logits_dtype=torch.float16)
+        assert max(found) < 4e-3, found
+        losses = [
+            kd.linear_kd_loss(*inputs[:2], *teacher[:2], backend=backend, logits_dtype=dtype, **options)
+            for dtype in (torch.float16, None)
+        ]
+        torch.testing.assert_close(*losses, rtol=2e-3, atol=0)
+
     def test_so_it_is_of_k_columns(self, backend):
         inputs, teacher = make(torch.float16, 0.01)
         logprobs, ids = sparse(teacher)
@@ -438,6 +454,13 @@ class TestBf16Product:
         product(a, b, out, False)
         wrong = ~out.isfinite().all(-1)
         assert wrong.nonzero().squeeze(1).tolist() == [3, 5]
+
+    def test_opcheck(self):
+        bf16_product()
+        torch.library.opcheck(
+            torch.ops.kdkernels.bf16_product.default,
+            (torch.randn(5, 6), torch.randn(6, 7).bfloat16(), torch.zeros(5, 7), True),
+        )
 
     def test_it_refuses_what_does_not_fit(self):
         product = bf16_product()
