@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Optional, TypeVar, Union
 import torch
 from torch import Tensor
 
-from kdkernels import backends, checks, divergences, ops, reduction, reference
+from kdkernels import backends, checks, divergences, ops, reduction, reference, symbols
 from kdkernels.autograd import Launch, RowLoss, SummedCall, run, run_reference, run_summed
 from kdkernels.divergences import Divergence
 
@@ -375,9 +375,8 @@ def taid_loss(
     plan = _plan("taid_loss", options, student)
     checks.teacher_like("teacher", teacher, student, options.get("vocab_size"))
     lam = checks.per_row("interpolation", interpolation, student, low=0.0, high=1.0, exclusive=False)
-    lam = (
-        lam if isinstance(lam, Tensor) else torch.full((), lam, dtype=checks.sum_dtype(student), device=student.device)
-    )
+    if not isinstance(lam, Tensor):
+        lam = symbols.as_tensor(lam, checks.sum_dtype(student), student.device)
     lam = lam.expand(_num_rows(student))
     teachers, weights = (student.detach(), teacher), torch.stack([1 - lam, lam], -1)
     launch = _dense_call(plan, labels, weights, "logits", _dense_backend(plan, teachers, weights))
@@ -441,8 +440,8 @@ def dkd_loss(
             s,
             t,
             flat,
-            alpha=float(alpha),
-            beta=float(beta),
+            alpha=symbols.as_float(alpha),
+            beta=symbols.as_float(beta),
             temperature=plan.temperature,
             teacher_temperature=plan.teacher_temperature,
             scale_by_t_squared=scale_by_t_squared,
@@ -455,8 +454,8 @@ def dkd_loss(
         name,
         (flat, weight),
         {
-            "alpha": float(alpha),
-            "beta": float(beta),
+            "alpha": symbols.as_float(alpha),
+            "beta": symbols.as_float(beta),
             "temperature": plan.temperature,
             "teacher_temperature": plan.teacher_temperature,
             "vocab_size": plan.columns,
@@ -571,10 +570,12 @@ def check_options(owner: str, options: dict[str, Any], defaults: dict[str, Any] 
     A training loop asks the same thing in every step: what was accepted is remembered.
     """
     key = _options_key(owner, options)
-    found = _accepted.get(key)
+    # A graph that looked into the memory would be made again whenever another call adds to it.
+    found = None if key is None else _accepted.get(key)
     if found is None:
         found = _check_options(owner, options, defaults)
-        _remember(_accepted, key, found)
+        if key is not None:
+            _remember(_accepted, key, found)
     return found
 
 
@@ -600,8 +601,6 @@ def _options_key(owner: str, options: dict[str, Any]) -> Optional[tuple[Any, ...
 
 
 def _remember(memory: dict[Any, Any], key: Any, value: Any) -> None:
-    if key is None:
-        return
     if len(memory) >= MAX_ACCEPTED:
         memory.clear()
     memory[key] = value
@@ -648,10 +647,10 @@ def _check_options(owner: str, options: dict[str, Any], defaults: dict[str, Any]
         "temperature": _number(get["temperature"]),
         "teacher_temperature": _number(temperature),
         "scale_by_t_squared": get["scale_by_t_squared"],
-        "kd_weight": float(get["kd_weight"]),
-        "ce_weight": float(get["ce_weight"]),
-        "z_loss_weight": float(get["z_loss_weight"]),
-        "label_smoothing": float(get["label_smoothing"]),
+        "kd_weight": symbols.as_float(get["kd_weight"]),
+        "ce_weight": symbols.as_float(get["ce_weight"]),
+        "z_loss_weight": symbols.as_float(get["z_loss_weight"]),
+        "label_smoothing": symbols.as_float(get["label_smoothing"]),
         "ignore_index": get["ignore_index"],
         "student_softcap": checks.softcap("student_softcap", get["student_softcap"]),
         "stats": get["return_stats"],
@@ -668,8 +667,10 @@ def _check_options(owner: str, options: dict[str, Any], defaults: dict[str, Any]
 def _check_tail(get: dict[str, Any], divergence: Divergence) -> None:
     tail = get["tail"]
     checks.choice("tail", tail, checks.TAILS)
-    if tail in ("renormalize", "drop") and not reference.topk.defined_without_teacher(
-        divergence.name, *divergence.params()
+    if (
+        tail in ("renormalize", "drop")
+        and divergence.name not in reference.topk.HOMOGENEOUS  # finite whatever their parameter, which may be a symbol
+        and not reference.topk.defined_without_teacher(divergence.name, *divergence.params())
     ):
         raise ValueError(
             f"tail {tail!r} gives the teacher probability 0 outside its entries, where divergence {divergence.name!r}, "
@@ -709,8 +710,14 @@ class _Plan(NamedTuple):
             row_weight=weight if isinstance(weight, Tensor) else None,
             normalizer=self.normalizer,
             dtype=checks.sum_dtype(self.student),
+            device=self.student.device,
         )
-        return (scale if weight is None or isinstance(weight, Tensor) else scale * weight), rows
+        if weight is None or isinstance(weight, Tensor):
+            return scale, rows
+        if not symbols.is_symbol(weight):
+            return scale * weight, rows
+        factor = symbols.as_tensor(weight, checks.sum_dtype(self.student), self.student.device)
+        return scale, factor.expand(_num_rows(self.student)) if rows is None else rows * factor
 
     def result(self, loss: Tensor, stats: Optional[Tensor], kind: Any) -> Any:
         """The loss, with the columns of ``stats`` as a named tuple of type ``kind`` where they were asked for."""
@@ -797,7 +804,8 @@ def _know_call(key: Any, call: _Call, *, plain: bool) -> _KnownCall:
     bare = launch._replace(sparse_teacher=()) if plain else None
     summed = None if key is None else _summed_call(call)
     known = _KnownCall(plan, launch.backend, bare, summed)
-    _remember(_known_calls, key, known)
+    if key is not None:
+        _remember(_known_calls, key, known)
     return known
 
 
@@ -992,9 +1000,11 @@ def _mixture_weights(weights: Any, mixture: str, count: int, student: Tensor, *,
         weights = [1.0 / count] * count
     dtype = checks.sum_dtype(student)
     if not isinstance(weights, Tensor):
-        weights = torch.tensor(
-            [checks.number("teacher_weights", w, low=0.0) for w in weights], dtype=dtype, device=student.device
-        )
+        numbers = [checks.number("teacher_weights", w, low=0.0) for w in weights]
+        if any(symbols.is_symbol(w) for w in numbers):
+            weights = torch.stack([symbols.as_tensor(w, dtype, student.device) for w in numbers])
+        else:
+            weights = torch.tensor(numbers, dtype=dtype, device=student.device)
     if weights.shape[-1:] != (count,) or weights.shape[:-1] not in ((), student.shape[:-1]):
         raise ValueError(
             f"teacher_weights must have shape ({count},) or {(*student.shape[:-1], count)}, got {tuple(weights.shape)}"
@@ -1022,7 +1032,7 @@ def _row_tensors(student: Any, teacher: Any) -> tuple[Optional[Tensor], Optional
 
 
 def _number(value: Any) -> float:
-    return 1.0 if isinstance(value, Tensor) else float(value)
+    return 1.0 if isinstance(value, Tensor) else symbols.as_float(value)
 
 
 def _num_rows(student: Tensor) -> int:
