@@ -286,8 +286,8 @@ def linear_op(name: str) -> torch._ops.OpOverload:
 
 def op(pattern: str, backend: str) -> torch._ops.OpOverload:
     """The overload ``torch.ops.kdkernels.<pattern>_<backend>.default``."""
-    # A graph that looked into the memory would be made again whenever another call adds to it; and torch 2.10 refuses to
-    # write to it from within an autograd function.
+    # A graph that looked into the memory would be made again whenever another call adds to it; and torch 2.10 refuses
+    # to write to it from within an autograd function.
     if torch.compiler.is_dynamo_compiling():
         return getattr(getattr(torch.ops, NAMESPACE), f"{pattern}_{backend}").default
     found = _overloads.get((pattern, backend))
