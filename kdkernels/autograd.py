@@ -180,9 +180,8 @@ def run(
         # Before the launch, which may overwrite the student.
         ids, logprobs = launch.sparse_teacher
         shared = reference.topk.student_overlap(student, ids, logprobs, launch.tensors[0], launch.options)
-    result = ops.op(launch.pattern, launch.backend)(
-        views[0], *operands, *launch.sparse_teacher, destination, *launch.tensors, **launch.options
-    )
+    operands = [views[0], *operands, *launch.sparse_teacher, destination, *launch.tensors]
+    result = ops.call(launch.pattern, launch.backend, operands, launch.options)
     if isinstance(result, Tensor):
         return result, None
     if not launch.options["stats"]:

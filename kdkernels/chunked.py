@@ -188,21 +188,15 @@ def execute(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], 
     teachers: tuple[Any, ...] = launch.sparse_teacher
     if launch.pattern == "dense_fwd":
         teachers = (call.teacher_hidden, call.teacher_weight, call.teacher_bias)
-    return Result(
-        *getattr(torch.ops.kdkernels, f"linear_{launch.pattern}").default(
-            hidden,
-            weight,
-            bias,
-            *teachers,
-            *launch.tensors,
-            backend=launch.backend,
-            chunk_bytes=call.chunk_bytes,
-            product_dtype=call.product_dtype,
-            logits_dtype=call.logits_dtype,
-            needs=needs,
-            **launch.options,
-        )
-    )
+    options = {
+        "backend": launch.backend,
+        "chunk_bytes": call.chunk_bytes,
+        "product_dtype": call.product_dtype,
+        "logits_dtype": call.logits_dtype,
+        "needs": needs,
+        **launch.options,
+    }
+    return Result(*ops.call_linear(launch.pattern, (hidden, weight, bias, *teachers, *launch.tensors), options))
 
 
 def projects_columns(launch: Launch) -> bool:
