@@ -20,6 +20,7 @@ from torch import Tensor
 from kdkernels import transforms
 from kdkernels.backends import cpu
 from kdkernels.reduction import REDUCTIONS
+from kdkernels.reference.topk import unused
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "torch")
 TEACHER_FORMS = ("logits", "log_probs", "probs")
@@ -229,7 +230,7 @@ def teacher_like(name: str, teacher: Any, student: Tensor, vocab_size: Optional[
         raise ValueError(f"vocab_size must be at most {name}'s width {teacher.shape[-1]}, got {vocab_size}")
 
 
-def sparse_teacher(ids: Any, logprobs: Any, student: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+def sparse_teacher(ids: Any, logprobs: Any, student: Tensor, columns: int, tail: str) -> tuple[Tensor, Tensor]:
     """Ids and log-probabilities of the student's leading shape with K slots, returned as contiguous ``[N, K]``."""
     for name, value in (("teacher_ids", ids), ("teacher_logprobs", logprobs)):
         if not isinstance(value, Tensor):
@@ -250,28 +251,46 @@ def sparse_teacher(ids: Any, logprobs: Any, student: Tensor, columns: int) -> tu
         )
     if logprobs.requires_grad and torch.is_grad_enabled():
         raise ValueError("teacher_logprobs must not require grad: they get no gradient; detach them")
-    return sparse_entries(ids, logprobs, columns)
+    return sparse_entries(ids, logprobs, columns, tail)
 
 
-def sparse_entries(ids: Tensor, logprobs: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+def sparse_entries(ids: Tensor, logprobs: Tensor, columns: int, tail: str) -> tuple[Tensor, Tensor]:
     """What ``sparse_teacher`` returns, with the values checked alone."""
     k = ids.shape[-1]
     ids, logprobs = ids.reshape(-1, k).contiguous(), logprobs.detach().reshape(-1, k).contiguous()
     if reads_values(ids) and ids.numel():
-        _values_of_sparse_teacher(ids, logprobs, columns)
+        _values_of_sparse_teacher(ids, logprobs, columns, highest_logprob(logprobs.dtype, tail))
     return ids, logprobs
 
 
-def _values_of_sparse_teacher(ids: Tensor, logprobs: Tensor, columns: int) -> None:
-    if cpu.why_not(ids.device.type) is None and torch.ops.kdkernels.sparse_teacher_is_sound(ids, logprobs, columns):
+def highest_logprob(dtype: torch.dtype, tail: str) -> float:
+    """The largest log-probability that may be the rounding of one that is at most 0.
+
+    A logit of up to 32 less a logsumexp of that size, in 16 bits, is off by up to 16 epsilons; wider dtypes get the
+    allowance of ``tail_logprob``. The weights of sampled ids (tail "drop") may be above 1.
+    """
+    info = torch.finfo(dtype)
+    return info.max if tail == "drop" else max(1e-3, 16 * info.eps)
+
+
+def _values_of_sparse_teacher(ids: Tensor, logprobs: Tensor, columns: int, highest: float) -> None:
+    sound = torch.ops.kdkernels.sparse_teacher_is_sound
+    if cpu.why_not(ids.device.type) is None and sound(ids, logprobs, columns, highest):
         return
-    low, high = (int(v) for v in torch.aminmax(ids))
-    if low < -1 or high >= columns:
-        worst = low if low < -1 else high
+    # Unused slots may hold anything else.
+    used = ~unused(ids, logprobs)
+    low, high = (int(v) for v in torch.aminmax(torch.where(used, ids, 0)))
+    if low < 0 or high >= columns:
+        worst = low if low < 0 else high
         raise ValueError(f"teacher_ids must be in [0, {columns}) or -1 for an unused slot, got {worst}")
-    # Unused slots may hold anything.
-    if not (torch.where(ids < 0, -torch.inf, logprobs) < torch.inf).all():
+    logprobs = torch.where(used, logprobs, -torch.inf)
+    if not (logprobs < torch.inf).all():
         raise ValueError("teacher_logprobs must not be NaN or +inf, where teacher_ids is not -1")
+    if not (logprobs <= highest).all():
+        raise ValueError(
+            f"teacher_logprobs must be natural log-probabilities, at most 0, got {float(logprobs.amax()):.4g}: "
+            "are they probabilities, or logits?"
+        )
 
 
 def extras_of_tokens(extras: Any) -> dict[str, torch.dtype]:

@@ -24,7 +24,7 @@ from kdkernels.autograd import (
     scaled,
 )
 from kdkernels.heads import Fp16Range, Head, HeadGrad, Scratch, sum_dtype
-from kdkernels.reference.topk import distinct
+from kdkernels.reference.topk import distinct, out_of_range
 
 Rows = Union[slice, Tensor]
 TeacherChunks = Callable[[Rows], Any]
@@ -355,11 +355,13 @@ def _columns_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Ten
 def _positions(launch: Launch, columns: int) -> tuple[Tensor, Launch]:
     """Distinct ids ``[N, K]``, 0 in slots not used, and the launch on logits of these columns alone."""
     ids, logprobs = launch.sparse_teacher
-    wrong = ((ids < -1) | (ids >= columns)).any(-1)
+    wrong = out_of_range(ids, logprobs, columns)
     ids, logprobs, used = distinct(ids, logprobs.double(), columns)
     num_ids = ids.shape[1]
     places = torch.where(used, torch.arange(num_ids, device=ids.device), -1)
-    places[:, 0] = torch.where(wrong, num_ids, places[:, 0])  # again out of range: the row is NaN
+    # Again out of range, in a slot that is used: the row is NaN.
+    places[:, 0] = torch.where(wrong, num_ids, places[:, 0])
+    logprobs[:, 0] = torch.where(wrong, 0.0, logprobs[:, 0])
     options = {**launch.options, "vocab_size": num_ids}
     return torch.where(used, ids, 0), launch._replace(sparse_teacher=(places, logprobs), options=options)
 

@@ -90,7 +90,7 @@ def _topk_loss(prepare: _Loss) -> _Loss:
             known, plan, launch = _know_call(key, call, plain=all(given)), call.plan, call.launch
         else:
             plan = known.plan._replace(student=student)
-            teacher = checks.sparse_entries(teacher_ids, teacher_logprobs, plan.columns)
+            teacher = checks.sparse_entries(teacher_ids, teacher_logprobs, plan.columns, plan.options["tail"])
             if known.launch is not None:
                 launch = known.launch._replace(sparse_teacher=teacher)
             else:
@@ -264,6 +264,7 @@ def topk_kd_loss(
     *,
     tail: str = "bucket",
     tail_logprob: Optional[Tensor] = None,
+    min_tail: Optional[float] = None,
     divergence: Union[str, Divergence] = "forward_kl",
     temperature: PerRow = 1.0,
     teacher_temperature: Optional[PerRow] = None,
@@ -296,32 +297,43 @@ def topk_kd_loss(
         "uniform"           P on S, (1 - m) / (V - |S|) elsewhere    q                     all V
         "drop"              P on S, 0 elsewhere                      q                     all V
 
-    The bucket's masses are exact in loss and gradient however small they are; nothing is clamped. Where S is the whole
-    vocabulary there is no bucket, and no other id to spread mass over. A mass m above 1 leaves nothing to the tail, and
-    "uniform" scales it back to 1. With "drop" p need not sum to 1: ``sum p (log p - log q)`` may then be negative; it
+    The student's masses are exact in loss and gradient however small they are. Where S is the whole vocabulary there is
+    no bucket, and no other id to spread mass over. A mass m above 1 leaves nothing to the tail, and "uniform" scales it
+    back to 1. With "drop" p need not sum to 1: ``sum p (log p - log q)`` may then be negative; it
     is an unbiased estimate where the P are the weights of sampled ids (random sampling KD, Anshumann et al. 2025,
     arXiv:2503.16870).
 
     Where the teacher has probability 0 (outside S with "renormalize" and "drop", or in an empty tail) forward KL, soft
     cross entropy and skew KL have no term; JSD, TVD, skew reverse KL, and alpha-beta with ``alpha > 0`` and
     ``alpha + beta > 0`` have one in q alone; reverse KL, Jeffreys and the other alpha-beta divergences are infinite:
-    with "renormalize" and "drop" they are refused, and an empty tail of "bucket" or "uniform" gives ``inf``.
+    with "renormalize" and "drop" they are refused, and for them the tail of "bucket" and "uniform" has at least the
+    probability ``min_tail``. For the others an empty tail is empty, and ``min_tail`` changes nothing.
 
-    A row with no probability at all, such as one whose slots are all unused, is all tail: "bucket" gives 0, "uniform"
-    has the uniform teacher, and "drop" has p = 0. "renormalize" and "renormalize_both" have no teacher there and give
-    ``D = 0`` with no gradient.
+    A row without entries, as padding is, is all tail, whatever ``tail_logprob`` says there: "bucket" gives 0 with no
+    gradient, "uniform" has the uniform teacher (mask such rows by ``labels`` or ``row_weight`` where they are padding),
+    and "drop" has p = 0. "renormalize" and "renormalize_both" have no teacher there and give ``D = 0`` with no
+    gradient.
 
     Args:
         student: logits ``(..., V)``, as in ``kd_loss``.
-        teacher_ids: int32 or int64 ``(..., K)`` with the student's leading shape, in any order; -1 is an unused slot,
-            so that rows may have fewer entries. An id given twice counts once, with the sum of its probabilities.
-        teacher_logprobs: natural log-probabilities ``(..., K)``, float32, bfloat16, float16 or float64; what stands in
-            unused slots is not looked at. They get no gradient.
+        teacher_ids: int32 or int64 ``(..., K)`` with the student's leading shape, in any order. A slot whose id is -1,
+            or whose log-probability is -9000 or less, is unused, so that rows may have fewer entries; what else stands
+            there is not looked at. (Collators and servers put -inf, -1e9 or -9999 where they have none.) An id given
+            twice counts once, with the sum of its probabilities.
+        teacher_logprobs: natural log-probabilities ``(..., K)``, float32, bfloat16, float16 or float64. They get no
+            gradient. One above 0 by more than rounding (1e-3, and 16 epsilons of a 16-bit dtype) is refused; with
+            "drop", whose weights may be above 1, it is not.
         labels: as in ``kd_loss``: the classes for ``ce_weight``, and the mask.
         tail: see above.
         tail_logprob: for "bucket" and "uniform", the log of the teacher's mass outside S, of the shape of the rows,
             which replaces ``1 - m``: exact however small it is, and free of the rounding of 16-bit log-probabilities.
             ``capture_topk`` returns it. It gets no gradient.
+        min_tail: for "bucket" and "uniform", with a divergence that is infinite at p = 0: the least probability of the
+            tail, in [0, 1]. Log-probabilities are rounded, so that ``1 - m`` is off by a little, and often 0 where the
+            teacher is sure: reverse KL would be infinite. By default the floor is what that rounding may be,
+            ``eps32 + eps / 2 * sum P |log P|`` with eps of the dtype of ``teacher_logprobs`` and eps32 = 1.2e-7 of the
+            float32 softmax that they come from (float64: 2.2e-16); of a ``tail_logprob``, which is exact, nothing. A
+            number holds for both. Log-probabilities with 4 decimals need ``min_tail=5e-5``; 0 gives the limit, ``inf``.
         divergence: a name or an instance, as in ``kd_loss``.
         temperature: T of the student, > 0, a number or one value per row. By itself it does nothing to the teacher.
         teacher_temperature: T_t, applied to the teacher as it was given; by default ``temperature``. With a teacher
@@ -346,6 +358,7 @@ def topk_kd_loss(
     """
     options = {
         "tail": tail,
+        "min_tail": min_tail,
         "divergence": divergence,
         "temperature": temperature,
         "teacher_temperature": teacher_temperature,
@@ -366,7 +379,7 @@ def topk_kd_loss(
         "backend": backend,
     }
     plan = _plan("topk_kd_loss", options, student)
-    teacher = checks.sparse_teacher(teacher_ids, teacher_logprobs, student, plan.columns)
+    teacher = checks.sparse_teacher(teacher_ids, teacher_logprobs, student, plan.columns, tail)
     name = backends.choose(backend, student, divergence=plan.divergence.name, pattern="topk_fwd")
     checks.reverse_mode_only(name, student)
     return _Call(plan, (), _topk_call(plan, teacher, labels, tail_logprob, name))
@@ -571,6 +584,7 @@ DEFAULTS: dict[str, Any] = {
 # Those of kd_loss that describe a teacher's logits mean nothing to a sparse teacher.
 TOPK_DEFAULTS = {
     "tail": "bucket",
+    "min_tail": None,
     **{
         name: value
         for name, value in DEFAULTS.items()
@@ -686,6 +700,12 @@ def _check_options(owner: str, options: dict[str, Any], defaults: dict[str, Any]
     }
     if sparse:
         objective["tail"] = get["tail"]
+        # Where the divergence is finite without it an empty tail is none. topk_launch puts the default in.
+        floored = get["tail"] in ("bucket", "uniform") and not reference.topk.defined_without_teacher(
+            resolved.name, param0, param1
+        )
+        objective["min_tail"] = float(get["min_tail"] or 0.0) if floored else 0.0
+        objective["tail_rounding"] = 1.0 if floored and get["min_tail"] is None else 0.0
     else:
         objective["teacher_form"] = get["teacher_form"]
         objective["teacher_softcap"] = checks.softcap("teacher_softcap", get["teacher_softcap"])
@@ -696,6 +716,10 @@ def _check_options(owner: str, options: dict[str, Any], defaults: dict[str, Any]
 def _check_tail(get: dict[str, Any], divergence: Divergence) -> None:
     tail = get["tail"]
     checks.choice("tail", tail, checks.TAILS)
+    if get["min_tail"] is not None:
+        checks.number("min_tail", get["min_tail"], low=0.0, high=1.0)
+        if tail not in ("bucket", "uniform"):
+            raise ValueError(f"min_tail has no meaning with tail {tail!r}, only with 'bucket' and 'uniform'")
     if tail in ("renormalize", "drop") and not reference.topk.defined_without_teacher(
         divergence.name, *divergence.params()
     ):
@@ -962,14 +986,25 @@ def topk_launch(
 ) -> Launch:
     """The call of ``topk_kd_loss`` whose ``rows`` are labels, weight, ``row_param`` and the tail, ``[N]`` each."""
     labels, weight, row_param, tail_rows = rows
+    options = {**plan.objective, "scale": scale, "vocab_size": plan.columns}
+    if options["tail_rounding"]:
+        options |= _rounding_of_tail(teacher[1].dtype, tail_rows is not None)
     return Launch(
         "topk_fwd",
         backend,
         (labels, weight, *_row_tensors(plan.temperature, plan.teacher_temperature), row_param, tail_rows),
-        {**plan.objective, "scale": scale, "vocab_size": plan.columns},
+        options,
         teacher,
         _gradient_size(plan.divergence, plan.objective),
     )
+
+
+def _rounding_of_tail(dtype: torch.dtype, given: bool) -> dict[str, float]:
+    """The default of ``min_tail``: what ``1 - sum p`` may be off by; nothing where the tail is given."""
+    if given:
+        return {"min_tail": 0.0, "tail_rounding": 0.0}
+    epsilon = torch.finfo(dtype).eps
+    return {"min_tail": min(epsilon, torch.finfo(torch.float32).eps), "tail_rounding": epsilon / 2}
 
 
 def _labels_and_param(plan: _Plan, labels: Optional[Tensor]) -> tuple[Optional[Tensor], Optional[Tensor]]:

@@ -186,6 +186,7 @@ def linear_topk_kd_loss(
     sparse_grad: bool = False,
     tail: str = "bucket",
     tail_logprob: Optional[Tensor] = None,
+    min_tail: Optional[float] = None,
     divergence: Union[str, Divergence] = "forward_kl",
     temperature: PerRow = 1.0,
     teacher_temperature: Optional[PerRow] = None,
@@ -212,7 +213,7 @@ def linear_topk_kd_loss(
 
     Args:
         student_hidden, student_weight, student_bias, reduction: as in ``linear_kd_loss``.
-        teacher_ids, teacher_logprobs, tail_logprob: as in ``topk_kd_loss``.
+        teacher_ids, teacher_logprobs, tail_logprob, min_tail: as in ``topk_kd_loss``.
         labels: as in ``linear_kd_loss``.
         chunk_bytes: as in ``linear_kd_loss``, of the student's logits; of the gathered rows of the head where only
             these are multiplied.
@@ -257,7 +258,7 @@ def linear_topk_kd_loss(
     checks.logits_dtype(logits_dtype, product_dtype or student_hidden.dtype)
     logits = _stand_in(student_hidden, head, product_dtype)
     plan = functional._plan("linear_topk_kd_loss", options, logits)
-    teacher = checks.sparse_teacher(teacher_ids, teacher_logprobs, logits, plan.columns)
+    teacher = checks.sparse_teacher(teacher_ids, teacher_logprobs, logits, plan.columns, tail)
     labels, row_param = functional._labels_and_param(plan, labels)
     name = backends.choose(backend, logits, divergence=plan.divergence.name, pattern="topk_fwd")
     scale, weight = plan.weights(labels)

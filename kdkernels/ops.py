@@ -45,15 +45,16 @@ SCHEMAS = {
         "float label_smoothing, bool scale_by_t_squared, str teacher_form, float student_softcap, "
         "float teacher_softcap, bool standardize, bool stats) -> (Tensor, Tensor)"
     ),
-    # A teacher of ids [N, K], -1 for no entry, and their log-probabilities [N, K]; tail_rows [N] is the log of its mass
-    # outside them, where that is known better than by 1 - sum. Otherwise as dense_fwd.
+    # A teacher of ids [N, K] and log-probabilities [N, K]; a slot of id -1, or of -9000 or less, is unused. tail_rows
+    # [N] is the log of its mass outside them, where that is known better than by 1 - sum; that mass counts as at least
+    # min_tail + tail_rounding * sum p |log p|. Otherwise as dense_fwd.
     "topk_fwd": (
         "(Tensor student, Tensor teacher_ids, Tensor teacher_logprobs, Tensor(a!)? dstudent, Tensor? labels, "
         "Tensor? row_weight, Tensor? student_temperature_rows, Tensor? teacher_temperature_rows, Tensor? param_rows, "
-        "Tensor? tail_rows, *, str tail, str divergence, float param0, float param1, int vocab_size, "
-        "int ignore_index, float scale, float temperature, float teacher_temperature, float kd_weight, "
-        "float ce_weight, float z_loss_weight, float label_smoothing, bool scale_by_t_squared, float student_softcap, "
-        "bool stats) -> (Tensor, Tensor)"
+        "Tensor? tail_rows, *, str tail, float min_tail, float tail_rounding, str divergence, float param0, "
+        "float param1, int vocab_size, int ignore_index, float scale, float temperature, float teacher_temperature, "
+        "float kd_weight, float ce_weight, float z_loss_weight, float label_smoothing, bool scale_by_t_squared, "
+        "float student_softcap, bool stats) -> (Tensor, Tensor)"
     ),
     # The k largest of each row of logits: ids int32 [N, K], log-probabilities [N, K], and the log of the mass outside
     # them [N].
@@ -86,7 +87,7 @@ _ALIKE = (
 _SUMMED = "Tensor student, Tensor(a!)? dstudent, Tensor call, float scale, bool needs_grad"
 SUMMED_SCHEMAS = {
     "dense_call": f"(Tensor student, *, {_ALIKE}, str teacher_form, float teacher_softcap, bool standardize) -> Tensor",
-    "topk_call": f"(Tensor student, *, {_ALIKE}, str tail) -> Tensor",
+    "topk_call": f"(Tensor student, *, {_ALIKE}, str tail, float min_tail, float tail_rounding) -> Tensor",
     "dense_loss": f"({_SUMMED}, Tensor teacher, Tensor? labels) -> (Tensor, Tensor)",
     "topk_loss": (
         f"({_SUMMED}, Tensor teacher_ids, Tensor teacher_logprobs, Tensor? labels, Tensor? tail_rows) "
@@ -124,7 +125,7 @@ _library.define("has_bf16_product() -> bool")
 _library.define("bf16_product(Tensor a, Tensor b, Tensor(a!) out, bool add) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
 # Checks of values on the CPU. Labels int64 and contiguous; ids and log-probabilities contiguous and of one size.
 _library.define("labels_are_sound(Tensor labels, int columns, int ignore_index) -> bool")
-_library.define("sparse_teacher_is_sound(Tensor ids, Tensor logprobs, int columns) -> bool")
+_library.define("sparse_teacher_is_sound(Tensor ids, Tensor logprobs, int columns, float highest) -> bool")
 
 
 def _sums(student: Tensor, *shape: int) -> Tensor:

@@ -1,9 +1,9 @@
 """Every loss and the capture on calls that hypothesis draws: shapes, strides, dtypes, values and options together.
 
-The truth is written here once more, in NumPy and fp64, with gradients in closed form: it shares no line with the package,
-its reference or its oracle. Bounds are those of a wrong formula, index or stride and not of the last bits, which the tests
-of each loss hold. ``KDKERNELS_HYPOTHESIS=deep`` draws 10,000 calls, new ones every time, and not 150 that never change;
-``KDKERNELS_HYPOTHESIS=n`` draws n.
+The truth is written here once more, in NumPy and fp64, with gradients in closed form: it shares no line with the
+package, its reference or its oracle. Bounds are those of a wrong formula, index or stride and not of the last bits,
+which the tests of each loss hold. ``KDKERNELS_HYPOTHESIS=deep`` draws 10,000 calls, new ones every time, and not 150
+that never change; ``KDKERNELS_HYPOTHESIS=n`` draws n.
 """
 
 import os
@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import kdkernels as kd
-from kdkernels import backends, checks, testing
+from kdkernels import backends, testing
 
 PROFILE = os.environ.get("KDKERNELS_HYPOTHESIS", "150")
 DEEP = PROFILE == "deep"
@@ -232,6 +232,10 @@ def rows_of(x, call):
     return x.detach().double().reshape(call.rows, x.shape[-1]).numpy()
 
 
+def slots_of(ids, call):
+    return ids.reshape(call.rows, ids.shape[-1]).numpy()
+
+
 def as_rows(value, call, sums):
     """In the precision that the sums know it in."""
     value = torch.as_tensor(value, dtype=FP64).to(sums).double()
@@ -418,3 +422,284 @@ def test_kd_loss(data, call, backend):
         return found[0] if stats else found
 
     hold(call, student, loss, truth, options, counts, columns)
+
+
+# Losses of their own. Their truths are as those above: closed forms in NumPy.
+
+
+def sparse_teacher(draw, call, columns):
+    """Ids and log-probabilities of K slots a row, of which some are unused, and an id may stand twice."""
+    k = draw(st.integers(1, min(columns, 40)))
+    teacher = call.normal(*call.shape, columns) * draw(st.sampled_from([0.5, 3.0]))
+    logprobs, ids = torch.log_softmax(teacher, -1).topk(k)
+    shuffled = torch.rand(ids.shape, generator=call.generator).argsort(-1)
+    ids, logprobs = ids.gather(-1, shuffled), logprobs.gather(-1, shuffled)
+    if draw(st.booleans()) and k > 1:
+        twice = torch.rand(call.shape, generator=call.generator) < 0.5
+        ids[..., 1] = torch.where(twice, ids[..., 0], ids[..., 1])
+        # The two together have the mass that there is for them.
+        logprobs[..., :2] -= twice[..., None] * 0.7
+    unused = torch.rand(ids.shape, generator=call.generator) < draw(st.sampled_from([0.0, 0.3, 1.0]))
+    ids[unused] = -1
+    logprobs = logprobs.to(draw(st.sampled_from(DTYPES)))
+    logprobs[unused] = torch.nan
+    return ids.to(draw(st.sampled_from([torch.int64, torch.int32]))), logprobs
+
+
+def one_sparse_row(divergence, s, ids, logprobs, tail, t, teacher_t, log_rest):
+    """``D`` of one row ``[V]`` over the outcomes of ``tail``, its gradient, size and unit."""
+    mass = {}
+    for v, lp in zip(ids, logprobs, strict=True):
+        if v >= 0:
+            mass[v] = np.logaddexp(mass.get(v, -np.inf), lp)
+    inside = np.array(sorted(mass), int)
+    logp = np.array([mass[v] for v in inside])
+    outside = np.setdiff1d(np.arange(len(s)), inside)
+    nothing = Rows(0.0, np.zeros_like(s), 1.0, np.zeros_like(s))
+    if log_rest is None:
+        with np.errstate(divide="ignore"):
+            log_rest = np.log(max(0.0, 1 - np.exp(logp).sum()))
+    where = slice(None)
+    if tail in ("renormalize", "renormalize_both"):
+        if not len(inside):
+            return nothing
+        logp = log_softmax(logp / teacher_t)
+    if tail == "renormalize_both":
+        where, full = inside, logp
+    elif tail == "uniform":
+        full = np.full(len(s), log_rest - np.log(max(len(outside), 1)))
+        full[inside] = logp
+        full = log_softmax(full / teacher_t)
+    else:
+        full = np.full(len(s), -np.inf)
+        full[inside] = logp
+    if tail != "bucket" or not len(outside):
+        rows = distilled(divergence, full[None], s[None, where], np.array([t]))
+        grad, unit = np.zeros_like(s), np.zeros_like(s)
+        grad[where], unit[where] = rows.grad[0], rows.unit[0]
+        return Rows(rows.loss[0], grad, rows.size[0], unit)
+    # The outcomes are the ids, and the bucket of all others.
+    logq = log_softmax(s[None] / t)[0]
+    rest = logq[outside]
+    log_bucket = rest.max() + np.log(np.exp(rest - rest.max()).sum())
+    lp, lq = np.append(logp, log_rest), np.append(logq[inside], log_bucket)
+    f, score = value_and_score(divergence, lp, lq)
+    share = np.zeros_like(s)
+    share[inside] = score[:-1]
+    share[outside] = score[-1] * np.exp(rest - log_bucket)
+    q = np.exp(logq)
+    size = size_of(lp, lq) * (1 + np.ptp(s) / t / 8)
+    unit = (q + np.abs(share) + q * np.abs(score).sum()) / t * size
+    unit[inside] += np.exp(logp) / t * size
+    return Rows(f.sum(), (share - q * score.sum()) / t, size, unit)
+
+
+@calls(0.25)
+@given(st.data(), a_call(), st.sampled_from(BACKENDS))
+def test_topk_kd_loss(data, call, backend):
+    draw = data.draw
+    sums = FP64 if call.dtype == FP64 else FP32
+    student = laid_out(draw, call.logits(draw, draw(KINDS), call.width, call.dtype))
+    options, t, tau = soft_options(draw, call, sums)
+    columns = call.width
+    if draw(st.integers(0, 3)) == 0:
+        columns = options["vocab_size"] = draw(st.integers(1, call.width))
+    ids, logprobs = sparse_teacher(draw, call, columns)
+    tail = options["tail"] = draw(st.sampled_from(["bucket", "renormalize", "renormalize_both", "uniform", "drop"]))
+    # Those that are infinite where the teacher has no mass have tests of their own.
+    never = ("reverse_kl", "jeffreys")
+    divergence = draw(DIVERGENCES.filter(lambda d: d.name not in never or tail == "renormalize_both"))
+    options["divergence"] = divergence
+    teacher_t = t
+    if tail in ("bucket", "drop"):
+        options["teacher_temperature"], teacher_t = 1.0, np.ones_like(t)
+    elif draw(st.booleans()):
+        options["teacher_temperature"] = per_row(draw, call, TEMPERATURES, 0.4, 4.0)
+        teacher_t = as_rows(options["teacher_temperature"], call, sums)
+    rest = None
+    if tail in ("bucket", "uniform") and draw(st.booleans()):
+        rest = torch.rand(call.shape, generator=call.generator, dtype=FP64).log() - 1
+        # A row without entries is all tail.
+        rest = options["tail_logprob"] = torch.where((ids >= 0).any(-1), rest, 0.0).to(sums)
+    labels = labels_of(draw, call, columns, -100) if draw(st.booleans()) else None
+    options |= hard_options(draw, labels) | common_options(draw, call, labels, divergence)
+    s = rows_of(student, call)[:, :columns]
+    flat_ids, flat_logprobs = slots_of(ids, call), rows_of(logprobs, call)
+    log_rest = [None] * call.rows if rest is None else rest.double().reshape(-1).tolist()
+    each = [
+        one_sparse_row(divergence, s[i], flat_ids[i], flat_logprobs[i], tail, t[i], teacher_t[i], log_rest[i])
+        for i in range(call.rows)
+    ]
+    empty = Rows(np.zeros(0), np.zeros((0, columns)), np.zeros(0), np.zeros((0, columns)))
+    soft = Rows(*map(np.array, zip(*each, strict=True))) if each else empty
+    soft = soft.weighted(tau * options.get("kd_weight", 1.0))
+    flat = None if labels is None else labels.reshape(-1).numpy()
+    counts = np.ones(call.rows, bool) if flat is None else flat != -100
+    smoothing, z = options.get("label_smoothing", 0.0), options.get("z_loss_weight", 0.0)
+    truth = added(soft, hard_terms(s, flat, options.get("ce_weight", 0.0), smoothing, z))
+    hold(
+        call, student, lambda x: kd.topk_kd_loss(x, ids, logprobs, labels, backend=backend, **options), truth, options,
+        counts, columns,
+    )  # fmt: skip
+
+
+@calls(0.1)
+@given(st.data(), a_call(least=2), st.sampled_from(BACKENDS))
+def test_dkd_loss(data, call, backend):
+    draw = data.draw
+    student = laid_out(draw, call.logits(draw, draw(KINDS), call.width, call.dtype))
+    teacher = laid_out(draw, call.logits(draw, draw(KINDS), call.width, draw(st.sampled_from(DTYPES)), student))
+    labels = labels_of(draw, call, call.width, -100)
+    options = {"alpha": draw(st.sampled_from([0.0, 1.0, 3])), "beta": draw(st.sampled_from([0.0, 1.0, 8.0]))}
+    options |= {"temperature": draw(TEMPERATURES), "scale_by_t_squared": draw(st.booleans())}
+    if draw(st.booleans()):
+        options["teacher_temperature"] = draw(TEMPERATURES)
+    t, teacher_t = options["temperature"], options.get("teacher_temperature", options["temperature"])
+    options |= common_options(draw, call, labels, None)
+    s, p = rows_of(student, call) / t, rows_of(teacher, call) / teacher_t
+    flat = labels.reshape(-1).numpy()
+    counts, label = flat != -100, np.where(flat == -100, 0, flat)
+    others = np.arange(call.width) != label[:, None]
+    tau = t * t if options["scale_by_t_squared"] else 1.0
+
+    def parts(x):
+        """Log-probabilities of the label and of the rest, and of each of the others among them."""
+        logits = np.where(others, x, -np.inf)
+        top = logits.max(-1)
+        rest = top + np.log(np.exp(logits - top[:, None]).sum(-1))
+        own = x[np.arange(len(x)), label]
+        return log_softmax(np.stack([own, rest], -1)), logits - rest[:, None]
+
+    (p_two, p_rest), (q_two, q_rest) = parts(p), parts(s)
+    target = times(np.exp(p_two), p_two - q_two).sum(-1)
+    rest = np.where(others, times(np.exp(p_rest), np.where(others, p_rest, 0) - np.where(others, q_rest, 0)), 0).sum(-1)
+    of_two = np.exp(q_two) - np.exp(p_two)
+    grad = options["alpha"] * np.where(others, of_two[:, 1:] * np.exp(q_rest), of_two[:, :1])
+    grad = grad + options["beta"] * (np.exp(q_rest) - np.exp(p_rest))
+    size = tau * (options["alpha"] + options["beta"]) * (4 + np.ptp(s, -1) + np.ptp(p, -1)) ** 2
+    loss = tau * (options["alpha"] * target + options["beta"] * rest)
+    whole = np.where(others, np.exp(q_rest) + np.exp(p_rest), 1.0)
+    truth = Rows(loss, tau / t * grad, size, whole * size[:, None] / t)
+    hold(
+        call, student, lambda x: kd.dkd_loss(x, teacher, labels, backend=backend, **options), truth, options, counts,
+        call.width,
+    )  # fmt: skip
+
+
+@calls(0.1)
+@given(st.data(), a_call(), st.sampled_from(BACKENDS))
+def test_logit_mse_loss(data, call, backend):
+    draw = data.draw
+    student = laid_out(draw, call.logits(draw, draw(KINDS), call.width, call.dtype))
+    teacher = laid_out(draw, call.logits(draw, draw(KINDS), call.width, draw(st.sampled_from(DTYPES)), student))
+    labels = labels_of(draw, call, call.width, -100) if draw(st.booleans()) else None
+    options = {"centered": draw(st.booleans())} | common_options(draw, call, labels, None)
+    s, p = rows_of(student, call), rows_of(teacher, call)
+    difference = s - p
+    size = (np.abs(s).max(-1, initial=1) + np.abs(p).max(-1, initial=1)) ** 2
+    if options["centered"]:
+        difference = difference - difference.mean(-1, keepdims=True)
+    counts = np.ones(call.rows, bool) if labels is None else labels.reshape(-1).numpy() != -100
+    unit = np.broadcast_to(size[:, None] / call.width, difference.shape)
+    truth = Rows((difference**2).mean(-1), 2 / call.width * difference, size, unit)
+    hold(
+        call, student, lambda x: kd.logit_mse_loss(x, teacher, labels, backend=backend, **options), truth, options,
+        counts, call.width,
+    )  # fmt: skip
+
+
+def by_sorting(row, k, temperature):
+    order = sorted(range(len(row)), key=lambda v: (-row[v], v))
+    logp = log_softmax(row[None] / temperature)[0]
+    rest = np.exp(logp[order[k:]])
+    return [v if row[v] > -np.inf else -1 for v in order[:k]], logp[order[:k]], rest.sum()
+
+
+@calls(0.1)
+@given(st.data(), a_call(), st.sampled_from(BACKENDS))
+def test_capture_topk(data, call, backend):
+    draw = data.draw
+    logits = call.logits(draw, draw(KINDS), call.width, call.dtype)
+    if draw(st.booleans()):
+        logits[..., :: draw(st.integers(2, 5))] = -torch.inf
+        logits[..., -1] = 1.0
+    columns = draw(st.integers(1, call.width)) if draw(st.booleans()) else call.width
+    logits[..., columns - 1] = 0.5
+    logits = laid_out(draw, logits)
+    k = draw(st.integers(1, min(columns, 300)))
+    sums = FP64 if call.dtype == FP64 else FP32
+    temperature = per_row(draw, call, TEMPERATURES, 0.4, 4.0)
+    t = as_rows(temperature, call, sums)
+    with testing.poisoned_memory():
+        found = kd.capture_topk(logits, k, temperature=temperature, vocab_size=columns, backend=backend)
+    assert found.ids.shape == found.logprobs.shape == (*call.shape, k) and found.tail_logprob.shape == call.shape
+    ids, logprobs = found.ids.reshape(call.rows, k).tolist(), found.logprobs.double().reshape(call.rows, k).numpy()
+    tails, atol = found.tail_logprob.double().reshape(-1).exp().tolist(), 10 * tolerance(call.dtype)
+    for i, row in enumerate(rows_of(logits, call)[:, :columns]):
+        wanted, logp, rest = by_sorting(row, k, t[i])
+        assert ids[i] == wanted
+        np.testing.assert_allclose(logprobs[i], logp, rtol=atol, atol=atol)
+        np.testing.assert_allclose(tails[i], rest, rtol=1e3 * atol, atol=atol)
+
+
+@calls(0.1)
+@given(st.data(), a_call(dtypes=(FP32, FP64)), st.sampled_from(BACKENDS))
+def test_linear_losses(data, call, backend):
+    """Hidden states in: the gradients of the head and of the states are products of the one of the logits."""
+    draw = data.draw
+    sparse, d, divergence = draw(st.booleans()), draw(st.integers(1, 12)), draw(DIVERGENCES)
+    width, rows = min(call.width, 600), call.rows
+    hidden = laid_out(draw, call.normal(*call.shape, d).to(call.dtype))
+    weight, bias = call.normal(width, d).to(call.dtype), call.normal(width).to(call.dtype)
+    if draw(st.booleans()):
+        weight = weight.t().contiguous().t()
+    with_bias, temperature = draw(st.booleans()), draw(TEMPERATURES)
+    options = {"temperature": temperature, "divergence": divergence}
+    options["chunk_bytes"] = draw(st.sampled_from([None, 1, 5000, 10**6]))
+    labels = labels_of(draw, call, width, -100) if draw(st.booleans()) else None
+    options |= hard_options(draw, labels) | common_options(draw, call, labels, divergence)
+    if options["reduction"] == "none":
+        options["reduction"] = "sum"
+    t = np.full(rows, float(temperature))
+    h, w = rows_of(hidden, call), weight.double().numpy()
+    s = h @ w.T + (bias.double().numpy() if with_bias else 0.0)
+    if sparse:
+        if divergence.name in ("reverse_kl", "jeffreys"):
+            return
+        call = call._replace(width=width)
+        ids, logprobs = sparse_teacher(draw, call, width)
+        options["tail"], options["teacher_temperature"] = "bucket", 1.0
+        flat_ids, flat = slots_of(ids, call), rows_of(logprobs, call)
+        each = [one_sparse_row(divergence, s[i], flat_ids[i], flat[i], "bucket", t[i], 1.0, None) for i in range(rows)]
+        empty = Rows(np.zeros(0), np.zeros((0, width)), np.zeros(0), np.zeros((0, width)))
+        soft = Rows(*map(np.array, zip(*each, strict=True))) if each else empty
+    else:
+        teacher_d = draw(st.integers(1, 12))
+        teacher_hidden = call.normal(*call.shape, teacher_d).to(call.dtype)
+        teacher_weight = call.normal(width, teacher_d).to(call.dtype)
+        p = rows_of(teacher_hidden, call) @ teacher_weight.double().numpy().T
+        soft = distilled(divergence, log_softmax(p / t[:, None]), s, t)
+    soft = soft.weighted(t**2 * options.get("kd_weight", 1.0))
+    flat_labels = None if labels is None else labels.reshape(-1).numpy()
+    smoothing, z = options.get("label_smoothing", 0.0), options.get("z_loss_weight", 0.0)
+    truth = added(soft, hard_terms(s, flat_labels, options.get("ce_weight", 0.0), smoothing, z))
+    counts = np.ones(rows, bool) if flat_labels is None else flat_labels != -100
+    want = reduced(truth, options, call, counts, np.array(1.0))
+
+    leaves = [x.detach().requires_grad_() for x in ((hidden, weight, bias) if with_bias else (hidden, weight))]
+    keywords = {**options, "student_bias": leaves[2] if with_bias else None, "backend": backend}
+    with testing.poisoned_memory():
+        if sparse:
+            loss = kd.linear_topk_kd_loss(leaves[0], leaves[1], ids, logprobs, labels, **keywords)
+        else:
+            loss = kd.linear_kd_loss(leaves[0], leaves[1], teacher_hidden, teacher_weight, labels, **keywords)
+        grads = torch.autograd.grad(loss, leaves)
+    # Sums over rows, columns and hidden numbers.
+    eps = tolerance(call.dtype) * 20
+    assert abs(loss.item() - want.loss) <= eps * (1 + abs(want.loss) + want.size)
+    products = (want.grad @ w, want.grad.T @ h, want.grad.sum(0))
+    bounds = (want.unit @ np.abs(w), want.unit.T @ np.abs(h), want.unit.sum(0))
+    for leaf, grad, truth_of, bound in zip(leaves, grads, products, bounds, strict=False):
+        assert grad.shape == leaf.shape and grad.dtype == leaf.dtype
+        error = np.abs(grad.double().numpy().reshape(truth_of.shape) - truth_of)
+        assert (error <= eps * (bound + np.abs(truth_of)) + 1e-30).all(), f"off by {error.max():.3g}"

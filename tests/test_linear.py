@@ -62,7 +62,7 @@ def gradients(loss, inputs):
 
 
 def hold(ours, full, inputs):
-    """``ours(hidden, weight, bias)`` against ``full`` of the same on fp64 copies, with ``full`` as bar.
+    """``ours(hidden, weight, bias)`` against ``full`` of the same on fp64 copies, with ``full`` in fp32 as the bar:
 
     The bar is in fp32 or wider: that the whole formulation rounds logits to 16 bits excuses nobody.
     """

@@ -53,6 +53,7 @@ from kdkernels.kernels.rows import (
 from kdkernels.kernels.terms import (
     NOWHERE,
     NUM_STATS,
+    both_mean,
     hard_terms,
     label_gradient,
     linear_value,
@@ -235,6 +236,14 @@ def dense_fwd_kernel(
     TEACHER: tl.constexpr = KD or STATS
     # Standardised logits and mixed probabilities are known only after a sweep of their own, too late for online sums.
     LINEAR: tl.constexpr = TEACHER and COEFFICIENTS is not None and not STANDARDIZE and not MIX_PROBS
+    # Both Kullback-Leibler divergences at once, whose terms of first order cancel one by one.
+    BOTH: tl.constexpr = (
+        LINEAR
+        and COEFFICIENTS[0] == -COEFFICIENTS[1]
+        and COEFFICIENTS[2] == -COEFFICIENTS[3]
+        and COEFFICIENTS[0] != 0
+        and COEFFICIENTS[3] != 0
+    )
     if COEFFICIENTS is None:
         Q_TERMS: tl.constexpr = True
         HOMOGENEOUS: tl.constexpr = SCALABLE
@@ -323,7 +332,7 @@ def dense_fwd_kernel(
     # What p sums to: the weights of a mixture are taken as they are.
     mass = 1.0
     if LINEAR:
-        student_norm, norm, mean_p, mean_q, hard_norm, centered_sum = linear_sweep(
+        student_norm, norm, mean_p, mean_q, excess_z, hard_norm, centered_sum = linear_sweep(
             student_ptr,
             teachers,
             weights,
@@ -337,6 +346,7 @@ def dense_fwd_kernel(
             teacher_scales[0],
             ratio,
             COEFFICIENTS,
+            BOTH,
             TEACHER_PROBS,
             HARD,
             TILE,
@@ -387,7 +397,13 @@ def dense_fwd_kernel(
             post = inverse_zt
             factor_q = tl.where(norm[4] == student_norm[4], 1.0, norm[4] * inverse_zs)
     if LINEAR:
-        divergence = linear_value(COEFFICIENTS, (mean_p + mean_q) * unit_t, norm[4], log_zt_zs)
+        excess_z *= inverse_zt
+        if BOTH:
+            mean_p = both_mean(COEFFICIENTS, mean_p, mean_q, excess_z)
+            divergence = mean_p * unit_t + (COEFFICIENTS[1] + COEFFICIENTS[3]) * log_zt_zs
+            mean_q *= COEFFICIENTS[2]
+        else:
+            divergence = linear_value(COEFFICIENTS, (mean_p + mean_q) * unit_t, norm[4], log_zt_zs)
 
     offs_tile = tile_offsets(TILE)
     num_tiles = tl.cdiv(V, BLOCK_V)
@@ -463,7 +479,7 @@ def dense_fwd_kernel(
             g_scale = kd_scale * unit_s
         if LINEAR:
             # Exactly 1 for equal rows, so that their gradient is exactly 0: es - z_ratio * et with one rounding.
-            z_ratio = tl.fma(student_norm[4] - norm[4], inverse_zt, 1.0)
+            z_ratio = 1.0 + excess_z
         for k in range(num_tiles):
             offs_v = (k if VALUE_SWEEP else num_tiles - 1 - k) * BLOCK_V + offs_tile
             s = load_logits(student_ptr, offs_v, V, load_width, student_softcap, False)
@@ -487,7 +503,12 @@ def dense_fwd_kernel(
             if not KD:
                 g = tl.zeros(s.shape, tl.float32)
             elif LINEAR:
-                g = tl.fma(et, -z_ratio, es) * (-COEFFICIENTS[1] * g_scale * inverse_zs)
+                if BOTH:
+                    # Where one outcome has all but 1e-8 of both, the ratio's excess over 1 is what there is.
+                    g = tl.fma(et, -excess_z, es - et)
+                else:
+                    g = tl.fma(et, -z_ratio, es)
+                g *= -COEFFICIENTS[1] * g_scale * inverse_zs
                 if Q_TERMS:
                     # The normalisers cancel: what is left of a logarithm is as small as the rows are near.
                     log_mix = mix_logs(COEFFICIENTS[2], dt, COEFFICIENTS[3], ds, ratio) - mean_q

@@ -36,6 +36,7 @@ from kdkernels.kernels.rows import (
 from kdkernels.kernels.terms import (
     NOWHERE,
     NUM_STATS,
+    both_mean,
     hard_terms,
     label_gradient,
     linear_value,
@@ -88,26 +89,44 @@ def _sum7(a, b, c, d, e, f, g, h, i, j, k, m, n, o):
 
 
 @triton.jit
+def _sum_together(folded):
+    if len(folded) == 1:
+        sums = (tl.sum(folded[0], axis=0),)
+    elif len(folded) == 2:
+        sums = tl.reduce(folded, 0, _sum2)
+    elif len(folded) == 3:
+        sums = tl.reduce(folded, 0, _sum3)
+    elif len(folded) == 4:
+        sums = tl.reduce(folded, 0, _sum4)
+    elif len(folded) == 5:
+        sums = tl.reduce(folded, 0, _sum5)
+    elif len(folded) == 6:
+        sums = tl.reduce(folded, 0, _sum6)
+    else:
+        sums = tl.reduce(folded, 0, _sum7)
+    return sums
+
+
+@triton.jit
+def _sum_apart(folded):
+    sums = ()
+    for k in tl.static_range(len(folded)):
+        sums = sums + (tl.sum(folded[k], axis=0),)
+    return sums
+
+
+# The interpreter adds the elements of a joint reduction up one after another, where a GPU takes them in pairs.
+if triton.knobs.runtime.interpret:
+    _sum_together = _sum_apart
+
+
+@triton.jit
 def reduce_sums(lanes):
     """Sums over the cluster of a tuple of [LANES, VEC] accumulators, in one exchange."""
     folded = ()
     for k in tl.static_range(len(lanes)):
         folded = folded + (tl.sum(lanes[k], axis=1),)
-    if len(lanes) == 1:
-        sums = (tl.sum(folded[0], axis=0),)
-    elif len(lanes) == 2:
-        sums = tl.reduce(folded, 0, _sum2)
-    elif len(lanes) == 3:
-        sums = tl.reduce(folded, 0, _sum3)
-    elif len(lanes) == 4:
-        sums = tl.reduce(folded, 0, _sum4)
-    elif len(lanes) == 5:
-        sums = tl.reduce(folded, 0, _sum5)
-    elif len(lanes) == 6:
-        sums = tl.reduce(folded, 0, _sum6)
-    else:
-        sums = tl.reduce(folded, 0, _sum7)
-    return sums
+    return _sum_together(folded)
 
 
 @triton.jit
@@ -204,6 +223,14 @@ def dense_cluster_fwd_kernel(
     PAIR: tl.constexpr = COEFFICIENTS is None and TEACHER
     P_TERMS: tl.constexpr = LINEAR and (COEFFICIENTS[0] != 0 or COEFFICIENTS[1] != 0)
     Q_TERMS: tl.constexpr = LINEAR and (COEFFICIENTS[2] != 0 or COEFFICIENTS[3] != 0)
+    # Both Kullback-Leibler divergences at once: sums of es - et, whose terms of first order cancel one by one.
+    BOTH: tl.constexpr = (
+        LINEAR
+        and COEFFICIENTS[0] == -COEFFICIENTS[1]
+        and COEFFICIENTS[2] == -COEFFICIENTS[3]
+        and COEFFICIENTS[0] != 0
+        and COEFFICIENTS[3] != 0
+    )
     SMOOTH: tl.constexpr = CE and label_smoothing is not None
     PIECES: tl.constexpr = TILE[0]
     LANES: tl.constexpr = TILE[1]
@@ -251,6 +278,12 @@ def dense_cluster_fwd_kernel(
             center = tl.where(tl.abs(label_logit) < float("inf"), label_logit, 0.0)
 
     student = load_pieces(student_ptr, offs_v, V, load_width, student_softcap, False, PIECES)
+    if BOTH:
+        C_P: tl.constexpr = 1
+        C_Q: tl.constexpr = -1
+    elif Q_TERMS:
+        C_P: tl.constexpr = COEFFICIENTS[2]
+        C_Q: tl.constexpr = COEFFICIENTS[3]
     if TEACHER:
         teacher = load_pieces(teacher_ptr, offs_v, V, load_width, teacher_softcap, TEACHER_PROBS, PIECES)
         top_s, top_t = tl.reduce((fold_pieces_max(student), fold_pieces_max(teacher)), 0, _max2)
@@ -272,7 +305,6 @@ def dense_cluster_fwd_kernel(
     for k in tl.static_range(PIECES):
         ds = widen(student[k]) - top_s
         es = fast_exp2(ds * scale_s)
-        zs += es
         exps_s = exps_s + (es,)
         if TEACHER:
             dt = widen(teacher[k]) - top_t
@@ -280,10 +312,18 @@ def dense_cluster_fwd_kernel(
             zt += et
             exps_t = exps_t + (et,)
         # A term of weight 0 counts 0 also where its logarithm is infinite.
-        if P_TERMS:
-            sum_p = add_product(sum_p, et, mix_logs(COEFFICIENTS[0], dt, COEFFICIENTS[1], ds, ratio))
-        if Q_TERMS:
-            sum_q = add_product(sum_q, es, mix_logs(COEFFICIENTS[2], dt, COEFFICIENTS[3], ds, ratio))
+        if BOTH:
+            excess = es - et
+            x = mix_logs(C_P, dt, C_Q, ds, ratio)
+            zs += excess
+            sum_p = add_product(sum_p, excess, x)
+            sum_q = add_product(sum_q, es, x)
+        else:
+            zs += es
+            if P_TERMS:
+                sum_p = add_product(sum_p, et, mix_logs(COEFFICIENTS[0], dt, COEFFICIENTS[1], ds, ratio))
+            if Q_TERMS:
+                sum_q = add_product(sum_q, es, mix_logs(C_P, dt, C_Q, ds, ratio))
         if HARD:
             zh += fast_exp2(ds * LOG2E)
         if SMOOTH:
@@ -308,10 +348,13 @@ def dense_cluster_fwd_kernel(
     AFTER_P: tl.constexpr = AFTER_Z + 1 if P_TERMS else AFTER_Z
     AFTER_Q: tl.constexpr = AFTER_P + 1 if Q_TERMS else AFTER_P
     total_s = sums[0]
+    if BOTH:
+        total_s += sums[1]
     inverse_zs = fast_reciprocal(total_s)
     if TEACHER:
         total_t = sums[1]
         inverse_zt = fast_reciprocal(total_t)
+        excess_z = sums[0] if BOTH else total_s - total_t
         # Of the two normalisers only the ratio matters to most divergences, and near 1 it keeps what they would round.
         log_zt_zs = log_ratio(total_t, total_s)
     ce = 0.0
@@ -338,7 +381,12 @@ def dense_cluster_fwd_kernel(
             mean_p = sums[AFTER_Z] * inverse_zt
         if Q_TERMS:
             mean_q = sums[AFTER_P] * inverse_zs
-        divergence = linear_value(COEFFICIENTS, (mean_p + mean_q) * unit_t, total_t, log_zt_zs)
+        if BOTH:
+            mean_p = both_mean(COEFFICIENTS, mean_p, mean_q, excess_z * inverse_zt)
+            divergence = mean_p * unit_t + (COEFFICIENTS[1] + COEFFICIENTS[3]) * log_zt_zs
+            mean_q *= COEFFICIENTS[2]
+        else:
+            divergence = linear_value(COEFFICIENTS, (mean_p + mean_q) * unit_t, total_t, log_zt_zs)
 
     score_sum = 0.0
     scores = ()
@@ -427,12 +475,18 @@ def dense_cluster_fwd_kernel(
             g_scale = kd_scale * unit_s
         if LINEAR:
             # Exactly 1 for equal rows, so that their gradient is exactly 0: es - z_ratio * et with one rounding.
-            z_ratio = tl.fma(total_s - total_t, inverse_zt, 1.0)
+            excess_z *= inverse_zt
+            z_ratio = 1.0 + excess_z
         for k in tl.static_range(PIECES):
             if not KD:
                 g = zeros
             elif LINEAR:
-                g = tl.fma(exps_t[k], -z_ratio, exps_s[k]) * (-COEFFICIENTS[1] * g_scale * inverse_zs)
+                if BOTH:
+                    # Where one outcome has all but 1e-8 of both, the ratio's excess over 1 is what there is.
+                    g = tl.fma(exps_t[k], -excess_z, exps_s[k] - exps_t[k])
+                else:
+                    g = tl.fma(exps_t[k], -z_ratio, exps_s[k])
+                g *= -COEFFICIENTS[1] * g_scale * inverse_zs
                 if Q_TERMS:
                     ds = widen(student[k]) - top_s
                     dt = widen(teacher[k]) - top_t

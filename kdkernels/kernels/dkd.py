@@ -100,7 +100,7 @@ def dkd_fwd_kernel(
     unit_s, unit_t, ratio = temper(temperature, teacher_temperature)
     student_scale = LOG2E * unit_s
     teacher_scale = LOG2E * unit_t
-    student_norm, teacher_norm, rest, _, _, _ = linear_sweep(
+    student_norm, teacher_norm, rest, _, _, _, _ = linear_sweep(
         student_ptr,
         (teacher_ptr,),
         (1.0,),
@@ -114,6 +114,7 @@ def dkd_fwd_kernel(
         teacher_scale,
         ratio,
         _REST,
+        False,
         False,
         False,
         TILE,

@@ -287,6 +287,19 @@ def rescale(total, mass, factor, shift):
 
 
 @triton.jit
+def rescale_excess(total, excess, total_s, mass_t, factor_s, factor_t, shift):
+    """Move total = sum (es - et) x to new maxima: es and et shrink by their factors, x grows by shift.
+
+    excess is the old sum of es - et, total_s that of es * x, mass_t that of et. Where both sides move alike nothing is
+    lost to cancellation.
+    """
+    moved = mul0(factor_s, total + mul0(excess, shift))
+    moved += mul0(factor_s - factor_t, total_s - total + mul0(mass_t, shift))
+    # An infinite logarithm may have made both sums infinite.
+    return tl.where(tl.abs(total) == float("inf"), mul0(factor_s + factor_t, total), moved)
+
+
+@triton.jit
 def row_moments(row_ptr, V, load_width, softcap, PROBS: tl.constexpr, TILE: tl.constexpr):
     """Mean of a row and its standard deviation, the unbiased one of torch.std; a deviation of 0 counts as 1. One sweep.
 

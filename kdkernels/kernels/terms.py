@@ -29,6 +29,24 @@ def linear_value(COEFFICIENTS: tl.constexpr, mean, z_t, log_zt_zs):
 
 
 @triton.jit
+def both_mean(COEFFICIENTS: tl.constexpr, mean_excess, mean_q, excess_z):
+    """a (mean of x over p) - b (mean of x over q) for x = log p - log q.
+
+    mean_excess is sum((es - et) x) / zt, and excess_z (zs - zt) / zt: the mean over p less that over q is what the two
+    make of second order each, where the difference of the means would be of two terms of first order.
+    """
+    A: tl.constexpr = COEFFICIENTS[0]
+    B: tl.constexpr = COEFFICIENTS[3]
+    less = mul0(excess_z, mean_q) - mean_excess
+    # An infinite logarithm makes both terms infinite; their difference has the sign of the excess.
+    less = tl.where(tl.abs(mean_excess) == float("inf"), -mean_excess, less)
+    mean = A * less
+    if A != B:
+        mean += (A - B) * mean_q
+    return mean
+
+
+@triton.jit
 def nonnegative(value, COEFFICIENTS: tl.constexpr, SCALABLE: tl.constexpr):
     """A divergence between distributions: what rounding leaves below 0 is 0, and NaN stays NaN."""
     if COEFFICIENTS is None:
