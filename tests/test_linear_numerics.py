@@ -478,3 +478,24 @@ class TestBf16Product:
             assert heads.products(torch.device("cpu"), torch.bfloat16, rounded_logits=False) == "widened"
             found = dense(*make(torch.bfloat16, 0.01), {})
         assert max(found) < 4e-3 and heads.has_bf16_product()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("distance", DISTANCES.values(), ids=DISTANCES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_on_a_gpu(dtype, distance, monkeypatch):
+    """Its own products of 16-bit operands with fp32 results, a block of columns at a time, under a loss scale."""
+    monkeypatch.setattr(heads, "GPU_BLOCK_COLUMNS", 256)
+    inputs, teacher = make(dtype, distance)
+    device = [x.detach().cuda().requires_grad_() for x in inputs]
+    heads_of_teacher = [x.cuda() for x in teacher]
+    loss = kd.linear_kd_loss(
+        *device[:2], *heads_of_teacher[:2], student_bias=device[2], teacher_bias=heads_of_teacher[2],
+        chunk_bytes=31 * 2 * V * 4, normalizer=1e6,
+    )  # fmt: skip
+    got = torch.autograd.grad(loss * SCALE, device)
+    copies = [x.detach().double().requires_grad_() for x in inputs]
+    t = F.linear(*(x.double() for x in teacher))
+    truth = torch.autograd.grad(SCALE * kd.kd_loss(F.linear(*copies), t, normalizer=1e6), copies)
+    for a, b in zip(got, truth, strict=True):
+        assert (a.cpu().double() - b).norm() < (4e-3 if dtype == torch.bfloat16 else 1e-3) * b.norm()
