@@ -10,9 +10,17 @@ from typing import Any, Optional
 
 import torch
 
-from benchmarks import machine, report, runner, worker
-from benchmarks.model import DTYPES, SUITES, Candidate, Case, Suite, load_suite
-from benchmarks.summary import Report
+from kdkernels import backends
+
+try:
+    from benchmarks import machine, report, runner, worker
+    from benchmarks.model import DTYPES, SUITES, Candidate, Case, Suite, load_suite
+    from benchmarks.summary import Report
+except ModuleNotFoundError as error:
+    if __name__ != "__main__" or (error.name or "").partition(".")[0] not in ("matplotlib", "numpy", "tabulate"):
+        raise
+    packages = f"`{sys.executable} -m pip install matplotlib numpy tabulate`"
+    sys.exit(f"python -m benchmarks needs the package {error.name}; run {packages}")
 
 SEED = 20240607
 SMALLEST_MEMORY_UNIT = 4 * 2**20
@@ -47,6 +55,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             if len(shape) != len(suite.axes):
                 written = "x".join(map(str, shape))
                 parser.error(f"argument --shapes: suite {suite.name!r} takes {'x'.join(suite.axes)}, got {written!r}")
+    without = None if options.allow_plain_torch else why_only_plain_torch(device)
+    if without is not None:
+        print(without, file=sys.stderr)
+        return 1
     for name, suite in options.suite:
         try:
             found = _run_suite(name, suite, device, options)
@@ -64,6 +76,19 @@ def resolve_device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device")
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def why_only_plain_torch(device: str) -> Optional[str]:
+    """Why no figure of this device would be one of a kernel, or None: plain PyTorch must not be taken for kdkernels."""
+    answers = backends.available(device)
+    if any(answer.ok for answer in answers if answer.name != "torch"):
+        return None
+    wanted = [answer for answer in answers if not answer.ok and answer.name in backends.KERNELS[device]]
+    reasons = "".join(f"\n  {answer.name}: {answer.reason}" for answer in wanted)
+    return (
+        f"no figures: on {device} tensors kdkernels runs plain PyTorch here, no kernel.{reasons}\n"
+        "--allow-plain-torch measures all the same, without kernels."
+    )
 
 
 def _run_suite(name: str, suite: Suite, device: str, options: argparse.Namespace) -> Report:
@@ -184,6 +209,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="one small shape, one dtype, few rounds")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out the peak memory")
+    parser.add_argument(
+        "--allow-plain-torch", action="store_true", help="measure also where no kernel of kdkernels runs on the device"
+    )
     parser.add_argument(
         "--output-dir",
         type=Path,

@@ -19,6 +19,7 @@ from typing import Any, Optional
 
 import torch
 
+from kdkernels import build_info
 from kdkernels.backends import cpu
 
 STREAMS_SOURCE = Path(__file__).with_name("streams.c")
@@ -44,6 +45,7 @@ def versions() -> dict[str, str]:
 
 def describe(device: str) -> dict[str, Any]:
     """Processor, memory and settings that move figures; no name of the machine."""
+    library = cpu.library_path()
     machine: dict[str, Any] = {
         "system": f"{platform.system()} {platform.release()}",
         "processor": _processor(),
@@ -51,6 +53,7 @@ def describe(device: str) -> dict[str, Any]:
         "caches": _caches(),
         "vector_isa": torch.backends.cpu.get_cpu_capability(),
         "kdkernels_isa": "not built" if cpu.load_error() else cpu.isa(),
+        "kdkernels_build": "none" if library is None else build_info.summary("cpu", build_info.read(library.parent)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "transparent_huge_pages": _huge_pages(),
         "load_average_before": round(os.getloadavg()[0], 2),

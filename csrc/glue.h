@@ -192,11 +192,13 @@ inline void fill_objective(ObjectiveArgs& args, int divergence_index, const std:
   args.student_softcap = student_softcap;
 }
 
-inline Tail find_tail(const std::string& name) {
+inline void fill_tail(TopkArgs& args, const std::string& name, double min_tail, double tail_rounding) {
   static const char* const tails[] = {"bucket", "renormalize", "renormalize_both", "uniform", "drop"};
   const auto found = std::find(std::begin(tails), std::end(tails), name);
   STD_TORCH_CHECK(found != std::end(tails), "this backend does not know the tail ", name);
-  return Tail(found - std::begin(tails));
+  args.tail = Tail(found - std::begin(tails));
+  args.min_tail = min_tail;
+  args.tail_rounding = tail_rounding;
 }
 
 // Fills a sparse teacher's tensors.
@@ -230,11 +232,12 @@ std::tuple<Tensor, Tensor> topk_fwd(Tensor student, Tensor teacher_ids, Tensor t
                                     std::optional<Tensor> dstudent, std::optional<Tensor> labels,
                                     std::optional<Tensor> row_weight, std::optional<Tensor> student_temperature_rows,
                                     std::optional<Tensor> teacher_temperature_rows, std::optional<Tensor> param_rows,
-                                    std::optional<Tensor> tail_rows, std::string tail, std::string divergence,
-                                    double param0, double param1, int64_t vocab_size, int64_t ignore_index,
-                                    double scale, double temperature, double teacher_temperature, double kd_weight,
-                                    double ce_weight, double z_loss_weight, double label_smoothing,
-                                    bool scale_by_t_squared, double student_softcap, bool stats) {
+                                    std::optional<Tensor> tail_rows, std::string tail, double min_tail,
+                                    double tail_rounding, std::string divergence, double param0, double param1,
+                                    int64_t vocab_size, int64_t ignore_index, double scale, double temperature,
+                                    double teacher_temperature, double kd_weight, double ce_weight,
+                                    double z_loss_weight, double label_smoothing, bool scale_by_t_squared,
+                                    double student_softcap, bool stats) {
   TopkArgs args;
   Tensor loss = fill_rows(args, student, dstudent, labels, row_weight, vocab_size, ignore_index, scale);
   fill_objective(args, FIND(divergence.c_str(), param0, param1), divergence, param0, param1, temperature,
@@ -242,7 +245,7 @@ std::tuple<Tensor, Tensor> topk_fwd(Tensor student, Tensor teacher_ids, Tensor t
                  student_softcap);
   fill_objective_rows(args, student, student_temperature_rows, teacher_temperature_rows, param_rows);
   fill_entries(args, student, teacher_ids, teacher_logprobs, tail_rows);
-  args.tail = find_tail(tail);
+  fill_tail(args, tail, min_tail, tail_rounding);
   const int64_t rows = args.batch * args.length;
   Tensor out_stats = new_stats(args, student, stats ? kTopkStats : 0);
   if (rows > 0) RUN(args, student);

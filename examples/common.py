@@ -430,7 +430,7 @@ def _draw(
     figure.suptitle(
         f"{example.title}\n"
         f"logits {example.shape}, {describe(pick_device(args.device), args.threads)}, torch {torch.__version__}, "
-        f"kdkernels {kd.__version__} (backend {fused.backend})",
+        f"kdkernels {kd.__version__} (backend {fused.backend}{', no kernel' if fused.backend == 'torch' else ''})",
         fontsize=10,
     )
 

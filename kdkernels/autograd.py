@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
 
-from kdkernels import memory, ops, reference
+from kdkernels import memory, ops, reference, symbols, transforms
 
 
 class Launch(NamedTuple):
@@ -20,6 +21,41 @@ class Launch(NamedTuple):
     options: dict[str, Any]  # keyword arguments
     # Ids and log-probabilities [N, K], where they stand for the teacher's logits.
     sparse_teacher: tuple[Tensor, ...] = ()
+    # About the largest entry of a row's gradient before ``scale`` and the row's weight.
+    gradient_size: float = 1.0
+
+
+# A gradient in fp16 holds 2^-24 to 65504. It is kept as large as leaves this much room above Launch.gradient_size.
+FP16_ROOM = 2.0**8
+
+
+def keeps_constants_out(logits: Tensor) -> bool:
+    """Whether a gradient of these logits underflows when the constants of the loss are in it before grad_output is."""
+    return logits.dtype == torch.float16
+
+
+def without_constants(launch: Launch) -> tuple[Launch, Union[float, Tensor]]:
+    """The launch whose gradient is of the size that fp16 holds, and what its losses and gradients are to be multiplied
+    by: a number, or one per row ``[N]``.
+
+    ``scale`` (1/N, the normaliser) and the rows' weights would take the gradient below fp16's smallest number before
+    ``grad_output``, which has the loss scale of a ``GradScaler``, could bring it back. The factor is a power of two
+    wherever its value is known, so that the product of a power of two in backward rounds nothing a second time.
+    """
+    scale = launch.options["scale"]
+    if torch.compiler.is_compiling():
+        # The numbers may be symbols, of which no logarithm is known.
+        scale, factor = FP16_ROOM / launch.gradient_size, scale * launch.gradient_size / FP16_ROOM
+    else:
+        scale, factor = _power_of_two(scale, launch.gradient_size)
+    launch = launch._replace(options={**launch.options, "scale": scale})
+    weight = launch.tensors[1]
+    if weight is None:
+        return launch, factor
+    # A weight of 0 stays one: rows that are left out are not multiplied by anything.
+    mantissa, exponent = torch.frexp(weight)
+    launch = launch._replace(tensors=(launch.tensors[0], mantissa, *launch.tensors[2:]))
+    return launch, torch.ldexp(_as_tensor(factor, mantissa).expand_as(mantissa), exponent)
 
 
 class RowLoss(torch.autograd.Function):
@@ -27,8 +63,9 @@ class RowLoss(torch.autograd.Function):
 
     It returns the loss, or ``(loss, stats)`` where the launch asks for statistics.
 
-    The gradient buffer is handed out by the first backward and scaled in place, without a copy; where the graph is kept
-    (``retain_graph=True``) every backward gets a fresh product instead.
+    The gradient buffer is handed out by the first backward and scaled in place, without a copy. Every backward gets a
+    fresh product instead where the buffer may be seen again: where the graph is kept (``retain_graph=True``), and where
+    hooks on saved tensors have it.
     """
 
     @staticmethod
@@ -42,20 +79,27 @@ class RowLoss(torch.autograd.Function):
         per_row: bool,
         inplace: bool,
     ) -> Any:
-        dteacher = None
+        dteacher = dteacher_factor = dstudent_factor = None
         if dual is not None and teacher is not None:
             # Before the student's launch, which may overwrite the student.
+            if keeps_constants_out(teacher):
+                dual, dteacher_factor = without_constants(dual)
             dteacher = memory.empty_like(teacher)
             run(dual, teacher, (student,), dteacher)
         dstudent = None
         if ctx.needs_input_grad[0]:
             dstudent = student.detach() if inplace else memory.empty_like(student)
+            if keeps_constants_out(student):
+                launch, dstudent_factor = without_constants(launch)
         teachers = () if teacher is None else (teacher, *more_teachers)
         rows, stats = run(launch, student, teachers, dstudent)
+        if dstudent_factor is not None:
+            rows = rows * dstudent_factor
         if inplace and dstudent is not None:
             torch.autograd.graph.increment_version(student)
-        ctx.save_for_backward(dstudent, dteacher)
-        ctx.backend = launch.backend
+        factors = (_as_tensor(factor, rows) for factor in (dstudent_factor, dteacher_factor))
+        ctx.save_for_backward(dstudent, dteacher, *factors)
+        ctx.backend, ctx.shared = launch.backend, has_saved_tensor_hooks()
         loss = rows if per_row else rows.sum()
         if stats is None:
             return loss
@@ -64,18 +108,14 @@ class RowLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
-        # Turning autograd off and forbidding a second derivative matters only where it is on: create_graph=True.
-        return (_backward_once if torch.is_grad_enabled() else _backward)(ctx, dloss)
-
-
-def _backward(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:
-    dstudent, dteacher = ctx.saved_tensors
-    # A graph cannot write to what forward saved.
-    backend = "torch" if torch.compiler.is_compiling() else ctx.backend
-    return (_scaled(dstudent, dloss, backend), _scaled(dteacher, dloss, backend), None, None, None, None, None)
-
-
-_backward_once = torch.autograd.function.once_differentiable(_backward)
+        refuse_second_derivative()
+        dstudent, dteacher, *factors = ctx.saved_tensors
+        shared = ctx.shared or torch.compiler.is_compiling() or graph_is_kept()
+        grads = (
+            scaled(grad, dloss, factor, ctx.backend, shared=shared)
+            for grad, factor in zip((dstudent, dteacher), factors, strict=True)
+        )
+        return (*grads, None, None, None, None, None)
 
 
 class SummedCall(NamedTuple):
@@ -84,6 +124,7 @@ class SummedCall(NamedTuple):
     op: Any
     call: Tensor  # what all rows share, as <pattern>_call_cpu packs it
     inplace: bool
+    gradient_size: float  # as of Launch
 
 
 class SummedLoss(torch.autograd.Function):
@@ -92,29 +133,28 @@ class SummedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, summed: SummedCall, scale: float, operands: tuple[Any, ...]) -> Tensor:
         dstudent = student.detach() if summed.inplace else None
+        factor = None
+        if keeps_constants_out(student):
+            scale, factor = _power_of_two(scale, summed.gradient_size)
         loss, gradient = summed.op(student, dstudent, summed.call, scale, True, *operands)
         if dstudent is not None:
             gradient = dstudent
             torch.autograd.graph.increment_version(student)
         ctx.save_for_backward(gradient)
-        return loss
+        ctx.factor, ctx.shared = factor, _hooks(False) is not None
+        return loss if factor is None else loss * factor
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():
-            return _backward_of_sum_once(ctx, dloss)
+        refuse_second_derivative()
+        (gradient,) = ctx.saved_tensors
+        shared = ctx.shared or graph_is_kept()
         # The common case in few steps: all of this is cold.
-        if dloss.item() == 1 and not _graph_is_kept():
-            return ctx.saved_tensors[0], None, None, None
-        return _backward_of_sum(ctx, dloss)
+        if not shared and ctx.factor is None and not transforms.stands_for_others(dloss) and dloss.item() == 1:
+            return gradient, None, None, None
+        return scaled(gradient, dloss, ctx.factor, "cpu", shared=shared), None, None, None
 
 
-def _backward_of_sum(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:
-    (gradient,) = ctx.saved_tensors
-    return _scaled(gradient, dloss, "cpu"), None, None, None
-
-
-_backward_of_sum_once = torch.autograd.function.once_differentiable(_backward_of_sum)
 # torch.autograd.Function.apply, in Python, looks for transforms of torch.func before it calls this: 20 us of cold code.
 _apply_summed = super(torch.autograd.Function, SummedLoss).apply
 
@@ -207,18 +247,64 @@ def _mergeable(tensor: Tensor, start: int, stop: int) -> bool:
     )
 
 
-def _scaled(grad: Optional[Tensor], dloss: Tensor, backend: str) -> Optional[Tensor]:
+def scaled(
+    grad: Optional[Tensor], dloss: Tensor, factor: Union[None, float, Tensor], backend: str, *, shared: bool
+) -> Optional[Tensor]:
+    """``grad * (dloss * factor)``, the product in the dtype of the sums and rounded once.
+
+    ``dloss`` and ``factor`` are 0-d or hold one value per row. It is ``grad`` itself, scaled in place, unless that is
+    ``shared`` with someone who may look at it later.
+    """
     if grad is None:
         return None
-    if backend == "torch" or _graph_is_kept():
-        factor = dloss if dloss.dim() == 0 else dloss.reshape(*grad.shape[:-1], 1)
-        return grad * factor.to(grad.dtype)
+    if dloss.dim() > 0:
+        dloss = dloss.reshape(-1)
+    if factor is not None:
+        dloss = dloss * factor
+    # A graph cannot write to what forward saved, and transforms see no kernel.
+    if backend == "torch" or torch.compiler.is_compiling() or transforms.stands_for_others(dloss):
+        if dloss.dim() > 0:
+            dloss = dloss.reshape(*grad.shape[:-1], 1)
+        return (grad.to(dloss.dtype) * dloss).to(grad.dtype)
     # The value of a number on the CPU costs less than a launch; elsewhere only the kernel looks at it.
-    if type(dloss) is Tensor and dloss.is_cpu and dloss.dim() == 0 and dloss.item() == 1:
-        return grad
-    ops.op("scale_grad", backend)(as_rows((grad,))[0], dloss)
+    one = dloss.is_cpu and dloss.dim() == 0 and symbols.has_values(dloss) and dloss.item() == 1
+    if shared:
+        grad = memory.empty_like(grad).copy_(grad)
+    if not one:
+        ops.op("scale_grad", backend)(as_rows((grad,))[0], dloss)
     return grad
 
 
+def refuse_second_derivative() -> None:
+    """Raise where the backward that runs is to be differentiated itself (``create_graph=True``).
+
+    What it hands out has no graph: a second derivative would silently leave out all that came through this loss.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "the fused losses of kdkernels have no second derivative, and create_graph=True asks for one: forward "
+            'leaves the gradient, and not its graph. backend="torch" can be differentiated again'
+        )
+
+
+def has_saved_tensor_hooks() -> bool:
+    """Whether hooks see what a Function saves here, and may keep it; where torch does not tell, the safe answer."""
+    return not torch.compiler.is_compiling() and _hooks(False) is not None
+
+
+_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: ())
 # Whether the running backward keeps its graph; where torch does not tell, the safe answer is yes.
-_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def _power_of_two(scale: float, gradient_size: float) -> tuple[float, float]:
+    """``scale`` in two factors: the one that leaves a gradient of the size that fp16 holds, and a power of two."""
+    factor = abs(scale * gradient_size) / FP16_ROOM
+    power = 2.0 ** math.floor(math.log2(factor)) if factor else 1.0
+    return scale / power, power
+
+
+def _as_tensor(factor: Any, like: Tensor) -> Any:
+    return (
+        factor if factor is None or isinstance(factor, Tensor) else symbols.as_tensor(factor, like.dtype, like.device)
+    )

@@ -71,7 +71,7 @@ def capture_topk(
     teacher = teacher_logits.detach()
     too_many = f"a GPU captures at most {MAX_K_ON_GPU} entries a row" if k > MAX_K_ON_GPU else None
     torch_only = None if teacher.device.type == "cpu" else too_many
-    name = backends.select(backend, teacher.device.type, torch_only=torch_only, pattern="capture_topk")
+    name = backends.choose(backend, teacher, torch_only=torch_only, pattern="capture_topk")
     if name == "torch":
         flat = teacher.reshape(-1, teacher.shape[-1])
         found = reference.capture_rows(flat, k=k, temperature=temperature, vocab_size=columns)

@@ -10,20 +10,24 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor
 
-from kdkernels import symbols
+from kdkernels import symbols, transforms
 from kdkernels.backends import cpu
 from kdkernels.reduction import REDUCTIONS
+from kdkernels.reference.topk import unused
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "torch")
 TEACHER_FORMS = ("logits", "log_probs", "probs")
 MIXTURES = ("probs", "logits")
 TAILS = ("bucket", "renormalize", "renormalize_both", "uniform", "drop")
+LARGEST = sys.float_info.max
+INT64 = torch.iinfo(torch.int64)
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_TEACHERS = 4
 EXTRA_DTYPES = (
@@ -60,8 +64,9 @@ def number(
     """``value`` must be a finite Python number (a symbol counts) in ``[low, high]``."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    # A comparison, not math.isfinite: Dynamo traces it for a number that it keeps as a symbol. NaN fails it too.
-    if not -math.inf < value < math.inf:
+    # A comparison, not math.isfinite: Dynamo traces it for a number that it keeps as a symbol. NaN fails it too, and an
+    # int beyond all floats is larger than the largest.
+    if not -LARGEST <= value <= LARGEST:
         raise ValueError(f"{name} must be finite, got {value}")
     if value < low or value > high or (exclusive_low and value == low):
         expected = f"> {low:g}" if exclusive_low else (f">= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]")
@@ -69,13 +74,23 @@ def number(
     return symbols.as_float(value)
 
 
-def integer(name: str, value: Any, *, low: Optional[int] = None, high: Optional[int] = None) -> int:
-    """``value`` must be an int (``torch.SymInt`` counts) of at least ``low`` and at most ``high``."""
+def in_sums(name: str, value: float, student: Tensor, *, positive: bool = False) -> None:
+    """A Python number stays finite in the dtype of the sums; one that must be ``positive`` has an inverse there."""
+    dtype = sum_dtype(student)
+    info = torch.finfo(dtype)
+    if not -info.max <= value <= info.max:
+        raise ValueError(f"{name} must be finite in {_name(dtype)}, got {value}")
+    if positive and value < info.smallest_normal:
+        raise ValueError(f"{name} must be at least {info.smallest_normal:.3g} in {_name(dtype)}, got {value}")
+
+
+def integer(name: str, value: Any, *, low: int = INT64.min, high: int = INT64.max) -> int:
+    """``value`` must be an int (``torch.SymInt`` counts) in ``[low, high]``, which are by default those of 64 bits."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if low is not None and value < low:
+    if value < low:
         raise ValueError(f"{name} must be at least {low}, got {value}")
-    if high is not None and value > high:
+    if value > high:
         raise ValueError(f"{name} must be at most {high}, got {value}")
     return value  # type: ignore[return-value]
 
@@ -96,6 +111,7 @@ def logits(name: str, value: Any) -> None:
     """A floating tensor ``(..., V)`` with unit stride in the last dimension; fp64 on the CPU only."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    plain(name, value)
     if value.dtype not in FLOATING:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {_dtype(value)}")
     if value.dtype == torch.float64 and value.device.type != "cpu":
@@ -106,6 +122,95 @@ def logits(name: str, value: Any) -> None:
         raise ValueError(f"{name} must have shape (..., V) with V >= 1, got {tuple(value.shape)}")
     if value.shape[-1] > 1 and value.stride(-1) != 1:
         raise ValueError(f"{name} must have stride 1 in the last dimension, got strides {tuple(value.stride())}")
+
+
+def is_dtensor(value: Any) -> bool:
+    """Whether a value is a DTensor. This imports nothing, and costs next to nothing where it is a plain tensor."""
+    kind = type(value)
+    return kind is not Tensor and issubclass(kind, Tensor) and hasattr(kind, "full_tensor")
+
+
+def plain(name: str, value: Any) -> None:
+    """A value is no DTensor, where only the numbers of this rank are of use."""
+    if is_dtensor(value):
+        raise TypeError(
+            f"{name} must be a plain tensor here, got a DTensor with placements {_listed(value.placements)}; pass "
+            f"{name}.to_local() for what this rank has, or {name}.full_tensor()"
+        )
+
+
+def sharded_student(student: Any, others: Sequence[str]) -> None:
+    """The student is a DTensor as ``others`` are, whole on every rank or sharded in dimensions of its rows."""
+    if not is_dtensor(student):
+        kind = "plain tensor" if isinstance(student, Tensor) else type(student).__name__
+        raise TypeError(
+            f"student must be a DTensor as {others[0]} is, got a {kind}; pass DTensor.from_local(student, ...), or "
+            f"{others[0]}.to_local() for what this rank has"
+        )
+    if student.dim() == 0:
+        raise ValueError("student must have shape (..., V) with V >= 1, got ()")
+    _sharded_by_rows("student", student, student.dim() - 1)
+
+
+def sharded_argument(name: str, value: Any, student: Any, *, by_row: bool) -> None:
+    """A tensor of a call whose student is a DTensor: placed as its rows are where ``by_row``, else the same anywhere.
+
+    Shapes are compared here, and not by the loss of a rank's rows alone: an error must come to all ranks, or those that
+    it does not come to wait for the others.
+    """
+    whole, rows = _whole(student), tuple(student.shape[:-1])
+    if not is_dtensor(value):
+        if by_row and not whole:
+            placements = _listed(student.placements)
+            raise TypeError(
+                f"{name} must be a DTensor as the student is, whose placements are {placements}, got a plain tensor; "
+                f"pass DTensor.from_local({name}, mesh, {placements}) where it is this rank's part, or "
+                f"distribute_tensor({name}, mesh, {placements}) where it is all of it"
+            )
+        return
+    if value.device_mesh != student.device_mesh:
+        raise ValueError(f"{name} must be on the student's mesh {student.device_mesh}, got {value.device_mesh}")
+    if not by_row:
+        if not _whole(value):
+            raise ValueError(
+                f"{name} must have the student's rows {rows} or be the same on all ranks, got shape "
+                f"{tuple(value.shape)} with placements {_listed(value.placements)}; pass {name}.full_tensor()"
+            )
+        return
+    if tuple(value.shape[: len(rows)]) != rows:
+        raise ValueError(f"{name} must have the student's leading shape {rows}, got {tuple(value.shape)}")
+    _sharded_by_rows(name, value, len(rows))
+    if any(not p.is_replicate() and p != q for p, q in zip(value.placements, student.placements, strict=True)):
+        wanted = _listed(student.placements)
+        raise ValueError(
+            f"{name} must have the student's placements {wanted}, got {_listed(value.placements)}; pass "
+            f"{name}.redistribute(placements={wanted})"
+        )
+
+
+def _sharded_by_rows(name: str, value: Any, num_dims: int) -> None:
+    """Of a DTensor whose first dimensions are those of rows no other is cut, and nothing is left to be summed."""
+    placements = value.placements
+    wrong = [placement.is_partial() or getattr(placement, "dim", -1) >= num_dims for placement in placements]
+    if not any(wrong):
+        return
+    wanted = ", ".join("Replicate()" if bad else repr(p) for bad, p in zip(wrong, placements, strict=True))
+    state, reason = "a sum over ranks that is still to be made", ""
+    if not any(placement.is_partial() for placement in placements):
+        state = "sharded in its last dimension"
+        reason = ": losses of a sharded vocabulary (vocabulary-parallel) are not there yet"
+    raise ValueError(
+        f"{name} must not be {state}, got placements {_listed(placements)}{reason}; pass "
+        f"{name}.redistribute(placements=[{wanted}])"
+    )
+
+
+def _whole(value: Any) -> bool:
+    return all(placement.is_replicate() for placement in value.placements)
+
+
+def _listed(placements: Sequence[Any]) -> str:
+    return f"[{', '.join(map(repr, placements))}]"
 
 
 def teacher_like(name: str, teacher: Any, student: Tensor, vocab_size: Optional[int]) -> None:
@@ -125,11 +230,12 @@ def teacher_like(name: str, teacher: Any, student: Tensor, vocab_size: Optional[
         raise ValueError(f"vocab_size must be at most {name}'s width {teacher.shape[-1]}, got {vocab_size}")
 
 
-def sparse_teacher(ids: Any, logprobs: Any, student: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+def sparse_teacher(ids: Any, logprobs: Any, student: Tensor, columns: int, tail: str) -> tuple[Tensor, Tensor]:
     """Ids and log-probabilities of the student's leading shape with K slots, returned as contiguous ``[N, K]``."""
     for name, value in (("teacher_ids", ids), ("teacher_logprobs", logprobs)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        plain(name, value)
         if value.device != student.device:
             raise ValueError(f"{name} must be on the student's device {student.device}, got {value.device}")
     if ids.dtype not in (torch.int32, torch.int64):
@@ -145,28 +251,46 @@ def sparse_teacher(ids: Any, logprobs: Any, student: Tensor, columns: int) -> tu
         )
     if logprobs.requires_grad and torch.is_grad_enabled():
         raise ValueError("teacher_logprobs must not require grad: they get no gradient; detach them")
-    return sparse_entries(ids, logprobs, columns)
+    return sparse_entries(ids, logprobs, columns, tail)
 
 
-def sparse_entries(ids: Tensor, logprobs: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+def sparse_entries(ids: Tensor, logprobs: Tensor, columns: int, tail: str) -> tuple[Tensor, Tensor]:
     """What ``sparse_teacher`` returns, with the values checked alone."""
     k = ids.shape[-1]
     ids, logprobs = ids.reshape(-1, k).contiguous(), logprobs.detach().reshape(-1, k).contiguous()
     if reads_values(ids) and ids.numel():
-        _values_of_sparse_teacher(ids, logprobs, columns)
+        _values_of_sparse_teacher(ids, logprobs, columns, highest_logprob(logprobs.dtype, tail))
     return ids, logprobs
 
 
-def _values_of_sparse_teacher(ids: Tensor, logprobs: Tensor, columns: int) -> None:
-    if cpu.why_not(ids.device.type) is None and torch.ops.kdkernels.sparse_teacher_is_sound(ids, logprobs, columns):
+def highest_logprob(dtype: torch.dtype, tail: str) -> float:
+    """The largest log-probability that may be the rounding of one that is at most 0.
+
+    A logit of up to 32 less a logsumexp of that size, in 16 bits, is off by up to 16 epsilons; wider dtypes get the
+    allowance of ``tail_logprob``. The weights of sampled ids (tail "drop") may be above 1.
+    """
+    info = torch.finfo(dtype)
+    return info.max if tail == "drop" else max(1e-3, 16 * info.eps)
+
+
+def _values_of_sparse_teacher(ids: Tensor, logprobs: Tensor, columns: int, highest: float) -> None:
+    sound = torch.ops.kdkernels.sparse_teacher_is_sound
+    if cpu.why_not(ids.device.type) is None and sound(ids, logprobs, columns, highest):
         return
-    low, high = (int(v) for v in torch.aminmax(ids))
-    if low < -1 or high >= columns:
-        worst = low if low < -1 else high
+    # Unused slots may hold anything else.
+    used = ~unused(ids, logprobs)
+    low, high = (int(v) for v in torch.aminmax(torch.where(used, ids, 0)))
+    if low < 0 or high >= columns:
+        worst = low if low < 0 else high
         raise ValueError(f"teacher_ids must be in [0, {columns}) or -1 for an unused slot, got {worst}")
-    # Unused slots may hold anything.
-    if not (torch.where(ids < 0, -torch.inf, logprobs) < torch.inf).all():
+    logprobs = torch.where(used, logprobs, -torch.inf)
+    if not (logprobs < torch.inf).all():
         raise ValueError("teacher_logprobs must not be NaN or +inf, where teacher_ids is not -1")
+    if not (logprobs <= highest).all():
+        raise ValueError(
+            f"teacher_logprobs must be natural log-probabilities, at most 0, got {float(logprobs.amax()):.4g}: "
+            "are they probabilities, or logits?"
+        )
 
 
 def extras_of_tokens(extras: Any) -> dict[str, torch.dtype]:
@@ -209,13 +333,18 @@ def captured_sequence(
     if bool(bad.any()):
         raise ValueError(f"ids must be in [0, {layout.vocab_size}) or -1 for an unused slot, got {int(ids[bad][0])}")
     used = torch.where(ids < 0, -torch.inf, logprobs)
-    # fp16 is what they are stored in; NaN fails the comparison too.
-    if not bool((used <= torch.finfo(torch.float16).max).all()):
-        raise ValueError("logprobs must not be NaN or above 65504, where ids is not -1")
+    weights = torch.ones(len(ids), dtype=torch.bool)
     if tail_logprob is not None:
         tail_logprob = _of_tokens("tail_logprob", tail_logprob, len(ids))
-        if not tail_logprob.is_floating_point() or bool(tail_logprob.isnan().any()):
-            raise ValueError("tail_logprob must be of floating point and not NaN")
+        if not tail_logprob.is_floating_point():
+            raise TypeError(f"tail_logprob must be of floating point, got {_dtype(tail_logprob)}")
+        _no_more_than_certain("tail_logprob", tail_logprob)
+        weights = tail_logprob == -torch.inf
+    _no_more_than_certain("logprobs", used[~weights], " where ids is not -1")
+    # Nothing is left to the ids that are not here, so that these may be samples: their weights may be above 1. fp16 is
+    # what they are stored in; NaN fails the comparison too.
+    if not bool((used <= torch.finfo(torch.float16).max).all()):
+        raise ValueError("logprobs must not be NaN or above 65504, where ids is not -1")
     converted = {}
     for name, dtype in layout.extras.items():
         value = _of_tokens(name, extras[name], len(ids))
@@ -223,6 +352,15 @@ def captured_sequence(
         if value.dtype != dtype and not torch.equal(converted[name].to(value.dtype), value):
             raise ValueError(f"{name} must fit {_dtype(converted[name])}, got {_dtype(value)} values that do not")
     return ids, logprobs, tail_logprob, converted
+
+
+def _no_more_than_certain(name: str, logprobs: Tensor, where: str = "") -> None:
+    """Log-probabilities, of which 0 may have been rounded up: a logit of 32 less a logsumexp of that size, say."""
+    # NaN fails the comparison too.
+    bad = ~(logprobs <= max(1e-3, 16 * torch.finfo(logprobs.dtype).eps))
+    if bool(bad.any()):
+        worst = logprobs[bad].reshape(-1)[0].item()
+        raise ValueError(f"{name} must be log-probabilities, at most 0 and not NaN{where}, got {worst:g}")
 
 
 def _of_tokens(name: str, value: Any, length: int) -> Tensor:
@@ -242,8 +380,15 @@ def head(side: str, hidden: Any, weight: Any, bias: Any, autocast: bool) -> None
             continue
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-        if hasattr(value, "full_tensor"):
-            raise TypeError(f"{name} must be a plain tensor, got a {type(value).__name__}: pass {name}.full_tensor()")
+        if is_dtensor(value):
+            cure = f"pass {name}.full_tensor()"
+            if value.requires_grad:
+                cure = (
+                    "call the loss in the forward of the module that FSDP2 shards, where the head is gathered, or pass "
+                    f'{name}.full_tensor(grad_placements=[Partial("avg")]) where each rank has rows of its own, '
+                    f"{name}.full_tensor() where all have the same (docs/linear.md)"
+                )
+            raise TypeError(f"{name} must be a plain tensor, got a DTensor: {cure}")
         if value.dtype not in FLOATING:
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {_dtype(value)}")
         if value.dtype == torch.float64 and value.device.type != "cpu":
@@ -260,7 +405,93 @@ def head(side: str, hidden: Any, weight: Any, bias: Any, autocast: bool) -> None
         raise ValueError(f"{names[2]} must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
 
 
-def teacher_head(hidden: Tensor, weight: Tensor, bias: Optional[Tensor], student: Tensor, vocab_size: Any) -> None:
+def logits_dtype(value: Any, product: Optional[torch.dtype] = None) -> None:
+    """None, float32, or the 16-bit dtype of the products; which that is is known with the tensors."""
+    if value is None:
+        return
+    if not isinstance(value, torch.dtype):
+        raise TypeError(f"logits_dtype must be a torch.dtype or None, got {type(value).__name__}")
+    if value not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"logits_dtype must be float32, bfloat16, float16 or None, got {_name(value)}")
+    if product is None or value in (product, torch.float32 if product.itemsize == 2 else product):
+        return
+    wanted = f"float32, {_name(product)}" if product.itemsize == 2 else _name(product)
+    raise ValueError(
+        f"logits_dtype must be {wanted} or None where the products are of {_name(product)}, got {_name(value)}"
+    )
+
+
+def head_tensors(side: str, weight: Any, bias: Any) -> tuple[Any, Any]:
+    """Weight and bias of a head that may be a module: one whose ``forward`` is their product and sum, and no more."""
+    if not isinstance(weight, torch.nn.Module):
+        return weight, bias
+    name, kind = f"{side}_weight", type(weight).__name__
+    found = getattr(weight, "weight", None)
+    if is_dtensor(found):
+        # That is the first thing to be told, and is told with the tensors.
+        return found, bias
+    _no_adapters(name, weight)
+    _no_hooks(name, weight)
+    quantised = (
+        f"{name} must be a module with a weight of floating point, got {kind}, {{}}: pass the dequantised weight, such "
+        "as weight.dequantize(), and the bias apart"
+    )
+    if not isinstance(found, Tensor):
+        raise TypeError(quantised.format(f"whose weight is {type(found).__name__}"))
+    if not found.is_floating_point():
+        raise TypeError(quantised.format(f"whose weight is {_dtype(found)}"))
+    if any(hasattr(found, mark) for mark in ("quant_state", "tensor_impl", "qdata", "SCB")) or found.is_quantized:
+        raise TypeError(quantised.format(f"whose weight is a quantised {type(found).__name__}"))
+    makes_products = isinstance(weight, torch.nn.Linear) and type(weight).forward is torch.nn.Linear.forward
+    is_table = isinstance(weight, torch.nn.Embedding) and type(weight).forward is torch.nn.Embedding.forward
+    if not (makes_products or is_table) or "forward" in vars(weight):
+        raise TypeError(
+            f"{name} must be an nn.Linear with nn.Linear's own forward, or a tied nn.Embedding, got {kind}: what its "
+            f"forward does beside hidden @ weight.T + bias would be lost. If that is nothing, pass {kind}'s weight and "
+            "bias as tensors"
+        )
+    own = getattr(weight, "bias", None)
+    if own is None:
+        return found, bias
+    if bias is not None:
+        raise ValueError(f"{side}_bias must be None where {name} is a module with a bias of its own")
+    return found, own
+
+
+# Names that adapters are known by: LoRA and its kin in peft, and those that wrap a layer.
+_ADAPTER_NAMES = ("base_layer", "modules_to_save", "original_module", "trainable_tokens_delta")
+
+
+def _no_adapters(name: str, module: torch.nn.Module) -> None:
+    children = [child for child, _ in module.named_children() if child != "parametrizations"]
+    adapters = [child for child in children if child in _ADAPTER_NAMES or "lora_" in child or "adapter" in child]
+    adapters += [own for own in vars(module) if own.startswith("lora_") or own in _ADAPTER_NAMES]
+    adapters += [own for own in module._parameters if own.startswith("lora_")]
+    if adapters:
+        listed = ", ".join(dict.fromkeys(adapters))
+        raise TypeError(
+            f"{name} must be a head whose weight is all of it, got {type(module).__name__} with an adapter ({listed}), "
+            "which would neither count nor learn. Merge it: pass the tensor base.weight + scaling * lora_B.weight @ "
+            "lora_A.weight, through which the factors get their gradient, or call merge_and_unload() where they are "
+            "frozen. Of a module trained in full (modules_to_save) pass modules_to_save['default'] itself"
+        )
+    if children:
+        raise TypeError(
+            f"{name} must be a single layer, got {type(module).__name__} with the modules {', '.join(children)}: pass "
+            "the one that multiplies"
+        )
+
+
+def _no_hooks(name: str, module: torch.nn.Module) -> None:
+    for kind in ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks"):
+        if getattr(module, f"_{kind}"):
+            raise TypeError(
+                f"{name} must be a module without hooks, got {type(module).__name__} with {kind}, which would not run: "
+                "the module's forward is never called. Pass its weight and bias as tensors if that is right"
+            )
+
+
+def teacher_head(hidden: Tensor, weight: Tensor, student: Tensor, vocab_size: Any) -> None:
     """A teacher's, for a student whose logits are of the shape of ``student``."""
     if hidden.device != student.device:
         raise ValueError(f"teacher_hidden must be on the student's device {student.device}, got {hidden.device}")
@@ -275,9 +506,6 @@ def teacher_head(hidden: Tensor, weight: Tensor, bias: Optional[Tensor], student
         )
     if vocab_size is not None and vocab_size > weight.shape[0]:
         raise ValueError(f"vocab_size must be at most teacher_weight's {weight.shape[0]} rows, got {vocab_size}")
-    for name, value in (("teacher_hidden", hidden), ("teacher_weight", weight), ("teacher_bias", bias)):
-        if value is not None and value.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name} must not require grad: the teacher gets no gradient here; detach it")
 
 
 def teacher_chunks(value: Any, num_rows: int, columns: int, count: int, device: torch.device) -> list[Tensor]:
@@ -312,9 +540,13 @@ def sparse_grad_allowed(value: Any, columns_only: bool) -> None:
         )
 
 
-def linear_mode_allowed(reduction: str, needs_grad: bool, teacher_callable: bool, sparse_grad: bool) -> None:
-    """What the linear losses cannot do with a gradient, or in a graph."""
-    if reduction == "none" and needs_grad:
+def linear_mode_allowed(
+    reduction: str, needs_grad: bool, teacher_callable: bool, sparse_grad: bool, transformed: bool
+) -> None:
+    """What the linear losses cannot do with a gradient, in a graph, or in a transform of plain PyTorch."""
+    if sparse_grad and transformed:
+        raise ValueError("sparse_grad works in reverse mode only, outside torch.func and forward mode; leave it out")
+    if reduction == "none" and needs_grad and not transformed:
         raise ValueError(
             "reduction 'none' has no gradient here: the logits of a row are gone before its grad_output is known; give "
             "the rows their weights as row_weight, or call it under torch.no_grad()"
@@ -330,6 +562,7 @@ def tail_like(value: Any, tail: str, student: Tensor) -> Optional[Tensor]:
         return None
     if not isinstance(value, Tensor):
         raise TypeError(f"tail_logprob must be a torch.Tensor, got {type(value).__name__}")
+    plain("tail_logprob", value)
     if tail not in ("bucket", "uniform"):
         raise ValueError(f"tail_logprob has no meaning with tail {tail!r}, only with 'bucket' and 'uniform'")
     if value.dtype not in FLOATING:
@@ -363,6 +596,7 @@ def labels_like(value: Any, student: Tensor, columns: int, ignore_index: int) ->
         return None
     if not isinstance(value, Tensor):
         raise TypeError(f"labels must be a torch.Tensor, got {type(value).__name__}")
+    plain("labels", value)
     if value.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"labels must be int64 or int32, got {_dtype(value)}")
     if value.device != student.device:
@@ -395,8 +629,12 @@ def per_row(
     exclusive: bool = True,
 ) -> Union[float, Tensor]:
     """A Python number, or a tensor of one value per row (or one value), returned as a float or as ``[N]``."""
+    positive = exclusive and low == 0.0 and high == math.inf
     if not isinstance(value, Tensor):
-        return number(name, value, low=low, high=high, exclusive_low=exclusive and low > -math.inf)
+        value = number(name, value, low=low, high=high, exclusive_low=exclusive and low > -math.inf)
+        in_sums(name, value, student, positive=positive)
+        return value
+    plain(name, value)
     if not value.dtype.is_floating_point and value.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be a number or a tensor of numbers, got {_dtype(value)}")
     if value.requires_grad:
@@ -408,16 +646,23 @@ def per_row(
         raise ValueError(
             f"{name} must be a number or have one value per row, shape {tuple(rows)}, got {tuple(value.shape)}"
         )
+    flat = value.detach().to(device=student.device, dtype=sum_dtype(student))
     if reads_values(value) and value.numel():
-        bad = ~torch.isfinite(value) | (value < low) | (value > high)
+        # As the sums know them: numbers of fp64 may be 0 or infinite in fp32.
+        known = flat.to(value.device)
+        bad = ~torch.isfinite(known) | (known < low) | (known > high)
         if exclusive:
-            bad |= (value == low) | (value == high)
+            bad |= (known == low) | (known == high)
+        if positive:
+            bad |= known < torch.finfo(flat.dtype).smallest_normal
         if bool(bad.any()):
             worst = value[bad].reshape(-1)[0].item()
             expected = f"> {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-            raise ValueError(f"{name} must be finite{'' if low == -math.inf else f' and {expected}'}, got {worst}")
+            sums = "" if not math.isfinite(worst) or value.dtype == flat.dtype else f" in {_name(flat.dtype)}"
+            raise ValueError(
+                f"{name} must be finite{'' if low == -math.inf else f' and {expected}'}{sums}, got {worst}"
+            )
     num_rows = student.numel() // student.shape[-1]
-    flat = value.detach().to(device=student.device, dtype=sum_dtype(student))
     return flat.reshape(()).expand(num_rows) if value.numel() == 1 and num_rows != 1 else flat.reshape(-1)
 
 
@@ -428,24 +673,53 @@ def normalizer_like(value: Any, reduction: str, student: Optional[Tensor] = None
     if reduction not in ("sum", "mean"):
         raise ValueError(f"normalizer needs reduction 'sum' or 'mean', got {reduction!r}")
     if not isinstance(value, Tensor):
-        return number("normalizer", value, low=0.0, exclusive_low=True)
+        value = number("normalizer", value, low=0.0, exclusive_low=True)
+        if student is not None:
+            in_sums("normalizer", value, student, positive=True)
+        return value
+    plain("normalizer", value)
     if value.numel() != 1:
         raise ValueError(f"normalizer must be a number or a tensor of one element, got shape {tuple(value.shape)}")
     if value.requires_grad:
         raise ValueError("normalizer must not require grad: it gets no gradient; detach it")
-    if reads_values(value) and not 0.0 < float(value) < math.inf:
-        raise ValueError(f"normalizer must be finite and > 0, got {float(value)}")
+    if reads_values(value):
+        if not 0.0 < float(value) < math.inf:
+            raise ValueError(f"normalizer must be finite and > 0, got {float(value)}")
+        if student is not None:
+            in_sums("normalizer", float(value), student, positive=True)
     return value.detach().to(value.device if student is None else student.device)
 
 
 def inplace_allowed(student: Tensor) -> None:
-    """``inplace`` is for eager mode, and for a student whose rows are a view."""
+    """``inplace`` is for eager mode, for a student that gets a gradient, and for rows that are views of their own."""
     if torch.compiler.is_compiling():
         raise ValueError("inplace=True works in eager mode only; under torch.compile leave it out")
+    if torch.is_grad_enabled() and not student.requires_grad:
+        raise ValueError("inplace=True needs a student that requires grad: there is no gradient to write otherwise")
     if student.dim() > 3 and not student.is_contiguous():
         raise ValueError(
             f"inplace needs a contiguous student or at most 3 dimensions, got strides {tuple(student.stride())}"
         )
+    extent = 1
+    for stride, size in sorted(zip(student.stride(), student.shape, strict=True)):
+        if size > 1 and stride < extent and student.numel() > 0:
+            raise ValueError(
+                "inplace needs a student whose rows share no memory, for they are overwritten one by one; got shape "
+                f"{tuple(student.shape)} with strides {tuple(student.stride())}: pass student.contiguous()"
+            )
+        extent += (size - 1) * stride
+
+
+def reverse_mode_only(backend: str, *tensors: Tensor) -> None:
+    """The kernels give a gradient in reverse mode: no tangents, and no tensors that stand for others."""
+    if backend == "torch" or torch.compiler.is_compiling() or not transforms.active():
+        return
+    for tensor in tensors:
+        if transforms.stands_for_others(tensor) or transforms.has_tangent(tensor):
+            raise RuntimeError(
+                f"backend {backend!r} has a gradient in reverse mode only, outside torch.func (grad, vmap, jvp, ...) "
+                'and forward-mode differentiation; there, backend="torch" works'
+            )
 
 
 def reduction_name(reduction: Any, student: Optional[Tensor] = None) -> None:
@@ -462,10 +736,14 @@ def sum_dtype(student: Tensor) -> torch.dtype:
 
 def reads_values(value: Tensor) -> bool:
     """Whether the values of a tensor may be read for a check."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not symbols.has_values(value):
         return False
     return value.device.type == "cpu" or os.environ.get("KDKERNELS_DEBUG") == "1"
 
 
 def _dtype(value: Tensor) -> str:
-    return str(value.dtype).replace("torch.", "")
+    return _name(value.dtype)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).replace("torch.", "")

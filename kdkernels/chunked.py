@@ -6,23 +6,32 @@ The gradients are complete when ``forward`` ends; ``backward`` scales them. The 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
 
-from kdkernels import checks, ops
-from kdkernels.autograd import Launch, _scaled, run, run_reference
-from kdkernels.heads import Head, HeadGrad, Scratch, sum_dtype
-from kdkernels.reference.topk import distinct
+from kdkernels import checks, ops, symbols
+from kdkernels.autograd import (
+    Launch,
+    graph_is_kept,
+    has_saved_tensor_hooks,
+    refuse_second_derivative,
+    run,
+    run_reference,
+    scaled,
+)
+from kdkernels.heads import Fp16Range, Head, HeadGrad, Scratch, sum_dtype
+from kdkernels.reference.topk import distinct, out_of_range
 
 Rows = Union[slice, Tensor]
 TeacherChunks = Callable[[Rows], Any]
 
 # Of all logits of a chunk. On a CPU the heads are packed anew for every chunk: a fifth of a projection at 256 rows, a
-# tenth at 512; these are 393 rows of 32000 fp32 logits, 196 of 128256 in bf16. On a GPU a product needs about 1000 rows
-# before it is bound by arithmetic and not by reading the head.
+# tenth at 512; these are 393 rows of 32000 logits of student and teacher, 98 of 128256. On a GPU a product needs about
+# 1000 rows before it is bound by arithmetic and not by reading the head.
 CPU_CHUNK_BYTES = 96 * 2**20
 GPU_CHUNK_BYTES = 512 * 2**20
 
@@ -33,6 +42,7 @@ class Call(NamedTuple):
     launch: Launch  # of all N rows
     chunk_bytes: Optional[int]
     product_dtype: Optional[torch.dtype]  # None: each operand's own
+    logits_dtype: Optional[torch.dtype]  # None: at least fp32
     teacher_hidden: tuple[Tensor, ...] = ()
     teacher_weight: tuple[Tensor, ...] = ()
     teacher_bias: tuple[Optional[Tensor], ...] = ()
@@ -40,46 +50,134 @@ class Call(NamedTuple):
     num_teachers: int = 1  # that teacher_logits returns
     sparse_grad: bool = False
 
+    def dtypes(self, hidden: Tensor) -> tuple[torch.dtype, torch.dtype]:
+        """Of the products of these hidden states with their head, and of the logits that they make."""
+        product = self.product_dtype or hidden.dtype
+        if product.itemsize > 2:
+            return product, product
+        # Of another dtype of 16 bits than was asked for are a teacher's: rounded, as was asked, to its own.
+        rounds = self.logits_dtype is not None and self.logits_dtype.itemsize == 2
+        return product, product if rounds else torch.float32
+
 
 class Result(NamedTuple):
-    """Weighted losses ``[N]``, statistics ``[N, S]`` and gradients; one that is not needed is empty."""
+    """Weighted losses ``[N]``, statistics ``[N, S]`` and gradients; one that is not needed is empty.
+
+    Gradients in fp16 wait for a factor: that of hidden states is in fp32, of which there is little; those of head and
+    bias are as large as fp16 allows, and are to be multiplied by ``factors``.
+    """
 
     loss: Tensor
     stats: Tensor
     dhidden: Tensor
     dweight: Tensor
     dbias: Tensor
+    factors: Tensor  # [2]
     grad_rows: Optional[Tensor] = None  # the rows of the head that dweight holds; None: all
 
 
 class LinearLoss(torch.autograd.Function):
-    """``forward`` returns ``(loss, stats)``, the loss summed; ``backward`` is that of ``autograd.RowLoss``."""
+    """``forward`` returns ``(loss, stats)``, the loss summed; ``backward`` is that of ``autograd.RowLoss``.
+
+    Plain PyTorch can be differentiated again: backward then makes the whole loss once more, with its graph.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], call: Call) -> tuple[Tensor, Tensor]:
         needs = list(ctx.needs_input_grad[:3])
         result = execute(call, hidden, weight, bias, needs)
         grads = (result.dhidden, result.dweight, result.dbias)
+        again = call.launch.backend == "torch" and not call.sparse_grad
         ctx.save_for_backward(
-            *(grad if need else None for grad, need in zip(grads, needs, strict=True)), result.grad_rows
+            *(grad if need else None for grad, need in zip(grads, needs, strict=True)),
+            result.factors,
+            result.grad_rows,
+            *((hidden, weight, bias) if again else (None,) * 3),
         )
         ctx.mark_non_differentiable(result.stats)
+        ctx.call, ctx.sparse_grad = call if again else None, call.sparse_grad
         ctx.backend, ctx.head_shape = call.launch.backend, weight.shape
+        ctx.dtypes = tuple(None if item is None else item.dtype for item in (hidden, weight, bias))
+        ctx.shared = has_saved_tensor_hooks()
         return result.loss.sum(), result.stats
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dloss: Tensor, _: Any) -> tuple[Any, ...]:
-        *grads, grad_rows = ctx.saved_tensors
-        # A graph cannot write to what forward saved.
-        backend = "torch" if torch.compiler.is_compiling() else ctx.backend
-        dhidden, dweight, dbias = (_scaled(grad, dloss, backend) for grad in grads)
+        if ctx.call is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return (*_differentiable(ctx.call, dloss, ctx.saved_tensors[-3:], ctx.needs_input_grad), None)
+        if ctx.sparse_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "sparse_grad=True has no second derivative, and create_graph=True asks for one; leave it out"
+            )
+        refuse_second_derivative()
+        dhidden, dweight, dbias, factors, grad_rows = ctx.saved_tensors[:5]
+        shared = ctx.shared or torch.compiler.is_compiling() or graph_is_kept()
+        of_weight, of_bias = (
+            factor if dtype == torch.float16 else None
+            for factor, dtype in zip(factors.unbind(), ctx.dtypes[1:], strict=True)
+        )
+        dhidden, dweight, dbias = (
+            scaled(grad, dloss, factor, ctx.backend, shared=shared)
+            for grad, factor in ((dhidden, None), (dweight, of_weight), (dbias, of_bias))
+        )
+        if dhidden is not None:
+            dhidden = dhidden.to(ctx.dtypes[0])
         if grad_rows is not None and dweight is not None:
             # Sorted and unique by construction.
             dweight = torch.sparse_coo_tensor(
                 grad_rows[None], dweight, ctx.head_shape, check_invariants=False, is_coalesced=True
             )
         return dhidden, dweight, dbias, None
+
+
+def _differentiable(
+    call: Call, dloss: Tensor, inputs: Sequence[Optional[Tensor]], needs: Sequence[bool]
+) -> list[Optional[Tensor]]:
+    """The gradients of hidden states, head and bias with the graph that leads to them."""
+    hidden, weight, bias = inputs
+    assert hidden is not None and weight is not None
+    kept = _kept_rows(call.launch)
+    rows: Rows = slice(0, len(hidden)) if kept is None else kept
+    part = call._replace(launch=_of_rows(call.launch, rows))
+    loss, _ = whole(part, hidden[rows], weight, bias, rows)
+    wanted = [item for item, need in zip(inputs, needs, strict=False) if need and item is not None]
+    found = iter(torch.autograd.grad(loss.sum(), wanted, dloss, create_graph=True, allow_unused=True))
+    return [next(found) if need and item is not None else None for item, need in zip(inputs, needs, strict=False)]
+
+
+def whole(
+    call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], rows: Optional[Rows] = None
+) -> tuple[Tensor, Optional[Tensor]]:
+    """Losses and statistics of hidden states ``(..., D)`` in plain PyTorch, of all logits at once: autograd sees all.
+
+    ``rows`` are those that the hidden states are among the rows of the teachers.
+    """
+    with _no_autocast(hidden):
+        teachers = [
+            _logits(call, states if rows is None else states[rows], head, offset).detach()
+            for states, head, offset in zip(call.teacher_hidden, call.teacher_weight, call.teacher_bias, strict=True)
+        ]
+        logits = _logits(call, _flat(hidden), weight, bias)
+        if call.teacher_logits is not None:
+            asked = slice(0, len(logits)) if rows is None else rows
+            columns, count = call.launch.options["vocab_size"], call.num_teachers
+            teachers = checks.teacher_chunks(call.teacher_logits(asked), len(logits), columns, count, logits.device)
+        return run_reference(call.launch, logits, teachers)
+
+
+def _logits(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    """Of rounded operands; the sums are fp32, and so are the logits unless 16 bits are asked for."""
+    product, dtype = call.dtypes(hidden)
+
+    def operand(item: Tensor) -> Tensor:
+        return item.to(product).to(sum_dtype(product))
+
+    offset = None if bias is None else operand(bias)
+    return torch.nn.functional.linear(operand(hidden), operand(weight), offset).to(dtype)
+
+
+def _flat(hidden: Tensor) -> Tensor:
+    return hidden.reshape(-1, hidden.shape[-1])
 
 
 def execute(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], needs: list[bool]) -> Result:
@@ -94,6 +192,7 @@ def execute(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], 
         "backend": launch.backend,
         "chunk_bytes": call.chunk_bytes,
         "product_dtype": call.product_dtype,
+        "logits_dtype": call.logits_dtype,
         "needs": needs,
         **launch.options,
     }
@@ -109,16 +208,21 @@ def projects_columns(launch: Launch) -> bool:
 def _run(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], needs: Sequence[bool]) -> Result:
     loop = _columns_loop if projects_columns(call.launch) else _logits_loop
     # Operands are rounded to the autocast dtype by the loop; autocast itself would round sums too.
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        loss, stats, dhidden, dweight, dbias, grad_rows = loop(call, hidden, weight, bias, needs)
+    with torch.no_grad(), _no_autocast(hidden):
+        loss, stats, dhidden, dweight, dbias, scale, grad_rows = loop(call, hidden, weight, bias, needs)
         # The buffers of the loop are gone: the rounding of the sums below needs memory of its own.
-        none = hidden.new_empty
+        one = loss.new_ones(())
+        grads = [
+            (hidden.new_empty(0), one) if grad is None else grad.finish(by)
+            for grad, by in ((dweight, scale), (dbias, None))
+        ]
         return Result(
             loss,
             stats,
-            none(0) if dhidden is None else dhidden,
-            none(0) if dweight is None else dweight.finish(),
-            none(0) if dbias is None else dbias.finish(),
+            hidden.new_empty(0) if dhidden is None else dhidden,
+            grads[0][0],
+            grads[1][0],
+            torch.stack([factor.to(loss.dtype) for _, factor in grads]),
             grad_rows,
         )
 
@@ -131,37 +235,56 @@ class _Sums(NamedTuple):
     dhidden: Optional[Tensor]
     dweight: Optional[HeadGrad]
     dbias: Optional[HeadGrad]
+    scale: Optional[Tensor] = None  # what the sums of dweight are to be multiplied by
     grad_rows: Optional[Tensor] = None
 
 
 def _logits_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], needs: Sequence[bool]) -> _Sums:
     launch, columns, device = call.launch, call.launch.options["vocab_size"], hidden.device
-    dtype, scratch = call.product_dtype or hidden.dtype, Scratch(hidden)
-    head = Head(weight, bias, columns=columns, dtype=dtype, scratch=scratch)
+    (dtype, logits_dtype), scratch = call.dtypes(hidden), Scratch(hidden)
+    head = Head(weight, bias, columns=columns, dtype=dtype, logits_dtype=logits_dtype, scratch=scratch)
     teachers = _teacher_heads(call, scratch)
-    inputs = hidden.to(dtype)
+    # A product of 16-bit matrices may read what lies between rows.
+    inputs = hidden.to(dtype).contiguous()
     loss, stats = _outputs(hidden, launch)
-    dhidden = torch.zeros_like(hidden) if needs[0] else None
+    dhidden = _zeros_for_gradient(hidden) if needs[0] else None
     dweight = HeadGrad(weight, head.blocks) if needs[1] else None
     dbias = HeadGrad(bias, head.blocks) if needs[2] and bias is not None else None
+    fp16_range = _fp16_range(launch, loss) if dtype == torch.float16 and head.way in ("mixed", "native") else None
 
-    row_bytes = columns * (dtype.itemsize + sum(states.dtype.itemsize for _, states in teachers))
+    row_bytes = head.row_bytes(columns) + sum(columns * teacher.logits_dtype.itemsize for teacher, _ in teachers)
     for rows, count in _chunks(launch, len(hidden), _budget(call, device) // row_bytes):
         h, part = inputs[rows], _of_rows(launch, rows)
-        logits = scratch.logits("student logits", count, columns, dtype)
+        logits = scratch.logits("student logits", count, columns, logits_dtype)
         head.project(h, logits)
         targets = []
         for k, (teacher, states) in enumerate(teachers):
-            targets.append(scratch.logits(f"teacher logits {k}", count, columns, states.dtype))
+            targets.append(scratch.logits(f"teacher logits {k}", count, columns, teacher.logits_dtype))
             teacher.project(states[rows], targets[k])
         if call.teacher_logits is not None:
             targets = checks.teacher_chunks(call.teacher_logits(rows), count, columns, call.num_teachers, device)
         loss[rows], stats[rows] = _objective(part, logits, targets, any(needs))
         if any(needs):
-            dh = head.backward(logits, h, wants_dhidden=needs[0], dweight=dweight, dbias=dbias)
+            dh = head.backward(logits, h, wants_dhidden=needs[0], dweight=dweight, dbias=dbias, fp16_range=fp16_range)
             if dhidden is not None and dh is not None:
                 dhidden[rows] = dh.to(dhidden.dtype)
-    return _Sums(loss, stats, dhidden, dweight, dbias)
+    return _Sums(loss, stats, dhidden, dweight, dbias, None if fp16_range is None else fp16_range.sums.reciprocal())
+
+
+def _fp16_range(launch: Launch, loss: Tensor) -> Fp16Range:
+    """For dlogits of about the size of the constants of the loss."""
+    get, weight = launch.options, launch.tensors[1]
+    tempered = get["temperature"] if get["scale_by_t_squared"] else 1 / get["temperature"]
+    terms = max(get["kd_weight"] * tempered, get["ce_weight"], get["z_loss_weight"])
+    size = loss.new_tensor(abs(get["scale"]) * terms)
+    if weight is not None:
+        size = size * torch.linalg.vector_norm(weight, torch.inf)
+    return Fp16Range(torch.ldexp(torch.ones_like(size), (8 - torch.frexp(size)[1]).clamp(-100, 100)))
+
+
+def _zeros_for_gradient(hidden: Tensor) -> Tensor:
+    """In fp32 where the gradient would underflow in fp16 before its loss scale comes."""
+    return torch.zeros_like(hidden, dtype=torch.float32 if hidden.dtype == torch.float16 else None)
 
 
 def _columns_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], needs: Sequence[bool]) -> _Sums:
@@ -178,7 +301,7 @@ def _columns_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Ten
     if call.sparse_grad:
         grad_rows, slots = torch.unique(ids, return_inverse=True)
     loss, stats = _outputs(hidden, launch)
-    dhidden = torch.zeros_like(hidden) if needs[0] else None
+    dhidden = _zeros_for_gradient(hidden) if needs[0] else None
     num_rows = len(weight) if grad_rows is None else len(grad_rows)
     whole = [slice(0, num_rows)]
     dweight = HeadGrad(weight[:num_rows], whole) if needs[1] else None
@@ -203,17 +326,19 @@ def _columns_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Ten
         if dweight is not None:
             torch.mul(logits[:, :, None], h[:, None], out=head)  # the gathered rows have done their work
             dweight.sums(whole[0]).index_add_(0, slots[rows].reshape(-1), head.view(-1, width))
-    return _Sums(loss, stats, dhidden, dweight, dbias, grad_rows)
+    return _Sums(loss, stats, dhidden, dweight, dbias, grad_rows=grad_rows)
 
 
 def _positions(launch: Launch, columns: int) -> tuple[Tensor, Launch]:
     """Distinct ids ``[N, K]``, 0 in slots not used, and the launch on logits of these columns alone."""
     ids, logprobs = launch.sparse_teacher
-    wrong = ((ids < -1) | (ids >= columns)).any(-1)
+    wrong = out_of_range(ids, logprobs, columns)
     ids, logprobs, used = distinct(ids, logprobs.double(), columns)
     num_ids = ids.shape[1]
     places = torch.where(used, torch.arange(num_ids, device=ids.device), -1)
-    places[:, 0] = torch.where(wrong, num_ids, places[:, 0])  # again out of range: the row is NaN
+    # Again out of range, in a slot that is used: the row is NaN.
+    places[:, 0] = torch.where(wrong, num_ids, places[:, 0])
+    logprobs[:, 0] = torch.where(wrong, 0.0, logprobs[:, 0])
     options = {**launch.options, "vocab_size": num_ids}
     return torch.where(used, ids, 0), launch._replace(sparse_teacher=(places, logprobs), options=options)
 
@@ -222,9 +347,10 @@ def _teacher_heads(call: Call, scratch: Scratch) -> list[tuple[Head, Tensor]]:
     """The heads of the teachers and their hidden states, in the dtypes of their products."""
     found = []
     for hidden, weight, bias in zip(call.teacher_hidden, call.teacher_weight, call.teacher_bias, strict=True):
-        states = hidden.to(call.product_dtype or hidden.dtype)
+        dtype, logits_dtype = call.dtypes(hidden)
         columns = call.launch.options["vocab_size"]
-        found.append((Head(weight, bias, columns=columns, dtype=states.dtype, scratch=scratch), states))
+        head = Head(weight, bias, columns=columns, dtype=dtype, logits_dtype=logits_dtype, scratch=scratch)
+        found.append((head, hidden.to(dtype).contiguous()))
     return found
 
 
@@ -252,6 +378,10 @@ def _chunks(launch: Launch, num_rows: int, size: int) -> Iterator[tuple[Rows, in
         yield (slice(start, stop) if kept is None else kept[start:stop]), stop - start
 
 
+def _no_autocast(tensor: Tensor) -> Any:
+    return contextlib.nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+
+
 def _kept_rows(launch: Launch) -> Optional[Tensor]:
     """The rows whose products are worth computing; None for all.
 
@@ -263,7 +393,9 @@ def _kept_rows(launch: Launch) -> Optional[Tensor]:
     # One weight for all rows is a normaliser; statistics are taken of rows of weight 0 too.
     if weight is not None and (weight.stride(0) or len(weight) == 1) and not launch.options["stats"]:
         counts = weight != 0 if counts is None else counts & (weight != 0)
-    if counts is None or (counts.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if counts is None or not symbols.has_values(counts):
+        return None
+    if counts.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     kept = counts.nonzero().squeeze(1)
     return None if len(kept) == len(counts) else kept
@@ -302,14 +434,15 @@ def _register(pattern: str, num_teacher: int) -> None:
         backend: str,
         chunk_bytes: Optional[int],
         product_dtype: Optional[torch.dtype],
+        logits_dtype: Optional[torch.dtype],
         needs: Sequence[bool],
         **options: Any,
     ) -> tuple[Tensor, ...]:
         teacher, rows = tensors[:num_teacher], tensors[num_teacher:]
         sparse = pattern == "topk_fwd"
         launch = Launch(pattern, backend, rows, options, teacher if sparse else ())
-        call = Call(launch, chunk_bytes, product_dtype, *(() if sparse else map(tuple, teacher)))
-        return _run(call, hidden, weight, bias, needs)[:5]
+        call = Call(launch, chunk_bytes, product_dtype, logits_dtype, *(() if sparse else map(tuple, teacher)))
+        return _run(call, hidden, weight, bias, needs)[:6]
 
     ops.implement(f"linear_{pattern}", loop)
 

@@ -7,7 +7,7 @@ Every class states its formula; the pointwise functions live in ``kdkernels.refe
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
 from typing import ClassVar, Optional, Union
 
@@ -24,6 +24,9 @@ class Divergence:
     paper: ClassVar[str] = ""
     # Sweeps over the logits of a two-sweep kernel: (reads of each logits tensor) when the row is not resident on chip.
     sweeps: ClassVar[int] = 3
+    # Whether an entry of the gradient by the student's tempered logits stays near 1 however far apart the models are.
+    # Others grow with the difference of log-probabilities, and a gradient in fp16 leaves them more room.
+    bounded_gradient: ClassVar[bool] = False
 
     def params(self) -> tuple[float, float]:
         """The two run-time numbers handed to the kernels; unused ones are 0."""
@@ -41,8 +44,9 @@ class Divergence:
 def _check_number(owner: str, name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{owner}: {name} must be a number, got {type(value).__name__}")
-    # A comparison, not math.isfinite: Dynamo traces it for a number that it keeps as a symbol. NaN fails it too.
-    if not -math.inf < value < math.inf:
+    # A comparison, not math.isfinite: Dynamo traces it for a number that it keeps as a symbol. NaN fails it too, and an
+    # int beyond all floats is larger than the largest.
+    if not -sys.float_info.max <= value <= sys.float_info.max:
         raise ValueError(f"{owner}: {name} must be finite, got {value}")
     return float(value)
 
@@ -62,6 +66,7 @@ class ForwardKL(Divergence):
     formula = "sum p (log p - log q)"
     gradient = "(q - p) / T"
     paper = "Hinton et al. 2015, arXiv:1503.02531"
+    bounded_gradient = True
     sweeps = 2
 
     def dual(self) -> Divergence:
@@ -99,6 +104,7 @@ class JSD(Divergence):
     formula = "beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q"
     gradient = "(1 - beta) q (log q - log m - KL(q || m)) / T"
     paper = "Agarwal et al. 2024 (GKD), arXiv:2306.13649"
+    bounded_gradient = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "beta", _check_fraction("JSD", "beta", self.beta))
@@ -125,6 +131,7 @@ class TVD(Divergence):
     formula = "1/2 sum |p - q|"
     gradient = "q (sign(q - p) - sum q sign(q - p)) / (2 T)"
     paper = "Wen et al. 2023 (f-DISTILL), arXiv:2307.15190"
+    bounded_gradient = True
 
     def dual(self) -> Divergence:
         return TVD()
@@ -141,6 +148,7 @@ class SkewKL(Divergence):
     formula = "KL(p || m), m = alpha p + (1 - alpha) q"
     gradient = "(1 - alpha) q (sum p q / m - p / m) / T"
     paper = "Ko et al. 2024 (DistiLLM), arXiv:2402.03898"
+    bounded_gradient = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "alpha", _check_fraction("SkewKL", "alpha", self.alpha))
@@ -166,6 +174,7 @@ class SkewReverseKL(Divergence):
     formula = "KL(q || m), m = alpha q + (1 - alpha) p"
     gradient = "q (log q - log m - alpha q / m - D + alpha sum q^2 / m) / T"
     paper = "Ko et al. 2024 (DistiLLM), arXiv:2402.03898"
+    bounded_gradient = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "alpha", _check_fraction("SkewReverseKL", "alpha", self.alpha))
@@ -236,6 +245,7 @@ class SoftCE(Divergence):
     formula = "-sum p log q"
     gradient = "(q - p) / T"
     paper = "Hinton et al. 2015, arXiv:1503.02531"
+    bounded_gradient = True
     sweeps = 2
 
     def dual(self) -> Divergence:
@@ -286,6 +296,14 @@ def add(cls: type[Divergence], *, on_triton: bool) -> None:
         raise ValueError(f"a divergence's name must be an identifier, got {cls.name!r}")
     if cls.name in _TABLE:
         raise ValueError(f"divergence {cls.name!r} is registered already")
+    dataclass_params = cls.__dict__.get("__dataclass_params__")
+    if dataclass_params is None or not (dataclass_params.frozen and dataclass_params.eq):
+        # Instances that compare equal stand for one another: those of a class that only inherits the base's comparison
+        # do, whatever numbers they hold.
+        raise TypeError(
+            f"cls must be decorated with @dataclass(frozen=True) itself, with its numbers as fields; {cls.__name__} "
+            f"{'is not' if dataclass_params is None else 'is another kind of dataclass'}"
+        )
     global version
     version += 1
     _TABLE[cls.name] = cls
@@ -324,6 +342,11 @@ def resolve(divergence: Union[str, Divergence]) -> Divergence:
     if not isinstance(divergence, Divergence):
         got = getattr(divergence, "__name__", divergence)
         raise TypeError(f"divergence must be a name or an instance such as JSD(0.5), got {got!r}")
+    if _TABLE.get(divergence.name) is not type(divergence):
+        raise ValueError(
+            f"divergence of the class {type(divergence).__name__} is unknown: its name {divergence.name!r} "
+            "is not registered for this class; kdkernels.register_divergence enters one"
+        )
     return divergence.canonical()
 
 

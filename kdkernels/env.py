@@ -8,9 +8,8 @@ import platform
 import torch
 
 import kdkernels
-from kdkernels import backends
+from kdkernels import backends, build_info
 from kdkernels.backends import cpu, cuda
-from kdkernels.backends.cpu import find_library
 
 
 def _version(package: str) -> str:
@@ -27,13 +26,30 @@ def _gpu() -> str:
     return ", ".join(f"{gpu.name} (compute capability {gpu.major}.{gpu.minor})" for gpu in names)
 
 
+def _package() -> str:
+    root = build_info.source_tree()
+    return str(build_info.PACKAGE) + ("" if root is None else " (a source tree, not an installation)")
+
+
+def _built(backend: str) -> str:
+    """A library that is there and loads: where, what is in it, and what made it."""
+    path = build_info.find(backend)
+    assert path is not None
+    record, root = build_info.read(path.parent), build_info.source_tree()
+    said = f"{path}\n{'':<11}{build_info.summary(backend, record)}"
+    if path.parent != build_info.PACKAGE:
+        said += f"\n{'':<11}of the package installed there: this source tree has none, and agrees with its sources"
+    elif root is not None and record and record.get("sources") != build_info.source_hash(root):
+        said += f"\n{'':<11}older than the sources beside it; {build_info.rebuild_command(backend)}"
+    return said
+
+
 def _extension() -> str:
-    reason = cpu.load_error()
-    return reason or f"{cpu.library_path()} ({cpu.isa()})"
+    return cpu.load_error() or f"{_built('cpu')}\n{'':<11}runs {cpu.isa()} here"
 
 
 def _cuda_extension() -> str:
-    return cuda.load_error() or str(find_library("_C_cuda"))
+    return cuda.load_error() or _built("cuda")
 
 
 def _choice(device_type: str) -> list[str]:
@@ -49,6 +65,7 @@ def report() -> str:
     built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
     facts = {
         "kdkernels": kdkernels.__version__,
+        "package": _package(),
         "python": f"{platform.python_version()} ({platform.system()} {platform.machine()})",
         "torch": f"{torch.__version__} ({built_for if torch.version.cuda or torch.version.hip else 'CPU build'})",
         "triton": _version("triton"),

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Optional, TypeVar, Union
 import torch
 from torch import Tensor
 
-from kdkernels import backends, checks, divergences, ops, reduction, reference, symbols
+from kdkernels import backends, checks, distributed, divergences, ops, reduction, reference, symbols, transforms
 from kdkernels.autograd import Launch, RowLoss, SummedCall, run, run_reference, run_summed
 from kdkernels.divergences import Divergence
 
@@ -47,6 +47,8 @@ def _dense_loss(prepare: _Loss) -> _Loss:
         key = _call_key("kd_loss", options, (student, teacher), labels is None)
         known = None if key is None else _known_calls.get(key)
         if known is None:
+            if distributed.among((student, teacher, labels, *options.values())):
+                return distributed.of_all_ranks(loss, student, {"teacher": teacher, "labels": labels, **options})
             call = prepare(student, teacher, labels, **options)
             known = _know_call(key, call, plain=labels is None)
             launch = call.launch
@@ -80,11 +82,15 @@ def _topk_loss(prepare: _Loss) -> _Loss:
         key = _call_key("topk_kd_loss", options, (student, teacher_ids, teacher_logprobs), *given)
         known = None if key is None else _known_calls.get(key)
         if known is None:
-            call = prepare(student, teacher_ids, teacher_logprobs, labels, tail_logprob=tail_logprob, **options)
+            rest = {"labels": labels, "tail_logprob": tail_logprob, **options}
+            if distributed.among((student, teacher_ids, teacher_logprobs, *rest.values())):
+                entries = {"teacher_ids": teacher_ids, "teacher_logprobs": teacher_logprobs}
+                return distributed.of_all_ranks(loss, student, {**entries, **rest})
+            call = prepare(student, teacher_ids, teacher_logprobs, **rest)
             known, plan, launch = _know_call(key, call, plain=all(given)), call.plan, call.launch
         else:
             plan = known.plan._replace(student=student)
-            teacher = checks.sparse_entries(teacher_ids, teacher_logprobs, plan.columns)
+            teacher = checks.sparse_entries(teacher_ids, teacher_logprobs, plan.columns, plan.options["tail"])
             if known.launch is not None:
                 launch = known.launch._replace(sparse_teacher=teacher)
             else:
@@ -95,6 +101,18 @@ def _topk_loss(prepare: _Loss) -> _Loss:
         return plan.result(*plan.launch(launch, ()), TopKStats)
 
     return loss  # type: ignore[return-value]
+
+
+def _takes_dtensors(loss: _Loss) -> _Loss:
+    """As ``_dense_loss`` does, for a loss that remembers nothing."""
+
+    @functools.wraps(loss)
+    def call(student: Any, teacher: Any, labels: Any = None, **options: Any) -> Any:
+        if distributed.among((student, teacher, labels, *options.values())):
+            return distributed.of_all_ranks(loss, student, {"teacher": teacher, "labels": labels, **options})
+        return loss(student, teacher, labels, **options)
+
+    return call  # type: ignore[return-value]
 
 
 @_dense_loss
@@ -172,7 +190,8 @@ def kd_loss(
         row_param: one value per row for the divergence's parameter (JSD's ``beta``, the skew forms' ``alpha``),
             strictly between 0 and 1; overrides the instance's.
         inplace: write the gradient over the student's logits: no ``[N, V]`` allocation at all, and the logits are gone
-            after the call. Eager only; needs a student that requires grad.
+            after the call. Eager only; needs a student that requires grad, whose rows share no memory. Under
+            ``torch.no_grad()`` there is no gradient, and the logits stay.
         return_stats: also return ``KDStats``.
         backend: "auto", "triton", "cpu" (C++) or "torch" (plain PyTorch, the reference).
 
@@ -245,6 +264,7 @@ def topk_kd_loss(
     *,
     tail: str = "bucket",
     tail_logprob: Optional[Tensor] = None,
+    min_tail: Optional[float] = None,
     divergence: Union[str, Divergence] = "forward_kl",
     temperature: PerRow = 1.0,
     teacher_temperature: Optional[PerRow] = None,
@@ -277,32 +297,43 @@ def topk_kd_loss(
         "uniform"           P on S, (1 - m) / (V - |S|) elsewhere    q                     all V
         "drop"              P on S, 0 elsewhere                      q                     all V
 
-    The bucket's masses are exact in loss and gradient however small they are; nothing is clamped. Where S is the whole
-    vocabulary there is no bucket, and no other id to spread mass over. A mass m above 1 leaves nothing to the tail, and
-    "uniform" scales it back to 1. With "drop" p need not sum to 1: ``sum p (log p - log q)`` may then be negative; it
+    The student's masses are exact in loss and gradient however small they are. Where S is the whole vocabulary there is
+    no bucket, and no other id to spread mass over. A mass m above 1 leaves nothing to the tail, and "uniform" scales it
+    back to 1. With "drop" p need not sum to 1: ``sum p (log p - log q)`` may then be negative; it
     is an unbiased estimate where the P are the weights of sampled ids (random sampling KD, Anshumann et al. 2025,
     arXiv:2503.16870).
 
     Where the teacher has probability 0 (outside S with "renormalize" and "drop", or in an empty tail) forward KL, soft
     cross entropy and skew KL have no term; JSD, TVD, skew reverse KL, and alpha-beta with ``alpha > 0`` and
     ``alpha + beta > 0`` have one in q alone; reverse KL, Jeffreys and the other alpha-beta divergences are infinite:
-    with "renormalize" and "drop" they are refused, and an empty tail of "bucket" or "uniform" gives ``inf``.
+    with "renormalize" and "drop" they are refused, and for them the tail of "bucket" and "uniform" has at least the
+    probability ``min_tail``. For the others an empty tail is empty, and ``min_tail`` changes nothing.
 
-    A row with no probability at all, such as one whose slots are all unused, is all tail: "bucket" gives 0, "uniform"
-    has the uniform teacher, and "drop" has p = 0. "renormalize" and "renormalize_both" have no teacher there and give
-    ``D = 0`` with no gradient.
+    A row without entries, as padding is, is all tail, whatever ``tail_logprob`` says there: "bucket" gives 0 with no
+    gradient, "uniform" has the uniform teacher (mask such rows by ``labels`` or ``row_weight`` where they are padding),
+    and "drop" has p = 0. "renormalize" and "renormalize_both" have no teacher there and give ``D = 0`` with no
+    gradient.
 
     Args:
         student: logits ``(..., V)``, as in ``kd_loss``.
-        teacher_ids: int32 or int64 ``(..., K)`` with the student's leading shape, in any order; -1 is an unused slot,
-            so that rows may have fewer entries. An id given twice counts once, with the sum of its probabilities.
-        teacher_logprobs: natural log-probabilities ``(..., K)``, float32, bfloat16, float16 or float64; what stands in
-            unused slots is not looked at. They get no gradient.
+        teacher_ids: int32 or int64 ``(..., K)`` with the student's leading shape, in any order. A slot whose id is -1,
+            or whose log-probability is -9000 or less, is unused, so that rows may have fewer entries; what else stands
+            there is not looked at. (Collators and servers put -inf, -1e9 or -9999 where they have none.) An id given
+            twice counts once, with the sum of its probabilities.
+        teacher_logprobs: natural log-probabilities ``(..., K)``, float32, bfloat16, float16 or float64. They get no
+            gradient. One above 0 by more than rounding (1e-3, and 16 epsilons of a 16-bit dtype) is refused; with
+            "drop", whose weights may be above 1, it is not.
         labels: as in ``kd_loss``: the classes for ``ce_weight``, and the mask.
         tail: see above.
         tail_logprob: for "bucket" and "uniform", the log of the teacher's mass outside S, of the shape of the rows,
             which replaces ``1 - m``: exact however small it is, and free of the rounding of 16-bit log-probabilities.
             ``capture_topk`` returns it. It gets no gradient.
+        min_tail: for "bucket" and "uniform", with a divergence that is infinite at p = 0: the least probability of the
+            tail, in [0, 1]. Log-probabilities are rounded, so that ``1 - m`` is off by a little, and often 0 where the
+            teacher is sure: reverse KL would be infinite. By default the floor is what that rounding may be,
+            ``eps32 + eps / 2 * sum P |log P|`` with eps of the dtype of ``teacher_logprobs`` and eps32 = 1.2e-7 of the
+            float32 softmax that they come from (float64: 2.2e-16); of a ``tail_logprob``, which is exact, nothing. A
+            number holds for both. Log-probabilities with 4 decimals need ``min_tail=5e-5``; 0 gives the limit, ``inf``.
         divergence: a name or an instance, as in ``kd_loss``.
         temperature: T of the student, > 0, a number or one value per row. By itself it does nothing to the teacher.
         teacher_temperature: T_t, applied to the teacher as it was given; by default ``temperature``. With a teacher
@@ -327,6 +358,7 @@ def topk_kd_loss(
     """
     options = {
         "tail": tail,
+        "min_tail": min_tail,
         "divergence": divergence,
         "temperature": temperature,
         "teacher_temperature": teacher_temperature,
@@ -347,11 +379,13 @@ def topk_kd_loss(
         "backend": backend,
     }
     plan = _plan("topk_kd_loss", options, student)
-    teacher = checks.sparse_teacher(teacher_ids, teacher_logprobs, student, plan.columns)
-    name = backends.select(backend, student.device.type, divergence=plan.divergence.name, pattern="topk_fwd")
+    teacher = checks.sparse_teacher(teacher_ids, teacher_logprobs, student, plan.columns, tail)
+    name = backends.choose(backend, student, divergence=plan.divergence.name, pattern="topk_fwd")
+    checks.reverse_mode_only(name, student)
     return _Call(plan, (), _topk_call(plan, teacher, labels, tail_logprob, name))
 
 
+@_takes_dtensors
 def taid_loss(
     student: Tensor,
     teacher: Tensor,
@@ -383,6 +417,7 @@ def taid_loss(
     return _dense(plan, teachers, launch)
 
 
+@_takes_dtensors
 def dkd_loss(
     student: Tensor,
     teacher: Tensor,
@@ -432,7 +467,8 @@ def dkd_loss(
     _no_teacher_grad(teacher, "dkd_loss")
     flat = checks.labels_like(labels, student, plan.columns, ignore_index)
     scale, weight = plan.weights(flat)
-    name = backends.select(backend, student.device.type)
+    name = backends.choose(backend, student)
+    checks.reverse_mode_only(name, student, teacher)
     if name == "torch":
         assert flat is not None
         s, t = _flat(student, teacher)
@@ -463,10 +499,12 @@ def dkd_loss(
             "scale": scale,
             "scale_by_t_squared": scale_by_t_squared,
         },
+        gradient_size=(alpha + beta) * _tempered(plan.temperature, scale_by_t_squared) + 2.0**-100,
     )
     return plan.launch(launch, (teacher,))[0]
 
 
+@_takes_dtensors
 def logit_mse_loss(
     student: Tensor,
     teacher: Tensor,
@@ -503,13 +541,16 @@ def logit_mse_loss(
     _no_teacher_grad(teacher, "logit_mse_loss")
     flat = checks.labels_like(labels, student, plan.columns, ignore_index)
     scale, weight = plan.weights(flat)
-    name = backends.select(backend, student.device.type)
+    name = backends.choose(backend, student)
+    checks.reverse_mode_only(name, student, teacher)
     if name == "torch":
         s, t = _flat(student, teacher)
         rows = reference.mse_rows(s, t, flat, centered=centered, vocab_size=plan.columns, ignore_index=ignore_index)
         return plan.reduced(rows * scale if weight is None else rows * (scale * weight))
     scalars = {"centered": centered, "vocab_size": plan.columns, "ignore_index": ignore_index, "scale": scale}
-    return plan.launch(Launch("mse_fwd", name, (flat, weight), scalars), (teacher,))[0]
+    # 2 (s - t) / V: half of s - t is kept, which fits fp16 however far apart two of its numbers are.
+    launch = Launch("mse_fwd", name, (flat, weight), scalars, gradient_size=1024.0 / plan.columns)
+    return plan.launch(launch, (teacher,))[0]
 
 
 DEFAULTS: dict[str, Any] = {
@@ -542,6 +583,7 @@ DEFAULTS: dict[str, Any] = {
 # Those of kd_loss that describe a teacher's logits mean nothing to a sparse teacher.
 TOPK_DEFAULTS = {
     "tail": "bucket",
+    "min_tail": None,
     **{
         name: value
         for name, value in DEFAULTS.items()
@@ -657,6 +699,10 @@ def _check_options(owner: str, options: dict[str, Any], defaults: dict[str, Any]
     }
     if sparse:
         objective["tail"] = get["tail"]
+        # Where the divergence is finite without it an empty tail is none. topk_launch puts the default in.
+        floored = get["tail"] in ("bucket", "uniform") and not _defined_without_teacher(resolved)
+        objective["min_tail"] = symbols.as_float(get["min_tail"] or 0.0) if floored else 0.0
+        objective["tail_rounding"] = 1.0 if floored and get["min_tail"] is None else 0.0
     else:
         objective["teacher_form"] = get["teacher_form"]
         objective["teacher_softcap"] = checks.softcap("teacher_softcap", get["teacher_softcap"])
@@ -664,14 +710,21 @@ def _check_options(owner: str, options: dict[str, Any], defaults: dict[str, Any]
     return Settings(get, resolved, not any(isinstance(value, Tensor) for value in get.values()), objective)
 
 
+def _defined_without_teacher(divergence: Divergence) -> bool:
+    # The homogeneous ones whatever their parameter is: it may be a symbol, of which nobody can be asked.
+    return divergence.name in reference.topk.HOMOGENEOUS or reference.topk.defined_without_teacher(
+        divergence.name, *divergence.params()
+    )
+
+
 def _check_tail(get: dict[str, Any], divergence: Divergence) -> None:
     tail = get["tail"]
     checks.choice("tail", tail, checks.TAILS)
-    if (
-        tail in ("renormalize", "drop")
-        and divergence.name not in reference.topk.HOMOGENEOUS  # finite whatever their parameter, which may be a symbol
-        and not reference.topk.defined_without_teacher(divergence.name, *divergence.params())
-    ):
+    if get["min_tail"] is not None:
+        checks.number("min_tail", get["min_tail"], low=0.0, high=1.0)
+        if tail not in ("bucket", "uniform"):
+            raise ValueError(f"min_tail has no meaning with tail {tail!r}, only with 'bucket' and 'uniform'")
+    if tail in ("renormalize", "drop") and not _defined_without_teacher(divergence):
         raise ValueError(
             f"tail {tail!r} gives the teacher probability 0 outside its entries, where divergence {divergence.name!r}, "
             f"{divergence.formula}, is infinite; use tail 'bucket', 'uniform' or 'renormalize_both'"
@@ -788,7 +841,7 @@ def _call_key(owner: str, options: dict[str, Any], tensors: tuple[Any, ...], *gi
     ``options`` are those that were given: a look at two costs less than one at all 23.
     """
     key = _options_key(owner, options)
-    if key is None or _in_transform():
+    if key is None or transforms.active():
         return None
     for tensor in tensors:
         if type(tensor) not in _PLAIN_TENSORS or not tensor.is_cpu or tensor.layout is not _STRIDED:
@@ -820,10 +873,9 @@ def _summed_call(call: _Call) -> Optional[SummedCall]:
     pattern = launch.pattern.removesuffix("_fwd")
     alike = {name: value for name, value in launch.options.items() if name not in ("scale", "stats", "mixture")}
     packed = ops.op(f"{pattern}_call", "cpu")(plan.student.detach(), **alike)
-    return SummedCall(ops.op(f"{pattern}_loss", "cpu"), packed, plan.options["inplace"])
+    return SummedCall(ops.op(f"{pattern}_loss", "cpu"), packed, plan.options["inplace"], launch.gradient_size)
 
 
-_in_transform = torch._C._are_functorch_transforms_active
 _STRIDED = torch.strided
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 _known_calls: dict[Any, _KnownCall] = {}
@@ -839,6 +891,15 @@ def _plan(owner: str, options: dict[str, Any], student: Any) -> _Plan:
         checks.inplace_allowed(student)
     temperature, teacher_temperature = objective["temperature"], objective["teacher_temperature"]
     weight, normalizer = get["row_weight"], get["normalizer"]
+    checks.in_sums("temperature", temperature, student, positive=True)
+    checks.in_sums("teacher_temperature", teacher_temperature, student, positive=True)
+    for name in ("student_softcap", "teacher_softcap"):
+        if get[name] is not None:
+            checks.in_sums(name, get[name], student, positive=True)
+    if plain and weight is not None:
+        checks.in_sums("row_weight", weight, student)
+    if plain and normalizer is not None:
+        checks.in_sums("normalizer", normalizer, student, positive=True)
     if not plain:
         temperature = checks.per_row("temperature", get["temperature"], student, low=0.0)
         teacher_temperature = temperature
@@ -853,7 +914,9 @@ def _plan(owner: str, options: dict[str, Any], student: Any) -> _Plan:
 def _dense_backend(plan: _Plan, teachers: tuple[Tensor, ...], mixture_weights: Optional[Tensor]) -> str:
     get, name = plan.options, plan.divergence.name
     torch_only = _teacher_grad_needs_torch(get, teachers, mixture_weights) if _teacher_grad(teachers) else None
-    return backends.select(get["backend"], plan.student.device.type, divergence=name, torch_only=torch_only)
+    found = backends.choose(get["backend"], plan.student, divergence=name, torch_only=torch_only)
+    checks.reverse_mode_only(found, plan.student, *teachers)
+    return found
 
 
 def _teacher_grad(teachers: tuple[Tensor, ...]) -> bool:
@@ -882,8 +945,26 @@ def _topk_call(
 
 
 def _dense(plan: _Plan, teachers: tuple[Tensor, ...], launch: Launch) -> Any:
-    dual = _dual(plan, launch) if launch.backend != "torch" and _teacher_grad(teachers) else None
+    dual = _dual(plan, launch, teachers[0]) if launch.backend != "torch" and _teacher_grad(teachers) else None
     return plan.result(*plan.launch(launch, teachers, dual), KDStats)
+
+
+# A z-loss has a gradient of 2 lse q, and lse is some tens; an unbounded divergence has one that grows as the difference
+# of log-probabilities.
+Z_LOSS_SIZE, UNBOUNDED_SIZE = 32.0, 16.0
+
+
+def _gradient_size(divergence: Divergence, options: dict[str, Any]) -> float:
+    """``Launch.gradient_size`` of an objective."""
+    size = 1.0 if divergence.bounded_gradient else UNBOUNDED_SIZE
+    size = options["kd_weight"] * size * _tempered(options["temperature"], options["scale_by_t_squared"])
+    # With no term at all there is still something to divide by.
+    return size + options["ce_weight"] + Z_LOSS_SIZE * options["z_loss_weight"] + 2.0**-100
+
+
+def _tempered(temperature: float, scale_by_t_squared: bool) -> float:
+    """What a gradient by tempered logits is multiplied by."""
+    return temperature if scale_by_t_squared else 1.0 / temperature
 
 
 def dense_launch(
@@ -901,6 +982,7 @@ def dense_launch(
         backend,
         (labels, weight, *_row_tensors(plan.temperature, plan.teacher_temperature), row_param, mixture_weights),
         {**plan.objective, "mixture": mixture, "scale": scale, "vocab_size": plan.columns},
+        gradient_size=_gradient_size(plan.divergence, plan.objective),
     )
 
 
@@ -913,13 +995,25 @@ def topk_launch(
 ) -> Launch:
     """The call of ``topk_kd_loss`` whose ``rows`` are labels, weight, ``row_param`` and the tail, ``[N]`` each."""
     labels, weight, row_param, tail_rows = rows
+    options = {**plan.objective, "scale": scale, "vocab_size": plan.columns}
+    if options["tail_rounding"]:
+        options |= _rounding_of_tail(teacher[1].dtype, tail_rows is not None)
     return Launch(
         "topk_fwd",
         backend,
         (labels, weight, *_row_tensors(plan.temperature, plan.teacher_temperature), row_param, tail_rows),
-        {**plan.objective, "scale": scale, "vocab_size": plan.columns},
+        options,
         teacher,
+        _gradient_size(plan.divergence, plan.objective),
     )
+
+
+def _rounding_of_tail(dtype: torch.dtype, given: bool) -> dict[str, float]:
+    """The default of ``min_tail``: what ``1 - sum p`` may be off by; nothing where the tail is given."""
+    if given:
+        return {"min_tail": 0.0, "tail_rounding": 0.0}
+    epsilon = torch.finfo(dtype).eps
+    return {"min_tail": min(epsilon, torch.finfo(torch.float32).eps), "tail_rounding": epsilon / 2}
 
 
 def _labels_and_param(plan: _Plan, labels: Optional[Tensor]) -> tuple[Optional[Tensor], Optional[Tensor]]:
@@ -936,12 +1030,15 @@ def _labels_and_param(plan: _Plan, labels: Optional[Tensor]) -> tuple[Optional[T
     return flat, row_param
 
 
-def _dual(plan: _Plan, launch: Launch) -> Launch:
+def _dual(plan: _Plan, launch: Launch, teacher: Tensor) -> Launch:
     """The launch whose student is the teacher: roles swapped, without the student's terms."""
     get = plan.options
     dual = plan.divergence.dual().canonical()
     param0, param1 = dual.params()
-    labels, weight, student_rows, teacher_rows, row_param, _ = launch.tensors
+    # Numbers per row are in the dtype of the sums, which is that of whoever is the student.
+    dtype = checks.sum_dtype(teacher)
+    labels, *rows, _ = launch.tensors
+    weight, student_rows, teacher_rows, row_param = (None if item is None else item.to(dtype) for item in rows)
     scale = launch.options["scale"]
     if row_param is not None and dual.name == plan.divergence.name:
         row_param = 1 - row_param  # JSD's beta weighs the teacher
@@ -967,7 +1064,9 @@ def _dual(plan: _Plan, launch: Launch) -> Launch:
         "teacher_softcap": launch.options["student_softcap"],
         "stats": False,
     }
-    return Launch("dense_fwd", launch.backend, (labels, weight, teacher_rows, student_rows, row_param, None), options)
+    tensors = (labels, weight, teacher_rows, student_rows, row_param, None)
+    size = _gradient_size(dual, options)
+    return Launch("dense_fwd", launch.backend, tensors, options, gradient_size=size)
 
 
 def _teacher_grad_needs_torch(
@@ -1011,14 +1110,16 @@ def _mixture_weights(weights: Any, mixture: str, count: int, student: Tensor, *,
         )
     if weights.requires_grad:
         raise ValueError("teacher_weights must not require grad: they get no gradient; detach them")
-    if checks.reads_values(weights) and weights.numel() and not bool((torch.isfinite(weights) & (weights >= 0)).all()):
-        raise ValueError("teacher_weights must be finite and >= 0")
     weights = weights.to(device=student.device, dtype=dtype).reshape(-1, count)
+    if checks.reads_values(weights) and weights.numel() and not bool((torch.isfinite(weights) & (weights >= 0)).all()):
+        raise ValueError(f"teacher_weights must be finite and >= 0 in {str(dtype).removeprefix('torch.')}")
     if mixture == "probs":
-        total = weights.sum(-1, keepdim=True)
-        if checks.reads_values(weights) and not bool((total > 0).all()):
+        largest = weights.amax(-1, keepdim=True)
+        if checks.reads_values(weights) and not bool((largest > 0).all()):
             raise ValueError("teacher_weights must not all be 0")
-        weights = weights / total
+        # Of the largest, so that their sum is one of this dtype.
+        weights = weights / largest
+        weights = weights / weights.sum(-1, keepdim=True)
     return weights.expand(_num_rows(student), count)
 
 

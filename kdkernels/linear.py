@@ -8,31 +8,38 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor
 
-from kdkernels import backends, checks, functional
-from kdkernels.chunked import Call, LinearLoss, Rows, execute, projects_columns
+from kdkernels import backends, checks, functional, transforms
+from kdkernels.chunked import Call, LinearLoss, Rows, execute, projects_columns, whole
 from kdkernels.divergences import Divergence
 from kdkernels.functional import DEFAULTS, TOPK_DEFAULTS, KDStats, PerRow, TopKStats
 
 # There are no logits to overwrite.
-LINEAR_DEFAULTS = {**{name: DEFAULTS[name] for name in DEFAULTS if name != "inplace"}, "chunk_bytes": None}
+LINEAR_DEFAULTS = {
+    **{name: DEFAULTS[name] for name in DEFAULTS if name != "inplace"},
+    "chunk_bytes": None,
+    "logits_dtype": None,
+}
 LINEAR_TOPK_DEFAULTS = {
     **{name: TOPK_DEFAULTS[name] for name in TOPK_DEFAULTS if name != "inplace"},
     "chunk_bytes": None,
+    "logits_dtype": None,
     "sparse_grad": False,
 }
+Head = Union[Tensor, torch.nn.Module]
 
 
 def linear_kd_loss(
     student_hidden: Tensor,
-    student_weight: Tensor,
+    student_weight: Head,
     teacher_hidden: Optional[Union[Tensor, Sequence[Tensor]]] = None,
-    teacher_weight: Optional[Union[Tensor, Sequence[Tensor]]] = None,
+    teacher_weight: Optional[Union[Head, Sequence[Head]]] = None,
     labels: Optional[Tensor] = None,
     *,
     student_bias: Optional[Tensor] = None,
     teacher_bias: Optional[Union[Tensor, Sequence[Optional[Tensor]]]] = None,
     teacher_logits: Optional[Callable[[Rows], Any]] = None,
     chunk_bytes: Optional[int] = None,
+    logits_dtype: Optional[torch.dtype] = None,
     divergence: Union[str, Divergence] = "forward_kl",
     temperature: PerRow = 1.0,
     teacher_temperature: Optional[PerRow] = None,
@@ -60,16 +67,19 @@ def linear_kd_loss(
 
     Rows go through the heads in chunks. In each the loss is computed and its gradient written over the student's
     logits, from where it is multiplied into the gradients of hidden states, head and bias; those of one that does not
-    require grad are not computed. The head's gradient is summed over the chunks in fp32. All is done when forward ends:
-    ``backward`` multiplies by ``grad_output``, and there is no second derivative.
 
     Args:
         student_hidden: ``(..., D)``, float32, bfloat16 or float16 (float64 on the CPU).
-        student_weight: the head ``[V, D]``: a plain tensor, with everything that makes the logits in it. A sharded
-            parameter is gathered first (``weight.full_tensor()``); an adapter is merged by the caller
+        student_weight: the head ``[V, D]``: a plain tensor, with everything that makes the logits in it; or the module
+            that it is the weight of, such as a model's ``lm_head`` (an ``nn.Linear`` or a tied ``nn.Embedding``), whose
+            bias then counts too. A module that does more than multiply (adapters, hooks, quantised weights) is an
+            error: its weight alone would be another model. A sharded parameter is gathered first: FSDP2 does it in the
+            forward of the module it shards, and elsewhere ``weight.full_tensor(grad_placements=[Partial("avg")])`` has
+            the gradient that FSDP2 means, see docs/linear.md. An adapter is merged by the caller
             (``weight + scale * B @ A``) and gets its gradient through that sum; a scale of logits is multiplied in.
         teacher_hidden, teacher_weight: the same of the teacher, ``(..., D')`` and ``[V, D']``; or sequences of up to 4
-            for a mixture, see ``teacher_weights``. They get no gradient.
+            for a mixture, see ``teacher_weights``. They get no gradient, whether they require one or not: they are
+            detached.
         labels: as in ``kd_loss``. Rows equal to ``ignore_index``, and rows of ``row_weight`` 0 unless ``return_stats``,
             are left out of the products. On a GPU the number of the others is waited for, once.
         student_bias, teacher_bias: ``[V]`` or None.
@@ -79,6 +89,9 @@ def linear_kd_loss(
             Eager only.
         chunk_bytes: of the logits of a chunk, student's and teachers' together; by default 96 MiB on a CPU and 512 MiB
             on a GPU. It bounds the memory, whatever N is, down to one row.
+        logits_dtype: for products of 16-bit operands, their dtype asks for logits rounded to it, in chunks of twice as
+            many rows. The gradient is a difference of two distributions, which then drowns in rounding where the
+            teacher is near: see docs/linear.md. By default logits are float32.
         teacher_form: as in ``kd_loss``, for ``teacher_logits``; products are "logits".
         reduction: as in ``kd_loss``; "none" only where no gradient is asked for: each row's ``grad_output`` would have
             to be known while its chunk is there.
@@ -122,16 +135,18 @@ def linear_kd_loss(
         "backend": backend,
     }
     product_dtype = _autocast_dtype(student_hidden)
-    checks.head("student", student_hidden, student_weight, student_bias, product_dtype is not None)
+    head, bias = checks.head_tensors("student", student_weight, student_bias)
+    checks.head("student", student_hidden, head, bias, product_dtype is not None)
     _check_chunk_bytes(chunk_bytes)
-    logits = _stand_in(student_hidden, student_weight, product_dtype)
+    checks.logits_dtype(logits_dtype, product_dtype or student_hidden.dtype)
+    logits = _stand_in(student_hidden, head, product_dtype)
     plan = functional._plan("linear_kd_loss", options, logits)
     single = teacher_weights is None and not isinstance(teacher_hidden, (list, tuple))
     if teacher_logits is None:
         teachers = _teachers(teacher_hidden, teacher_weight, teacher_bias)
-        for hidden, weight, bias in teachers:
-            checks.head("teacher", hidden, weight, bias, product_dtype is not None)
-            checks.teacher_head(hidden, weight, bias, logits, vocab_size)
+        for teacher in teachers:
+            checks.head("teacher", *teacher, product_dtype is not None)
+            checks.teacher_head(*teacher[:2], logits, vocab_size)
         count = len(teachers)
         if teacher_form != "logits":
             raise ValueError(f"teacher_form must be 'logits' unless teacher_logits is given, got {teacher_form!r}")
@@ -140,7 +155,7 @@ def linear_kd_loss(
         teachers, count = [], 1 if teacher_weights is None else _count(teacher_weights)
     mixture_weights = functional._mixture_weights(teacher_weights, mixture, count, logits, single=single)
     labels, row_param = functional._labels_and_param(plan, labels)
-    name = backends.select(backend, logits.device.type, divergence=plan.divergence.name)
+    name = backends.choose(backend, logits, divergence=plan.divergence.name)
     scale, weight = plan.weights(labels)
     launch = functional.dense_launch(plan, name, (labels, weight, row_param), scale, mixture_weights, mixture)
     hiddens, weights, biases = zip(*teachers, strict=True) if teachers else ((), (), ())
@@ -148,27 +163,30 @@ def linear_kd_loss(
         launch,
         chunk_bytes,
         product_dtype,
+        logits_dtype,
         tuple(_flat(hidden.detach()) for hidden in hiddens),
         tuple(weight.detach() for weight in weights),
         tuple(None if bias is None else bias.detach() for bias in biases),
         teacher_logits,
         count,
     )
-    return _result(plan, call, student_hidden, student_weight, student_bias, KDStats)
+    return _result(plan, call, student_hidden, head, bias, KDStats)
 
 
 def linear_topk_kd_loss(
     student_hidden: Tensor,
-    student_weight: Tensor,
+    student_weight: Head,
     teacher_ids: Tensor,
     teacher_logprobs: Tensor,
     labels: Optional[Tensor] = None,
     *,
     student_bias: Optional[Tensor] = None,
     chunk_bytes: Optional[int] = None,
+    logits_dtype: Optional[torch.dtype] = None,
     sparse_grad: bool = False,
     tail: str = "bucket",
     tail_logprob: Optional[Tensor] = None,
+    min_tail: Optional[float] = None,
     divergence: Union[str, Divergence] = "forward_kl",
     temperature: PerRow = 1.0,
     teacher_temperature: Optional[PerRow] = None,
@@ -195,10 +213,11 @@ def linear_topk_kd_loss(
 
     Args:
         student_hidden, student_weight, student_bias, reduction: as in ``linear_kd_loss``.
-        teacher_ids, teacher_logprobs, tail_logprob: as in ``topk_kd_loss``.
+        teacher_ids, teacher_logprobs, tail_logprob, min_tail: as in ``topk_kd_loss``.
         labels: as in ``linear_kd_loss``.
         chunk_bytes: as in ``linear_kd_loss``, of the student's logits; of the gathered rows of the head where only
             these are multiplied.
+        logits_dtype: as in ``linear_kd_loss``. The logits of K columns alone are float32 in any case.
         sparse_grad: give ``student_weight`` its gradient as a sparse COO tensor of the rows that have one, as
             ``torch.nn.Embedding(sparse=True)`` does, for ``torch.optim.SparseAdam`` or ``SGD``. Eager only, and only
             where only K columns are projected.
@@ -233,31 +252,35 @@ def linear_topk_kd_loss(
         "backend": backend,
     }
     product_dtype = _autocast_dtype(student_hidden)
-    checks.head("student", student_hidden, student_weight, student_bias, product_dtype is not None)
+    head, bias = checks.head_tensors("student", student_weight, student_bias)
+    checks.head("student", student_hidden, head, bias, product_dtype is not None)
     _check_chunk_bytes(chunk_bytes)
-    logits = _stand_in(student_hidden, student_weight, product_dtype)
+    checks.logits_dtype(logits_dtype, product_dtype or student_hidden.dtype)
+    logits = _stand_in(student_hidden, head, product_dtype)
     plan = functional._plan("linear_topk_kd_loss", options, logits)
-    teacher = checks.sparse_teacher(teacher_ids, teacher_logprobs, logits, plan.columns)
+    teacher = checks.sparse_teacher(teacher_ids, teacher_logprobs, logits, plan.columns, tail)
     labels, row_param = functional._labels_and_param(plan, labels)
-    name = backends.select(backend, logits.device.type, divergence=plan.divergence.name, pattern="topk_fwd")
+    name = backends.choose(backend, logits, divergence=plan.divergence.name, pattern="topk_fwd")
     scale, weight = plan.weights(labels)
     tail_rows = checks.tail_like(tail_logprob, tail, logits)
     launch = functional.topk_launch(plan, name, teacher, (labels, weight, row_param, tail_rows), scale)
     checks.sparse_grad_allowed(sparse_grad, projects_columns(launch))
-    call = Call(launch, chunk_bytes, product_dtype, sparse_grad=sparse_grad)
-    return _result(plan, call, student_hidden, student_weight, student_bias, TopKStats)
+    call = Call(launch, chunk_bytes, product_dtype, logits_dtype, sparse_grad=sparse_grad)
+    return _result(plan, call, student_hidden, head, bias, TopKStats)
 
 
 def check_linear_options(options: dict[str, Any]) -> None:
     """Check the options of ``linear_kd_loss`` whose check needs no tensor."""
     functional.check_options("linear_kd_loss", options, LINEAR_DEFAULTS)
     _check_chunk_bytes(options.get("chunk_bytes"))
+    checks.logits_dtype(options.get("logits_dtype"))
 
 
 def check_linear_topk_options(options: dict[str, Any]) -> None:
     """Check the options of ``linear_topk_kd_loss`` whose check needs no tensor."""
     functional.check_options("linear_topk_kd_loss", options, LINEAR_TOPK_DEFAULTS)
     _check_chunk_bytes(options.get("chunk_bytes"))
+    checks.logits_dtype(options.get("logits_dtype"))
     checks.flag("sparse_grad", options.get("sparse_grad", False))
 
 
@@ -268,7 +291,7 @@ def _check_chunk_bytes(value: Optional[int]) -> None:
 
 def _autocast_dtype(hidden: Any) -> Optional[torch.dtype]:
     """The dtype that autocast, where it is on, wants of the operands of a product; it leaves fp64 alone."""
-    if not isinstance(hidden, Tensor) or hidden.dtype == torch.float64:
+    if not isinstance(hidden, Tensor) or hidden.dtype == torch.float64 or hidden.is_meta:
         return None
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -286,14 +309,15 @@ def _teachers(hidden: Any, weight: Any, bias: Any) -> list[tuple[Any, Any, Any]]
         if sides[name] is None:
             raise TypeError(f"{name} is required unless teacher_logits is given")
     if not isinstance(hidden, (list, tuple)):
-        return [(hidden, weight, bias)]
+        return [(hidden, *checks.head_tensors("teacher", weight, bias))]
     functional._teachers(hidden)
     if bias is None:
         bias = [None] * len(hidden)
     for name, value in (("teacher_weight", weight), ("teacher_bias", bias)):
         if not isinstance(value, (list, tuple)) or len(value) != len(hidden):
             raise ValueError(f"{name} must be a sequence of {len(hidden)} as teacher_hidden is")
-    return list(zip(hidden, weight, bias, strict=True))
+    heads = (checks.head_tensors("teacher", *head) for head in zip(weight, bias, strict=True))
+    return [(states, *head) for states, head in zip(hidden, heads, strict=True)]
 
 
 def _count(teacher_weights: Any) -> int:
@@ -307,11 +331,18 @@ def _flat(hidden: Tensor) -> Tensor:
 def _result(
     plan: functional._Plan, call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], kind: Any
 ) -> Any:
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
-    checks.linear_mode_allowed(plan.options["reduction"], needs_grad, call.teacher_logits is not None, call.sparse_grad)
-    if call.launch.backend == "torch" and torch.compiler.is_compiling():
-        return plan.result(*_whole(plan, call, hidden, weight, bias), kind)
-    if needs_grad:
+    inputs = tuple(item for item in (hidden, weight, bias) if item is not None)
+    checks.reverse_mode_only(call.launch.backend, *inputs)
+    transformed = call.launch.backend == "torch" and _is_transformed(inputs)
+    needs_grad = torch.is_grad_enabled() and any(item.requires_grad for item in inputs)
+    checks.linear_mode_allowed(
+        plan.options["reduction"], needs_grad, call.teacher_logits is not None, call.sparse_grad, transformed
+    )
+    if call.launch.backend == "torch" and (transformed or torch.compiler.is_compiling()):
+        # No graph and no transform holds the autograd within the loop.
+        rows, stats = whole(call, hidden, weight, bias)
+        loss = plan.reduced(rows)
+    elif needs_grad:
         loss, stats = LinearLoss.apply(_flat(hidden), weight, bias, call)
     else:
         flat, head, offset = _flat(hidden.detach()), weight.detach(), None if bias is None else bias.detach()
@@ -320,11 +351,8 @@ def _result(
     return plan.result(loss, stats, kind)
 
 
-def _whole(
-    plan: functional._Plan, call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor]
-) -> tuple[Tensor, Optional[Tensor]]:
-    """Plain PyTorch in a graph: all logits at once, for no graph holds the autograd within the loop."""
-    logits = torch.nn.functional.linear(hidden, weight, bias)
-    heads = zip(call.teacher_hidden, call.teacher_weight, call.teacher_bias, strict=True)
-    teachers = tuple(torch.nn.functional.linear(*head) for head in heads)
-    return plan._replace(student=logits).launch(call.launch, teachers)
+def _is_transformed(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether ``torch.func`` or forward mode has a tensor of these."""
+    if torch.compiler.is_compiling() or not transforms.active():
+        return False
+    return any(transforms.stands_for_others(item) or transforms.has_tangent(item) for item in tensors)

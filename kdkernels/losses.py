@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ class LinearKDLoss(torch.nn.Module):
     """``linear_kd_loss`` as a module: ``LinearKDLoss(**options)(student_hidden, student_weight, teacher_hidden, ...)``.
 
     See ``kdkernels.linear_kd_loss`` for the options; they are checked when the module is built, tensors when it is
-    called. It holds no weight: heads are handed in.
+    called. It holds no weight: heads are handed in, as tensors or as the modules that they are the weights of.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -73,7 +73,7 @@ class LinearKDLoss(torch.nn.Module):
     def forward(
         self,
         student_hidden: Tensor,
-        student_weight: Tensor,
+        student_weight: Union[Tensor, torch.nn.Module],
         teacher_hidden: Any = None,
         teacher_weight: Any = None,
         labels: Optional[Tensor] = None,
@@ -102,7 +102,8 @@ class LinearTopKKDLoss(torch.nn.Module):
     """``linear_topk_kd_loss`` as a module: ``LinearTopKKDLoss(**options)(student_hidden, student_weight, ...)``.
 
     See ``kdkernels.linear_topk_kd_loss`` for the options; they are checked when the module is built, tensors when it is
-    called. It holds no weight: the head is handed in. A captured ``tail_logprob`` goes to the call.
+    called. It holds no weight: the head is handed in, as a tensor or as a module. A captured ``tail_logprob`` goes to
+    the call.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -113,7 +114,7 @@ class LinearTopKKDLoss(torch.nn.Module):
     def forward(
         self,
         student_hidden: Tensor,
-        student_weight: Tensor,
+        student_weight: Union[Tensor, torch.nn.Module],
         teacher_ids: Tensor,
         teacher_logprobs: Tensor,
         labels: Optional[Tensor] = None,

@@ -11,6 +11,11 @@ the kernel takes it back when memory gets scarce, without a word to this process
 then it counts as resident. ``empty_cache()`` gives it back at once; where ``KDKERNELS_CPU_CACHE=0`` is in the
 environment when the compiled backend is loaded, nothing is kept. It is that backend's work (csrc/cpu/memory.cpp), on
 Linux, with torch 2.11 or newer; elsewhere gradients are what ``torch.empty`` gives.
+
+Such a gradient is a tensor as others are but for this: its storage cannot be resized, for torch's stable ABI lends memory
+to storages of a fixed size only. ``grad.resize_`` to more elements and ``grad.untyped_storage().resize_``, with which
+sharded training frees its own buffers, raise "not resizable"; set ``grad`` to None to free it, or
+``KDKERNELS_CPU_CACHE=0``.
 """
 
 from __future__ import annotations
@@ -60,5 +65,10 @@ def _keeps(like: Tensor, size: int) -> bool:
     # A subclass, such as a fake tensor, has its own way to make tensors; and whoever asks for filled memory gets it.
     if type(like) not in (Tensor, torch.nn.Parameter):
         return False
+    return not is_poisoned()
+
+
+def is_poisoned() -> bool:
+    """Whether uninitialised memory is to be filled with NaN, as torch's deterministic mode does."""
     deterministic: Any = torch.utils.deterministic
-    return not (torch.are_deterministic_algorithms_enabled() and deterministic.fill_uninitialized_memory)
+    return torch.are_deterministic_algorithms_enabled() and deterministic.fill_uninitialized_memory

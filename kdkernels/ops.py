@@ -48,15 +48,16 @@ SCHEMAS = {
         "float label_smoothing, bool scale_by_t_squared, str teacher_form, float student_softcap, "
         "float teacher_softcap, bool standardize, bool stats) -> (Tensor, Tensor)"
     ),
-    # A teacher of ids [N, K], -1 for no entry, and their log-probabilities [N, K]; tail_rows [N] is the log of its mass
-    # outside them, where that is known better than by 1 - sum. Otherwise as dense_fwd.
+    # A teacher of ids [N, K] and log-probabilities [N, K]; a slot of id -1, or of -9000 or less, is unused. tail_rows
+    # [N] is the log of its mass outside them, where that is known better than by 1 - sum; that mass counts as at least
+    # min_tail + tail_rounding * sum p |log p|. Otherwise as dense_fwd.
     "topk_fwd": (
         "(Tensor student, Tensor teacher_ids, Tensor teacher_logprobs, Tensor(a!)? dstudent, Tensor? labels, "
         "Tensor? row_weight, Tensor? student_temperature_rows, Tensor? teacher_temperature_rows, Tensor? param_rows, "
-        "Tensor? tail_rows, *, str tail, str divergence, float param0, float param1, int vocab_size, "
-        "int ignore_index, float scale, float temperature, float teacher_temperature, float kd_weight, "
-        "float ce_weight, float z_loss_weight, float label_smoothing, bool scale_by_t_squared, float student_softcap, "
-        "bool stats) -> (Tensor, Tensor)"
+        "Tensor? tail_rows, *, str tail, float min_tail, float tail_rounding, str divergence, float param0, "
+        "float param1, int vocab_size, int ignore_index, float scale, float temperature, float teacher_temperature, "
+        "float kd_weight, float ce_weight, float z_loss_weight, float label_smoothing, bool scale_by_t_squared, "
+        "float student_softcap, bool stats) -> (Tensor, Tensor)"
     ),
     # The k largest of each row of logits: ids int32 [N, K], log-probabilities [N, K], and the log of the mass outside
     # them [N].
@@ -89,7 +90,7 @@ _ALIKE = (
 _SUMMED = "Tensor student, Tensor(a!)? dstudent, Tensor call, float scale, bool needs_grad"
 SUMMED_SCHEMAS = {
     "dense_call": f"(Tensor student, *, {_ALIKE}, str teacher_form, float teacher_softcap, bool standardize) -> Tensor",
-    "topk_call": f"(Tensor student, *, {_ALIKE}, str tail) -> Tensor",
+    "topk_call": f"(Tensor student, *, {_ALIKE}, str tail, float min_tail, float tail_rounding) -> Tensor",
     "dense_loss": f"({_SUMMED}, Tensor teacher, Tensor? labels) -> (Tensor, Tensor)",
     "topk_loss": (
         f"({_SUMMED}, Tensor teacher_ids, Tensor teacher_logprobs, Tensor? labels, Tensor? tail_rows) "
@@ -114,15 +115,20 @@ LACKING = {
 }
 
 _library = torch.library.Library(NAMESPACE, "DEF")
+_library.define("cpu_fault() -> str")
 _library.define("cpu_isa() -> str")
 # The memory behind kdkernels.memory.
 _library.define("kept_empty(int[] shape, ScalarType dtype, str use) -> Tensor")
 _library.define("kept_blocks(str use) -> int[]")
 _library.define("kept_release() -> ()")
 _library.define("poison_memory(bool on) -> ()")  # what the library makes from here on is NaN: for tests
+# The product of bf16 matrices with an fp32 result, which torch lacks on a CPU: out = a @ b, or += that. An fp32 ``a``
+# is rounded to bf16. There is none on a processor without the instructions, or beside a torch without what it calls.
+_library.define("has_bf16_product() -> bool")
+_library.define("bf16_product(Tensor a, Tensor b, Tensor(a!) out, bool add) -> ()")
 # Checks of values on the CPU. Labels int64 and contiguous; ids and log-probabilities contiguous and of one size.
 _library.define("labels_are_sound(Tensor labels, int columns, int ignore_index) -> bool")
-_library.define("sparse_teacher_is_sound(Tensor ids, Tensor logprobs, int columns) -> bool")
+_library.define("sparse_teacher_is_sound(Tensor ids, Tensor logprobs, int columns, float highest) -> bool")
 
 
 def _sums(student: Tensor, *shape: int) -> Tensor:
@@ -159,11 +165,13 @@ def _linear_fake(columns: Sequence[str]) -> Callable[..., Any]:
         **kwargs: object,
     ) -> tuple[Tensor, ...]:
         rows = hidden[None]
-        grads = (
+        grads = [
             torch.empty_like(item) if need and item is not None else hidden.new_empty(0)
             for item, need in zip((hidden, weight, bias), needs, strict=True)
-        )
-        return _rows(rows), _rows(rows, len(columns) if stats else 0), *grads
+        ]
+        if needs[0] and hidden.dtype == torch.float16:
+            grads[0] = torch.empty_like(hidden, dtype=torch.float32)
+        return _rows(rows), _rows(rows, len(columns) if stats else 0), *grads, _sums(hidden, 2)
 
     return fake
 
@@ -203,6 +211,20 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "topk_loss": _summed_fake,
 }
 
+# Without tensors of their own, or with an answer that only values can give; there, all is taken for sound.
+_VALUE_FAKES: dict[str, Callable[..., Any]] = {
+    "kept_empty": lambda shape, dtype, use: torch.empty(shape, dtype=dtype),
+    "kept_blocks": lambda use: [],
+    "kept_release": _none_fake,
+    "poison_memory": _none_fake,
+    "has_bf16_product": lambda: False,  # that of torch has the same shape
+    "bf16_product": _none_fake,
+    "labels_are_sound": lambda *args: True,
+    "sparse_teacher_is_sound": lambda *args: True,
+}
+for _name, _fake in _VALUE_FAKES.items():
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
+
 for _backend in PATTERN_BACKENDS:
     for _pattern, _schema in {**SCHEMAS, **(SUMMED_SCHEMAS if _backend == "cpu" else {})}.items():
         if _backend in LACKING.get(_pattern, {}):
@@ -216,7 +238,8 @@ for _pattern, _teacher in LINEAR_TEACHERS.items():
     _objective = SCHEMAS[_pattern].partition("dstudent, ")[2].partition(") -> ")[0]
     _library.define(
         f"linear_{_pattern}(Tensor hidden, Tensor weight, Tensor? bias, {_teacher}, {_objective}, str backend, "
-        "int? chunk_bytes, ScalarType? product_dtype, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        "int? chunk_bytes, ScalarType? product_dtype, ScalarType? logits_dtype, bool[] needs) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         tags=(torch.Tag.pt2_compliant_tag,),
     )
     torch.library.register_fake(

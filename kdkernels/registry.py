@@ -34,7 +34,7 @@ def register_divergence(
     The "cpu" backend knows only what was compiled into it, so that CPU tensors go to PyTorch.
 
     Raises:
-        TypeError: when ``cls`` is no subclass of ``Divergence``.
+        TypeError: when ``cls`` is no subclass of ``Divergence``, or no frozen dataclass of its own.
         ValueError: when the name is taken or no identifier, or only one of the Triton functions is given.
     """
     if not (isinstance(cls, type) and issubclass(cls, Divergence)):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import kdkernels as kd
-from kdkernels import divergences
+from kdkernels import backends, divergences
 from kdkernels.backends import available
 
 # ruff: noqa: E402  the benchmarks cannot be imported where their own dependencies are not installed
@@ -42,7 +42,7 @@ def run_command(*arguments, pythonpath=None):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if pythonpath is not None:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(pythonpath), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "benchmarks", *map(str, arguments)]
+    command = [sys.executable, "-m", "benchmarks", "--allow-plain-torch", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 
@@ -54,7 +54,7 @@ def test_quick_run_writes_table_json_and_plot(tmp_path):
 
     assert found["suite"] == "dense" and found["options"]["rounds"] == 3
     assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert found["versions"]["kdkernels"] == kd.__version__
+    assert found["versions"]["kdkernels"].partition("+")[0] == kd.__version__
     assert found["machine"]["processor"] and found["machine"]["cpus"] >= 1
     [(threads, limits)] = found["limits_gb_per_s"].items()
     assert threads == str(found["machine"]["cpus"]) and min(limits[name] for name in ("read", "copy", "triad")) > 0
@@ -65,7 +65,8 @@ def test_quick_run_writes_table_json_and_plot(tmp_path):
     for result in found["results"]:
         measured = {row["name"]: row for row in result["candidates"]}
         absent = {item["name"]: item["reason"] for item in result["absent"]}
-        expected = {"eager, as written", "eager, log_target", "torch.compile, log_target", "kdkernels torch"}
+        expected = {"eager, as written", "eager, log_target", "torch.compile, log_target"}
+        expected.add("plain PyTorch, the reference")
         expected |= {"torch.add(s, t, out=g)", "torch.add through autograd", "autograd.Function, no work"}
         for backend in fused:
             mine = {f"kdkernels {backend.name}", f"kdkernels {backend.name}, in place"}
@@ -128,7 +129,8 @@ def test_each_thread_count_and_each_peak_has_a_process_of_its_own(monkeypatch, t
 
     monkeypatch.setattr(worker, "run", run)
     sizes = ["--shapes", "256x8192,16x512", "--dtypes", "fp32", "--threads", "1,2"]
-    assert command_line.main(["--device", "cpu", *sizes, "--output-dir", str(tmp_path)]) == 0
+    options = ["--device", "cpu", "--allow-plain-torch", "--output-dir", str(tmp_path)]
+    assert command_line.main([*options, *sizes]) == 0
     assert [job["threads"] for job in jobs if job["mode"] == "time"] == [1, 2]
     memory = [job for job in jobs if job["mode"] == "memory"]
     listed = dense.make_candidates(Case((256, 8192), "fp32"))
@@ -154,6 +156,7 @@ def test_rounds_of_several_processes_are_pooled(monkeypatch, tmp_path):
 
     monkeypatch.setattr(worker, "run", run)
     arguments = ["--device", "cpu", "--shapes", "256x8192", "--dtypes", "fp32", "--threads", "1", "--no-memory"]
+    arguments.append("--allow-plain-torch")
     assert command_line.main([*arguments, "--processes", "3", "--output-dir", str(tmp_path)]) == 0
     assert len(set(seeds)) == 3
     written = json.loads((tmp_path / "dense.json").read_text())
@@ -164,6 +167,18 @@ def test_rounds_of_several_processes_are_pooled(monkeypatch, tmp_path):
     pooled = command_line.pooled([run({"seed": 0}), run({"seed": 1})])
     assert pooled["limits"]["triad"] == 25.0
     assert all(candidate["errors"]["loss"] == pytest.approx(5e-7) for candidate in pooled["results"][0]["candidates"])
+
+
+def test_plain_torch_is_not_measured_as_kdkernels_unless_asked(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(backends.cpu, "load_error", lambda: "nobody built it. To have it: run `build it`")
+    monkeypatch.setattr(worker, "run", lambda job: pytest.fail("something was measured"))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert command_line.main(["--quick", "--device", "cpu", "--output-dir", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert "on cpu tensors kdkernels runs plain PyTorch here" in said.err and "run `build it`" in said.err
+    assert "--allow-plain-torch" in said.err and said.out == "" and not list(tmp_path.iterdir())
+    names = {item.name for item in dense.make_candidates(CASE) if isinstance(item, Candidate)}
+    assert "plain PyTorch, the reference" in names and not [name for name in names if "kdkernels" in name]
 
 
 WRONG_SUITE = """

@@ -3,12 +3,19 @@
 Run as a script this file is the writer that the tests kill; see ``die``.
 """
 
+import contextlib
+import copy
+import errno
 import functools
+import gc
+import hashlib
 import itertools
 import json
 import os
 import pickle
+import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -200,10 +207,11 @@ def test_wrong_input_adds_nothing(tmp_path):
         (ValueError, "ids must have shape", (ids[:, :-1], logprobs, tail), {"input_ids": input_ids}),
         (ValueError, "ids must be in", (ids + V, logprobs, tail), {"input_ids": input_ids}),
         (ValueError, "logprobs must have the shape", (ids, logprobs[:-1], tail), {"input_ids": input_ids}),
-        (ValueError, "logprobs must not be NaN", (ids, logprobs / 0 * 0, tail), {"input_ids": input_ids}),
+        (ValueError, "at most 0 and not NaN where", (ids, logprobs / 0 * 0, tail), {"input_ids": input_ids}),
         (ValueError, "tail_logprob must be given", (ids, logprobs), {"input_ids": input_ids}),
         (ValueError, "tail_logprob must have one value", (ids, logprobs, tail[:-1]), {"input_ids": input_ids}),
-        (ValueError, "tail_logprob must be of floating", (ids, logprobs, tail * torch.nan), {"input_ids": input_ids}),
+        (ValueError, "tail_logprob must be log-prob", (ids, logprobs, tail * torch.nan), {"input_ids": input_ids}),
+        (TypeError, "tail_logprob must be of floating", (ids, logprobs, tail.int()), {"input_ids": input_ids}),
         (ValueError, "extras must be", (ids, logprobs, tail), {}),
         (ValueError, "input_ids must fit int32, got int64", (ids, logprobs, tail), {"input_ids": input_ids + 2**40}),
     ]
@@ -216,6 +224,41 @@ def test_wrong_input_adds_nothing(tmp_path):
     check_sequence(kd_cache.TeacherCache(tmp_path, **IDENTITY)[0], 0)
     with pytest.raises(ValueError, match="closed"):
         append(writer, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("value", [torch.inf, torch.nan, 65504.0, 0.5], ids=str)
+@pytest.mark.parametrize("name", ["logprobs", "tail_logprob"])
+def test_what_is_no_log_probability_is_refused(tmp_path, name, value, dtype):
+    """Probabilities, for one. A few roundings above 0, at the size of the logits, are a mass of 1."""
+    ids, logprobs, tail, input_ids = captured(0)
+    given = {n: x.to(dtype, copy=True).contiguous() for n, x in (("logprobs", logprobs), ("tail_logprob", tail))}
+    with kd_cache.TeacherCacheWriter(tmp_path, **WRITER) as writer:
+        given[name].view(-1)[-2] = value
+        with pytest.raises(ValueError, match=f"{name} must be log-probabilities, at most 0 and not NaN"):
+            writer.append(ids, input_ids=input_ids, **given)
+        assert len(writer) == 0
+        given[name].view(-1)[-2] = 8 * torch.finfo(dtype).eps
+        writer.append(ids, input_ids=input_ids, **given)
+        given[name].fill_(-torch.inf)
+        writer.append(ids, input_ids=input_ids, **given)
+    found = kd_cache.TeacherCache(tmp_path, **IDENTITY)[1]
+    assert (getattr(found, name) == -torch.inf).all()
+
+
+@pytest.mark.parametrize("tail", [True, False])
+def test_samples_may_weigh_more_than_1(tmp_path, tail):
+    """Ids that were drawn have no tail, and those that were drawn too seldom weigh more."""
+    samples = kd.capture_samples(torch.randn(40, 30) * 4, 8, proposal_power=0.0)
+    assert (samples.logprobs > 0.5).any()
+    with kd_cache.TeacherCacheWriter(tmp_path, tokenizer="t", vocab_size=30, k=8, tail=tail) as writer:
+        writer.append(*(samples if tail else samples[:2]))
+        for value in (torch.inf, torch.nan, 1e5):
+            wrong = torch.where(samples.ids < 0, samples.logprobs, value)
+            with pytest.raises(ValueError, match="logprobs must not be NaN or above 65504"):
+                writer.append(samples.ids, wrong, *([samples.tail_logprob] if tail else []))
+    found = kd_cache.TeacherCache(tmp_path, tokenizer="t", vocab_size=30)[0]
+    torch.testing.assert_close(found.logprobs, samples.logprobs, rtol=2**-10, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -375,6 +418,216 @@ def test_not_a_cache(tmp_path, folder):
         kd_cache.TeacherCacheWriter(folder, **WRITER)
 
 
+# A damaged or hostile index whose own checksum is right
+
+
+def sealed(content):
+    """An index of any content, with the checksum that goes with it."""
+    content = {name: value for name, value in content.items() if name != "sha256"}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return json.dumps({**content, "sha256": hashlib.sha256(text.encode()).hexdigest()})
+
+
+def nodes(value, path=()):
+    """The paths to everything in a value of JSON."""
+    yield path
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield from nodes(value[key], (*path, key))
+
+
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+JUNK = (
+    *(None, True, False, 0, 1, -1, 7, 2**31, 2**63, 2**200, 0.0, 1.0, -0.5, 1e300, float("nan"), float("inf")),
+    *("", "x", "float32", "load", "\ud800", "\0", "/etc/passwd", "../x", "teacher-00001.safetensors", "f" * 64),
+    *([], [1], {}, {"file": "x"}, nested(300)),
+)
+
+
+def mutations(content):
+    """Every node removed, doubled, or replaced by every piece of junk; the path, what it was and what it is."""
+    for path in nodes(content):
+        for kind, junk in [("replace", junk) for junk in JUNK] + [("remove", None), ("add", 1), ("double", None)]:
+            root = {"all": copy.deepcopy(content)}
+            *above, key = ("all", *path)
+            parent = root
+            for step in above:
+                parent = parent[step]
+            before = parent[key]
+            if kind == "replace":
+                if (type(junk), junk) == (type(before), before):
+                    continue
+                parent[key] = junk
+            elif kind == "remove":
+                del parent[key]
+            elif kind == "add" and isinstance(before, dict):
+                before["more"] = junk
+            elif kind == "double" and isinstance(before, list):
+                before.append(before[0] if before else 1)
+            else:
+                continue
+            if isinstance(root.get("all"), dict):
+                yield path, kind, before, root["all"]
+
+
+def may_stay(kind, path, before, after):
+    """Whether this is an index as well: of another teacher, or of shards that are not there."""
+    if kind == "remove":
+        return path == ("extras", "input_ids") or path == ("shards", 1)
+    if kind == "add" or kind == "double" or type(after) is not type(before):
+        return False
+    if path[:1] == ("shards",) and len(path) == 3:
+        return path[-1] in ("sequences", "tokens", "bytes") and 0 <= after < 2**63 or after == "f" * 64
+    if path[-1] in ("vocab_size", "k"):
+        return after > 0
+    return path[-1] in ("tokenizer", "teacher", "tail", "temperature") or after in ([], {}, "float32")
+
+
+def test_every_malformed_index_is_a_format_error(folder):
+    """Types, missing and further keys, huge and nested values, in every place."""
+    path = folder / "index.json"
+    content = json.loads(path.read_bytes())
+    del content["sha256"], content["shards"][2:]
+    count, stayed = 0, set()
+    for where, kind, before, mutated in mutations(content):
+        path.write_text(sealed(mutated))
+        count += 1
+        try:
+            found = index.Index.read(folder)
+        except kd_cache.CacheFormatError as error:
+            assert str(path) in str(error)
+            continue
+        after = mutated
+        for step in where[: len(where) - (kind == "remove")]:
+            after = after[step]
+        assert may_stay(kind, where, before, after), f"{kind} at {where}: {before!r} became {after!r}"
+        # What was read is what stands there, and using it says what is wrong or works.
+        assert json.loads(json.dumps(vars(found.identity))) == mutated["identity"]
+        stayed.add(where[0] if len(where) == 1 else where[-1])
+        with contextlib.suppress(kd_cache.CacheError):
+            cache = kd_cache.TeacherCache(folder, **IDENTITY)
+            list(cache)
+    assert count > 700 and {"teacher", "k", "tokens", "shards"} <= stayed
+
+
+def test_two_faults_in_an_index_are_a_format_error_as_one(folder):
+    path = folder / "index.json"
+    content = json.loads(path.read_bytes())
+    del content["sha256"], content["shards"][2:]
+    draws = random.Random(0)
+    once = [mutated for _, _, _, mutated in mutations(content)]
+    for first in draws.sample(once, 8):
+        for _, _, _, second in draws.sample(list(mutations(first)), 50):
+            path.write_text(sealed(second))
+            with contextlib.suppress(kd_cache.CacheError):
+                list(kd_cache.TeacherCache(folder, tokenizer=None, vocab_size=None))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"\0" * 64, b"\xff\xfe{}", b"\x80", b"null", b"[]", b'"x"', b"{", b"NaN", b"[" * 100_000, b"9" * 10_000),
+        *(
+            b'{"a":' * 100_000,
+            b'{"format": "kdkernels-teacher-cache", "version": 1, "x": ' + b"[" * 900 + b"]" * 900 + b"}",
+        ),
+        *("{}".encode("utf-16"), b'{"format": "kdkernels-teacher-cache", "version": 1, "sha256": Infinity}'),
+    ],
+    ids=lambda content: repr(content[:12]),
+)
+def test_an_index_that_is_no_json_is_a_format_error(folder, content):
+    (folder / "index.json").write_bytes(content)
+    for open_it in (
+        lambda: kd_cache.TeacherCache(folder, **IDENTITY),
+        lambda: kd_cache.TeacherCacheWriter(folder, **WRITER),
+    ):
+        with pytest.raises(kd_cache.CacheFormatError):
+            open_it()
+    assert cli.main(["cache", "info", str(folder)]) == cli.main(["cache", "verify", str(folder)]) == 1
+
+
+@pytest.mark.parametrize("kind", ["folder", "loop", "nowhere", "fifo", "not-in-a-folder", "null-device"])
+def test_an_index_that_is_no_file_is_a_format_error(folder, kind):
+    """And nothing waits for what will never be written."""
+    path = folder / "index.json"
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "loop":
+        path.symlink_to("index.json")
+    elif kind == "nowhere":
+        path.symlink_to("not-there")
+    elif kind == "null-device":
+        path.symlink_to(os.devnull)
+    elif kind == "fifo":
+        os.mkfifo(path)
+    else:
+        folder = shards(folder)[0]
+    with pytest.raises(kd_cache.CacheFormatError):
+        kd_cache.TeacherCache(folder, **IDENTITY)
+    if kind != "not-in-a-folder":
+        with pytest.raises(kd_cache.CacheFormatError):
+            kd_cache.TeacherCacheWriter(folder, **WRITER)
+        assert os.path.lexists(path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("/etc/passwd", "../elsewhere", "sub/teacher-00000.safetensors", "./teacher-00000.safetensors", "", ".", ".."),
+        *("teacher-00001.safetensors", "teacher-00000.safetensors.part", "index.json", ".lock", "\0", "..\\x"),
+    ],
+    ids=repr,
+)
+def test_an_index_names_its_own_shards_and_nothing_else(folder, name, monkeypatch):
+    """Nothing but the index is looked at, not even whether it is there."""
+    path = folder / "index.json"
+    content = json.loads(path.read_bytes())
+    content["shards"][0]["file"] = name
+    path.write_text(sealed(content))
+    seen = []
+    stat = Path.stat
+    monkeypatch.setattr(Path, "stat", lambda self, **options: (seen.append(self.name), stat(self, **options))[1])
+    for verify in ("lazy", "full", "none"):
+        with pytest.raises(kd_cache.CacheFormatError, match=r"shards\[0\].file must be one of teacher-00000"):
+            kd_cache.TeacherCache(folder, **IDENTITY, verify=verify)
+    with pytest.raises(kd_cache.CacheFormatError, match=r"shards\[0\].file"):
+        kd_cache.TeacherCacheWriter(folder, **WRITER)
+    assert set(seen) <= {"index.json", folder.name}
+
+
+@pytest.mark.parametrize("kind", ["folder", "loop", "nowhere", "fifo", "null-device"])
+def test_a_shard_that_is_no_file_is_missing(folder, kind):
+    path = shards(folder)[1]
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to({"loop": path.name, "nowhere": "not-there", "null-device": os.devnull}[kind])
+    for verify in ("lazy", "full"):
+        with pytest.raises(kd_cache.MissingShardError, match=path.name):
+            kd_cache.TeacherCache(folder, **IDENTITY, verify=verify)
+    assert cli.main(["cache", "verify", str(folder)]) == 1
+
+
+def test_shards_may_be_links(folder, tmp_path):
+    """As the download folders of model hubs have them."""
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for number, path in enumerate([*shards(folder), folder / "index.json"]):
+        path.rename(blobs / str(number))
+        path.symlink_to(blobs / str(number))
+    for number, sequence in enumerate(kd_cache.TeacherCache(folder, **IDENTITY, verify="full")):
+        check_sequence(sequence, number)
+
+
 # Identity
 
 
@@ -456,8 +709,8 @@ def die(point, folder, report):
         return call
 
     class HalfWritten:
-        def __init__(self, *arguments):
-            self.file = open(*arguments)
+        def __init__(self, *arguments, **options):
+            self.file = open(*arguments, **options)
 
         def __enter__(self):
             return self
@@ -601,6 +854,230 @@ def test_a_full_disk_is_an_error_and_the_shard_can_be_closed_later(tmp_path, mon
     assert files(tmp_path) == files(whole)
 
 
+class FullDisk:
+    """Raises ENOSPC at one step of writing: half of a write, an fsync or a rename, counted from the last ``fail``."""
+
+    def __init__(self, monkeypatch):
+        self.steps, self.point = 0, None
+        fsync, replace, disk = os.fsync, os.replace, self
+
+        class HalfWritten:
+            def __init__(self, *arguments, **options):
+                self.file = open(*arguments, **options)
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *error):
+                self.file.close()
+
+            def __getattr__(self, name):
+                return getattr(self.file, name)
+
+            def write(self, content):
+                self.file.write(content[: len(content) // 2])
+                disk.step()
+                self.file.write(content[len(content) // 2 :])
+
+        monkeypatch.setattr(index, "open", HalfWritten, raising=False)
+        monkeypatch.setattr(os, "fsync", lambda descriptor: (disk.step(), fsync(descriptor)))
+        monkeypatch.setattr(os, "replace", lambda *paths: (disk.step(), replace(*paths)))
+
+    def fail(self, point):
+        self.steps, self.point = 0, point
+
+    def step(self):
+        self.steps += 1
+        if self.point is not None and self.steps > self.point:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+
+# A shard and then the index, each: half written, before fsync, before the rename, before the folder's fsync.
+@pytest.mark.parametrize("point", range(8))
+def test_an_append_that_raises_has_added_nothing(tmp_path, monkeypatch, whole, point):
+    disk = FullDisk(monkeypatch)
+    with kd_cache.TeacherCacheWriter(tmp_path, **WRITER) as writer:
+        failed = 0
+        for number in range(NUM_SEQUENCES):
+            for _ in range(3):
+                before = len(writer), writer.closed
+                disk.fail(point)
+                try:
+                    append(writer, number)
+                except OSError as error:
+                    assert error.errno == errno.ENOSPC
+                    failed += 1
+                    assert (len(writer), writer.closed) == before
+                    assert not list(tmp_path.glob("*.part"))
+                    assert len(kd_cache.TeacherCache(tmp_path, **IDENTITY, verify="full")) == before[1]
+                else:
+                    break
+            disk.fail(None)
+            if len(writer) == number:
+                append(writer, number)
+            assert len(writer) == number + 1
+        assert failed or point == 7
+        writer.flush()
+        assert writer.closed == NUM_SEQUENCES
+    assert files(tmp_path) == files(whole)
+
+
+def test_a_shard_counts_as_closed_when_the_rename_is_on_the_disk(tmp_path, monkeypatch):
+    """The index names the sequence and the folder's fsync fails: the sequence was added, and is not yet safe."""
+    disk = FullDisk(monkeypatch)
+    with kd_cache.TeacherCacheWriter(tmp_path, **{**WRITER, "shard_bytes": 1}) as writer:
+        disk.fail(7)
+        append(writer, 0)
+        assert (len(writer), writer.closed) == (1, 0)
+        disk.fail(0)
+        for call in (lambda: append(writer, 1), writer.flush):
+            with pytest.raises(OSError, match="No space"):
+                call()
+            assert (len(writer), writer.closed) == (1, 0)
+        disk.fail(None)
+        append(writer, 1)
+        assert (len(writer), writer.closed) == (2, 2)
+    for number, sequence in enumerate(kd_cache.TeacherCache(tmp_path, **IDENTITY, verify="full")):
+        check_sequence(sequence, number)
+
+
+def test_a_file_that_may_not_grow_loses_no_sequence_and_doubles_none(tmp_path, whole):
+    """The limit is the kernel's own. An append after one that was given up works as well once there is room."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with kd_cache.TeacherCacheWriter(tmp_path, **WRITER) as writer:
+        append(writer, 0)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600, limits[1]))
+        try:
+            for number in (1, 2, 1):
+                with pytest.raises(OSError):
+                    append(writer, number)
+                assert (len(writer), writer.closed) == (1, 0)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        for number in range(1, NUM_SEQUENCES):
+            append(writer, number)
+    assert files(tmp_path) == files(whole)
+
+
+def forked(action):
+    """Run ``action`` in a forked process; its exit status, 0 where it returned true."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            status = 0 if action() else 1
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_closed_writer_lets_go_of_the_folder_while_a_forked_process_lives(tmp_path):
+    begun, end = os.pipe(), os.pipe()
+    writer = kd_cache.TeacherCacheWriter(tmp_path, **WRITER)
+    append(writer, 0)
+    child = os.fork()
+    if child == 0:
+        os.write(begun[1], b"1")
+        os.close(end[1])
+        os.read(end[0], 1)
+        os._exit(0)
+    try:
+        os.read(begun[0], 1)
+        with pytest.raises(kd_cache.CacheLockedError):
+            kd_cache.TeacherCacheWriter(tmp_path, **WRITER)
+        writer.close()
+        with kd_cache.TeacherCacheWriter(tmp_path, **WRITER) as again:
+            assert len(again) == 1
+        # One that was forgotten, too.
+        forgotten = kd_cache.TeacherCacheWriter(tmp_path, **WRITER)
+        with pytest.warns(ResourceWarning):
+            del forgotten
+            gc.collect()
+        kd_cache.TeacherCacheWriter(tmp_path, **WRITER).close()
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)
+    finally:
+        os.close(end[1])
+        os.waitpid(child, 0)
+        for descriptor in (*begun, end[0]):
+            os.close(descriptor)
+
+
+def test_a_forked_process_neither_writes_nor_unlocks(tmp_path):
+    """Whether it uses the writer, closes it, leaves its ``with`` block, or lets the collector have it."""
+    writer = kd_cache.TeacherCacheWriter(tmp_path, **WRITER)
+    append(writer, 0)
+    before = files(tmp_path)
+
+    def refused(call):
+        try:
+            call()
+        except kd_cache.CacheLockedError as error:
+            return f"process {os.getppid()}" in str(error)
+        return False
+
+    def left():
+        with writer:
+            pass
+        writer.close()
+        return True
+
+    def forgotten():
+        nonlocal writer
+        writer = None
+        gc.collect()
+        return True
+
+    for action in (lambda: refused(lambda: append(writer, 1)), lambda: refused(writer.flush), left, forgotten):
+        assert forked(action) == 0
+        assert files(tmp_path) == before
+        with pytest.raises(kd_cache.CacheLockedError, match="another writer"):
+            kd_cache.TeacherCacheWriter(tmp_path, **WRITER)
+    append(writer, 1)
+    writer.close()
+    assert len(kd_cache.TeacherCache(tmp_path, **IDENTITY, verify="full")) == 2
+
+
+def test_a_killed_writer_lets_go_of_the_folder_while_a_forked_process_lives(tmp_path):
+    """A worker that outlives the capture loop does not keep the next run out."""
+    read, write_ = os.pipe()
+    capture = os.fork()
+    if capture == 0:
+        os.close(read)
+        writer = kd_cache.TeacherCacheWriter(tmp_path, **WRITER)
+        append(writer, 0)
+        writer.flush()
+        worker = os.fork()
+        if worker == 0:
+            os.write(write_, str(os.getpid()).encode())
+            time.sleep(60)
+            os._exit(0)
+        os.close(write_)
+        time.sleep(60)
+        os._exit(0)
+    os.close(write_)
+    worker = int(os.read(read, 20))
+    try:
+        os.kill(capture, signal.SIGKILL)
+        os.waitpid(capture, 0)
+        with kd_cache.TeacherCacheWriter(tmp_path, **WRITER) as writer:
+            assert len(writer) == 1
+        os.kill(worker, 0)
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.close(read)
+
+
+@pytest.mark.parametrize("name", [".lock", "index.json", "index.json.part", "teacher-00000.safetensors.part"])
+def test_a_link_in_the_folder_leads_no_writer_to_another_file(tmp_path, name):
+    folder, precious = tmp_path / "cache", tmp_path / "precious"
+    folder.mkdir()
+    precious.write_text("do not lose")
+    (folder / name).symlink_to(precious)
+    with contextlib.suppress(OSError, kd_cache.CacheError), kd_cache.TeacherCacheWriter(folder, **WRITER) as writer:
+        append(writer, 0)
+    assert precious.read_text() == "do not lose"
+
+
 def test_a_second_writer_is_refused_and_readers_are_not(tmp_path):
     with kd_cache.TeacherCacheWriter(tmp_path, **WRITER) as writer:
         append(writer, 0)
@@ -669,7 +1146,7 @@ def test_a_missing_package_is_named():
     code = "import sys; sys.modules['safetensors'] = None; import kdkernels; print('imported'); import kdkernels.cache"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode != 0 and done.stdout == "imported\n"
-    assert "kdkernels.cache needs the package safetensors: pip install 'kdkernels[cache]'" in done.stderr
+    assert "kdkernels.cache needs the package safetensors: pip install numpy safetensors" in done.stderr
 
 
 if __name__ == "__main__":

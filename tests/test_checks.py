@@ -364,6 +364,86 @@ def test_bad_calls(change, error, message, monkeypatch):
         assert torch.equal(tensor, value) and tensor._version == version
 
 
+# Numbers of fp64 that are 0, infinite, or without an inverse in fp32, in which the sums are.
+BEYOND_FP32 = {
+    **{
+        f"{name}-{value:g}": ({name: value}, f"{name} must be {expected} in float32, got {value}".replace("+", r"\+"))
+        for name in ("temperature", "teacher_temperature", "student_softcap", "teacher_softcap", "normalizer")
+        for value, expected in ((1e-46, "at least 1.18e-38"), (1e-39, "at least 1.18e-38"), (1e300, "finite"))
+    },
+    "row_weight": ({"row_weight": -1e300}, r"row_weight must be finite in float32, got -1e\+300"),
+    "temperature-tensor": (
+        {"temperature": torch.tensor(1e-46, dtype=torch.float64)},
+        "temperature must be finite and > 0 in float32, got 1e-46",
+    ),
+    "temperature-rows": (
+        {"temperature": torch.full((N, L), 1e-39, dtype=torch.float64)},
+        "temperature must be finite and > 0 in float32, got 1e-39",
+    ),
+    "row_weight-rows": (
+        {"row_weight": torch.full((N, L), 1e300, dtype=torch.float64)},
+        r"row_weight must be finite in float32, got 1e\+300",
+    ),
+    "row_param-rows": (
+        {"row_param": torch.full((N, L), 1e-50, dtype=torch.float64), "divergence": "jsd"},
+        "row_param must be finite and between 0 and 1 in float32, got 1e-50",
+    ),
+    "normalizer-tensor-low": (
+        {"normalizer": torch.tensor(3e-50, dtype=torch.float64)},
+        "normalizer must be at least 1.18e-38 in float32, got 3e-50",
+    ),
+    "normalizer-tensor-high": (
+        {"normalizer": torch.tensor(1e300, dtype=torch.float64)},
+        r"normalizer must be finite in float32, got 1e\+300",
+    ),
+    "teacher_weights": (
+        {"teacher": [logits(), logits()], "teacher_weights": [1e300, 1.0]},
+        "teacher_weights must be finite and >= 0 in float32",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BEYOND_FP32.values(), ids=BEYOND_FP32)
+def test_numbers_that_the_sums_do_not_know(change, message, backend):
+    call = {"student": logits(), "teacher": logits(), **change}
+    with pytest.raises(ValueError, match=message):
+        kd.kd_loss(**call, backend=backend)
+    # In fp64 they are numbers as others are, and the loss is one.
+    call["student"] = call["student"].double()
+    if "tensor" not in message and "row_param" not in change and "student_softcap" not in change:
+        kd.kd_loss(**call, backend=backend)
+
+
+def test_numbers_beyond_64_bits():
+    student, hidden, head = logits(2, V), logits(2, 4), logits(V, 4)
+    for value in (2**70, -(2**70)):
+        for options in ({}, {"labels": torch.tensor([1, 2])}):
+            with pytest.raises(
+                ValueError, match=f"ignore_index must be at (most|least) -?92233720368547758.., got {value}"
+            ):
+                kd.kd_loss(student, logits(2, V), ignore_index=value, **options)
+    with pytest.raises(ValueError, match="chunk_bytes must be at most 9223372036854775807, got 11805916"):
+        kd.linear_kd_loss(hidden, head, hidden, head, chunk_bytes=2**70)
+    with pytest.raises(ValueError, match="n must be at most 9223372036854775807, got 11805916"):
+        kd.capture_samples(student, 2**70)
+    for call in (
+        lambda: kd.kd_loss(student, student, temperature=10**400),
+        lambda: kd.kd_loss(student, student, kd_weight=10**400),
+        lambda: kd.kd_loss(student, student, divergence=kd.AlphaBeta(10**400, 1)),
+    ):
+        with pytest.raises(ValueError, match="must be finite, got 1000"):
+            call()
+
+
+@pytest.mark.parametrize("weights", [[3e38, 3e38], [3e38, 1e38], [1e-44, 1e-44], torch.tensor([3e38, 3e38])], ids=str)
+def test_teacher_weights_whose_sum_is_no_number_of_fp32(weights, backend):
+    student, teachers = logits(3, V), [logits(3, V), logits(3, V)]
+    share = torch.as_tensor(weights, dtype=torch.float64)
+    share = (share / share.sum()).tolist()
+    found = kd.kd_loss(student, teachers, teacher_weights=weights, backend=backend)
+    torch.testing.assert_close(found, kd.kd_loss(student, teachers, teacher_weights=share, backend=backend))
+
+
 AT_ONCE = {
     name: case
     for name, case in CALLS.items()

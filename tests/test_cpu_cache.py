@@ -57,6 +57,20 @@ def test_the_next_tensor_gets_the_pages_of_the_last():
     assert second.data_ptr() == address and second.dtype == torch.bfloat16 and not kept()
 
 
+def test_the_storage_of_a_kept_gradient_has_a_fixed_size():
+    """As kdkernels.memory says; it may be shrunk, and is what it was when its storage refuses."""
+    student = torch.randn(ROWS, COLUMNS, requires_grad=True)
+    kd.kd_loss(student, torch.zeros(ROWS, COLUMNS), backend="cpu").backward()
+    before = student.grad.clone()
+    with pytest.raises(RuntimeError, match="not resizable"):
+        student.grad.untyped_storage().resize_(0)
+    assert torch.equal(student.grad, before)
+    assert student.grad.resize_(ROWS // 2, COLUMNS).shape == (ROWS // 2, COLUMNS)
+    del before
+    student.grad = None
+    assert kept() == {"gradient": 1}
+
+
 def test_tensors_that_are_alive_do_not_share():
     tensors = [memory.empty_like(like()) for _ in range(3)]
     for value, tensor in enumerate(tensors):

@@ -288,6 +288,40 @@ def test_a_registered_divergence_is_one_of_them(chi_squared):
     assert torch.autograd.gradcheck(lambda t: kd.kd_loss(s, t, divergence=ChiSquared()), t.clone().requires_grad_())
 
 
+class Plain(kd.Divergence):
+    """Its instances compare equal, whatever their weight: it inherits the comparison of a class without fields."""
+
+    name = "plain_of_the_tests"
+
+    def __init__(self, weight):
+        object.__setattr__(self, "weight", weight)
+
+    def params(self):
+        return (self.weight, 0.0)
+
+
+class Weighted(kd.JSD):
+    """Adds a number that the comparison of a registered dataclass does not see."""
+
+    def __init__(self, weight):
+        super().__init__(0.5)
+        object.__setattr__(self, "weight", weight)
+
+    def params(self):
+        return (self.weight, 0.0)
+
+
+def test_only_a_frozen_dataclass_of_its_own_is_registered():
+    """Another's instances would stand for one another: the first one's loss for every weight."""
+    with pytest.raises(TypeError, match=r"@dataclass\(frozen=True\) itself.* Plain is not"):
+        kd.register_divergence(Plain, lambda p, logp, q, logq, w, _: w * p * (logp - logq))
+    assert Plain.name not in divergences.names()
+    with pytest.raises(ValueError, match="class Weighted is unknown.* 'jsd' is not registered for this class"):
+        kd.kd_loss(*logits(), divergence=Weighted(0.3))
+    with pytest.raises(ValueError, match="class ChiSquared is unknown.*register_divergence"):
+        kd.kd_loss(*logits(), divergence=ChiSquared())
+
+
 def test_what_was_unregistered_is_unknown():
     with pytest.raises(ValueError, match="divergence must be one of forward_kl, .* got 'chi_squared_of_the_tests'"):
         kd.kd_loss(*logits(), divergence=ChiSquared.name)

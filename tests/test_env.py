@@ -19,6 +19,7 @@ def test_the_module_prints_the_report():
     facts = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if not line.startswith(" "))
     assert facts["kdkernels"] == kdkernels.__version__
     assert facts["torch"].startswith(torch.__version__)
+    assert facts["package"].startswith(str(Path(kdkernels.__file__).parent))
     assert set(facts) >= {"python", "triton", "extension", "threads", "gpu", "cpu", "cuda"}
     assert not done.stderr
 

@@ -24,6 +24,9 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, 
 MARGIN = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
+NONE_GIVEN = ("chunk_bytes", "product_dtype", "logits_dtype")
+
+
 def make(dtype=torch.float32, *, rows=(N,), vocab=V, teacher_vocab=V, width=D, seed=0):
     """Student hidden states, head and bias, which require grad; teacher hidden states and head; labels, 2 ignored."""
     g = torch.Generator().manual_seed(seed)
@@ -59,11 +62,14 @@ def gradients(loss, inputs):
 
 
 def hold(ours, full, inputs):
-    """``ours(hidden, weight, bias)`` against ``full`` of the same on fp64 copies, with ``full`` in the dtype as bar."""
+    """``ours(hidden, weight, bias)`` against ``full`` of the same on fp64 copies, with ``full`` in fp32 at least as bar:
+
+    that the whole formulation rounds logits to 16 bits in the inputs' dtype excuses nobody.
+    """
     dtype = inputs[0].dtype
     with testing.poisoned_memory():
         got = gradients(ours, inputs)
-    eager = gradients(full, inputs)
+    eager = gradients(full, [x.to(heads.sum_dtype(dtype)) for x in inputs])
     truth = gradients(full, [x.double() for x in inputs])
     for name, a, b, c, like in zip(("loss", "dh", "dw", "db"), got, eager, truth, [None, *inputs], strict=False):
         assert like is None or a.dtype == like.dtype, name
@@ -129,11 +135,19 @@ def test_a_head_of_several_blocks(dtype, vocab, monkeypatch):
     hold_dense(dtype, size={"vocab": vocab}, teacher_vocab=vocab, vocab_size=vocab - 1, temperature=2.0)
 
 
-@pytest.mark.parametrize("way", ["native", "widened"])
+def mixed_on_any_cpu(a, b, out, *, add):
+    """What ``heads.mixed_product`` does on a device that has it."""
+    assert b.dtype.itemsize == 2 and out.dtype == torch.float32
+    product = a.to(b.dtype).float() @ b.float()
+    out.copy_(product + out if add else product)
+
+
+@pytest.mark.parametrize("way", ["mixed", "widened"])
 def test_both_ways_of_16_bit_products(way, monkeypatch):
     """What a device with 16-bit units does, whatever this one has."""
-    monkeypatch.setattr(heads, "_widens", lambda device, dtype: way == "widened" and dtype.itemsize == 2)
-    for dtype in (torch.bfloat16, torch.float32):
+    monkeypatch.setattr(heads, "products", lambda device, dtype, **_: way if dtype.itemsize == 2 else "plain")
+    monkeypatch.setattr(heads, "mixed_product", mixed_on_any_cpu)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
         hold_dense(dtype, divergence="jsd", ce_weight=0.5)
 
 
@@ -303,7 +317,7 @@ class TestWhatNeedsAGradient:
         needs = [not frozen >> k & 1 for k in range(3)]
         expected = gradients(lambda *s: kd.kd_loss(F.linear(*s), F.linear(*teacher), labels), student)
         made = []
-        monkeypatch.setattr(heads.HeadGrad, "finish", lambda self, f=heads.HeadGrad.finish: made.append(1) or f(self))
+        monkeypatch.setattr(heads.HeadGrad, "finish", lambda *a, f=heads.HeadGrad.finish: made.append(1) or f(*a))
         tensors = [x.detach().requires_grad_(need) for x, need in zip(student, needs, strict=True)]
         loss = kd.linear_kd_loss(*tensors[:2], *teacher, labels, student_bias=tensors[2])
         assert loss.requires_grad == any(needs) and len(made) == needs[1] + needs[2]
@@ -322,13 +336,6 @@ class TestWhatNeedsAGradient:
             torch.testing.assert_close(rows, kd.kd_loss(F.linear(*student[:2]), F.linear(*teacher), **options))
         with pytest.raises(ValueError, match="reduction 'none' has no gradient here: the logits of a row are gone"):
             kd.linear_kd_loss(*student[:2], *teacher, **options)
-
-    def test_no_second_derivative(self, backend):
-        student, teacher, _ = make()
-        loss = kd.linear_kd_loss(*student[:2], *teacher, backend=backend)
-        (grad,) = torch.autograd.grad(loss**2, student[1], create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            grad.sum().backward()
 
     def test_a_kept_graph_gives_its_gradient_again(self):
         student, teacher, _ = make()
@@ -396,10 +403,10 @@ class TestAroundTheHead:
             loss, stats = kd.linear_kd_loss(
                 *student[:2], *teacher, labels, student_bias=student[2], return_stats=True, backend=backend
             )
-            t = F.linear(*teacher)
-        assert t.dtype == dtype and loss.dtype == stats.lse.dtype == torch.float32
-        expected = kd.kd_loss(F.linear(*rounded).to(dtype), t, labels, backend=backend)
-        assert abs(loss - expected) <= 4 * torch.finfo(dtype).eps * expected
+        assert loss.dtype == stats.lse.dtype == torch.float32
+        t = F.linear(*(x.to(dtype).float() for x in teacher))
+        expected = kd.kd_loss(F.linear(*rounded), t, labels, backend=backend)
+        torch.testing.assert_close(loss, expected)
         for a, b in zip(torch.autograd.grad(loss, student), torch.autograd.grad(expected, rounded), strict=True):
             assert a.dtype == torch.float32 and (a - b).norm() <= 2 * torch.finfo(dtype).eps * b.norm()
 
@@ -541,7 +548,7 @@ class TestAroundTheHead:
         torch.library.opcheck(
             torch.ops.kdkernels.linear_dense_fwd.default,
             (*captured["tensors"], list(call.teacher_hidden), list(call.teacher_weight), [None], *launch.tensors),
-            {"backend": "cpu", "chunk_bytes": None, "product_dtype": None, "needs": needs, **launch.options},
+            {"backend": "cpu", "needs": needs, **dict.fromkeys(NONE_GIVEN), **launch.options},
         )
 
 
@@ -566,7 +573,6 @@ class TestErrors:
             ({"teacher_hidden": torch.zeros(N + 1, TEACHER_D)}, ValueError, "teacher_hidden must have shape"),
             ({"teacher_weight": torch.zeros(V + 2, TEACHER_D)}, ValueError, "student's 40 rows, got 42; pass"),
             ({"teacher_weight": None}, TypeError, "teacher_weight is required unless teacher_logits is given"),
-            ({"teacher_weight": torch.zeros(V, TEACHER_D, requires_grad=True)}, ValueError, "must not require grad"),
             ({"teacher_hidden": [torch.zeros(N, TEACHER_D)] * 2}, ValueError, "teacher_weight must be a sequence of 2"),
             ({"teacher_logits": len}, ValueError, "teacher_logits takes the place of teacher_hidden"),
             ({"teacher_form": "probs"}, ValueError, "teacher_form must be 'logits' unless teacher_logits is given"),
@@ -616,7 +622,8 @@ class TestErrors:
 class TestPeersBugs:
     def test_fla_1248_a_frozen_head_gets_no_gradient(self, monkeypatch):
         student, teacher, _ = make()
-        monkeypatch.setattr(heads, "_add_product", None)  # what sums a head's gradient
+        monkeypatch.setattr(heads, "HeadGrad", None)
+        monkeypatch.setattr(chunked, "HeadGrad", None)
         kd.linear_kd_loss(student[0], student[1].detach(), *teacher).backward()
         assert student[0].grad is not None
 
@@ -635,9 +642,9 @@ class TestPeersBugs:
         hidden, weight = torch.randn(64, 32).bfloat16(), (torch.randn(500, 32) / 4).bfloat16()
         other = torch.where(torch.rand(500, 32) < 0.01, weight * 1.01, weight)
         loss = kd.linear_kd_loss(hidden, other, hidden, weight, divergence="jsd")
-        s, t = (F.linear(hidden.double(), w.double()).bfloat16() for w in (other, weight))
-        expected = kd.kd_loss(s.double(), t.double(), divergence="jsd")
-        assert 1e-8 < expected < 1e-4 and abs(loss - expected) < 0.1 * expected  # the logits themselves may round apart
+        s, t = (F.linear(hidden.double(), w.double()) for w in (other, weight))
+        expected = kd.kd_loss(s, t, divergence="jsd")
+        assert 1e-8 < expected < 1e-4 and abs(loss - expected) < 0.1 * expected
 
     def test_trl_4719_one_normaliser_for_all_microbatches(self):
         student, teacher, labels = make()

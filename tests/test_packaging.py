@@ -9,17 +9,23 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+import setuptools
 
 import kdkernels
 from kdkernels.backends import cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-BUILD = "from setuptools import build_meta; import sys; print(getattr(build_meta, 'build_' + sys.argv[1])('dist'))"
+HOOK = "import sys; sys.path.insert(0, 'scripts'); import build_backend"
+BUILD = f"{HOOK}; print(getattr(build_backend, 'build_' + sys.argv[1])('dist'))"
+REQUIRED = (
+    f"{HOOK}; print(build_backend.get_requires_for_build_wheel(), build_backend.get_requires_for_build_editable())"
+)
 
 
 def code_blocks(language):
@@ -56,12 +62,62 @@ def test_readme_names_only_what_exists():
         assert (ROOT / target).exists(), target
 
 
+def pages():
+    """All that a user may read a command in: documentation, messages, help."""
+    folders = ("kdkernels", "benchmarks", "examples", "docs", "scripts", ".ci")
+    listed = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in ("", ".md", ".py")]
+    return [path for path in [*ROOT.glob("*.md"), ROOT / "setup.py", *listed] if path.is_file()]
+
+
+def faults(line, extras):
+    """What a line tells to run and is not there."""
+    for command in re.findall(r"\bpip3? install\b([^`]*)", line):
+        # An index has nothing of this name, neither bare nor with a version or extras.
+        yield from re.findall(r"(?<![\w/+:-])kdkernels(?![\w/])\S*", command)
+        yield from (
+            name for names in re.findall(r"\.\[([\w,]+)\]", command) for name in names.split(",") if name not in extras
+        )
+    for module in re.findall(r"-m ((?:kdkernels|benchmarks)(?:\.\w+)*)", line):
+        path = ROOT.joinpath(*module.split("."))
+        if not (path / "__main__.py").is_file() and not path.with_suffix(".py").is_file():
+            yield module
+    for script in re.findall(r"(?<![\w./-])(?:\./)?((?:scripts|\.ci)/[\w-]+)", line):
+        if not (ROOT / script).is_file():
+            yield script
+
+
+def test_no_page_prints_a_command_that_does_not_work():
+    if not (ROOT / "kdkernels").is_dir():
+        pytest.skip("not a checkout: the package's source is not here")
+    table = (ROOT / "pyproject.toml").read_text().partition("optional-dependencies]")[2].partition("[project")[0]
+    extras = re.findall(r"^(\w+) = \[", table, flags=re.M)
+    found = {
+        (path.name, item) for path in pages() for line in path.read_text().splitlines() for item in faults(line, extras)
+    }
+    assert "bench" in extras and len(pages()) > 60 and not found
+
+
+@pytest.mark.parametrize(
+    "line, fault",
+    [
+        ("`pip install kdkernels`", "kdkernels"),
+        ("needs more: pip install 'kdkernels[cache]'", "kdkernels[cache]'"),
+        ("pip install -e '.[bench,nothing]'", "nothing"),
+        ("python -m kdkernels.nothing", "kdkernels.nothing"),
+        ("run scripts/nothing first", "scripts/nothing"),
+    ],
+)
+def test_a_command_that_does_not_work_is_noticed(line, fault):
+    assert list(faults(line, ["bench"])) == [fault]
+
+
 def test_contributing_is_short():
     assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) < 150
 
 
 def test_metadata_agrees_with_the_package():
-    assert importlib.metadata.version("kdkernels") == kdkernels.__version__
+    version, _, label = importlib.metadata.version("kdkernels").partition("+")
+    assert version == kdkernels.__version__ and label in ("", "no.cpu.kernels")
     assert importlib.metadata.metadata("kdkernels")["License-Expression"] == "Apache-2.0"
     assert (Path(kdkernels.__file__).parent / "py.typed").is_file()
 
@@ -106,7 +162,7 @@ def source(tmp_path):
     """The files of the repository that a build reads, without what was built in place."""
     if not (ROOT / "kdkernels").is_dir():
         pytest.skip("not a checkout: the package's source is not here")
-    for name in ("kdkernels", "csrc", "tests"):
+    for name in ("kdkernels", "csrc", "tests", "scripts"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for path in [
         *ROOT.glob("*.md"),
@@ -130,9 +186,9 @@ def contents(source):
 @pytest.mark.parametrize(
     "environment, outcome",
     [
-        ({"KDKERNELS_BUILD": "none"}, "no extension, as KDKERNELS_BUILD=none asks"),
-        ({"CXX": "/nonexistent/c++"}, "no extension: no C++ compiler found (looked for /nonexistent/c++)"),
-        ({"CXX": "false"}, "no extension: false does not compile C++17"),
+        ({"KDKERNELS_BUILD": "none"}, "KDKERNELS_BUILD=none asked for none"),
+        ({"CXX": "/nonexistent/c++"}, "no C++ compiler found (looked for /nonexistent/c++)"),
+        ({"CXX": "false"}, "false does not compile C++17"),
     ],
     ids=["none", "auto-without-compiler", "auto-with-broken-compiler"],
 )
@@ -140,9 +196,18 @@ def test_a_build_without_extension_is_a_pure_wheel_and_says_why(source, environm
     done = build(source, **environment)
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stdout.splitlines() if line.startswith("kdkernels:")]
-    assert said[-1].startswith(f"kdkernels: built {outcome}"), done.stdout
+    assert said[-1].startswith(f"kdkernels: built no C++ extension (CPU kernels): {outcome}"), done.stdout
+    # pip shows of a build that succeeds the version alone.
     name, files = contents(source)
-    assert name.endswith("-py3-none-any.whl") and "kdkernels/py.typed" in files
+    assert (
+        name == f"kdkernels-{kdkernels.__version__}+no.cpu.kernels-py3-none-any.whl" and "kdkernels/py.typed" in files
+    )
+    (wheel,) = (source / "dist").glob("*.whl")
+    record = json.loads(zipfile.ZipFile(wheel).read("kdkernels/_build_info.json"))
+    assert record["cpu"]["built"] is False and record["cpu"]["reason"].startswith(outcome)
+    assert record["cuda"] == {"built": False, "reason": record["cuda"]["reason"], "cure": ""}
+    assert record["choice"] == environment.get("KDKERNELS_BUILD", "auto")
+    assert ("install a C++17 compiler" in record["cpu"]["cure"]) == ("CXX" in environment)
     assert not [file for file in files if "_C." in file]
     packages = {path.parent.relative_to(source) for path in (source / "kdkernels").rglob("*.py")}
     assert {Path(file).parent for file in files if file.endswith(".py")} == packages
@@ -152,7 +217,10 @@ def test_a_build_without_extension_is_a_pure_wheel_and_says_why(source, environm
 @pytest.mark.parametrize(
     "environment, complaint",
     [
-        ({"KDKERNELS_BUILD": "cpu", "CXX": "/nonexistent/c++"}, "KDKERNELS_BUILD=cpu: no C++ compiler found"),
+        (
+            {"KDKERNELS_BUILD": "cpu", "CXX": "/nonexistent/c++"},
+            "KDKERNELS_BUILD=cpu cannot be had: no C++ compiler found",
+        ),
         ({"KDKERNELS_BUILD": "gpu"}, "KDKERNELS_BUILD must be one of auto, cpu, cuda, none, got 'gpu'"),
     ],
     ids=["cpu-without-compiler", "unknown-value"],
@@ -163,11 +231,94 @@ def test_a_build_that_cannot_do_as_asked_fails_and_says_why(source, environment,
 
 
 @pytest.fixture
+def compiler(tmp_path):
+    """A command that answers as a C++ compiler does when the build looks for one."""
+    path = tmp_path / "bin" / "c++"
+    path.parent.mkdir()
+    path.write_text("#!/bin/sh\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture
+def isolated(tmp_path):
+    """Runs code as pip's isolated builds do: no package but setuptools, in this environment or in one without torch."""
+    only = tmp_path / "isolated"
+    only.mkdir()
+    here = Path(importlib.util.find_spec("setuptools").origin).parent.parent
+    for path in [here / "_distutils_hack", here / "setuptools", *here.glob("setuptools-*.dist-info")]:
+        (only / path.name).symlink_to(path)
+    bare = tmp_path / "bare"
+    venv.create(bare, with_pip=False)
+
+    def run(code, *arguments, torch, cwd, **environment):
+        executable = sys.executable if torch else str(bare / "bin" / "python")
+        hidden = ("CXX", "KDKERNELS_BUILD", "PYTHONHOME")
+        variables = {name: value for name, value in os.environ.items() if name not in hidden}
+        variables |= {"PYTHONPATH": str(only), "PYTHONNOUSERSITE": "1", **environment}
+        command = [executable, "-S", "-c", code, *arguments]
+        return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "torch, environment, wanted",
+    [
+        (True, {}, []),
+        (False, {}, ["torch>=2.10"]),
+        (False, {"KDKERNELS_BUILD": "cpu"}, ["torch>=2.10"]),
+        (False, {"KDKERNELS_BUILD": "none"}, []),
+        (False, {"CXX": "/nonexistent/c++"}, []),
+    ],
+    ids=["torch-beside", "no-torch", "no-torch-cpu", "no-torch-none", "no-torch-no-compiler"],
+)
+def test_an_isolated_build_fetches_torch_only_where_there_is_none_and_a_use_for_it(
+    source, isolated, compiler, torch, environment, wanted
+):
+    done = isolated(REQUIRED, cwd=source, torch=torch, **{"CXX": compiler, **environment})
+    assert done.stdout.split("\n")[0] == f"{wanted} {wanted}", done.stderr
+
+
+def test_an_isolated_build_compiles_against_the_torch_that_pip_hides(source, isolated):
+    code = f"{HOOK}, runpy; print(runpy.run_path('setup.py', run_name='kdkernels_setup')['find_torch']())"
+    done = isolated(code, cwd=source, torch=True)
+    assert Path(done.stdout.strip()) == Path(importlib.util.find_spec("torch").origin).parent, done.stderr
+    # The search through the environment found it, not the path of the build.
+    assert isolated("import torch", cwd=source, torch=True).returncode != 0
+
+
+def test_a_build_that_sees_no_torch_fails_and_names_the_ways_on(source, isolated, compiler):
+    done = isolated(BUILD, "wheel", cwd=source, torch=False, CXX=compiler)
+    assert done.returncode != 0 and not list(source.glob("dist/*"))
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(
+        "kdkernels: no kernels can be built: there is no torch to compile against. Install torch first"
+    )
+    assert "--no-build-isolation" in last and "KDKERNELS_BUILD=none" in last
+
+
+def test_without_a_compiler_an_isolated_build_needs_no_torch(source, isolated):
+    done = isolated(BUILD, "wheel", cwd=source, torch=False, CXX="/nonexistent/c++")
+    assert done.returncode == 0, done.stderr
+    assert "+no.cpu.kernels-py3-none-any.whl" in done.stdout
+
+
+def test_a_source_archive_needs_neither_torch_nor_compiler(source, isolated):
+    done = isolated(BUILD, "sdist", cwd=source, torch=False, CXX="/nonexistent/c++", KDKERNELS_BUILD="cuda")
+    assert done.returncode == 0, done.stderr
+    (archive,) = (source / "dist").glob("*.tar.gz")
+    assert archive.name == f"kdkernels-{kdkernels.__version__}.tar.gz"
+    names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
+    assert "scripts/build_backend.py" in names and "kdkernels/_build_info.json" not in names
+
+
+@pytest.fixture
 def setup_module(monkeypatch, tmp_path):
     """setup.py on a machine that has a CUDA build of torch and nvcc 13, which knows no sm_100."""
     path = ROOT / "setup.py"
-    if not path.is_file():
-        pytest.skip("not a checkout: setup.py is not here")
+    if not (ROOT / "kdkernels").is_dir():
+        pytest.skip("not a checkout: the package's source is not here")
     spec = importlib.util.spec_from_file_location("kdkernels_setup", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -196,7 +347,8 @@ def setup_module(monkeypatch, tmp_path):
 def test_cuda_architectures(setup_module, monkeypatch, asked, names):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
     extension = setup_module.cuda_extension()
-    assert extension.outcome.startswith(f"the CUDA extension for {names}, with ")
+    assert extension.record["targets"] == names.split(", ") and extension.record["compiler"] == "nvcc 13.0"
+    assert extension.record["torch"] == "2.14.1+cu130"
     codes = [flag for flag in extension.extra_compile_args if flag.startswith("arch=")]
     assert len(codes) == names.count("sm_") + names.count("PTX")
     assert all(source.endswith(".cu") for source in extension.sources) and len(extension.sources) >= 2
@@ -205,9 +357,9 @@ def test_cuda_architectures(setup_module, monkeypatch, asked, names):
 @pytest.mark.parametrize(
     "broken, reason",
     [
-        ("torch", "this torch is not a CUDA build"),
+        ("torch", "torch 2.14.1[+]cpu is not a CUDA build"),
         ("nvcc", "no nvcc found in .*/none/bin"),
-        ("release", "nvcc is of CUDA 13.0, this torch of CUDA 12.8"),
+        ("release", "nvcc is of CUDA 13.0, torch 2.14.1[+]cu128 of CUDA 12.8"),
         ("8.6", "TORCH_CUDA_ARCH_LIST asks for 8.6, which .*nvcc does not know"),
         ("Ampere", "TORCH_CUDA_ARCH_LIST must be like '8.0;9.0a;12.0[+]PTX', got 'Ampere'"),
     ],
@@ -222,8 +374,50 @@ def test_why_there_is_no_cuda_extension(setup_module, monkeypatch, tmp_path, bro
         version.write_text("__version__ = '2.14.1+cu128'\ncuda = '12.8'\n")
     else:
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", broken)
-    with pytest.raises(setup_module.CannotBuild, match=reason):
+    with pytest.raises(setup_module.CannotBuild, match=reason) as caught:
         setup_module.cuda_extension()
+    assert caught.value.cure.endswith(", then") or broken in ("8.6", "Ampere")
+
+
+def test_another_compiler_is_taken_where_the_first_does_not_work(setup_module, monkeypatch, tmp_path):
+    good = tmp_path / "bin" / "clang++"
+    good.write_text("#!/bin/sh\n")
+    bad = tmp_path / "bin" / "g++"
+    bad.write_text("#!/bin/sh\necho 'fatal error: no headers' >&2\nexit 1\n")
+    for path in (good, bad):
+        path.chmod(0o755)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}")
+    monkeypatch.setattr(setup_module.sysconfig, "get_config_var", lambda name: "gone++ -pthread")
+    assert setup_module.find_compiler() == ("clang++", False)
+    good.unlink()
+    with pytest.raises(setup_module.CannotBuild, match="g[+][+] does not compile C[+][+]17: fatal error: no headers"):
+        setup_module.find_compiler()
+    bad.unlink()
+    with pytest.raises(
+        setup_module.CannotBuild, match=r"no C.. compiler found \(looked for gone.., c.., g.., clang..\)"
+    ):
+        setup_module.find_compiler()
+
+
+def test_a_library_is_built_again_where_its_record_would_not_be_true(setup_module, tmp_path):
+    command = setup_module.BuildExt(setuptools.Distribution())
+    package = tmp_path / "kdkernels"
+    package.mkdir()
+    extension = setup_module.NativeExtension("kdkernels._C", [])
+    extension.record = {"built": True, "compiler": "g++ 12"}
+    assert not command.was_built_alike(extension, package)
+    setup_module.write_record(package, {"cpu": dict(extension.record), "cuda": {"built": False}})
+    assert command.was_built_alike(extension, package)
+    extension.record["compiler"] = "g++ 13"
+    assert not command.was_built_alike(extension, package)
+
+
+def test_a_build_without_an_extension_takes_the_one_of_an_earlier_build_away(setup_module, tmp_path):
+    for name in ("_C.abi3.so", "_C_cuda.abi3.so"):
+        (tmp_path / name).write_text("")
+    setup_module.write_record(tmp_path, {"cpu": {"built": True}, "cuda": {"built": False}})
+    assert sorted(path.name for path in tmp_path.glob("_*")) == ["_C.abi3.so", "_build_info.json"]
 
 
 @pytest.mark.slow

@@ -89,19 +89,39 @@ def pointwise(divergence, p, logp, q, logq):
     return -((a * logp + b * logq).exp() - a / c * (c * logp).exp() - b / c * (c * logq).exp()) / (a * b)
 
 
-def row_divergence(s, ids, logprobs, tail, divergence, temperature, teacher_temperature, log_rest=None):
+def infinite_without_teacher(divergence):
+    if divergence.name == "alpha_beta":
+        alpha, beta = divergence.params()
+        return alpha <= 0 or alpha + beta <= 0
+    return divergence.name in ("reverse_kl", "jeffreys")
+
+
+def rounding_of_mass(logp, dtype):
+    """What ``1 - sum p`` may be off by, for log-probabilities of that dtype; as the docstring says."""
+    eps = torch.finfo(dtype).eps
+    return min(eps, 2.0**-23) + eps / 2 * math.fsum(math.exp(x) * abs(x) for x in logp.tolist())
+
+
+def row_divergence(s, ids, logprobs, tail, divergence, temperature, teacher_temperature, log_rest=None, min_tail=None):
     """``D`` of one row of logits ``[V]``, computed in its dtype."""
     logq = torch.log_softmax(s / temperature, -1)
     mass = {}
     for v, lp in zip(ids.tolist(), logprobs.double().tolist(), strict=True):
-        if v != -1:
+        if v != -1 and not lp < -9000:
             mass.setdefault(v, []).append(lp)
     inside = torch.tensor(sorted(mass), dtype=torch.long)
     outside = torch.tensor([v for v in range(len(s)) if v not in mass], dtype=torch.long)
     sums = (mass[v][0] if len(mass[v]) == 1 else math.log(math.fsum(map(math.exp, mass[v]))) for v in sorted(mass))
     logp = torch.tensor(list(sums), dtype=torch.float64)
+    floor = min_tail
+    if floor is None:
+        floor = rounding_of_mass(logp, logprobs.dtype) if log_rest is None else 0.0
     if log_rest is None:
         log_rest = torch.tensor(max(0.0, 1 - math.fsum(logp.exp().tolist())), dtype=torch.float64).log()
+    if floor and infinite_without_teacher(divergence):
+        log_rest = log_rest.clamp(min=math.log(floor))
+    if not mass:
+        log_rest = torch.zeros((), dtype=torch.float64)
 
     def total(logp, logq):
         return pointwise(divergence, logp.exp(), logp, logq.exp(), logq).sum()
@@ -139,7 +159,8 @@ def oracle(s, ids, logprobs, labels=None, *, tail, divergence, temperature=1.0, 
         t = float(temperature[i]) if isinstance(temperature, torch.Tensor) else temperature
         tt = t if teacher_temperature is None else teacher_temperature
         log_rest = None if options.get("tail_logprob") is None else options["tail_logprob"][i].double()
-        loss = row_divergence(row, ids[i], logprobs[i], tail, divergence, t, tt, log_rest)
+        min_tail = options.get("min_tail")
+        loss = row_divergence(row, ids[i], logprobs[i], tail, divergence, t, tt, log_rest, min_tail)
         loss = loss * options.get("kd_weight", 1.0)
         loss = loss * (t * t if options.get("scale_by_t_squared", True) else 1.0)
         if options.get("ce_weight"):
@@ -341,16 +362,200 @@ def test_student_far_ahead_or_behind_on_the_set(tail, name, nats, dtype, backend
     assert bool(torch.isfinite(loss).all()) and bool(torch.isfinite(grad).all())
 
 
+def mass_of_one(above):
+    """Rows of mass 1 and a little more: no rounding of a logarithm decides on which side of 1 they are."""
+    ids = torch.tensor([[20, -1], [3, 7]])
+    logprobs = torch.tensor([[0.0, torch.nan], [math.log(0.25) + 1e-6, math.log(0.75) + 1e-6]])
+    return torch.randn(2, 30), ids, logprobs + above
+
+
 @pytest.mark.parametrize("above", [0.0, 1e-6])
 @pytest.mark.parametrize("tail,name", KL_CASES)
 def test_teacher_mass_of_one(tail, name, above, backend):
-    s = torch.randn(2, 30)
-    ids = torch.tensor([[3, 7], [20, -1]])
-    logprobs = torch.tensor([[0.25, 0.75], [1.0, 0.0]]).log() + above
-    check(s, ids, logprobs, backend=backend, tail=tail, divergence=name)
-    loss = kd.topk_kd_loss(s, ids, logprobs, tail=tail, divergence=name, reduction="none", backend=backend)
-    infinite = name == "reverse_kl" and tail in ("bucket", "uniform")
-    assert bool(torch.isinf(loss).all()) == infinite and bool(torch.isfinite(loss).all()) != infinite
+    """An empty tail is one of the size of the rounding where the divergence would be infinite; ``min_tail=0`` is that
+    limit."""
+    s, ids, logprobs = mass_of_one(above)
+    loss, grad = check(s, ids, logprobs, backend=backend, tail=tail, divergence=name)
+    assert bool(torch.isfinite(loss).all()) and bool(torch.isfinite(grad).all())
+    if tail in ("bucket", "uniform"):
+        loss, _ = check(s, ids, logprobs, backend=backend, tail=tail, divergence=name, min_tail=0.0)
+        assert bool(torch.isinf(loss).all() if name == "reverse_kl" else torch.isfinite(loss).all())
+
+
+FLOORED = [case for case in CASES if case.values[0] in ("bucket", "uniform") and case.values[1] in NEEDS_TEACHER]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tail,name", [case for case in FLOORED if case.values[1] in ("reverse_kl", "jeffreys")])
+def test_the_floor_of_the_tail_is_the_rounding_of_the_log_probabilities(tail, name, dtype, backend):
+    """With a teacher of mass 1 in each dtype; also through the loss of rows that are summed, and with T_t."""
+    s, ids = torch.randn(3, 40), torch.tensor([[0, 5], [7, -1], [1, 2]])
+    logprobs = torch.tensor([[-0.5, -0.4], [0.0, 0.0], [-(2.0**-6), -6.0]]).to(DTYPES[dtype])
+    floor = [rounding_of_mass(row[i != -1], logprobs.dtype) for i, row in zip(ids, logprobs.double(), strict=True)]
+    # The third row has more than its rounding left.
+    left = 1 - float(logprobs[2].double().exp().sum())
+    assert left > floor[2]
+    options = {"tail": tail, "divergence": name, "backend": backend, "teacher_temperature": 1.0}
+    if tail == "uniform":
+        options |= {"temperature": 2.0, "teacher_temperature": 2.0}
+    given = torch.tensor([*floor[:2], left], dtype=torch.float64).log()
+    exact = s.double()
+    want, got = (
+        evaluate(
+            lambda x, o=o: kd.topk_kd_loss(x, ids, logprobs, reduction="none", **options, **o), exact, torch.ones(3)
+        )
+        for o in ({"tail_logprob": given}, {})
+    )
+    torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-9)
+    summed = kd.topk_kd_loss(exact, ids, logprobs, reduction="sum", **options)
+    torch.testing.assert_close(summed, got[0].sum())
+
+
+@pytest.mark.parametrize("tail,name", FLOORED)
+def test_gradient_is_that_of_the_floor(tail, name, backend):
+    s = torch.randn(3, 9, dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([[0, 4, 5], [7, -1, -1], [1, 2, 8]])
+    logprobs = torch.tensor([[0.5, 0.3, 0.2001], [1.0, 0.0, 0.0], [0.5, 0.2, 0.1]], dtype=torch.float64).log()
+    options = {"tail": tail, "divergence": DIVERGENCES[name], "min_tail": 1e-3, "reduction": "none"}
+    check(s.detach(), ids, logprobs, backend=backend, **{k: v for k, v in options.items() if k != "reduction"})
+    assert torch.autograd.gradcheck(lambda x: kd.topk_kd_loss(x * 1.0, ids, logprobs, backend=backend, **options), (s,))
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "jsd", "tvd", "skew_reverse_kl"])
+@pytest.mark.parametrize("tail", ["bucket", "uniform"])
+def test_a_floor_changes_nothing_where_the_divergence_needs_none(tail, name, backend):
+    s, ids, logprobs = mass_of_one(0.0)
+    options = {"tail": tail, "divergence": DIVERGENCES[name], "reduction": "none", "backend": backend}
+    results = [
+        evaluate(lambda x, f=f: kd.topk_kd_loss(x, ids, logprobs, min_tail=f, **options), s, torch.ones(2))
+        for f in (None, 0.0, 0.1)
+    ]
+    for loss, grad in results[1:]:
+        assert torch.equal(loss, results[0][0]) and torch.equal(grad, results[0][1])
+
+
+@pytest.mark.parametrize("tail", ["bucket", "uniform"])
+def test_a_captured_tail_is_exact_unless_a_floor_is_asked_for(tail, backend):
+    s, ids, logprobs = mass_of_one(0.0)
+    options = {"tail": tail, "divergence": "reverse_kl", "backend": backend}
+    for given, infinite in (([-50.0, -300.0], False), ([-torch.inf, -torch.inf], True)):
+        loss, _ = check(s, ids, logprobs, tail_logprob=torch.tensor(given), **options)
+        assert loss.isinf().tolist() == [infinite] * 2
+    floored, _ = check(s, ids, logprobs, tail_logprob=torch.tensor([-50.0, -torch.inf]), min_tail=1e-4, **options)
+    computed = kd.topk_kd_loss(s, ids, logprobs, min_tail=1e-4, reduction="none", **options)
+    torch.testing.assert_close(floored, computed)
+
+
+def served(rows, columns, k):
+    """Log-softmax of teachers that are ever surer, and the k likeliest as a server gives them: fp32."""
+    teacher = torch.randn(rows, columns)
+    teacher[torch.arange(rows), torch.randint(0, columns, (rows,))] += torch.linspace(0, 30, rows)
+    logprobs, ids = torch.log_softmax(teacher, -1).topk(k)
+    return teacher, ids, logprobs
+
+
+@pytest.mark.parametrize("form", ["fp32", "bf16", "fp16", "4 decimals"])
+@pytest.mark.parametrize("name", ["reverse_kl", "jeffreys"])
+def test_a_served_teacher_that_is_sure_has_a_finite_loss(name, form, backend):
+    """Rounded log-probabilities whose mass reaches 1 gave inf, and NaN in the gradient: one row ruins the batch."""
+    teacher, ids, logprobs = served(150, 3000, 20)
+    rounded = (logprobs * 1e4).round() / 1e4 if form == "4 decimals" else logprobs.to(DTYPES[form])
+    floor = 5e-5 if form == "4 decimals" else None
+    s = teacher + 0.3 * torch.randn_like(teacher)
+    options = {"divergence": name, "reduction": "none", "backend": backend}
+    bare = kd.topk_kd_loss(s, ids, rounded, min_tail=0.0, **options)
+    assert 5 < int(bare.isinf().sum()) < 75
+    for tail in ("bucket", "uniform"):
+        loss, grad = check(s, ids, rounded, tail=tail, divergence=name, backend=backend, min_tail=floor)
+        assert bool(torch.isfinite(loss).all()) and bool(torch.isfinite(grad).all())
+        if tail == "bucket":
+            # It coarsens the divergence of all tokens.
+            whole = kd.kd_loss(s, teacher, divergence=name, backend="torch")
+            assert 0 < float(loss.mean()) < 1.02 * float(whole)
+
+
+# How collators and servers write a slot that they have nothing for, and which ids stand there.
+PADDING = {"TRL": (0, -torch.inf), "axolotl": (0, -1e9), "OpenAI": (0, -9999.0), "past the end": (10**6, -torch.inf)}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("form", PADDING)
+@pytest.mark.parametrize("tail,name", KL_CASES)
+def test_ragged_rows_as_others_pad_them(tail, name, form, dtype, backend):
+    """Numbers were silently others: the padded id was one that the teacher gave no probability."""
+    s, ids, logprobs, _ = ragged(6, 50, 5, torch.float32)
+    s[-1] = 0.5
+    logprobs = logprobs.nan_to_num(-1.0).to(DTYPES[dtype])
+    padded, number = PADDING[form]
+    others = torch.where(ids == -1, padded, ids), torch.where(ids == -1, number, logprobs).to(logprobs.dtype)
+    options = {"tail": tail, "divergence": name, "backend": backend}
+    got, want = (
+        evaluate(lambda x, t=t: kd.topk_kd_loss(x, *t, reduction="none", **options), s, torch.ones(6))
+        for t in (others, (ids, logprobs))
+    )
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    got, want = (kd.topk_kd_loss(s, *t, return_stats=True, **options)[1] for t in (others, (ids, logprobs)))
+    for column, expected in zip(got, want, strict=True):
+        assert torch.equal(column, expected)
+
+
+@pytest.mark.parametrize("tail", checks.TAILS)
+def test_ragged_rows_of_a_head(tail, backend):
+    """And through the loss of hidden states, which gathers the rows of the head by the ids."""
+    hidden, head = torch.randn(6, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    _, ids, logprobs, _ = ragged(6, 50, 5, torch.float32)
+    results = []
+    for padded, number in ((-1, -1.0), *PADDING.values()):
+        teacher = torch.where(ids == -1, padded, ids), torch.where(ids == -1, number, logprobs)
+        loss = kd.linear_topk_kd_loss(hidden, head, *teacher, tail=tail, divergence="jsd", backend=backend)
+        results.append((loss.detach(), *torch.autograd.grad(loss, (hidden, head))))
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def test_servers_entries_of_k_plus_one():
+    """vLLM's dicts hold the token of the prompt besides the k likeliest, which it may be among: rows are ragged."""
+    rows = [{4: -0.2, 9: -2.5, 7: -4.0}, {4: -0.1, 9: -3.0}, {1: -9.0, 4: -0.2, 9: -2.5}]
+    ids, logprobs = torch.zeros(3, 3, dtype=torch.long), torch.full((3, 3), -torch.inf)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], logprobs[i, : len(row)] = torch.tensor(list(row)), torch.tensor(list(row.values()))
+    check(torch.randn(3, 12), ids, logprobs, backend="torch", tail="bucket", divergence="forward_kl")
+    loss = kd.topk_kd_loss(torch.randn(3, 12), ids, logprobs, return_stats=True)[1]
+    torch.testing.assert_close(loss.teacher_mass[1], logprobs[1, :2].exp().sum())
+
+
+def test_a_capture_of_fewer_tokens_than_k_is_padded_alike(backend):
+    """Tokens of logit -inf are no entries, whether they come from a capture or from ``topk``."""
+    s, t = torch.randn(3, 12), torch.randn(3, 12)
+    t[0, 3:], t[1, 1:] = -torch.inf, -torch.inf
+    captured = kd.capture_topk(t, 6, backend=backend)
+    logprobs, ids = torch.log_softmax(t, -1).topk(6)
+    assert bool((captured.ids[0, 3:] == -1).all())
+    for divergence in ("forward_kl", "jsd"):
+        options = {"divergence": divergence, "reduction": "none", "backend": backend}
+        got = kd.topk_kd_loss(s, *captured[:2], tail_logprob=captured.tail_logprob, **options)
+        want = kd.topk_kd_loss(s, ids, logprobs, **options)
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got[:2], kd.kd_loss(s, t, **options)[:2], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "alpha_beta", "ab_0"])
+@pytest.mark.parametrize("captured", [-3.0, 0.0, -torch.inf])
+def test_a_row_without_entries_is_all_tail_whatever_its_tail_says(captured, name, backend):
+    """A padded batch whose tails are not exactly 0 trained on its padding."""
+    s, ids, logprobs, _ = ragged(6, 40, 4, torch.float32)
+    s[-1] = 0.5
+    tails = torch.full((6,), -1.0)
+    tails[3] = captured
+    for tail in ("bucket", "uniform"):
+        options = {"tail": tail, "divergence": DIVERGENCES[name], "reduction": "none", "backend": backend}
+        loss, grad = evaluate(
+            lambda x, o=options: kd.topk_kd_loss(x, ids, logprobs, tail_logprob=tails, **o), s, torch.ones(6)
+        )
+        alone = evaluate(lambda x, o=options: kd.topk_kd_loss(x, ids[3:4], logprobs[3:4], **o), s[3:4], torch.ones(1))
+        torch.testing.assert_close((loss[3:4], grad[3:4]), alone)
+        if tail == "bucket":
+            assert float(loss[3].abs()) < 1e-6 and float(grad[3].abs().max()) < 1e-6
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "tvd", "alpha_beta"])
@@ -644,7 +849,7 @@ def test_op_is_registered_as_torch_wants_it():
         ("param0", "param1", "ce_weight", "z_loss_weight", "label_smoothing", "student_softcap"), 0.0
     )
     options = {"tail": "bucket", "divergence": "forward_kl", "vocab_size": 30, "ignore_index": -100}
-    options |= {"scale_by_t_squared": True, "stats": True, **numbers}
+    options |= {"scale_by_t_squared": True, "stats": True, "min_tail": 0.0, "tail_rounding": 0.5, **numbers}
     arguments = (s, ids, logprobs, torch.empty_like(s), None, None, None, None, None, torch.full((4,), -1.0))
     torch.library.opcheck(torch.ops.kdkernels.topk_fwd_cpu.default, arguments, options)
 
@@ -658,21 +863,29 @@ def test_values_of_a_sparse_teacher_are_checked_alike(dtype, id_dtype, path, mon
         monkeypatch.setattr(backends.cpu, "load_error", lambda: "the C++ extension was not built")
     student, nan, inf = torch.zeros(2, 9), torch.nan, torch.inf
 
-    def accepts(ids, logprobs):
+    def accepts(ids, logprobs, tail="bucket"):
         ids, logprobs = torch.tensor(ids, dtype=id_dtype), torch.tensor(logprobs, dtype=dtype)
         try:
-            checks.sparse_teacher(ids, logprobs, student, 9)
+            checks.sparse_teacher(ids, logprobs, student, 9, tail)
         except ValueError:
             return False
         return True
 
-    ids = [[0, -1, 8], [3, 4, 5]]
-    assert accepts(ids, [[-1.0, nan, -inf], [0.0, -0.0, torch.finfo(dtype).min]])
-    assert accepts(ids, [[torch.finfo(dtype).max, inf, -1.0], [-1.0] * 3])
+    ids, info = [[0, -1, 8], [3, 4, 5]], torch.finfo(dtype)
+    highest = max(1e-3, 16 * info.eps)
+    assert accepts(ids, [[-1.0, nan, -inf], [0.0, -0.0, info.min]])
+    assert accepts(ids, [[highest * 0.99, inf, -1.0], [-info.tiny, info.tiny, -8900.0]])
+    assert accepts(ids, [[info.max, inf, -1.0], [-1.0] * 3], tail="drop")
     for value in (nan, -nan, inf):
+        assert not accepts(ids, [[-1.0] * 3, [-1.0, -1.0, value]])
+        assert not accepts(ids, [[-1.0] * 3, [-1.0, -1.0, value]], tail="drop")
+    for value in (highest * 1.02, 1.0, 300.0, info.max):
         assert not accepts(ids, [[-1.0] * 3, [-1.0, -1.0, value]])
     for wild in (9, -2, 2**31 - 1, -(2**31)):
         assert not accepts([[0, -1, 8], [3, 4, wild]], [[-1.0] * 3] * 2)
+        assert not accepts([[0, -1, 8], [3, 4, wild]], [[-1.0] * 3, [-1.0, -1.0, -8900.0]])
+        assert accepts([[0, -1, 8], [3, 4, wild]], [[-1.0] * 3, [-1.0, -1.0, -9100.0]])
+        assert accepts([[0, -1, 8], [3, 4, wild]], [[-1.0] * 3, [-1.0, -1.0, -inf]])
     if id_dtype == torch.int64:
         assert not accepts([[2**32, -1, 8], [3, 4, 5]], [[-1.0] * 3] * 2)
 
@@ -761,6 +974,17 @@ GOOD = {"teacher_ids": torch.zeros(2, 3, dtype=torch.long), "teacher_logprobs": 
         (ValueError, "teacher_logprobs must not be NaN", {"teacher_logprobs": torch.full((2, 3), torch.nan)}),
         (
             ValueError,
+            "teacher_logprobs must be natural log-prob.* at most 0, got 0.7: are they probabilities, or logits",
+            {"teacher_logprobs": torch.tensor([[0.7, 0.2, 0.05], [0.5, 0.3, 0.1]])},
+        ),
+        (ValueError, "are they probabilities", {"teacher_logprobs": torch.full((2, 3), 2e-3), "tail": "renormalize"}),
+        (ValueError, "are they probabilities", {"teacher_logprobs": torch.full((2, 3), 0.2).bfloat16()}),
+        (ValueError, "min_tail must be in \\[0, 1\\], got -1.0", {"min_tail": -1.0}),
+        (ValueError, "min_tail must be finite, got nan", {"min_tail": math.nan}),
+        (TypeError, "min_tail must be a number, got Tensor", {"min_tail": torch.zeros(2)}),
+        (ValueError, "min_tail has no meaning with tail 'drop'", {"min_tail": 0.0, "tail": "drop"}),
+        (
+            ValueError,
             "teacher_logprobs must not require grad",
             {"teacher_logprobs": torch.zeros(2, 3, requires_grad=True)},
         ),
@@ -802,3 +1026,46 @@ def test_an_id_that_was_not_checked_spoils_its_row_only(backend, monkeypatch):
     for tail in checks.TAILS:
         loss = kd.topk_kd_loss(s, ids, logprobs, tail=tail, reduction="none", backend=backend)
         assert loss.isnan().tolist() == [True, True, False, False, False, False]
+
+
+def test_log_probabilities_that_round_to_more_than_0_are_accepted(backend):
+    """And weights above 1 with "drop", as ``capture_samples`` gives rare draws."""
+    ids = torch.tensor([[1, 2]])
+    for dtype, value in ((torch.float32, 1e-6), (torch.float16, 0.0078), (torch.bfloat16, 0.0625)):
+        kd.topk_kd_loss(torch.randn(1, 9), ids, torch.tensor([[value, -5.0]], dtype=dtype), backend=backend)
+    kd.topk_kd_loss(torch.randn(1, 9), ids, torch.tensor([[2.0, -5.0]]), tail="drop", backend=backend)
+
+
+def test_options_of_a_floor_reach_modules_and_hidden_states(backend):
+    s, ids, logprobs = mass_of_one(0.0)
+    options = {"divergence": "reverse_kl", "min_tail": 1e-3, "backend": backend}
+    want = kd.topk_kd_loss(s, ids, logprobs, **options)
+    assert 0 < float(want) < 20
+    torch.testing.assert_close(kd.TopKKDLoss(**options)(s, ids, logprobs), want)
+    head = torch.eye(30)
+    torch.testing.assert_close(kd.linear_topk_kd_loss(s, head, ids, logprobs, **options), want)
+    torch.testing.assert_close(kd.LinearTopKKDLoss(**options)(s, head, ids, logprobs), want)
+    for again in (1e-5, None, 1e-3):
+        # What is remembered of a call knows the floor.
+        other = kd.topk_kd_loss(s, ids, logprobs, **{**options, "min_tail": again})
+        assert (other == want) == (again == 1e-3)
+
+
+def test_a_distillation_term_of_weight_0_is_not_computed(backend, monkeypatch):
+    """Beside log-probabilities and tails of NaN, and ids out of range, which a GPU does not look at before."""
+    monkeypatch.setattr(checks, "reads_values", lambda value: False)
+    s, ids, logprobs, labels = ragged(6, 50, 5, torch.float32)
+    logprobs[0, 1], ids[1, 2], tails = torch.nan, 99, torch.full((6,), torch.nan)
+    for tail in checks.TAILS:
+        options = {"tail": tail, "ce_weight": 1.0, "z_loss_weight": 0.1, "label_smoothing": 0.1, "reduction": "none"}
+        if tail in ("bucket", "uniform"):
+            options["tail_logprob"] = tails
+        loss, grad = evaluate(
+            lambda x, o=options: kd.topk_kd_loss(x, ids, logprobs, labels, kd_weight=0.0, backend=backend, **o),
+            s,
+            torch.ones(6),
+        )
+        want = F.cross_entropy(s[:-1], labels[:-1], reduction="none", label_smoothing=0.1)
+        want += 0.1 * torch.logsumexp(s[:-1], -1) ** 2
+        torch.testing.assert_close(loss[:-1], want)
+        assert bool(grad.isfinite().all())

@@ -132,10 +132,11 @@ def ours(
     inplace: bool = False,
     pattern: str = "dense_fwd",
 ) -> list[Union[Candidate, Absent]]:
-    """kdkernels through autograd, one candidate per backend."""
+    """kdkernels through autograd, one candidate per backend; its reference is not called by its name."""
     found: list[Union[Candidate, Absent]] = []
     for backend in availability(case, backends, pattern):
-        name = f"kdkernels {backend.name}{', in place' if inplace else ''}"
+        who = "plain PyTorch, the reference" if backend.name == "torch" else f"kdkernels {backend.name}"
+        name = f"{who}{', in place' if inplace else ''}"
         if backend.ok:
             family = "kdkernels" if backend.name in FUSED else "reference"
             found.append(Candidate(name, group, family, _build_ours(loss, backend.name, inplace)))

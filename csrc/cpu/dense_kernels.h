@@ -1,4 +1,4 @@
-// The dense row patterns for one instruction set; included once by every dense_<isa>.cpp.
+// The dense row patterns for one instruction set; dense_<type>_<isa>.cpp instantiates those of one type of student.
 //
 // A row is swept in tiles that stay in L1. Sweep 1 takes the exponentials of student and teacher relative to a running
 // reference and keeps them in a row scratch (L2), with the sums that the divergence needs; what follows reads the
@@ -10,8 +10,7 @@
 // z.
 #pragma once
 
-#include "dense.h"
-#include "simd.h"
+#include "dense_patterns.h"
 
 #include <kdkernels/divergences.h>
 
@@ -1360,37 +1359,42 @@ constexpr ValueTiles<X, Y> value_tiles() {
   }
 }
 
+// An entry of divergence_table.h before it is known what is made of it: the functor, or the coefficients.
+template <class F>
+struct General {
+  const char* name;
+};
+struct OfLogs {
+  const char* name;
+  Linear coefficients;
+};
+template <class F>
+constexpr General<F> general(const char* name) {
+  return {name};
+}
+constexpr OfLogs linear(const char* name, Linear c) { return {name, c}; }
+
 struct Divergence {
   const char* name;
   bool linear;
   Linear coefficients;
-  ValueTiles<float> f32;
-  ValueTiles<BFloat16> bf16;
-  ValueTiles<BFloat16, float> bf16_f32;
-  ValueTiles<Half> f16;
-  ValueTiles<double> f64;
-
-  const auto& tiles(const Row<float>&) const { return f32; }
-  const auto& tiles(const Row<BFloat16>&) const { return bf16; }
-  const auto& tiles(const Row<BFloat16, float>&) const { return bf16_f32; }
-  const auto& tiles(const Row<Half>&) const { return f16; }
-  const auto& tiles(const Row<double>&) const { return f64; }
+  template <class F>
+  constexpr Divergence(General<F> entry) : name(entry.name), linear(false), coefficients{} {}
+  constexpr Divergence(OfLogs entry) : name(entry.name), linear(true), coefficients(entry.coefficients) {}
 };
 
-template <class F>
-constexpr Divergence general(const char* name) {
-  return {name,
-          false,
-          {},
-          value_tiles<F, float>(),
-          value_tiles<F, BFloat16>(),
-          value_tiles<F, BFloat16, float>(),
-          value_tiles<F, Half>(),
-          value_tiles<F, double>()};
-}
-constexpr Divergence linear(const char* name, Linear c) { return {name, true, c, {}, {}, {}, {}, {}}; }
-
 #include "kdkernels/divergence_table.h"
+
+// The same table for the value_tiles of two types of logits, of which only the files of the student's type know.
+template <class X, class Y>
+struct ValueTable {
+  struct Divergence : ValueTiles<X, Y> {
+    template <class F>
+    constexpr Divergence(General<F>) : ValueTiles<X, Y>(value_tiles<F, X, Y>()) {}
+    constexpr Divergence(OfLogs) : ValueTiles<X, Y>{} {}
+  };
+#include "kdkernels/divergence_table.h"
+};
 
 // Whether the gradient has terms in q log p or q log q.
 inline bool has_logs(const Divergence& divergence) {
@@ -1625,7 +1629,7 @@ RowResult ObjectiveRows<X, Y>::add(const RowNumbers& num, const X* s, const Y* t
     double score_sum = !(sums.zs > 0 && sums.zt > 0) ? std::numeric_limits<double>::quiet_NaN() : 0;
     d = score_sum;
     const Params<Vec<C>> params{Vec<C>{} + C(num.param0), Vec<C>{} + C(args.param1)};
-    const auto& tiles = divergence.tiles(row);
+    const auto& tiles = ValueTable<X, Y>::kDivergences[args.divergence];
     const auto value_of_tile = trusting && as.trusts(at) ? tiles.guarded : tiles.any;
     for (int64_t tile = 0; tile < row.tiles() && !std::isnan(score_sum); ++tile)
       value_of_tile(row, tile, as, at, log2_zs, log2_zt, params, es, et, d, score_sum);
@@ -2185,15 +2189,6 @@ void dense_rows(const DenseArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-inline void run_dense(const DenseArgs& args, int64_t begin, int64_t end) {
-  switch (args.student.dtype) {
-    case DType::kFloat32: return dense_rows<float>(args, begin, end);
-    case DType::kBFloat16: return dense_rows<BFloat16>(args, begin, end);
-    case DType::kFloat16: return dense_rows<Half>(args, begin, end);
-    case DType::kFloat64: return dense_rows<double>(args, begin, end);
-  }
-}
-
 // The rows of one call of decoupled distillation, one after the other: forward KL over the other classes, and the
 // two-way KL of the label against them in scalars.
 template <class X>
@@ -2346,15 +2341,6 @@ void dkd_rows(const DkdArgs& args, int64_t begin, int64_t end) {
   return is_direct<X>(args, args.teacher) ? dkd_direct<X>(args, begin, end) : dkd_widened<X>(args, begin, end);
 }
 
-inline void run_dkd(const DkdArgs& args, int64_t begin, int64_t end) {
-  switch (args.student.dtype) {
-    case DType::kFloat32: return dkd_rows<float>(args, begin, end);
-    case DType::kBFloat16: return dkd_rows<BFloat16>(args, begin, end);
-    case DType::kFloat16: return dkd_rows<Half>(args, begin, end);
-    case DType::kFloat64: return dkd_rows<double>(args, begin, end);
-  }
-}
-
 // Mean squared difference of the logits of one row: a pass over memory, or two over a row that the caches hold by then.
 template <bool STREAM, class X>
 double mse_row(const MseArgs& args, double weight, const X* s, const X* t, X* out) {
@@ -2435,15 +2421,6 @@ void mse_rows(const MseArgs& args, int64_t begin, int64_t end) {
   });
 }
 
-inline void run_mse(const MseArgs& args, int64_t begin, int64_t end) {
-  switch (args.student.dtype) {
-    case DType::kFloat32: return mse_rows<float>(args, begin, end);
-    case DType::kBFloat16: return mse_rows<BFloat16>(args, begin, end);
-    case DType::kFloat16: return mse_rows<Half>(args, begin, end);
-    case DType::kFloat64: return mse_rows<double>(args, begin, end);
-  }
-}
-
 template <class X>
 void scale_rows(const ScaleArgs& args, int64_t begin, int64_t end) {
   using C = typename Io<X>::C;
@@ -2466,15 +2443,6 @@ void scale_rows(const ScaleArgs& args, int64_t begin, int64_t end) {
       Io<X>::template store2<false>(g + j, a * c, b * c);
     }
     for (; j < args.width; ++j) from_compute(to_compute(g[j]) * c, g + j);
-  }
-}
-
-inline void run_scale(const ScaleArgs& args, int64_t begin, int64_t end) {
-  switch (args.grad.dtype) {
-    case DType::kFloat32: return scale_rows<float>(args, begin, end);
-    case DType::kBFloat16: return scale_rows<BFloat16>(args, begin, end);
-    case DType::kFloat16: return scale_rows<Half>(args, begin, end);
-    case DType::kFloat64: return scale_rows<double>(args, begin, end);
   }
 }
 

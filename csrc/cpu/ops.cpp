@@ -1,4 +1,5 @@
 // Torch glue of the CPU backend: runs rows in parallel on torch's threads.
+#include "contraction.h"
 #include "dense.h"
 #include "memory.h"
 
@@ -39,12 +40,28 @@ bool cpu_has_avx512() {
 #endif
 }
 
+// Why no kernel of this build may run on this machine; empty where they may.
+std::string cpu_fault() {
+  bool sound = baseline::contracts();
+#if defined(KDK_HAVE_AVX2)
+  sound = sound && (!cpu_has_avx2() || avx2::contracts());
+#endif
+#if defined(KDK_HAVE_AVX512)
+  sound = sound && (!cpu_has_avx512() || avx512::contracts());
+#endif
+  return sound ? ""
+               : "the C++ extension was compiled without fused multiply-adds, which its accuracy rests on: compile it "
+                 "with -O2 or more, or with -O1 -fexpensive-optimizations, and without -ffp-contract=off";
+}
+
 // The best instruction set of this machine, or a lower one that KDKERNELS_CPU_ISA asks for.
 const KernelTable& choose_kernels() {
   const char* wish = std::getenv("KDKERNELS_CPU_ISA");
   const std::string limit = wish == nullptr ? "avx512" : wish;
   STD_TORCH_CHECK(limit == "avx512" || limit == "avx2" || limit == "baseline",
                   "KDKERNELS_CPU_ISA must be avx512, avx2 or baseline, got ", limit);
+  const std::string fault = cpu_fault();
+  STD_TORCH_CHECK(fault.empty(), fault);
 #if defined(KDK_HAVE_AVX512)
   if (limit == "avx512" && cpu_has_avx512()) return avx512_kernels();
 #endif
@@ -199,14 +216,14 @@ Tensor dense_call(Tensor student, std::string divergence, double param0, double 
 Tensor topk_call(Tensor student, std::string divergence, double param0, double param1, int64_t vocab_size,
                  int64_t ignore_index, double temperature, double teacher_temperature, double kd_weight,
                  double ce_weight, double z_loss_weight, double label_smoothing, bool scale_by_t_squared,
-                 double student_softcap, std::string tail) {
+                 double student_softcap, std::string tail, double min_tail, double tail_rounding) {
   TopkArgs args;
   args.columns = vocab_size;
   args.ignore_index = ignore_index;
   fill_objective(args, find_divergence(divergence.c_str(), param0, param1), divergence, param0, param1, temperature,
                  teacher_temperature, kd_weight, ce_weight, z_loss_weight, label_smoothing, scale_by_t_squared,
                  student_softcap);
-  args.tail = find_tail(tail);
+  fill_tail(args, tail, min_tail, tail_rounding);
   return pack(args, student);
 }
 
@@ -282,44 +299,59 @@ std::tuple<Tensor, Tensor, Tensor> capture_topk(Tensor teacher, std::optional<Te
   return {ids, logprobs, tail};
 }
 
-template <class I, class Bad>
-bool all_sound(const I* ids, int64_t count, int64_t columns, Bad bad) {
+enum class Slot { kUnused, kUsed, kBad };
+
+template <class I, class Judge>
+bool all_sound(const I* ids, int64_t count, int64_t columns, Judge judge) {
   std::atomic<bool> sound{true};
   torch::stable::parallel_for(0, count, int64_t(1) << 16, [&](int64_t begin, int64_t end) {
     bool wrong = false;
     for (int64_t j = begin; j < end; ++j) {
       const int64_t id = int64_t(ids[j]);
-      wrong |= id < -1 || id >= columns || (id >= 0 && bad(j));
+      const Slot slot = judge(j);
+      wrong |= id != -1 && slot != Slot::kUnused && (slot == Slot::kBad || id < 0 || id >= columns);
     }
     if (wrong) sound = false;
   });
   return sound;
 }
 
-// Whether all ids are -1 or a column, and no log-probability of a column is NaN or +inf. One call where plain PyTorch
-// takes six, each of them slow when its code has left the caches: 0.25 ms of a step.
-bool sparse_teacher_is_sound(Tensor ids, Tensor logprobs, int64_t columns) {
+// Whether the ids of all slots that are used are columns, and their log-probabilities neither NaN nor above highest.
+// One call where plain PyTorch takes six, each of them slow when its code has left the caches: 0.25 ms of a step.
+bool sparse_teacher_is_sound(Tensor ids, Tensor logprobs, int64_t columns, double highest) {
   const int64_t count = ids.numel();
   STD_TORCH_CHECK(ids.is_contiguous() && logprobs.is_contiguous() && logprobs.numel() == count,
                   "teacher_ids and teacher_logprobs must be contiguous and of one size");
-  const auto with_ids = [&](auto bad) {
+  const auto with_ids = [&](auto judge) {
     const void* data = ids.const_data_ptr();
-    return ids.scalar_type() == ScalarType::Long ? all_sound(static_cast<const int64_t*>(data), count, columns, bad)
-                                                 : all_sound(static_cast<const int32_t*>(data), count, columns, bad);
+    return ids.scalar_type() == ScalarType::Long ? all_sound(static_cast<const int64_t*>(data), count, columns, judge)
+                                                 : all_sound(static_cast<const int32_t*>(data), count, columns, judge);
   };
-  // NaN is not below infinity. The bits of 16-bit numbers: sign, exponent, mantissa.
-  const auto bits = [&](uint16_t infinity) {
+  // The bits of 16-bit numbers: sign, exponent, mantissa. Positive ones are in the order of their bits, and so are
+  // negative ones, with NaN past -inf.
+  const auto bits = [&](uint16_t infinity, uint16_t no_entry, int mantissa_bits, int bias) {
+    int exponent;
+    const double mantissa = std::frexp(highest, &exponent);  // in [1/2, 1); rounded down
+    const uint16_t limit =
+        uint16_t((exponent - 1 + bias) << mantissa_bits) + uint16_t((2 * mantissa - 1) * (1 << mantissa_bits));
     const uint16_t* x = static_cast<const uint16_t*>(logprobs.const_data_ptr());
-    return with_ids([=](int64_t j) { return x[j] == infinity || (x[j] & 0x7fff) > infinity; });
+    const uint16_t lowest = 0x8000 | infinity, unused = 0x8000 | no_entry;
+    return with_ids([=](int64_t j) {
+      if (x[j] < 0x8000) return x[j] > limit ? Slot::kBad : Slot::kUsed;
+      return x[j] > lowest ? Slot::kBad : x[j] >= unused ? Slot::kUnused : Slot::kUsed;
+    });
   };
   const auto numbers = [&](auto* x) {
-    return with_ids([=](int64_t j) { return !(x[j] < std::numeric_limits<double>::infinity()); });
+    return with_ids([=](int64_t j) {
+      if (x[j] <= kNoEntry) return Slot::kUnused;
+      return x[j] <= highest ? Slot::kUsed : Slot::kBad;
+    });
   };
   switch (dtype_of(logprobs)) {
     case DType::kFloat32: return numbers(static_cast<const float*>(logprobs.const_data_ptr()));
     case DType::kFloat64: return numbers(static_cast<const double*>(logprobs.const_data_ptr()));
-    case DType::kBFloat16: return bits(0x7f80);
-    case DType::kFloat16: return bits(0x7c00);
+    case DType::kBFloat16: return bits(0x7f80, 0x460d, 7, 127);  // 9024, the next to 9000
+    case DType::kFloat16: return bits(0x7c00, 0x7065, 10, 15);
   }
   return false;
 }
@@ -387,6 +419,7 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels, CompositeImplicitAutograd, m) {
+  m.impl("cpu_fault", TORCH_BOX(&kdk::cpu_fault));
   m.impl("cpu_isa", TORCH_BOX(&kdk::cpu_isa));
   m.impl("kept_blocks", TORCH_BOX(&kdk::kept_blocks));
   m.impl("kept_empty", TORCH_BOX(&kdk::kept_empty));

@@ -167,12 +167,12 @@ struct Entries {
     int32_t* const entry_at = table.data();
     for (int64_t j = 0; j < given; ++j) {
       const int64_t v = int64_t(id[j]);
-      if (v == -1) continue;
+      const double l = double(to_compute(logprob[j]));
+      if (v == -1 || l <= kNoEntry) continue;
       if (v < 0 || v >= vocabulary) {
         outside = true;
         continue;
       }
-      const double l = double(to_compute(logprob[j]));
       size_t place = size_t((uint64_t(v) * 0x9e3779b97f4a7c15u) >> (64 - bits));
       while (entry_at[place] != 0 && known[entry_at[place] - 1] != v) place = (place + 1) & (places - 1);
       if (entry_at[place] != 0) {
@@ -187,6 +187,14 @@ struct Entries {
     count = distinct;
     invalid = outside;
     mass = exponentials(logp, columns[kP].data(), count);
+  }
+
+  // sum p |log p|: a relative rounding of log p by half an epsilon moves sum p by that much of it.
+  double nats() const {
+    const double *p = columns[kP].data(), *logp = columns[kLogP].data();
+    double total = 0;
+    for (int64_t k = 0; k < count; ++k) total += p[k] * std::abs(logp[k]);
+    return total;
   }
 
   static double log_add(double a, double b) {
@@ -254,6 +262,27 @@ double sum_of(const C* e, int64_t slots) {
     }
     total += horizontal_sum<C>(sum0 + sum1);
   }
+  return total;
+}
+
+// Sum of n logits, each less top: of logits with a large offset in common it keeps what a sum of them would lose.
+template <class X, class C = typename Io<X>::C>
+double sum_above(const X* s, int64_t n, C top) {
+  constexpr int64_t block = Io<X>::kBlock;
+  double total = 0;
+  int64_t j = 0;
+  while (j + block <= n) {
+    Vec<C> sums[4] = {};
+    for (const int64_t end = std::min(n - n % block, j + kTileElements); j < end; j += block) {
+      Vec<C> a, b;
+      Io<X>::load2(s + j, a, b);
+      const int at = int(j / block % 2) * 2;
+      sums[at] += a - top;
+      sums[at + 1] += b - top;
+    }
+    total += horizontal_sum<C>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  }
+  for (; j < n; ++j) total += double(to_compute(s[j])) - double(top);
   return total;
 }
 
@@ -373,7 +402,11 @@ RowResult SparseRows<X>::add(const RowNumbers& num, int64_t index, const X* s, i
   }
   const int64_t count = entries.count, outcomes_outside = n - count;
   const double given_mass = entries.mass;
-  const double log_rest = per_row(args.tail_rows, index, std::log(std::max(0.0, 1 - given_mass)), sizeof(C) == 8);
+  double log_rest = per_row(args.tail_rows, index, std::log(std::max(0.0, 1 - given_mass)), sizeof(C) == 8);
+  // This way round a NaN stays.
+  if (args.min_tail != 0 || args.tail_rounding != 0)
+    log_rest = std::max(log_rest, std::log(args.min_tail + args.tail_rounding * entries.nats()));
+  if (count == 0) log_rest = 0;
   const Outside outside = resolve_teacher(tail, num.teacher_scale * kLn2, outcomes_outside, log_rest, entries);
   double *p = entries[Entries::kP], *logp = entries[Entries::kLogP], *q = entries[Entries::kQ],
          *logq = entries[Entries::kLogQ], *value = entries[Entries::kValue], *score = entries[Entries::kScore];
@@ -402,11 +435,11 @@ RowResult SparseRows<X>::add(const RowNumbers& num, int64_t index, const X* s, i
     z = pointwise ? sweep_student<true>(row, n, num.student_scale, as, es, xs, pending)
                   : sweep_student<false>(row, n, num.student_scale, as, es, xs, pending);
   }
-  double logits_outside = 0;
+  double above_outside = 0;  // sum of the logits outside, each less the reference
   if (summed) {
-    logits_outside = sum_of_logits(s, n);
-    for (int64_t k = 0; k < count; ++k) logits_outside -= double(to_compute(s[entries.ids[size_t(k)]]));
-    if (!std::isfinite(logits_outside)) {
+    above_outside = sum_above(s, n, as.m);
+    for (int64_t k = 0; k < count; ++k) above_outside -= double(to_compute(s[entries.ids[size_t(k)]])) - double(as.m);
+    if (!std::isfinite(above_outside)) {
       // Those outside may be finite all the same.
       summed = false;
       pointwise = true;
@@ -422,6 +455,26 @@ RowResult SparseRows<X>::add(const RowNumbers& num, int64_t index, const X* s, i
     logq[k] = kLn2 * as.scalar(to_compute(s[id]));
   }
   double z_entries = Entries::exponentials(logq, q, count), z_outside = 0, log_z = 0;
+  Affine<C> a1 = as;
+  double z1 = own ? sweep_student<false>(row, n, kLog2e, a1, e1, e1) : z;
+  // The label: its exponential at temperature 1 in double, and that of all others, which cross entropy of a sure row
+  // is made of.
+  const bool has_label = num.ce != 0 && label >= 0 && label < n;
+  const int64_t label_slot = has_label ? row.slot(label) : 0;
+  const double picked = has_label ? double(to_compute(s[label])) : std::numeric_limits<double>::quiet_NaN();
+  const double e_label = has_label ? std::exp2(a1.scalar(picked)) : 0;
+  const auto begin_of_ids = entries.ids.begin();
+  const int64_t label_entry = has_label ? std::find(begin_of_ids, begin_of_ids + count, label) - begin_of_ids : count;
+  // The sum in a scratch of all but the label, where it is all but the label's exponential.
+  const auto without_label = [&](C* e, double sum) {
+    const C held = e[label_slot];
+    double others = sum - double(held);
+    if (others > 0.5 * sum || std::isnan(sum)) return others;
+    e[label_slot] = C(0);
+    others = sum_of(e, slots);
+    e[label_slot] = held;
+    return others;
+  };
   if (swept) {
     const auto without_entries = [&] {
       for (int64_t k = 0; k < count; ++k) es[at[k]] = C(0);
@@ -432,15 +485,28 @@ RowResult SparseRows<X>::add(const RowNumbers& num, int64_t index, const X* s, i
     // Where the entries hold most of the mass, subtracting them would cancel.
     z_outside = count == 0 || std::isnan(z) ? z : z - in_scratch;
     if (count > 0 && !(z_outside > 0.5 * z) && !std::isnan(z)) z_outside = without_entries();
+    if (has_label && !own && label_entry == count) {
+      double others = z_outside - double(es[label_slot]);
+      if (!(others > 0.5 * z_outside) && !std::isnan(z)) others = without_label(es, without_entries());
+      z_outside = others + e_label;
+    }
     z = z_outside + z_entries;
     log_z = std::log(z);
   }
-  Affine<C> a1 = as;
-  const double z1 = own ? sweep_student<false>(row, n, kLog2e, a1, e1, e1) : z;
-  const double lse = kLn2 * a1.reference() + (own ? std::log(z1) : log_z);
+  double others1 = z - e_label;
+  if (own) {
+    others1 = has_label ? without_label(e1, z1) : z1;
+    z1 = others1 + e_label;
+  } else {
+    z1 = z;
+  }
+  // All that is at temperature 1 is relative to the reference: of logits of 1e5 their logarithm would keep two digits.
+  const double top = double(a1.m), below = kLn2 * (double(a1.c) * top - a1.reference());
+  const double lse_above = std::log(z1) - below, lse = top + lse_above;
   const double student_mass = swept ? z_entries / z : 0;
   // Functors may take what is NaN for 0.
   bool nan = entries.invalid || std::isnan(z) || std::isnan(given_mass) || std::isnan(log_rest);
+  bool rebased = false;  // es is relative to the maximum outside
   double iq = 1 / z, q_outside = 0, log_q_outside = -std::numeric_limits<double>::infinity();
   if (restricted) {
     if (!swept) iq = 0;
@@ -460,6 +526,7 @@ RowResult SparseRows<X>::add(const RowNumbers& num, int64_t index, const X* s, i
       log_q_outside = std::log(z_outside) - log_z;
       if (z_outside < 0x1p-90) {
         // Those outside have left the range of their exponentials: take these relative to their own maximum.
+        rebased = true;
         C* masked = scratch.get(kOtherRow, n);
         widen_row(s, n, masked, AsIs());
         for (int64_t k = 0; k < count; ++k) masked[entries.ids[size_t(k)]] = -std::numeric_limits<C>::infinity();
@@ -500,7 +567,8 @@ RowResult SparseRows<X>::add(const RowNumbers& num, int64_t index, const X* s, i
     score_sum += score_outside;
   } else if (summed && outside.each > 0) {
     const double others = double(outcomes_outside);
-    const double log_q_sum = kLn2 * (double(as.c) * logits_outside - others * as.reference()) - others * log_z;
+    const double log_q_at = kLn2 * (double(as.c) * double(as.m) - as.reference()) - log_z;
+    const double log_q_sum = kLn2 * double(as.c) * above_outside + others * log_q_at;
     d += outside.each * (linear.c_pp * others * outside.log_each + linear.c_pq * log_q_sum);
     score_outside = others * linear.c_pq * outside.each;
     score_sum += score_outside;
@@ -528,11 +596,11 @@ RowResult SparseRows<X>::add(const RowNumbers& num, int64_t index, const X* s, i
   if (wants_ce) {
     double cross_entropy = 0;
     if (num.ce != 0) {
-      const bool inside = label >= 0 && label < n;
-      const double picked = inside ? double(to_compute(s[label])) : std::numeric_limits<double>::quiet_NaN();
-      cross_entropy = lse;
-      if (args.label_smoothing != 1) cross_entropy -= (1 - args.label_smoothing) * picked;
-      if (args.label_smoothing != 0) cross_entropy -= args.label_smoothing * sum_of_logits(s, n) / double(n);
+      const double smoothing = args.label_smoothing;
+      const double hard_label = e_label > others1 ? std::log1p(others1 / e_label) : lse_above - (picked - top);
+      if (smoothing != 1) cross_entropy = (1 - smoothing) * hard_label;
+      if (smoothing != 0) cross_entropy += smoothing * (lse_above - sum_above(s, n, a1.m) / double(n));
+      if (cross_entropy < 0) cross_entropy = 0;  // by rounding
       result.loss += num.ce * cross_entropy;
       c0 = -num.weight * num.ce * args.label_smoothing / double(n);
     }
@@ -584,21 +652,23 @@ RowResult SparseRows<X>::add(const RowNumbers& num, int64_t index, const X* s, i
   // By the scale that z1 was made with: of a logit of 1e4, what e^(s - lse) is off by was 6e-5.
   if (hard != 0)
     for (int64_t k = 0; k < count; ++k) g[k] += hard * std::exp2(a1.scalar(to_compute(s[entries.ids[size_t(k)]]))) / z1;
-  const bool has_label = num.ce != 0 && label >= 0 && label < n;
   if (has_label) {
     const double step = num.weight * num.ce * (1 - args.label_smoothing);
-    const auto begin = entries.ids.begin(), end = begin + count, found = std::find(begin, end, label);
-    if (found != end) {
-      g[found - begin] -= step;
-    } else {
-      // One more entry, past the bucket's.
+    if (label_entry == count) {
+      // One more entry, past the bucket's; by its exponential in double.
       entries.ids[size_t(count)] = label;
-      at[count] = row.slot(label);
-      g[count] = gradient_at(row, terms, label, 0, 0) - step;
+      at[count] = label_slot;
+      g[count] = gradient_at(row, terms, label, 0, 0);
+      if (own) {
+        g[count] += (e_label - double(e1[label_slot])) * terms.c1;
+      } else if (!rebased) {
+        g[count] += (e_label - double(es[label_slot])) * terms.a;
+      }
       ++entries.count;
     }
+    g[label_entry] -= step;
   }
-  if (spoilt != 0)
+  if (spoilt != 0 && num.kd != 0)
     for (int64_t k = 0; k < entries.count; ++k) g[k] += spoilt;
   const bool reads_scratch = terms.a != 0 || terms.two_models || terms.ce == kCeOwn || std::isnan(terms.a);
   if (reads_scratch && put_in_scratch(terms, entries, g)) {

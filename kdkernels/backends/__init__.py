@@ -6,13 +6,29 @@ reason. "auto" takes the first one that runs, in the order fused first; an expli
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+import sys
+import warnings
+from typing import Any, NamedTuple, Optional
+
+import torch
+from torch import Tensor
 
 from kdkernels import divergences, ops
 from kdkernels.backends import cpu, cuda, eager, triton
 
 # In the order in which "auto" tries them.
 BACKENDS = {"cuda": cuda, "triton": triton, "cpu": cpu, "torch": eager}
+# Those with kernels, by the device type of the tensors.
+KERNELS = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
+# Logits of which plain PyTorch is worth a warning.
+LARGE = 1_000_000
+
+
+class PlainTorchWarning(UserWarning):
+    """ "auto" runs large logits through plain PyTorch, where kernels would be several times faster.
+
+    ``warnings.filterwarnings("error", category=kdkernels.backends.PlainTorchWarning)`` makes an error of it.
+    """
 
 
 class Availability(NamedTuple):
@@ -60,6 +76,44 @@ def select(
 
 
 _selected: dict[tuple[object, ...], str] = {}
+
+
+def choose(requested: str, logits: Tensor, **call: Any) -> str:
+    """As ``select``, for a call on these logits; where "auto" has no kernel for large ones it warns, once a process."""
+    name = select(requested, logits.device.type, **call)
+    if name == "torch" and requested == "auto" and not torch.compiler.is_compiling():
+        _warn_of_plain_torch(logits, **call)
+    return name
+
+
+_warned = False
+
+
+def _warn_of_plain_torch(
+    logits: Tensor,
+    divergence: str = "forward_kl",
+    torch_only: Optional[str] = None,
+    pattern: str = "dense_fwd",
+) -> None:
+    global _warned
+    kernels = KERNELS.get(logits.device.type, ())
+    if _warned or not kernels or logits.numel() < LARGE:
+        return
+    reasons = "".join(
+        f"\n  {name}: {_refusal(name, logits.device.type, divergence, torch_only, pattern)}" for name in kernels
+    )
+    # The line to show is the user's: modules call the losses through torch.
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("kdkernels", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(
+        f"logits {tuple(logits.shape)} on {logits.device.type} go through plain PyTorch, several times slower than "
+        f'through a kernel of kdkernels.{reasons}\n  backend="torch" asks for plain PyTorch without this warning.',
+        PlainTorchWarning,
+        stacklevel=level,
+    )
+    # Not before: where the warning is an error every such call raises.
+    _warned = True
 
 
 def _select(requested: str, device_type: str, divergence: str, torch_only: Optional[str], pattern: str) -> str:

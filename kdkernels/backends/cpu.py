@@ -8,38 +8,44 @@ from typing import Optional
 
 import torch
 
-
-def find_library(name: str) -> Optional[Path]:
-    """A compiled library beside the package, or None where it was not built."""
-    found = sorted(Path(__file__).resolve().parent.parent.glob(f"{name}.*"))
-    return next((path for path in found if path.suffix in (".so", ".dylib", ".pyd")), None)
+from kdkernels import build_info
 
 
-def load(path: Path) -> Optional[str]:
-    """Load a library that registers ops; None on success, else why it does not load."""
+def load(path: Path, backend: str) -> Optional[str]:
+    """Load a library that registers ops; None on success, else why it does not load, and the cure."""
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return f"{path.name} does not load: {error.__cause__ or error}"
+        part = build_info.read(path.parent).get(backend, {})
+        made_for = f" (built against torch {part['torch']}, this is {torch.__version__})" if part.get("built") else ""
+        cure = build_info.rebuild_command(backend)
+        return f"{path} does not load{made_for}: {error.__cause__ or error}. To build it again: {cure}"
     return None
 
 
 def library_path() -> Optional[Path]:
     """The CPU library, or None where it was not built."""
-    return find_library("_C")
+    return build_info.find("cpu")
 
 
 @functools.cache
 def load_error() -> Optional[str]:
-    """Load the library once; None on success, else why it is not there."""
+    """Load the library once; None on success, else why it is not there, and the command that cures it."""
     path = library_path()
     if path is None:
-        return "the C++ extension was not built (KDKERNELS_BUILD=none, or no C++ compiler at installation)"
-    return load(path)
+        return build_info.why_missing("cpu")
+    return load(path, "cpu") or torch.ops.kdkernels.cpu_fault() or None
 
 
 def isa() -> str:
-    """The instruction set in use; ``KDKERNELS_CPU_ISA`` in the environment may ask for a lower one."""
+    """The instruction set in use; ``KDKERNELS_CPU_ISA`` in the environment may ask for a lower one.
+
+    Raises:
+        RuntimeError: the library is not there, with the reason.
+    """
+    error = load_error()
+    if error is not None:
+        raise RuntimeError(f"no instruction set is in use: {error}")
     return torch.ops.kdkernels.cpu_isa()
 
 

@@ -7,18 +7,18 @@ from typing import Optional
 
 import torch
 
-from kdkernels.backends.cpu import find_library, load
+from kdkernels import build_info
+from kdkernels.backends.cpu import load
 
 
 @functools.cache
 def load_error() -> Optional[str]:
-    """Load the library once; None on success, else why it is not there."""
-    path = find_library("_C_cuda")
-    if path is None:
-        return "the CUDA extension was not built (it needs nvcc and a CUDA build of torch at installation)"
+    """Load the library once; None on success, else why it is not there, and what cures it."""
     if torch.version.cuda is None:
-        return f"this torch ({torch.__version__}) is not a CUDA build"
-    return load(path)
+        cure = build_info.rebuild_command("cuda")
+        return f"this torch ({torch.__version__}) is not a CUDA build; install one, then {cure}"
+    path = build_info.find("cuda")
+    return build_info.why_missing("cuda") if path is None else load(path, "cuda")
 
 
 def why_not(device_type: str) -> Optional[str]:

@@ -10,7 +10,7 @@ try:
     import numpy as _numpy  # noqa: F401
     import safetensors as _safetensors  # noqa: F401
 except ImportError as error:
-    raise ImportError(f"kdkernels.cache needs the package {error.name}: pip install 'kdkernels[cache]'") from error
+    raise ImportError(f"kdkernels.cache needs the package {error.name}: pip install numpy safetensors") from error
 
 from kdkernels.cache.codec import TeacherSequence
 from kdkernels.cache.dataset import TeacherDataset, collate

@@ -6,11 +6,11 @@ class CacheError(RuntimeError):
 
 
 class CacheFormatError(CacheError):
-    """No cache, one of another version of the format, or an index that is damaged."""
+    """No cache, one of another version of the format, or an index that is damaged or no file."""
 
 
 class MissingShardError(CacheError):
-    """A shard that the index names is not there."""
+    """A shard that the index names is not there, or no file."""
 
 
 class TruncatedShardError(CacheError):
@@ -30,4 +30,4 @@ class VocabularyMismatchError(IdentityMismatchError):
 
 
 class CacheLockedError(CacheError):
-    """Another writer has the cache open."""
+    """Another writer has the cache open, or this one is that of the process from which this process was forked."""

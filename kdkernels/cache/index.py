@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+import stat
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union
 
 import torch
 
-from kdkernels.cache.codec import Layout
+from kdkernels import checks
+from kdkernels.cache.codec import MAX_VOCAB_SIZE, Layout
 from kdkernels.cache.errors import (
     CacheFormatError,
     ChecksumError,
@@ -25,9 +30,12 @@ from kdkernels.cache.errors import (
 
 FORMAT, VERSION = "kdkernels-teacher-cache", 1
 INDEX_NAME = "index.json"
+SHARD_NAME = "teacher-{:05d}.safetensors"
 # What stands in a folder under this name is not, or not yet, part of the cache.
 UNFINISHED = ".part"
 READ_BYTES = 2**20
+# What opening a path may say that is not there, or no file: a folder on its way is a file, or links lead in a circle.
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 @dataclass(frozen=True)
@@ -88,36 +96,92 @@ class Index:
         return dataclasses.replace(self, shards=(*self.shards, shard))
 
     def write(self, folder: Path) -> None:
+        """Put this index in the place of the folder's; it is sure to be on the disk after ``sync_folder``."""
         content = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
         text = json.dumps({**content, "sha256": _sha256(canonical_json(content))}, indent=1)
-        write_atomically(folder / INDEX_NAME, text.encode() + b"\n")
+        replace_file(folder / INDEX_NAME, text.encode() + b"\n")
 
     @classmethod
     def read(cls, folder: Path) -> Index:
-        """Read and check the index.
+        """Read and check the index. Nothing that it names has been touched when this returns.
 
         Raises:
             CacheFormatError: there is none, it is of another version, or it is damaged.
         """
         path = folder / INDEX_NAME
+        if not is_file(path):
+            raise CacheFormatError(f"{folder} has no {INDEX_NAME}: it is not a teacher cache")
+        # A text may be nested more deeply than the parser or the writer of JSON can follow.
         try:
-            content = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            raise CacheFormatError(f"{folder} has no {INDEX_NAME}: it is not a teacher cache") from None
-        except ValueError as error:
+            content = json.loads(path.read_bytes(), parse_constant=_no_number)
+            if not isinstance(content, dict) or content.get("format") != FORMAT:
+                raise CacheFormatError(f"{path} is not the index of a teacher cache, or it is damaged")
+            version = content.get("version")
+            if type(version) is not int or version != VERSION:
+                raise CacheFormatError(f"{path} has version {version!r}, and {VERSION} can be read")
+            if content.pop("sha256", None) != _sha256(canonical_json(content)):
+                raise CacheFormatError(f"{path} is damaged: its checksum is not that of its content")
+            return cls._of(content)
+        except (TypeError, ValueError, RecursionError) as error:
             raise CacheFormatError(f"{path} is damaged: {error}") from None
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise CacheFormatError(f"{path} is not the index of a teacher cache, or it is damaged")
-        if content.get("version") != VERSION:
-            raise CacheFormatError(f"{path} has version {content.get('version')!r}, and {VERSION} can be read")
-        if content.pop("sha256", None) != _sha256(canonical_json(content)):
-            raise CacheFormatError(f"{path} is damaged: its checksum is not that of its content")
+
+    @classmethod
+    def _of(cls, content: Any) -> Index:
+        """An index of the content of a file, which may be anything; TypeError or ValueError where it is no index."""
+        _keys("index", content, ("format", "version", *(field.name for field in dataclasses.fields(cls))))
+        identity, shards = content["identity"], content["shards"]
+        _keys("identity", identity, [field.name for field in dataclasses.fields(Identity)])
+        for name in ("tokenizer", "teacher"):
+            checks.text(name, identity[name])
+        checks.integer("vocab_size", identity["vocab_size"], low=1, high=MAX_VOCAB_SIZE)
+        checks.integer("k", identity["k"], low=1, high=sys.maxsize)
+        # An int would be another text than the shards have.
+        if not isinstance(identity["temperature"], float):
+            raise TypeError(f"temperature must be a float, got {type(identity['temperature']).__name__}")
+        checks.number("temperature", identity["temperature"], low=0.0, exclusive_low=True)
+        checks.flag("tail", content["tail"])
+        if not isinstance(content["extras"], dict):
+            raise TypeError(f"extras must be an object, got {type(content['extras']).__name__}")
+        dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in checks.EXTRA_DTYPES}
+        for name, dtype in content["extras"].items():
+            checks.choice(f"extras[{name!r}]", dtype, tuple(dtypes))
+        checks.extras_of_tokens({name: dtypes[dtype] for name, dtype in content["extras"].items()})
+        if not isinstance(shards, list):
+            raise TypeError(f"shards must be a list, got {type(shards).__name__}")
+        for number, shard in enumerate(shards):
+            _check_shard(number, shard)
+        if sum(shard["sequences"] for shard in shards) > sys.maxsize:
+            raise ValueError("shards have more sequences than can be counted")
         return cls(
-            identity=Identity(**content["identity"]),
+            identity=Identity(**identity),
             tail=content["tail"],
             extras=content["extras"],
-            shards=tuple(Shard(**shard) for shard in content["shards"]),
+            shards=tuple(Shard(**shard) for shard in shards),
         )
+
+
+def _check_shard(number: int, shard: Any) -> None:
+    name = f"shards[{number}]"
+    _keys(name, shard, [field.name for field in dataclasses.fields(Shard)])
+    # Its number in the cache says which file it is: an index cannot send a reader to another place, nor have a writer
+    # remove a shard that it names.
+    checks.choice(f"{name}.file", shard["file"], (SHARD_NAME.format(number),))
+    checks.integer(f"{name}.sequences", shard["sequences"], low=1, high=sys.maxsize)
+    checks.integer(f"{name}.tokens", shard["tokens"], low=0, high=sys.maxsize)
+    checks.integer(f"{name}.bytes", shard["bytes"], low=0, high=sys.maxsize)
+    if not re.fullmatch("[0-9a-f]{64}", checks.text(f"{name}.sha256", shard["sha256"])):
+        raise ValueError(f"{name}.sha256 must be 64 hexadecimal digits")
+
+
+def _keys(name: str, value: Any, expected: Iterable[str]) -> None:
+    if not isinstance(value, dict):
+        raise TypeError(f"{name} must be an object, got {type(value).__name__}")
+    if value.keys() != set(expected):
+        raise ValueError(f"{name} must have the keys {sorted(expected)}, got {sorted(value)}")
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number of JSON")
 
 
 def fingerprint(tokenizer: Any) -> str:
@@ -151,13 +215,22 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
+def is_file(path: Path) -> bool:
+    """Whether a regular file is there, or a link to one; of anything else opening it might never end."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError as error:
+        if error.errno in ABSENT:
+            return False
+        raise
+
+
 def check_size(folder: Path, shard: Shard) -> None:
     """Raise MissingShardError, TruncatedShardError, or ChecksumError for a shard of another size than it was closed."""
     path = folder / shard.file
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError:
-        raise MissingShardError(f"{path} is missing") from None
+    if not is_file(path):
+        raise MissingShardError(f"{path} is missing")
+    size = path.stat().st_size
     if size != shard.bytes:
         error = TruncatedShardError if size < shard.bytes else ChecksumError
         raise error(f"{path} has {size} bytes, and {shard.bytes} were written")
@@ -174,15 +247,27 @@ def check_sha256(folder: Path, shard: Shard) -> None:
         raise ChecksumError(f"{folder / shard.file} is damaged: its SHA-256 is not that of what was written")
 
 
-def write_atomically(path: Path, content: Union[bytes, memoryview]) -> None:
-    """Write a file such that, whenever the machine stops, the old one or the whole new one is there."""
+def replace_file(path: Path, content: Union[bytes, memoryview]) -> None:
+    """Write a file such that, whenever the machine stops, the old one or the whole new one is there.
+
+    Where it raises the old file is there, and nothing else is left.
+    """
     unfinished = path.with_name(path.name + UNFINISHED)
-    with open(unfinished, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-    sync_folder(path.parent)
+    try:
+        with open(unfinished, "wb", opener=open_no_link) as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        # A full disk needs the room.
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def open_no_link(path: Any, flags: int) -> int:
+    """An opener of files to write to: a link that stands in a cache's folder leads nobody to overwrite something."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def sync_folder(folder: Path) -> None:

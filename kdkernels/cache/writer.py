@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import hashlib
 import itertools
+import os
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Optional, TextIO, Union
+from typing import Any, BinaryIO, Optional, Union
 
 import safetensors.torch
 import torch
@@ -19,18 +23,22 @@ from kdkernels.cache.codec import CRC32, MAX_VOCAB_SIZE, OFFSETS, checksum
 from kdkernels.cache.errors import CacheFormatError, CacheLockedError, IdentityMismatchError
 from kdkernels.cache.index import (
     INDEX_NAME,
+    SHARD_NAME,
     UNFINISHED,
     Identity,
     Index,
     Shard,
     check_size,
     fingerprint,
-    write_atomically,
+    open_no_link,
+    replace_file,
+    sync_folder,
 )
 
 SHARD_BYTES = 64 * 2**20
-SHARD_NAME = "teacher-{:05d}.safetensors"
 LOCK_NAME = ".lock"
+# Those that are open in this process.
+_open_writers: weakref.WeakSet[TeacherCacheWriter] = weakref.WeakSet()
 
 
 class TeacherCacheWriter:
@@ -91,14 +99,18 @@ class TeacherCacheWriter:
         self._shard_bytes = checks.integer("shard_bytes", shard_bytes, low=1)
         self._folder = Path(path)
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._lock: Optional[TextIO] = _lock(self._folder)
+        self._lock: Optional[BinaryIO] = _lock(self._folder)
+        self._process = os.getpid()
+        _open_writers.add(self)
         try:
             self._index = self._open(Index(identity, tail, names))
+            # The process that wrote it may have been killed before it was on the disk.
+            sync_folder(self._folder)
         except BaseException:
             self._unlock()
             raise
         self._layout = self._index.layout
-        self._sequences = sum(shard.sequences for shard in self._index.shards)
+        self._sequences = self._durable = sum(shard.sequences for shard in self._index.shards)
         self._open_rows: list[dict[str, Tensor]] = []
         self._open_bytes = 0
 
@@ -109,7 +121,7 @@ class TeacherCacheWriter:
     @property
     def closed(self) -> int:
         """Sequences in closed shards: those that a kill leaves."""
-        return self._sequences
+        return self._durable
 
     def append(
         self,
@@ -122,29 +134,56 @@ class TeacherCacheWriter:
 
         Args:
             ids: int32 or int64 ``[L, K]``, each in ``[0, V)`` or -1 for an unused slot.
-            logprobs: float ``[L, K]``, natural log-probabilities; -inf is allowed. Stored in fp16, such that the sum of
-                a row's probabilities stays what it is.
-            tail_logprob: float ``[L]``, the log of the mass outside the K ids, stored in fp32; to be given if and only
-                if the writer was made with ``tail=True``.
+            logprobs: float ``[L, K]``, natural log-probabilities, at most 0 but for rounding; -inf is allowed. A row
+                without a tail may have weights above 1, as samples do. Stored in fp16, such that the sum of a row's
+                probabilities stays what it is.
+            tail_logprob: float ``[L]``, the log of the mass outside the K ids, at most 0 as well, stored in fp32; to be
+                given if and only if the writer was made with ``tail=True``.
             extras: the tensors ``[L]`` that the writer was told of, converted where that changes no value.
 
+        Whatever it raises, the sequence was not added, and the same call may be made again.
+
         Raises:
-            TypeError, ValueError: naming the argument; nothing was added.
+            TypeError, ValueError: naming the argument.
+            OSError: the shard was full and could not be closed, for the disk is full, say. Nothing that was added
+                before is lost; a later ``append``, ``flush`` or ``close`` tries again.
         """
-        if self._lock is None:
-            raise ValueError("the writer is closed")
+        self._require_open()
         sequence = checks.captured_sequence(ids, logprobs, tail_logprob, extras, self._layout)
+        self._settle()
         rows = self._layout.encode(*sequence)
-        # Last, and in one go: an interruption leaves the whole sequence or none of it.
+        rows_bytes = len(rows["shift"]) * self._layout.token_bytes
         self._open_rows.append(rows)
-        self._open_bytes += len(rows["shift"]) * self._layout.token_bytes
-        if self._open_bytes >= self._shard_bytes:
-            self.flush()
+        self._open_bytes += rows_bytes
+        if self._open_bytes < self._shard_bytes:
+            return
+        try:
+            self._close_shard()
+        except BaseException:
+            # Not so where an interrupt came when the index already named the shard.
+            if self._open_rows:
+                self._open_rows.pop()
+                self._open_bytes -= rows_bytes
+            raise
+        # The sequence is in the index by now. Where that may not outlive a loss of power yet, it does not count as
+        # closed, and the next call raises if it still cannot be helped.
+        with contextlib.suppress(OSError):
+            self._settle()
 
     def flush(self) -> None:
-        """Close the shard, however small: what was appended so far survives a kill."""
-        if not self._open_rows:
-            return
+        """Close the shard, however small: what was appended so far survives a kill.
+
+        Raises:
+            OSError: the disk is full, say; nothing is lost, and a later call tries again.
+        """
+        self._require_open()
+        self._settle()
+        if self._open_rows:
+            self._close_shard()
+            self._settle()
+
+    def _close_shard(self) -> None:
+        """Write what was appended as a shard, and the index that names it; where it raises neither counts."""
         number = len(self._index.shards)
         offsets = list(itertools.accumulate((len(rows["shift"]) for rows in self._open_rows), initial=0))
         spans = zip(itertools.pairwise(offsets), self._open_rows, strict=True)
@@ -159,15 +198,24 @@ class TeacherCacheWriter:
             bytes=len(content),
             sha256=hashlib.sha256(content).hexdigest(),
         )
-        write_atomically(self._folder / shard.file, content)
+        replace_file(self._folder / shard.file, content)
+        sync_folder(self._folder)
         index = self._index.with_shard(shard)
         index.write(self._folder)
         self._index = index
         self._sequences += shard.sequences
         self._open_rows, self._open_bytes = [], 0
 
+    def _settle(self) -> None:
+        """See to it that the index that stands in the folder outlives a loss of power."""
+        if self._durable != self._sequences:
+            sync_folder(self._folder)
+            self._durable = self._sequences
+
     def close(self) -> None:
-        """Close the last shard and let the folder go; further calls do nothing."""
+        """Close the last shard and let the folder go; further calls do nothing, nor does one in a forked process."""
+        if self._lock is None or self._process != os.getpid():
+            return
         try:
             self.flush()
         finally:
@@ -186,8 +234,8 @@ class TeacherCacheWriter:
 
     def _open(self, new: Index) -> Index:
         """The index to go on with: the folder's if it has one that fits, else ``new``, written."""
-        if not (self._folder / INDEX_NAME).exists():
-            if (self._folder / SHARD_NAME.format(0)).exists():
+        if not os.path.lexists(self._folder / INDEX_NAME):
+            if os.path.lexists(self._folder / SHARD_NAME.format(0)):
                 raise CacheFormatError(f"{self._folder} has shards and no {INDEX_NAME}: not overwritten")
             new.write(self._folder)
             return new
@@ -205,15 +253,36 @@ class TeacherCacheWriter:
             (self._folder / name).unlink(missing_ok=True)
         return index
 
+    def _require_open(self) -> None:
+        if self._process != os.getpid():
+            raise CacheLockedError(
+                f"{self._folder} is open in a writer of process {self._process}, from which this one was forked: give "
+                "each process a folder and a writer of its own"
+            )
+        if self._lock is None:
+            raise ValueError("the writer is closed")
+
     def _unlock(self) -> None:
+        if self._lock is not None:
+            # Not by closing alone: a process that is forked at this moment has a copy of the descriptor.
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
+            self._leave()
+
+    def _leave(self) -> None:
+        """Close this process's descriptor of the lock; whoever else has a copy still holds it."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
 
-def _lock(folder: Path) -> TextIO:
+def _lock(folder: Path) -> BinaryIO:
     """Hold the folder's lock, which the kernel lets go when the process ends, however it ends."""
-    file = open(folder / LOCK_NAME, "w")
+    try:
+        file = open(folder / LOCK_NAME, "ab", opener=open_no_link)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise CacheFormatError(f"{folder / LOCK_NAME} is a symbolic link: not written to") from None
+        raise
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -222,3 +291,13 @@ def _lock(folder: Path) -> TextIO:
             raise CacheLockedError(f"{folder} is open in another writer") from None
         raise
     return file
+
+
+def _leave_all() -> None:
+    for writer in list(_open_writers):
+        writer._leave()
+
+
+# A forked process, such as a worker of a DataLoader, has nothing to write. Its copy of the lock would hold the folder
+# after the writer's own process was killed.
+os.register_at_fork(after_in_child=_leave_all)

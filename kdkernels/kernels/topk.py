@@ -55,6 +55,8 @@ from kdkernels.kernels.rows import (
 from kdkernels.kernels.terms import NOWHERE, hard_terms, label_gradient, score_of, through_cap, value_of
 
 NUM_STATS = tl.constexpr(6)
+# As in kdkernels.reference.topk.
+NO_ENTRY = tl.constexpr(-9000.0)
 # Bits of the word in which a lane marks the columns it holds.
 WORD = tl.constexpr(64)
 # The mass outside may be a difference of numbers up to this many times larger.
@@ -64,9 +66,11 @@ PAIRS = 8
 
 
 @triton.jit
-def load_ids(ids_ptr, offs_k, K):
-    """Ids as they were given, in int32: one out of range has spoilt its row before this is asked."""
-    return tl.load(ids_ptr + offs_k, mask=offs_k < K, other=-1).to(tl.int32)
+def load_ids(ids_ptr, logprobs_ptr, offs_k, K):
+    """Ids as they were given, in int32, and -1 in slots that are unused: one out of range has spoilt its row before."""
+    inside = offs_k < K
+    given = tl.load(logprobs_ptr + offs_k, mask=inside, other=NEG_INF).to(tl.float32)
+    return tl.where(given <= NO_ENTRY, -1, tl.load(ids_ptr + offs_k, mask=inside, other=-1).to(tl.int32))
 
 
 @triton.jit
@@ -79,7 +83,7 @@ def merge_equal(ids, used, ids_ptr, logprobs_ptr, K, K_TILE: tl.constexpr):
     earlier = tl.zeros([BLOCK_K], tl.int32)
     for start in range(0, K, CHUNK):
         offs_j = start + tl.arange(0, CHUNK)
-        equal = load_ids(ids_ptr, offs_j, K)[:, None] == ids[None, :]
+        equal = load_ids(ids_ptr, logprobs_ptr, offs_j, K)[:, None] == ids[None, :]
         given = tl.load(logprobs_ptr + offs_j, mask=offs_j < K, other=NEG_INF).to(tl.float32)
         high = tl.maximum(high, tl.max(tl.where(equal, given[:, None], NEG_INF), axis=0))
         earlier += tl.sum((equal & (offs_j[:, None] < offs_k[None, :])).to(tl.int32), axis=0)
@@ -87,7 +91,7 @@ def merge_equal(ids, used, ids_ptr, logprobs_ptr, K, K_TILE: tl.constexpr):
     total = tl.zeros([BLOCK_K], tl.float32)
     for start in range(0, K, CHUNK):
         offs_j = start + tl.arange(0, CHUNK)
-        equal = load_ids(ids_ptr, offs_j, K)[:, None] == ids[None, :]
+        equal = load_ids(ids_ptr, logprobs_ptr, offs_j, K)[:, None] == ids[None, :]
         given = tl.load(logprobs_ptr + offs_j, mask=offs_j < K, other=NEG_INF).to(tl.float32)
         part = tl.exp2((given[:, None] - high[None, :]) * LOG2E)
         total += tl.sum(tl.where(equal, part, 0.0), axis=0)
@@ -107,18 +111,19 @@ def read_entries(ids_ptr, logprobs_ptr, K, V, K_TILE: tl.constexpr):
     BLOCK_K: tl.constexpr = K_TILE[1]
     offs_k = tl.arange(0, BLOCK_K)
     ids = tl.load(ids_ptr + offs_k, mask=offs_k < K, other=-1)
-    used = (ids >= 0) & (ids < V)
-    invalid = tl.max(((ids != -1) & (used == 0)).to(tl.int32), axis=0) != 0
+    given = tl.load(logprobs_ptr + offs_k, mask=ids != -1, other=NEG_INF)
+    entry = (ids != -1) & ((given.to(tl.float32) <= NO_ENTRY) == 0)
+    used = entry & (ids >= 0) & (ids < V)
+    invalid = tl.max((entry & (used == 0)).to(tl.int32), axis=0) != 0
     ids = tl.where(used, ids, NOWHERE).to(tl.int32)
-    given = tl.load(logprobs_ptr + offs_k, mask=used, other=NEG_INF)
-    exact = tl.exp(given.to(tl.float64))
+    exact = tl.where(used, tl.exp(given.to(tl.float64)), 0.0)
     mass = tl.sum(exact, axis=0)
     p = exact.to(tl.float32)
-    log2p = given.to(tl.float32) * LOG2E
+    log2p = tl.where(used, given.to(tl.float32) * LOG2E, NEG_INF)
 
     pairs = tl.zeros([CHUNK, BLOCK_K], tl.int32)
     for start in range(0, K, CHUNK):
-        pairs += (load_ids(ids_ptr, start + tl.arange(0, CHUNK), K)[:, None] == ids[None, :]).to(tl.int32)
+        pairs += (load_ids(ids_ptr, logprobs_ptr, start + tl.arange(0, CHUNK), K)[:, None] == ids[None, :]).to(tl.int32)
     if tl.sum(tl.sum(pairs, axis=1), axis=0) > tl.sum(used.to(tl.int32), axis=0):
         used, p, log2p = merge_equal(ids, used, ids_ptr, logprobs_ptr, K, K_TILE)
     return tl.where(used, ids, NOWHERE), p, log2p, mass, invalid
@@ -174,7 +179,7 @@ def sweep_but_one(
 
 
 @triton.jit
-def mark_entries(ids_ptr, K, start, TILE: tl.constexpr):
+def mark_entries(ids_ptr, logprobs_ptr, K, start, TILE: tl.constexpr):
     """For every lane a word with a bit for each of its columns that is an entry, in the tiles from column start on."""
     LANES: tl.constexpr = TILE[1]
     VEC: tl.constexpr = TILE[2]
@@ -183,6 +188,7 @@ def mark_entries(ids_ptr, K, start, TILE: tl.constexpr):
     one = tl.full([LANES], 1, tl.int64)
     for k in range(K):
         at = tl.load(ids_ptr + k).to(tl.int64) - start
+        at = tl.where(tl.load(logprobs_ptr + k).to(tl.float32) <= NO_ENTRY, -1, at)
         inside = (at >= 0) & (at < WORD * LANES)
         at = tl.where(inside, at, 0).to(tl.int32)
         bit = at // (LANES * VEC) * VEC + at % VEC
@@ -201,7 +207,7 @@ def marked(word, tile, TILE: tl.constexpr):
 
 
 @triton.jit
-def sweep_outside(student_ptr, ids_ptr, K, V, load_width, softcap, student_scale, TILE: tl.constexpr):
+def sweep_outside(student_ptr, ids_ptr, logprobs_ptr, K, V, load_width, softcap, student_scale, TILE: tl.constexpr):
     """Maximum and sum of exponentials of the columns outside the entries, from the last to the first."""
     BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
     SPAN: tl.constexpr = WORD * TILE[1]
@@ -211,7 +217,7 @@ def sweep_outside(student_ptr, ids_ptr, K, V, load_width, softcap, student_scale
     spans = tl.cdiv(V, SPAN)
     for k in range(spans):
         first = (spans - 1 - k) * SPAN
-        word = mark_entries(ids_ptr, K, first, TILE)
+        word = mark_entries(ids_ptr, logprobs_ptr, K, first, TILE)
         tiles = tl.cdiv(tl.minimum(V - first, SPAN), BLOCK_V)
         for j in range(tiles):
             tile = tiles - 1 - j
@@ -228,6 +234,7 @@ def sweep_outside(student_ptr, ids_ptr, K, V, load_width, softcap, student_scale
 def evaluate_outside(
     student_ptr,
     ids_ptr,
+    logprobs_ptr,
     norm,
     p,
     log2p,
@@ -251,7 +258,7 @@ def evaluate_outside(
     spans = tl.cdiv(V, SPAN)
     for k in range(spans):
         first = (spans - 1 - k) * SPAN
-        word = mark_entries(ids_ptr, K, first, TILE)
+        word = mark_entries(ids_ptr, logprobs_ptr, K, first, TILE)
         tiles = tl.cdiv(tl.minimum(V - first, SPAN), BLOCK_V)
         for j in range(tiles):
             tile = tiles - 1 - j
@@ -327,6 +334,8 @@ def topk_fwd_kernel(
     z_loss_weight,
     label_smoothing,
     student_softcap,
+    min_tail,
+    tail_rounding,
     param0,
     param1,
     COEFFICIENTS: tl.constexpr,
@@ -383,17 +392,25 @@ def topk_fwd_kernel(
 
     # The teacher.
     ids_ptr = teacher_ids_ptr + row64 * K
-    ids, p, log2p, mass, invalid = read_entries(ids_ptr, teacher_logprobs_ptr + row64 * K, K, V, K_TILE)
+    logprobs_ptr = teacher_logprobs_ptr + row64 * K
+    ids, p, log2p, mass, invalid = read_entries(ids_ptr, logprobs_ptr, K, V, K_TILE)
     used = ids != NOWHERE
     count = tl.sum(used.to(tl.int32), axis=0)
     outside = V - count
     if tail_ptr is None:
-        rest = tl.where(outside > 0, tl.maximum(1.0 - mass, 0.0), 0.0).to(tl.float32)
+        rest = tl.maximum(1.0 - mass, 0.0).to(tl.float32)
         log2_rest = tl.log2(rest)
     else:
-        log2_rest = tl.where(outside > 0, tl.load(tail_ptr + row) * LOG2E, NEG_INF)
+        log2_rest = tl.load(tail_ptr + row) * LOG2E
         rest = tl.exp2(log2_rest)
-        invalid = invalid | (rest != rest)
+        invalid = invalid | ((rest != rest) & (count > 0))
+    if min_tail is not None:
+        floor = min_tail + tail_rounding * tl.sum(mul0(p, tl.abs(log2p)), axis=0) * LN2
+        log2_rest = tl.where(rest < floor, tl.log2(floor), log2_rest)
+        rest = tl.where(rest < floor, floor, rest)
+    # A row without entries is all tail, whatever was captured for it.
+    log2_rest = tl.where(outside > 0, tl.where(count > 0, log2_rest, 0.0), NEG_INF)
+    rest = tl.where(outside > 0, tl.where(count > 0, rest, 1.0), 0.0)
     known = True
     each = 0.0
     log2_each = NEG_INF
@@ -458,6 +475,7 @@ def topk_fwd_kernel(
         value_outside, score_outside = evaluate_outside(
             student_ptr,
             ids_ptr,
+            logprobs_ptr,
             norm,
             each,
             log2_each,
@@ -485,7 +503,9 @@ def topk_fwd_kernel(
         exact = (others_z == 0) | (outside == 0)
         trusted = (out_z * CANCELLATION > others_z) & (tl.abs(score_outside) * (out_z + others_z) <= 4.0 * out_z)
         if (exact | trusted) == 0:
-            out_max, out_z = sweep_outside(student_ptr, ids_ptr, K, V, load_width, student_softcap, student_scale, TILE)
+            out_max, out_z = sweep_outside(
+                student_ptr, ids_ptr, logprobs_ptr, K, V, load_width, student_softcap, student_scale, TILE
+            )
             shift = (out_max - high) * student_scale
             q_outside = out_z * tl.exp2(shift) / z
             log2q_outside = shift + tl.log2(out_z) - log2_z
@@ -561,7 +581,9 @@ def topk_fwd_kernel(
         g = mul0(g_scale, score - q * score_sum)
         if HARD_GRAD:
             g += hard_gradient(s, ids, hard_norm, label, V, lse_scale, hard_scale, label_smoothing, CE)
-        g = through_cap(g, s, student_softcap) + spoilt
+        g = through_cap(g, s, student_softcap)
+        if kd_weight is not None:
+            g += spoilt
         tl.store(dstudent_ptr + ids, g.to(dstudent_ptr.dtype.element_ty), mask=used)
 
 
@@ -578,6 +600,8 @@ def topk_fwd(
     tail_rows: Optional[Tensor],
     *,
     tail: str,
+    min_tail: float,
+    tail_rounding: float,
     divergence: str,
     param0: float,
     param1: float,
@@ -598,9 +622,8 @@ def topk_fwd(
 
     Args:
         student: logits [B, L, V] or [N, V] with unit last stride; rows are numbered b * L + l.
-        teacher_ids: int32 or int64 [N, K], contiguous; -1 is no entry, equal ids add up, an id out of range makes the
-            row NaN.
-        teacher_logprobs: [N, K], contiguous, of any float dtype.
+        teacher_ids: int32 or int64 [N, K], contiguous; equal ids add up, an id out of range makes the row NaN.
+        teacher_logprobs: [N, K], contiguous, of any float dtype; in a slot of id -1, or of -9000 and less, is no entry.
         dstudent: written, of the student's shape; may be the student itself.
         labels: int64 [N]. row_weight: fp32 [N], any stride.
         student_temperature_rows, teacher_temperature_rows, param_rows, tail_rows: fp32 [N].
@@ -617,6 +640,7 @@ def topk_fwd(
         return loss, row_stats
     entry = divergences.lookup(divergence)
     pointwise = tail == "uniform" or (tail in ("renormalize", "drop") and not entry.homogeneous)
+    floored = min_tail > 0 or tail_rounding > 0
     plain = not (ce_weight or z_loss_weight or stats or student_softcap or pointwise)
     shape = tuning.shape(vocab_size, student.element_size(), load=tuning.LIGHT if plain else tuning.MEDIUM)
     width = student.shape[-1]
@@ -656,6 +680,8 @@ def topk_fwd(
             z_loss_weight or None,
             (label_smoothing or None) if ce_weight else None,
             student_softcap or None,
+            min_tail if floored else None,
+            tail_rounding,
             param0,
             param1,
             COEFFICIENTS=entry.linear,

@@ -37,8 +37,9 @@ def apply_softcap(logits: Tensor, cap: float) -> Tensor:
 
 
 def _standardized(logits: Tensor) -> Tensor:
+    """Less their mean, over their deviation as ``torch.std`` has it: of V - 1 degrees of freedom."""
     centred = logits - logits.mean(-1, keepdim=True)
-    variance = centred.square().mean(-1, keepdim=True)
+    variance = centred.square().sum(-1, keepdim=True) / max(logits.shape[-1] - 1, 1)
     return centred / torch.where(variance > 0, variance, torch.ones_like(variance)).sqrt()
 
 
@@ -136,7 +137,8 @@ def dense_rows(
         standardize=standardize,
     )
 
-    loss = torch.zeros_like(capped[:, 0])
+    # A loss without any term is 0, and so is its gradient, which is there.
+    loss = capped[:, :0].sum(-1)
     if kd_weight:
         scale = squared(temperature) if scale_by_t_squared else 1.0
         d = divergences.TABLE[divergence](logp, logq, column(params[0]), params[1])

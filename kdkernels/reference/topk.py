@@ -13,6 +13,9 @@ from kdkernels.reference.dense import Temperature, apply_softcap, column, cross_
 # Divergences with f(c p, c q) = c f(p, q), that are finite at p = 0.
 HOMOGENEOUS = ("forward_kl", "soft_ce", "jsd", "tvd", "skew_kl", "skew_reverse_kl")
 
+# What collators and servers put where they have no log-probability is -inf, -1e9 or -9999; no teacher gives as little.
+NO_ENTRY = -9000.0
+
 
 class TopKRows(NamedTuple):
     """Unreduced and unweighted: the objective of each row ``[N]``, and on request ``ops.TOPK_STATS`` ``[N, 6]``."""
@@ -40,13 +43,23 @@ def defined_without_teacher(divergence: str, param0: float, param1: float) -> bo
 defined_without_teacher._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def unused(ids: Tensor, logprobs: Tensor) -> Tensor:
+    """Which slots hold no entry: those of id -1, and those of ``NO_ENTRY`` and less."""
+    return (ids == -1) | (logprobs <= NO_ENTRY)
+
+
+def out_of_range(ids: Tensor, logprobs: Tensor, columns: int) -> Tensor:
+    """Which rows ``[N]`` have an id in a slot that is used, and no column for it."""
+    return (((ids < 0) | (ids >= columns)) & ~unused(ids, logprobs)).any(-1)
+
+
 def distinct(ids: Tensor, logprobs: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sort the ids of each row and add up the probabilities of equal ones.
 
     Returns:
         ids ``[N, K]``, ``columns`` in slots that are not used; log-probabilities ``[N, K]``; which slots are used.
     """
-    valid = (ids >= 0) & (ids < columns)
+    valid = (ids >= 0) & (ids < columns) & ~unused(ids, logprobs)
     ids, order = torch.where(valid, ids, columns).long().sort(-1)
     logp = torch.where(valid, logprobs, 0.0).gather(1, order)
     first = torch.ones_like(valid)
@@ -66,16 +79,23 @@ def resolve_teacher(
     tail: str,
     teacher_temperature: Temperature,
     log_rest: Optional[Tensor] = None,
+    min_tail: float = 0.0,
+    tail_rounding: float = 0.0,
 ) -> Teacher:
     """Make the given log-probabilities a distribution.
 
     Args:
         outside: ``[N]``, the number of ids that are not among the given ones.
-        log_rest: ``[N]``, the log of their mass; by default of what is missing to 1.
+        log_rest: ``[N]``, the log of their mass; by default of what is missing to 1. A row without entries has all of
+            its mass there.
+        min_tail, tail_rounding: that mass is at least ``min_tail + tail_rounding * sum p |log p|``.
     """
     logp = torch.where(used, logp, -torch.inf)
     if log_rest is None:
         log_rest = (1 - logp.exp().sum(-1)).clamp(min=0.0).log()
+    if min_tail or tail_rounding:
+        log_rest = torch.maximum(log_rest, (min_tail + tail_rounding * nats(logp)).log())
+    log_rest = torch.where(used.any(-1), log_rest, 0.0)
     log_rest = torch.where(outside > 0, log_rest, -torch.inf)
     known = torch.ones_like(log_rest, dtype=torch.bool)
     if tail == "drop":
@@ -94,6 +114,11 @@ def resolve_teacher(
     return Teacher(scores - log_z[:, None], None, None if log_each is None else log_each - log_z, known)
 
 
+def nats(logp: Tensor) -> Tensor:
+    """``sum p |log p|`` of each row: a relative rounding of log p by half an epsilon moves sum p by that much of it."""
+    return (logp.exp() * torch.where(torch.isneginf(logp), 0.0, logp).abs()).sum(-1)
+
+
 def overlap(logq: Tensor, picked: Tensor, used: Tensor) -> Tensor:
     """The fraction of a row's K' used entries whose ``picked`` log-probability is at least the K'-th of the row."""
     count = used.sum(-1, keepdim=True)
@@ -108,7 +133,7 @@ def student_overlap(
     """``overlap`` of logits ``(..., V)`` for kernels that do not compute it: 0 where ignored, NaN where the row is."""
     columns = options["vocab_size"]
     s = student.detach().reshape(-1, student.shape[-1])[:, :columns]
-    spoilt = ((ids < -1) | (ids >= columns)).any(-1) | s.isnan().any(-1)
+    spoilt = out_of_range(ids, logprobs, columns) | s.isnan().any(-1)
     ids, _, used = distinct(ids, logprobs, columns)
     shared = overlap(s, s.gather(1, ids.clamp(max=columns - 1)), used).float()
     shared = torch.where(spoilt, torch.nan, shared)
@@ -124,6 +149,8 @@ def topk_rows(
     tail: str,
     divergence: str,
     tail_rows: Optional[Tensor] = None,
+    min_tail: float = 0.0,
+    tail_rounding: float = 0.0,
     params: tuple[Union[float, Tensor], float] = (0.0, 0.0),
     temperature: Temperature = 1.0,
     teacher_temperature: Temperature = 1.0,
@@ -140,9 +167,10 @@ def topk_rows(
     """The objective of each row, by the formulas in ``kdkernels.topk_kd_loss``.
 
     Args:
-        student: logits ``[N, V]``. ids, logprobs: ``[N, K]``; -1 is no entry, another id out of range a NaN row.
+        student: logits ``[N, V]``. ids, logprobs: ``[N, K]``; an id out of range in a slot that is used is a NaN row.
         labels: ``[N]`` int64; rows equal to ``ignore_index`` give 0 everywhere and pass no gradient.
-        tail_rows: ``[N]``, the log of the teacher's mass outside the ids, where it is known.
+        tail_rows: ``[N]``, the log of the teacher's mass outside the ids, where it is known. min_tail, tail_rounding:
+            as in ``resolve_teacher``.
         temperature, teacher_temperature, params[0]: a float or ``[N]``.
 
     Returns:
@@ -158,15 +186,15 @@ def topk_rows(
     capped = apply_softcap(s, student_softcap)
     logq = torch.log_softmax(capped / column(temperature), -1)
 
-    spoilt = ((ids < -1) | (ids >= columns)).any(-1)
-    if tail_rows is not None:
-        spoilt = spoilt | tail_rows.isnan()
+    spoilt = out_of_range(ids, logprobs, columns)
     # The teacher is small: fp64 keeps the tail of a teacher that is nearly sure.
     exact = dtype if s.device.type == "mps" else torch.float64
     ids, given, used = distinct(ids, logprobs.to(exact), columns)
     outside = columns - used.sum(-1)
     log_rest = None if tail_rows is None else tail_rows.to(exact)
-    teacher = resolve_teacher(given, used, outside, tail, teacher_temperature, log_rest)
+    if tail_rows is not None:
+        spoilt = spoilt | (tail_rows.isnan() & used.any(-1))
+    teacher = resolve_teacher(given, used, outside, tail, teacher_temperature, log_rest, min_tail, tail_rounding)
     picked = logq.gather(1, ids.clamp(max=columns - 1))  # [N, K]
     student_mass = torch.where(used, picked, -torch.inf).exp().sum(-1)
     d = _divergence(logq, picked, ids, used, outside, teacher, tail, divergence, params)
@@ -175,7 +203,8 @@ def topk_rows(
     d = d * torch.where(torch.isnan(d), d.detach(), torch.ones_like(d))
 
     zero = torch.zeros_like(d)
-    loss = zero
+    # A loss without any term is 0, and so is its gradient, which is there.
+    loss = capped[:, :0].sum(-1)
     if kd_weight:
         loss = kd_weight * (squared(temperature) if scale_by_t_squared else 1.0) * d
     lse = torch.logsumexp(capped, -1) if ce_weight or z_loss_weight or stats else zero

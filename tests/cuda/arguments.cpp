@@ -14,7 +14,7 @@ struct Call {
   int64_t row_weight, row_weight_stride, student_temperature, student_temperature_stride;
   int64_t teacher_temperature, teacher_temperature_stride, param, param_stride, tail_rows, tail_rows_stride;
   double scale, param0, param1, temperature, teacher_temperature_value;
-  double kd_weight, ce_weight, z_loss_weight, label_smoothing, student_softcap;
+  double kd_weight, ce_weight, z_loss_weight, label_smoothing, student_softcap, min_tail, tail_rounding;
   int64_t shared_per_block, shared_per_multiprocessor, cluster;
   // Filled in here.
   int64_t resident, every, plan_cluster, threads, shared_bytes, workspace_per_row;
@@ -57,6 +57,7 @@ extern "C" int64_t topk_launch(Call* c, const char* divergence, void* out) {
   a.logprobs = {pointer(c->logprobs), 0, c->entries, DType(c->logprobs_dtype)};
   a.entries = c->entries;
   a.tail = Tail(c->tail);
+  a.min_tail = c->min_tail, a.tail_rounding = c->tail_rounding;
   const cuda::Limits limits{int(c->shared_per_block), int(c->shared_per_multiprocessor), int(c->cluster)};
   cuda::TopkLaunch launch = cuda::prepare_topk(a, limits);
   launch.workspace = pointer(c->workspace);

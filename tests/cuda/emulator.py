@@ -75,7 +75,7 @@ INTEGERS = """batch length columns width ids_are_64_bits entries tail ignore_ind
     row_weight row_weight_stride student_temperature student_temperature_stride
     teacher_temperature teacher_temperature_stride param param_stride tail_rows tail_rows_stride""".split()
 NUMBERS = """scale param0 param1 temperature teacher_temperature_value
-    kd_weight ce_weight z_loss_weight label_smoothing student_softcap""".split()
+    kd_weight ce_weight z_loss_weight label_smoothing student_softcap min_tail tail_rounding""".split()
 PLAN = """shared_per_block shared_per_multiprocessor cluster
     resident every plan_cluster threads shared_bytes workspace_per_row""".split()
 

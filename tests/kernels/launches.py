@@ -40,6 +40,8 @@ DENSE = {
 }
 TOPK = {
     "tail": "bucket",
+    "min_tail": 0.0,
+    "tail_rounding": 0.0,
     **{name: value for name, value in DENSE.items() if name not in DENSE_ONLY},
 }
 DKD = {

@@ -11,6 +11,9 @@ enum class Mixture { kNone, kProbs, kLogits };
 // What the mass outside a sparse teacher's entries is; in the order of kdkernels.checks.TAILS.
 enum class Tail { kBucket, kRenormalize, kRenormalizeBoth, kUniform, kDrop };
 
+// A sparse teacher's log-probability that is no larger marks a slot that is unused, as an id of -1 does.
+constexpr double kNoEntry = -9000;
+
 constexpr int kMaxTeachers = 4;
 constexpr int kStats = 9, kTopkStats = 6;
 
@@ -66,9 +69,10 @@ struct DenseArgs : ObjectiveArgs {
 struct TopkArgs : ObjectiveArgs {
   const void* ids = nullptr;  // [N, K] int32 or int64
   bool ids_are_64_bits = false;
-  LogitsView logprobs;  // [N, K]; stride_l from row to row
-  int64_t entries = 0;  // K
-  PerRow tail_rows;     // log of the teacher's mass outside the entries; null: what is missing to 1
+  LogitsView logprobs;                     // [N, K]; stride_l from row to row
+  int64_t entries = 0;                     // K
+  PerRow tail_rows;                        // log of the teacher's mass outside the entries; null: what is missing to 1
+  double min_tail = 0, tail_rounding = 0;  // that mass is at least min_tail + tail_rounding * sum p |log p|
   Tail tail = Tail::kBucket;
 };
 

@@ -9,10 +9,14 @@
 // their values and scores are computed in fp32, once for their sums and once for the gradient. The gradients of the
 // entries are written last, over those of the sweep.
 //
-// In here x is a logit (capped, at temperature 1), y = x / T, and "high" a maximum that exponentials are relative to.
+// In here x is a logit (capped, at temperature 1), "high" a maximum that exponentials are relative to, and y =
+// (x - top) / T, with top the larger of those of the entries and of the others: logarithms of sums are relative to it,
+// so that an offset of all logits, up to the largest finite number, costs no digits.
 #pragma once
 
 #include "device.cuh"
+
+#include <cfloat>
 
 // The functors of divergences.h find these for plain numbers.
 namespace kdk {
@@ -55,6 +59,49 @@ __device__ __forceinline__ Scored<V> eval(const Linear& c, int functor, V x0, V 
   const V over_q = q > V() ? q * (term(c.c_qp, logp) + term(c.c_qq, logq)) : V();
   return {over_p + over_q, V(c.c_pq) * p + V(c.c_qq) * q + over_q};
 }
+
+// The exponent of a logit relative to a maximum: one rounding in one instruction, unless the product of the maximum has
+// lost its fraction; then the difference comes first, and an offset of all logits costs no digits however large it is.
+struct Exponent {
+  float high, scale, at;
+  bool fused;
+
+  __device__ __forceinline__ Exponent(float high, float scale)
+      : high(high), scale(scale), at(high * scale), fused(fabsf(at) < 16777216.0f) {}
+  // Both forms are a loop of their own where there is one: a choice for each logit would be as dear as both.
+  __device__ __forceinline__ float by_fusing(float x) const { return fmaf(x, scale, -at); }
+  __device__ __forceinline__ float by_difference(float x) const { return (x - high) * scale; }
+  __device__ __forceinline__ float operator()(float x) const { return fused ? by_fusing(x) : by_difference(x); }
+  // What it is relative to.
+  __device__ __forceinline__ double reference() const { return fused ? double(at) : double(high) * double(scale); }
+  // By how much sums relative to this one shrink relative to another.
+  __device__ __forceinline__ float to(const Exponent& other) const {
+    return exp2_fast(float(reference() - other.reference()));
+  }
+  template <int N>
+  __device__ __forceinline__ float sum(const float (&x)[N]) const {
+    float total = 0;
+    if (fused) {
+#pragma unroll
+      for (float value : x) total += exp2_fast(by_fusing(value));
+    } else {
+#pragma unroll
+      for (float value : x) total += exp2_fast(by_difference(value));
+    }
+    return total;
+  }
+  // out += factor * 2^exponent.
+  template <int N>
+  __device__ __forceinline__ void add(float factor, const float (&x)[N], float (&out)[N]) const {
+    if (fused) {
+#pragma unroll
+      for (int l = 0; l < N; ++l) out[l] = fmaf(factor, exp2_fast(by_fusing(x[l])), out[l]);
+    } else {
+#pragma unroll
+      for (int l = 0; l < N; ++l) out[l] = fmaf(factor, exp2_fast(by_difference(x[l])), out[l]);
+    }
+  }
+};
 
 // The slots of a teacher's row. A slot is live when it holds a valid id, the first one of equal ids.
 struct Entries {
@@ -101,10 +148,11 @@ __device__ __forceinline__ double log_add(double a, double b) {
   return isinf(high) ? high : high + log1p(exp(low - high));
 }
 
-// Of the live entries: how many, the mass as given, the largest log-probability and logit.
+// Of the live entries: how many, the mass as given, sum p |log p|, the largest log-probability and logit, and the sum
+// of logits less the label's.
 struct Found {
   int count = 0, invalid = 0;
-  double mass = 0, high_logp = -INFINITY, sum_x = 0;
+  double mass = 0, nats = 0, high_logp = -INFINITY, sum_x = 0;
   float high_x = -INFINITY, pad = 0;
 };
 // Sums of exponentials relative to those.
@@ -112,9 +160,9 @@ struct Masses {
   double teacher = 0, student = 0, student1 = 0;
 };
 // Of the logits outside the entries: their maximum, the sums of exponentials relative to it at temperature T and at 1,
-// their sum.
+// their sum less the label's.
 struct Outside {
-  float high = -1e30f, z = 0, z1 = 0, sum_x = 0;
+  float high = -FLT_MAX, z = 0, z1 = 0, sum_x = 0;
 };
 struct Sums {
   double value = 0, score = 0, score_outside = 0;
@@ -135,6 +183,7 @@ struct AddFound {
     out.count = a.count + b.count;
     out.invalid = a.invalid | b.invalid;
     out.mass = a.mass + b.mass;
+    out.nats = a.nats + b.nats;
     out.high_logp = fmax(a.high_logp, b.high_logp);
     out.sum_x = a.sum_x + b.sum_x;
     out.high_x = fmaxf(a.high_x, b.high_x);
@@ -146,9 +195,9 @@ struct AddOutside {
   __device__ __forceinline__ Outside operator()(const Outside& a, const Outside& b) const {
     Outside out;
     out.high = fmaxf(a.high, b.high);
-    const float at = out.high * scale, at1 = out.high * kLog2e;
-    out.z = a.z * exp2_fast(a.high * scale - at) + b.z * exp2_fast(b.high * scale - at);
-    out.z1 = a.z1 * exp2_fast(a.high * kLog2e - at1) + b.z1 * exp2_fast(b.high * kLog2e - at1);
+    const Exponent y(out.high, scale), x(out.high, kLog2e);
+    out.z = a.z * Exponent(a.high, scale).to(y) + b.z * Exponent(b.high, scale).to(y);
+    out.z1 = a.z1 * Exponent(a.high, kLog2e).to(x) + b.z1 * Exponent(b.high, kLog2e).to(x);
     out.sum_x = a.sum_x + b.sum_x;
     return out;
   }
@@ -255,12 +304,12 @@ struct RowNumbers {
   Found found;
   Masses masses;
   Outside outside;
-  double weight, tau, nats, inverse_t, x0, picked;          // y = x nats
+  double weight, tau, nats, inverse_t, x0, picked, center;  // y = (x - top) nats
   double rest, log_rest, log_each, teacher_high, log_norm;  // log p = logp inverse_t - log_norm
-  double log_z, lse, q_outside, log_q_outside;              // log q = y - log_z
-  double y_outside, x_outside;                              // what the exponentials outside are relative to
+  double top, log_z, lse_above, q_outside, log_q_outside;   // log q = y - log_z; the logsumexp is top + lse_above
+  double y_outside, x_outside;                              // what the exponentials outside are relative to, less top
   double student_mass, w, hard, c0, step, score;            // of the gradient
-  float scale, at, at1, p_each, log_p_each, share, log_share, a, c1;
+  float scale, p_each, log_p_each, share, log_share, a, c1;
   int others;  // outcomes
   bool own, known, nan;
 };
@@ -311,6 +360,7 @@ struct TopkRow {
     n.inverse_t = tempered() ? 1 / per_row(args.teacher_temperature, row, args.teacher_temperature_value) : 1.0;
     n.x0 = per_row(args.param, row, args.param0);
     n.picked = has_label(label) ? double(capped(to_float(s[label]))) : NAN;
+    n.center = isfinite(n.picked) ? n.picked : 0.0;
   }
 
   __device__ __forceinline__ Found read_entries() const {
@@ -319,11 +369,12 @@ struct TopkRow {
       const int64_t at = row * entries.slots + j;
       const int64_t id =
           args.ids_are_64_bits ? static_cast<const int64_t*>(args.ids)[at] : static_cast<const int32_t*>(args.ids)[at];
-      const bool valid = id >= 0 && id < args.columns;
-      found.invalid |= !valid && id != -1;
+      const double logp = id != -1 ? read_number(args.logprobs.data, args.logprobs.dtype, at) : -INFINITY;
+      const bool used = !(logp <= kNoEntry), valid = used && id >= 0 && id < args.columns;
+      found.invalid |= used && !valid;
       entries.ids[j] = valid ? int(id) : -1;
       entries.x[j] = valid ? capped(to_float(s[id])) : 0.0f;
-      entries.logp[j] = valid ? read_number(args.logprobs.data, args.logprobs.dtype, at) : 0.0;
+      entries.logp[j] = valid ? logp : 0.0;
     }
     for (int i = team.thread; i <= entries.mask; i += team.threads) entries.table[i] = -1;
     team.sync();
@@ -332,10 +383,12 @@ struct TopkRow {
     if (__syncthreads_or(repeats)) merge_entries();
     for_entries([&](int j) {
       ++found.count;
-      found.mass += exp(entries.logp[j]);
+      const double p = exp(entries.logp[j]);
+      found.mass += p;
+      found.nats += p * fabs(entries.logp[j]);
       found.high_logp = fmax(found.high_logp, entries.logp[j]);
       found.high_x = fmaxf(found.high_x, entries.x[j]);
-      found.sum_x += double(entries.x[j]);
+      found.sum_x += double(entries.x[j]) - n.center;
     });
     return team.over_block(found, AddFound());
   }
@@ -361,8 +414,13 @@ struct TopkRow {
   __device__ __forceinline__ void resolve_teacher() const {
     n.others = int(args.columns) - n.found.count;
     const bool given = args.tail_rows.data != nullptr;
-    n.rest = n.others == 0 ? 0.0 : given ? exp(per_row(args.tail_rows, row, 0.0)) : fmax(0.0, 1 - n.found.mass);
-    n.log_rest = n.others > 0 && given ? per_row(args.tail_rows, row, 0.0) : log(n.rest);
+    const double floor = args.min_tail + args.tail_rounding * n.found.nats;
+    n.rest = given ? exp(per_row(args.tail_rows, row, 0.0)) : fmax(0.0, 1 - n.found.mass);
+    n.log_rest = given ? per_row(args.tail_rows, row, 0.0) : log(n.rest);
+    if (n.rest < floor) n.rest = floor, n.log_rest = log(floor);
+    // A row without entries is all tail, whatever was captured for it.
+    if (n.found.count == 0) n.rest = 1, n.log_rest = 0;
+    if (n.others == 0) n.rest = 0, n.log_rest = -INFINITY;
     n.log_each =
         args.tail == Tail::kUniform && n.rest > 0 ? n.inverse_t * (n.log_rest - log(double(n.others))) : -INFINITY;
     n.teacher_high = tempered() ? fmax(n.log_each, n.found.high_logp * n.inverse_t) : 0.0;
@@ -386,27 +444,23 @@ struct TopkRow {
   // The student outside the entries.
   __device__ __forceinline__ Outside sum_outside() {
     Outside sums;
-    const float scale = n.scale;
+    const float scale = n.scale, center = float(n.center);
     const bool own = n.own, adds = smooths();
     logits.template sweep<4>(team, entries, true, false, [&](int, const float (&x)[kL], uint32_t dead) {
       float next = sums.high;
 #pragma unroll
       for (float value : x) next = fmaxf(next, value);
-      const float at = next * scale, at1 = next * kLog2e;
+      const Exponent y(next, scale);
       if (next > sums.high) {
-        sums.z *= exp2_fast(sums.high * scale - at);
-        sums.z1 *= exp2_fast(sums.high * kLog2e - at1);
+        sums.z *= Exponent(sums.high, scale).to(y);
+        if (own) sums.z1 *= Exponent(sums.high, kLog2e).to(Exponent(next, kLog2e));
         sums.high = next;
       }
-#pragma unroll
-      for (float value : x) sums.z += exp2_fast(fmaf(value, scale, -at));
-      if (own) {
-#pragma unroll
-        for (float value : x) sums.z1 += exp2_fast(fmaf(value, kLog2e, -at1));
-      }
+      sums.z += y.sum(x);
+      if (own) sums.z1 += Exponent(next, kLog2e).sum(x);
       if (adds) {
 #pragma unroll
-        for (int l = 0; l < kL; ++l) sums.sum_x += dead >> l & 1 ? 0.0f : x[l];
+        for (int l = 0; l < kL; ++l) sums.sum_x += dead >> l & 1 ? 0.0f : x[l] - center;
       }
     });
     return team.over_cluster(sums, AddOutside{scale});
@@ -431,13 +485,15 @@ struct TopkRow {
       n.log_norm = n.teacher_high + log(z);
       n.log_each -= n.log_norm;
     }
-    n.at = outside.high * n.scale;
-    n.at1 = outside.high * kLog2e;
-    n.y_outside = double(n.at) * kLn2;
-    n.x_outside = double(n.at1) * kLn2;
-    const double y_entries = double(found.high_x) * n.nats, log_z_entries = y_entries + log(masses.student);
-    n.log_z = n.lse = log_total(y_entries, masses.student, n.y_outside, outside.z);
-    if (n.own) n.lse = log_total(double(found.high_x), masses.student1, n.x_outside, outside.z1);
+    const float top = fmaxf(found.high_x, outside.z > 0 ? outside.high : -INFINITY);
+    n.top = top > -INFINITY ? double(top) : 0.0;
+    const Exponent y(outside.high, n.scale), x(outside.high, kLog2e);
+    n.y_outside = (y.reference() - n.top * double(n.scale)) * kLn2;
+    n.x_outside = double(x.high) - n.top + (x.reference() - double(x.high) * double(x.scale)) * kLn2;
+    const double x_entries = double(found.high_x) - n.top, y_entries = x_entries * n.nats;
+    const double log_z_entries = y_entries + log(masses.student);
+    n.log_z = n.lse_above = log_total(y_entries, masses.student, n.y_outside, outside.z);
+    if (n.own) n.lse_above = log_total(x_entries, masses.student1, n.x_outside, outside.z1);
     n.student_mass = found.count == 0 || !swept() ? 0.0 : exp(log_z_entries - n.log_z);
     // A functor may take what is NaN for 0; and a student of -inf only is no distribution.
     n.nan = found.invalid || isnan(found.mass) || (swept() && !(n.log_z > -INFINITY));
@@ -467,7 +523,7 @@ struct TopkRow {
         if (entries.ids[j] < 0) continue;
         logp = entries.logp[j] * n.inverse_t - n.log_norm;
         p = exp(logp);
-        logq = double(entries.x[j]) * n.nats - n.log_z;
+        logq = (double(entries.x[j]) - n.top) * n.nats - n.log_z;
         q = exp(logq);
       } else if (bucket) {
         p = n.rest, logp = n.log_rest, q = n.q_outside, logq = n.log_q_outside;
@@ -495,13 +551,14 @@ struct TopkRow {
   __device__ __forceinline__ void eval_lanes(const float (&x)[kL], uint32_t dead, Visit visit) const {
     const int functor = args.tail == Tail::kUniform ? launch.functor : kNoTeacherFunctor;
     const float x0 = float(n.x0), x1 = float(args.param1);
+    const Exponent exponent(n.outside.high, n.scale);
 #pragma unroll 1
     for (int lane = 0; lane < kL; ++lane) {
       if (dead >> lane & 1) continue;
       float mine = x[0];
 #pragma unroll
       for (int l = 1; l < kL; ++l) mine = l == lane ? x[l] : mine;
-      const float y = fmaf(mine, n.scale, -n.at);
+      const float y = exponent(mine);
       visit(lane, eval<float>(launch.coefficients, functor, x0, x1, n.p_each, n.log_p_each, exp2_fast(y) * n.share,
                               fmaf(y, float(kLn2), n.log_share)));
     }
@@ -529,22 +586,28 @@ struct TopkRow {
     const double spoilt = n.nan ? NAN : 0.0, d = (n.known ? sums.value : 0.0) + spoilt;
     const double smoothing = args.label_smoothing;
     double cross_entropy = 0;
+    const double lse = n.top + n.lse_above;
     if (args.ce_weight != 0) {
-      cross_entropy = n.lse;
-      if (smoothing != 1) cross_entropy -= (1 - smoothing) * n.picked;
-      if (smoothing != 0) cross_entropy -= smoothing * (double(outside.sum_x) + found.sum_x) / double(args.columns);
+      cross_entropy = n.lse_above;
+      if (smoothing != 1) cross_entropy -= (1 - smoothing) * (n.picked - n.top);
+      if (smoothing != 0) {
+        const double mean = (double(outside.sum_x) + found.sum_x) / double(args.columns);  // less center
+        cross_entropy -= smoothing * (n.center - n.top + mean);
+      }
+      if (cross_entropy < 0) cross_entropy = 0;  // by rounding
     }
     if (team.block == 0) {
       double loss = args.kd_weight != 0 ? args.kd_weight * n.tau * d : 0.0;
       if (args.ce_weight != 0) loss += args.ce_weight * cross_entropy;
-      if (args.z_loss_weight != 0) loss += args.z_loss_weight * n.lse * n.lse;
-      write(loss * n.weight, d, cross_entropy, wants_ce() ? n.lse : 0.0, found.mass + spoilt, n.student_mass);
+      if (args.z_loss_weight != 0) loss += args.z_loss_weight * lse * lse;
+      write(loss * n.weight, d, cross_entropy, wants_ce() ? lse : 0.0, found.mass + spoilt, n.student_mass);
     }
 
     n.w = n.known ? n.weight * args.kd_weight * n.tau * n.nats : 0.0;
     n.score = sums.score;
-    n.hard = wants_ce() ? n.weight * (args.ce_weight + 2 * args.z_loss_weight * n.lse) : 0.0;
-    n.c0 = (smooths() ? -n.weight * args.ce_weight * smoothing / double(args.columns) : 0.0) + spoilt;
+    n.hard = wants_ce() ? n.weight * (args.ce_weight + 2 * args.z_loss_weight * lse) : 0.0;
+    n.c0 = smooths() ? -n.weight * args.ce_weight * smoothing / double(args.columns) : 0.0;
+    if (args.kd_weight != 0) n.c0 += spoilt;
     n.step = has_label(label) ? n.weight * args.ce_weight * (1 - smoothing) : 0.0;
     double a = 0;
     if (n.w != 0 && !restricted()) {
@@ -554,9 +617,9 @@ struct TopkRow {
         a = n.w * (sums.score_outside - n.q_outside * sums.score) / double(outside.z);
       }
     }
-    if (n.hard != 0 && !n.own) a += n.hard * exp(n.y_outside - n.lse);
+    if (n.hard != 0 && !n.own) a += n.hard * exp(n.y_outside - n.lse_above);
     n.a = float(a);
-    n.c1 = n.hard != 0 && n.own ? float(n.hard * exp(n.x_outside - n.lse)) : 0.0f;
+    n.c1 = n.hard != 0 && n.own ? float(n.hard * exp(n.x_outside - n.lse_above)) : 0.0f;
   }
 
   __device__ __forceinline__ void write(double loss, double d, double cross_entropy, double lse, double teacher_mass,
@@ -576,18 +639,17 @@ struct TopkRow {
   __device__ __forceinline__ void write_outside(int64_t label) {
     const Grid<X> grid = logits.grid;
     const int columns = int(args.columns), width = int(args.width), last = grid.vectors(columns) - 1;
-    const float scale = n.scale, at = n.at, at1 = n.at1, a = n.a, c1 = n.c1, c0 = float(n.c0), w = float(n.w);
+    const Exponent y(n.outside.high, n.scale), at1(n.outside.high, kLog2e);
+    const float a = n.a, c1 = n.c1, c0 = float(n.c0), w = float(n.w);
     const float inverse_cap = logits.cap != 0 ? 1 / logits.cap : 0.0f;
     const int label_vector = n.step != 0 ? grid.vector_of(int(label)) : -1;
     const bool own = c1 != 0;
     logits.template sweep<EVERY ? 1 : 4>(team, entries, swept(), true, [&](int v, const float (&x)[kL], uint32_t dead) {
       float out[kL];
 #pragma unroll
-      for (int l = 0; l < kL; ++l) out[l] = fmaf(a, exp2_fast(fmaf(x[l], scale, -at)), c0);
-      if (own) {
-#pragma unroll
-        for (int l = 0; l < kL; ++l) out[l] = fmaf(c1, exp2_fast(fmaf(x[l], kLog2e, -at1)), out[l]);
-      }
+      for (int l = 0; l < kL; ++l) out[l] = c0;
+      y.add(a, x, out);
+      if (own) at1.add(c1, x, out);
       if (EVERY && w != 0) {
         eval_lanes(x, dead, [&](int lane, const Scored<float>& f) {
 #pragma unroll
@@ -622,7 +684,7 @@ struct TopkRow {
       const double x = double(entries.x[j]);
       double out = n.c0;
       if (n.w != 0) out += n.w * (entries.logp[j] - entries.q[j] * n.score);
-      if (n.hard != 0) out += n.hard * exp(x - n.lse);
+      if (n.hard != 0) out += n.hard * exp(x - n.top - n.lse_above);
       if (n.step != 0 && id == int(label)) out -= n.step;
       if (logits.cap != 0) out *= 1 - x / logits.cap * (x / logits.cap);
       g[id] = from_float<X>(float(out));

@@ -4,6 +4,7 @@ Tiles of 256 columns, marks of 2048: a few thousand columns take several of both
 """
 
 import pytest
+import test_topk
 import torch
 from launches import topk
 from oracle import check as check_launch
@@ -77,15 +78,60 @@ def test_mass_outside_by_difference_or_by_a_sweep(lead):
     check(s, ids, logprobs, backend="triton", tail="bucket", divergence="jsd")
 
 
-@pytest.mark.parametrize("above", [0.0, 1e-6])
+@pytest.mark.parametrize("tail", ["bucket", "uniform"])
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
-def test_teacher_mass_of_one(name, above):
-    s = torch.randn(2, 300)
-    ids = torch.tensor([[3, 7], [290, -1]])
-    logprobs = torch.tensor([[0.25, 0.75], [1.0, 0.0]]).log() + above
+def test_teacher_mass_of_one(name, tail):
+    test_topk.test_teacher_mass_of_one(tail, name, 1e-6, "triton")
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("tail,name", [("bucket", "jeffreys"), ("uniform", "reverse_kl")])
+def test_the_floor_of_the_tail_is_the_rounding_of_the_log_probabilities(tail, name, dtype):
+    s, ids = torch.randn(2, 40), torch.tensor([[0, 5], [7, -1]])
+    logprobs = torch.tensor([[-0.5, -0.4], [0.0, 0.0]]).to(DTYPES[dtype])
+    check(s, ids, logprobs, backend="triton", tail=tail, divergence=name)
+    check(s, ids, logprobs, backend="triton", tail=tail, divergence=name, min_tail=1e-3)
+    tails = torch.tensor([-50.0, -torch.inf])
+    check(s, ids, logprobs, backend="triton", tail=tail, divergence=name, tail_logprob=tails)
+    check(s, ids, logprobs, backend="triton", tail=tail, divergence=name, tail_logprob=tails, min_tail=1e-3)
+
+
+def test_a_served_teacher_that_is_sure_has_a_finite_loss():
+    _, ids, logprobs = test_topk.served(24, 300, 8)
     for tail in ("bucket", "uniform"):
-        loss, _ = check(s, ids, logprobs, backend="triton", tail=tail, divergence=name)
-        assert bool(torch.isinf(loss).all()) == (name == "reverse_kl")
+        loss, grad = check(torch.randn(24, 300), ids, logprobs, backend="triton", tail=tail, divergence="reverse_kl")
+        assert bool(torch.isfinite(loss).all()) and bool(torch.isfinite(grad).all())
+
+
+@pytest.mark.parametrize("form", test_topk.PADDING)
+@pytest.mark.parametrize("tail", checks.TAILS)
+def test_ragged_rows_as_others_pad_them(tail, form):
+    dtype = ["fp32", "bf16", "fp16"][checks.TAILS.index(tail) % 3]
+    test_topk.test_ragged_rows_as_others_pad_them(tail, "skew_reverse_kl", form, dtype, "triton")
+
+
+@pytest.mark.parametrize("tail", checks.TAILS)
+def test_unused_slots_among_equal_ids_and_marks(tail):
+    """The padded id is one of the entries, or a column outside that is marked and looked at again."""
+    s, ids, logprobs, _ = ragged(5, 300, 5, torch.float32)
+    plain(s)
+    ids[3] = ids[0]
+    logprobs = torch.where(ids == -1, -torch.inf, logprobs.nan_to_num(-1.0))
+    s.scatter_add_(1, ids.clamp(min=0), 14.0 * (ids >= 0))
+    ids = torch.where(ids == -1, ids[:, :1].clamp(min=0), ids)
+    logprobs[3, :3] = torch.tensor([-1e9, -torch.inf, -9999.0])
+    for name in ("jsd", "alpha_beta"):
+        check(s, ids, logprobs, backend="triton", tail=tail, divergence=name)
+
+
+@pytest.mark.parametrize("captured", [-3.0, -torch.inf])
+def test_a_row_without_entries_is_all_tail_whatever_its_tail_says(captured):
+    for name in ("forward_kl", "reverse_kl"):
+        test_topk.test_a_row_without_entries_is_all_tail_whatever_its_tail_says(captured, name, "triton")
+
+
+def test_a_distillation_term_of_weight_0_is_not_computed(monkeypatch):
+    test_topk.test_a_distillation_term_of_weight_0_is_not_computed("triton", monkeypatch)
 
 
 @pytest.mark.parametrize("tail", checks.TAILS)

@@ -1,0 +1,14 @@
+// Whether this build fuses multiplications with additions, which simd.h takes for granted where the machine can.
+#pragma once
+
+namespace kdk {
+namespace baseline {
+bool contracts();
+}
+namespace avx2 {
+bool contracts();
+}
+namespace avx512 {
+bool contracts();
+}
+}  // namespace kdk

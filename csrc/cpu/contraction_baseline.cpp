@@ -1,0 +1,1 @@
+#include "contraction_isa.h"

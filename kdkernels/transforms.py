@@ -1,0 +1,30 @@
+"""What ``torch.func`` and forward-mode differentiation make of a tensor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def active() -> bool:
+    """Whether a transform of ``torch.func`` or forward-mode differentiation is under way."""
+    return _functorch_is_active() or forward_ad._current_level >= 0
+
+
+# Where torch does not tell, the tensors do.
+_functorch_is_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+
+def stands_for_others(tensor: Tensor) -> bool:
+    """Whether a tensor is one of a transform's, or a batch of gradients (``is_grads_batched=True``)."""
+    return _is_wrapped(tensor) or _is_batched(tensor)
+
+
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether forward-mode differentiation wants the derivative along a tensor's direction."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
