@@ -228,9 +228,9 @@ def as_rows(tensors: tuple[Tensor, ...]) -> list[Tensor]:
         return [_view(t, shape) for t in tensors]
     for cut in range(len(leading)):
         if all(_mergeable(t, 0, cut) and _mergeable(t, cut, len(leading)) for t in tensors):
-            shape = (leading[:cut].numel(), leading[cut:].numel())
+            shape = (math.prod(leading[:cut]), math.prod(leading[cut:]))
             return [_view(t, shape) for t in tensors]
-    return [t.reshape(1, leading.numel(), t.shape[-1]) for t in tensors]
+    return [t.reshape(1, math.prod(leading), t.shape[-1]) for t in tensors]
 
 
 def _view(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -335,6 +335,7 @@ def _result(
     checks.reverse_mode_only(call.launch.backend, *inputs)
     transformed = call.launch.backend == "torch" and _is_transformed(inputs)
     needs_grad = torch.is_grad_enabled() and any(item.requires_grad for item in inputs)
+    needs_grad = needs_grad and not torch.compiler.is_exporting()  # as functional._Plan.launch
     checks.linear_mode_allowed(
         plan.options["reduction"], needs_grad, call.teacher_logits is not None, call.sparse_grad, transformed
     )
