@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Optional, TypeVar, Union
 
@@ -791,8 +792,9 @@ class _Plan(NamedTuple):
             loss, stats = run_reference(launch, _flat(self.student)[0], _flat(*teachers))
             return self.reduced(loss), stats
         per_row = self.options["reduction"] == "none"
+        # An exported program is its ops and no more: none of them could hand out what forward leaves for backward.
         with_grad = torch.is_grad_enabled() and (self.student.requires_grad or dual is not None)
-        if with_grad:
+        if with_grad and not torch.compiler.is_exporting():
             result = RowLoss.apply(
                 self.student,
                 teachers[0] if teachers else None,
@@ -804,7 +806,7 @@ class _Plan(NamedTuple):
             )
             loss, stats = result if isinstance(result, tuple) else (result, None)
         else:
-            loss, stats = run(launch, self.student.detach(), teachers, None)
+            loss, stats = run(launch, self.student.detach(), tuple(item.detach() for item in teachers), None)
             loss = loss if per_row else loss.sum()
         return (loss.reshape(self.student.shape[:-1]) if per_row else loss), stats
 
@@ -1138,7 +1140,8 @@ def _number(value: Any) -> float:
 
 
 def _num_rows(student: Tensor) -> int:
-    return student.shape[:-1].numel()
+    # Not Size.numel(), which would pin symbols to the sizes of the moment.
+    return math.prod(student.shape[:-1])
 
 
 def _flat(*tensors: Tensor) -> list[Tensor]:

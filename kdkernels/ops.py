@@ -211,7 +211,19 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "topk_loss": _summed_fake,
 }
 
-torch.library.register_fake(f"{NAMESPACE}::bf16_product", _none_fake, lib=_library)
+# Without tensors of their own, or with an answer that only values can give; there, all is taken for sound.
+_VALUE_FAKES: dict[str, Callable[..., Any]] = {
+    "kept_empty": lambda shape, dtype, use: torch.empty(shape, dtype=dtype),
+    "kept_blocks": lambda use: [],
+    "kept_release": _none_fake,
+    "poison_memory": _none_fake,
+    "has_bf16_product": lambda: False,  # that of torch has the same shape
+    "bf16_product": _none_fake,
+    "labels_are_sound": lambda *args: True,
+    "sparse_teacher_is_sound": lambda *args: True,
+}
+for _name, _fake in _VALUE_FAKES.items():
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
 
 for _backend in PATTERN_BACKENDS:
     for _pattern, _schema in {**SCHEMAS, **(SUMMED_SCHEMAS if _backend == "cpu" else {})}.items():

@@ -58,7 +58,7 @@ def row_weights(
             # No counted row gives a loss of 0, not 0/0. On a CPU the number is there at once, and one number is less
             # work than a weight for every row.
             count = (labels != ignore_index).sum()
-            if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            if labels.device.type == "cpu" and not torch.compiler.is_compiling() and symbols.has_values(labels):
                 scale = 1.0 / max(int(count), 1)
             else:
                 divisor = count.clamp(min=1).to(dtype)

@@ -1,4 +1,6 @@
-"""Python numbers that a compiler knows by a symbol, so that one graph serves all their values.
+"""What has no value yet: Python numbers that a compiler knows by a symbol, and tensors that have a shape alone.
+
+One graph serves all values of a symbol.
 
 Dynamo makes a number a symbol when it meets its second value, or at once with ``dynamic=True``; a number of rows is one
 in ``torch.export`` too. The ``float`` of an op would pin the symbol to the value of the moment, and the next one would
@@ -37,3 +39,15 @@ def as_tensor(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
 def packed(values: Any) -> Tensor:
     """Numbers, symbols among them, as a tensor of the CPU that an op reads without waiting for a GPU."""
     return torch.stack([as_tensor(value, torch.float64, torch.device("cpu")) for value in values])
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether there are numbers in a tensor; in one on "meta" and in a fake one there are none."""
+    if type(tensor) in _PLAIN:
+        return not tensor.is_meta
+    from torch._subclasses.fake_tensor import is_fake
+
+    return not (tensor.is_meta or is_fake(tensor))
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
