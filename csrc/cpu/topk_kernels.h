@@ -528,7 +528,7 @@ RowResult SparseRows<X>::add(const RowNumbers& num, int64_t index, const X* s, i
   if (!own) others1 = z - e_label;
   const double z1 = own ? others1 + e_label : z;
   // All that is at temperature 1 is relative to the reference: of logits of 1e5 their logarithm would keep two digits.
-  const double top = logit_of(a1), lse_above = std::log(z1), lse = top + lse_above;
+  const double top = logit_of(a1), lse_above = wants_ce ? std::log(z1) : 0, lse = top + lse_above;
   const double student_mass = swept ? z_entries / z : 0;
   // Functors may take what is NaN for 0.
   bool nan = entries.invalid || std::isnan(z) || std::isnan(given_mass) || std::isnan(log_rest);
