@@ -161,7 +161,7 @@ def _tempered(logits: Tensor, temperature: Tensor, exact: bool) -> Tensor:
 
 
 def _z_scores(logits: Tensor) -> Tensor:
-    variance, mean = torch.var_mean(logits, -1, correction=0, keepdim=True)
+    variance, mean = torch.var_mean(logits, -1, correction=min(1, logits.shape[-1] - 1), keepdim=True)
     return (logits - mean) / torch.where(variance > 0, variance, 1.0).sqrt()
 
 

@@ -1,5 +1,4 @@
-#include "dense_kernels.h"
-#include "sparse.h"
+#include "dense_isa.h"
 
 namespace kdk {
 

@@ -37,8 +37,9 @@ def apply_softcap(logits: Tensor, cap: float) -> Tensor:
 
 
 def _standardized(logits: Tensor) -> Tensor:
+    """Less their mean, over their deviation as ``torch.std`` has it: of V - 1 degrees of freedom."""
     centred = logits - logits.mean(-1, keepdim=True)
-    variance = centred.square().mean(-1, keepdim=True)
+    variance = centred.square().sum(-1, keepdim=True) / max(logits.shape[-1] - 1, 1)
     return centred / torch.where(variance > 0, variance, torch.ones_like(variance)).sqrt()
 
 

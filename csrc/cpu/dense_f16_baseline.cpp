@@ -1,0 +1,2 @@
+#define KDK_STUDENT Half
+#include "dense_of_one_type.h"
