@@ -1101,6 +1101,8 @@ def _mixture_weights(weights: Any, mixture: str, count: int, student: Tensor, *,
     if weights is None:
         weights = [1.0 / count] * count
     dtype = checks.sum_dtype(student)
+    if not isinstance(weights, (Tensor, list, tuple)):
+        raise TypeError(f"teacher_weights must be a tensor or a sequence of numbers, got {type(weights).__name__}")
     if not isinstance(weights, Tensor):
         numbers = [checks.number("teacher_weights", w, low=0.0) for w in weights]
         if any(symbols.is_symbol(w) for w in numbers):

@@ -233,6 +233,7 @@ def linear_topk_kd_loss(
     """
     options = {
         "tail": tail,
+        "min_tail": min_tail,
         "divergence": divergence,
         "temperature": temperature,
         "teacher_temperature": teacher_temperature,
