@@ -64,7 +64,6 @@ from kdkernels.kernels.terms import (
     value_of,
 )
 
-
 # Of the teacher's forms those that are probabilities. They need not sum to 1: a row is divided by its sum.
 PROBS_FORMS = ("probs", "unnormalized_probs")
 
@@ -645,7 +644,7 @@ def dense_fwd(
         resident_load=resident_load,
         arch=tuning.architecture(student.device),
     )
-    # Two blocks of 256 threads fit on a multiprocessor at 128 registers; the compiler would take some more, without need.
+    # Two blocks of 256 threads fit on a multiprocessor at 128 registers; the compiler would take more, without need.
     fits_twice = resident_load == tuning.HEAVY and linear_in_p(entry) and not student_softcap
     width = student.shape[-1]
     stride_sb, stride_sl = row_strides(student)

@@ -215,16 +215,16 @@ def _alpha_beta_value(p, logp, q, logq, a, b):
     safe = tl.where(width == 0, 1.0, width)
     slope = (w_far - w_middle) * (1.0 / tl.where(k_far == middle, 1.0, k_far - middle))
     apart = (slope - _slope(w_middle, w_near, k_near - middle, d)) * (1.0 / safe)
-    # Of infinite powers the greatest counts.
-    apart = tl.where(tl.maximum(tl.maximum(w_middle, w_far), w_near) == float("inf"), float("inf"), apart)
+    # Of two infinite powers the greater counts.
+    apart = tl.where((apart != apart) & (d == d), float("inf"), apart)
 
     mean = (a + s) * (1.0 / 3.0)
     u0, ua, us = -mean, a - mean, s - mean
     e2 = u0 * ua + ua * us + us * u0
     e3 = u0 * ua * us
     y = tl.where(width == 0, 0.0, d)
-    series = tl.fma(y, (e3 * e3 - e2 * e2 * e2) * (1.0 / 40320), -e2 * e3 * (1.0 / 2520))
-    series = tl.fma(y, tl.fma(y, tl.fma(y, series, e2 * e2 * (1.0 / 720)), e3 * (1.0 / 120)), -e2 * (1.0 / 24))
+    series = tl.fma(y, -e2 * e3 * (1.0 / 2520), e2 * e2 * (1.0 / 720))
+    series = tl.fma(y, tl.fma(y, series, e3 * (1.0 / 120)), -e2 * (1.0 / 24))
     near = _powers(mean, logp, s - mean, logq) * d * d * tl.fma(y * y, series, 0.5)
     return tl.where(tl.abs(width * y) < 1.0, near, apart)
 

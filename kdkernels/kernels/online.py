@@ -19,7 +19,6 @@ from kdkernels.kernels.rows import (
     tile_offsets,
 )
 
-
 # A lane adds its columns up before they are weighed against the row: masks of -3e38 must not pass fp32's range there.
 SMALL = tl.constexpr(2.0**-12)
 
