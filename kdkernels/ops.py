@@ -211,18 +211,14 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "topk_loss": _summed_fake,
 }
 
-# Without tensors of their own, or with an answer that only values can give; there, all is taken for sound.
-_VALUE_FAKES: dict[str, Callable[..., Any]] = {
-    "kept_empty": lambda shape, dtype, use: torch.empty(shape, dtype=dtype),
-    "kept_blocks": lambda use: [],
-    "kept_release": _none_fake,
-    "poison_memory": _none_fake,
-    "has_bf16_product": lambda: False,  # that of torch has the same shape
+# What has no values is taken for sound. The ops without tensors do beside fake ones what they always do.
+_OTHER_FAKES: dict[str, Callable[..., Any]] = {
+    "kept_empty": lambda shape, dtype, use: torch.empty(shape, dtype=dtype, device="cpu"),
     "bf16_product": _none_fake,
     "labels_are_sound": lambda *args: True,
     "sparse_teacher_is_sound": lambda *args: True,
 }
-for _name, _fake in _VALUE_FAKES.items():
+for _name, _fake in _OTHER_FAKES.items():
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
 
 for _backend in PATTERN_BACKENDS:

@@ -155,29 +155,6 @@ def test_the_op_reads_and_writes_nothing_outside_for_a_wild_label(label, tempera
 
 
 @needs_library
-@pytest.mark.parametrize("with_grad", [False, True], ids=["loss-only", "grad"])
-@pytest.mark.parametrize("stats", [False, True], ids=["", "stats"])
-def test_opcheck_of_the_dense_op(with_grad, stats):
-    student, teacher = (x.reshape(2, 3, VOCAB) for x in testing.make_inputs("normal", 6, VOCAB, torch.float32))
-    dstudent = torch.empty_like(student).fill_(0.0) if with_grad else None
-    tensors, options = arguments(6, torch.arange(6), divergence="jsd", param0=0.3, ce_weight=0.5, stats=stats)
-    torch.library.opcheck(ops.op("dense_fwd", "cpu"), (student, [teacher], dstudent, *tensors), options)
-
-
-@needs_library
-def test_opcheck_of_the_other_ops():
-    student, teacher = (x.reshape(2, 3, VOCAB) for x in testing.make_inputs("normal", 6, VOCAB, torch.float64))
-    dstudent, labels, weight = torch.zeros_like(student), torch.arange(6), torch.rand(6).double()
-    shared = {"vocab_size": VOCAB, "ignore_index": -100, "scale": 0.5}
-    dkd = {"alpha": 1.0, "beta": 8.0, "temperature": 2.0, "teacher_temperature": 2.0, "scale_by_t_squared": True}
-    torch.library.opcheck(ops.op("dkd_fwd", "cpu"), (student, teacher, dstudent, labels, weight), {**dkd, **shared})
-    mse = {"centered": True, **shared}
-    torch.library.opcheck(ops.op("mse_fwd", "cpu"), (student, teacher, dstudent, labels, weight), mse)
-    for grad_output in (torch.tensor(2.0), torch.rand(6)):
-        torch.library.opcheck(ops.op("scale_grad", "cpu"), (torch.randn(2, 3, VOCAB), grad_output))
-
-
-@needs_library
 @pytest.mark.parametrize(
     ("change", "message"),
     [
