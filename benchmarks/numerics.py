@@ -124,8 +124,8 @@ def cells(columns: Sequence[int], temperatures: Sequence[float], scales: Sequenc
                     for divergence in DIVERGENCES:
                         yield Cell(divergence, kind, scale, temperature, width)
         for kind in SPECIAL:
-            for divergence in (*DIVERGENCES, None):
-                yield Cell(divergence, kind, 3.0, 1.0, width)
+            for loss in (*DIVERGENCES, None):
+                yield Cell(loss, kind, 3.0, 1.0, width)
 
 
 def measure(cell: Cell, backend: str, rows: int) -> Errors:
