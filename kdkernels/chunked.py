@@ -38,6 +38,7 @@ class Call(NamedTuple):
     teacher_bias: tuple[Optional[Tensor], ...] = ()
     teacher_logits: Optional[TeacherChunks] = None
     num_teachers: int = 1  # that teacher_logits returns
+    teacher_probs: bool = False  # it returns rows that add up to 1
     sparse_grad: bool = False
 
 
@@ -162,6 +163,11 @@ def _logits_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tens
             teacher.project(states[rows], targets[k])
         if call.teacher_logits is not None:
             targets = checks.teacher_chunks(call.teacher_logits(rows), count, columns, call.num_teachers, device)
+            if call.teacher_probs:
+                labels = part.tensors[0]
+                counted = None if labels is None else labels != part.options["ignore_index"]
+                for target in targets:
+                    checks.teacher_probs("teacher_logits(rows)", target, columns, counted)
         loss[rows], stats[rows] = _objective(part, logits, targets, any(needs))
         if any(needs):
             dh = head.backward(logits, h, wants_dhidden=needs[0], dweight=dweight, dbias=dbias)

@@ -130,6 +130,7 @@ def linear_kd_loss(
         tuple(None if bias is None else bias.detach() for bias in biases),
         teacher_logits,
         count,
+        teacher_form == "probs" and kd_weight != 0,
     )
     return _result(plan, call, student_hidden, student_weight, student_bias, KDStats)
 

@@ -260,7 +260,12 @@ CALLS = {
     "teacher_form": (
         {"teacher_form": "logprobs"},
         ValueError,
-        "teacher_form must be one of logits, log_probs, probs, got 'logprobs'",
+        "teacher_form must be one of logits, log_probs, probs, unnormalized_probs, got 'logprobs'",
+    ),
+    "teacher_form-sums": (
+        {"teacher": torch.full_like(logits(), 0.5), "teacher_form": "probs"},
+        ValueError,
+        r"teacher must hold probabilities that add up to 1 .* got a sum of .*teacher_form='unnormalized_probs'",
     ),
     "teacher_weights-single": (
         {"teacher_weights": [1.0]},

@@ -121,7 +121,9 @@ Affine<C> affine(double c, double maximum) {
 // Rows go to exact_row where what is left of them after cancellation counts: the divergence is below kNearlyEqual, and
 // one token has all but kFairlySure of the student's probability; or it has all but kSure, and with it vanishes the
 // gradient.
-constexpr double kNearlyEqual = 0x1p-6, kFairlySure = 0.5, kSure = 0x1p-10;
+constexpr double kFairlySure = 0.5, kSure = 0x1p-10;
+// Without fused multiply-adds the logits of near models are rounded apart when they are scaled.
+constexpr double kNearlyEqual = kFused ? 0x1p-6 : 0x1p-4;
 
 enum Part { kWhole, kBody, kEdges };
 
@@ -1718,7 +1720,7 @@ RowResult ObjectiveRows<X, Y>::add(const RowNumbers& num, const X* s, const Y* t
     bool exactly = !std::isfinite(d) || apart;
     if (!exactly && (near || vanishes)) {
       const double top = whole_row ? largest_of(es, row.slots()) : std::exp2(as.scalar(maximum(s, n)));
-      exactly = sums.zs - top < (near ? kFairlySure : kSure) * sums.zs;
+      exactly = (near && !kFused) || sums.zs - top < (near ? kFairlySure : kSure) * sums.zs;
     }
     if (exactly && std::isfinite(sums.zs) && std::isfinite(sums.zt)) return add_exactly(num, s, t, label, out);
   }
@@ -1727,8 +1729,9 @@ RowResult ObjectiveRows<X, Y>::add(const RowNumbers& num, const X* s, const Y* t
     terms.a = terms.b = terms.ks = terms.kst = 0;
     terms.logs = false;
   }
-  // Left out: 0 times what a NaN of the teacher made of et would still be NaN.
-  if (num.kd == 0) terms.two_models = false;
+  // Left out: 0 times what a NaN of the teacher, or an infinite score, made of et would still be NaN.
+  if (num.kd == 0 && out != nullptr && !(divergence.linear && std::isfinite(sums.zt)))
+    std::fill(et, et + row.slots(), C(0));
 
   if (wants_ce) {
     const Affine<C>& base = ce == kCeOwn ? a1 : as;
@@ -1783,7 +1786,7 @@ RowResult ObjectiveRows<X, Y>::add(const RowNumbers& num, const X* s, const Y* t
     double at_label = 0;
     if (has_label) at_label = gradient_at(row, terms, label, xs, xt) - num.weight * num.ce * (1 - args.label_smoothing);
     const bool stores_label = has_label && !(streamed && set_gradient(terms, row.slot(label), at_label));
-    if (deferred && terms.two_models && beside_sweep(sums_needed, terms)) {
+    if (deferred && beside_sweep(sums_needed, terms)) {
       postpone(row, terms, out, streamed, pending, acceptance, iq);
       if (stores_label) pending.label = out + label, pending.at_label = C(at_label);
     } else {

@@ -47,7 +47,7 @@ struct Model {
     inverse_z = top < n ? 1 / (1 + rest) : std::numeric_limits<double>::quiet_NaN();
   }
   KDK_INLINE VecD logs(int64_t j) const { return load<VecD>(x + j) * scale - log_z; }
-  KDK_INLINE VecD probabilities(int64_t j) const { return load<VecD>(e + j) * inverse_z; }
+  KDK_INLINE VecD probabilities(int64_t j) const { return unfused(load<VecD>(e + j) * inverse_z); }
 };
 
 struct Found {

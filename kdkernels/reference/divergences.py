@@ -32,6 +32,13 @@ def log_mix(logp: Tensor, logq: Tensor, weight_p: Param) -> Tensor:
     return torch.where(dead, logp, mixed)
 
 
+def over_mix(logp: Tensor, logq: Tensor, weight_p: Param) -> Tensor:
+    """``log p - log(w p + (1 - w) q)``, to the last bits also where p and q are nearly the same."""
+    close = (logp - logq).detach().abs() < 1
+    change = torch.expm1(torch.where(close, logq - logp, torch.zeros_like(logp)))
+    return torch.where(close, -torch.log1p((1 - weight_p) * change), logp - log_mix(logp, logq, weight_p))
+
+
 def _forward_kl(logp: Tensor, logq: Tensor, _0: Param, _1: Param) -> Tensor:
     return weighted(logp.exp(), logp - logq).sum(-1)
 
@@ -41,8 +48,8 @@ def _reverse_kl(logp: Tensor, logq: Tensor, _0: Param, _1: Param) -> Tensor:
 
 
 def _jsd(logp: Tensor, logq: Tensor, beta: Param, _1: Param) -> Tensor:
-    logm = log_mix(logp, logq, beta)
-    return (beta * weighted(logp.exp(), logp - logm) + (1 - beta) * weighted(logq.exp(), logq - logm)).sum(-1)
+    of_p, of_q = over_mix(logp, logq, beta), over_mix(logq, logp, 1 - beta)
+    return (beta * weighted(logp.exp(), of_p) + (1 - beta) * weighted(logq.exp(), of_q)).sum(-1)
 
 
 def _tvd(logp: Tensor, logq: Tensor, _0: Param, _1: Param) -> Tensor:
@@ -50,11 +57,11 @@ def _tvd(logp: Tensor, logq: Tensor, _0: Param, _1: Param) -> Tensor:
 
 
 def _skew_kl(logp: Tensor, logq: Tensor, alpha: Param, _1: Param) -> Tensor:
-    return weighted(logp.exp(), logp - log_mix(logp, logq, alpha)).sum(-1)
+    return weighted(logp.exp(), over_mix(logp, logq, alpha)).sum(-1)
 
 
 def _skew_reverse_kl(logp: Tensor, logq: Tensor, alpha: Param, _1: Param) -> Tensor:
-    return weighted(logq.exp(), logq - log_mix(logq, logp, alpha)).sum(-1)
+    return weighted(logq.exp(), over_mix(logq, logp, alpha)).sum(-1)
 
 
 def _rise(low: Tensor, high: Tensor, gap: float, size: Tensor) -> Tensor:
