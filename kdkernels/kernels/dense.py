@@ -20,14 +20,13 @@ from torch import Tensor
 
 from kdkernels.kernels import divergences, tuning
 from kdkernels.kernels.dense_cluster import dense_cluster_fwd_kernel
-from kdkernels.kernels.online import linear_sweep, load_teacher, student_sweep, teacher_sweep
+from kdkernels.kernels.online import defined, linear_sweep, load_teacher, student_sweep, teacher_sweep
 from kdkernels.kernels.rows import (
     LN2,
     LOG2E,
     LOWEST,
     NEG_INF,
     aligned_width,
-    combine,
     contiguous,
     evenly_spaced,
     fast_log2,
@@ -35,6 +34,8 @@ from kdkernels.kernels.rows import (
     fold_sum,
     lane_zeros,
     load_logits,
+    log_ratio,
+    mix_logs,
     mul0,
     num_rows,
     on_device_of,
@@ -45,42 +46,77 @@ from kdkernels.kernels.rows import (
     softmax,
     spread,
     store_gradient,
+    temper,
     tile_offsets,
     zero_columns,
 )
 from kdkernels.kernels.terms import (
     NOWHERE,
     NUM_STATS,
+    both_mean,
     hard_terms,
     label_gradient,
+    linear_value,
+    nonnegative,
     score_of,
     statistics_of,
     through_cap,
     value_of,
 )
 
+# Of the teacher's forms those that are probabilities. They need not sum to 1: a row is divided by its sum.
+PROBS_FORMS = ("probs", "unnormalized_probs")
+
 
 @triton.jit
-def teacher_softmax(
-    teachers, weights, norms, offs_v, V, load_width, softcap, MIX_PROBS: tl.constexpr, TEACHER_PROBS: tl.constexpr
+def mixed_softmax(teachers, weights, norms, offs_v, V, load_width, softcap, TEACHER_PROBS: tl.constexpr):
+    """p and log2 p of one tile of a mixture of probabilities."""
+    top = tl.full(offs_v.shape, LOWEST, tl.float32)
+    total = tl.zeros(offs_v.shape, tl.float32)
+    for k in tl.static_range(len(teachers)):
+        t = load_logits(teachers[k], offs_v, V, load_width, softcap, TEACHER_PROBS)
+        log2p = softmax(t, norms[k])[1] + tl.log2(weights[k])
+        new_top = tl.maximum(top, log2p)
+        total = total * tl.exp2(top - new_top) + tl.exp2(log2p - new_top)
+        top = new_top
+    return tl.exp2(top) * total, top + fast_log2(total)
+
+
+@triton.jit
+def relative_pair(
+    s,
+    student_norm,
+    unit_s,
+    log_zt_zs,
+    teachers,
+    weights,
+    norms,
+    unit_t,
+    offs_v,
+    V,
+    load_width,
+    softcap,
+    MIX_PROBS: tl.constexpr,
+    TEACHER_PROBS: tl.constexpr,
 ):
-    """p and log2 p of one tile, and a key that p grows with; norms holds one norm, or one for every teacher."""
+    """Of one tile the exponentials of both sides, each relative to its maximum, and their logits less the maximum;
+    log(p z) and log(q z) with the teacher's z, which are as small as the logits are; and a key that p grows with.
+
+    Of mixed probabilities there is no z: p itself, and log p and log q.
+    """
+    ds = s - student_norm[0]
+    es = tl.exp2(ds * student_norm[1])
+    logq = tl.fma(ds, unit_s, log_zt_zs)
     if MIX_PROBS:
-        top = tl.full(offs_v.shape, LOWEST, tl.float32)
-        total = tl.zeros(offs_v.shape, tl.float32)
-        for k in tl.static_range(len(teachers)):
-            t = load_logits(teachers[k], offs_v, V, load_width, softcap, TEACHER_PROBS)
-            log2p = softmax(t, norms[k])[1] + tl.log2(weights[k])
-            new_top = tl.maximum(top, log2p)
-            total = total * tl.exp2(top - new_top) + tl.exp2(log2p - new_top)
-            top = new_top
-        p = tl.exp2(top) * total
-        log2p = top + fast_log2(total)
-        key = log2p
+        et, key = mixed_softmax(teachers, weights, norms, offs_v, V, load_width, softcap, TEACHER_PROBS)
+        dt = key
+        logp = key * LN2
     else:
         key = load_teacher(teachers, weights, offs_v, V, load_width, softcap, TEACHER_PROBS)
-        p, log2p = softmax(key, norms[0])
-    return p, log2p, key
+        dt = key - norms[0][0]
+        et = tl.exp2(dt * norms[0][1])
+        logp = dt * unit_t
+    return et, logp, es, logq, dt, ds, key
 
 
 @triton.jit
@@ -122,15 +158,16 @@ def fold_best(best, best_at):
 
 
 @triton.jit
-def store_stats(row_ptr, divergence, ce, lse, stats):
+def store_stats(row_ptr, divergence, ce, lse, stats, log_zt, DISTRIBUTIONS: tl.constexpr):
+    """log_zt: what the logarithms of the summands lack; DISTRIBUTIONS: whether p is known to sum to 1."""
     forward, reverse, entropy_p, entropy_q, overlap, best_s, at_s, best_t, at_t = stats
     tl.store(row_ptr, divergence)
     tl.store(row_ptr + 1, ce)
     tl.store(row_ptr + 2, lse)
-    tl.store(row_ptr + 3, tl.sum(forward, axis=0))
-    tl.store(row_ptr + 4, tl.sum(reverse, axis=0))
-    tl.store(row_ptr + 5, tl.sum(entropy_p, axis=0))
-    tl.store(row_ptr + 6, tl.sum(entropy_q, axis=0))
+    tl.store(row_ptr + 3, nonnegative(tl.sum(forward, axis=0), None, DISTRIBUTIONS))
+    tl.store(row_ptr + 4, nonnegative(tl.sum(reverse, axis=0), None, DISTRIBUTIONS))
+    tl.store(row_ptr + 5, tl.sum(entropy_p, axis=0) + log_zt)
+    tl.store(row_ptr + 6, tl.sum(entropy_q, axis=0) + log_zt)
     tl.store(row_ptr + 7, tl.where(fold_best(best_s, at_s) == fold_best(best_t, at_t), 1.0, 0.0))
     tl.store(row_ptr + 8, tl.sum(overlap, axis=0))
 
@@ -187,6 +224,7 @@ def dense_fwd_kernel(
     VALUE: tl.constexpr,
     SCORE: tl.constexpr,
     TOTAL: tl.constexpr,
+    SCALABLE: tl.constexpr,
     MIX_PROBS: tl.constexpr,
     TEACHER_PROBS: tl.constexpr,
     STANDARDIZE: tl.constexpr,
@@ -195,16 +233,31 @@ def dense_fwd_kernel(
     GRAD: tl.constexpr = dstudent_ptr is not None
     STATS: tl.constexpr = stats_ptr is not None
     CE: tl.constexpr = ce_weight is not None
+    KD: tl.constexpr = kd_weight is not None
     HARD: tl.constexpr = CE or STATS or z_loss_weight is not None
+    # A term of weight 0 is not computed, and its teacher not read.
+    TEACHER: tl.constexpr = KD or STATS
     # Standardised logits and mixed probabilities are known only after a sweep of their own, too late for online sums.
-    LINEAR: tl.constexpr = COEFFICIENTS is not None and not STANDARDIZE and not MIX_PROBS
+    LINEAR: tl.constexpr = TEACHER and COEFFICIENTS is not None and not STANDARDIZE and not MIX_PROBS
+    # Both Kullback-Leibler divergences at once, whose terms of first order cancel one by one.
+    BOTH: tl.constexpr = (
+        LINEAR
+        and COEFFICIENTS[0] == -COEFFICIENTS[1]
+        and COEFFICIENTS[2] == -COEFFICIENTS[3]
+        and COEFFICIENTS[0] != 0
+        and COEFFICIENTS[3] != 0
+    )
     if COEFFICIENTS is None:
         Q_TERMS: tl.constexpr = True
+        HOMOGENEOUS: tl.constexpr = SCALABLE
     else:
         Q_TERMS: tl.constexpr = COEFFICIENTS[2] != 0 or COEFFICIENTS[3] != 0
+        HOMOGENEOUS: tl.constexpr = COEFFICIENTS[0] == -COEFFICIENTS[1] and COEFFICIENTS[2] == -COEFFICIENTS[3]
+    # p and q may be taken relative to the teacher's largest.
+    SCALED: tl.constexpr = HOMOGENEOUS and not MIX_PROBS
     # Without terms in q the sum of the scores is a constant, so the last sweep can do what is left of the sums.
     SCORE_SUM_KNOWN: tl.constexpr = LINEAR or not (Q_TERMS or STANDARDIZE)
-    VALUE_SWEEP: tl.constexpr = not SCORE_SUM_KNOWN or (not GRAD and (STATS or not LINEAR))
+    VALUE_SWEEP: tl.constexpr = TEACHER and (not SCORE_SUM_KNOWN or (not GRAD and (STATS or not LINEAR)))
     BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
 
     row = tl.program_id(0)
@@ -254,32 +307,41 @@ def dense_fwd_kernel(
         teachers = teachers + (teacher3_ptr + row_offset(row, L, stride_t3b, stride_t3l),)
         weights = weights + (tl.load(mixture_ptr + 3 * stride_mm),)
 
-    student_scale = LOG2E / temperature
-    teacher_scale = LOG2E / teacher_temperature
-    teacher_scales = (teacher_scale,)
-    mean = 0.0
+    unit_s, unit_t, ratio = temper(temperature, teacher_temperature)
+    teacher_scales = (LOG2E * unit_t,)
+    pilot = 0.0
+    rest_of_mean = 0.0
     deviation = 1.0
-    if STANDARDIZE:
+    if STANDARDIZE and TEACHER:
         # Only the deviation matters to a softmax: it acts as a temperature of the row.
-        mean, deviation = row_moments(student_ptr, V, load_width, student_softcap, False, TILE)
-        student_scale /= deviation
+        pilot, rest_of_mean, deviation = row_moments(student_ptr, V, load_width, student_softcap, False, TILE)
+        unit_s /= deviation
         teacher_scales = ()
         mixed_weights = ()
         for k in tl.static_range(len(teachers)):
-            deviation_t = row_moments(teachers[k], V, load_width, teacher_softcap, TEACHER_PROBS, TILE)[1]
-            teacher_scales = teacher_scales + (teacher_scale / deviation_t,)
+            deviation_t = row_moments(teachers[k], V, load_width, teacher_softcap, TEACHER_PROBS, TILE)[2]
+            teacher_scales = teacher_scales + (LOG2E * unit_t / deviation_t,)
             mixed_weights = mixed_weights + (weights[k] / deviation_t,)
-        if len(teachers) > 1 and not MIX_PROBS:
+        if len(teachers) == 1:
+            unit_t /= deviation_t
+        elif not MIX_PROBS:
             weights = mixed_weights
-            teacher_scales = (teacher_scale,)
+            teacher_scales = (LOG2E * unit_t,)
     elif MIX_PROBS:
         for _k in tl.static_range(len(teachers) - 1):
-            teacher_scales = teacher_scales + (teacher_scale,)
+            teacher_scales = teacher_scales + (LOG2E * unit_t,)
+    student_scale = LOG2E * unit_s
+    # Of the sums over logits; without the teacher's logarithms the student's temperature is the better one.
+    unit = unit_t
+    if LINEAR:
+        if COEFFICIENTS[0] == 0 and COEFFICIENTS[2] == 0:
+            unit = unit_s
+            ratio = 1.0
 
     # What p sums to: the weights of a mixture are taken as they are.
     mass = 1.0
     if LINEAR:
-        student_norm, norm, mean_p, mean_q, hard_norm, centered_sum = linear_sweep(
+        student_norm, norm, mean_p, mean_q, excess_z, hard_norm, centered_sum = linear_sweep(
             student_ptr,
             teachers,
             weights,
@@ -290,13 +352,15 @@ def dense_fwd_kernel(
             student_softcap,
             teacher_softcap,
             student_scale,
-            teacher_scale,
+            teacher_scales[0],
+            ratio,
             COEFFICIENTS,
+            BOTH,
             TEACHER_PROBS,
             HARD,
             TILE,
         )
-        divergence = (mean_p + mean_q) * LN2
+        norm = defined(norm)
         norms = (norm,)
     else:
         student_norm, hard_norm, centered_sum = student_sweep(
@@ -318,11 +382,37 @@ def dense_fwd_kernel(
                     TILE,
                 )
                 norms = norms + (norm,)
-        else:
+        elif TEACHER:
             norm = teacher_sweep(
                 teachers, weights, V, load_width, teacher_softcap, teacher_scales[0], TEACHER_PROBS, TILE
             )
+            norm = defined(norm)
             norms = (norm,)
+
+    student_norm = defined(student_norm)
+    # Of the two normalisers only the ratio matters to most divergences, and near 1 it keeps what they would round.
+    log_zt = 0.0
+    inverse_zt = 1.0
+    post = 1.0
+    inverse_zs = student_norm[3]
+    factor_q = inverse_zs
+    if MIX_PROBS:
+        log_zt_zs = -log_ratio(student_norm[4], 1.0)
+    elif TEACHER:
+        log_zt = log_ratio(norm[4], 1.0)
+        inverse_zt = norm[3]
+        log_zt_zs = log_ratio(norm[4], student_norm[4])
+        if SCALED:
+            post = inverse_zt
+            factor_q = tl.where(norm[4] == student_norm[4], 1.0, norm[4] * inverse_zs)
+    if LINEAR:
+        excess_z *= inverse_zt
+        if BOTH:
+            mean_p = both_mean(COEFFICIENTS, mean_p, mean_q, excess_z)
+            divergence = mean_p * unit + (COEFFICIENTS[1] + COEFFICIENTS[3]) * log_zt_zs
+            mean_q *= COEFFICIENTS[2]
+        else:
+            divergence = linear_value(COEFFICIENTS, (mean_p + mean_q) * unit, norm[4], student_norm[4], log_zt_zs)
 
     offs_tile = tile_offsets(TILE)
     num_tiles = tl.cdiv(V, BLOCK_V)
@@ -338,29 +428,50 @@ def dense_fwd_kernel(
         for k in range(num_tiles):
             offs_v = (num_tiles - 1 - k) * BLOCK_V + offs_tile
             s = load_logits(student_ptr, offs_v, V, load_width, student_softcap, False)
-            q, log2q = softmax(s, student_norm)
-            p, log2p, key = teacher_softmax(
-                teachers, weights, norms, offs_v, V, load_width, teacher_softcap, MIX_PROBS, TEACHER_PROBS
+            et, logp, es, logq, dt, ds, key = relative_pair(
+                s,
+                student_norm,
+                unit_s,
+                log_zt_zs,
+                teachers,
+                weights,
+                norms,
+                unit_t,
+                offs_v,
+                V,
+                load_width,
+                teacher_softcap,
+                MIX_PROBS,
+                TEACHER_PROBS,
             )
-            logp = log2p * LN2
-            logq = log2q * LN2
             if not LINEAR:
-                lane_value += fold_sum(value_of(p, logp, q, logq, param0, param1, COEFFICIENTS, VALUE, TOTAL))
+                q = es * factor_q
+                if SCALED or MIX_PROBS:
+                    lane_value += fold_sum(value_of(et, logp, q, logq, param0, param1, COEFFICIENTS, VALUE, TOTAL))
+                    if GRAD:
+                        score = score_of(et, logp, q, logq, param0, param1, COEFFICIENTS, SCORE, TOTAL)
+                else:
+                    p = et * inverse_zt
+                    lp = logp - log_zt
+                    lq = logq - log_zt
+                    lane_value += fold_sum(value_of(p, lp, q, lq, param0, param1, COEFFICIENTS, VALUE, TOTAL))
+                    if GRAD:
+                        score = score_of(p, lp, q, lq, param0, param1, COEFFICIENTS, SCORE, TOTAL)
                 if GRAD:
-                    score = score_of(p, logp, q, logq, param0, param1, COEFFICIENTS, SCORE, TOTAL)
                     lane_score += fold_sum(score)
                     if STANDARDIZE:
-                        z = tl.where(offs_v < V, (s - mean) / deviation, 0.0)
+                        z = tl.where(offs_v < V, (s - pilot - rest_of_mean) / deviation, 0.0)
                         lane_slope += fold_sum(score * z)
                         lane_first += fold_sum(q * z)
             if STATS:
-                stats = add_stats(stats, p, logp, q, logq, s, key, offs_v)
-        score_sum = tl.sum(lane_score, axis=0)
-        slope_mean = (tl.sum(lane_slope, axis=0) - score_sum * tl.sum(lane_first, axis=0)) / V
+                stats = add_stats(stats, et * inverse_zt, logp, es * inverse_zs, logq, s, key, offs_v)
+        score_sum = tl.sum(lane_score, axis=0) * post
+        slope = tl.sum(lane_slope, axis=0) - score_sum * tl.sum(lane_first, axis=0)
+        slope_mean = slope / tl.maximum(V - 1, 1)
 
     ce, lse, hard_loss, hard_scale, lse_scale = hard_terms(
         hard_norm[0],
-        hard_norm[2],
+        log_ratio(hard_norm[4], 1.0) * LOG2E,
         label_logit if CE else None,
         centered_sum,
         V,
@@ -369,37 +480,69 @@ def dense_fwd_kernel(
         z_loss_weight,
         label_smoothing,
     )
-    if kd_weight is not None:
+    if KD:
         kd_scale = scale * kd_weight * tl.where(t_squared != 0, temperature * temperature, 1.0)
 
     if GRAD:
-        if kd_weight is not None:
-            g_scale = kd_scale / (temperature * deviation)
+        if KD:
+            g_scale = kd_scale * unit_s
+        if LINEAR:
+            # Exactly 1 for equal rows, so that their gradient is exactly 0: es - z_ratio * et with one rounding.
+            z_ratio = 1.0 + excess_z
         for k in range(num_tiles):
             offs_v = (k if VALUE_SWEEP else num_tiles - 1 - k) * BLOCK_V + offs_tile
             s = load_logits(student_ptr, offs_v, V, load_width, student_softcap, False)
-            q, log2q = softmax(s, student_norm)
-            p, log2p, key = teacher_softmax(
-                teachers, weights, norms, offs_v, V, load_width, teacher_softcap, MIX_PROBS, TEACHER_PROBS
-            )
-            logp = log2p * LN2
-            logq = log2q * LN2
-            if kd_weight is None:
-                g = tl.zeros(q.shape, tl.float32)
-            elif SCORE_SUM_KNOWN:
-                g = (g_scale * COEFFICIENTS[1]) * (p - q * mass)
+            if TEACHER:
+                et, logp, es, logq, dt, ds, key = relative_pair(
+                    s,
+                    student_norm,
+                    unit_s,
+                    log_zt_zs,
+                    teachers,
+                    weights,
+                    norms,
+                    unit_t,
+                    offs_v,
+                    V,
+                    load_width,
+                    teacher_softcap,
+                    MIX_PROBS,
+                    TEACHER_PROBS,
+                )
+            if not KD:
+                g = tl.zeros(s.shape, tl.float32)
+            elif LINEAR:
+                if BOTH:
+                    # Where one outcome has all but 1e-8 of both, the ratio's excess over 1 is what there is.
+                    g = tl.fma(et, -excess_z, es - et)
+                else:
+                    g = tl.fma(et, -z_ratio, es)
+                g *= -COEFFICIENTS[1] * g_scale * inverse_zs
                 if Q_TERMS:
-                    g += mul0(q, (combine(COEFFICIENTS[2], log2p, COEFFICIENTS[3], log2q) - mean_q) * (g_scale * LN2))
+                    # The normalisers cancel: what is left of a logarithm is as small as the rows are near.
+                    log_mix = mix_logs(COEFFICIENTS[2], dt, COEFFICIENTS[3], ds, ratio) - mean_q
+                    g += mul0(es, log_mix * (g_scale * unit * inverse_zs))
+            elif SCORE_SUM_KNOWN:
+                g = (g_scale * COEFFICIENTS[1]) * (et - es * inverse_zs * mass)
             else:
-                g = score_of(p, logp, q, logq, param0, param1, COEFFICIENTS, SCORE, TOTAL) - q * score_sum
+                q = es * factor_q
+                if SCALED or MIX_PROBS:
+                    score = score_of(et, logp, q, logq, param0, param1, COEFFICIENTS, SCORE, TOTAL)
+                else:
+                    lp = logp - log_zt
+                    lq = logq - log_zt
+                    score = score_of(et * inverse_zt, lp, q, lq, param0, param1, COEFFICIENTS, SCORE, TOTAL)
+                g = score - q * score_sum
                 if STANDARDIZE:
-                    g -= (s - mean) / deviation * slope_mean
-                g *= g_scale
-            if not VALUE_SWEEP:
+                    g -= (s - pilot - rest_of_mean) / deviation * slope_mean
+                g *= g_scale * post
+            if TEACHER and not VALUE_SWEEP:
+                # Only a linear divergence comes here without its value, and only with mixed probabilities.
                 if not LINEAR:
-                    lane_value += fold_sum(value_of(p, logp, q, logq, param0, param1, COEFFICIENTS, VALUE, TOTAL))
+                    q = es * factor_q
+                    lane_value += fold_sum(value_of(et, logp, q, logq, param0, param1, COEFFICIENTS, VALUE, TOTAL))
                 if STATS:
-                    stats = add_stats(stats, p, logp, q, logq, s, key, offs_v)
+                    stats = add_stats(stats, et * inverse_zt, logp, es * inverse_zs, logq, s, key, offs_v)
             if CE or z_loss_weight is not None:
                 g += lse_scale * softmax(s, hard_norm)[0]
             if CE:
@@ -410,13 +553,20 @@ def dense_fwd_kernel(
             zero_columns(dstudent_ptr, num_tiles * BLOCK_V, pad_width, TILE)
 
     if not LINEAR:
-        divergence = tl.sum(lane_value, axis=0)
+        divergence = tl.sum(lane_value, axis=0) * post
+    if not MIX_PROBS:
+        divergence = nonnegative(divergence, COEFFICIENTS, SCALABLE)
     loss = hard_loss
-    if kd_weight is not None:
+    if KD:
         loss += kd_scale * divergence
     tl.store(loss_ptr + row64, loss)
     if STATS:
-        store_stats(stats_ptr + row64 * NUM_STATS, divergence, ce, lse, stats)
+        store_stats(stats_ptr + row64 * NUM_STATS, divergence, ce, lse, stats, log_zt, not MIX_PROBS)
+
+
+def linear_in_p(entry: divergences.TritonDivergence) -> bool:
+    """Whether a divergence is linear in the logarithms and has no term weighed by q."""
+    return entry.linear is not None and entry.linear[2:] == (0, 0)
 
 
 def _resident_load(entry: divergences.TritonDivergence, plain: bool, stats: bool) -> int:
@@ -424,7 +574,7 @@ def _resident_load(entry: divergences.TritonDivergence, plain: bool, stats: bool
     if stats:
         return tuning.STATISTICS
     if plain and entry.linear is not None:
-        return tuning.LIGHT if entry.linear[2:] == (0, 0) else tuning.MEDIUM
+        return tuning.LIGHT if linear_in_p(entry) else tuning.MEDIUM
     return tuning.MEDIUM if plain and entry.total else tuning.HEAVY
 
 
@@ -481,7 +631,8 @@ def dense_fwd(
     teacher, teacher1, teacher2, teacher3 = (*teachers, None, None, None)[:4]
     mix_probs = len(teachers) > 1 and mixture == "probs"
     itemsize = max(x.element_size() for x in (student, *teachers))
-    extras = ce_weight or z_loss_weight or student_softcap or teacher_softcap or teacher_form == "probs" or stats
+    probs = teacher_form in PROBS_FORMS
+    extras = ce_weight or z_loss_weight or student_softcap or teacher_softcap or probs or stats
     plain = not extras and not standardize
     light = plain and entry.linear is not None
     load = tuning.HEAVY if stats or mix_probs else tuning.LIGHT if light else tuning.MEDIUM
@@ -493,6 +644,8 @@ def dense_fwd(
         resident_load=resident_load,
         arch=tuning.architecture(student.device),
     )
+    # Two blocks of 256 threads fit on a multiprocessor at 128 registers; the compiler would take more, without need.
+    fits_twice = resident_load == tuning.HEAVY and linear_in_p(entry) and not student_softcap
     width = student.shape[-1]
     stride_sb, stride_sl = row_strides(student)
     stride_tb, stride_tl = row_strides(teacher)
@@ -531,14 +684,15 @@ def dense_fwd(
         "z_loss_weight": z_loss_weight or None,
         "label_smoothing": (label_smoothing or None) if ce_weight else None,
         "student_softcap": student_softcap or None,
-        "teacher_softcap": (teacher_softcap or None) if teacher_form != "probs" else None,
+        "teacher_softcap": None if probs else teacher_softcap or None,
         "param0": param0,
         "param1": param1,
         "COEFFICIENTS": entry.linear,
         "VALUE": entry.value,
         "SCORE": entry.score,
         "TOTAL": entry.total,
-        "TEACHER_PROBS": teacher_form == "probs",
+        "SCALABLE": entry.scalable,
+        "TEACHER_PROBS": probs,
         # Equal logits must give exactly 0: a product fused into one of two equal terms would leave its rounding.
         "enable_fp_fusion": False,
     }
@@ -554,6 +708,7 @@ def dense_fwd(
                 TILE=plan.TILE,
                 num_warps=plan.num_warps,
                 num_ctas=plan.num_ctas,
+                maxnreg=128 if fits_twice else None,
             )
             return
         dense_fwd_kernel[(rows,)](

@@ -6,8 +6,10 @@ tensor (more, where LANES is a multiple of the threads) and keeps their exponent
 
 A reduction over the cluster costs barriers over all its blocks, so they are taken together: first the two maxima, then
 every sum over exponentials, which is all that a linear divergence needs; a pair of functions or statistics take one
-more group. Several teachers and standardised logits are left to two sweeps. A row whose logits all lie below -2e38 is
-NaN, as with eager PyTorch at a low temperature.
+more group. Several teachers and standardised logits are left to two sweeps.
+
+Everything is taken relative to the row's two maxima, and a maximum is subtracted before anything is multiplied: the
+largest exponential is then exactly 1, which is what keeps q - p of two confident rows from being noise.
 """
 
 from __future__ import annotations
@@ -19,20 +21,26 @@ from kdkernels.kernels.rows import (
     LN2,
     LOG2E,
     NEG_INF,
-    combine,
+    add_product,
     fast_exp2,
-    fast_log2,
+    fast_reciprocal,
     fold_pieces_max,
+    log_ratio,
+    mix_logs,
     mul0,
     row_offset,
     soft_cap,
+    temper,
     widen,
 )
 from kdkernels.kernels.terms import (
     NOWHERE,
     NUM_STATS,
+    both_mean,
     hard_terms,
     label_gradient,
+    linear_value,
+    nonnegative,
     score_of,
     statistics_of,
     through_cap,
@@ -81,26 +89,54 @@ def _sum7(a, b, c, d, e, f, g, h, i, j, k, m, n, o):
 
 
 @triton.jit
+def _sum_together(folded):
+    if len(folded) == 1:
+        sums = (tl.sum(folded[0], axis=0),)
+    elif len(folded) == 2:
+        sums = tl.reduce(folded, 0, _sum2)
+    elif len(folded) == 3:
+        sums = tl.reduce(folded, 0, _sum3)
+    elif len(folded) == 4:
+        sums = tl.reduce(folded, 0, _sum4)
+    elif len(folded) == 5:
+        sums = tl.reduce(folded, 0, _sum5)
+    elif len(folded) == 6:
+        sums = tl.reduce(folded, 0, _sum6)
+    else:
+        sums = tl.reduce(folded, 0, _sum7)
+    return sums
+
+
+@triton.jit
+def _sum_apart(folded):
+    sums = ()
+    for k in tl.static_range(len(folded)):
+        sums = sums + (tl.sum(folded[k], axis=0),)
+    return sums
+
+
+# The interpreter adds the elements of a joint reduction up one after another, where a GPU takes them in pairs.
+if triton.knobs.runtime.interpret:
+    _sum_together = _sum_apart
+
+
+@triton.jit
 def reduce_sums(lanes):
     """Sums over the cluster of a tuple of [LANES, VEC] accumulators, in one exchange."""
     folded = ()
     for k in tl.static_range(len(lanes)):
         folded = folded + (tl.sum(lanes[k], axis=1),)
-    if len(lanes) == 1:
-        sums = (tl.sum(folded[0], axis=0),)
-    elif len(lanes) == 2:
-        sums = tl.reduce(folded, 0, _sum2)
-    elif len(lanes) == 3:
-        sums = tl.reduce(folded, 0, _sum3)
-    elif len(lanes) == 4:
-        sums = tl.reduce(folded, 0, _sum4)
-    elif len(lanes) == 5:
-        sums = tl.reduce(folded, 0, _sum5)
-    elif len(lanes) == 6:
-        sums = tl.reduce(folded, 0, _sum6)
+    return _sum_together(folded)
+
+
+@triton.jit
+def plus(k: tl.constexpr, total, x):
+    """total + x, and x alone in the first piece: adding it to 0 is an instruction too."""
+    if k == 0:
+        total = x
     else:
-        sums = tl.reduce(folded, 0, _sum7)
-    return sums
+        total += x
+    return total
 
 
 @triton.jit
@@ -181,6 +217,7 @@ def dense_cluster_fwd_kernel(
     VALUE: tl.constexpr,
     SCORE: tl.constexpr,
     TOTAL: tl.constexpr,
+    SCALABLE: tl.constexpr,
     TEACHER_PROBS: tl.constexpr,
     TILE: tl.constexpr,  # (PIECES, LANES, VEC)
 ):
@@ -190,9 +227,20 @@ def dense_cluster_fwd_kernel(
     KD: tl.constexpr = kd_weight is not None
     HARD: tl.constexpr = CE or STATS or z_loss_weight is not None
     HARD_GRAD: tl.constexpr = CE or z_loss_weight is not None
-    LINEAR: tl.constexpr = COEFFICIENTS is not None
+    # A term of weight 0 is not computed, and its teacher not read.
+    TEACHER: tl.constexpr = KD or STATS
+    LINEAR: tl.constexpr = COEFFICIENTS is not None and TEACHER
+    PAIR: tl.constexpr = COEFFICIENTS is None and TEACHER
     P_TERMS: tl.constexpr = LINEAR and (COEFFICIENTS[0] != 0 or COEFFICIENTS[1] != 0)
     Q_TERMS: tl.constexpr = LINEAR and (COEFFICIENTS[2] != 0 or COEFFICIENTS[3] != 0)
+    # Both Kullback-Leibler divergences at once: sums of es - et, whose terms of first order cancel one by one.
+    BOTH: tl.constexpr = (
+        LINEAR
+        and COEFFICIENTS[0] == -COEFFICIENTS[1]
+        and COEFFICIENTS[2] == -COEFFICIENTS[3]
+        and COEFFICIENTS[0] != 0
+        and COEFFICIENTS[3] != 0
+    )
     SMOOTH: tl.constexpr = CE and label_smoothing is not None
     PIECES: tl.constexpr = TILE[0]
     LANES: tl.constexpr = TILE[1]
@@ -240,15 +288,27 @@ def dense_cluster_fwd_kernel(
             center = tl.where(tl.abs(label_logit) < float("inf"), label_logit, 0.0)
 
     student = load_pieces(student_ptr, offs_v, V, load_width, student_softcap, False, PIECES)
-    teacher = load_pieces(teacher_ptr, offs_v, V, load_width, teacher_softcap, TEACHER_PROBS, PIECES)
-    top_s, top_t = tl.reduce((fold_pieces_max(student), fold_pieces_max(teacher)), 0, _max2)
+    if BOTH:
+        C_P: tl.constexpr = 1
+        C_Q: tl.constexpr = -1
+    elif Q_TERMS:
+        C_P: tl.constexpr = COEFFICIENTS[2]
+        C_Q: tl.constexpr = COEFFICIENTS[3]
+    if TEACHER:
+        teacher = load_pieces(teacher_ptr, offs_v, V, load_width, teacher_softcap, TEACHER_PROBS, PIECES)
+        top_s, top_t = tl.reduce((fold_pieces_max(student), fold_pieces_max(teacher)), 0, _max2)
+    else:
+        top_s = tl.max(fold_pieces_max(student), axis=0)
 
-    # exp2(x * scale - top * scale) by one fma: its product is exact, and a shift that is rounded is the same for the
-    # whole row, so that it leaves the softmax as it is.
-    scale_s = LOG2E / temperature
-    scale_t = LOG2E / teacher_temperature
-    shift_s = top_s * scale_s
-    shift_t = top_t * scale_t
+    unit_s, unit_t, ratio = temper(temperature, teacher_temperature)
+    scale_s = LOG2E * unit_s
+    scale_t = LOG2E * unit_t
+    # Of the sums over logits; without the teacher's logarithms the student's temperature is the better one.
+    unit = unit_t
+    if LINEAR:
+        if COEFFICIENTS[0] == 0 and COEFFICIENTS[2] == 0:
+            unit = unit_s
+            ratio = 1.0
     zeros = tl.zeros([LANES, VEC], tl.float32)
     zs = zeros
     zt = zeros
@@ -259,28 +319,37 @@ def dense_cluster_fwd_kernel(
     exps_s = ()
     exps_t = ()
     for k in tl.static_range(PIECES):
-        s = widen(student[k])
-        a = tl.fma(s, scale_s, -shift_s)
-        b = tl.fma(widen(teacher[k]), scale_t, -shift_t)
-        es = fast_exp2(a)
-        et = fast_exp2(b)
-        zs += es
-        zt += et
+        ds = widen(student[k]) - top_s
+        es = fast_exp2(ds * scale_s)
+        exps_s = exps_s + (es,)
+        if TEACHER:
+            dt = widen(teacher[k]) - top_t
+            et = fast_exp2(dt * scale_t)
+            zt = plus(k, zt, et)
+            exps_t = exps_t + (et,)
         # A term of weight 0 counts 0 also where its logarithm is infinite.
-        if P_TERMS:
-            sum_p = tl.fma(et, tl.where(et == 0, 0.0, combine(COEFFICIENTS[0], b, COEFFICIENTS[1], a)), sum_p)
-        if Q_TERMS:
-            sum_q = tl.fma(es, tl.where(es == 0, 0.0, combine(COEFFICIENTS[2], b, COEFFICIENTS[3], a)), sum_q)
+        if BOTH:
+            excess = es - et
+            x = mix_logs(C_P, dt, C_Q, ds, ratio)
+            zs = plus(k, zs, excess)
+            sum_p = add_product(sum_p, excess, x)
+            sum_q = add_product(sum_q, es, x)
+        else:
+            zs = plus(k, zs, es)
+            if P_TERMS:
+                sum_p = add_product(sum_p, et, mix_logs(COEFFICIENTS[0], dt, COEFFICIENTS[1], ds, ratio))
+            if Q_TERMS:
+                sum_q = add_product(sum_q, es, mix_logs(C_P, dt, C_Q, ds, ratio))
         if HARD:
-            zh += fast_exp2(tl.fma(s, LOG2E, -(top_s * LOG2E)))
+            zh = plus(k, zh, fast_exp2(ds * LOG2E))
         if SMOOTH:
             if k < PIECES - 1:
-                centered += s - center
+                centered += widen(student[k]) - center
             else:
-                centered += tl.where(offs_v + k * STEP < V, s - center, 0.0)
-        exps_s = exps_s + (es,)
-        exps_t = exps_t + (et,)
-    wanted = (zs, zt)
+                centered += tl.where(offs_v + k * STEP < V, widen(student[k]) - center, 0.0)
+    wanted = (zs,)
+    if TEACHER:
+        wanted = wanted + (zt,)
     if P_TERMS:
         wanted = wanted + (sum_p,)
     if Q_TERMS:
@@ -291,20 +360,26 @@ def dense_cluster_fwd_kernel(
         wanted = wanted + (centered,)
     sums = reduce_sums(wanted)
 
-    AFTER_P: tl.constexpr = 3 if P_TERMS else 2
+    AFTER_Z: tl.constexpr = 2 if TEACHER else 1
+    AFTER_P: tl.constexpr = AFTER_Z + 1 if P_TERMS else AFTER_Z
     AFTER_Q: tl.constexpr = AFTER_P + 1 if Q_TERMS else AFTER_P
     total_s = sums[0]
-    inverse_zs = 1.0 / total_s
-    inverse_zt = 1.0 / sums[1]
-    log2_zs = fast_log2(total_s)
-    log2_zt = fast_log2(sums[1])
+    if BOTH:
+        total_s += sums[1]
+    inverse_zs = fast_reciprocal(total_s)
+    if TEACHER:
+        total_t = sums[1]
+        inverse_zt = fast_reciprocal(total_t)
+        excess_z = sums[0] if BOTH else total_s - total_t
+        # Of the two normalisers only the ratio matters to most divergences, and near 1 it keeps what they would round.
+        log_zt_zs = log_ratio(total_t, total_s)
     ce = 0.0
     lse = 0.0
     hard_loss = 0.0
     if HARD:
         ce, lse, hard_loss, hard_scale, lse_scale = hard_terms(
             top_s,
-            fast_log2(sums[AFTER_Q]),
+            log_ratio(sums[AFTER_Q], 1.0) * LOG2E,
             label_logit,
             sums[AFTER_Q + 1] if SMOOTH else 0.0,
             V,
@@ -313,20 +388,35 @@ def dense_cluster_fwd_kernel(
             z_loss_weight,
             label_smoothing,
         )
-        hard_factor = lse_scale / sums[AFTER_Q]
+        hard_factor = lse_scale * fast_reciprocal(sums[AFTER_Q])
+    divergence = 0.0
     mean_q = 0.0
     if LINEAR:
-        divergence = 0.0
+        mean_p = 0.0
         if P_TERMS:
-            divergence = sums[2] * inverse_zt - combine(COEFFICIENTS[0], log2_zt, COEFFICIENTS[1], log2_zs)
+            mean_p = sums[AFTER_Z] * inverse_zt
         if Q_TERMS:
-            mean_q = sums[AFTER_P] * inverse_zs - combine(COEFFICIENTS[2], log2_zt, COEFFICIENTS[3], log2_zs)
-            divergence += mean_q
-        divergence *= LN2
+            mean_q = sums[AFTER_P] * inverse_zs
+        if BOTH:
+            mean_p = both_mean(COEFFICIENTS, mean_p, mean_q, excess_z * inverse_zt)
+            divergence = mean_p * unit + (COEFFICIENTS[1] + COEFFICIENTS[3]) * log_zt_zs
+            mean_q *= COEFFICIENTS[2]
+        else:
+            divergence = linear_value(COEFFICIENTS, (mean_p + mean_q) * unit, total_t, total_s, log_zt_zs)
 
     score_sum = 0.0
     scores = ()
-    if not LINEAR or STATS:
+    # Of a pair that takes p and q on any common scale: their own exponentials, and logarithms that are as small.
+    if PAIR or STATS:
+        log_zt = log_ratio(total_t, 1.0)
+    if PAIR:
+        if SCALABLE:
+            factor_q = tl.where(total_t == total_s, 1.0, total_t * inverse_zs)
+            post = inverse_zt
+        else:
+            factor_q = inverse_zs
+            post = 1.0
+    if PAIR or STATS:
         value = zeros
         score_total = zeros
         forward = zeros
@@ -337,40 +427,46 @@ def dense_cluster_fwd_kernel(
         at_s = tl.full([LANES, VEC], NOWHERE, tl.int32)
         at_t = tl.full([LANES, VEC], NOWHERE, tl.int32)
         for k in tl.static_range(PIECES):
-            s = widen(student[k])
-            t = widen(teacher[k])
-            logq = tl.fma(tl.fma(s, scale_s, -shift_s), LN2, -(log2_zs * LN2))
-            logp = tl.fma(tl.fma(t, scale_t, -shift_t), LN2, -(log2_zt * LN2))
-            p = exps_t[k] * inverse_zt
-            q = exps_s[k] * inverse_zs
-            if not LINEAR:
-                value += value_of(p, logp, q, logq, param0, param1, COEFFICIENTS, VALUE, TOTAL)
+            ds = widen(student[k]) - top_s
+            dt = widen(teacher[k]) - top_t
+            logp = dt * unit_t
+            logq = tl.fma(ds, unit_s, log_zt_zs)
+            if PAIR:
+                if SCALABLE:
+                    p, lp, q, lq = exps_t[k], logp, exps_s[k] * factor_q, logq
+                else:
+                    p, lp, q, lq = exps_t[k] * inverse_zt, logp - log_zt, exps_s[k] * factor_q, logq - log_zt
+                value = plus(k, value, value_of(p, lp, q, lq, param0, param1, COEFFICIENTS, VALUE, TOTAL))
                 if GRAD and KD:
-                    score = score_of(p, logp, q, logq, param0, param1, COEFFICIENTS, SCORE, TOTAL)
-                    score_total += score
+                    score = score_of(p, lp, q, lq, param0, param1, COEFFICIENTS, SCORE, TOTAL)
+                    score_total = plus(k, score_total, score)
                     scores = scores + (score,)
             if STATS:
-                new_forward, new_reverse, new_entropy_p, new_entropy_q, new_overlap = statistics_of(p, logp, q, logq)
-                forward += new_forward
-                reverse += new_reverse
-                entropy_p += new_entropy_p
-                entropy_q += new_entropy_q
-                overlap += new_overlap
-                at_s = tl.minimum(at_s, tl.where(s == top_s, offs_v + k * STEP, NOWHERE))
-                at_t = tl.minimum(at_t, tl.where(t == top_t, offs_v + k * STEP, NOWHERE))
+                new_forward, new_reverse, new_entropy_p, new_entropy_q, new_overlap = statistics_of(
+                    exps_t[k] * inverse_zt, logp, exps_s[k] * inverse_zs, logq
+                )
+                forward = plus(k, forward, new_forward)
+                reverse = plus(k, reverse, new_reverse)
+                entropy_p = plus(k, entropy_p, new_entropy_p)
+                entropy_q = plus(k, entropy_q, new_entropy_q)
+                overlap = plus(k, overlap, new_overlap)
+                at_s = tl.minimum(at_s, tl.where(ds == 0, offs_v + k * STEP, NOWHERE))
+                at_t = tl.minimum(at_t, tl.where(dt == 0, offs_v + k * STEP, NOWHERE))
         wanted = ()
         if STATS:
             wanted = (forward, reverse, entropy_p, entropy_q, overlap)
-        if not LINEAR:
+        if PAIR:
             wanted = wanted + (value,)
             if GRAD and KD:
                 wanted = wanted + (score_total,)
         sums = reduce_sums(wanted)
         AFTER_STATS: tl.constexpr = 5 if STATS else 0
-        if not LINEAR:
-            divergence = sums[AFTER_STATS]
+        if PAIR:
+            divergence = sums[AFTER_STATS] * post
             if GRAD and KD:
-                score_sum = sums[AFTER_STATS + 1]
+                score_sum = sums[AFTER_STATS + 1] * post
+    if TEACHER:
+        divergence = nonnegative(divergence, COEFFICIENTS, SCALABLE)
 
     loss = hard_loss
     if KD:
@@ -383,35 +479,44 @@ def dense_cluster_fwd_kernel(
         tl.store(row_ptr, divergence)
         tl.store(row_ptr + 1, ce)
         tl.store(row_ptr + 2, lse)
-        for k in tl.static_range(4):
-            tl.store(row_ptr + 3 + k, sums[k])
+        tl.store(row_ptr + 3, nonnegative(sums[0], None, True))
+        tl.store(row_ptr + 4, nonnegative(sums[1], None, True))
+        tl.store(row_ptr + 5, sums[2] + log_zt)
+        tl.store(row_ptr + 6, sums[3] + log_zt)
         tl.store(row_ptr + 7, tl.where(at_s == at_t, 1.0, 0.0))
         tl.store(row_ptr + 8, sums[4])
 
     if GRAD:
         if KD:
-            g_scale = kd_scale * (scale_s * LN2)
-        # Exactly 1 for equal rows, so that their gradient is exactly 0: es - ratio * et with one rounding.
-        ratio = tl.where(inverse_zs == inverse_zt, 1.0, inverse_zt * total_s)
+            g_scale = kd_scale * unit_s
+        if LINEAR:
+            # Exactly 1 for equal rows, so that their gradient is exactly 0: es - z_ratio * et with one rounding.
+            excess_z *= inverse_zt
+            z_ratio = 1.0 + excess_z
         for k in tl.static_range(PIECES):
-            s = widen(student[k])
             if not KD:
                 g = zeros
             elif LINEAR:
-                g = tl.fma(exps_t[k], -ratio, exps_s[k]) * (-COEFFICIENTS[1] * g_scale * inverse_zs)
+                if BOTH:
+                    # Where one outcome has all but 1e-8 of both, the ratio's excess over 1 is what there is.
+                    g = tl.fma(exps_t[k], -excess_z, exps_s[k] - exps_t[k])
+                else:
+                    g = tl.fma(exps_t[k], -z_ratio, exps_s[k])
+                g *= -COEFFICIENTS[1] * g_scale * inverse_zs
                 if Q_TERMS:
-                    q = exps_s[k] * inverse_zs
-                    log2q = tl.fma(s, scale_s, -shift_s) - log2_zs
-                    log2p = tl.fma(widen(teacher[k]), scale_t, -shift_t) - log2_zt
-                    rest = mul0(q, (combine(COEFFICIENTS[2], log2p, COEFFICIENTS[3], log2q) - mean_q) * (g_scale * LN2))
+                    ds = widen(student[k]) - top_s
+                    dt = widen(teacher[k]) - top_t
+                    # The normalisers cancel: what is left of a logarithm is as small as the rows are near.
+                    slope = mix_logs(COEFFICIENTS[2], dt, COEFFICIENTS[3], ds, ratio) - mean_q
+                    rest = mul0(exps_s[k], slope * (g_scale * unit * inverse_zs))
                     g = rest if COEFFICIENTS[1] == 0 else g + rest
             else:
-                g = tl.fma(exps_s[k], -(score_sum * inverse_zs), scores[k]) * g_scale
+                g = tl.fma(exps_s[k], -(score_sum * factor_q), scores[k]) * (g_scale * post)
             if HARD_GRAD:
-                g += hard_factor * fast_exp2(tl.fma(s, LOG2E, -(top_s * LOG2E)))
+                g += hard_factor * fast_exp2((widen(student[k]) - top_s) * LOG2E)
             if CE:
                 g = label_gradient(g, offs_v + k * STEP, label_v, V, hard_scale, label_smoothing)
-            g = through_cap(g, s, student_softcap)
+            g = through_cap(g, student[k], student_softcap)
             g = g.to(dstudent_ptr.dtype.element_ty)
             if k < PIECES - 1:
                 tl.store(dstudent_ptr + k * STEP + offs_v, g)

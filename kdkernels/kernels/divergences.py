@@ -19,10 +19,7 @@ from typing import Any, NamedTuple, Optional
 import triton
 import triton.language as tl
 
-from kdkernels.kernels.rows import LN2, LOG2E, TINY, fast_log, fast_log2, mul0
-
-# Below the logarithm of every fp32, and finite.
-FLOOR = tl.constexpr(-1e30)
+from kdkernels.kernels.rows import LN2, LOG2E, LOWEST, TINY, fast_log, fast_log2, fast_reciprocal, mul0
 
 Coefficients = tuple[float, float, float, float]
 
@@ -35,6 +32,7 @@ class TritonDivergence(NamedTuple):
     score: Optional[Any] = None
     homogeneous: bool = False
     total: bool = False
+    scalable: bool = False
 
 
 _TABLE: dict[str, TritonDivergence] = {}
@@ -48,6 +46,7 @@ def register(
     score: Optional[Any] = None,
     homogeneous: bool = False,
     total: bool = False,
+    scalable: bool = False,
 ) -> None:
     """Enter a divergence into the table, by its coefficients or by its pair of ``@triton.jit`` functions.
 
@@ -56,6 +55,8 @@ def register(
             mass. Where that is not said they are computed one by one.
         total: whether both functions give 0 where p = q = 0 and both logarithms are -inf, so that the kernels need not
             see to it (four instructions an element).
+        scalable: whether ``f(c p, c q) = c f(p, q)``, and the sum of f is never negative for two distributions. The
+            kernels then take the row's largest p as the unit, which keeps the logarithms, and their rounding, small.
 
     Raises:
         ValueError: when the name is taken, or when not exactly one of the two forms is given.
@@ -67,7 +68,7 @@ def register(
     if linear is not None:
         c_pp, c_pq, c_qp, c_qq = (float(c) for c in linear)
         linear = (c_pp, c_pq, c_qp, c_qq)
-    _TABLE[name] = TritonDivergence(linear, value, score, homogeneous, total or linear is not None)
+    _TABLE[name] = TritonDivergence(linear, value, score, homogeneous, total or linear is not None, scalable)
 
 
 def remove(name: str) -> None:
@@ -93,28 +94,44 @@ def names() -> tuple[str, ...]:
 
 
 @triton.jit
-def _log_ratio(logx, log2m):
-    """log(x / m) of a finite log2 m, and finite: its weight is 0 where, and only where, log x is -inf."""
-    return tl.fma(log2m, -LN2, tl.maximum(logx, FLOOR))
+def _over_mixture(wp, wq):
+    """1 / m of m = wp + wq, finite where m underflows."""
+    return fast_reciprocal(tl.maximum(wp + wq, TINY))
 
 
 @triton.jit
-def _log2_of_mixture(m):
-    return fast_log2(tl.maximum(m, TINY, propagate_nan=tl.PropagateNan.ALL))
+def _log_share(x, inverse_m):
+    """log2(x / m), finite where x is 0: its weight is 0 there."""
+    return fast_log2(tl.maximum(x * inverse_m, TINY))
 
 
+# With h = (q - p) / m and w = 1 - beta, f = m (beta psi(-w h) + w psi(beta h)) for psi(x) = (1 + x) log(1 + x) - x: the
+# terms of first order, whose sum is 0, are left out of every element. Of the series of psi the first five terms are
+# right to 1e-6 for |h| < 1/8; beyond that the logarithms of p / m and q / m are large enough themselves.
 @triton.jit
 def _jsd_value(p, logp, q, logq, beta, _):
+    w = 1.0 - beta
     wp = beta * p
-    wq = (1.0 - beta) * q
-    log2m = _log2_of_mixture(wp + wq)
-    return tl.fma(wp, _log_ratio(logp, log2m), wq * _log_ratio(logq, log2m))
+    wq = w * q
+    inverse_m = _over_mixture(wp, wq)
+    difference = q - p
+    h = difference * inverse_m
+    w2 = w * w
+    beta2 = beta * beta
+    c = beta * w
+    c3 = c * (w2 - beta2) * (1.0 / 6.0)
+    c4 = c * (w2 * w + beta2 * beta) * (1.0 / 12.0)
+    c5 = c * (w2 * w2 - beta2 * beta2) * (1.0 / 20.0)
+    c6 = c * (w2 * w2 * w + beta2 * beta2 * beta) * (1.0 / 30.0)
+    near = difference * h * tl.fma(h, tl.fma(h, tl.fma(h, tl.fma(h, c6, c5), c4), c3), 0.5 * c)
+    far = tl.fma(wp, _log_share(p, inverse_m), wq * _log_share(q, inverse_m)) * LN2
+    return tl.where(tl.abs(h) < 0.125, near, far)
 
 
 @triton.jit
 def _jsd_score(p, logp, q, logq, beta, _):
     wq = (1.0 - beta) * q
-    return wq * _log_ratio(logq, _log2_of_mixture(beta * p + wq))
+    return wq * _log_share(q, _over_mixture(beta * p, wq)) * LN2
 
 
 @triton.jit
@@ -154,53 +171,68 @@ def _skew_reverse_kl_score(p, logp, q, logq, alpha, _):
 
 
 @triton.jit
-def _power(logx, exponent):
-    """x ** exponent of a probability given by its logarithm; x ** 0 = 1 also at 0."""
-    return tl.exp2(tl.where(exponent == 0, 0.0, logx * exponent) * LOG2E)
+def _powers(a, logp, b, logq):
+    """p^a q^b in one exponential, of two probabilities given by their logarithms; x^0 = 1 also at 0."""
+    logp = tl.maximum(logp, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    logq = tl.maximum(logq, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    return tl.exp2(tl.fma(logp, a * LOG2E, logq * (b * LOG2E)))
 
 
-# With s = a + b, x = p^a q^b and d = logp - logq, the family and its limits are one form with other coefficients,
-# A (p^s - x) + B (q^s - x) + D x d + E d + F d^2: a branch on a or b would keep a whole tile alive across it.
-#
-#             A         B         D      E      F
-#   a, b, s   1/(b s)   1/(a s)
-#   b = 0     -1/a^2    1/a^2     1/a
-#   a = 0     1/b^2     -1/b^2    -1/b
-#   s = 0     -1/a^2                     -1/a
-#   a = b = 0                                   1/2
+@triton.jit
+def _slope(low, high, k, d):
+    """(high - low) / k, where high = low exp(k d): also where k d is near 0, and low d where k is 0."""
+    g = tl.where(k == 0, 0.0, k * d)
+    series = tl.fma(g, tl.fma(g, tl.fma(g, tl.fma(g, 1.0 / 720, 1.0 / 120), 1.0 / 24), 1.0 / 6), 0.5)
+    near = mul0(low, d * tl.fma(g, series, 1.0))
+    return tl.where(tl.abs(g) < 0.3, near, (high - low) * (1.0 / tl.where(k == 0, 1.0, k)))
+
+
+# With s = a + b and d = logp - logq, f = q^s d^2 exp[0, a d, s d], the second divided difference of exp: of the family
+# and its limits (a, b or s = 0) alike, and never negative. Near each other it is its series about the mean of the three
+# nodes. Apart it is a difference of two slopes, from the node in the middle to the one at the greater distance, which
+# cannot cancel then, and to the other, which can.
 @triton.jit
 def _alpha_beta_value(p, logp, q, logq, a, b):
     s = a + b
-    a_is_0 = a == 0
-    b_is_0 = b == 0
-    s_is_0 = s == 0
-    limit = a_is_0 | b_is_0
-    both = a_is_0 & b_is_0
-    safe_a = tl.where(a_is_0, 1.0, a)
-    safe_b = tl.where(b_is_0, 1.0, b)
-    safe_s = tl.where(s_is_0, 1.0, s)
-    # b^2 where a = 0, a^2 where b = 0 or a + b = 0.
-    square = tl.where(a_is_0, safe_b * safe_b, safe_a * safe_a)
-    sign = tl.where(a_is_0, 1.0, -1.0)
-    A = tl.where(both, 0.0, tl.where(limit | s_is_0, sign / square, 1.0 / (safe_b * safe_s)))
-    B = tl.where(s_is_0, 0.0, tl.where(limit, -sign / square, 1.0 / (safe_a * safe_s)))
-    D = tl.where(both | (limit == 0), 0.0, tl.where(a_is_0, -1.0 / safe_b, 1.0 / safe_a))
-    E = tl.where(s_is_0 & (a_is_0 == 0), -1.0 / safe_a, 0.0)
-    F = tl.where(both, 0.5, 0.0)
-    x = mul0(_power(logp, a), _power(logq, b))
     d = logp - logq
-    f = mul0(A, _power(logp, s) - x) + mul0(B, _power(logq, s) - x) + mul0(D * x, d) + mul0(E, d) + mul0(F, d * d)
-    # A negative power of 0: its two infinities may have opposite signs.
-    return tl.where(x == float("inf"), -(A + B) * x, f)
+    # Distances between 0, a and s are |a|, |b| and |s|; the middle node is opposite the greatest.
+    middle_is_0 = (tl.abs(b) >= tl.abs(a)) & (tl.abs(b) >= tl.abs(s))
+    middle_is_a = (middle_is_0 == 0) & (tl.abs(s) >= tl.abs(a))
+    middle = tl.where(middle_is_0, 0.0, tl.where(middle_is_a, a, s))
+    distance_0 = tl.abs(middle)
+    distance_a = tl.abs(a - middle)
+    distance_s = tl.abs(s - middle)
+    far_is_0 = (distance_0 >= distance_a) & (distance_0 >= distance_s)
+    far_is_a = (far_is_0 == 0) & (distance_a >= distance_s)
+    near_is_0 = (middle_is_0 == 0) & (far_is_0 == 0)
+    near_is_a = (middle_is_a == 0) & (far_is_a == 0)
+    k_far = tl.where(far_is_0, 0.0, tl.where(far_is_a, a, s))
+    k_near = tl.where(near_is_0, 0.0, tl.where(near_is_a, a, s))
+    w_middle = _powers(middle, logp, s - middle, logq)
+    w_far = _powers(k_far, logp, s - k_far, logq)
+    w_near = _powers(k_near, logp, s - k_near, logq)
+    width = k_far - k_near
+    safe = tl.where(width == 0, 1.0, width)
+    slope = (w_far - w_middle) * (1.0 / tl.where(k_far == middle, 1.0, k_far - middle))
+    apart = (slope - _slope(w_middle, w_near, k_near - middle, d)) * (1.0 / safe)
+    # Of two infinite powers the greater counts.
+    apart = tl.where((apart != apart) & (d == d), float("inf"), apart)
+
+    mean = (a + s) * (1.0 / 3.0)
+    u0, ua, us = -mean, a - mean, s - mean
+    e2 = u0 * ua + ua * us + us * u0
+    e3 = u0 * ua * us
+    y = tl.where(width == 0, 0.0, d)
+    series = tl.fma(y, -e2 * e3 * (1.0 / 2520), e2 * e2 * (1.0 / 720))
+    series = tl.fma(y, tl.fma(y, series, e3 * (1.0 / 120)), -e2 * (1.0 / 24))
+    near = _powers(mean, logp, s - mean, logq) * d * d * tl.fma(y * y, series, 0.5)
+    return tl.where(tl.abs(width * y) < 1.0, near, apart)
 
 
 @triton.jit
 def _alpha_beta_score(p, logp, q, logq, a, b):
-    a_is_0 = a == 0
-    inverse = 1.0 / tl.where(a_is_0, 1.0, a)
-    x = mul0(_power(logp, a), _power(logq, b))
-    limit = mul0(x, logq - logp)
-    return tl.where(a_is_0, limit, (_power(logq, a + b) - x) * inverse)
+    # The slope between the nodes 0 and a.
+    return -_slope(_powers(0.0, logp, a + b, logq), _powers(a, logp, b, logq), a, logp - logq)
 
 
 register("forward_kl", linear=(1, -1, 0, 0), homogeneous=True)
@@ -208,8 +240,9 @@ register("reverse_kl", linear=(0, 0, -1, 1))
 register("jeffreys", linear=(1, -1, -1, 1))
 register("soft_ce", linear=(0, -1, 0, 0), homogeneous=True)
 register("dual_soft_ce", linear=(0, 0, -1, 0))
-register("jsd", value=_jsd_value, score=_jsd_score, homogeneous=True, total=True)
-register("tvd", value=_tvd_value, score=_tvd_score, homogeneous=True, total=True)
-register("skew_kl", value=_skew_kl_value, score=_skew_kl_score, homogeneous=True, total=True)
-register("skew_reverse_kl", value=_skew_reverse_kl_value, score=_skew_reverse_kl_score, homogeneous=True, total=True)
+_DENSITY: dict[str, bool] = {"homogeneous": True, "total": True, "scalable": True}
+register("jsd", value=_jsd_value, score=_jsd_score, **_DENSITY)
+register("tvd", value=_tvd_value, score=_tvd_score, **_DENSITY)
+register("skew_kl", value=_skew_kl_value, score=_skew_kl_score, **_DENSITY)
+register("skew_reverse_kl", value=_skew_reverse_kl_value, score=_skew_reverse_kl_score, **_DENSITY)
 register("alpha_beta", value=_alpha_beta_value, score=_alpha_beta_score)

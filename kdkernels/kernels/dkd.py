@@ -22,6 +22,7 @@ from kdkernels.kernels.rows import (
     aligned_width,
     contiguous,
     load_logits,
+    log_ratio,
     mul0,
     num_rows,
     on_device_of,
@@ -29,18 +30,24 @@ from kdkernels.kernels.rows import (
     row_strides,
     softmax,
     store_gradient,
+    temper,
     tile_offsets,
     zero_columns,
 )
+from kdkernels.kernels.terms import linear_value, nonnegative
 
 # Of the other columns' KL: p^ logp^ - p^ logq^.
 _REST = tl.constexpr((1.0, -1.0, 0.0, 0.0))
 
 
 @triton.jit
-def log2_sigmoid(x):
-    """log2(1 / (1 + 2**-x)), without overflow."""
-    return tl.minimum(x, 0.0) - tl.log2(1.0 + tl.exp2(-tl.abs(x)))
+def log_sigmoids(x):
+    """log(1 / (1 + exp(-x))) and log(1 / (1 + exp(x))), without overflow and of the likelier to its last bits."""
+    e = tl.exp2(-tl.abs(x) * LOG2E)
+    rest = tl.where(e < 0.125, log_ratio(1.0 + e, 1.0), tl.log2(1.0 + e) * LN2)
+    # Below the rounding of 1 + e.
+    rest = tl.where(e < 2.0**-12, e - 0.5 * e * e, rest)
+    return tl.minimum(x, 0.0) - rest, tl.minimum(-x, 0.0) - rest
 
 
 @triton.jit(do_not_specialize=["L", "ignore_index"])
@@ -90,9 +97,10 @@ def dkd_fwd_kernel(
     inside = (label >= 0) & (label < V)
     label_s = tl.load(student_ptr + label, mask=inside, other=float("nan")).to(tl.float32)
     label_t = tl.load(teacher_ptr + label, mask=inside, other=float("nan")).to(tl.float32)
-    student_scale = LOG2E / temperature
-    teacher_scale = LOG2E / teacher_temperature
-    student_norm, teacher_norm, rest, _, _, _ = linear_sweep(
+    unit_s, unit_t, ratio = temper(temperature, teacher_temperature)
+    student_scale = LOG2E * unit_s
+    teacher_scale = LOG2E * unit_t
+    student_norm, teacher_norm, rest, _, _, _, _ = linear_sweep(
         student_ptr,
         (teacher_ptr,),
         (1.0,),
@@ -104,25 +112,33 @@ def dkd_fwd_kernel(
         None,
         student_scale,
         teacher_scale,
+        ratio,
         _REST,
+        False,
         False,
         False,
         TILE,
     )
+    rest = linear_value(
+        _REST, rest * unit_t, teacher_norm[4], student_norm[4], log_ratio(teacher_norm[4], student_norm[4])
+    )
     # With one column there is no rest.
-    rest = tl.where(V == 1, 0.0, rest)
-    odds_q = (label_s - student_norm[0]) * student_scale - student_norm[2]
-    odds_p = (label_t - teacher_norm[0]) * teacher_scale - teacher_norm[2]
-    logp_y = log2_sigmoid(odds_p)
-    logp_n = log2_sigmoid(-odds_p)
-    p_y = tl.exp2(logp_y)
-    q_y = tl.exp2(log2_sigmoid(odds_q))
-    target = mul0(p_y, logp_y - log2_sigmoid(odds_q)) + mul0(tl.exp2(logp_n), logp_n - log2_sigmoid(-odds_q))
-    tl.store(loss_ptr + row64, (alpha * target + beta * rest) * LN2 * scale)
+    rest = tl.where(V == 1, 0.0, nonnegative(rest, _REST, False))
+    # Log odds of the label against the rest. Of a class and the rest the less likely one is known to its last bits.
+    odds_q = (label_s - student_norm[0]) * unit_s - log_ratio(student_norm[4], 1.0)
+    odds_p = (label_t - teacher_norm[0]) * unit_t - log_ratio(teacher_norm[4], 1.0)
+    logp_y, logp_n = log_sigmoids(odds_p)
+    logq_y, logq_n = log_sigmoids(odds_q)
+    p_y = tl.exp2(logp_y * LOG2E)
+    q_y = tl.exp2(logq_y * LOG2E)
+    p_n = tl.exp2(logp_n * LOG2E)
+    q_n = tl.exp2(logq_n * LOG2E)
+    target = nonnegative(mul0(p_y, logp_y - logq_y) + mul0(p_n, logp_n - logq_n), _REST, False)
+    tl.store(loss_ptr + row64, (alpha * target + beta * rest) * scale)
 
     if dstudent_ptr is not None:
-        scale /= temperature
-        away = scale * alpha * (p_y - q_y)
+        scale *= unit_s
+        away = scale * alpha * tl.where(odds_p > 0, q_n - p_n, p_y - q_y)
         offs_tile = tile_offsets(TILE)
         num_tiles = tl.cdiv(V, BLOCK_V)
         for k in range(num_tiles):

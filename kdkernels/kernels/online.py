@@ -6,17 +6,21 @@ import triton.language as tl
 from kdkernels.kernels.rows import (
     LOG2E,
     NEG_INF,
-    combine,
     fold_max,
     fold_sum,
     lane_lowest,
     lane_zeros,
     load_logits,
+    mix_logs,
     mul0,
     rescale,
+    rescale_excess,
     spread,
     tile_offsets,
 )
+
+# A lane adds its columns up before they are weighed against the row: masks of -3e38 must not pass fp32's range there.
+SMALL = tl.constexpr(2.0**-12)
 
 
 @triton.jit
@@ -44,10 +48,17 @@ def add_hard(hard, old_max, new_max, s, inside, center):
 
 @triton.jit
 def fold_norm(lane_max, lane_z, scale):
-    """The row's norm, see rows.softmax, from the maxima and sums of the lanes."""
+    """The row's norm, see rows.softmax, and its z, from the maxima and sums of the lanes."""
     row_max = tl.max(lane_max, axis=0)
     z = tl.sum(lane_z * tl.exp2((lane_max - row_max) * scale), axis=0)
-    return row_max, scale, tl.log2(z), 1.0 / z
+    return row_max, scale, tl.log2(z), 1.0 / z, z
+
+
+@triton.jit
+def defined(norm):
+    """The norm of a row, NaN where nothing in it is finite."""
+    row_max, scale, log2_z, inverse_z, z = norm
+    return row_max, scale, log2_z, tl.where(z == 0, float("nan"), inverse_z), tl.where(z == 0, float("nan"), z)
 
 
 @triton.jit
@@ -63,20 +74,28 @@ def linear_sweep(
     teacher_softcap,
     student_scale,
     teacher_scale,
+    ratio,
     COEFFICIENTS: tl.constexpr,
+    BOTH: tl.constexpr,
     TEACHER_PROBS: tl.constexpr,
     HARD: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """First sweep of a linear divergence: the norms of both sides, and its sums over p and over q in base 2.
+    """First sweep of a linear divergence: the norms of both sides, and its means over p and over q.
 
-    skipped: a column that is left out, or None. The last two results are the student's norm at temperature 1, and its
-    sum (s - center).
+    The means are over logits less their maxima, see rows.mix_logs: ``terms.linear_value`` makes the divergence of them,
+    or of BOTH Kullback-Leibler divergences ``terms.both_mean``, and then they are sum (es - et) x / zt and the mean of
+    x over q. skipped: a column that is left out, or None. Then come zs - zt, the student's norm at temperature 1, and
+    its sum (s - center).
     """
     C_PP: tl.constexpr = COEFFICIENTS[0]
     C_PQ: tl.constexpr = COEFFICIENTS[1]
-    C_QP: tl.constexpr = COEFFICIENTS[2]
-    C_QQ: tl.constexpr = COEFFICIENTS[3]
+    if BOTH:
+        C_QP: tl.constexpr = 1
+        C_QQ: tl.constexpr = -1
+    else:
+        C_QP: tl.constexpr = COEFFICIENTS[2]
+        C_QQ: tl.constexpr = COEFFICIENTS[3]
     BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
     offs_tile = tile_offsets(TILE)
     ms = lane_lowest(TILE)
@@ -85,6 +104,7 @@ def linear_sweep(
     zt = lane_zeros(TILE)
     sum_p = lane_zeros(TILE)
     sum_q = lane_zeros(TILE)
+    excess_z = lane_zeros(TILE)
     hard = (lane_zeros(TILE), lane_zeros(TILE))
     for start in range(0, V, BLOCK_V):
         offs_v = start + offs_tile
@@ -95,22 +115,32 @@ def linear_sweep(
             t = tl.where(offs_v == skipped, NEG_INF, t)
         ns = tl.maximum(ms, fold_max(s))
         nt = tl.maximum(mt, fold_max(t))
-        shift_s = (ms - ns) * student_scale
-        shift_t = (mt - nt) * teacher_scale
-        factor_s = tl.exp2(shift_s)
-        factor_t = tl.exp2(shift_t)
-        a = (s - spread(ns)) * student_scale
-        b = (t - spread(nt)) * teacher_scale
-        es = tl.exp2(a)
-        et = tl.exp2(b)
-        if C_PP != 0 or C_PQ != 0:
-            sum_p = rescale(sum_p, zt, factor_t, combine(C_PP, shift_t, C_PQ, shift_s))
-            sum_p += fold_sum(mul0(et, combine(C_PP, b, C_PQ, a)))
-        if C_QP != 0 or C_QQ != 0:
-            sum_q = rescale(sum_q, zs, factor_s, combine(C_QP, shift_t, C_QQ, shift_s))
-            sum_q += fold_sum(mul0(es, combine(C_QP, b, C_QQ, a)))
-        zs = tl.fma(zs, factor_s, fold_sum(es))
-        zt = tl.fma(zt, factor_t, fold_sum(et))
+        shift_s = ms - ns
+        shift_t = mt - nt
+        factor_s = tl.exp2(shift_s * student_scale)
+        factor_t = tl.exp2(shift_t * teacher_scale)
+        a = s - spread(ns)
+        b = t - spread(nt)
+        es = tl.exp2(a * student_scale)
+        et = tl.exp2(b * teacher_scale)
+        if BOTH:
+            shift = mix_logs(1, shift_t, -1, shift_s, ratio) * SMALL
+            x = mix_logs(1, b, -1, a, ratio) * SMALL
+            excess = es - et
+            sum_p = rescale_excess(sum_p, excess_z, sum_q, zt, factor_s, factor_t, shift) + fold_sum(mul0(excess, x))
+            sum_q = rescale(sum_q, zs, factor_s, shift) + fold_sum(mul0(es, x))
+            excess_z = tl.fma(excess_z, factor_s, zt * (factor_s - factor_t)) + fold_sum(excess)
+            zt = tl.fma(zt, factor_t, fold_sum(et))
+            zs = zt + excess_z
+        else:
+            if C_PP != 0 or C_PQ != 0:
+                sum_p = rescale(sum_p, zt, factor_t, mix_logs(C_PP, shift_t, C_PQ, shift_s, ratio) * SMALL)
+                sum_p += fold_sum(mul0(et, mix_logs(C_PP, b, C_PQ, a, ratio) * SMALL))
+            if C_QP != 0 or C_QQ != 0:
+                sum_q = rescale(sum_q, zs, factor_s, mix_logs(C_QP, shift_t, C_QQ, shift_s, ratio) * SMALL)
+                sum_q += fold_sum(mul0(es, mix_logs(C_QP, b, C_QQ, a, ratio) * SMALL))
+            zs = tl.fma(zs, factor_s, fold_sum(es))
+            zt = tl.fma(zt, factor_t, fold_sum(et))
         if HARD:
             hard = add_hard(hard, ms, ns, s, offs_v < V, center)
         ms = ns
@@ -118,17 +148,30 @@ def linear_sweep(
 
     student_norm = fold_norm(ms, zs, student_scale)
     teacher_norm = fold_norm(mt, zt, teacher_scale)
-    shift_s = (ms - student_norm[0]) * student_scale
-    shift_t = (mt - teacher_norm[0]) * teacher_scale
+    shift_s = ms - student_norm[0]
+    shift_t = mt - teacher_norm[0]
+    factor_s = tl.exp2(shift_s * student_scale)
+    factor_t = tl.exp2(shift_t * teacher_scale)
     mean_p = 0.0
     mean_q = 0.0
-    if C_PP != 0 or C_PQ != 0:
-        sum_p = rescale(sum_p, zt, tl.exp2(shift_t), combine(C_PP, shift_t, C_PQ, shift_s))
-        mean_p = tl.sum(sum_p, axis=0) * teacher_norm[3] - combine(C_PP, teacher_norm[2], C_PQ, student_norm[2])
-    if C_QP != 0 or C_QQ != 0:
-        sum_q = rescale(sum_q, zs, tl.exp2(shift_s), combine(C_QP, shift_t, C_QQ, shift_s))
-        mean_q = tl.sum(sum_q, axis=0) * student_norm[3] - combine(C_QP, teacher_norm[2], C_QQ, student_norm[2])
-    return student_norm, teacher_norm, mean_p, mean_q, fold_norm(ms, hard[0], LOG2E), tl.sum(hard[1], axis=0)
+    if BOTH:
+        shift = mix_logs(1, shift_t, -1, shift_s, ratio) * SMALL
+        moved = rescale_excess(sum_p, excess_z, sum_q, zt, factor_s, factor_t, shift)
+        mean_p = tl.sum(moved, axis=0) * teacher_norm[3]
+        mean_q = tl.sum(rescale(sum_q, zs, factor_s, shift), axis=0) * student_norm[3]
+        excess_z = tl.sum(tl.fma(excess_z, factor_s, zt * (factor_s - factor_t)), axis=0)
+    else:
+        if C_PP != 0 or C_PQ != 0:
+            moved = mix_logs(C_PP, shift_t, C_PQ, shift_s, ratio) * SMALL
+            mean_p = tl.sum(rescale(sum_p, zt, factor_t, moved), axis=0) * teacher_norm[3]
+        if C_QP != 0 or C_QQ != 0:
+            moved = mix_logs(C_QP, shift_t, C_QQ, shift_s, ratio) * SMALL
+            mean_q = tl.sum(rescale(sum_q, zs, factor_s, moved), axis=0) * student_norm[3]
+        excess_z = student_norm[4] - teacher_norm[4]
+    hard_norm = fold_norm(ms, hard[0], LOG2E)
+    mean_p *= 1.0 / SMALL
+    mean_q *= 1.0 / SMALL
+    return student_norm, teacher_norm, mean_p, mean_q, excess_z, hard_norm, tl.sum(hard[1], axis=0)
 
 
 @triton.jit

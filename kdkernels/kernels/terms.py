@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kdkernels.kernels.rows import LN2, NEG_INF, combine, mul0
+from kdkernels.kernels.rows import LN2, NEG_INF, combine, log_ratio, mul0
 
 NUM_STATS = tl.constexpr(9)
 # Above every column.
@@ -16,6 +16,55 @@ NOWHERE = tl.constexpr(2147483647)
 def both_dead(logp, logq):
     """Where neither side has any probability: padding, and columns that both mask with -inf."""
     return tl.maximum(logp, logq) == NEG_INF
+
+
+@triton.jit
+def linear_value(COEFFICIENTS: tl.constexpr, mean, z_t, z_s, log_zt_zs):
+    """A linear divergence from its mean over logits less their maxima: what the normalisers add to it."""
+    OF_P: tl.constexpr = COEFFICIENTS[0] + COEFFICIENTS[2]
+    OF_Q: tl.constexpr = COEFFICIENTS[1] + COEFFICIENTS[3]
+    if OF_P == 0:
+        value = mean - OF_Q * log_ratio(z_s, 1.0)
+    else:
+        value = mean + OF_Q * log_zt_zs
+        if OF_P + OF_Q != 0:
+            value -= (OF_P + OF_Q) * log_ratio(z_t, 1.0)
+    return value
+
+
+@triton.jit
+def both_mean(COEFFICIENTS: tl.constexpr, mean_excess, mean_q, excess_z):
+    """a (mean of x over p) - b (mean of x over q) for x = log p - log q.
+
+    mean_excess is sum((es - et) x) / zt, and excess_z (zs - zt) / zt: the mean over p less that over q is what the two
+    make of second order each, where the difference of the means would be of two terms of first order.
+    """
+    A: tl.constexpr = COEFFICIENTS[0]
+    B: tl.constexpr = COEFFICIENTS[3]
+    less = mul0(excess_z, mean_q) - mean_excess
+    # An infinite logarithm makes both terms infinite; their difference has the sign of the excess.
+    less = tl.where(tl.abs(mean_excess) == float("inf"), -mean_excess, less)
+    mean = A * less
+    if A != B:
+        mean += (A - B) * mean_q
+    return mean
+
+
+@triton.jit
+def nonnegative(value, COEFFICIENTS: tl.constexpr, SCALABLE: tl.constexpr):
+    """A divergence between distributions: what rounding leaves below 0 is 0, and NaN stays NaN."""
+    if COEFFICIENTS is None:
+        KIND: tl.constexpr = SCALABLE
+    else:
+        KIND: tl.constexpr = (
+            COEFFICIENTS[0] >= 0
+            and COEFFICIENTS[0] == -COEFFICIENTS[1]
+            and COEFFICIENTS[3] >= 0
+            and COEFFICIENTS[3] == -COEFFICIENTS[2]
+        )
+    if KIND:
+        value = tl.where(value < 0, 0.0, value)
+    return value
 
 
 @triton.jit

@@ -156,7 +156,7 @@ def test_student_far_ahead_or_behind_on_the_set(tail, name, form, arch, nats):
 
 @pytest.mark.parametrize("tail,name", [("bucket", "forward_kl"), ("bucket", "reverse_kl"), ("uniform", "reverse_kl")])
 def test_teacher_mass_of_one(tail, name):
-    """Its floor where the divergence would be infinite; with none that limit, which a captured tail is not kept from."""
+    """Its floor where the divergence would be infinite; with none that limit, as of a captured tail."""
     s, ids, logprobs = mass_of_one(1e-6)
     for floor in (None, 0.0, 1e-3):
         run("resident", 80, s, ids, logprobs, tail=tail, divergence=name, min_tail=floor)
