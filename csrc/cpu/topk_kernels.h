@@ -101,6 +101,10 @@ void evaluate(const Linear& linear, double x0, double x1, const C* p, const C* l
     V vvalue, vscore;
     if constexpr (std::is_same_v<F, LinearTerms>) {
       LinearTerms::eval<C>(linear, vp, vlogp, vq, vlogq, vvalue, vscore);
+    } else if constexpr (std::is_same_v<F, Jsd>) {
+      // By the ratios of probabilities: where the models are near, logarithms would lose most of it.
+      F::paired(params, vp, vq, vvalue, vscore);
+      vvalue = vvalue + vscore;
     } else {
       F::eval(params, vp, vlogp, vq, vlogq, vvalue, vscore);
     }
@@ -117,9 +121,14 @@ struct Divergence {
   auto in(float) const { return f32; }
   auto in(double) const { return f64; }
 };
+// The limits of alpha-beta divergences cancel in fp32 where the form for all parameters does not.
+template <class F>
+using InFloat = std::conditional_t<std::is_same_v<F, AlphaBetaZeroA> || std::is_same_v<F, AlphaBetaZeroB> ||
+                                       std::is_same_v<F, AlphaBetaZeroSum>,
+                                   AlphaBetaNear, F>;
 template <class F>
 constexpr Divergence general(const char* name) {
-  return {name, {}, evaluate<F, float>, evaluate<F, double>};
+  return {name, {}, evaluate<InFloat<F>, float>, evaluate<F, double>};
 }
 constexpr Divergence linear(const char* name, Linear c) {
   return {name, c, evaluate<LinearTerms, float>, evaluate<LinearTerms, double>};
@@ -263,35 +272,6 @@ double sum_of(const C* e, int64_t slots) {
     total += horizontal_sum<C>(sum0 + sum1);
   }
   return total;
-}
-
-// The logit that exponentials are relative to.
-template <class C>
-double logit_of(const Affine<C>& affine) {
-  return affine.reference() / double(affine.c);
-}
-
-// Sum of n logits, each less a reference: of logits with a large offset in common it keeps what a sum would lose.
-template <class X>
-double sum_above(const X* s, int64_t n, double reference) {
-  using C = typename Io<X>::C;
-  constexpr int64_t block = Io<X>::kBlock;
-  const C top = C(reference);
-  double total = 0;
-  int64_t j = 0;
-  while (j + block <= n) {
-    Vec<C> sums[4] = {};
-    for (const int64_t end = std::min(n - n % block, j + kTileElements); j < end; j += block) {
-      Vec<C> a, b;
-      Io<X>::load2(s + j, a, b);
-      const int at = int(j / block % 2) * 2;
-      sums[at] += a - top;
-      sums[at + 1] += b - top;
-    }
-    total += horizontal_sum<C>((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  }
-  for (; j < n; ++j) total += double(to_compute(s[j])) - double(top);
-  return total + double(n) * (double(top) - reference);
 }
 
 // A sum of exponentials outside the entries from which on their reference, that of the first elements, was too far
@@ -480,8 +460,8 @@ RowResult SparseRows<X>::add(const RowNumbers& num, int64_t index, const X* s, i
   if (z_outside > kFar) sweep(true);
   double above_outside = 0;  // sum of the logits outside, each less the reference
   if (summed) {
-    const double reference = logit_of(as);
-    above_outside = sum_above(s, n, reference);
+    const double reference = as.logit();
+    above_outside = sum_of_logits(s, n, reference);
     for (int64_t k = 0; k < count; ++k) above_outside -= double(to_compute(s[entries.ids[size_t(k)]])) - reference;
     if (!std::isfinite(above_outside)) {
       // Those outside may be finite all the same.
@@ -528,7 +508,9 @@ RowResult SparseRows<X>::add(const RowNumbers& num, int64_t index, const X* s, i
   if (!own) others1 = z - e_label;
   const double z1 = own ? others1 + e_label : z;
   // All that is at temperature 1 is relative to the reference: of logits of 1e5 their logarithm would keep two digits.
-  const double top = logit_of(a1), lse_above = wants_ce ? std::log(z1) : 0, lse = top + lse_above;
+  // The scale is a rounding of log2 e: differences are taken at it, and what is left then made good for.
+  const double unit = kLn2 * double(a1.c);
+  const double top = a1.logit(), lse_above = wants_ce ? std::log(z1) : 0, lse = top + lse_above / unit;
   const double student_mass = swept ? z_entries / z : 0;
   // Functors may take what is NaN for 0.
   bool nan = entries.invalid || std::isnan(z) || std::isnan(given_mass) || std::isnan(log_rest);
@@ -622,9 +604,10 @@ RowResult SparseRows<X>::add(const RowNumbers& num, int64_t index, const X* s, i
     double cross_entropy = 0;
     if (num.ce != 0) {
       const double smoothing = args.label_smoothing;
-      const double hard_label = e_label > others1 ? std::log1p(others1 / e_label) : lse_above - (picked - top);
+      const double hard_label = e_label > others1 ? std::log1p(others1 / e_label) : lse_above - unit * (picked - top);
       if (smoothing != 1) cross_entropy = (1 - smoothing) * hard_label;
-      if (smoothing != 0) cross_entropy += smoothing * (lse_above - sum_above(s, n, top) / double(n));
+      if (smoothing != 0) cross_entropy += smoothing * (lse_above - unit * sum_of_logits(s, n, top) / double(n));
+      cross_entropy /= unit;
       if (cross_entropy < 0) cross_entropy = 0;  // by rounding
       result.loss += num.ce * cross_entropy;
       c0 = -num.weight * num.ce * args.label_smoothing / double(n);

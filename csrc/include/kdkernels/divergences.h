@@ -203,7 +203,7 @@ struct AlphaBetaNear {
     const V x = kdk_where(close, apart, zero);
     // (1 - e^-x) / x.
     V series = zero + 1.0f;
-    for (int n = SeriesTerms<V>::of_difference; n > 1; --n) series = one - series * x * (1.0f / float(n));
+    for (int n = SeriesTerms<V>::of_difference; n > 1; --n) series = one - series * x * (one / (zero + float(n)));
     const V near = kdk_where(larger > zero, larger * series * size, zero);
     const V far = larger * (one - kdk_exp(-apart)) / kdk_where(gap > zero, gap, one);
     return kdk_where(close | (gap == zero), near, far);
@@ -239,7 +239,7 @@ struct AlphaBetaNear {
     for (int n = 1; n < SeriesTerms<V>::of_second; ++n) {
       power = power * near_y;
       h = h * near_z + power;
-      inverse = inverse * (1.0f / float(n + 2));
+      inverse = inverse * (one / (zero + float(n + 2)));
       sum = sum + h * inverse;
     }
     const auto dead = kdk_dead(p, logp, q, logq);
