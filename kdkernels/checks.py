@@ -23,7 +23,7 @@ from kdkernels.reduction import REDUCTIONS
 from kdkernels.reference.topk import unused
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "torch")
-TEACHER_FORMS = ("logits", "log_probs", "probs")
+TEACHER_FORMS = ("logits", "log_probs", "probs", "unnormalized_probs")
 MIXTURES = ("probs", "logits")
 TAILS = ("bucket", "renormalize", "renormalize_both", "uniform", "drop")
 LARGEST = sys.float_info.max
@@ -231,6 +231,25 @@ def teacher_like(name: str, teacher: Any, student: Tensor, vocab_size: Optional[
         )
     if vocab_size is not None and vocab_size > teacher.shape[-1]:
         raise ValueError(f"vocab_size must be at most {name}'s width {teacher.shape[-1]}, got {vocab_size}")
+
+
+def teacher_probs(name: str, teacher: Tensor, columns: int, counted: Optional[Tensor] = None) -> None:
+    """Rows of probabilities, of those that are ``counted [N]``, add up to 1, as far as their dtype can hold them."""
+    if not reads_values(teacher) or teacher.numel() == 0:
+        return
+    finfo = torch.finfo(teacher.dtype)
+    sums = teacher.detach()[..., :columns].sum(-1, dtype=sum_dtype(teacher)).reshape(-1)
+    # A sum of roundings, of which small ones are to the spacing of subnormal numbers; 1e-5 for what fp32 computed.
+    allowed = max(2 * finfo.eps + columns * finfo.tiny * finfo.eps, 1e-5)
+    off = (sums - 1).abs()
+    if counted is not None:
+        off = torch.where(counted.reshape(-1), off, torch.zeros_like(off))
+    worst = int(off.nan_to_num(0.0, torch.inf).argmax())
+    if off[worst] > allowed:
+        raise ValueError(
+            f"{name} must hold probabilities that add up to 1 in every row for teacher_form='probs', got a sum of "
+            f"{float(sums[worst]):.6g}; teacher_form='unnormalized_probs' divides every row by its sum"
+        )
 
 
 def sparse_teacher(ids: Any, logprobs: Any, student: Tensor, columns: int, tail: str) -> tuple[Tensor, Tensor]:

@@ -56,6 +56,7 @@ def _dense_loss(prepare: _Loss) -> _Loss:
             if known.summed is not None:
                 return run_summed(known.summed, student, launch.options["scale"], (teacher, launch.tensors[0]))
             return _dense(call.plan, call.teachers, launch)
+        _check_probs(known.plan, (teacher,), labels)
         if known.summed is not None:
             scale, flat = known.scale_and_labels(student, labels)
             return run_summed(known.summed, student, scale, (teacher, flat))
@@ -177,8 +178,10 @@ def kd_loss(
             "batchmean" (the sum over ``student.shape[0]``, as ``F.kl_div``).
         normalizer: a number or 0-d tensor > 0 that divides the sum in place of the number of rows ("mean") or of 1
             ("sum"): the tokens of a whole batch under gradient accumulation (``num_items_in_batch``).
-        teacher_form: what ``teacher`` holds: "logits", "log_probs" (normalised log-probabilities; a temperature acts on
-            them as on logits) or "probs".
+        teacher_form: what ``teacher`` holds: "logits", "log_probs" (log-probabilities; a temperature acts on them as on
+            logits, and like those they are normalised, so that a constant per row changes nothing), "probs" (rows
+            that add up to 1 within the rounding of their dtype) or "unnormalized_probs" (weights >= 0, divided by their
+            sum).
         teacher_weights: for a sequence of teachers, M weights >= 0, or a tensor ``(..., M)`` of weights per row; equal
             weights by default.
         mixture: "probs" (``p = sum_k w_k softmax(t_k / T_t)``, the weights divided by their sum) or "logits"
@@ -187,7 +190,8 @@ def kd_loss(
             padded to different widths.
         student_softcap, teacher_softcap: cap > 0 of ``cap * tanh(logits / cap)``, applied first (Gemma 2).
         standardize: replace the logits of both in the divergence by ``(x - mean(x)) / std(x)`` per row before the
-            temperature (logit standardisation, Sun et al. 2024, arXiv:2403.01427). Cross entropy keeps the raw logits.
+            temperature (logit standardisation, Sun et al. 2024, arXiv:2403.01427), with ``torch.std``, which divides by
+            V - 1, as the authors' code has it. Cross entropy keeps the raw logits.
         row_param: one value per row for the divergence's parameter (JSD's ``beta``, the skew forms' ``alpha``),
             strictly between 0 and 1; overrides the instance's.
         inplace: write the gradient over the student's logits: no ``[N, V]`` allocation at all, and the logits are gone
@@ -235,6 +239,7 @@ def kd_loss(
         checks.teacher_like("teacher" if len(teachers) == 1 else f"teacher[{k}]", item, student, vocab_size)
     single = isinstance(teacher, Tensor)
     weights = _mixture_weights(teacher_weights, mixture, len(teachers), student, single=single)
+    _check_probs(plan, teachers, labels)
     launch = _dense_call(plan, labels, weights, mixture, _dense_backend(plan, teachers, weights))
     return _Call(plan, teachers, launch)
 
@@ -702,20 +707,31 @@ def _check_options(owner: str, options: dict[str, Any], defaults: dict[str, Any]
         objective["tail"] = get["tail"]
         # Where the divergence is finite without it an empty tail is none. topk_launch puts the default in.
         floored = get["tail"] in ("bucket", "uniform") and not _defined_without_teacher(resolved)
-        objective["min_tail"] = symbols.as_float(get["min_tail"] or 0.0) if floored else 0.0
+        objective["min_tail"] = symbols.as_float(get["min_tail"]) if floored and get["min_tail"] is not None else 0.0
         objective["tail_rounding"] = 1.0 if floored and get["min_tail"] is None else 0.0
     else:
-        objective["teacher_form"] = get["teacher_form"]
+        # The kernels divide by the sum of a row whatever it is.
+        objective["teacher_form"] = "probs" if get["teacher_form"] == "unnormalized_probs" else get["teacher_form"]
         objective["teacher_softcap"] = checks.softcap("teacher_softcap", get["teacher_softcap"])
         objective["standardize"] = get["standardize"]
     return Settings(get, resolved, not any(isinstance(value, Tensor) for value in get.values()), objective)
 
 
 def _defined_without_teacher(divergence: Divergence) -> bool:
-    # The homogeneous ones whatever their parameter is: it may be a symbol, of which nobody can be asked.
+    """Whether the divergence is finite where the teacher's probability is 0."""
+    # Homogeneous ones are whatever their parameter, which may be a symbol.
     return divergence.name in reference.topk.HOMOGENEOUS or reference.topk.defined_without_teacher(
         divergence.name, *divergence.params()
     )
+
+
+def _check_probs(plan: _Plan, teachers: tuple[Tensor, ...], labels: Optional[Tensor]) -> None:
+    """The values of teachers that are probabilities, in the rows that count."""
+    if plan.options["teacher_form"] != "probs" or torch.compiler.is_compiling() or not plan.options["kd_weight"]:
+        return
+    counted = None if labels is None else labels != plan.options["ignore_index"]
+    for k, teacher in enumerate(teachers):
+        checks.teacher_probs("teacher" if len(teachers) == 1 else f"teacher[{k}]", teacher, plan.columns, counted)
 
 
 def _check_tail(get: dict[str, Any], divergence: Divergence) -> None:
@@ -819,7 +835,7 @@ class _Call(NamedTuple):
 
 
 class _KnownCall(NamedTuple):
-    """A call that passed all checks but those of labels, of a sparse teacher's values, and of a captured tail."""
+    """A call that passed all checks but those of labels, of a teacher's values, and of a captured tail."""
 
     plan: _Plan  # without the student
     backend: str
@@ -1076,7 +1092,7 @@ def _teacher_grad_needs_torch(
 ) -> Optional[str]:
     if len(teachers) > 1 or mixture_weights is not None:
         return "a mixture of teachers gets a gradient from plain PyTorch only; detach the teachers"
-    if options["teacher_form"] == "probs":
+    if options["teacher_form"] in ("probs", "unnormalized_probs"):
         return "teacher probabilities get a gradient from plain PyTorch only; detach the teacher"
     if options["inplace"]:
         return "inplace cannot be combined with a teacher that requires grad; detach the teacher"
@@ -1100,6 +1116,8 @@ def _mixture_weights(weights: Any, mixture: str, count: int, student: Tensor, *,
     if weights is None:
         weights = [1.0 / count] * count
     dtype = checks.sum_dtype(student)
+    if not isinstance(weights, (Tensor, list, tuple)):
+        raise TypeError(f"teacher_weights must be a tensor or a sequence of numbers, got {type(weights).__name__}")
     if not isinstance(weights, Tensor):
         numbers = [checks.number("teacher_weights", w, low=0.0) for w in weights]
         if any(symbols.is_symbol(w) for w in numbers):

@@ -169,6 +169,7 @@ def linear_kd_loss(
         tuple(None if bias is None else bias.detach() for bias in biases),
         teacher_logits,
         count,
+        teacher_form == "probs" and kd_weight != 0,
     )
     return _result(plan, call, student_hidden, head, bias, KDStats)
 
@@ -233,6 +234,7 @@ def linear_topk_kd_loss(
     """
     options = {
         "tail": tail,
+        "min_tail": min_tail,
         "divergence": divergence,
         "temperature": temperature,
         "teacher_temperature": teacher_temperature,

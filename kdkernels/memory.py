@@ -12,9 +12,9 @@ then it counts as resident. ``empty_cache()`` gives it back at once; where ``KDK
 environment when the compiled backend is loaded, nothing is kept. It is that backend's work (csrc/cpu/memory.cpp), on
 Linux, with torch 2.11 or newer; elsewhere gradients are what ``torch.empty`` gives.
 
-Such a gradient is a tensor as others are but for this: its storage cannot be resized, for torch's stable ABI lends memory
-to storages of a fixed size only. ``grad.resize_`` to more elements and ``grad.untyped_storage().resize_``, with which
-sharded training frees its own buffers, raise "not resizable"; set ``grad`` to None to free it, or
+Such a gradient is a tensor as others are but for this: its storage cannot be resized, for torch's stable ABI lends
+memory to storages of a fixed size only. ``grad.resize_`` to more elements and ``grad.untyped_storage().resize_``, with
+which sharded training frees its own buffers, raise "not resizable"; set ``grad`` to None to free it, or
 ``KDKERNELS_CPU_CACHE=0``.
 """
 

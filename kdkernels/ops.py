@@ -125,7 +125,7 @@ _library.define("poison_memory(bool on) -> ()")  # what the library makes from h
 # The product of bf16 matrices with an fp32 result, which torch lacks on a CPU: out = a @ b, or += that. An fp32 ``a``
 # is rounded to bf16. There is none on a processor without the instructions, or beside a torch without what it calls.
 _library.define("has_bf16_product() -> bool")
-_library.define("bf16_product(Tensor a, Tensor b, Tensor(a!) out, bool add) -> ()")
+_library.define("bf16_product(Tensor a, Tensor b, Tensor(a!) out, bool add) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
 # Checks of values on the CPU. Labels int64 and contiguous; ids and log-probabilities contiguous and of one size.
 _library.define("labels_are_sound(Tensor labels, int columns, int ignore_index) -> bool")
 _library.define("sparse_teacher_is_sound(Tensor ids, Tensor logprobs, int columns, float highest) -> bool")

@@ -1,5 +1,7 @@
 """Every error a caller can get: its type, its message, and that nothing was touched before it was raised."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -260,7 +262,12 @@ CALLS = {
     "teacher_form": (
         {"teacher_form": "logprobs"},
         ValueError,
-        "teacher_form must be one of logits, log_probs, probs, got 'logprobs'",
+        "teacher_form must be one of logits, log_probs, probs, unnormalized_probs, got 'logprobs'",
+    ),
+    "teacher_form-sums": (
+        {"teacher": torch.full_like(logits(), 0.5), "teacher_form": "probs"},
+        ValueError,
+        r"teacher must hold probabilities that add up to 1 .* got a sum of .*teacher_form='unnormalized_probs'",
     ),
     "teacher_weights-single": (
         {"teacher_weights": [1.0]},
@@ -663,3 +670,34 @@ def test_the_number_of_known_calls_is_bounded():
     for columns in range(1, functional.MAX_ACCEPTED + 10):
         kd.kd_loss(torch.zeros(1, columns), torch.zeros(1, columns))
     assert 0 < len(functional._known_calls) <= functional.MAX_ACCEPTED
+
+
+OPTIONS_OF = {
+    "kd_loss": lambda **o: kd.kd_loss(torch.zeros(2, 3), torch.zeros(2, 3), **o),
+    "topk_kd_loss": lambda **o: kd.topk_kd_loss(torch.zeros(2, 3), *sparse_zeros(), **o),
+    "dkd_loss": lambda **o: kd.dkd_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), **o),
+    "logit_mse_loss": lambda **o: kd.logit_mse_loss(torch.zeros(2, 3), torch.zeros(2, 3), **o),
+    "linear_kd_loss": lambda **o: kd.linear_kd_loss(*[torch.zeros(2, 3), torch.zeros(5, 3)] * 2, **o),
+    "linear_topk_kd_loss": lambda **o: kd.linear_topk_kd_loss(
+        torch.zeros(2, 3), torch.zeros(5, 3), *sparse_zeros(), **o
+    ),
+}
+
+
+def sparse_zeros():
+    return torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 1)
+
+
+@pytest.mark.parametrize(
+    ("function", "option"),
+    [
+        (function, name)
+        for function in OPTIONS_OF
+        for name, parameter in inspect.signature(getattr(kd, function)).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    ],
+)
+def test_every_option_is_looked_at(function, option):
+    """What is no value of an option at all is refused by name: an option that is dropped would take anything."""
+    with pytest.raises((TypeError, ValueError), match=option):
+        OPTIONS_OF[function](**{option: object()})

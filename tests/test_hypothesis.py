@@ -1,9 +1,9 @@
 """Every loss and the capture on calls that hypothesis draws: shapes, strides, dtypes, values and options together.
 
-The truth is written here once more, in NumPy and fp64, with gradients in closed form: it shares no line with the package,
-its reference or its oracle. Bounds are those of a wrong formula, index or stride and not of the last bits, which the tests
-of each loss hold. ``KDKERNELS_HYPOTHESIS=deep`` draws 10,000 calls, new ones every time, and not 150 that never change;
-``KDKERNELS_HYPOTHESIS=n`` draws n.
+The truth is written here once more, in NumPy and fp64, with gradients in closed form: it shares no line with the
+package, its reference or its oracle. Bounds are those of a wrong formula, index or stride and not of the last bits,
+which the tests of each loss hold. ``KDKERNELS_HYPOTHESIS=deep`` draws 10,000 calls, new ones every time, and not 150
+that never change; ``KDKERNELS_HYPOTHESIS=n`` draws n.
 """
 
 import os
@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import kdkernels as kd
-from kdkernels import backends, checks, testing
+from kdkernels import backends, testing
 
 PROFILE = os.environ.get("KDKERNELS_HYPOTHESIS", "150")
 DEEP = PROFILE == "deep"
@@ -42,7 +42,7 @@ def calls(share):
         database=None,
         print_blob=True,
         report_multiple_bugs=False,
-        phases=[phase for phase in Phase if phase.name not in os.environ.get("NOPHASE", "explain").split(",")],
+        phases=[phase for phase in Phase if phase != Phase.explain],
         suppress_health_check=list(HealthCheck),
     )
 
@@ -59,6 +59,30 @@ def log_softmax(x):
 def times(weight, value):
     with np.errstate(invalid="ignore"):
         return np.where(weight == 0, 0.0, weight * value)
+
+
+def slope_of_teacher(divergence, logp, logq):
+    """``df / dlogp`` of each outcome."""
+    name, (a, b) = divergence.name, divergence.params()
+    p, q = np.exp(logp), np.exp(logq)
+    if name == "forward_kl":
+        return p * (logp - logq + 1)
+    if name == "soft_ce":
+        return -p * logq
+    if name == "reverse_kl":
+        return -q
+    if name == "jeffreys":
+        return p * (logp - logq + 1) - q
+    if name == "tvd":
+        return p * np.sign(p - q) / 2
+    if name == "jsd":
+        return a * p * (logp - np.log(a * p + (1 - a) * q))
+    if name == "skew_kl":
+        m = a * p + (1 - a) * q
+        return p * (logp - np.log(m) + 1 - a * p / m)
+    if name == "skew_reverse_kl":
+        return -q * (1 - a) * p / (a * q + (1 - a) * p)
+    return (p ** (a + b) - p**a * q**b) / b
 
 
 def value_and_score(divergence, logp, logq):
@@ -119,6 +143,14 @@ def distilled(divergence, logp, s, temperature):
     )
     unit = (p + q + np.abs(score) + q * np.abs(score).sum(-1, keepdims=True)) / temperature[:, None]
     return Rows(f.sum(-1), grad, size, unit * size[:, None])
+
+
+def taught(divergence, logp, logq, teacher_temperature, size):
+    """The gradient of ``D`` to the teacher's logits, as rows."""
+    slope = slope_of_teacher(divergence, logp, logq)
+    p, t = np.exp(logp), teacher_temperature[:, None]
+    unit = (p + np.exp(logq) + np.abs(slope) + p * np.abs(slope).sum(-1, keepdims=True)) / t * size[:, None]
+    return Rows(0 * size, (slope - p * slope.sum(-1, keepdims=True)) / t, size, unit)
 
 
 def hard_terms(s, labels, ce_weight, smoothing, z_loss_weight):
@@ -215,6 +247,8 @@ DIVERGENCES = st.one_of(
     st.builds(kd.SkewReverseKL, st.floats(0.05, 0.95)),
     st.builds(kd.AlphaBeta, st.floats(0.25, 1.5), st.floats(0.25, 1.5)),
 )
+# Where the teacher has no mass.
+INFINITE = ("reverse_kl", "jeffreys")
 TEMPERATURES = st.sampled_from([0.5, 0.7, 1, 1.0, 1.5, 2.0, 4.0, 10.0])
 
 
@@ -230,6 +264,10 @@ def per_row(draw, call, numbers, low, high):
 
 def rows_of(x, call):
     return x.detach().double().reshape(call.rows, x.shape[-1]).numpy()
+
+
+def slots_of(ids, call):
+    return ids.reshape(call.rows, ids.shape[-1]).numpy()
 
 
 def as_rows(value, call, sums):
@@ -299,8 +337,8 @@ def tolerance(dtype):
     return {FP64: 1e-12, FP32: 3e-6, BF16: 2e-5, FP16: 2e-5}[dtype]
 
 
-def hold(call, student, loss, truth, options, counts, columns):
-    """``loss(student)`` and its gradient are the truth, for a ``grad_output`` that is not 1."""
+def hold(call, student, loss, truth, options, counts, columns, teacher=None, teacher_truth=None):
+    """``loss(student)`` and its gradients are the truth, for a ``grad_output`` that is not 1."""
     sums = FP64 if call.dtype == FP64 else FP32
     leaf = student.detach().requires_grad_()
     with testing.poisoned_memory():
@@ -308,22 +346,34 @@ def hold(call, student, loss, truth, options, counts, columns):
         none = options["reduction"] == "none"
         grad_output = np.resize([0.5, -2.0, 1.25], call.rows) if none else np.array(-1.5)
         output = torch.as_tensor(grad_output).to(sums)
-        (grad,) = torch.autograd.grad(value, leaf, output.reshape(call.shape) if none else output)
+        wanted = [leaf] if teacher is None else [leaf, teacher]
+        output = output.reshape(call.shape) if none else output
+        # With kd_weight=0 plain PyTorch has no use for a teacher.
+        grads = torch.autograd.grad(value, wanted, output, materialize_grads=True)
     want = reduced(truth, options, call, counts, grad_output)
     assert value.dtype == sums and value.shape == (call.shape if none else ())
-    assert grad.dtype == call.dtype and grad.shape == student.shape
     eps = tolerance(call.dtype)
     found = value.detach().double().reshape(-1).numpy()
     error, bound = np.abs(found - np.reshape(want.loss, -1)), eps * (1 + np.abs(want.loss) + want.size)
     assert (error <= bound).all(), f"loss {found}, truth {want.loss}, {(error / bound).max():.3g} of the bound"
-    info = torch.finfo(call.dtype)
+    hold_gradient(call, grads[0], leaf, want, counts, columns)
+    if teacher is not None:
+        hold_gradient(
+            call, grads[1], teacher, reduced(teacher_truth, options, call, counts, grad_output), counts, columns
+        )
+
+
+def hold_gradient(call, grad, leaf, want, counts, columns):
+    assert grad.dtype == leaf.dtype and grad.shape == leaf.shape
+    info = torch.finfo(leaf.dtype)
     grad = rows_of(grad, call)
     assert not grad[:, columns:].any() and not grad[~counts].any(), "rows and columns that do not count have a gradient"
     if want.grad.size:
         error = np.abs(grad[:, :columns] - want.grad)
         # Rounded when it is stored, and once more when grad_output multiplies it.
+        eps = max(tolerance(call.dtype), tolerance(leaf.dtype))
         bound = eps * want.unit + 1.5 * info.eps * np.abs(want.grad) + 4 * info.eps * info.smallest_normal
-        if sums != call.dtype:
+        if call.dtype != FP64:
             bound = bound + 1e-30
         assert (error <= bound).all(), f"gradient: {(error / bound).max():.3g} of the bound, by {error.max():.3g}"
 
@@ -410,6 +460,13 @@ def test_kd_loss(data, call, backend):
     counts = np.ones(call.rows, bool) if flat is None else flat != options.get("ignore_index", -100)
     truth = added(soft, hard_terms(s, flat, options.get("ce_weight", 0.0), smoothing, z))
     truth = truth._replace(grad=truth.grad * slope)
+    taught_rows = None
+    # A mixture and probabilities give a teacher's gradient through plain PyTorch alone.
+    if isinstance(teacher, torch.Tensor) and not of_teacher and draw(st.booleans()):
+        teacher = teacher.detach().requires_grad_()
+        logp, logq = teacher_logp(teacher_t), log_softmax(s / t[:, None])
+        taught_rows = taught(divergence, logp, logq, teacher_t, size_of(logp, logq) * (1 + np.ptp(s, -1) / t / 8))
+        taught_rows = taught_rows.weighted(tau * options.get("kd_weight", 1.0))
     stats = draw(st.booleans())
     options["return_stats"] = stats
 
@@ -417,4 +474,295 @@ def test_kd_loss(data, call, backend):
         found = kd.kd_loss(x, teacher, labels, backend=backend, **options)
         return found[0] if stats else found
 
-    hold(call, student, loss, truth, options, counts, columns)
+    hold(call, student, loss, truth, options, counts, columns, teacher if taught_rows else None, taught_rows)
+
+
+# Losses of their own. Their truths are as those above: closed forms in NumPy.
+
+
+def sparse_teacher(draw, call, columns):
+    """Ids and log-probabilities of K slots a row, of which some are unused, and an id may stand twice."""
+    k = draw(st.integers(1, min(columns, 40)))
+    teacher = call.normal(*call.shape, columns) * draw(st.sampled_from([0.5, 3.0]))
+    logprobs, ids = torch.log_softmax(teacher, -1).topk(k)
+    shuffled = torch.rand(ids.shape, generator=call.generator).argsort(-1)
+    ids, logprobs = ids.gather(-1, shuffled), logprobs.gather(-1, shuffled)
+    if draw(st.booleans()) and k > 1:
+        twice = torch.rand(call.shape, generator=call.generator) < 0.5
+        ids[..., 1] = torch.where(twice, ids[..., 0], ids[..., 1])
+        # The two together have the mass that there is for them.
+        logprobs[..., :2] -= twice[..., None] * 0.7
+    unused = torch.rand(ids.shape, generator=call.generator) < draw(st.sampled_from([0.0, 0.3, 1.0]))
+    ids[unused] = -1
+    logprobs = logprobs.to(draw(st.sampled_from(DTYPES)))
+    logprobs[unused] = torch.nan
+    return ids.to(draw(st.sampled_from([torch.int64, torch.int32]))), logprobs
+
+
+def one_sparse_row(divergence, s, ids, logprobs, tail, t, teacher_t, log_rest, least=0.0):
+    """``D`` of one row ``[V]`` over the outcomes of ``tail``, its gradient, size and unit."""
+    mass = {}
+    for v, lp in zip(ids, logprobs, strict=True):
+        if v >= 0:
+            mass[v] = np.logaddexp(mass.get(v, -np.inf), lp)
+    inside = np.array(sorted(mass), int)
+    logp = np.array([mass[v] for v in inside])
+    outside = np.setdiff1d(np.arange(len(s)), inside)
+    nothing = Rows(0.0, np.zeros_like(s), 1.0, np.zeros_like(s))
+    if log_rest is None:
+        with np.errstate(divide="ignore"):
+            log_rest = np.log(max(0.0, 1 - np.exp(logp).sum()))
+    if least:
+        log_rest = max(log_rest, np.log(least))
+    where = slice(None)
+    if tail in ("renormalize", "renormalize_both"):
+        if not len(inside):
+            return nothing
+        logp = log_softmax(logp / teacher_t)
+    if tail == "renormalize_both":
+        where, full = inside, logp
+    elif tail == "uniform":
+        full = np.full(len(s), log_rest - np.log(max(len(outside), 1)))
+        full[inside] = logp
+        full = log_softmax(full / teacher_t)
+    else:
+        full = np.full(len(s), -np.inf)
+        full[inside] = logp
+    if tail != "bucket" or not len(outside):
+        rows = distilled(divergence, full[None], s[None, where], np.array([t]))
+        grad, unit = np.zeros_like(s), np.zeros_like(s)
+        grad[where], unit[where] = rows.grad[0], rows.unit[0]
+        if tail == "renormalize_both":
+            # Plain PyTorch divides by the share of the ids, and what cancels in it leaves its rounding outside them.
+            unit += np.exp(log_softmax(s[None] / t)[0]) * rows.size[0] / t
+        if tail == "uniform":
+            unit[outside] += rows.size[0] / max(len(outside), 1) / t
+        return Rows(rows.loss[0], grad, rows.size[0], unit)
+    # The outcomes are the ids, and the bucket of all others.
+    logq = log_softmax(s[None] / t)[0]
+    rest = logq[outside]
+    log_bucket = rest.max() + np.log(np.exp(rest - rest.max()).sum())
+    lp, lq = np.append(logp, log_rest), np.append(logq[inside], log_bucket)
+    f, score = value_and_score(divergence, lp, lq)
+    share = np.zeros_like(s)
+    share[inside] = score[:-1]
+    share[outside] = score[-1] * np.exp(rest - log_bucket)
+    q = np.exp(logq)
+    size = size_of(lp, lq) * (1 + np.ptp(s) / t / 8)
+    unit = (q + np.abs(share) + q * np.abs(score).sum()) / t * size
+    unit[inside] += np.exp(logp) / t * size
+    # What is missing to 1 is known to a rounding of 1.
+    unit[outside] += np.exp(rest - log_bucket) / t * size
+    return Rows(f.sum(), (share - q * score.sum()) / t, size, unit)
+
+
+@calls(0.25)
+@given(st.data(), a_call(), st.sampled_from(BACKENDS))
+def test_topk_kd_loss(data, call, backend):
+    draw = data.draw
+    sums = FP64 if call.dtype == FP64 else FP32
+    student = laid_out(draw, call.logits(draw, draw(KINDS), call.width, call.dtype))
+    options, t, tau = soft_options(draw, call, sums)
+    columns = call.width
+    if draw(st.integers(0, 3)) == 0:
+        columns = options["vocab_size"] = draw(st.integers(1, call.width))
+    ids, logprobs = sparse_teacher(draw, call, columns)
+    tail = options["tail"] = draw(st.sampled_from(["bucket", "renormalize", "renormalize_both", "uniform", "drop"]))
+    divergence = draw(DIVERGENCES.filter(lambda d: d.name not in INFINITE or tail not in ("renormalize", "drop")))
+    options["divergence"] = divergence
+    if divergence.name in INFINITE and tail in ("bucket", "uniform"):
+        options["min_tail"] = 1e-3
+    teacher_t = t
+    if tail in ("bucket", "drop"):
+        options["teacher_temperature"], teacher_t = 1.0, np.ones_like(t)
+    elif draw(st.booleans()):
+        options["teacher_temperature"] = per_row(draw, call, TEMPERATURES, 0.4, 4.0)
+        teacher_t = as_rows(options["teacher_temperature"], call, sums)
+    rest = None
+    if tail in ("bucket", "uniform") and draw(st.booleans()):
+        rest = torch.rand(call.shape, generator=call.generator, dtype=FP64).log() - 1
+        # A row without entries is all tail.
+        rest = options["tail_logprob"] = torch.where((ids >= 0).any(-1), rest, 0.0).to(sums)
+    labels = labels_of(draw, call, columns, -100) if draw(st.booleans()) else None
+    options |= hard_options(draw, labels) | common_options(draw, call, labels, divergence)
+    s = rows_of(student, call)[:, :columns]
+    flat_ids, flat_logprobs = slots_of(ids, call), rows_of(logprobs, call)
+    log_rest = [None] * call.rows if rest is None else rest.double().reshape(-1).tolist()
+    least = options.get("min_tail", 0.0)
+    each = [
+        one_sparse_row(divergence, s[i], flat_ids[i], flat_logprobs[i], tail, t[i], teacher_t[i], log_rest[i], least)
+        for i in range(call.rows)
+    ]
+    empty = Rows(np.zeros(0), np.zeros((0, columns)), np.zeros(0), np.zeros((0, columns)))
+    soft = Rows(*map(np.array, zip(*each, strict=True))) if each else empty
+    soft = soft.weighted(tau * options.get("kd_weight", 1.0))
+    flat = None if labels is None else labels.reshape(-1).numpy()
+    counts = np.ones(call.rows, bool) if flat is None else flat != -100
+    smoothing, z = options.get("label_smoothing", 0.0), options.get("z_loss_weight", 0.0)
+    truth = added(soft, hard_terms(s, flat, options.get("ce_weight", 0.0), smoothing, z))
+    hold(
+        call, student, lambda x: kd.topk_kd_loss(x, ids, logprobs, labels, backend=backend, **options), truth, options,
+        counts, columns,
+    )  # fmt: skip
+
+
+@calls(0.1)
+@given(st.data(), a_call(least=2), st.sampled_from(BACKENDS))
+def test_dkd_loss(data, call, backend):
+    draw = data.draw
+    student = laid_out(draw, call.logits(draw, draw(KINDS), call.width, call.dtype))
+    teacher = laid_out(draw, call.logits(draw, draw(KINDS), call.width, draw(st.sampled_from(DTYPES)), student))
+    labels = labels_of(draw, call, call.width, -100)
+    options = {"alpha": draw(st.sampled_from([0.0, 1.0, 3])), "beta": draw(st.sampled_from([0.0, 1.0, 8.0]))}
+    options |= {"temperature": draw(TEMPERATURES), "scale_by_t_squared": draw(st.booleans())}
+    if draw(st.booleans()):
+        options["teacher_temperature"] = draw(TEMPERATURES)
+    t, teacher_t = options["temperature"], options.get("teacher_temperature", options["temperature"])
+    options |= common_options(draw, call, labels, None)
+    s, p = rows_of(student, call) / t, rows_of(teacher, call) / teacher_t
+    flat = labels.reshape(-1).numpy()
+    counts, label = flat != -100, np.where(flat == -100, 0, flat)
+    others = np.arange(call.width) != label[:, None]
+    tau = t * t if options["scale_by_t_squared"] else 1.0
+
+    def parts(x):
+        """Log-probabilities of the label and of the rest, and of each of the others among them."""
+        logits = np.where(others, x, -np.inf)
+        top = logits.max(-1)
+        rest = top + np.log(np.exp(logits - top[:, None]).sum(-1))
+        own = x[np.arange(len(x)), label]
+        return log_softmax(np.stack([own, rest], -1)), logits - rest[:, None]
+
+    (p_two, p_rest), (q_two, q_rest) = parts(p), parts(s)
+    target = times(np.exp(p_two), p_two - q_two).sum(-1)
+    rest = np.where(others, times(np.exp(p_rest), np.where(others, p_rest, 0) - np.where(others, q_rest, 0)), 0).sum(-1)
+    of_two = np.exp(q_two) - np.exp(p_two)
+    grad = options["alpha"] * np.where(others, of_two[:, 1:] * np.exp(q_rest), of_two[:, :1])
+    grad = grad + options["beta"] * (np.exp(q_rest) - np.exp(p_rest))
+    size = tau * (options["alpha"] + options["beta"]) * (4 + np.ptp(s, -1) + np.ptp(p, -1)) ** 2
+    loss = tau * (options["alpha"] * target + options["beta"] * rest)
+    whole = np.where(others, np.exp(q_rest) + np.exp(p_rest), 1.0)
+    truth = Rows(loss, tau / t * grad, size, whole * size[:, None] / t)
+    hold(
+        call, student, lambda x: kd.dkd_loss(x, teacher, labels, backend=backend, **options), truth, options, counts,
+        call.width,
+    )  # fmt: skip
+
+
+@calls(0.1)
+@given(st.data(), a_call(), st.sampled_from(BACKENDS))
+def test_logit_mse_loss(data, call, backend):
+    draw = data.draw
+    student = laid_out(draw, call.logits(draw, draw(KINDS), call.width, call.dtype))
+    teacher = laid_out(draw, call.logits(draw, draw(KINDS), call.width, draw(st.sampled_from(DTYPES)), student))
+    labels = labels_of(draw, call, call.width, -100) if draw(st.booleans()) else None
+    options = {"centered": draw(st.booleans())} | common_options(draw, call, labels, None)
+    s, p = rows_of(student, call), rows_of(teacher, call)
+    difference = s - p
+    size = (np.abs(s).max(-1, initial=1) + np.abs(p).max(-1, initial=1)) ** 2
+    if options["centered"]:
+        difference = difference - difference.mean(-1, keepdims=True)
+    counts = np.ones(call.rows, bool) if labels is None else labels.reshape(-1).numpy() != -100
+    unit = np.broadcast_to(size[:, None] / call.width, difference.shape)
+    truth = Rows((difference**2).mean(-1), 2 / call.width * difference, size, unit)
+    hold(
+        call, student, lambda x: kd.logit_mse_loss(x, teacher, labels, backend=backend, **options), truth, options,
+        counts, call.width,
+    )  # fmt: skip
+
+
+def by_sorting(row, k, temperature):
+    order = sorted(range(len(row)), key=lambda v: (-row[v], v))
+    logp = log_softmax(row[None] / temperature)[0]
+    rest = np.exp(logp[order[k:]])
+    return [v if row[v] > -np.inf else -1 for v in order[:k]], logp[order[:k]], rest.sum()
+
+
+@calls(0.1)
+@given(st.data(), a_call(), st.sampled_from(BACKENDS))
+def test_capture_topk(data, call, backend):
+    draw = data.draw
+    logits = call.logits(draw, draw(KINDS), call.width, call.dtype)
+    if draw(st.booleans()):
+        logits[..., :: draw(st.integers(2, 5))] = -torch.inf
+        logits[..., -1] = 1.0
+    columns = draw(st.integers(1, call.width)) if draw(st.booleans()) else call.width
+    logits[..., columns - 1] = 0.5
+    logits = laid_out(draw, logits)
+    k = draw(st.integers(1, min(columns, 300)))
+    sums = FP64 if call.dtype == FP64 else FP32
+    temperature = per_row(draw, call, TEMPERATURES, 0.4, 4.0)
+    t = as_rows(temperature, call, sums)
+    with testing.poisoned_memory():
+        found = kd.capture_topk(logits, k, temperature=temperature, vocab_size=columns, backend=backend)
+    assert found.ids.shape == found.logprobs.shape == (*call.shape, k) and found.tail_logprob.shape == call.shape
+    ids, logprobs = found.ids.reshape(call.rows, k).tolist(), found.logprobs.double().reshape(call.rows, k).numpy()
+    tails, atol = found.tail_logprob.double().reshape(-1).exp().tolist(), 10 * tolerance(call.dtype)
+    for i, row in enumerate(rows_of(logits, call)[:, :columns]):
+        wanted, logp, rest = by_sorting(row, k, t[i])
+        assert ids[i] == wanted
+        np.testing.assert_allclose(logprobs[i], logp, rtol=atol, atol=atol)
+        np.testing.assert_allclose(tails[i], rest, rtol=1e3 * atol, atol=atol)
+
+
+@calls(0.1)
+@given(st.data(), a_call(dtypes=(FP32, FP64)), st.sampled_from(BACKENDS))
+def test_linear_losses(data, call, backend):
+    """Hidden states in: the gradients of the head and of the states are products of the one of the logits."""
+    draw = data.draw
+    sparse, d, divergence = draw(st.booleans()), draw(st.integers(1, 12)), draw(DIVERGENCES)
+    width, rows = min(call.width, 600), call.rows
+    hidden = laid_out(draw, call.normal(*call.shape, d).to(call.dtype))
+    weight, bias = call.normal(width, d).to(call.dtype), call.normal(width).to(call.dtype)
+    if draw(st.booleans()):
+        weight = weight.t().contiguous().t()
+    with_bias, temperature = draw(st.booleans()), draw(TEMPERATURES)
+    options = {"temperature": temperature, "divergence": divergence}
+    options["chunk_bytes"] = draw(st.sampled_from([None, 1, 5000, 10**6]))
+    labels = labels_of(draw, call, width, -100) if draw(st.booleans()) else None
+    options |= hard_options(draw, labels) | common_options(draw, call, labels, divergence)
+    if options["reduction"] == "none":
+        options["reduction"] = "sum"
+    t = np.full(rows, float(temperature))
+    h, w = rows_of(hidden, call), weight.double().numpy()
+    s = h @ w.T + (bias.double().numpy() if with_bias else 0.0)
+    if sparse:
+        if divergence.name in INFINITE:
+            return
+        call = call._replace(width=width)
+        ids, logprobs = sparse_teacher(draw, call, width)
+        options["tail"], options["teacher_temperature"] = "bucket", 1.0
+        flat_ids, flat = slots_of(ids, call), rows_of(logprobs, call)
+        each = [one_sparse_row(divergence, s[i], flat_ids[i], flat[i], "bucket", t[i], 1.0, None) for i in range(rows)]
+        empty = Rows(np.zeros(0), np.zeros((0, width)), np.zeros(0), np.zeros((0, width)))
+        soft = Rows(*map(np.array, zip(*each, strict=True))) if each else empty
+    else:
+        teacher_d = draw(st.integers(1, 12))
+        teacher_hidden = call.normal(*call.shape, teacher_d).to(call.dtype)
+        teacher_weight = call.normal(width, teacher_d).to(call.dtype)
+        p = rows_of(teacher_hidden, call) @ teacher_weight.double().numpy().T
+        soft = distilled(divergence, log_softmax(p / t[:, None]), s, t)
+    soft = soft.weighted(t**2 * options.get("kd_weight", 1.0))
+    flat_labels = None if labels is None else labels.reshape(-1).numpy()
+    smoothing, z = options.get("label_smoothing", 0.0), options.get("z_loss_weight", 0.0)
+    truth = added(soft, hard_terms(s, flat_labels, options.get("ce_weight", 0.0), smoothing, z))
+    counts = np.ones(rows, bool) if flat_labels is None else flat_labels != -100
+    want = reduced(truth, options, call, counts, np.array(1.0))
+
+    leaves = [x.detach().requires_grad_() for x in ((hidden, weight, bias) if with_bias else (hidden, weight))]
+    keywords = {**options, "student_bias": leaves[2] if with_bias else None, "backend": backend}
+    with testing.poisoned_memory():
+        if sparse:
+            loss = kd.linear_topk_kd_loss(leaves[0], leaves[1], ids, logprobs, labels, **keywords)
+        else:
+            loss = kd.linear_kd_loss(leaves[0], leaves[1], teacher_hidden, teacher_weight, labels, **keywords)
+        grads = torch.autograd.grad(loss, leaves)
+    # Sums over rows, columns and hidden numbers.
+    eps = tolerance(call.dtype) * 20
+    assert abs(loss.item() - want.loss) <= eps * (1 + abs(want.loss) + want.size)
+    products = (want.grad @ w, want.grad.T @ h, want.grad.sum(0))
+    bounds = (want.unit @ np.abs(w), want.unit.T @ np.abs(h), want.unit.sum(0))
+    for leaf, grad, truth_of, bound in zip(leaves, grads, products, bounds, strict=False):
+        assert grad.shape == leaf.shape and grad.dtype == leaf.dtype
+        error = np.abs(grad.double().numpy().reshape(truth_of.shape) - truth_of)
+        assert (error <= eps * (bound + np.abs(truth_of)) + 1e-30).all(), f"off by {error.max():.3g}"

@@ -7,6 +7,10 @@
 #include <memory>
 #include <mutex>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 #if defined(__linux__)
 #include <pthread.h>
 #include <sys/mman.h>
@@ -113,7 +117,20 @@ struct Block {
   }
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
-  ~Block() { munmap(mapping, mapped); }
+  ~Block() {
+    lend(mapped);
+    munmap(mapping, mapped);
+  }
+
+  // AddressSanitizer knows nothing of pages that are mapped: to it all but the first so many bytes are out of bounds.
+  void lend(size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+    ASAN_POISON_MEMORY_REGION(mapping, mapped);
+    ASAN_UNPOISON_MEMORY_REGION(bytes == mapped ? mapping : data, bytes);
+#else
+    (void)bytes;
+#endif
+  }
 
   // Lets the kernel take the pages while they are kept; false where it does not know how to. What fills no huge page,
   // less than one, stays: to find 500 small pages in use again takes the processor longer than all the others.
@@ -156,6 +173,7 @@ class Shelves {
 
   void give_back(std::unique_ptr<Block> block) {
     if (!block->offer_to_system()) return;
+    block->lend(0);
     std::unique_ptr<Block> oldest;
     const std::lock_guard<std::mutex> lock(mutex_);
     Shelf& shelf = *block->shelf;
@@ -218,6 +236,7 @@ const bool kKeeps = [] {
 Tensor kept(const Layout& layout, const char* use) {
   if (!kKeeps || layout.bytes < kMinBytes || torch_from_blob == nullptr) return fresh(layout);
   std::unique_ptr<Block> block = shelves().take(use, layout.bytes);
+  block->lend(layout.bytes);
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(block->data, layout.dimensions, layout.sizes, layout.strides, 0,
                                                 layout.dtype, aoti_torch_device_type_cpu(), -1, &handle,
