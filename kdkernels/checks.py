@@ -67,10 +67,11 @@ def number(
     # A comparison, not math.isfinite: Dynamo traces it for a number that it keeps as a symbol. NaN fails it too, and an
     # int beyond all floats is larger than the largest.
     if not -LARGEST <= value <= LARGEST:
-        raise ValueError(f"{name} must be finite, got {value}")
-    if value < low or value > high or (exclusive_low and value == low):
+        raise ValueError(f"{name} must be finite, got {symbols.shown(value)}")
+    # Not ``== low``: that would pin a symbol, of which the message has no name.
+    if value < low or value > high or (exclusive_low and not value > low):
         expected = f"> {low:g}" if exclusive_low else (f">= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]")
-        raise ValueError(f"{name} must be {expected}, got {value}")
+        raise ValueError(f"{name} must be {expected}, got {symbols.shown(value)}")
     return symbols.as_float(value)
 
 
@@ -79,9 +80,11 @@ def in_sums(name: str, value: float, student: Tensor, *, positive: bool = False)
     dtype = sum_dtype(student)
     info = torch.finfo(dtype)
     if not -info.max <= value <= info.max:
-        raise ValueError(f"{name} must be finite in {_name(dtype)}, got {value}")
+        raise ValueError(f"{name} must be finite in {_name(dtype)}, got {symbols.shown(value)}")
     if positive and value < info.smallest_normal:
-        raise ValueError(f"{name} must be at least {info.smallest_normal:.3g} in {_name(dtype)}, got {value}")
+        raise ValueError(
+            f"{name} must be at least {info.smallest_normal:.3g} in {_name(dtype)}, got {symbols.shown(value)}"
+        )
 
 
 def integer(name: str, value: Any, *, low: int = INT64.min, high: int = INT64.max) -> int:

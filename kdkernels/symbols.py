@@ -31,6 +31,11 @@ def as_float(value: Any) -> float:
     return torch.sym_float(value) if isinstance(value, (torch.SymFloat, torch.SymInt)) else float(value)
 
 
+def shown(value: Any) -> str:
+    """A number in a message; a graph cannot write down a symbol."""
+    return "another value" if is_symbol(value) else str(value)
+
+
 def as_tensor(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A number, symbol or not, as a 0-d tensor."""
     return torch.ones((), dtype=dtype, device=device) * value

@@ -701,3 +701,33 @@ def test_every_option_is_looked_at(function, option):
     """What is no value of an option at all is refused by name: an option that is dropped would take anything."""
     with pytest.raises((TypeError, ValueError), match=option):
         OPTIONS_OF[function](**{option: object()})
+
+
+class Nonsense:
+    """Of no type that any argument has."""
+
+
+LOGITS = torch.zeros(3, 7)
+IDS, LOGPROBS = torch.zeros(3, 2, dtype=torch.int64), torch.full((3, 2), -2.0)
+CALLS = {
+    kd.kd_loss: (LOGITS, LOGITS),
+    kd.topk_kd_loss: (LOGITS, IDS, LOGPROBS),
+    kd.dkd_loss: (LOGITS, LOGITS, IDS[:, 0]),
+    kd.logit_mse_loss: (LOGITS, LOGITS),
+    kd.linear_kd_loss: (LOGITS, LOGITS, LOGITS, LOGITS),
+    kd.linear_topk_kd_loss: (LOGITS, LOGITS, IDS.clamp(max=1), LOGPROBS),
+}
+KEYWORDS = [
+    (loss, name)
+    for loss in CALLS
+    for name, parameter in inspect.signature(loss).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+]
+
+
+@pytest.mark.parametrize(("loss", "name"), KEYWORDS, ids=lambda value: getattr(value, "__name__", value))
+def test_every_argument_arrives_where_it_is_checked(loss, name):
+    """The losses hand on their arguments by name: one that is forgotten there would have its default, whatever came."""
+    loss(*CALLS[loss])
+    with pytest.raises((TypeError, ValueError), match=name):
+        loss(*CALLS[loss], **{name: Nonsense()})

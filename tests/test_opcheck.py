@@ -14,7 +14,15 @@ pytestmark = pytest.mark.usefixtures("compiled_cpu")
 ROWS, VOCAB, WIDTH, K = 6, 19, 8, 3
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 # New memory has no values to compare, and what tells of the processor or of kept memory has no tensor that is traced.
-WITHOUT_VALUES = ("kept_empty", "kept_blocks", "kept_release", "poison_memory", "cpu_isa", "cpu_fault", "has_bf16_product")
+WITHOUT_VALUES = (
+    "kept_empty",
+    "kept_blocks",
+    "kept_release",
+    "poison_memory",
+    "cpu_isa",
+    "cpu_fault",
+    "has_bf16_product",
+)
 
 
 class Recorder(TorchDispatchMode):
