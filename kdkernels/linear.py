@@ -66,7 +66,8 @@ def linear_kd_loss(
     r"""``kd_loss`` of the logits ``hidden @ weight.T + bias`` of student and teacher, which are never stored whole.
 
     Rows go through the heads in chunks. In each the loss is computed and its gradient written over the student's
-    logits, from where it is multiplied into the gradients of hidden states, head and bias; those of one that does not
+    logits, from where it is multiplied into the gradients of hidden states, head and bias. Gradients of inputs that do
+    not require grad are not computed. The head's gradient is summed over the chunks in fp32.
 
     Args:
         student_hidden: ``(..., D)``, float32, bfloat16 or float16 (float64 on the CPU).
