@@ -79,7 +79,10 @@ TEACHERS = {
     "fp32": lambda t: (t.float(), {}),
     "bf16": lambda t: (t.bfloat16(), {}),
     "fp16": lambda t: (t.half(), {}),
-    "probabilities": lambda t: (torch.softmax(t.float(), -1).clamp(min=1e-5).to(t.dtype), {"teacher_form": "probs"}),
+    "probabilities": lambda t: (
+        torch.softmax(t.float(), -1).clamp(min=1e-5).to(t.dtype),
+        {"teacher_form": "unnormalized_probs"},
+    ),
     "capped": lambda t: (t, {"teacher_softcap": 30.0}),
     "two": lambda t: ([t, t.roll(1, -1)], {}),
     "two, logits mixed": lambda t: ([t, t.roll(1, -1)], {"mixture": "logits"}),
