@@ -77,7 +77,7 @@ else:
     def fast_reciprocal(x, _semantic=None):
         """1 / x of a normal fp32 to one ulp, in one instruction on CUDA."""
         if not _on_cuda(_semantic):
-            return _semantic.truediv(1.0, x)
+            return _semantic.truediv(1.0, _semantic.to_tensor(x))
         return _inline("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, 1, _semantic)
 
     @tl.core.builtin

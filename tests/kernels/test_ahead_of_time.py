@@ -31,7 +31,8 @@ def test_table_is_complete():
 
 def test_nothing_spills():
     """A few scalars of the row may be parked in memory outside the loops of two sweeps; a tile is hundreds of bytes."""
-    assert {name: entry["spilled"] for name, entry in TABLE.items() if entry["spilled"] > 56} == {}
+    swept = {name: entry["spilled"] for name, entry in TABLE.items() if entry["pattern"] == "sweeps"}
+    assert all(spilled <= 32 for spilled in swept.values()), swept
     spilled = {name: entry["spilled"] for name, entry in TABLE.items() if entry["pattern"] == "cluster"}
     # Alpha-beta takes all 255 registers, and on sm_100 a dozen values more.
     assert spilled.pop("sm_100/alpha_beta") <= 56
@@ -49,8 +50,10 @@ def test_targets():
     assert forward["stores"]["16"] * 16 * threads == one_pass and forward["stores"]["4"] == 1
     assert forward["instructions"] <= 24 and forward["transcendental"] <= 2.1
     assert forward["cluster_reductions"] <= 2 and forward["resident_blocks"] >= 2
-    for name in ("jsd", "tvd"):
-        assert TABLE[f"sm_90/{name}"]["instructions"] <= 45
+    # JSD leaves the terms of first order out of every element, and keeps two blocks resident with it.
+    for name, most in (("jsd", 47), ("tvd", 45)):
+        assert TABLE[f"sm_90/{name}"]["instructions"] <= most
+    assert TABLE["sm_90/jsd"]["resident_blocks"] >= 2
 
 
 def test_wide_accesses():
