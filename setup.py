@@ -96,8 +96,7 @@ def find_torch() -> Path:
     version = torch_version(folder)
     found = re.match(r"(\d+)\.(\d+)", version)
     if found and (int(found[1]), int(found[2])) < TORCH_FLOOR:
-        floor = f"{TORCH_FLOOR[0]}.{TORCH_FLOOR[1]}"
-        raise NoTorch(f"torch {version} is older than {floor}", f"install torch {floor} or newer, then")
+        raise NoTorch(f"torch {version} is older than {TORCH_FLOOR[0]}.{TORCH_FLOOR[1]}")
     return folder
 
 
@@ -337,8 +336,8 @@ class Plan:
 def failure(choice: str, reason: CannotBuild) -> str:
     if isinstance(reason, NoTorch):
         return (
-            f"kdkernels: no kernels can be built: {reason}. Install torch first, or leave out pip's "
-            "--no-build-isolation, or set KDKERNELS_BUILD=none to install without kernels."
+            f"kdkernels: no kernels can be built: {reason}. Install torch {TORCH_FLOOR[0]}.{TORCH_FLOOR[1]} or newer "
+            "first, or leave out pip's --no-build-isolation, or set KDKERNELS_BUILD=none to install without kernels."
         )
     remedy = f" To have it, {reason.cure} try again." if reason.cure else ""
     return f"kdkernels: KDKERNELS_BUILD={choice} cannot be had: {reason}.{remedy}"

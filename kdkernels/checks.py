@@ -17,13 +17,13 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor
 
-from kdkernels import transforms
+from kdkernels import symbols, transforms
 from kdkernels.backends import cpu
 from kdkernels.reduction import REDUCTIONS
 from kdkernels.reference.topk import unused
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "torch")
-TEACHER_FORMS = ("logits", "log_probs", "probs")
+TEACHER_FORMS = ("logits", "log_probs", "probs", "unnormalized_probs")
 MIXTURES = ("probs", "logits")
 TAILS = ("bucket", "renormalize", "renormalize_both", "uniform", "drop")
 LARGEST = sys.float_info.max
@@ -61,17 +61,18 @@ def flag(name: str, value: object) -> None:
 def number(
     name: str, value: Any, *, low: float = -math.inf, high: float = math.inf, exclusive_low: bool = False
 ) -> float:
-    """``value`` must be a finite Python number in ``[low, high]``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """``value`` must be a finite Python number (a symbol counts) in ``[low, high]``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     # A comparison, not math.isfinite: Dynamo traces it for a number that it keeps as a symbol. NaN fails it too, and an
     # int beyond all floats is larger than the largest.
     if not -LARGEST <= value <= LARGEST:
-        raise ValueError(f"{name} must be finite, got {value}")
-    if value < low or value > high or (exclusive_low and value == low):
+        raise ValueError(f"{name} must be finite, got {symbols.shown(value)}")
+    # Not ``== low``: that would pin a symbol, of which the message has no name.
+    if value < low or value > high or (exclusive_low and not value > low):
         expected = f"> {low:g}" if exclusive_low else (f">= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]")
-        raise ValueError(f"{name} must be {expected}, got {value}")
-    return float(value)
+        raise ValueError(f"{name} must be {expected}, got {symbols.shown(value)}")
+    return symbols.as_float(value)
 
 
 def in_sums(name: str, value: float, student: Tensor, *, positive: bool = False) -> None:
@@ -79,9 +80,11 @@ def in_sums(name: str, value: float, student: Tensor, *, positive: bool = False)
     dtype = sum_dtype(student)
     info = torch.finfo(dtype)
     if not -info.max <= value <= info.max:
-        raise ValueError(f"{name} must be finite in {_name(dtype)}, got {value}")
+        raise ValueError(f"{name} must be finite in {_name(dtype)}, got {symbols.shown(value)}")
     if positive and value < info.smallest_normal:
-        raise ValueError(f"{name} must be at least {info.smallest_normal:.3g} in {_name(dtype)}, got {value}")
+        raise ValueError(
+            f"{name} must be at least {info.smallest_normal:.3g} in {_name(dtype)}, got {symbols.shown(value)}"
+        )
 
 
 def integer(name: str, value: Any, *, low: int = INT64.min, high: int = INT64.max) -> int:
@@ -228,6 +231,25 @@ def teacher_like(name: str, teacher: Any, student: Tensor, vocab_size: Optional[
         )
     if vocab_size is not None and vocab_size > teacher.shape[-1]:
         raise ValueError(f"vocab_size must be at most {name}'s width {teacher.shape[-1]}, got {vocab_size}")
+
+
+def teacher_probs(name: str, teacher: Tensor, columns: int, counted: Optional[Tensor] = None) -> None:
+    """Rows of probabilities, of those that are ``counted [N]``, add up to 1, as far as their dtype can hold them."""
+    if not reads_values(teacher) or teacher.numel() == 0:
+        return
+    finfo = torch.finfo(teacher.dtype)
+    sums = teacher.detach()[..., :columns].sum(-1, dtype=sum_dtype(teacher)).reshape(-1)
+    # A sum of roundings, of which small ones are to the spacing of subnormal numbers; 1e-5 for what fp32 computed.
+    allowed = max(2 * finfo.eps + columns * finfo.tiny * finfo.eps, 1e-5)
+    off = (sums - 1).abs()
+    if counted is not None:
+        off = torch.where(counted.reshape(-1), off, torch.zeros_like(off))
+    worst = int(off.nan_to_num(0.0, torch.inf).argmax())
+    if off[worst] > allowed:
+        raise ValueError(
+            f"{name} must hold probabilities that add up to 1 in every row for teacher_form='probs', got a sum of "
+            f"{float(sums[worst]):.6g}; teacher_form='unnormalized_probs' divides every row by its sum"
+        )
 
 
 def sparse_teacher(ids: Any, logprobs: Any, student: Tensor, columns: int, tail: str) -> tuple[Tensor, Tensor]:
@@ -736,7 +758,7 @@ def sum_dtype(student: Tensor) -> torch.dtype:
 
 def reads_values(value: Tensor) -> bool:
     """Whether the values of a tensor may be read for a check."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not symbols.has_values(value):
         return False
     return value.device.type == "cpu" or os.environ.get("KDKERNELS_DEBUG") == "1"
 

@@ -6,13 +6,15 @@ The gradients are complete when ``forward`` ends; ``backward`` scales them. The 
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
 
-from kdkernels import checks, ops
+from kdkernels import checks, ops, symbols
 from kdkernels.autograd import (
     Launch,
     graph_is_kept,
@@ -47,6 +49,7 @@ class Call(NamedTuple):
     teacher_bias: tuple[Optional[Tensor], ...] = ()
     teacher_logits: Optional[TeacherChunks] = None
     num_teachers: int = 1  # that teacher_logits returns
+    teacher_probs: bool = False  # it returns rows that add up to 1
     sparse_grad: bool = False
 
     def dtypes(self, hidden: Tensor) -> tuple[torch.dtype, torch.dtype]:
@@ -151,7 +154,7 @@ def whole(
 
     ``rows`` are those that the hidden states are among the rows of the teachers.
     """
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _no_autocast(hidden):
         teachers = [
             _logits(call, states if rows is None else states[rows], head, offset).detach()
             for states, head, offset in zip(call.teacher_hidden, call.teacher_weight, call.teacher_bias, strict=True)
@@ -187,21 +190,15 @@ def execute(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], 
     teachers: tuple[Any, ...] = launch.sparse_teacher
     if launch.pattern == "dense_fwd":
         teachers = (call.teacher_hidden, call.teacher_weight, call.teacher_bias)
-    return Result(
-        *getattr(torch.ops.kdkernels, f"linear_{launch.pattern}").default(
-            hidden,
-            weight,
-            bias,
-            *teachers,
-            *launch.tensors,
-            backend=launch.backend,
-            chunk_bytes=call.chunk_bytes,
-            product_dtype=call.product_dtype,
-            logits_dtype=call.logits_dtype,
-            needs=needs,
-            **launch.options,
-        )
-    )
+    options = {
+        "backend": launch.backend,
+        "chunk_bytes": call.chunk_bytes,
+        "product_dtype": call.product_dtype,
+        "logits_dtype": call.logits_dtype,
+        "needs": needs,
+        **launch.options,
+    }
+    return Result(*ops.call_linear(launch.pattern, (hidden, weight, bias, *teachers, *launch.tensors), options))
 
 
 def projects_columns(launch: Launch) -> bool:
@@ -213,13 +210,13 @@ def projects_columns(launch: Launch) -> bool:
 def _run(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], needs: Sequence[bool]) -> Result:
     loop = _columns_loop if projects_columns(call.launch) else _logits_loop
     # Operands are rounded to the autocast dtype by the loop; autocast itself would round sums too.
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        loss, stats, dhidden, dweight, dbias, scale, grad_rows = loop(call, hidden, weight, bias, needs)
+    with torch.no_grad(), _no_autocast(hidden):
+        loss, stats, dhidden, dweight, dbias, *rest, grad_rows = loop(call, hidden, weight, bias, needs)
         # The buffers of the loop are gone: the rounding of the sums below needs memory of its own.
         one = loss.new_ones(())
         grads = [
             (hidden.new_empty(0), one) if grad is None else grad.finish(by)
-            for grad, by in ((dweight, scale), (dbias, None))
+            for grad, by in zip((dweight, dbias), rest, strict=True)
         ]
         return Result(
             loss,
@@ -240,7 +237,9 @@ class _Sums(NamedTuple):
     dhidden: Optional[Tensor]
     dweight: Optional[HeadGrad]
     dbias: Optional[HeadGrad]
-    scale: Optional[Tensor] = None  # what the sums of dweight are to be multiplied by
+    # What the sums of dweight and dbias are to be multiplied by.
+    of_weight: Optional[Tensor] = None
+    of_bias: Optional[Tensor] = None
     grad_rows: Optional[Tensor] = None
 
 
@@ -255,7 +254,7 @@ def _logits_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tens
     dhidden = _zeros_for_gradient(hidden) if needs[0] else None
     dweight = HeadGrad(weight, head.blocks) if needs[1] else None
     dbias = HeadGrad(bias, head.blocks) if needs[2] and bias is not None else None
-    fp16_range = _fp16_range(launch, loss) if dtype == torch.float16 and head.way in ("mixed", "native") else None
+    fp16_range, launch = _fp16_range(launch, loss, head) if dtype == torch.float16 and any(needs) else (None, launch)
 
     row_bytes = head.row_bytes(columns) + sum(columns * teacher.logits_dtype.itemsize for teacher, _ in teachers)
     for rows, count in _chunks(launch, len(hidden), _budget(call, device) // row_bytes):
@@ -268,23 +267,43 @@ def _logits_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tens
             teacher.project(states[rows], targets[k])
         if call.teacher_logits is not None:
             targets = checks.teacher_chunks(call.teacher_logits(rows), count, columns, call.num_teachers, device)
+            if call.teacher_probs:
+                labels = part.tensors[0]
+                counted = None if labels is None else labels != part.options["ignore_index"]
+                for target in targets:
+                    checks.teacher_probs("teacher_logits(rows)", target, columns, counted)
         loss[rows], stats[rows] = _objective(part, logits, targets, any(needs))
         if any(needs):
             dh = head.backward(logits, h, wants_dhidden=needs[0], dweight=dweight, dbias=dbias, fp16_range=fp16_range)
             if dhidden is not None and dh is not None:
                 dhidden[rows] = dh.to(dhidden.dtype)
-    return _Sums(loss, stats, dhidden, dweight, dbias, None if fp16_range is None else fp16_range.sums.reciprocal())
+    if fp16_range is None:
+        return _Sums(loss, stats, dhidden, dweight, dbias)
+    rest = fp16_range.sums.reciprocal()
+    if fp16_range.in_chunk:
+        loss *= rest
+    return _Sums(loss, stats, dhidden, dweight, dbias, rest, rest if fp16_range.in_chunk else None)
 
 
-def _fp16_range(launch: Launch, loss: Tensor) -> Fp16Range:
-    """For dlogits of about the size of the constants of the loss."""
+def _fp16_range(launch: Launch, loss: Tensor, head: Head) -> tuple[Optional[Fp16Range], Launch]:
+    """For a gradient of about the size of the constants of the loss; with the launch that makes it."""
+    in_chunk = head.logits_dtype == torch.float16
+    if head.way == "widened" and not in_chunk:
+        return None, launch
     get, weight = launch.options, launch.tensors[1]
     tempered = get["temperature"] if get["scale_by_t_squared"] else 1 / get["temperature"]
     terms = max(get["kd_weight"] * tempered, get["ce_weight"], get["z_loss_weight"])
-    size = loss.new_tensor(abs(get["scale"]) * terms)
+    power = 2.0 ** min(max(8 - math.frexp(get["scale"] * terms)[1], -60), 60)
+    sums = loss.new_tensor(power)
     if weight is not None:
-        size = size * torch.linalg.vector_norm(weight, torch.inf)
-    return Fp16Range(torch.ldexp(torch.ones_like(size), (8 - torch.frexp(size)[1]).clamp(-100, 100)))
+        # Its size is known to the device alone.
+        size = torch.linalg.vector_norm(weight, torch.inf)
+        of_weight = torch.ldexp(torch.ones_like(size), -torch.frexp(size)[1].clamp(-60, 60))
+        sums, weight = sums * of_weight, weight * of_weight
+    if in_chunk:
+        tensors = (launch.tensors[0], weight, *launch.tensors[2:])
+        launch = launch._replace(tensors=tensors, options={**get, "scale": get["scale"] * power})
+    return Fp16Range(sums, in_chunk), launch
 
 
 def _zeros_for_gradient(hidden: Tensor) -> Tensor:
@@ -383,6 +402,10 @@ def _chunks(launch: Launch, num_rows: int, size: int) -> Iterator[tuple[Rows, in
         yield (slice(start, stop) if kept is None else kept[start:stop]), stop - start
 
 
+def _no_autocast(tensor: Tensor) -> Any:
+    return contextlib.nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+
+
 def _kept_rows(launch: Launch) -> Optional[Tensor]:
     """The rows whose products are worth computing; None for all.
 
@@ -394,7 +417,9 @@ def _kept_rows(launch: Launch) -> Optional[Tensor]:
     # One weight for all rows is a normaliser; statistics are taken of rows of weight 0 too.
     if weight is not None and (weight.stride(0) or len(weight) == 1) and not launch.options["stats"]:
         counts = weight != 0 if counts is None else counts & (weight != 0)
-    if counts is None or (counts.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if counts is None or not symbols.has_values(counts):
+        return None
+    if counts.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     kept = counts.nonzero().squeeze(1)
     return None if len(kept) == len(counts) else kept

@@ -15,11 +15,17 @@ from kdkernels import checks
 
 # Arguments that have a dimension after those of the rows; all others have one number a row, or for all.
 WIDE = ("teacher", "teacher_ids", "teacher_logprobs", "teacher_weights")
+PLAIN = (Tensor, torch.nn.Parameter, type(None), str, float, int, bool)
 
 
 def among(values: Iterable[Any]) -> bool:
     """Whether there is a DTensor among values, or in a list or tuple among them."""
-    return any(among(value) if isinstance(value, (list, tuple)) else checks.is_dtensor(value) for value in values)
+    for value in values:
+        if type(value) in PLAIN:
+            continue
+        if among(value) if isinstance(value, (list, tuple)) else checks.is_dtensor(value):
+            return True
+    return False
 
 
 def of_all_ranks(loss: Callable[..., Any], student: Any, arguments: Mapping[str, Any]) -> Any:

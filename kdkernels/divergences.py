@@ -11,6 +11,8 @@ import sys
 from dataclasses import dataclass
 from typing import ClassVar, Optional, Union
 
+from kdkernels import symbols
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -47,14 +49,14 @@ def _check_number(owner: str, name: str, value: float) -> float:
     # A comparison, not math.isfinite: Dynamo traces it for a number that it keeps as a symbol. NaN fails it too, and an
     # int beyond all floats is larger than the largest.
     if not -sys.float_info.max <= value <= sys.float_info.max:
-        raise ValueError(f"{owner}: {name} must be finite, got {value}")
+        raise ValueError(f"{owner}: {name} must be finite, got {symbols.shown(value)}")
     return float(value)
 
 
 def _check_fraction(owner: str, name: str, value: float) -> float:
     value = _check_number(owner, name, value)
     if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{owner}: {name} must lie in [0, 1], got {value}")
+        raise ValueError(f"{owner}: {name} must lie in [0, 1], got {symbols.shown(value)}")
     return value
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Optional, TypeVar, Union
 
 import torch
 from torch import Tensor
 
-from kdkernels import backends, checks, distributed, divergences, ops, reduction, reference, transforms
+from kdkernels import backends, checks, distributed, divergences, ops, reduction, reference, symbols, transforms
 from kdkernels.autograd import Launch, RowLoss, SummedCall, run, run_reference, run_summed
 from kdkernels.divergences import Divergence
 
@@ -55,6 +56,7 @@ def _dense_loss(prepare: _Loss) -> _Loss:
             if known.summed is not None:
                 return run_summed(known.summed, student, launch.options["scale"], (teacher, launch.tensors[0]))
             return _dense(call.plan, call.teachers, launch)
+        _check_probs(known.plan, (teacher,), labels)
         if known.summed is not None:
             scale, flat = known.scale_and_labels(student, labels)
             return run_summed(known.summed, student, scale, (teacher, flat))
@@ -176,8 +178,10 @@ def kd_loss(
             "batchmean" (the sum over ``student.shape[0]``, as ``F.kl_div``).
         normalizer: a number or 0-d tensor > 0 that divides the sum in place of the number of rows ("mean") or of 1
             ("sum"): the tokens of a whole batch under gradient accumulation (``num_items_in_batch``).
-        teacher_form: what ``teacher`` holds: "logits", "log_probs" (normalised log-probabilities; a temperature acts on
-            them as on logits) or "probs".
+        teacher_form: what ``teacher`` holds: "logits", "log_probs" (log-probabilities; a temperature acts on them as on
+            logits, and like those they are normalised, so that a constant per row changes nothing), "probs" (rows
+            that add up to 1 within the rounding of their dtype) or "unnormalized_probs" (weights >= 0, divided by their
+            sum).
         teacher_weights: for a sequence of teachers, M weights >= 0, or a tensor ``(..., M)`` of weights per row; equal
             weights by default.
         mixture: "probs" (``p = sum_k w_k softmax(t_k / T_t)``, the weights divided by their sum) or "logits"
@@ -186,7 +190,8 @@ def kd_loss(
             padded to different widths.
         student_softcap, teacher_softcap: cap > 0 of ``cap * tanh(logits / cap)``, applied first (Gemma 2).
         standardize: replace the logits of both in the divergence by ``(x - mean(x)) / std(x)`` per row before the
-            temperature (logit standardisation, Sun et al. 2024, arXiv:2403.01427). Cross entropy keeps the raw logits.
+            temperature (logit standardisation, Sun et al. 2024, arXiv:2403.01427), with ``torch.std``, which divides by
+            V - 1, as the authors' code has it. Cross entropy keeps the raw logits.
         row_param: one value per row for the divergence's parameter (JSD's ``beta``, the skew forms' ``alpha``),
             strictly between 0 and 1; overrides the instance's.
         inplace: write the gradient over the student's logits: no ``[N, V]`` allocation at all, and the logits are gone
@@ -234,6 +239,7 @@ def kd_loss(
         checks.teacher_like("teacher" if len(teachers) == 1 else f"teacher[{k}]", item, student, vocab_size)
     single = isinstance(teacher, Tensor)
     weights = _mixture_weights(teacher_weights, mixture, len(teachers), student, single=single)
+    _check_probs(plan, teachers, labels)
     launch = _dense_call(plan, labels, weights, mixture, _dense_backend(plan, teachers, weights))
     return _Call(plan, teachers, launch)
 
@@ -409,9 +415,8 @@ def taid_loss(
     plan = _plan("taid_loss", options, student)
     checks.teacher_like("teacher", teacher, student, options.get("vocab_size"))
     lam = checks.per_row("interpolation", interpolation, student, low=0.0, high=1.0, exclusive=False)
-    lam = (
-        lam if isinstance(lam, Tensor) else torch.full((), lam, dtype=checks.sum_dtype(student), device=student.device)
-    )
+    if not isinstance(lam, Tensor):
+        lam = symbols.as_tensor(lam, checks.sum_dtype(student), student.device)
     lam = lam.expand(_num_rows(student))
     teachers, weights = (student.detach(), teacher), torch.stack([1 - lam, lam], -1)
     launch = _dense_call(plan, labels, weights, "logits", _dense_backend(plan, teachers, weights))
@@ -477,8 +482,8 @@ def dkd_loss(
             s,
             t,
             flat,
-            alpha=float(alpha),
-            beta=float(beta),
+            alpha=symbols.as_float(alpha),
+            beta=symbols.as_float(beta),
             temperature=plan.temperature,
             teacher_temperature=plan.teacher_temperature,
             scale_by_t_squared=scale_by_t_squared,
@@ -491,8 +496,8 @@ def dkd_loss(
         name,
         (flat, weight),
         {
-            "alpha": float(alpha),
-            "beta": float(beta),
+            "alpha": symbols.as_float(alpha),
+            "beta": symbols.as_float(beta),
             "temperature": plan.temperature,
             "teacher_temperature": plan.teacher_temperature,
             "vocab_size": plan.columns,
@@ -613,10 +618,12 @@ def check_options(owner: str, options: dict[str, Any], defaults: dict[str, Any] 
     A training loop asks the same thing in every step: what was accepted is remembered.
     """
     key = _options_key(owner, options)
-    found = _accepted.get(key)
+    # A graph that looked into the memory would be made again whenever another call adds to it.
+    found = None if key is None else _accepted.get(key)
     if found is None:
         found = _check_options(owner, options, defaults)
-        _remember(_accepted, key, found)
+        if key is not None:
+            _remember(_accepted, key, found)
     return found
 
 
@@ -642,8 +649,6 @@ def _options_key(owner: str, options: dict[str, Any]) -> Optional[tuple[Any, ...
 
 
 def _remember(memory: dict[Any, Any], key: Any, value: Any) -> None:
-    if key is None:
-        return
     if len(memory) >= MAX_ACCEPTED:
         memory.clear()
     memory[key] = value
@@ -690,10 +695,10 @@ def _check_options(owner: str, options: dict[str, Any], defaults: dict[str, Any]
         "temperature": _number(get["temperature"]),
         "teacher_temperature": _number(temperature),
         "scale_by_t_squared": get["scale_by_t_squared"],
-        "kd_weight": float(get["kd_weight"]),
-        "ce_weight": float(get["ce_weight"]),
-        "z_loss_weight": float(get["z_loss_weight"]),
-        "label_smoothing": float(get["label_smoothing"]),
+        "kd_weight": symbols.as_float(get["kd_weight"]),
+        "ce_weight": symbols.as_float(get["ce_weight"]),
+        "z_loss_weight": symbols.as_float(get["z_loss_weight"]),
+        "label_smoothing": symbols.as_float(get["label_smoothing"]),
         "ignore_index": get["ignore_index"],
         "student_softcap": checks.softcap("student_softcap", get["student_softcap"]),
         "stats": get["return_stats"],
@@ -701,16 +706,32 @@ def _check_options(owner: str, options: dict[str, Any], defaults: dict[str, Any]
     if sparse:
         objective["tail"] = get["tail"]
         # Where the divergence is finite without it an empty tail is none. topk_launch puts the default in.
-        floored = get["tail"] in ("bucket", "uniform") and not reference.topk.defined_without_teacher(
-            resolved.name, param0, param1
-        )
-        objective["min_tail"] = float(get["min_tail"] or 0.0) if floored else 0.0
+        floored = get["tail"] in ("bucket", "uniform") and not _defined_without_teacher(resolved)
+        objective["min_tail"] = symbols.as_float(get["min_tail"]) if floored and get["min_tail"] is not None else 0.0
         objective["tail_rounding"] = 1.0 if floored and get["min_tail"] is None else 0.0
     else:
-        objective["teacher_form"] = get["teacher_form"]
+        # The kernels divide by the sum of a row whatever it is.
+        objective["teacher_form"] = "probs" if get["teacher_form"] == "unnormalized_probs" else get["teacher_form"]
         objective["teacher_softcap"] = checks.softcap("teacher_softcap", get["teacher_softcap"])
         objective["standardize"] = get["standardize"]
     return Settings(get, resolved, not any(isinstance(value, Tensor) for value in get.values()), objective)
+
+
+def _defined_without_teacher(divergence: Divergence) -> bool:
+    """Whether the divergence is finite where the teacher's probability is 0."""
+    # Homogeneous ones are whatever their parameter, which may be a symbol.
+    return divergence.name in reference.topk.HOMOGENEOUS or reference.topk.defined_without_teacher(
+        divergence.name, *divergence.params()
+    )
+
+
+def _check_probs(plan: _Plan, teachers: tuple[Tensor, ...], labels: Optional[Tensor]) -> None:
+    """The values of teachers that are probabilities, in the rows that count."""
+    if plan.options["teacher_form"] != "probs" or torch.compiler.is_compiling() or not plan.options["kd_weight"]:
+        return
+    counted = None if labels is None else labels != plan.options["ignore_index"]
+    for k, teacher in enumerate(teachers):
+        checks.teacher_probs("teacher" if len(teachers) == 1 else f"teacher[{k}]", teacher, plan.columns, counted)
 
 
 def _check_tail(get: dict[str, Any], divergence: Divergence) -> None:
@@ -720,9 +741,7 @@ def _check_tail(get: dict[str, Any], divergence: Divergence) -> None:
         checks.number("min_tail", get["min_tail"], low=0.0, high=1.0)
         if tail not in ("bucket", "uniform"):
             raise ValueError(f"min_tail has no meaning with tail {tail!r}, only with 'bucket' and 'uniform'")
-    if tail in ("renormalize", "drop") and not reference.topk.defined_without_teacher(
-        divergence.name, *divergence.params()
-    ):
+    if tail in ("renormalize", "drop") and not _defined_without_teacher(divergence):
         raise ValueError(
             f"tail {tail!r} gives the teacher probability 0 outside its entries, where divergence {divergence.name!r}, "
             f"{divergence.formula}, is infinite; use tail 'bucket', 'uniform' or 'renormalize_both'"
@@ -761,8 +780,14 @@ class _Plan(NamedTuple):
             row_weight=weight if isinstance(weight, Tensor) else None,
             normalizer=self.normalizer,
             dtype=checks.sum_dtype(self.student),
+            device=self.student.device,
         )
-        return (scale if weight is None or isinstance(weight, Tensor) else scale * weight), rows
+        if weight is None or isinstance(weight, Tensor):
+            return scale, rows
+        if not symbols.is_symbol(weight):
+            return scale * weight, rows
+        factor = symbols.as_tensor(weight, checks.sum_dtype(self.student), self.student.device)
+        return scale, factor.expand(_num_rows(self.student)) if rows is None else rows * factor
 
     def result(self, loss: Tensor, stats: Optional[Tensor], kind: Any) -> Any:
         """The loss, with the columns of ``stats`` as a named tuple of type ``kind`` where they were asked for."""
@@ -782,8 +807,9 @@ class _Plan(NamedTuple):
             loss, stats = run_reference(launch, _flat(self.student)[0], _flat(*teachers))
             return self.reduced(loss), stats
         per_row = self.options["reduction"] == "none"
+        # An exported program is its ops and no more: none of them could hand out what forward leaves for backward.
         with_grad = torch.is_grad_enabled() and (self.student.requires_grad or dual is not None)
-        if with_grad:
+        if with_grad and not torch.compiler.is_exporting():
             result = RowLoss.apply(
                 self.student,
                 teachers[0] if teachers else None,
@@ -795,7 +821,7 @@ class _Plan(NamedTuple):
             )
             loss, stats = result if isinstance(result, tuple) else (result, None)
         else:
-            loss, stats = run(launch, self.student.detach(), teachers, None)
+            loss, stats = run(launch, self.student.detach(), tuple(item.detach() for item in teachers), None)
             loss = loss if per_row else loss.sum()
         return (loss.reshape(self.student.shape[:-1]) if per_row else loss), stats
 
@@ -809,7 +835,7 @@ class _Call(NamedTuple):
 
 
 class _KnownCall(NamedTuple):
-    """A call that passed all checks but those of labels, of a sparse teacher's values, and of a captured tail."""
+    """A call that passed all checks but those of labels, of a teacher's values, and of a captured tail."""
 
     plan: _Plan  # without the student
     backend: str
@@ -849,7 +875,8 @@ def _know_call(key: Any, call: _Call, *, plain: bool) -> _KnownCall:
     bare = launch._replace(sparse_teacher=()) if plain else None
     summed = None if key is None else _summed_call(call)
     known = _KnownCall(plan, launch.backend, bare, summed)
-    _remember(_known_calls, key, known)
+    if key is not None:
+        _remember(_known_calls, key, known)
     return known
 
 
@@ -1065,7 +1092,7 @@ def _teacher_grad_needs_torch(
 ) -> Optional[str]:
     if len(teachers) > 1 or mixture_weights is not None:
         return "a mixture of teachers gets a gradient from plain PyTorch only; detach the teachers"
-    if options["teacher_form"] == "probs":
+    if options["teacher_form"] in ("probs", "unnormalized_probs"):
         return "teacher probabilities get a gradient from plain PyTorch only; detach the teacher"
     if options["inplace"]:
         return "inplace cannot be combined with a teacher that requires grad; detach the teacher"
@@ -1089,10 +1116,14 @@ def _mixture_weights(weights: Any, mixture: str, count: int, student: Tensor, *,
     if weights is None:
         weights = [1.0 / count] * count
     dtype = checks.sum_dtype(student)
+    if not isinstance(weights, (Tensor, list, tuple)):
+        raise TypeError(f"teacher_weights must be a tensor or a sequence of numbers, got {type(weights).__name__}")
     if not isinstance(weights, Tensor):
-        weights = torch.tensor(
-            [checks.number("teacher_weights", w, low=0.0) for w in weights], dtype=dtype, device=student.device
-        )
+        numbers = [checks.number("teacher_weights", w, low=0.0) for w in weights]
+        if any(symbols.is_symbol(w) for w in numbers):
+            weights = torch.stack([symbols.as_tensor(w, dtype, student.device) for w in numbers])
+        else:
+            weights = torch.tensor(numbers, dtype=dtype, device=student.device)
     if weights.shape[-1:] != (count,) or weights.shape[:-1] not in ((), student.shape[:-1]):
         raise ValueError(
             f"teacher_weights must have shape ({count},) or {(*student.shape[:-1], count)}, got {tuple(weights.shape)}"
@@ -1122,11 +1153,12 @@ def _row_tensors(student: Any, teacher: Any) -> tuple[Optional[Tensor], Optional
 
 
 def _number(value: Any) -> float:
-    return 1.0 if isinstance(value, Tensor) else float(value)
+    return 1.0 if isinstance(value, Tensor) else symbols.as_float(value)
 
 
 def _num_rows(student: Tensor) -> int:
-    return student.shape[:-1].numel()
+    # Not Size.numel(), which would pin symbols to the sizes of the moment.
+    return math.prod(student.shape[:-1])
 
 
 def _flat(*tensors: Tensor) -> list[Tensor]:

@@ -67,7 +67,7 @@ class Scratch:
 
 
 class Fp16Range(NamedTuple):
-    """Powers of two that keep the gradient of the logits within fp16 as an operand of products.
+    """Powers of two that keep the gradient of the logits within fp16, in its chunk or as an operand of products.
 
     fp16 loses precision below 2^-14 and is 0 below 2^-25, and this gradient holds 1/N, weights and small probabilities.
     """
@@ -75,17 +75,20 @@ class Fp16Range(NamedTuple):
     # What sums of products with the gradient are multiplied by: one number for all chunks, which makes the gradient of
     # a usual row about 2^8 large.
     sums: Tensor
+    # Whether the gradient in the chunk is multiplied by it already.
+    in_chunk: bool
 
     def of_chunk(self, dlogits: Tensor) -> tuple[Tensor, Tensor]:
-        """What a chunk's gradient is multiplied by, and the hidden states that it is multiplied with.
+        """What a chunk's gradient is to be multiplied by, and the hidden states that it is multiplied with.
 
-        The first makes the largest number of this chunk about 2^14. The product of the two is ``sums``.
+        The first makes the largest number of this chunk about 2^14, the second makes up for the difference to ``sums``.
         """
-        largest = torch.linalg.vector_norm(dlogits, torch.inf) * self.sums
-        # Hidden states of about 1 bear that: they keep their precision, and do not overflow.
-        shift = (14 - torch.frexp(largest)[1]).clamp(-10, 8)
+        largest = torch.linalg.vector_norm(dlogits, torch.inf, dtype=self.sums.dtype)
         one = torch.ones_like(largest)
-        return self.sums * torch.ldexp(one, shift), torch.ldexp(one, -shift)
+        rest = one if self.in_chunk else self.sums
+        # Hidden states of about 1 bear that: they keep their precision, and do not overflow.
+        shift = (14 - torch.frexp(largest * rest)[1]).clamp(-10, 8)
+        return rest * torch.ldexp(one, shift), torch.ldexp(one, -shift)
 
 
 class HeadGrad:
@@ -225,16 +228,19 @@ class Head:
     ) -> Optional[Tensor]:
         """Add the gradients of a chunk to ``dweight`` and ``dbias``; return that of ``hidden``, until the next call.
 
-        With ``fp16_range`` the sums of ``dweight`` are multiplied by ``fp16_range.sums``.
+        With ``fp16_range`` the sums of ``dweight`` come out multiplied by ``fp16_range.sums``.
         """
-        dhidden = scale = None
+        dhidden = scale = total = None
         if wants_dhidden:
             kept = self._rounded if self.way == "native" else sum_dtype(self._rounded)
             dhidden = self._scratch.empty("dhidden", tuple(hidden.shape), kept)
         hidden = self._wide("hidden", hidden)
         if fp16_range is not None:
-            scale, hidden_scale = fp16_range.of_chunk(dlogits)
-            hidden = hidden * hidden_scale.to(hidden.dtype)
+            total = fp16_range.sums
+            if self.way != "widened":
+                scale, hidden_scale = fp16_range.of_chunk(dlogits)
+                hidden = hidden * hidden_scale.to(hidden.dtype)
+                total = total / hidden_scale
         for block in self.blocks:
             dblock = dlogits[:, block]
             if dbias is not None:
@@ -245,8 +251,8 @@ class Head:
                 self._add(dhidden, dblock, self._block(block), first=block.start == 0)
             if dweight is not None:
                 self._add(dweight.sums(block), dblock.t(), hidden)
-        if dhidden is not None and scale is not None:
-            dhidden /= scale
+        if dhidden is not None and total is not None:
+            dhidden = dhidden.to(total.dtype) / total
         return dhidden
 
     def _operand(self, dblock: Tensor, scale: Optional[Tensor]) -> Tensor:

@@ -161,7 +161,7 @@ def _tempered(logits: Tensor, temperature: Tensor, exact: bool) -> Tensor:
 
 
 def _z_scores(logits: Tensor) -> Tensor:
-    variance, mean = torch.var_mean(logits, -1, correction=0, keepdim=True)
+    variance, mean = torch.var_mean(logits, -1, correction=min(1, logits.shape[-1] - 1), keepdim=True)
     return (logits - mean) / torch.where(variance > 0, variance, 1.0).sqrt()
 
 
@@ -209,7 +209,9 @@ def textbook_objective(
 
     teachers = [teacher] if isinstance(teacher, Tensor) else list(teacher)
     as_logits = [
-        logits(t).log() if get("teacher_form") == "probs" else _capped(logits(t), get("teacher_softcap"))
+        logits(t).log()
+        if get("teacher_form") in ("probs", "unnormalized_probs")
+        else _capped(logits(t), get("teacher_softcap"))
         for t in teachers
     ]
     tempered = [_tempered(scores(t), teacher_temperature, exact) for t in as_logits]
@@ -527,7 +529,7 @@ def kd_oracle(
     def textbook(student: Tensor, teacher: Teacher, exact: bool) -> Tensor:
         if exact and lost and isinstance(teacher, Tensor):
             student = student.masked_fill(lost["student"].reshape(student.shape), -torch.inf)
-            nothing = 0.0 if options.get("teacher_form") == "probs" else -torch.inf
+            nothing = 0.0 if options.get("teacher_form") in ("probs", "unnormalized_probs") else -torch.inf
             teacher = teacher.masked_fill(lost["teacher"].reshape(teacher.shape), nothing)
         return textbook_loss(student, teacher, labels, exact=exact, **options)
 

@@ -1,5 +1,7 @@
 """Every error a caller can get: its type, its message, and that nothing was touched before it was raised."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -260,7 +262,12 @@ CALLS = {
     "teacher_form": (
         {"teacher_form": "logprobs"},
         ValueError,
-        "teacher_form must be one of logits, log_probs, probs, got 'logprobs'",
+        "teacher_form must be one of logits, log_probs, probs, unnormalized_probs, got 'logprobs'",
+    ),
+    "teacher_form-sums": (
+        {"teacher": torch.full_like(logits(), 0.5), "teacher_form": "probs"},
+        ValueError,
+        r"teacher must hold probabilities that add up to 1 .* got a sum of .*teacher_form='unnormalized_probs'",
     ),
     "teacher_weights-single": (
         {"teacher_weights": [1.0]},
@@ -572,11 +579,15 @@ def test_a_label_out_of_range_is_no_label_when_it_is_ignored(backend):
 
 
 def test_values_on_a_gpu_are_read_in_debug_mode_only(monkeypatch):
-    """Reading them waits for the device. A tensor on the meta device stands for one on a GPU: it has no values."""
-    there = torch.empty(3, device="meta")
+    """Reading them waits for the device. A tensor on the meta device has none to read, whoever asks."""
+
+    class OnGPU(torch.Tensor):
+        device = torch.device("cuda")
+
+    there, nowhere = torch.empty(3).as_subclass(OnGPU), torch.empty(3, device="meta")
     assert checks.reads_values(torch.empty(3)) and not checks.reads_values(there)
     monkeypatch.setenv("KDKERNELS_DEBUG", "1")
-    assert checks.reads_values(there)
+    assert checks.reads_values(there) and not checks.reads_values(nowhere)
 
 
 def test_options_that_were_accepted_once_are_still_checked():
@@ -659,3 +670,64 @@ def test_the_number_of_known_calls_is_bounded():
     for columns in range(1, functional.MAX_ACCEPTED + 10):
         kd.kd_loss(torch.zeros(1, columns), torch.zeros(1, columns))
     assert 0 < len(functional._known_calls) <= functional.MAX_ACCEPTED
+
+
+OPTIONS_OF = {
+    "kd_loss": lambda **o: kd.kd_loss(torch.zeros(2, 3), torch.zeros(2, 3), **o),
+    "topk_kd_loss": lambda **o: kd.topk_kd_loss(torch.zeros(2, 3), *sparse_zeros(), **o),
+    "dkd_loss": lambda **o: kd.dkd_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), **o),
+    "logit_mse_loss": lambda **o: kd.logit_mse_loss(torch.zeros(2, 3), torch.zeros(2, 3), **o),
+    "linear_kd_loss": lambda **o: kd.linear_kd_loss(*[torch.zeros(2, 3), torch.zeros(5, 3)] * 2, **o),
+    "linear_topk_kd_loss": lambda **o: kd.linear_topk_kd_loss(
+        torch.zeros(2, 3), torch.zeros(5, 3), *sparse_zeros(), **o
+    ),
+}
+
+
+def sparse_zeros():
+    return torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 1)
+
+
+@pytest.mark.parametrize(
+    ("function", "option"),
+    [
+        (function, name)
+        for function in OPTIONS_OF
+        for name, parameter in inspect.signature(getattr(kd, function)).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    ],
+)
+def test_every_option_is_looked_at(function, option):
+    """What is no value of an option at all is refused by name: an option that is dropped would take anything."""
+    with pytest.raises((TypeError, ValueError), match=option):
+        OPTIONS_OF[function](**{option: object()})
+
+
+class Nonsense:
+    """Of no type that any argument has."""
+
+
+LOGITS = torch.zeros(3, 7)
+IDS, LOGPROBS = torch.zeros(3, 2, dtype=torch.int64), torch.full((3, 2), -2.0)
+CALLS = {
+    kd.kd_loss: (LOGITS, LOGITS),
+    kd.topk_kd_loss: (LOGITS, IDS, LOGPROBS),
+    kd.dkd_loss: (LOGITS, LOGITS, IDS[:, 0]),
+    kd.logit_mse_loss: (LOGITS, LOGITS),
+    kd.linear_kd_loss: (LOGITS, LOGITS, LOGITS, LOGITS),
+    kd.linear_topk_kd_loss: (LOGITS, LOGITS, IDS.clamp(max=1), LOGPROBS),
+}
+KEYWORDS = [
+    (loss, name)
+    for loss in CALLS
+    for name, parameter in inspect.signature(loss).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+]
+
+
+@pytest.mark.parametrize(("loss", "name"), KEYWORDS, ids=lambda value: getattr(value, "__name__", value))
+def test_every_argument_arrives_where_it_is_checked(loss, name):
+    """The losses hand on their arguments by name: one that is forgotten there would have its default, whatever came."""
+    loss(*CALLS[loss])
+    with pytest.raises((TypeError, ValueError), match=name):
+        loss(*CALLS[loss], **{name: Nonsense()})

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import kdkernels as kd
 from kdkernels import backends, ops, testing
@@ -108,6 +109,239 @@ def test_the_other_losses_and_inplace_trace():
         )
 
 
+def student_and_teacher(count=ROWS):
+    """Leaves of every kind that a loss takes, with labels and a sparse teacher."""
+    logprobs, ids = torch.log_softmax(torch.randn(count, VOCAB) * 2, -1).topk(4, -1)
+    labels = torch.arange(count) % VOCAB
+    labels[1] = -100
+    return {
+        "student": torch.randn(count, VOCAB).requires_grad_(),
+        "teacher": torch.randn(count, VOCAB) * 2,
+        "labels": labels,
+        "ids": ids,
+        "logprobs": logprobs,
+        "hidden": torch.randn(count, WIDTH).requires_grad_(),
+        "head": torch.randn(VOCAB, WIDTH).requires_grad_(),
+        "hidden2": torch.randn(count, WIDTH),
+        "head2": torch.randn(VOCAB, WIDTH),
+    }
+
+
+def objective(k):
+    """Numbers that no two k share, as schedules make them."""
+    return {
+        "kd_weight": 0.1 + k / 20,
+        "ce_weight": 0.2 + k / 20,
+        "z_loss_weight": 0.01 + k / 500,
+        "label_smoothing": 0.05 + k / 50,
+        "row_weight": 0.5 + k,
+        "student_softcap": 20.5 + k,
+    }
+
+
+def of_logits(x, k, normalizer, divergence):
+    return {"temperature": 1.5 + k, "teacher_temperature": 1.25 + k / 2, **of_teacher(x, k, normalizer, divergence)}
+
+
+def of_teacher(x, k, normalizer, divergence):
+    return {"normalizer": normalizer, "divergence": divergence(0.15 + k / 20), **objective(k)}
+
+
+# The loss of inputs, of a number, and of a normaliser that is an int in one test and a float in another.
+NUMBERS = {
+    "kd": lambda x, k, n: kd.kd_loss(x["student"], x["teacher"], x["labels"], **of_logits(x, k, n, kd.JSD)),
+    "kd-torch": lambda x, k, n: kd.kd_loss(
+        x["student"], x["teacher"], x["labels"], backend="torch", **of_logits(x, k, n, kd.SkewReverseKL)
+    ),
+    "topk": lambda x, k, n: kd.topk_kd_loss(
+        x["student"],
+        x["ids"],
+        x["logprobs"],
+        x["labels"],
+        **of_teacher(x, k, n, kd.SkewKL),
+        temperature=1.5 + k,
+        teacher_temperature=1.0,
+    ),
+    "topk-tail": lambda x, k, n: kd.topk_kd_loss(
+        x["student"], x["ids"], x["logprobs"], tail="renormalize", temperature=1.5 + k, divergence=kd.JSD(0.15 + k / 20)
+    ),
+    "dkd": lambda x, k, n: kd.dkd_loss(
+        x["student"], x["teacher"], x["labels"], alpha=0.5 + k, beta=8.5 - k / 4, temperature=1.5 + k, normalizer=n
+    ),
+    "mse": lambda x, k, n: kd.logit_mse_loss(x["student"], x["teacher"], row_weight=0.5 + k, normalizer=n),
+    "taid": lambda x, k, n: kd.taid_loss(
+        x["student"], x["teacher"], interpolation=0.05 + k / 20, temperature=1.5 + k, normalizer=n
+    ),
+    "mixture": lambda x, k, n: kd.kd_loss(
+        x["student"], [x["teacher"], x["teacher"] + 1], teacher_weights=[0.5 + k, 1.0], normalizer=n
+    ),
+    "linear": lambda x, k, n: kd.linear_kd_loss(
+        x["hidden"], x["head"], x["hidden2"], x["head2"], x["labels"], **of_logits(x, k, n, kd.JSD)
+    ),
+    "linear-topk": lambda x, k, n: kd.linear_topk_kd_loss(
+        x["hidden"], x["head"], x["ids"], x["logprobs"], x["labels"], **of_teacher(x, k, n, kd.JSD)
+    ),
+}
+
+
+def loss_and_gradients(function, x, *numbers):
+    for item in x.values():
+        item.grad = None
+    loss = function(x, *numbers)
+    loss.sum().backward()
+    return [loss.detach(), *(item.grad for item in x.values() if item.grad is not None)]
+
+
+def hold_compiled(function, calls, dynamic, frames=2):
+    """Every call in a graph gives what it gives outside, and all of them need no more than so many graphs."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=dynamic)
+    for x, *numbers in calls:
+        expected = loss_and_gradients(function, x, *numbers)
+        found = loss_and_gradients(compiled, x, *numbers)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert 1 <= counter.frame_count <= frames
+
+
+DYNAMIC = {"automatic": None, "dynamic": True}
+
+
+@pytest.mark.parametrize("dynamic", DYNAMIC.values(), ids=DYNAMIC)
+@pytest.mark.parametrize("name", NUMBERS)
+def test_one_graph_serves_all_values_of_the_numbers(name, dynamic):
+    """The first call may have its own; a number that is not the first of its kind is a symbol."""
+    normalizers = [7 + k if dynamic else 7.5 + k for k in range(12)]
+    x = student_and_teacher()
+    hold_compiled(NUMBERS[name], [(x, float(k), n) for k, n in enumerate(normalizers)], dynamic)
+
+
+@pytest.mark.parametrize("dynamic", DYNAMIC.values(), ids=DYNAMIC)
+def test_one_graph_serves_all_numbers_of_items_in_a_batch(dynamic):
+    """``num_items_in_batch`` of trainers, an int."""
+    x = student_and_teacher()
+
+    def loss(x, items):
+        return kd.kd_loss(x["student"], x["teacher"], x["labels"], reduction="sum", normalizer=items)
+
+    hold_compiled(loss, [(x, 1000 + 37 * k) for k in range(12)], dynamic)
+
+
+ROW_COUNTS = {
+    "kd": lambda x: kd.kd_loss(x["student"], x["teacher"]),
+    "kd-labels": lambda x: kd.kd_loss(x["student"], x["teacher"], x["labels"]),
+    "kd-batchmean": lambda x: kd.kd_loss(x["student"], x["teacher"], reduction="batchmean"),
+    "kd-torch": lambda x: kd.kd_loss(x["student"], x["teacher"], backend="torch"),
+    "kd-none": lambda x: kd.kd_loss(x["student"], x["teacher"], temperature=2.0, reduction="none"),
+    "topk": lambda x: kd.topk_kd_loss(x["student"], x["ids"], x["logprobs"]),
+    "dkd": lambda x: kd.dkd_loss(x["student"], x["teacher"], x["labels"]),
+    "mse": lambda x: kd.logit_mse_loss(x["student"], x["teacher"], row_weight=2.0),
+    "taid": lambda x: kd.taid_loss(x["student"], x["teacher"], interpolation=0.3),
+    "linear": lambda x: kd.linear_kd_loss(x["hidden"], x["head"], x["hidden2"], x["head2"]),
+    "linear-topk": lambda x: kd.linear_topk_kd_loss(x["hidden"], x["head"], x["ids"], x["logprobs"], x["labels"]),
+}
+
+
+@pytest.mark.parametrize("dynamic", DYNAMIC.values(), ids=DYNAMIC)
+@pytest.mark.parametrize("name", ROW_COUNTS)
+def test_one_graph_serves_all_numbers_of_rows(name, dynamic):
+    hold_compiled(ROW_COUNTS[name], [(student_and_teacher(count),) for count in range(ROWS, ROWS + 12)], dynamic)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"temperature": 0.0}, "temperature must be > 0"),
+        ({"kd_weight": -1.0}, "kd_weight must be >= 0"),
+        ({"ce_weight": float("nan")}, "ce_weight must be finite"),
+        ({"label_smoothing": 1.5}, r"label_smoothing must be in \[0, 1\]"),
+        ({"normalizer": 0}, "normalizer must be > 0"),
+        ({"row_weight": float("inf")}, "row_weight must be finite"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("known", [False, True], ids=["first", "symbol"])
+def test_a_bad_number_is_refused_in_a_graph_too(bad, message, known):
+    x = student_and_teacher()
+    (name,) = bad
+    good = 2 if isinstance(bad[name], int) else 0.25
+    call = torch.compile(
+        lambda x, value: kd.kd_loss(x["student"], x["teacher"], x["labels"], **{name: value}),
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    if known:
+        for step in range(3):
+            call(x, good + step * good)
+    with pytest.raises(Exception, match=message):
+        call(x, bad[name])
+
+
+VARIANTS = {
+    "fp16": lambda x: kd.kd_loss(x["student"].half(), x["teacher"].half(), temperature=2.0) * 1024,
+    "fp16-rows": lambda x: kd.kd_loss(x["student"].half(), x["teacher"], x["labels"], reduction="none"),
+    "bf16": lambda x: kd.topk_kd_loss(x["student"].bfloat16(), x["ids"], x["logprobs"].bfloat16()),
+    "autocast": lambda x: autocast(torch.bfloat16, lambda: linear(x)),
+    "autocast-fp16": lambda x: autocast(torch.float16, lambda: linear(x)) * 1024,
+    "KDLoss": lambda x: MODULES["kd"](x["student"], x["teacher"], x["labels"]),
+    "TopKKDLoss": lambda x: MODULES["topk"](x["student"], x["ids"], x["logprobs"], x["labels"]),
+    "LinearKDLoss": lambda x: MODULES["linear"](x["hidden"], x["head"], x["hidden2"], x["head2"], x["labels"]),
+    "LinearTopKKDLoss": lambda x: MODULES["linear-topk"](x["hidden"], x["head"], x["ids"], x["logprobs"]),
+    "capture": lambda x: kd.topk_kd_loss(x["student"], *kd.capture_topk(x["teacher"], 4)[:2]),
+}
+MODULES = {
+    "kd": kd.KDLoss(divergence="jsd", temperature=2.0, ce_weight=0.5, reduction="none"),
+    "topk": kd.TopKKDLoss(tail="uniform", reduction="sum"),
+    "linear": kd.LinearKDLoss(temperature=3.0, ce_weight=0.1),
+    "linear-topk": kd.LinearTopKKDLoss(tail="renormalize_both"),
+}
+
+
+def linear(x):
+    return kd.linear_kd_loss(x["hidden"], x["head"], x["hidden2"], x["head2"], x["labels"])
+
+
+def autocast(dtype, call):
+    with torch.autocast("cpu", dtype):
+        return call()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_other_dtypes_autocast_and_modules(name):
+    """Two calls of different numbers of rows."""
+    loose = {"rtol": 2e-2, "atol": 1e-3} if "16" in name or "cast" in name else {"rtol": 1e-4, "atol": 1e-6}
+    compiled = torch.compile(VARIANTS[name], backend="aot_eager", fullgraph=True)
+    for count in (ROWS, ROWS + 1):
+        x = student_and_teacher(count)
+        expected = loss_and_gradients(VARIANTS[name], x)
+        torch.testing.assert_close(loss_and_gradients(compiled, x), expected, **loose)
+
+
+def test_eager_calls_between_do_not_make_a_graph_again():
+    """They fill the memories of accepted options and of calls, which a graph does not look into."""
+    counter = CompileCounterWithBackend("eager")
+    x = student_and_teacher()
+    compiled = torch.compile(lambda x: kd.kd_loss(x["student"], x["teacher"]), backend=counter, fullgraph=True)
+    for k in range(4):
+        compiled(x)
+        kd.kd_loss(x["student"], x["teacher"], temperature=1.5 + k)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", DYNAMIC.values(), ids=DYNAMIC)
+def test_every_loss_compiles_with_inductor(dynamic):
+    """All of them in one graph, which costs one compilation and not seven; the numbers are symbols in the second."""
+
+    def loss(x, k, n):
+        return sum(NUMBERS[name](x, k, n) for name in NUMBERS if name != "kd-torch")
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic)
+    for k, count in enumerate((ROWS, ROWS + 3, ROWS + 5)):
+        x = student_and_teacher(count)
+        expected = loss_and_gradients(loss, x, float(k), 7.5 + k)
+        torch.testing.assert_close(loss_and_gradients(compiled, x, float(k), 7.5 + k), expected, rtol=1e-4, atol=1e-5)
+
+
 WILD = [VOCAB, -1, 10**6, -(10**6), 2**62, -(2**63)]
 
 
@@ -152,29 +386,6 @@ def test_the_op_reads_and_writes_nothing_outside_for_a_wild_label(label, tempera
     loss = ops.op("dkd_fwd", "cpu")(student, teacher, room[:, 3:6], tensors[0], None, **dkd)
     assert loss.isnan().tolist() == [False, True, False]
     assert (room[:, :3] == 7).all() and (room[:, 6:] == 7).all() and torch.isfinite(room[0, [3, 5]]).all()
-
-
-@needs_library
-@pytest.mark.parametrize("with_grad", [False, True], ids=["loss-only", "grad"])
-@pytest.mark.parametrize("stats", [False, True], ids=["", "stats"])
-def test_opcheck_of_the_dense_op(with_grad, stats):
-    student, teacher = (x.reshape(2, 3, VOCAB) for x in testing.make_inputs("normal", 6, VOCAB, torch.float32))
-    dstudent = torch.empty_like(student).fill_(0.0) if with_grad else None
-    tensors, options = arguments(6, torch.arange(6), divergence="jsd", param0=0.3, ce_weight=0.5, stats=stats)
-    torch.library.opcheck(ops.op("dense_fwd", "cpu"), (student, [teacher], dstudent, *tensors), options)
-
-
-@needs_library
-def test_opcheck_of_the_other_ops():
-    student, teacher = (x.reshape(2, 3, VOCAB) for x in testing.make_inputs("normal", 6, VOCAB, torch.float64))
-    dstudent, labels, weight = torch.zeros_like(student), torch.arange(6), torch.rand(6).double()
-    shared = {"vocab_size": VOCAB, "ignore_index": -100, "scale": 0.5}
-    dkd = {"alpha": 1.0, "beta": 8.0, "temperature": 2.0, "teacher_temperature": 2.0, "scale_by_t_squared": True}
-    torch.library.opcheck(ops.op("dkd_fwd", "cpu"), (student, teacher, dstudent, labels, weight), {**dkd, **shared})
-    mse = {"centered": True, **shared}
-    torch.library.opcheck(ops.op("mse_fwd", "cpu"), (student, teacher, dstudent, labels, weight), mse)
-    for grad_output in (torch.tensor(2.0), torch.rand(6)):
-        torch.library.opcheck(ops.op("scale_grad", "cpu"), (torch.randn(2, 3, VOCAB), grad_output))
 
 
 @needs_library

@@ -62,9 +62,9 @@ def gradients(loss, inputs):
 
 
 def hold(ours, full, inputs):
-    """``ours(hidden, weight, bias)`` against ``full`` of the same on fp64 copies, with ``full`` in fp32 at least as bar:
+    """``ours(hidden, weight, bias)`` against ``full`` of the same on fp64 copies, with ``full`` in fp32 as the bar:
 
-    that the whole formulation rounds logits to 16 bits in the inputs' dtype excuses nobody.
+    The bar is in fp32 or wider: that the whole formulation rounds logits to 16 bits excuses nobody.
     """
     dtype = inputs[0].dtype
     with testing.poisoned_memory():

@@ -212,6 +212,22 @@ class TestLossScale:
         found = dense(*make(torch.float16, distance), {**options, "backend": backend}, factor)
         assert max(found) < 1e-3, found
 
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"normalizer": 1e6}, {"row_weight": torch.linspace(1e-5, 3e-5, N)}],
+        ids=["mean", "normalizer", "row-weight"],
+    )
+    def test_rounded_logits_leave_room_for_it(self, options, way, backend):
+        """The gradient then takes their place in fp16."""
+        inputs, teacher = make(torch.float16, None)
+        found = dense(inputs, teacher, {**options, "backend": backend}, SCALE, logits_dtype=torch.float16)
+        assert max(found) < 4e-3, found
+        losses = [
+            kd.linear_kd_loss(*inputs[:2], *teacher[:2], backend=backend, logits_dtype=dtype, **options)
+            for dtype in (torch.float16, None)
+        ]
+        torch.testing.assert_close(*losses, rtol=2e-3, atol=0)
+
     def test_so_it_is_of_k_columns(self, backend):
         inputs, teacher = make(torch.float16, 0.01)
         logprobs, ids = sparse(teacher)
@@ -439,6 +455,13 @@ class TestBf16Product:
         wrong = ~out.isfinite().all(-1)
         assert wrong.nonzero().squeeze(1).tolist() == [3, 5]
 
+    def test_opcheck(self):
+        bf16_product()
+        torch.library.opcheck(
+            torch.ops.kdkernels.bf16_product.default,
+            (torch.randn(5, 6), torch.randn(6, 7).bfloat16(), torch.zeros(5, 7), True),
+        )
+
     def test_it_refuses_what_does_not_fit(self):
         product = bf16_product()
         a, b, out = torch.zeros(4, 6), torch.zeros(6, 5).bfloat16(), torch.zeros(4, 5)
@@ -455,3 +478,24 @@ class TestBf16Product:
             assert heads.products(torch.device("cpu"), torch.bfloat16, rounded_logits=False) == "widened"
             found = dense(*make(torch.bfloat16, 0.01), {})
         assert max(found) < 4e-3 and heads.has_bf16_product()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("distance", DISTANCES.values(), ids=DISTANCES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_on_a_gpu(dtype, distance, monkeypatch):
+    """Its own products of 16-bit operands with fp32 results, a block of columns at a time, under a loss scale."""
+    monkeypatch.setattr(heads, "GPU_BLOCK_COLUMNS", 256)
+    inputs, teacher = make(dtype, distance)
+    device = [x.detach().cuda().requires_grad_() for x in inputs]
+    heads_of_teacher = [x.cuda() for x in teacher]
+    loss = kd.linear_kd_loss(
+        *device[:2], *heads_of_teacher[:2], student_bias=device[2], teacher_bias=heads_of_teacher[2],
+        chunk_bytes=31 * 2 * V * 4, normalizer=1e6,
+    )  # fmt: skip
+    got = torch.autograd.grad(loss * SCALE, device)
+    copies = [x.detach().double().requires_grad_() for x in inputs]
+    t = F.linear(*(x.double() for x in teacher))
+    truth = torch.autograd.grad(SCALE * kd.kd_loss(F.linear(*copies), t, normalizer=1e6), copies)
+    for a, b in zip(got, truth, strict=True):
+        assert (a.cpu().double() - b).norm() < (4e-3 if dtype == torch.bfloat16 else 1e-3) * b.norm()

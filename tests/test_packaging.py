@@ -73,7 +73,7 @@ def faults(line, extras):
     """What a line tells to run and is not there."""
     for command in re.findall(r"\bpip3? install\b([^`]*)", line):
         # An index has nothing of this name, neither bare nor with a version or extras.
-        yield from re.findall(r"(?<![\w/+:-])kdkernels(?![\w/])\S*", command)
+        yield from re.findall(r"(?<![\w/+:-])(?<!-m )kdkernels(?![\w/])\S*", command)
         yield from (
             name for names in re.findall(r"\.\[([\w,]+)\]", command) for name in names.split(",") if name not in extras
         )
@@ -288,13 +288,20 @@ def test_an_isolated_build_compiles_against_the_torch_that_pip_hides(source, iso
     assert isolated("import torch", cwd=source, torch=True).returncode != 0
 
 
-def test_a_build_that_sees_no_torch_fails_and_names_the_ways_on(source, isolated, compiler):
+@pytest.mark.parametrize("version", [None, "2.9.1"], ids=["no-torch", "an-old-one"])
+def test_a_build_that_sees_no_torch_fails_and_names_the_ways_on(source, isolated, compiler, version):
+    reason = "there is no torch to compile against"
+    if version is not None:
+        old = source / "isolated" / "torch"
+        old.mkdir()
+        (old / "__init__.py").write_text("")
+        (old / "version.py").write_text(f"__version__ = '{version}'\n")
+        reason = f"torch {version} is older than 2.10"
+        assert "torch>=2.10" in isolated(REQUIRED, cwd=source, torch=False, CXX=compiler).stdout
     done = isolated(BUILD, "wheel", cwd=source, torch=False, CXX=compiler)
     assert done.returncode != 0 and not list(source.glob("dist/*"))
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith(
-        "kdkernels: no kernels can be built: there is no torch to compile against. Install torch first"
-    )
+    assert last.startswith(f"kdkernels: no kernels can be built: {reason}. Install torch 2.10 or newer first")
     assert "--no-build-isolation" in last and "KDKERNELS_BUILD=none" in last
 
 

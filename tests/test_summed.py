@@ -304,7 +304,7 @@ def pack(student, **changes):
     }  # fmt: skip
     dense = {"teacher_form": "logits", "teacher_softcap": 0.0, "standardize": False}
     if "tail" in changes:
-        return ops.op("topk_call", "cpu")(student, **{**alike, **changes})
+        return ops.op("topk_call", "cpu")(student, **{**alike, "min_tail": 0.0, "tail_rounding": 0.0, **changes})
     return ops.op("dense_call", "cpu")(student, **{**alike, **dense, **changes})
 
 

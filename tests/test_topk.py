@@ -1069,3 +1069,120 @@ def test_a_distillation_term_of_weight_0_is_not_computed(backend, monkeypatch):
         want += 0.1 * torch.logsumexp(s[:-1], -1) ** 2
         torch.testing.assert_close(loss[:-1], want)
         assert bool(grad.isfinite().all())
+
+
+def of_kind(kind, rows=6, columns=400, k=12):
+    """Logits on which fp32 loses digits or its range, and a teacher of k entries from near them."""
+    s, noise = torch.randn(rows, columns), torch.randn(rows, columns)
+    if kind.startswith("offset"):
+        t, s = 3 * s + 0.3 * noise, 3 * s + float(kind.split()[-1])
+    elif kind.startswith("sure"):
+        s = 3 * s
+        s[torch.arange(rows), torch.randint(0, columns, (rows,))] += float(kind.split()[-1])
+        t = s + 0.1 * noise
+    elif kind.startswith("scale"):
+        scale = float(kind.split()[-1])
+        s, t = scale * s, scale * (s + 0.01 * noise)
+    else:
+        t, s = 30 * s + 0.3 * noise, s / s.abs().amax() * float(kind.split()[-1])
+    logprobs, ids = torch.log_softmax(t.double(), -1).topk(k)
+    labels = torch.where(torch.arange(rows) % 2 == 0, s.argmax(-1), torch.randint(0, columns, (rows,)))
+    return s, ids, logprobs.float(), labels
+
+
+KINDS = ("offset 1e3", "offset 1e5", "sure 20", "sure 40", "scale 0.1", "scale 30")
+LARGE = ("up to 1e9", "up to 1e12", "up to 1e30", "up to 1.7e38")
+BESIDE_EAGER = [
+    case for case in CASES if case.values[1] in ("forward_kl", "jsd", "tvd", "skew_kl", "skew_reverse_kl", "ab_b<0")
+]
+BESIDE_EAGER += [case for case in FLOORED if case.values[1] in ("reverse_kl", "jeffreys")]
+
+
+def no_worse_than_eager(s, ids, logprobs, labels=None, *, backend, **options):
+    """Errors, the largest of all rows, are at most twice those of the textbook in fp32 and two ulp.
+
+    Beside that stands the rounding of the entries' numbers, which are near 1: of doubles on the CPU, else of floats.
+    """
+    divergence = kd.divergences.resolve(options.pop("divergence"))
+
+    def textbook(x):
+        return oracle(x, ids, logprobs, labels, divergence=divergence, **options)
+
+    def mine(x):
+        return kd.topk_kd_loss(
+            x, ids, logprobs, labels, divergence=divergence, reduction="none", backend=backend, **options
+        )
+
+    grad_output = torch.ones(len(s))
+    truth, eager, got = (evaluate(f, x, grad_output) for f, x in ((textbook, s.double()), (textbook, s), (mine, s)))
+    # The difference of the largest and the smallest number is infinite.
+    rows = torch.isfinite(eager[0])
+    assert int(rows.sum()) > 0
+    for what, exact, theirs, ours in zip(("loss", "gradient"), truth, eager, got, strict=True):
+        assert bool(torch.isfinite(ours[rows]).all()), f"{what}: {ours}"
+        # Autograd of the textbook is NaN where q is exactly one token's, or p 0: there its own error is not known.
+        unknown = bool(theirs[rows].isnan().any())
+        exact = exact.nan_to_num()
+        error, margin = (
+            (x.double() - exact)[rows].reshape(int(rows.sum()), -1).norm(dim=-1).nan_to_num() for x in (ours, theirs)
+        )
+        size = exact[rows].reshape(int(rows.sum()), -1).norm(dim=-1).max()
+        rounding = 2.0**-52 if backend == "cpu" else 2.0**-22
+        allowed = 2 * margin.max() + rounding * (2 + float(s.abs().max().clamp(max=100)))
+        allowed = allowed + (32 if unknown else 2) * 2.0**-23 * size
+        assert float(error.max()) <= float(allowed), (
+            f"{what}: {error.max():.3g} where eager is off by {margin.max():.3g}"
+        )
+    return got
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tail,name", BESIDE_EAGER)
+def test_shifted_sure_and_near_rows_are_no_worse_than_eager(tail, name, kind, backend):
+    s, ids, logprobs, _ = of_kind(kind)
+    no_worse_than_eager(s, ids, logprobs, backend=backend, tail=tail, divergence=DIVERGENCES[name])
+
+
+@pytest.mark.parametrize("kind", LARGE)
+@pytest.mark.parametrize("tail,name", [case for case in BESIDE_EAGER if case.values[1] != "ab_b<0"])
+def test_finite_logits_up_to_the_largest(tail, name, kind, backend):
+    """From 1e9 on losses were NaN, -inf, or finite and wrong."""
+    s, ids, logprobs, _ = of_kind(kind)
+    no_worse_than_eager(s, ids, logprobs, backend=backend, tail=tail, divergence=DIVERGENCES[name])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("kind", (*KINDS, "up to 1e30"))
+def test_cross_entropy_is_relative_to_the_maximum(kind, smoothing, temperature, backend):
+    """Of logits of 1e5 it was off by 2e-4, and could be negative."""
+    s, ids, logprobs, labels = of_kind(kind)
+    labels[1] = ids[1, 3]
+    options = {"kd_weight": 0.0, "ce_weight": 1.0, "label_smoothing": smoothing, "backend": backend}
+    options |= {"temperature": temperature, "teacher_temperature": 1.0, "divergence": "forward_kl"}
+    for tail in ("bucket", "renormalize_both"):
+        loss, _ = no_worse_than_eager(s, ids, logprobs, labels, tail=tail, **options)
+        assert bool((loss >= 0).all())
+    alone = torch.full((1, 1), float(s.max())), torch.zeros(1, 1).long(), torch.zeros(1, 1), torch.zeros(1).long()
+    assert 0 <= float(kd.topk_kd_loss(*alone, **options)) < 1e-15
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp64"])
+def test_the_largest_logits_of_each_dtype(dtype, backend):
+    largest = torch.finfo(DTYPES[dtype]).max
+    s = torch.tensor(
+        [[largest, 0.5 * largest, -0.5 * largest], [-largest, -largest, -largest], [1.0, -largest, 0.5]],
+        dtype=torch.float64,
+    )
+    s, ids = s.to(DTYPES[dtype]), torch.tensor([[0], [1], [2]])
+    for name in ("jsd", "tvd", "skew_reverse_kl"):
+        for tail in ("bucket", "uniform", "renormalize"):
+            options = {"tail": tail, "divergence": name, "backend": backend, "reduction": "none"}
+            loss, grad = evaluate(
+                lambda x, o=options: kd.topk_kd_loss(x, ids, torch.full((3, 1), 0.7).log(), **o), s, torch.ones(3)
+            )
+            want = oracle(
+                s.double(), ids, torch.full((3, 1), 0.7).log(), tail=tail, divergence=kd.divergences.resolve(name)
+            )
+            torch.testing.assert_close(loss.double(), want, atol=2e-6, rtol=2e-6)
+            assert bool(torch.isfinite(grad).all())

@@ -20,6 +20,12 @@
 #include <vector>
 
 namespace kdk {
+
+template <>
+struct SeriesTerms<VecD> : SeriesTerms<double> {};
+template <>
+struct SeriesTerms<Pair<Pair<VecD>>> : SeriesTerms<double> {};
+
 inline namespace KDK_ISA {
 
 constexpr double kLn2 = 0.6931471805599453;
@@ -75,20 +81,22 @@ X* row_pointer(const LogitsView& view, int64_t row, int64_t length) {
   return static_cast<X*>(view.data) + batch * view.stride_b + (row - batch * length) * view.stride_l;
 }
 
-// Scale and reference of one side; see relative() for why the reference is kept twice.
+// Scale and reference of one side; see relative().
 template <class C>
 struct Affine {
   C c, r, m;
   KDK_INLINE Vec<C> operator()(Vec<C> x) const { return relative(x, c, r, m); }
-  double reference() const { return scaled_reference(c, r, m); }
-  double scalar(double x) const { return x * double(c) - reference(); }
+  double reference() const { return double(m) * double(c) + double(r); }
+  // The logit that all are relative to.
+  double logit() const { return double(m) + double(r) / double(c); }
+  double scalar(double x) const { return (x - double(m)) * double(c) - double(r); }
   // What exp2_of_logit takes.
   float scale() const { return float(c) * kUnit; }
   float bias() const { return 2.0f + float(127 - reference()) * kUnit; }
   // What logit * scale, a rounding of logit c ln 2, is less log 2^x / z. The rounding is made good for at the
   // reference, where most of the mass is; elsewhere it would set log p against p, 1.3e-8 for every unit of a logit.
   double log_normalizer(double log2_z, C scale) const {
-    return kLn2 * (reference() + log2_z) + (double(scale) - kLn2 * double(c)) * double(m);
+    return kLn2 * (reference() + log2_z) + (double(scale) - kLn2 * double(c)) * logit();
   }
   // A logit whose exponential is exactly 0, without leaving the bounds of exp2_of_logit.
   float nothing() const { return float((reference() - 127) / double(c)); }
@@ -101,11 +109,21 @@ struct Affine {
 
 template <class C>
 Affine<C> affine(double c, double maximum) {
+  constexpr C largest = std::numeric_limits<C>::max();
   const C cc = C(c);
   // A row that starts with -inf gets a finite reference, from which its first tile forces a new one.
-  const C m = C(std::max(maximum, -1e30));
-  return {cc, C(std::nearbyint(double(m) * double(cc))), m};
+  const C m = C(std::max(maximum, -double(largest)));
+  const double whole = std::nearbyint(double(m) * double(cc));
+  if (kFused && sizeof(C) == 4 && std::abs(whole) < 0x1p24) return {cc, C(whole), C(0)};
+  return {cc, C(0), m};
 }
+
+// Rows go to exact_row where what is left of them after cancellation counts: the divergence is below kNearlyEqual, and
+// one token has all but kFairlySure of the student's probability; or it has all but kSure, and with it vanishes the
+// gradient.
+constexpr double kFairlySure = 0.5, kSure = 0x1p-10;
+// Without fused multiply-adds the logits of near models are rounded apart when they are scaled.
+constexpr double kNearlyEqual = kFused ? 0x1p-6 : 0x1p-4;
 
 enum Part { kWhole, kBody, kEdges };
 
@@ -309,6 +327,7 @@ struct Accumulators {
 // Sums of a row relative to its references, in double.
 struct RowSums {
   double zs = 0, zt = 0, forward = 0, teacher = 0, reverse = 0, student = 0;
+  double most = 0;  // of zs in one lane of one tile, at least what its largest exponential is
   double max_s = -std::numeric_limits<double>::infinity(), max_t = max_s;  // of x, under kStudent only
   int64_t best_tile_s = 0, best_tile_t = 0;
 
@@ -649,6 +668,7 @@ void sweep_tile(const Row<X, Y>& row, int64_t tile, const Affine<C> as, const Af
   });
   sums.zs += horizontal_sum<C>(acc.zs);
   sums.zt += horizontal_sum<C>(acc.zt);
+  if (SUMS != kForward && SUMS != kSoft) sums.most = std::max<double>(sums.most, horizontal_max<C>(acc.zs));
   if (SUMS & kForward) sums.forward += horizontal_sum<C>(acc.forward);
   if (SUMS & kReverse) sums.reverse += horizontal_sum<C>(acc.reverse);
   if (SUMS & kTeacher) sums.teacher += horizontal_sum<C>(acc.teacher);
@@ -775,6 +795,7 @@ bool sweep_tile_trusting(const Row<X, Y>& row, int64_t tile, const Affine<float>
   if (!bounds.kept() || std::isnan(zs) || std::isnan(zt)) return false;
   sums.zs += zs;
   sums.zt += zt;
+  if (SUMS != kForward && SUMS != kSoft) sums.most = std::max<double>(sums.most, horizontal_max<float>(acc.zs));
   const double cs = as.c, ct = at.c, rs = as.reference(), rt = at.reference();
   if (SUMS & kForward) sums.forward += cs * double(horizontal_sum<float>(acc.forward)) - (rt - rs) * zt;
   if (SUMS & kReverse) sums.reverse += cs * double(horizontal_sum<float>(acc.reverse)) + (rt - rs) * zs;
@@ -1016,33 +1037,36 @@ bool same_maximum(const Row<X, Y>& row, int64_t tile_s, int64_t tile_t, int64_t 
   return first_index(row.s, begin, end, best_s) == first_index(row.t, begin, end, best_t);
 }
 
+// The sum of the logits of a row, less a reference each.
 template <class X>
-double sum_of_logits(const X* s, int64_t n) {
+double sum_of_logits(const X* s, int64_t n, double reference = 0) {
   using C = typename Io<X>::C;
+  using V = Vec<C>;
   constexpr int64_t block = Io<X>::kBlock;
+  const C centre = C(reference);
   double total = 0;
   int64_t j = 0;
   while (j + block <= n) {
-    Vec<C> sums[4] = {};
+    V sums[4] = {};
     const int64_t end = std::min(n - n % block, j + kTileElements);
     for (; j + 2 * block <= end; j += 2 * block) {
       for (int i = 0; i < 2; ++i) {
-        Vec<C> a, b;
+        V a, b;
         Io<X>::load2(s + j + i * block, a, b);
-        sums[2 * i] += a;
-        sums[2 * i + 1] += b;
+        sums[2 * i] += a - centre;
+        sums[2 * i + 1] += b - centre;
       }
     }
     for (; j < end; j += block) {
-      Vec<C> a, b;
+      V a, b;
       Io<X>::load2(s + j, a, b);
-      sums[0] += a;
-      sums[1] += b;
+      sums[0] += a - centre;
+      sums[1] += b - centre;
     }
     total += horizontal_sum<C>((sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
-  for (; j < n; ++j) total += to_compute(s[j]);
-  return total;
+  for (; j < n; ++j) total += double(to_compute(s[j])) - double(centre);
+  return total + double(n) * (double(centre) - reference);
 }
 
 template <class C>
@@ -1072,14 +1096,12 @@ void value_tile(const Row<X, Y>& row, int64_t tile, const Affine<typename Io<X>:
   using V = Vec<C>;
   constexpr int64_t block = Io<X>::kBlock;
   using Quad = Pair<Pair<V>>;
-  constexpr bool weighted = GUARDED && Weighted<F>::value;
-  V ip = V{} + C(std::exp2(-log2_zt)), iq = V{} + C(std::exp2(-log2_zs));
-  if constexpr (weighted) ip *= F::weight_p(parameters), iq *= F::weight_q(parameters);
+  constexpr bool paired = Paired<F>::value;
+  const V ip = V{} + C(std::exp2(-log2_zt)), iq = V{} + C(std::exp2(-log2_zs));
   const V lzs = V{} + C(kLn2 * log2_zs), lzt = V{} + C(kLn2 * log2_zt), ln2 = V{} + C(kLn2);
   const C cs = C(kLn2 * double(student.c)), ct = C(kLn2 * double(teacher.c));
   const V rs = V{} + C(student.log_normalizer(log2_zs, cs)), rt = V{} + C(teacher.log_normalizer(log2_zt, ct));
   const auto quad = [](V x) { return Quad({x, x}, {x, x}); };
-  constexpr C nothing = -std::numeric_limits<C>::infinity();
   V values = {}, scores = {};
   row.template pieces<PART>(
       tile, [&](const X* s, const Y* t, int64_t blocks, int64_t slot, int64_t, auto lanes) KDK_LAMBDA_INLINE {
@@ -1092,20 +1114,20 @@ void value_tile(const Row<X, Y>& row, int64_t tile, const Affine<typename Io<X>:
         const auto log_p = [&](V x) KDK_LAMBDA_INLINE { return GUARDED ? x * ct - rt : at(x) * ln2 - lzt; };
         const auto log_q = [&](V x) KDK_LAMBDA_INLINE { return GUARDED ? x * cs - rs : as(x) * ln2 - lzs; };
         while (kQuads && !lanes.kEdge && blocks >= 2) {
-          V s0, s1, s2, s3, t0, t1, t2, t3;
-          Io<X>::load2(s, s0, s1);
-          Io<X>::load2(s + block, s2, s3);
-          load2_as<X>(t, t0, t1);
-          load2_as<X>(t + block, t2, t3);
           const Quad p = unfused(load4<C>(et_io) * quad(ip)), q = unfused(load4<C>(es_in) * quad(iq));
-          const Quad logp = GUARDED ? Quad({t0, t1}, {t2, t3}) * quad(V{} + ct) - quad(rt)
-                                    : Quad({at(t0), at(t1)}, {at(t2), at(t3)}) * quad(ln2) - quad(lzt);
-          const Quad logq = GUARDED ? Quad({s0, s1}, {s2, s3}) * quad(V{} + cs) - quad(rs)
-                                    : Quad({as(s0), as(s1)}, {as(s2), as(s3)}) * quad(ln2) - quad(lzs);
           Quad value, score;
-          if constexpr (weighted) {
-            F::template weighted<GUARDED>(params4, p, logp, q, logq, value, score);
+          if constexpr (paired) {
+            F::paired(params4, p, q, value, score);
           } else {
+            V s0, s1, s2, s3, t0, t1, t2, t3;
+            Io<X>::load2(s, s0, s1);
+            Io<X>::load2(s + block, s2, s3);
+            load2_as<X>(t, t0, t1);
+            load2_as<X>(t + block, t2, t3);
+            const Quad logp = GUARDED ? Quad({t0, t1}, {t2, t3}) * quad(V{} + ct) - quad(rt)
+                                      : Quad({at(t0), at(t1)}, {at(t2), at(t3)}) * quad(ln2) - quad(lzt);
+            const Quad logq = GUARDED ? Quad({s0, s1}, {s2, s3}) * quad(V{} + cs) - quad(rs)
+                                      : Quad({as(s0), as(s1)}, {as(s2), as(s3)}) * quad(ln2) - quad(lzs);
             F::template eval<GUARDED>(params4, p, logp, q, logq, value, score);
           }
           local_values += horizontal(horizontal(value));
@@ -1114,16 +1136,18 @@ void value_tile(const Row<X, Y>& row, int64_t tile, const Affine<typename Io<X>:
           blocks -= 2, s += 2 * block, t += 2 * block, es_in += 2 * block, et_io += 2 * block;
         }
         for (; blocks > 0; --blocks, s += block, t += block, es_in += block, et_io += block) {
-          V s0, s1, t0, t1, value0, score0, value1, score1;
-          load_block(s, lanes, nothing, s0, s1);
-          load_block(t, lanes, nothing, t0, t1);
+          V value0, score0, value1, score1;
           const V p0 = unfused(load<V>(et_io) * ip), p1 = unfused(load<V>(et_io + kLanes<C>) * ip);
           const V q0 = unfused(load<V>(es_in) * iq), q1 = unfused(load<V>(es_in + kLanes<C>) * iq);
-          const V logp0 = log_p(t0), logp1 = log_p(t1), logq0 = log_q(s0), logq1 = log_q(s1);
-          if constexpr (weighted) {
-            F::template weighted<GUARDED>(parameters, p0, logp0, q0, logq0, value0, score0);
-            F::template weighted<GUARDED>(parameters, p1, logp1, q1, logq1, value1, score1);
+          if constexpr (paired) {
+            F::paired(parameters, p0, q0, value0, score0);
+            F::paired(parameters, p1, q1, value1, score1);
           } else {
+            constexpr C nothing = -std::numeric_limits<C>::infinity();
+            V s0, s1, t0, t1;
+            load_block(s, lanes, nothing, s0, s1);
+            load_block(t, lanes, nothing, t0, t1);
+            const V logp0 = log_p(t0), logp1 = log_p(t1), logq0 = log_q(s0), logq1 = log_q(s1);
             F::template eval<GUARDED>(parameters, p0, logp0, q0, logq0, value0, score0);
             F::template eval<GUARDED>(parameters, p1, logp1, q1, logq1, value1, score1);
           }
@@ -1135,7 +1159,7 @@ void value_tile(const Row<X, Y>& row, int64_t tile, const Affine<typename Io<X>:
         values = local_values;
         scores = local_scores;
       });
-  value_sum += horizontal_sum<C>(weighted && Weighted<F>::less_score ? values + scores : values);
+  value_sum += horizontal_sum<C>(Paired<F>::less_score ? values + scores : values);
   score_sum += horizontal_sum<C>(scores);
 }
 
@@ -1339,7 +1363,14 @@ using ValueTile = void (*)(const Row<X, Y>&, int64_t, const Affine<C>&, const Af
 template <class X, class Y = X>
 struct ValueTiles {
   ValueTile<X, Y> any = nullptr, guarded = nullptr;
+  // See Paired.
+  double (*limit)(double) = nullptr;
 };
+template <class F>
+double limit_of(double parameter) {
+  if constexpr (Paired<F>::value) return F::limit(parameter);
+  return HUGE_VAL;
+}
 template <class F, class X, class Y>
 void guarded_value_tile(const Row<X, Y>& row, int64_t tile, const Affine<float>& student, const Affine<float>& teacher,
                         double log2_zs, double log2_zt, Params<VecF> parameters, const float* es, float* et,
@@ -1352,10 +1383,10 @@ void guarded_value_tile(const Row<X, Y>& row, int64_t tile, const Affine<float>&
 }
 template <class F, class X, class Y = X>
 constexpr ValueTiles<X, Y> value_tiles() {
-  if constexpr (kFused && Io<X>::kCoarse) {
-    return {value_tile<false, kWhole, F, X, Y>, guarded_value_tile<F, X, Y>};
+  if constexpr (kFused && Io<X>::kCoarse && !Paired<F>::value) {
+    return {value_tile<false, kWhole, F, X, Y>, guarded_value_tile<F, X, Y>, limit_of<F>};
   } else {
-    return {value_tile<false, kWhole, F, X, Y>, value_tile<false, kWhole, F, X, Y>};
+    return {value_tile<false, kWhole, F, X, Y>, value_tile<false, kWhole, F, X, Y>, limit_of<F>};
   }
 }
 
@@ -1472,6 +1503,19 @@ struct SeedsAhead {
   }
 };
 
+// log_z less the smoothed logit of the label, both relative to a reference: the logarithm of a sum of exponentials and
+// a logit that share a large part would lose the difference.
+template <class X>
+double cross_entropy_of(const X* s, int64_t n, int64_t label, double smoothing, double reference, double log_z) {
+  const bool inside = label >= 0 && label < n;
+  const double picked = inside ? double(to_compute(s[label])) : std::numeric_limits<double>::quiet_NaN();
+  // Smoothing 1 gives the label no part, and smoothing 0 none to the mean: 0 * inf must not make a NaN.
+  double cross_entropy = log_z;
+  if (smoothing != 1) cross_entropy -= (1 - smoothing) * (picked - reference);
+  if (smoothing != 0) cross_entropy -= smoothing * sum_of_logits(s, n, reference) / double(n);
+  return cross_entropy;
+}
+
 // The rows of one call, one after the other.
 template <class X, class Y = X>
 struct ObjectiveRows {
@@ -1498,8 +1542,38 @@ struct ObjectiveRows {
 
   // Student and teacher of one row; the gradient goes to out (null: none), the acceptance rate to where it is known.
   RowResult add(const RowNumbers& num, const X* s, const Y* t, int64_t label, X* out, C* acceptance);
+  RowResult add_exactly(const RowNumbers& num, const X* s, const Y* t, int64_t label, X* out);
   void finish() { pending.finish(); }
 };
+
+// See exact_row.h.
+RowResult exact_row(const DenseArgs& args, const RowNumbers& num, double* s, double* t, double top_logit, int64_t label,
+                    double* g);
+
+template <class X, class Y>
+__attribute__((noinline)) RowResult ObjectiveRows<X, Y>::add_exactly(const RowNumbers& num, const X* s, const Y* t,
+                                                                     int64_t label, X* out) {
+  static thread_local std::vector<double> room;
+  const size_t width = size_t(n + kLanes<double>);
+  room.resize(3 * width);
+  double *const ds = room.data(), *const dt = ds + width, *const g = out == nullptr ? nullptr : dt + width;
+  const double high_s = maximum(s, n), high_t = maximum(t, n);
+  for (int64_t j = 0; j < n; ++j) ds[j] = double(to_compute(s[j])) - high_s;
+  for (int64_t j = 0; j < n; ++j) dt[j] = double(to_compute(t[j])) - high_t;
+  const RowResult result = exact_row(args, num, ds, dt, high_s, label, g);
+  for (int64_t j = 0; g != nullptr && j < n; ++j) from_compute(C(g[j]), out + j);
+  return result;
+}
+
+// The largest of whole vectors of exponentials.
+template <class C>
+double largest_of(const C* e, int64_t count) {
+  Vec<C> high[2] = {};
+  int64_t j = 0;
+  for (; j + 2 * kLanes<C> <= count; j += 2 * kLanes<C>)
+    for (int i = 0; i < 2; ++i) high[i] = max_keep_nan(high[i], load<Vec<C>>(e + j + i * kLanes<C>));
+  return double(horizontal_max<C>(max_keep_nan(high[0], high[1])));
+}
 
 template <class X, class Y>
 RowResult ObjectiveRows<X, Y>::add(const RowNumbers& num, const X* s, const Y* t, int64_t label, X* out,
@@ -1588,7 +1662,7 @@ RowResult ObjectiveRows<X, Y>::add(const RowNumbers& num, const X* s, const Y* t
 
   RowResult result;
   // A general divergence overwrites the teacher's exponentials before the gradient is written.
-  const bool with_gradient = out != nullptr && divergence.linear;
+  const bool with_gradient = out != nullptr && divergence.linear && num.kd != 0;
   if (args.stats != nullptr) {
     result.stats[3] = kl_forward;
     result.stats[4] = kl_reverse;
@@ -1606,6 +1680,7 @@ RowResult ObjectiveRows<X, Y>::add(const RowNumbers& num, const X* s, const Y* t
   terms.et = et;
   terms.e1 = e1;
   double d = 0;
+  bool apart = false;
   if (divergence.linear) {
     const Linear& k = divergence.coefficients;
     // Terms whose coefficient is 0 may be infinite.
@@ -1631,35 +1706,47 @@ RowResult ObjectiveRows<X, Y>::add(const RowNumbers& num, const X* s, const Y* t
     const Params<Vec<C>> params{Vec<C>{} + C(num.param0), Vec<C>{} + C(args.param1)};
     const auto& tiles = ValueTable<X, Y>::kDivergences[args.divergence];
     const auto value_of_tile = trusting && as.trusts(at) ? tiles.guarded : tiles.any;
-    for (int64_t tile = 0; tile < row.tiles() && !std::isnan(score_sum); ++tile)
+    const bool wanted = num.kd != 0 || args.stats != nullptr;
+    for (int64_t tile = 0; tile < row.tiles() && wanted && !std::isnan(score_sum); ++tile)
       value_of_tile(row, tile, as, at, log2_zs, log2_zt, params, es, et, d, score_sum);
+    apart = score_sum > (1 - kNearlyEqual) * tiles.limit(num.param0);
     terms.b = -f;
     terms.a = -f * iq * score_sum;
+  }
+  if (num.kd != 0 && sums.zs > 0 && sums.zt > 0) {
+    const bool near = (divergence.linear ? std::min(std::abs(d), std::abs(kl_forward)) : d) < kNearlyEqual;
+    // Of forward KL's gradient the teacher's part stays. Nothing was added up of most there.
+    const bool vanishes = sums.most >= (1 - kSure) * sums.zs;
+    bool exactly = !std::isfinite(d) || apart;
+    if (!exactly && (near || vanishes)) {
+      const double top = whole_row ? largest_of(es, row.slots()) : std::exp2(as.scalar(maximum(s, n)));
+      exactly = (near && !kFused) || sums.zs - top < (near ? kFairlySure : kSure) * sums.zs;
+    }
+    if (exactly && std::isfinite(sums.zs) && std::isfinite(sums.zt)) return add_exactly(num, s, t, label, out);
   }
   if (num.kd != 0) result.loss = num.kd * num.tau * d;
   if (num.kd == 0 || num.weight == 0) {
     terms.a = terms.b = terms.ks = terms.kst = 0;
     terms.logs = false;
   }
+  // Left out: 0 times what a NaN of the teacher, or an infinite score, made of et would still be NaN.
+  if (num.kd == 0 && out != nullptr && !(divergence.linear && std::isfinite(sums.zt)))
+    std::fill(et, et + row.slots(), C(0));
 
   if (wants_ce) {
     const Affine<C>& base = ce == kCeOwn ? a1 : as;
-    const double scale = power;
-    const double lse = kLn2 * (scale * base.reference() + std::log2(z1));
+    const double log_z = kLn2 * std::log2(z1), reference = base.logit(), lse = reference + log_z;
     double cross_entropy = 0;
     if (num.ce != 0) {
-      const bool inside = label >= 0 && label < n;
-      const double picked = inside ? double(to_compute(s[label])) : std::numeric_limits<double>::quiet_NaN();
-      // Smoothing 1 gives the label no part, and smoothing 0 none to the mean: 0 * inf must not make a NaN.
-      cross_entropy = lse;
-      if (args.label_smoothing != 1) cross_entropy -= (1 - args.label_smoothing) * picked;
-      if (args.label_smoothing != 0) cross_entropy -= args.label_smoothing * sum_of_logits(s, n) / double(n);
+      cross_entropy = cross_entropy_of(s, n, label, args.label_smoothing, reference, log_z);
       result.loss += num.ce * cross_entropy;
       terms.c0 = -num.weight * num.ce * args.label_smoothing / double(n);
     }
     if (num.z != 0) result.loss += num.z * lse * lse;
-    const double c1 = num.weight * (num.ce + 2 * num.z * lse) / z1;
-    if (ce == kCeSame) {
+    const double c1 = num.weight * (num.ce + (num.z != 0 ? 2 * num.z * lse : 0)) / z1;
+    if (num.ce == 0 && num.z == 0) {
+      // For the statistics alone.
+    } else if (ce == kCeSame) {
       terms.a += c1;
     } else if (c1 != 0) {
       terms.ce = keeps_powers ? kCeOwn : ce;
@@ -1895,24 +1982,31 @@ KDK_INLINE Vec<C> slope_of_cap(Vec<C> capped, C inverse_cap) {
   return 1 - ratio * ratio;
 }
 
-struct Moments {
-  double mean, std;
-};
-// Population mean and standard deviation of n numbers with this sum; a constant row counts as having deviation 1.
+// The mean of a row is centre + rest, where x - centre is exact as far as C can be.
 template <class C>
-Moments moments(const C* x, int64_t n, double sum) {
-  const double mean = sum / double(n);
-  const Vec<C> centre = Vec<C>{} + C(mean);
+struct Moments {
+  C centre;
+  double rest, std;
+};
+// Mean and standard deviation, of n - 1 degrees of freedom, of n numbers with about this sum; a constant row counts as
+// having deviation 1.
+template <class C>
+Moments<C> moments(const C* x, int64_t n, double sum) {
+  const C centre = C(sum / double(n));
   const int64_t whole = n - n % kLanes<C>;
+  const auto deviation = [&](int64_t j) KDK_LAMBDA_INLINE { return load<Vec<C>>(x + j) - centre; };
+  double rest = sum_over_row<C>(whole, deviation);
   double squares = sum_over_row<C>(whole, [&](int64_t j) KDK_LAMBDA_INLINE {
-    const Vec<C> d = load<Vec<C>>(x + j) - centre;
+    const Vec<C> d = deviation(j);
     return d * d;
   });
-  for (int64_t j = whole; j < n; ++j) squares += (double(x[j]) - mean) * (double(x[j]) - mean);
-  // The centre was rounded to C: take that part out again.
-  const double shift = mean - double(C(mean));
-  const double variance = squares / double(n) - shift * shift;
-  return {mean, variance > 0 ? std::sqrt(variance) : (variance != variance ? variance : 1.0)};
+  for (int64_t j = whole; j < n; ++j) {
+    const double d = double(x[j]) - double(centre);
+    rest += d, squares += d * d;
+  }
+  rest /= double(n);
+  const double variance = (squares - double(n) * rest * rest) / double(std::max<int64_t>(n - 1, 1));
+  return {centre, rest, variance > 0 ? std::sqrt(variance) : (variance != variance ? variance : 1.0)};
 }
 
 // A teacher's row as logits in C, seen by map; returns their sum.
@@ -1931,15 +2025,20 @@ double logits_of_teacher(const DenseArgs& args, int k, int64_t row, C* out, Map 
   });
 }
 
-// log(sum of 2^(x c)) in base 2.
+// log(sum of 2^(x c)) in base 2, less the reference of a.
 template <class C>
-double log2_sum_exp(const C* x, int64_t n, double c) {
-  const Affine<C> a = affine<C>(c, maximum(x, n));
+double log2_sum_exp(const C* x, int64_t n, const Affine<C>& a) {
   const int64_t whole = n - n % kLanes<C>;
   double total = sum_over_row<C>(
       whole, [&](int64_t j) KDK_LAMBDA_INLINE { return exp2_fast<5>(clamp_exponent(a(load<Vec<C>>(x + j)))); });
   for (int64_t j = whole; j < n; ++j) total += std::exp2(a.scalar(x[j]));
-  return a.reference() + std::log2(total);
+  return std::log2(total);
+}
+
+template <class C>
+double log2_sum_exp(const C* x, int64_t n, double c) {
+  const Affine<C> a = affine<C>(c, maximum(x, n));
+  return a.reference() + log2_sum_exp(x, n, a);
 }
 
 template <class C>
@@ -2025,20 +2124,19 @@ const C* teacher_row(const DenseArgs& args, int64_t row, double& scale) {
     const double sum = logits_of_teacher(args, k, row, one, AsIs());
     double own_scale = scale;
     if (args.standardize) {
-      const Moments m = moments(one, n, sum);
+      const Moments<C> m = moments(one, n, sum);
       own_scale /= m.std;
-      const C mean = C(m.mean), inverse = C(1 / m.std);
+      const C mean = m.centre, inverse = C(1 / m.std);
       if (logits) {
         for (int64_t j = 0; j < n; j += kLanes<C>)
+          // The rest of the mean is the same for all, and so nothing to a softmax.
           store(out + j, load<Vec<C>>(out + j) + w * ((load<Vec<C>>(one + j) - mean) * inverse));
         continue;
       }
     }
     // log(e^u + e^v) with u the mixture so far, v = log w + log p of this teacher.
-    const double maximum_of_row = maximum(one, n);
-    const Affine<C> a = affine<C>(own_scale, maximum_of_row);
-    const C offset = C(a.reference() - log2_sum_exp(one, n, own_scale)), ln2 = C(kLn2),
-            log_weight = C(std::log(weight));
+    const Affine<C> a = affine<C>(own_scale, maximum(one, n));
+    const C offset = C(-log2_sum_exp(one, n, a)), ln2 = C(kLn2), log_weight = C(std::log(weight));
     for (int64_t j = 0; j < n; j += kLanes<C>) {
       const Vec<C> u = load<Vec<C>>(out + j), v = (a(load<Vec<C>>(one + j)) + offset) * ln2 + log_weight;
       const Vec<C> high = max_keep_nan(u, v), under = min_of(u, v) - high;
@@ -2051,30 +2149,25 @@ const C* teacher_row(const DenseArgs& args, int64_t row, double& scale) {
   return out;
 }
 
-// Cross entropy and z-loss of a row of logits alone, added to result; their gradient is added to g.
+// Cross entropy and z-loss of a row of logits alone, given less a centre, added to result; their gradient is added to
+// g.
 template <class C>
-void add_hard_terms(const DenseArgs& args, const RowNumbers& num, const C* s, int64_t label, C* g, RowResult& result) {
+void add_hard_terms(const DenseArgs& args, const RowNumbers& num, const C* s, C centre, int64_t label, C* g,
+                    RowResult& result) {
   const int64_t n = args.columns;
-  const double lse2 = log2_sum_exp(s, n, kLog2e), lse = kLn2 * lse2;
-  const bool inside = label >= 0 && label < n;
-  double cross_entropy = 0;
-  if (num.ce != 0) {
-    cross_entropy = lse;
-    if (args.label_smoothing != 1)
-      cross_entropy -=
-          (1 - args.label_smoothing) * (inside ? double(s[label]) : std::numeric_limits<double>::quiet_NaN());
-    if (args.label_smoothing != 0) cross_entropy -= args.label_smoothing * sum_of_logits(s, n) / double(n);
-  }
+  const Affine<C> a = affine<C>(kLog2e, maximum(s, n));
+  const double log2_z = log2_sum_exp(s, n, a), reference = a.logit(), lse = double(centre) + reference + kLn2 * log2_z;
+  const double cross_entropy =
+      num.ce != 0 ? cross_entropy_of(s, n, label, args.label_smoothing, reference, kLn2 * log2_z) : 0;
   result.loss += num.ce * cross_entropy + num.z * lse * lse;
   result.stats[1] = cross_entropy;
   result.stats[2] = lse;
-  if (g == nullptr) return;
-  const Affine<C> a = affine<C>(kLog2e, maximum(s, n));
-  const C c1 = C(num.weight * (num.ce + 2 * num.z * lse) * std::exp2(a.reference() - lse2));
+  if (g == nullptr || (num.ce == 0 && num.z == 0)) return;
+  const C c1 = C(num.weight * (num.ce + (num.z != 0 ? 2 * num.z * lse : 0)) * std::exp2(-log2_z));
   const C c0 = C(-num.weight * num.ce * args.label_smoothing / double(n));
   for (int64_t j = 0; j < n; j += kLanes<C>)
     store(g + j, load<Vec<C>>(g + j) + exp2_fast<5>(clamp_exponent(a(load<Vec<C>>(s + j)))) * c1 + c0);
-  if (inside) g[label] -= C(num.weight * num.ce * (1 - args.label_smoothing));
+  if (num.ce != 0 && label >= 0 && label < n) g[label] -= C(num.weight * num.ce * (1 - args.label_smoothing));
 }
 
 // The student's logits are read, and its gradient written, as they are; the teacher's too, of type Y, or brought to
@@ -2128,29 +2221,31 @@ void dense_generic(const DenseArgs& args, int64_t begin, int64_t end) {
     const double sum = capped_row(args.student, row, args.length, n, args.student_softcap, s, AsIs());
     C* g = out == nullptr ? nullptr : scratch.get(kGradientRow, n);
     RowResult result;
-    C mean = 0, slope = 0;
+    C centre = 0, mean = 0, slope = 0;
     if (args.standardize) {
-      // The divergence sees z = (s - mean) / std, whose softmax is that of s at T std; the other terms see s.
-      const Moments m = moments(s, n, sum);
+      // The divergence sees z = (s - mean) / std, whose softmax is that of s at T std; the other terms see s. A mean
+      // that is large beside std would be most of every s: it is taken off before anything is multiplied.
+      const Moments<C> m = moments(s, n, sum);
+      centre = m.centre, mean = C(m.rest);
+      for (int64_t j = 0; j < n; j += kLanes<C>) store(s + j, load<Vec<C>>(s + j) - centre);
       RowNumbers soft = num;
       soft.student_scale = tempered / m.std;
       soft.ce = soft.z = 0;
       result = rows.add(soft, s, t, label, g, nullptr);
       if (g != nullptr) {
-        // add() divided by T std: dz = std * that, ds = (dz - z mean(dz z)) / std.
-        mean = C(m.mean);
+        // add() divided by T std: dz = std * that, ds = (dz - z sum(dz z) / (n - 1)) / std.
         const int64_t whole = n - n % kLanes<C>;
         double along = sum_over_row<C>(
             whole, [&](int64_t j) KDK_LAMBDA_INLINE { return load<Vec<C>>(g + j) * (load<Vec<C>>(s + j) - mean); });
         for (int64_t j = whole; j < n; ++j) along += double(g[j]) * double(s[j] - mean);
-        slope = C(along / (m.std * m.std * double(n)));
+        slope = C(along / (m.std * m.std * double(std::max<int64_t>(n - 1, 1))));
       }
       if (num.ce != 0 || num.z != 0 || args.stats != nullptr) {
         // Their gradient is that by the raw logits already.
         for (int64_t j = 0; g != nullptr && j < n; j += kLanes<C>)
           store(g + j, load<Vec<C>>(g + j) - (load<Vec<C>>(s + j) - mean) * slope);
         slope = 0;
-        add_hard_terms(args, num, s, label, g, result);
+        add_hard_terms(args, num, s, centre, label, g, result);
       }
     } else {
       result = rows.add(num, s, t, label, g, nullptr);
@@ -2162,7 +2257,7 @@ void dense_generic(const DenseArgs& args, int64_t begin, int64_t end) {
       } else {
         narrow_row(n, out, [&](int64_t j) KDK_LAMBDA_INLINE {
           const Vec<C> x = load<Vec<C>>(s + j);
-          return (load<Vec<C>>(g + j) - (x - mean) * slope) * slope_of_cap(x, inverse);
+          return (load<Vec<C>>(g + j) - (x - mean) * slope) * slope_of_cap(x + centre, inverse);
         });
       }
     }

@@ -422,7 +422,11 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels, CompositeImplicitAutograd, m) {
   m.impl("cpu_fault", TORCH_BOX(&kdk::cpu_fault));
   m.impl("cpu_isa", TORCH_BOX(&kdk::cpu_isa));
   m.impl("kept_blocks", TORCH_BOX(&kdk::kept_blocks));
-  m.impl("kept_empty", TORCH_BOX(&kdk::kept_empty));
   m.impl("poison_memory", TORCH_BOX(&kdk::poison_memory));
   m.impl("kept_release", TORCH_BOX(&kdk::kept_release));
+}
+
+// Explicit: beside fake tensors its fake makes one.
+STABLE_TORCH_LIBRARY_IMPL(kdkernels, CompositeExplicitAutograd, m) {
+  m.impl("kept_empty", TORCH_BOX(&kdk::kept_empty));
 }

@@ -335,6 +335,7 @@ KDK_PAIR_OPERATOR(>)
 KDK_PAIR_OPERATOR(<)
 KDK_PAIR_OPERATOR(==)
 KDK_PAIR_OPERATOR(&)
+KDK_PAIR_OPERATOR(|)
 #undef KDK_PAIR_OPERATOR
 template <class T>
 KDK_INLINE Pair<T> operator-(const Pair<T>& x) {
@@ -371,35 +372,24 @@ template <class E>
 KDK_INLINE auto to_float(const Pair<E>& x) {
   return Pair<decltype(to_float(x.a))>(to_float(x.a), to_float(x.b));
 }
-// Natural logarithm of a finite number >= 0: log(2^e (1 + f)) = e log 2 + f + f^2 P(f), minimax in absolute error:
-// degree 5 2.9e-7, degree 6 3.7e-8. Numbers below the normal range, 0 included, give about -88: what multiplies them is
-// 0.
-template <int DEGREE, class V>
+// Natural logarithm of a finite number >= 0: log(2^e (1 + f)) = e log 2 + f - f^2 / 2 + f^3 P(f), minimax in absolute
+// error, 1.4e-8. The first two terms are exact: divergences of near models are made of the second alone. Numbers below
+// the normal range, 0 included, give about -88: what multiplies them is 0.
+template <class V>
 KDK_INLINE V log_of_floats(V x) {
-  static_assert(DEGREE == 5 || DEGREE == 6, "no such polynomial");
   const auto exponent = exponent_of(x);
   const V f = mantissa_of(x, exponent) - 1.0f;
-  V poly;
-  if (DEGREE == 6) {
-    poly = -0.1003461480140686f * f + 0.16335639357566833f;
-    poly = poly * f + -0.1732599437236786f;
-    poly = poly * f + 0.19888277351856232f;
-    poly = poly * f + -0.2496146559715271f;
-    poly = poly * f + 0.33335262537002563f;
-    poly = poly * f + -0.500005841255188f;
-  } else {
-    poly = 0.11986404657363892f * f + -0.18761716783046722f;
-    poly = poly * f + 0.20492568612098694f;
-    poly = poly * f + -0.2489776611328125f;
-    poly = poly * f + 0.33315545320510864f;
-    poly = poly * f + -0.5000148415565491f;
-  }
-  return to_float(exponent) * (0.6931471805599453f / (1 << 23)) + (f * f * poly + f);
+  V poly = 0.08792100101709366f * f + -0.14368557929992676f;
+  poly = poly * f + 0.14929217100143433f;
+  poly = poly * f + -0.16564446687698364f;
+  poly = poly * f + 0.19960030913352966f;
+  poly = poly * f + -0.2500174939632416f;
+  poly = poly * f + 0.3333401083946228f;
+  return to_float(exponent) * (0.6931471805599453f / (1 << 23)) + (f * f * (poly * f - 0.5f) + f);
 }
 #if defined(__AVX512F__)
 // With the mantissas in 16 bins, which a permutation looks up: log m = log c + log1p(r), r = m / c - 1 in [-0.03,
-// 0.04], and c = 1 where m is next to 1. Two multiplications less than one polynomial for all; degree 3 2.5e-7 with a
-// mean of 0 (8e-8 with a mean of 2e-8 shows in JSD), degree 4 1e-9 before rounding.
+// 0.04], and c = 1 where m is next to 1. Two multiplications less than one polynomial for all; 1e-9 before rounding.
 alignas(64) constexpr float kBinInverse[] = {
     1.3836392164230347f, 1.3262920379638672f, 1.2735093832015991f, 1.2247670888900757f, 1.17961847782135f,
     1.1376800537109375f, 1.0986213684082031f, 1.0621554851531982f, 1.028032660484314f,  1.0f,
@@ -413,32 +403,40 @@ alignas(64) constexpr float kBinLog[] = {
 KDK_INLINE VecF of_bin(const float* values, VecI places) {
   return _mm512_permutexvar_ps(bit_cast<__m512i>(places), load<VecF>(values));
 }
-template <int DEGREE>
-KDK_INLINE VecF log_by_bins(VecF x) {
-  static_assert(DEGREE == 3 || DEGREE == 4, "no such polynomial");
+KDK_INLINE VecF kdk_log(VecF x) {
   const VecI exponent = exponent_of(x), places = (bit_cast<VecI>(x) - kLowestMantissa) >> 19;
   const VecF r = mantissa_of(x, exponent) * of_bin(kBinInverse, places) - 1.0f;
-  VecF poly;
-  if (DEGREE == 4) {
-    poly = -0.2454056590795517f * r + 0.3335036337375641f;
-    poly = poly * r + -0.5000027418136597f;
-  } else {
-    poly = 0.3304651081562042f * r + -0.500095009803772f;
-  }
+  const VecF poly = (-0.24753102660179138f * r + 0.3335205018520355f) * r - 0.5f;
   return to_float(exponent) * (0.6931471805599453f / (1 << 23)) + (r * r * poly + r + of_bin(kBinLog, places));
 }
-KDK_INLINE VecF kdk_log(VecF x) { return log_by_bins<4>(x); }
-KDK_INLINE VecF kdk_log_coarse(VecF x) { return log_by_bins<3>(x); }
-template <class T>
-KDK_INLINE Pair<T> kdk_log_coarse(const Pair<T>& x) {
-  return Pair<T>(kdk_log_coarse(x.a), kdk_log_coarse(x.b));
-}
 #else
-KDK_INLINE VecF kdk_log(VecF x) { return log_of_floats<6>(x); }
-KDK_INLINE VecF kdk_log_coarse(VecF x) { return log_of_floats<5>(x); }
-KDK_INLINE Pair<Pair<VecF>> kdk_log(const Pair<Pair<VecF>>& x) { return log_of_floats<6>(x); }
-KDK_INLINE Pair<Pair<VecF>> kdk_log_coarse(const Pair<Pair<VecF>>& x) { return log_of_floats<5>(x); }
+KDK_INLINE VecF kdk_log(VecF x) { return log_of_floats(x); }
+KDK_INLINE Pair<Pair<VecF>> kdk_log(const Pair<Pair<VecF>>& x) { return log_of_floats(x); }
 #endif
+// 1 / x to a rounding, of positive numbers in the normal range: an estimate to 2^-14, and a step of Newton. From the
+// estimate of AVX2, to 2^-12, a step would leave 5e-8 of one sign, which JSD shows.
+KDK_INLINE VecF kdk_inverse(VecF x) {
+#if defined(__AVX512F__)
+  const VecF y = _mm512_rcp14_ps(x);
+  return y + y * (1.0f - x * y);
+#else
+  return 1.0f / x;
+#endif
+}
+KDK_INLINE VecD kdk_inverse(VecD x) { return 1.0 / x; }
+// The logarithm of a ratio u of probabilities; of 0 a number. In double it is taken from
+// u - 1 where that is small: rows come there because u is next to 1.
+template <class V>
+KDK_INLINE V kdk_log_ratio(const V& u, const V&) {
+  return kdk_log(u);
+}
+KDK_INLINE VecD kdk_log_ratio(const VecD& u, const VecD& less_one) {
+  constexpr double smallest = std::numeric_limits<double>::min();
+  VecD y;
+  for (int i = 0; i < kLanes<double>; ++i)
+    y[i] = std::abs(less_one[i]) < 0.5 ? std::log1p(less_one[i]) : std::log(std::max(u[i], smallest));
+  return y;
+}
 KDK_INLINE VecD kdk_log(VecD x) {
   VecD y;
   for (int i = 0; i < kLanes<double>; ++i) y[i] = std::log(x[i]);
@@ -449,6 +447,19 @@ KDK_INLINE Pair<T> kdk_log(const Pair<T>& x) {
   return Pair<T>(kdk_log(x.a), kdk_log(x.b));
 }
 template <class T>
+KDK_INLINE Pair<T> kdk_inverse(const Pair<T>& x) {
+  return Pair<T>(kdk_inverse(x.a), kdk_inverse(x.b));
+}
+template <class T>
+KDK_INLINE Pair<T> kdk_log_ratio(const Pair<T>& u, const Pair<T>& less_one) {
+  return Pair<T>(kdk_log_ratio(u.a, less_one.a), kdk_log_ratio(u.b, less_one.b));
+}
+#if !defined(__AVX512F__)
+KDK_INLINE Pair<Pair<VecF>> kdk_log_ratio(const Pair<Pair<VecF>>& u, const Pair<Pair<VecF>>&) {
+  return log_of_floats(u);
+}
+#endif
+template <class T>
 KDK_INLINE Pair<T> kdk_exp(const Pair<T>& x) {
   return Pair<T>(kdk_exp(x.a), kdk_exp(x.b));
 }
@@ -457,32 +468,11 @@ KDK_INLINE Pair<T> kdk_exp2_coarse(const Pair<T>& x) {
   return Pair<T>(kdk_exp2_coarse(x.a), kdk_exp2_coarse(x.b));
 }
 
-// x * c - r in one rounding where the machine has it. Without it the reference is subtracted before scaling, which
-// keeps logits of 1e4 at T = 0.05 exact: m is the raw reference, r = m * c.
-KDK_INLINE VecF relative(VecF x, float c, float r, float m) {
-#if defined(__AVX2__) || defined(__AVX512F__) || defined(__aarch64__)
-  (void)m;
-  return x * c - r;
-#else
-  (void)r;
-  return (x - m) * c;
-#endif
-}
-KDK_INLINE VecD relative(VecD x, double c, double r, double m) {
-  (void)r;
-  return (x - m) * c;
-}
-// What relative() subtracted, in the scaled domain.
-KDK_INLINE double scaled_reference(float c, float r, float m) {
-#if defined(__AVX2__) || defined(__AVX512F__) || defined(__aarch64__)
-  (void)c, (void)m;
-  return double(r);
-#else
-  (void)r;
-  return double(m) * double(c);
-#endif
-}
-KDK_INLINE double scaled_reference(double c, double, double m) { return m * c; }
+// (x - m) * c - r: x * c relative to a reference m c + r, of which one part is 0. Where the machine has fused
+// multiply-adds the reference is an integer r and m is 0. Without them, of numbers that no float tells from the next
+// integer, and in double, the reference is the raw m: x - m then has one rounding, relative to itself.
+KDK_INLINE VecF relative(VecF x, float c, float r, float m) { return (x - m) * c - r; }
+KDK_INLINE VecD relative(VecD x, double c, double, double m) { return (x - m) * c; }
 
 // bf16 and fp16 as bits.
 struct BFloat16 {

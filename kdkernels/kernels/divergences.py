@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Optional
 import triton
 import triton.language as tl
 
-from kdkernels.kernels.rows import LN2, LOG2E, TINY, fast_log, fast_log2, fast_reciprocal, mul0
+from kdkernels.kernels.rows import LN2, LOG2E, LOWEST, TINY, fast_log, fast_log2, fast_reciprocal, mul0
 
 Coefficients = tuple[float, float, float, float]
 
@@ -171,53 +171,68 @@ def _skew_reverse_kl_score(p, logp, q, logq, alpha, _):
 
 
 @triton.jit
-def _power(logx, exponent):
-    """x ** exponent of a probability given by its logarithm; x ** 0 = 1 also at 0."""
-    return tl.exp2(tl.where(exponent == 0, 0.0, logx * exponent) * LOG2E)
+def _powers(a, logp, b, logq):
+    """p^a q^b in one exponential, of two probabilities given by their logarithms; x^0 = 1 also at 0."""
+    logp = tl.maximum(logp, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    logq = tl.maximum(logq, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    return tl.exp2(tl.fma(logp, a * LOG2E, logq * (b * LOG2E)))
 
 
-# With s = a + b, x = p^a q^b and d = logp - logq, the family and its limits are one form with other coefficients,
-# A (p^s - x) + B (q^s - x) + D x d + E d + F d^2: a branch on a or b would keep a whole tile alive across it.
-#
-#             A         B         D      E      F
-#   a, b, s   1/(b s)   1/(a s)
-#   b = 0     -1/a^2    1/a^2     1/a
-#   a = 0     1/b^2     -1/b^2    -1/b
-#   s = 0     -1/a^2                     -1/a
-#   a = b = 0                                   1/2
+@triton.jit
+def _slope(low, high, k, d):
+    """(high - low) / k, where high = low exp(k d): also where k d is near 0, and low d where k is 0."""
+    g = tl.where(k == 0, 0.0, k * d)
+    series = tl.fma(g, tl.fma(g, tl.fma(g, tl.fma(g, 1.0 / 720, 1.0 / 120), 1.0 / 24), 1.0 / 6), 0.5)
+    near = mul0(low, d * tl.fma(g, series, 1.0))
+    return tl.where(tl.abs(g) < 0.3, near, (high - low) * (1.0 / tl.where(k == 0, 1.0, k)))
+
+
+# With s = a + b and d = logp - logq, f = q^s d^2 exp[0, a d, s d], the second divided difference of exp: of the family
+# and its limits (a, b or s = 0) alike, and never negative. Near each other it is its series about the mean of the three
+# nodes. Apart it is a difference of two slopes, from the node in the middle to the one at the greater distance, which
+# cannot cancel then, and to the other, which can.
 @triton.jit
 def _alpha_beta_value(p, logp, q, logq, a, b):
     s = a + b
-    a_is_0 = a == 0
-    b_is_0 = b == 0
-    s_is_0 = s == 0
-    limit = a_is_0 | b_is_0
-    both = a_is_0 & b_is_0
-    safe_a = tl.where(a_is_0, 1.0, a)
-    safe_b = tl.where(b_is_0, 1.0, b)
-    safe_s = tl.where(s_is_0, 1.0, s)
-    # b^2 where a = 0, a^2 where b = 0 or a + b = 0.
-    square = tl.where(a_is_0, safe_b * safe_b, safe_a * safe_a)
-    sign = tl.where(a_is_0, 1.0, -1.0)
-    A = tl.where(both, 0.0, tl.where(limit | s_is_0, sign / square, 1.0 / (safe_b * safe_s)))
-    B = tl.where(s_is_0, 0.0, tl.where(limit, -sign / square, 1.0 / (safe_a * safe_s)))
-    D = tl.where(both | (limit == 0), 0.0, tl.where(a_is_0, -1.0 / safe_b, 1.0 / safe_a))
-    E = tl.where(s_is_0 & (a_is_0 == 0), -1.0 / safe_a, 0.0)
-    F = tl.where(both, 0.5, 0.0)
-    x = mul0(_power(logp, a), _power(logq, b))
     d = logp - logq
-    f = mul0(A, _power(logp, s) - x) + mul0(B, _power(logq, s) - x) + mul0(D * x, d) + mul0(E, d) + mul0(F, d * d)
-    # A negative power of 0: its two infinities may have opposite signs.
-    return tl.where(x == float("inf"), -(A + B) * x, f)
+    # Distances between 0, a and s are |a|, |b| and |s|; the middle node is opposite the greatest.
+    middle_is_0 = (tl.abs(b) >= tl.abs(a)) & (tl.abs(b) >= tl.abs(s))
+    middle_is_a = (middle_is_0 == 0) & (tl.abs(s) >= tl.abs(a))
+    middle = tl.where(middle_is_0, 0.0, tl.where(middle_is_a, a, s))
+    distance_0 = tl.abs(middle)
+    distance_a = tl.abs(a - middle)
+    distance_s = tl.abs(s - middle)
+    far_is_0 = (distance_0 >= distance_a) & (distance_0 >= distance_s)
+    far_is_a = (far_is_0 == 0) & (distance_a >= distance_s)
+    near_is_0 = (middle_is_0 == 0) & (far_is_0 == 0)
+    near_is_a = (middle_is_a == 0) & (far_is_a == 0)
+    k_far = tl.where(far_is_0, 0.0, tl.where(far_is_a, a, s))
+    k_near = tl.where(near_is_0, 0.0, tl.where(near_is_a, a, s))
+    w_middle = _powers(middle, logp, s - middle, logq)
+    w_far = _powers(k_far, logp, s - k_far, logq)
+    w_near = _powers(k_near, logp, s - k_near, logq)
+    width = k_far - k_near
+    safe = tl.where(width == 0, 1.0, width)
+    slope = (w_far - w_middle) * (1.0 / tl.where(k_far == middle, 1.0, k_far - middle))
+    apart = (slope - _slope(w_middle, w_near, k_near - middle, d)) * (1.0 / safe)
+    # Of two infinite powers the greater counts.
+    apart = tl.where((apart != apart) & (d == d), float("inf"), apart)
+
+    mean = (a + s) * (1.0 / 3.0)
+    u0, ua, us = -mean, a - mean, s - mean
+    e2 = u0 * ua + ua * us + us * u0
+    e3 = u0 * ua * us
+    y = tl.where(width == 0, 0.0, d)
+    series = tl.fma(y, -e2 * e3 * (1.0 / 2520), e2 * e2 * (1.0 / 720))
+    series = tl.fma(y, tl.fma(y, series, e3 * (1.0 / 120)), -e2 * (1.0 / 24))
+    near = _powers(mean, logp, s - mean, logq) * d * d * tl.fma(y * y, series, 0.5)
+    return tl.where(tl.abs(width * y) < 1.0, near, apart)
 
 
 @triton.jit
 def _alpha_beta_score(p, logp, q, logq, a, b):
-    a_is_0 = a == 0
-    inverse = 1.0 / tl.where(a_is_0, 1.0, a)
-    x = mul0(_power(logp, a), _power(logq, b))
-    limit = mul0(x, logq - logp)
-    return tl.where(a_is_0, limit, (_power(logq, a + b) - x) * inverse)
+    # The slope between the nodes 0 and a.
+    return -_slope(_powers(0.0, logp, a + b, logq), _powers(a, logp, b, logq), a, logp - logq)
 
 
 register("forward_kl", linear=(1, -1, 0, 0), homogeneous=True)

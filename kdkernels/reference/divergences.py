@@ -12,6 +12,8 @@ from typing import Union
 import torch
 from torch import Tensor
 
+from kdkernels import symbols
+
 Param = Union[float, Tensor]
 Rows = Callable[[Tensor, Tensor, Param, Param], Tensor]
 
@@ -23,13 +25,20 @@ def weighted(weight: Tensor, value: Tensor) -> Tensor:
 
 def log_mix(logp: Tensor, logq: Tensor, weight_p: Param) -> Tensor:
     """``log(w p + (1 - w) q)`` for ``w`` in [0, 1]; -inf where both are 0, with gradient 0 there."""
-    weight = torch.as_tensor(weight_p, dtype=logp.dtype, device=logp.device)
+    weight = weight_p.to(logp) if isinstance(weight_p, Tensor) else symbols.as_tensor(weight_p, logp.dtype, logp.device)
     dead = torch.isneginf(logp) & torch.isneginf(logq)
     zero = torch.zeros_like(logp)
     mixed = torch.logaddexp(
         torch.where(dead, zero, logp) + weight.log(), torch.where(dead, zero, logq) + (1 - weight).log()
     )
     return torch.where(dead, logp, mixed)
+
+
+def over_mix(logp: Tensor, logq: Tensor, weight_p: Param) -> Tensor:
+    """``log p - log(w p + (1 - w) q)``, to the last bits also where p and q are nearly the same."""
+    close = (logp - logq).detach().abs() < 1
+    change = torch.expm1(torch.where(close, logq - logp, torch.zeros_like(logp)))
+    return torch.where(close, -torch.log1p((1 - weight_p) * change), logp - log_mix(logp, logq, weight_p))
 
 
 def _forward_kl(logp: Tensor, logq: Tensor, _0: Param, _1: Param) -> Tensor:
@@ -41,8 +50,8 @@ def _reverse_kl(logp: Tensor, logq: Tensor, _0: Param, _1: Param) -> Tensor:
 
 
 def _jsd(logp: Tensor, logq: Tensor, beta: Param, _1: Param) -> Tensor:
-    logm = log_mix(logp, logq, beta)
-    return (beta * weighted(logp.exp(), logp - logm) + (1 - beta) * weighted(logq.exp(), logq - logm)).sum(-1)
+    of_p, of_q = over_mix(logp, logq, beta), over_mix(logq, logp, 1 - beta)
+    return (beta * weighted(logp.exp(), of_p) + (1 - beta) * weighted(logq.exp(), of_q)).sum(-1)
 
 
 def _tvd(logp: Tensor, logq: Tensor, _0: Param, _1: Param) -> Tensor:
@@ -50,27 +59,54 @@ def _tvd(logp: Tensor, logq: Tensor, _0: Param, _1: Param) -> Tensor:
 
 
 def _skew_kl(logp: Tensor, logq: Tensor, alpha: Param, _1: Param) -> Tensor:
-    return weighted(logp.exp(), logp - log_mix(logp, logq, alpha)).sum(-1)
+    return weighted(logp.exp(), over_mix(logp, logq, alpha)).sum(-1)
 
 
 def _skew_reverse_kl(logp: Tensor, logq: Tensor, alpha: Param, _1: Param) -> Tensor:
-    return weighted(logq.exp(), logq - log_mix(logq, logp, alpha)).sum(-1)
+    return weighted(logq.exp(), over_mix(logq, logp, alpha)).sum(-1)
+
+
+def _rise(low: Tensor, high: Tensor, gap: float, size: Tensor) -> Tensor:
+    """``|high - low| / gap`` of exponentials whose logarithms are ``gap * size`` apart, ``size >= 0``."""
+    larger = torch.maximum(low, high)
+    return weighted(larger, size) if gap == 0 else larger * -torch.expm1(-gap * size) / gap
 
 
 def _alpha_beta(logp: Tensor, logq: Tensor, alpha: Param, beta: Param) -> Tensor:
+    """With ``d = log p - log q``, ``q^(a+b) d^2`` times the second divided difference of exp at 0, ``a d, (a+b) d``.
+
+    It has the closed forms of the limits in it, and is the textbook form where a, b and a + b are not near 0.
+    """
     a, b = float(alpha), float(beta)
-    p_ab, q_ab = (a * logp).exp(), (b * logq).exp()
+    dead = torch.isneginf(logp) & torch.isneginf(logq)
+    x, y = (torch.where(dead, torch.zeros_like(log), log) for log in (logp, logq))
     if a == 0.0 and b == 0.0:
-        return 0.5 * (logp - logq).square().sum(-1)
-    if a == 0.0:
-        return (weighted(q_ab, b * (logq - logp)) - q_ab + (b * logp).exp()).sum(-1) / b**2
-    if b == 0.0:
-        return (weighted(p_ab, a * (logp - logq)) - p_ab + (a * logq).exp()).sum(-1) / a**2
-    if a + b == 0.0:
-        ratio = a * (logp - logq)
-        return (ratio.exp() - ratio - 1).sum(-1) / a**2
-    p_sum, q_sum = ((a + b) * logp).exp(), ((a + b) * logq).exp()
-    return -(p_ab * q_ab - a / (a + b) * p_sum - b / (a + b) * q_sum).sum(-1) / (a * b)
+        return 0.5 * (x - y).square().sum(-1)
+
+    def power(k: float, m: float) -> Tensor:
+        """``p^k q^m``, and 1 for a power of 0."""
+        return (sum((w * log for w, log in ((k, x), (m, y)) if w), torch.zeros_like(x))).exp()
+
+    nodes = sorted([(0.0, power(0.0, a + b)), (a, power(a, b)), (a + b, power(a + b, 0.0))], key=lambda node: node[0])
+    (low, e_low), (middle, e_middle), (high, e_high) = nodes
+    d = x - y
+    close = d.detach().abs() * (high - low) < 0.5
+    # Each side sees harmless numbers where the other one is taken, so that no gradient is 0 * inf.
+    near, far = torch.where(close, d, torch.zeros_like(d)), torch.where(close, torch.ones_like(d), d)
+    size, sign = far.abs(), far.sign()
+    rise = _rise(e_middle, e_high, high - middle, size) - _rise(e_low, e_middle, middle - low, size)
+    # sum of h_n(ad, (a+b)d) / (n + 2)!, h the sum of all products of n factors.
+    series, h, power_of_y = torch.full_like(d, 0.5), torch.ones_like(d), torch.ones_like(d)
+    factorial = 2.0
+    for n in range(1, 16):
+        power_of_y = power_of_y * (a * near)
+        h = h * ((a + b) * near) + power_of_y
+        factorial *= n + 2
+        series = series + h / factorial
+    infinite = torch.isinf(e_low) | torch.isinf(e_middle) | torch.isinf(e_high)
+    value = torch.where(close, power(0.0, a + b) * series * near.square(), sign * rise / (high - low))
+    value = torch.where(infinite, torch.full_like(value, float("inf")), value)
+    return torch.where(dead, torch.zeros_like(value), value).sum(-1)
 
 
 def _jeffreys(logp: Tensor, logq: Tensor, _0: Param, _1: Param) -> Tensor:

@@ -4,12 +4,23 @@ Every launch is also checked for accesses out of bounds, reads of what nobody wr
 """
 
 import pytest
+import test_topk
 import torch
 
 pytest.importorskip("ptxrun", reason="ptxrun is not installed")
 
 from emulator import DTYPES, LIMITS, Call, Emulator, plan
-from test_topk import DIVERGENCES, check, evaluate, ragged, temperatures
+from test_topk import (
+    DIVERGENCES,
+    PADDING,
+    check,
+    evaluate,
+    mass_of_one,
+    no_worse_than_eager,
+    of_kind,
+    ragged,
+    temperatures,
+)
 
 import kdkernels as kd
 from kdkernels import checks
@@ -145,10 +156,44 @@ def test_student_far_ahead_or_behind_on_the_set(tail, name, form, arch, nats):
 
 @pytest.mark.parametrize("tail,name", [("bucket", "forward_kl"), ("bucket", "reverse_kl"), ("uniform", "reverse_kl")])
 def test_teacher_mass_of_one(tail, name):
-    """And the infinities where an empty tail meets a divergence that needs a teacher."""
-    ids = torch.tensor([[3, 7], [20, -1], [-1, -1]])
-    logprobs = torch.tensor([[0.25, 0.75], [1.0, 0.0], [1.0, 1.0]]).log()
-    run("resident", 80, torch.randn(3, 30), ids, logprobs, tail=tail, divergence=name)
+    """Its floor where the divergence would be infinite; with none that limit, as of a captured tail."""
+    s, ids, logprobs = mass_of_one(1e-6)
+    for floor in (None, 0.0, 1e-3):
+        run("resident", 80, s, ids, logprobs, tail=tail, divergence=name, min_tail=floor)
+    tails = torch.tensor([-50.0, -torch.inf])
+    run("resident", 80, s, ids, logprobs, tail=tail, divergence=name, tail_logprob=tails)
+    run("resident", 80, s, ids, logprobs.bfloat16(), tail=tail, divergence=name, tail_logprob=tails, min_tail=1e-4)
+
+
+@pytest.mark.parametrize("form", PADDING)
+@pytest.mark.parametrize("tail", checks.TAILS)
+def test_ragged_rows_as_others_pad_them(tail, form):
+    dtype = list(KEYS)[checks.TAILS.index(tail) % 3]
+    with Emulator(80).registered():
+        test_topk.test_ragged_rows_as_others_pad_them(tail, "skew_reverse_kl", form, dtype, "cuda")
+
+
+@pytest.mark.parametrize("captured", [-3.0, -torch.inf])
+def test_a_row_without_entries_is_all_tail_whatever_its_tail_says(captured):
+    with Emulator(80).registered():
+        test_topk.test_a_row_without_entries_is_all_tail_whatever_its_tail_says(captured, "reverse_kl", "cuda")
+
+
+def test_a_distillation_term_of_weight_0_is_not_computed(monkeypatch):
+    with Emulator(80).registered():
+        test_topk.test_a_distillation_term_of_weight_0_is_not_computed("cuda", monkeypatch)
+
+
+@pytest.mark.parametrize("kind", ["offset 1e5", "sure 20", "up to 1e9", "up to 1.7e38"])
+@pytest.mark.parametrize("tail,name", [("bucket", "reverse_kl"), ("uniform", "forward_kl"), ("drop", "tvd")])
+def test_shifted_sure_and_large_logits(tail, name, kind):
+    for form, arch in (("cluster2", 90), ("streamed", 80)):
+        s, ids, logprobs, labels = of_kind(kind, rows=3, columns=229)
+        with Emulator(arch, limits_for(form, 229, 12, s.dtype)).registered():
+            no_worse_than_eager(s, ids, logprobs, backend="cuda", tail=tail, divergence=name)
+            options = {"kd_weight": 0.0, "ce_weight": 1.0, "label_smoothing": 0.1}
+            options |= {"temperature": 2.0, "teacher_temperature": 1.0} if name == "tvd" else {}
+            no_worse_than_eager(s, ids, logprobs, labels, backend="cuda", tail=tail, divergence=name, **options)
 
 
 @pytest.mark.parametrize("tail", checks.TAILS)

@@ -11,6 +11,7 @@ static constexpr Divergence kDivergences[] = {
     general<SkewKl>("skew_kl"),
     general<SkewReverseKl>("skew_reverse_kl"),
     general<AlphaBeta>("alpha_beta"),
+    general<AlphaBetaNear>("alpha_beta/near"),
     general<AlphaBetaZeroA>("alpha_beta/a=0"),
     general<AlphaBetaZeroB>("alpha_beta/b=0"),
     general<AlphaBetaZeroSum>("alpha_beta/a+b=0"),
@@ -18,11 +19,14 @@ static constexpr Divergence kDivergences[] = {
 };
 static constexpr int kNumDivergences = int(sizeof(kDivergences) / sizeof(kDivergences[0]));
 
-// The entry that computes a divergence at given parameters: limits have entries of their own.
+// The entry that computes a divergence at given parameters: limits, and what is near them, have entries of their own.
 static inline const char* entry_name(const char* name, double x0, double x1) {
   if (std::strcmp(name, "alpha_beta") != 0) return name;
+  const auto near = [](double x) { return x > -0.125 && x < 0.125; };
   if (x0 == 0 && x1 == 0) return "alpha_beta/a=b=0";
-  if (x0 == 0) return "alpha_beta/a=0";
-  if (x1 == 0) return "alpha_beta/b=0";
-  return x0 + x1 == 0 ? "alpha_beta/a+b=0" : name;
+  if (x0 == 0 && !near(x1)) return "alpha_beta/a=0";
+  if (x1 == 0 && !near(x0)) return "alpha_beta/b=0";
+  if (x0 + x1 == 0 && !near(x0)) return "alpha_beta/a+b=0";
+  // A negative parameter too makes large terms of different signs.
+  return x0 < 0.125 || x1 < 0.125 ? "alpha_beta/near" : name;
 }

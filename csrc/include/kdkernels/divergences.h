@@ -9,6 +9,8 @@
 //   D = sum p (c_pp logp + c_pq logq) + q (c_qp logp + c_qq logq).
 #pragma once
 
+#include <cmath>
+
 #if defined(__CUDACC__)
 #define KDK_HD __host__ __device__ __forceinline__
 #else
@@ -28,98 +30,91 @@ struct Params {
 };
 
 // GUARDED: the logits are 16-bit numbers within known bounds, so that no logarithm is infinite, and one to 3e-7 adds no
-// error. What is added to a mixture then keeps it from 0, and is far below the rounding of any that matters.
+// error.
+
+// Added to a mixture it keeps that from 0, and is far below the rounding of any that matters.
 constexpr float kTiny = 1.17549435e-38f;
 
-// A functor that sees p and q only as weight_p p and weight_q q may say so with a function weighted: the weights of a
-// row then go into what normalises it. Where weighted leaves the score out of the value (kLessScore), the scores are
+// A functor that needs the probabilities alone has a function paired too. It takes logarithms of ratios, so that these
+// agree with the probabilities, and its value may differ by a multiple of q - p, whose sum is 0: relative errors of p
+// and q then change the divergence of near models to the second order only. It needs kdk_inverse, and kdk_log_ratio(u,
+// u - 1), the logarithm of u, or any number where u is 0. Where the teacher has no mass a score is nearly a constant
+// times q, which adds nothing to a gradient and cancels in it; with APART the score is less that multiple of q, and
+// limit is what it sums to over such a row. Where paired leaves the score out of the value (kLessScore), the scores are
 // added up once.
 template <class F, class = void>
-struct Weighted {
+struct Paired {
   static constexpr bool value = false, less_score = false;
 };
 template <class F>
-struct Weighted<F, decltype(F::weight_p(Params<float>()), void())> {
+struct Paired<F, decltype(void(F::kLessScore))> {
   static constexpr bool value = true, less_score = F::kLessScore;
 };
 
 // weight * x, and 0 where the weight is 0.
-template <bool GUARDED, class V>
+template <class V>
 KDK_HD V kdk_weigh(V weight, V x) {
-  return GUARDED ? weight * x : kdk_where(weight > V{}, weight * x, V{});
+  return kdk_where(weight > V{}, weight * x, V{});
 }
 
+// e^x.
 template <bool GUARDED, class V>
-KDK_HD V kdk_log_of(V x) {
+KDK_HD V kdk_power_of(V logarithm) {
   if constexpr (GUARDED) {
-    return kdk_log_coarse(x);
+    return kdk_exp2_coarse(logarithm * 1.4426950408889634f);
   } else {
-    return kdk_log(x);
-  }
-}
-
-// e^(k log x).
-template <bool GUARDED, class V>
-KDK_HD V kdk_power_of(V logarithm, V k) {
-  if constexpr (GUARDED) {
-    return kdk_exp2_coarse(logarithm * (k * 1.4426950408889634f));
-  } else {
-    return kdk_exp(k * logarithm);
+    return kdk_exp(logarithm);
   }
 }
 
 // m = beta p + (1 - beta) q; f = beta p log(p/m) + (1 - beta) q log(q/m).
 struct Jsd {
   static constexpr bool kLessScore = true;
-  template <class V>
-  KDK_HD static V weight_p(const Params<V>& k) {
-    return k.x0;
-  }
-  template <class V>
-  KDK_HD static V weight_q(const Params<V>& k) {
-    return V{} + 1.0f - k.x0;
-  }
-  template <bool GUARDED, class V>
-  KDK_HD static void weighted(const Params<V>&, V wp, V logp, V wq, V logq, V& value_less_score, V& score) {
-    const V logm = kdk_log_of<GUARDED>(wp + wq);
-    score = kdk_weigh<GUARDED>(wq, logq - logm);
-    value_less_score = kdk_weigh<GUARDED>(wp, logp - logm);
+  static double limit(double beta) { return -(1 - beta) * std::log1p(-beta); }
+  template <bool APART = false, class V>
+  KDK_HD static void paired(const Params<V>& k, V p, V q, V& value_less_score, V& score) {
+    const V one = V{} + 1.0f, rest = one - k.x0, wp = k.x0 * p, wq = rest * q;
+    const V over_m = kdk_inverse(wp + (wq + kTiny)), difference = (p - q) * over_m;
+    value_less_score = wp * kdk_log_ratio(p * over_m, rest * difference);
+    score = APART ? wq * kdk_log_ratio(wq * over_m, -wp * over_m) : wq * kdk_log_ratio(q * over_m, -k.x0 * difference);
   }
   template <bool GUARDED = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V logq, V& value, V& score) {
-    weighted<GUARDED>(k, weight_p(k) * p, logp, weight_q(k) * q, logq, value, score);
-    value = value + score;
+    const V wp = k.x0 * p, wq = (V{} + 1.0f - k.x0) * q, logm = kdk_log(wp + wq);
+    score = kdk_weigh(wq, logq - logm);
+    value = kdk_weigh(wp, logp - logm) + score;
   }
 };
 
 // f = |p - q| / 2; the score is 0 where p == q.
 struct Tvd {
-  template <bool GUARDED = false, class V>
-  KDK_HD static void eval(const Params<V>&, V p, V, V q, V, V& value, V& score) {
+  static constexpr bool kLessScore = false;
+  static double limit(double) { return 0.5; }
+  template <bool APART = false, class V>
+  KDK_HD static void paired(const Params<V>&, V p, V q, V& value, V& score) {
     const V zero = V{}, half = zero + 0.5f;
     const V difference = q - p;
     const V sign = kdk_where(difference > zero, half, kdk_where(difference < zero, -half, zero));
     value = difference * sign;
-    score = q * sign;
+    score = q * (APART ? sign - half : sign);
+  }
+  template <bool GUARDED = false, class V>
+  KDK_HD static void eval(const Params<V>& k, V p, V, V q, V, V& value, V& score) {
+    paired(k, p, q, value, score);
   }
 };
 
 // m = alpha p + (1 - alpha) q; f = p log(p/m).
 struct SkewKl {
   static constexpr bool kLessScore = false;
-  template <class V>
-  KDK_HD static V weight_p(const Params<V>&) {
-    return V{} + 1.0f;
-  }
-  template <class V>
-  KDK_HD static V weight_q(const Params<V>& k) {
-    return V{} + 1.0f - k.x0;
-  }
-  template <bool GUARDED, class V>
-  KDK_HD static void weighted(const Params<V>& k, V p, V logp, V wq, V, V& value, V& score) {
-    const V m = k.x0 * p + (wq + kTiny);
-    value = p * (logp - kdk_log_of<GUARDED>(m));
-    score = -(p * wq) / m;
+  // The score is small where the teacher has no mass.
+  static double limit(double) { return HUGE_VAL; }
+  template <bool APART = false, class V>
+  KDK_HD static void paired(const Params<V>& k, V p, V q, V& value, V& score) {
+    const V one = V{} + 1.0f, rest = one - k.x0, difference = rest * (p - q);
+    const V over_m = kdk_inverse(k.x0 * p + (rest * q + kTiny));
+    value = p * kdk_log_ratio(p * over_m, difference * over_m) - difference;
+    score = -(rest * p) * (q * over_m);
   }
   template <bool GUARDED = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V, V& value, V& score) {
@@ -135,20 +130,15 @@ struct SkewKl {
 // m = alpha q + (1 - alpha) p; f = q log(q/m).
 struct SkewReverseKl {
   static constexpr bool kLessScore = false;
-  template <class V>
-  KDK_HD static V weight_p(const Params<V>& k) {
-    return V{} + 1.0f - k.x0;
-  }
-  template <class V>
-  KDK_HD static V weight_q(const Params<V>&) {
-    return V{} + 1.0f;
-  }
+  static double limit(double alpha) { return -std::log(alpha); }
   // 1 - alpha q / m is (1 - alpha) p / m.
-  template <bool GUARDED, class V>
-  KDK_HD static void weighted(const Params<V>& k, V wp, V, V q, V logq, V& value, V& score) {
-    const V m = k.x0 * q + (wp + kTiny);
-    value = q * (logq - kdk_log_of<GUARDED>(m));
-    score = value + q * wp / m;
+  template <bool APART = false, class V>
+  KDK_HD static void paired(const Params<V>& k, V p, V q, V& value, V& score) {
+    const V one = V{} + 1.0f, rest = one - k.x0, wp = rest * p;
+    const V over_m = kdk_inverse(k.x0 * q + (wp + kTiny)), share = wp * over_m, difference = rest * (q - p);
+    const V term = q * kdk_log_ratio(q * over_m, difference * over_m);
+    value = term - difference;
+    score = q * share + (APART ? q * kdk_log_ratio(k.x0 * q * over_m, -share) : term);
   }
   template <bool GUARDED = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V, V q, V logq, V& value, V& score) {
@@ -160,48 +150,134 @@ struct SkewReverseKl {
   }
 };
 
-// Alpha-beta divergence with a = x0, b = x1; the limits of the value are taken by the caller's choice of functor below.
-// score = q^b (q^a - p^a) / a for every a != 0, and q^b (logq - logp) for a = 0.
+// Alpha-beta divergences have a = x0, b = x1 and c = a + b. With d = log p - log q the value is
+//   f = q^c d^2 [exp at 0, a d, c d],   the second divided difference of exp,
+// which is positive for all a and b and has all their limits in it, and the score is -q^c d [exp at 0, a d]. An outcome
+// that neither model can give has none of either.
+template <class V>
+KDK_HD auto kdk_dead(V p, V logp, V q, V logq) {
+  return (logp == logq) & (p == V{}) & (q == V{});
+}
+// Where powers are infinite so is the value; the score has the sign of log q - log p.
+constexpr float kHuge = 3.402823466e38f;
+
+// The divided difference written out, for a and b above 0 and not near it. Every power is one exponential: a product of
+// two would be 0 * inf where a parameter is negative.
 struct AlphaBeta {
   template <bool GUARDED = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V logq, V& value, V& score) {
-    const V a = k.x0, b = k.x1, zero = V{}, one = zero + 1.0f;
+    const V a = k.x0, b = k.x1, c = a + b, zero = V{}, one = zero + 1.0f;
     // The same for all outcomes: what divides by them would be most of the work.
-    const V over_a = one / a, over_ab = one / (a * b), over_p = one / (b * (a + b)), over_q = one / (a * (a + b));
-    const V p_a = kdk_power_of<GUARDED>(logp, a), q_b = kdk_power_of<GUARDED>(logq, b);
-    const V q_a = kdk_power_of<GUARDED>(logq, a), p_b = kdk_power_of<GUARDED>(logp, b);
-    value = (p_a * p_b * over_p + q_a * q_b * over_q) - p_a * q_b * over_ab;
-    score = q_b * (q_a - p_a) * over_a;
+    const V over_a = one / a, over_p = one / (b * c), over_q = one / (a * c);
+    const V of_p = kdk_power_of<GUARDED>(c * logp), of_q = kdk_power_of<GUARDED>(c * logq);
+    const V mixed = kdk_power_of<GUARDED>(a * logp + b * logq);
+    value = (of_p - mixed) * over_p + (of_q - mixed) * over_q;
+    score = (of_q - mixed) * over_a;
     if constexpr (GUARDED) return;
-    const auto dead = (logp == logq) & (p == zero) & (q == zero);
+    const V infinite = zero + HUGE_VALF;
+    const auto dead = kdk_dead(p, logp, q, logq);
+    value = kdk_where((of_p == infinite) | (of_q == infinite) | (mixed == infinite), infinite, value);
+    score = kdk_where((of_q == infinite) & (mixed == infinite), (logq - logp) * kHuge, score);
     value = kdk_where(dead, zero, value);
     score = kdk_where(dead, zero, score);
   }
 };
 
-// The limit a = 0, b != 0: (q^b log(q^b / p^b) - q^b + p^b) / b^2.
+// How many terms of the series below are exact to the last bits of V.
+template <class V>
+struct SeriesTerms {
+  static constexpr int of_difference = 11, of_second = 9;
+};
+template <>
+struct SeriesTerms<double> {
+  static constexpr int of_difference = 19, of_second = 16;
+};
+
+// Any other a and b: differences of exponentials by expm1, and by a series where all three are near.
+struct AlphaBetaNear {
+  // |e^y - e^x| / gap with x and y apart by gap |d|, from the larger exponential.
+  template <class V>
+  KDK_HD static V difference(V larger, V gap, V size) {
+    const V zero = V{}, one = zero + 1.0f, apart = gap * size;
+    const auto close = apart < one;
+    const V x = kdk_where(close, apart, zero);
+    // (1 - e^-x) / x.
+    V series = zero + 1.0f;
+    for (int n = SeriesTerms<V>::of_difference; n > 1; --n) series = one - series * x * (one / (zero + float(n)));
+    const V near = kdk_where(larger > zero, larger * series * size, zero);
+    const V far = larger * (one - kdk_exp(-apart)) / kdk_where(gap > zero, gap, one);
+    return kdk_where(close | (gap == zero), near, far);
+  }
+  template <class V>
+  KDK_HD static void in_order(V& low, V& high, V& e_low, V& e_high) {
+    const auto swap = low > high;
+    const V k = low, e = e_low;
+    low = kdk_where(swap, high, k), high = kdk_where(swap, k, high);
+    e_low = kdk_where(swap, e_high, e), e_high = kdk_where(swap, e, e_high);
+  }
+  template <bool GUARDED = false, class V>
+  KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V logq, V& value, V& score) {
+    const V a = k.x0, b = k.x1, zero = V{}, one = zero + 1.0f;
+    // A power of 0 of a probability of 0 is 1.
+    const auto times = [&](V factor, V logarithm) { return kdk_where(factor == zero, zero, factor * logarithm); };
+    V k0 = zero, k1 = a, k2 = a + b;
+    V e0 = kdk_exp(times(k2, logq)), e1 = kdk_exp(times(a, logp) + times(b, logq)), e2 = kdk_exp(times(k2, logp));
+    const V d = kdk_where(logp == logq, zero, logp - logq), size = kdk_where(d < zero, -d, d);
+    const auto larger = [](V x, V y) { return kdk_where(x > y, x, y); };
+    const auto signed_as_d = [&](V x) { return kdk_where(d < zero, -x, x); };
+    score = -signed_as_d(difference(larger(e0, e1), kdk_where(a < zero, -a, a), size));
+    const V e_q = e0, y = a * d, z = k2 * d;
+    in_order(k0, k1, e0, e1);
+    in_order(k1, k2, e1, e2);
+    in_order(k0, k1, e0, e1);
+    const V spread = k2 - k0;
+    const auto close = spread * size < zero + 0.5f;
+    const V rise = signed_as_d(difference(larger(e1, e2), k2 - k1, size) - difference(larger(e0, e1), k1 - k0, size));
+    // sum of h_n(y, z) / (n + 2)!, h the sum of all products of n factors y or z.
+    V sum = zero + 0.5f, h = one, power = one, inverse = zero + 0.5f;
+    const V near_y = kdk_where(close, y, zero), near_z = kdk_where(close, z, zero);
+    for (int n = 1; n < SeriesTerms<V>::of_second; ++n) {
+      power = power * near_y;
+      h = h * near_z + power;
+      inverse = inverse * (one / (zero + float(n + 2)));
+      sum = sum + h * inverse;
+    }
+    const auto dead = kdk_dead(p, logp, q, logq);
+    const V infinite = zero + HUGE_VALF;
+    value = kdk_where(close, kdk_where(size > zero, e_q * sum * d * d, zero), rise / kdk_where(close, one, spread));
+    value = kdk_where((e0 == infinite) | (e1 == infinite) | (e2 == infinite), infinite, value);
+    value = kdk_where(dead, zero, value);
+    score = kdk_where(dead, zero, score);
+  }
+};
+
+// The limit a = 0: (q^b log(q^b / p^b) - q^b + p^b) / b^2.
 struct AlphaBetaZeroA {
   template <bool GUARDED = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V logq, V& value, V& score) {
     const V b = k.x1, zero = V{};
     const V q_b = kdk_exp(b * logq), p_b = kdk_exp(b * logp);
-    const auto dead = (logp == logq) & (p == zero) & (q == zero);
+    const auto dead = kdk_dead(p, logp, q, logq);
     score = kdk_where(q_b > zero, q_b * (logq - logp), zero);
     value = (b * score - q_b + p_b) / (b * b);
+    const V infinite = zero + HUGE_VALF;
+    value = kdk_where((q_b == infinite) | (p_b == infinite), infinite, value);
     value = kdk_where(dead, zero, value);
     score = kdk_where(dead, zero, score);
   }
 };
 
-// The limit b = 0, a != 0: (p^a log(p^a / q^a) - p^a + q^a) / a^2.
+// The limit b = 0: (p^a log(p^a / q^a) - p^a + q^a) / a^2.
 struct AlphaBetaZeroB {
   template <bool GUARDED = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V logq, V& value, V& score) {
     const V a = k.x0, zero = V{};
     const V q_a = kdk_exp(a * logq), p_a = kdk_exp(a * logp);
-    const auto dead = (logp == logq) & (p == zero) & (q == zero);
+    const auto dead = kdk_dead(p, logp, q, logq);
     value = (kdk_where(p_a > zero, p_a * (a * (logp - logq)), zero) - p_a + q_a) / (a * a);
-    score = (q_a - p_a) / a;
+    const V infinite = zero + HUGE_VALF;
+    value = kdk_where((q_a == infinite) | (p_a == infinite), infinite, value);
+    score = kdk_where((q_a == infinite) & (p_a == infinite), (logq - logp) * kHuge, (q_a - p_a) / a);
     value = kdk_where(dead, zero, value);
     score = kdk_where(dead, zero, score);
   }
@@ -212,10 +288,11 @@ struct AlphaBetaZeroSum {
   template <bool GUARDED = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V logq, V& value, V& score) {
     const V a = k.x0, zero = V{};
-    const auto dead = (logp == logq) & (p == zero) & (q == zero);
+    const auto dead = kdk_dead(p, logp, q, logq);
     const V log_ratio = a * (logp - logq);
     const V ratio = kdk_exp(log_ratio);
-    value = kdk_where(dead, zero, (ratio - log_ratio - 1.0f) / (a * a));
+    value = kdk_where(ratio == zero + HUGE_VALF, ratio, (ratio - log_ratio - 1.0f) / (a * a));
+    value = kdk_where(dead, zero, value);
     score = kdk_where(dead, zero, (zero + 1.0f - ratio) / a);
   }
 };
@@ -225,7 +302,7 @@ struct AlphaBetaZero {
   template <bool GUARDED = false, class V>
   KDK_HD static void eval(const Params<V>&, V p, V logp, V q, V logq, V& value, V& score) {
     const V zero = V{};
-    const auto dead = (logp == logq) & (p == zero) & (q == zero);
+    const auto dead = kdk_dead(p, logp, q, logq);
     score = kdk_where(dead, zero, logq - logp);
     value = 0.5f * score * score;
   }

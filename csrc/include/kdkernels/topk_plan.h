@@ -24,7 +24,7 @@ struct Functors {
     return -1;
   }
 };
-using AllFunctors = Functors<Jsd, Tvd, SkewKl, SkewReverseKl, AlphaBeta, AlphaBetaZeroA, AlphaBetaZeroB,
+using AllFunctors = Functors<Jsd, Tvd, SkewKl, SkewReverseKl, AlphaBeta, AlphaBetaNear, AlphaBetaZeroA, AlphaBetaZeroB,
                              AlphaBetaZeroSum, AlphaBetaZero, AlphaBetaNoTeacher>;
 constexpr int kNoFunctor = -1, kNoTeacherFunctor = AllFunctors::index<AlphaBetaNoTeacher>();
 

@@ -1,0 +1,211 @@
+"""Rounding errors: hard rows beside eager PyTorch, logits of any size, alpha-beta in its corners, weights of 0."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kdkernels as kd
+from benchmarks import numerics
+from kdkernels import testing
+
+# A cell of few rows is a draw: what is as exact as eager passes the bar by up to about this by chance.
+TIMES = 2.5
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+DIVERGENCES = ("forward_kl", "reverse_kl", "jeffreys", "jsd", "tvd", "skew_kl", "skew_reverse_kl", "alpha_beta")
+INF = float("inf")
+
+
+def rows(student, teacher, backend, **options):
+    """Losses and the gradient of their sum."""
+    student = student.clone().requires_grad_()
+    loss = kd.kd_loss(student, teacher, options.pop("labels", None), reduction="none", backend=backend, **options)
+    return loss.detach(), torch.autograd.grad(loss.sum(), student)[0]
+
+
+def by_the_book(student, teacher, **options):
+    student = student.double().requires_grad_()
+    loss = testing.textbook_loss(student, teacher.double(), exact=True, reduction="none", **options)
+    return loss.detach(), torch.autograd.grad(loss.sum(), student)[0]
+
+
+def test_no_hard_row_is_much_worse_than_eager(backend):
+    found = numerics.measure_all(backend, **numerics.SMALL)
+    assert len(found) > 250 and not numerics.over(found, TIMES)
+
+
+@pytest.mark.parametrize("isa", ["avx2", "baseline"])
+def test_nor_on_lesser_instruction_sets(isa, compiled_cpu):
+    here = kd.backends.cpu.isa()
+    if here == "baseline":
+        pytest.skip("this machine has no AVX2, so that all tests ran on the baseline")
+    if isa == here:
+        pytest.skip("this machine has no AVX-512, so that all tests ran on AVX2")
+    command = [sys.executable, "-m", "benchmarks.numerics", "--small", "--output", "-", "--times", str(TIMES)]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "KDKERNELS_CPU_ISA": isa},
+        cwd=Path(__file__).resolve().parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and f"'cpu', {isa}" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_finite_logits_of_any_size(divergence, dtype, backend):
+    """Up to the largest number of the dtype; the models share the order of their logits, so that the loss is finite."""
+    top = torch.finfo(DTYPES[dtype]).max
+    for size in (1e4, 1e9, 3e9, 1e10, 1e30, 1e36, top / 4, top):
+        if size > top:
+            continue
+        line = torch.tensor([[0.0, 1.0, -1.0, 0.5, 0.25] * 8], dtype=torch.float64)
+        line[0, -1] = 1.0
+        student, teacher = (line * size).to(DTYPES[dtype]), (line * min(size * 0.9, top)).to(DTYPES[dtype])
+        loss, grad = rows(student, teacher, backend, divergence=divergence)
+        # Nine of 40 tokens share the mass of both.
+        assert torch.isfinite(loss).all() and loss.abs().item() < 1e-5, (size, loss)
+        assert torch.isfinite(grad).all() and grad.abs().max() < 1e-5, (size, grad)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp64"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "skew_kl"])
+@pytest.mark.parametrize("temperature", [0.05, 1.0, 100.0])
+def test_large_logits_keep_the_small_ones_beside_them(divergence, dtype, temperature, backend):
+    """One model's logits stand 1e10 higher: a softmax knows nothing of that, as far as the dtype holds the rest."""
+    generator = torch.Generator().manual_seed(0)
+    small = torch.randint(-8, 9, (3, 300), generator=generator).double() * 2.0**18
+    student = (small * 2.0**8 + 2.0**36).to(DTYPES[dtype])
+    teacher = torch.randn(3, 300, generator=generator, dtype=torch.float64).to(DTYPES[dtype])
+    loss, grad = rows(student, teacher, backend, divergence=divergence, temperature=temperature)
+    truth, true_grad = by_the_book(student, teacher, divergence=divergence, temperature=temperature)
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=0)
+    scale = true_grad.abs().max().item()
+    torch.testing.assert_close(grad.double(), true_grad, rtol=1e-2, atol=max(1e-4 * scale, 1e-9))
+
+
+def test_a_bounded_divergence_stays_in_its_bounds_at_large_logits(backend):
+    loss, _ = rows(torch.tensor([[0.0, 0.1, 0.2]]), torch.tensor([[1e10, 0.0, -1e10]]), backend, divergence="jsd")
+    assert loss.item() == pytest.approx(0.3416, abs=1e-4)
+
+
+@pytest.mark.parametrize("mask", [-1e4, -1e9, -1e30, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("masked", ["student", "teacher", "both"])
+def test_a_finite_mask_of_one_model(masked, mask, backend):
+    """Its cost is finite, as in eager PyTorch, where fp32 can hold it."""
+    student, teacher = testing.make_inputs("normal", 4, 300, torch.float32)
+    for name, logits in (("student", student), ("teacher", teacher)):
+        if masked in (name, "both"):
+            logits[:, ::3] = mask
+    for divergence in ("forward_kl", "reverse_kl", "jsd"):
+        loss, grad = rows(student, teacher, backend, divergence=divergence)
+        truth, true_grad = by_the_book(student, teacher, divergence=divergence)
+        torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=0)
+        scale = true_grad.abs().max().item()
+        torch.testing.assert_close(grad.double(), true_grad, rtol=1e-4, atol=1e-5 * scale)
+
+
+NEAR_LIMITS = [(1e-6, 1.0), (1e-4, 1.0), (1.0, 1e-5), (1e-3, 1e-3), (1e-5, -1e-5), (0.0, 1e-4), (0.5, -0.5 + 2**-16)]
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [*NEAR_LIMITS, (1.0, -0.5), (2.0, -1.0), (-0.5, 1.0)], ids=str)
+def test_alpha_beta_near_its_limits_and_at_negative_parameters(alpha, beta, backend):
+    student, teacher = testing.make_inputs("normal", 4, 50, torch.float32)
+    loss, grad = rows(student, teacher, backend, divergence=kd.AlphaBeta(alpha, beta))
+    truth, true_grad = by_the_book(student, teacher, divergence=kd.AlphaBeta(alpha, beta))
+    torch.testing.assert_close(loss.double(), truth, rtol=2e-5, atol=0)
+    torch.testing.assert_close(grad.double(), true_grad, rtol=1e-4, atol=2e-5 * true_grad.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("alpha", "beta", "student", "teacher", "expected"),
+    [
+        (1.0, -0.5, [0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, -INF], 1.0717967),
+        (-0.5, 1.0, [0.0, 0.0, 0.0, -INF], [0.0, 0.0, 0.0, 0.0], 1.0717967),
+        (2.0, -1.0, [0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, -120.0], 1 / 6),
+        (2.0, -1.0, [0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, -INF], 1 / 6),
+        (2.0, -1.0, [0.0, 0.0, 0.0, -INF], [0.0, 0.0, 0.0, 0.0], INF),
+        (-1.0, -1.0, [0.0, 0.0, 0.0, -INF], [0.0, 0.0, 0.0, 0.0], INF),
+        (1e-4, 1.0, [0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, -120.0], 29.5298),
+        (0.5, 0.0, [-INF, 0.0, 0.0, 0.0], [-INF, 0.0, 0.0, 0.0], 0.0),
+    ],
+)
+def test_alpha_beta_where_a_model_has_no_mass(alpha, beta, student, teacher, expected, backend):
+    loss, grad = rows(torch.tensor([student]), torch.tensor([teacher]), backend, divergence=kd.AlphaBeta(alpha, beta))
+    assert loss.item() == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    if expected < INF:
+        assert torch.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("stats", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 2.5])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "jeffreys", "alpha_beta"])
+def test_a_divergence_of_weight_0_is_left_out(divergence, temperature, stats, backend):
+    """A teacher of NaN, or of no mass at all, reaches neither loss nor gradient."""
+    student = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([1, 2, 3])
+    for value in (torch.nan, -INF):
+        x = student.clone().requires_grad_()
+        teacher = torch.zeros_like(student)
+        teacher[1] = value
+        options = {"kd_weight": 0.0, "ce_weight": 1.0, "z_loss_weight": 0.1, "return_stats": stats, "backend": backend}
+        found = kd.kd_loss(x, teacher, labels, divergence=divergence, temperature=temperature, **options)
+        (found[0] if stats else found).backward()
+        y = student.clone().requires_grad_()
+        lse = y.logsumexp(-1)
+        (torch.nn.functional.cross_entropy(y, labels) + 0.1 * lse.square().mean()).backward()
+        torch.testing.assert_close(x.grad, y.grad)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e5])
+def test_cross_entropy_with_a_common_offset(offset, backend):
+    s = torch.randn(4, 300, generator=torch.Generator().manual_seed(0)) + offset
+    labels = torch.arange(4)
+    loss, _ = rows(s, s, backend, labels=labels, kd_weight=0.0, ce_weight=1.0, label_smoothing=0.1)
+    truth = torch.nn.functional.cross_entropy(s.double(), labels, label_smoothing=0.1, reduction="none")
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
+    # One class has all the probability, whatever its logit.
+    alike, _ = rows(
+        torch.full((2, 1), 1e4), torch.zeros(2, 1), backend, labels=torch.zeros(2).long(), kd_weight=0.0, ce_weight=1.0
+    )
+    assert alike.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0, 1e4])
+def test_standardised_logits_with_an_offset(offset, backend):
+    s, t = (x.float() for x in testing.make_inputs("normal", 4, 300, torch.float64))
+    s, t = s + offset, t + offset
+    loss, grad = rows(s, t, backend, standardize=True, temperature=2.0)
+    truth, true_grad = by_the_book(s, t, standardize=True, temperature=2.0)
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=0)
+    assert ((grad - true_grad).norm(dim=-1) / true_grad.norm(dim=-1)).max() < 2e-6
+
+
+def test_standardised_logits_use_the_deviation_of_torch_std(backend):
+    s, t = testing.make_inputs("normal", 4, 7, torch.float64)
+    z = [(x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True) for x in (s, t)]
+    by_hand, _ = rows(*z, backend, temperature=2.0)
+    torch.testing.assert_close(rows(s, t, backend, standardize=True, temperature=2.0)[0], by_hand)
+    loss, grad = rows(s[:, :1], t[:, :1], backend, standardize=True)
+    assert not loss.any() and not grad.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_probabilities_are_rows_that_add_up_to_1(dtype, backend):
+    student, teacher = testing.make_inputs("normal", 4, 3000, torch.float32)
+    probs = teacher.softmax(-1).to(DTYPES[dtype])
+    exact, _ = rows(student, probs, backend, teacher_form="probs")
+    doubled = {"teacher_form": "unnormalized_probs"}
+    torch.testing.assert_close(rows(student, probs * 2, backend, **doubled)[0], exact, rtol=1e-5, atol=1e-6)
+    with pytest.raises(
+        ValueError, match="teacher must hold probabilities that add up to 1 .* a sum of .*unnormalized_probs"
+    ):
+        rows(student, probs * 2, backend, teacher_form="probs")
+    # Of a row that is left out, or of a divergence that is, nothing is asked.
+    labels = torch.tensor([1, 2, -100, 3])
+    probs[2] = 0
+    assert torch.isfinite(rows(student, probs, backend, teacher_form="probs", labels=labels)[0]).all()

@@ -1,0 +1,182 @@
+"""``torch.library.opcheck`` of every op that runs on a CPU, on the arguments with which the losses call it."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+import kdkernels as kd
+from kdkernels import functional, heads, memory, ops
+
+pytestmark = pytest.mark.usefixtures("compiled_cpu")
+
+ROWS, VOCAB, WIDTH, K = 6, 19, 8, 3
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+# New memory has no values to compare, and what tells of the processor or of kept memory has no tensor that is traced.
+WITHOUT_VALUES = (
+    "kept_empty",
+    "kept_blocks",
+    "kept_release",
+    "poison_memory",
+    "cpu_isa",
+    "cpu_fault",
+    "has_bf16_product",
+)
+
+
+class Recorder(TorchDispatchMode):
+    """Notes which op was called with which arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == ops.NAMESPACE:
+            kept = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), (args, kwargs or {}))
+            self.calls.append((func, *kept))
+        return func(*args, **(kwargs or {}))
+
+
+def tensors(dtype=torch.float32, shape=(ROWS,)):
+    student = torch.randn(*shape, VOCAB, dtype=dtype).requires_grad_()
+    teacher = torch.randn(*shape, VOCAB, dtype=dtype) * 2
+    labels = torch.randint(0, VOCAB, shape)
+    labels.view(-1)[0] = -100
+    logprobs, ids = torch.log_softmax(teacher.float(), -1).topk(K, -1)
+    return student, teacher, labels, ids, logprobs
+
+
+def hidden(dtype=torch.float32):
+    return (
+        torch.randn(ROWS, WIDTH, dtype=dtype).requires_grad_(),
+        torch.randn(VOCAB, WIDTH, dtype=dtype).requires_grad_(),
+    )
+
+
+def dense(**options):
+    student, teacher, labels, *_ = tensors()
+    return kd.kd_loss(student, teacher, labels, **options)
+
+
+def topk(**options):
+    student, _, labels, ids, logprobs = tensors()
+    return kd.topk_kd_loss(student, ids, logprobs, labels, **options)
+
+
+def linear_dense(**options):
+    return kd.linear_kd_loss(*hidden(), *(item.detach() for item in hidden()), tensors()[2], **options)
+
+
+def linear_topk(**options):
+    _, _, labels, ids, logprobs = tensors()
+    return kd.linear_topk_kd_loss(*hidden(), ids, logprobs, labels, **options)
+
+
+PER_ROW = torch.linspace(0.5, 2.0, ROWS)
+TERMS = {"ce_weight": 0.5, "z_loss_weight": 0.1, "label_smoothing": 0.1, "divergence": kd.JSD(0.3)}
+LOSSES = {
+    "dense": lambda: dense(**TERMS),
+    "dense-rows": lambda: dense(reduction="none", temperature=PER_ROW, row_weight=PER_ROW, return_stats=True)[0],
+    "dense-fp64": lambda: kd.kd_loss(*tensors(torch.float64)[:2], reduction="none", temperature=2.0),
+    "dense-bf16": lambda: kd.kd_loss(*tensors(torch.bfloat16, (2, 3))[:2], row_weight=PER_ROW.view(2, 3)),
+    "mixture": lambda: kd.kd_loss(tensors()[0], [tensors()[1], tensors()[1]]),
+    "topk": lambda: topk(**TERMS),
+    "topk-rows": lambda: topk(reduction="none", tail="uniform", row_weight=PER_ROW, return_stats=True)[0],
+    "dkd": lambda: kd.dkd_loss(*tensors()[:3]),
+    "mse": lambda: kd.logit_mse_loss(*tensors()[:3], centered=True),
+    "taid": lambda: kd.taid_loss(*tensors()[:3], interpolation=0.3),
+    "linear": lambda: linear_dense(**TERMS),
+    "linear-stats": lambda: linear_dense(return_stats=True)[0],
+    "linear-topk": lambda: linear_topk(**TERMS),
+    "linear-columns": lambda: linear_topk(tail="renormalize_both"),
+    "capture": lambda: kd.capture_topk(tensors()[1], K, temperature=2.0).logprobs,
+    "capture-rows": lambda: kd.capture_topk(tensors()[1], K, temperature=PER_ROW).logprobs,
+}
+
+
+def calls_of(loss):
+    """The calls of ops in a loss and its backward, called twice: the second may take a shorter way."""
+    functional._known_calls.clear()
+    with Recorder() as recorder:
+        for _ in range(2):
+            result = loss()
+            if result.requires_grad:
+                (result * torch.linspace(2, 3, result.numel()).view_as(result)).sum().backward()
+    return recorder.calls
+
+
+def with_numbers(func, args, kwargs):
+    """The same call with the floats in a tensor; None for an op that takes none."""
+    pattern, _, backend = func._schema.name.removeprefix(f"{ops.NAMESPACE}::").rpartition("_")
+    if pattern.startswith("linear_"):
+        pattern, backend = f"{pattern}_{backend}", kwargs["backend"]
+    if pattern not in ops._floats:
+        return None
+    names = ops._floats[pattern]
+    numbers = torch.tensor([kwargs[name] for name in names], dtype=torch.float64)
+    others = {name: value for name, value in kwargs.items() if name not in names}
+    op = getattr(torch.ops.kdkernels, f"{pattern}_numbers").default
+    return op, (*args, numbers), {**others, "backend": backend}
+
+
+def check(func, args, kwargs):
+    # What an op writes to may be new memory, which holds anything.
+    mutable = [argument.alias_info is not None for argument in func._schema.arguments]
+    for argument, value in zip(mutable, args, strict=False):
+        if argument and value is not None and func._schema.name != "kdkernels::scale_grad_cpu":
+            value.zero_()
+    torch.library.opcheck(func, args, kwargs, test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_ops_of_a_loss(name):
+    seen = set()
+    for func, args, kwargs in calls_of(LOSSES[name]):
+        kind = str(func._schema.name)
+        if kind in seen or kind.split("::")[1] in WITHOUT_VALUES:
+            continue
+        seen.add(kind)
+        check(func, args, kwargs)
+        again = with_numbers(func, args, kwargs)
+        if again is not None:
+            numbers_op, numbers_args, numbers_kwargs = again
+            check(numbers_op, numbers_args, numbers_kwargs)
+            given, results = (tree_map_only(torch.Tensor, torch.clone, args), func(*args, **kwargs))
+            found = numbers_op(*given, numbers_args[-1], **numbers_kwargs)
+            torch.testing.assert_close(found, results, rtol=0, atol=0)
+    assert seen
+
+
+def test_ops_of_values_and_memory():
+    _, _, labels, ids, logprobs = tensors()
+    check(torch.ops.kdkernels.labels_are_sound.default, (labels, VOCAB, -100), {})
+    check(torch.ops.kdkernels.sparse_teacher_is_sound.default, (ids.int(), logprobs, VOCAB, 1e-3), {})
+    shape = (3, memory.MIN_BYTES)
+    for name, args in (
+        ("kept_empty", (shape, torch.float32, "gradient")),
+        ("kept_blocks", ("gradient",)),
+        ("kept_release", ()),
+        ("poison_memory", (False,)),
+    ):
+        op = getattr(torch.ops.kdkernels, name).default
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_autograd_registration"))
+    with FakeTensorMode():
+        found = torch.ops.kdkernels.kept_empty(shape, torch.float32, "gradient")
+    assert isinstance(found, FakeTensor) and found.shape == shape and found.dtype == torch.float32
+    if heads.has_bf16_product():
+        a, b = torch.randn(4, 8, dtype=torch.bfloat16), torch.randn(8, 3, dtype=torch.bfloat16)
+        check(torch.ops.kdkernels.bf16_product.default, (a, b, torch.zeros(4, 3), False), {})
+
+
+def test_every_op_is_checked():
+    """By the tests above, or it has no tensor; those of GPUs are checked where one is."""
+    names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("kdkernels::")}
+    names = {name for name in names if not name.endswith(("_cuda", "_triton"))}
+    checked = {"labels_are_sound", "sparse_teacher_is_sound", "bf16_product", *WITHOUT_VALUES}
+    for loss in LOSSES.values():
+        for func, args, kwargs in calls_of(loss):
+            again = with_numbers(func, args, kwargs)
+            checked |= {op._schema.name.split("::")[1] for op in (func, *(again or ())[:1])}
+    assert names == checked & names, names - checked
