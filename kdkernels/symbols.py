@@ -38,7 +38,9 @@ def shown(value: Any) -> str:
 
 def as_tensor(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A number, symbol or not, as a 0-d tensor."""
-    return torch.ones((), dtype=dtype, device=device) * value
+    if is_symbol(value):
+        return torch.ones((), dtype=dtype, device=device) * value
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def packed(values: Any) -> Tensor:

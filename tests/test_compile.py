@@ -247,6 +247,18 @@ def test_one_graph_serves_all_numbers_of_rows(name, dynamic):
     hold_compiled(ROW_COUNTS[name], [(student_and_teacher(count),) for count in range(ROWS, ROWS + 12)], dynamic)
 
 
+def test_rows_that_a_mask_picks_in_the_graph(monkeypatch):
+    """How many they are nobody knows before the graph runs."""
+    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
+
+    def loss(x, mask):
+        rows = mask.nonzero().squeeze(1)
+        return kd.kd_loss(x["student"][rows], x["teacher"][rows], x["labels"][rows], ce_weight=0.5)
+
+    masks = [torch.arange(ROWS) % k != 0 for k in (2, 3, 4)]
+    hold_compiled(loss, [(student_and_teacher(), mask) for mask in masks], None, frames=1)
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [

@@ -525,6 +525,9 @@ def topk_fwd_kernel(
         slope = (score_outside - score_sum) * factor
     divergence = tl.where(known, divergence, 0.0) + spoilt
 
+    if CE and label_smoothing is not None:
+        # Passed the largest number, or met a logit of -inf.
+        centered_sum = tl.where(centered_sum < float("inf"), centered_sum, NEG_INF)
     ce, lse, loss, hard_scale, lse_scale = hard_terms(
         hard_norm[0],
         hard_norm[2],

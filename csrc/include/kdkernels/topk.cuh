@@ -496,7 +496,7 @@ struct TopkRow {
     if (n.own) n.lse_above = log_total(x_entries, masses.student1, n.x_outside, outside.z1);
     n.student_mass = found.count == 0 || !swept() ? 0.0 : exp(log_z_entries - n.log_z);
     // A functor may take what is NaN for 0; and a student of -inf only is no distribution.
-    n.nan = found.invalid || isnan(found.mass) || (swept() && !(n.log_z > -INFINITY));
+    n.nan = found.invalid || isnan(found.mass) || isnan(n.log_rest) || (swept() && !(n.log_z > -INFINITY));
     if (restricted()) {
       n.log_z = log_z_entries;
       n.nan = n.nan || (found.count > 0 && !(n.log_z > -INFINITY));
@@ -591,7 +591,8 @@ struct TopkRow {
       cross_entropy = n.lse_above;
       if (smoothing != 1) cross_entropy -= (1 - smoothing) * (n.picked - n.top);
       if (smoothing != 0) {
-        const double mean = (double(outside.sum_x) + found.sum_x) / double(args.columns);  // less center
+        double mean = (double(outside.sum_x) + found.sum_x) / double(args.columns);  // less center
+        if (!(mean < INFINITY)) mean = -INFINITY;  // it passed the largest number, or met a logit of -inf
         cross_entropy -= smoothing * (n.center - n.top + mean);
       }
       if (cross_entropy < 0) cross_entropy = 0;  // by rounding
