@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Optional, Union
 import torch
 from torch import Tensor
 
-from kdkernels import memory, ops, reference, transforms
+from kdkernels import memory, ops, reference, symbols, transforms
 
 
 class Launch(NamedTuple):
@@ -55,7 +55,7 @@ def without_constants(launch: Launch) -> tuple[Launch, Union[float, Tensor]]:
     # A weight of 0 stays one: rows that are left out are not multiplied by anything.
     mantissa, exponent = torch.frexp(weight)
     launch = launch._replace(tensors=(launch.tensors[0], mantissa, *launch.tensors[2:]))
-    return launch, torch.ldexp(torch.full_like(mantissa, factor), exponent)
+    return launch, torch.ldexp(_as_tensor(factor, mantissa).expand_as(mantissa), exponent)
 
 
 class RowLoss(torch.autograd.Function):
@@ -180,9 +180,8 @@ def run(
         # Before the launch, which may overwrite the student.
         ids, logprobs = launch.sparse_teacher
         shared = reference.topk.student_overlap(student, ids, logprobs, launch.tensors[0], launch.options)
-    result = ops.op(launch.pattern, launch.backend)(
-        views[0], *operands, *launch.sparse_teacher, destination, *launch.tensors, **launch.options
-    )
+    operands = [views[0], *operands, *launch.sparse_teacher, destination, *launch.tensors]
+    result = ops.call(launch.pattern, launch.backend, operands, launch.options)
     if isinstance(result, Tensor):
         return result, None
     if not launch.options["stats"]:
@@ -229,9 +228,9 @@ def as_rows(tensors: tuple[Tensor, ...]) -> list[Tensor]:
         return [_view(t, shape) for t in tensors]
     for cut in range(len(leading)):
         if all(_mergeable(t, 0, cut) and _mergeable(t, cut, len(leading)) for t in tensors):
-            shape = (leading[:cut].numel(), leading[cut:].numel())
+            shape = (math.prod(leading[:cut]), math.prod(leading[cut:]))
             return [_view(t, shape) for t in tensors]
-    return [t.reshape(1, leading.numel(), t.shape[-1]) for t in tensors]
+    return [t.reshape(1, math.prod(leading), t.shape[-1]) for t in tensors]
 
 
 def _view(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -268,7 +267,7 @@ def scaled(
             dloss = dloss.reshape(*grad.shape[:-1], 1)
         return (grad.to(dloss.dtype) * dloss).to(grad.dtype)
     # The value of a number on the CPU costs less than a launch; elsewhere only the kernel looks at it.
-    one = dloss.is_cpu and dloss.dim() == 0 and dloss.item() == 1
+    one = dloss.is_cpu and dloss.dim() == 0 and symbols.has_values(dloss) and dloss.item() == 1
     if shared:
         grad = memory.empty_like(grad).copy_(grad)
     if not one:
@@ -305,5 +304,7 @@ def _power_of_two(scale: float, gradient_size: float) -> tuple[float, float]:
     return scale / power, power
 
 
-def _as_tensor(factor: Union[None, float, Tensor], like: Tensor) -> Optional[Tensor]:
-    return like.new_full((), factor) if isinstance(factor, float) else factor
+def _as_tensor(factor: Any, like: Tensor) -> Any:
+    return (
+        factor if factor is None or isinstance(factor, Tensor) else symbols.as_tensor(factor, like.dtype, like.device)
+    )

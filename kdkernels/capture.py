@@ -77,7 +77,8 @@ def capture_topk(
         found = reference.capture_rows(flat, k=k, temperature=temperature, vocab_size=columns)
     else:
         rows, number = (temperature, 1.0) if isinstance(temperature, Tensor) else (None, temperature)
-        found = ops.op("capture_topk", name)(as_rows((teacher,))[0], rows, k=k, vocab_size=columns, temperature=number)
+        options = {"k": k, "vocab_size": columns, "temperature": number}
+        found = ops.call("capture_topk", name, (as_rows((teacher,))[0], rows), options)
     return _shaped(teacher, *found)
 
 

@@ -17,7 +17,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor
 
-from kdkernels import transforms
+from kdkernels import symbols, transforms
 from kdkernels.backends import cpu
 from kdkernels.reduction import REDUCTIONS
 from kdkernels.reference.topk import unused
@@ -61,8 +61,8 @@ def flag(name: str, value: object) -> None:
 def number(
     name: str, value: Any, *, low: float = -math.inf, high: float = math.inf, exclusive_low: bool = False
 ) -> float:
-    """``value`` must be a finite Python number in ``[low, high]``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """``value`` must be a finite Python number (a symbol counts) in ``[low, high]``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     # A comparison, not math.isfinite: Dynamo traces it for a number that it keeps as a symbol. NaN fails it too, and an
     # int beyond all floats is larger than the largest.
@@ -71,7 +71,7 @@ def number(
     if value < low or value > high or (exclusive_low and value == low):
         expected = f"> {low:g}" if exclusive_low else (f">= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]")
         raise ValueError(f"{name} must be {expected}, got {value}")
-    return float(value)
+    return symbols.as_float(value)
 
 
 def in_sums(name: str, value: float, student: Tensor, *, positive: bool = False) -> None:
@@ -736,7 +736,7 @@ def sum_dtype(student: Tensor) -> torch.dtype:
 
 def reads_values(value: Tensor) -> bool:
     """Whether the values of a tensor may be read for a check."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not symbols.has_values(value):
         return False
     return value.device.type == "cpu" or os.environ.get("KDKERNELS_DEBUG") == "1"
 

@@ -6,6 +6,7 @@ The gradients are complete when ``forward`` ends; ``backward`` scales them. The 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Optional, Union
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple, Optional, Union
 import torch
 from torch import Tensor
 
-from kdkernels import checks, ops
+from kdkernels import checks, ops, symbols
 from kdkernels.autograd import (
     Launch,
     graph_is_kept,
@@ -152,7 +153,7 @@ def whole(
 
     ``rows`` are those that the hidden states are among the rows of the teachers.
     """
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _no_autocast(hidden):
         teachers = [
             _logits(call, states if rows is None else states[rows], head, offset).detach()
             for states, head, offset in zip(call.teacher_hidden, call.teacher_weight, call.teacher_bias, strict=True)
@@ -188,21 +189,15 @@ def execute(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], 
     teachers: tuple[Any, ...] = launch.sparse_teacher
     if launch.pattern == "dense_fwd":
         teachers = (call.teacher_hidden, call.teacher_weight, call.teacher_bias)
-    return Result(
-        *getattr(torch.ops.kdkernels, f"linear_{launch.pattern}").default(
-            hidden,
-            weight,
-            bias,
-            *teachers,
-            *launch.tensors,
-            backend=launch.backend,
-            chunk_bytes=call.chunk_bytes,
-            product_dtype=call.product_dtype,
-            logits_dtype=call.logits_dtype,
-            needs=needs,
-            **launch.options,
-        )
-    )
+    options = {
+        "backend": launch.backend,
+        "chunk_bytes": call.chunk_bytes,
+        "product_dtype": call.product_dtype,
+        "logits_dtype": call.logits_dtype,
+        "needs": needs,
+        **launch.options,
+    }
+    return Result(*ops.call_linear(launch.pattern, (hidden, weight, bias, *teachers, *launch.tensors), options))
 
 
 def projects_columns(launch: Launch) -> bool:
@@ -214,7 +209,7 @@ def projects_columns(launch: Launch) -> bool:
 def _run(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], needs: Sequence[bool]) -> Result:
     loop = _columns_loop if projects_columns(call.launch) else _logits_loop
     # Operands are rounded to the autocast dtype by the loop; autocast itself would round sums too.
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+    with torch.no_grad(), _no_autocast(hidden):
         loss, stats, dhidden, dweight, dbias, *rest, grad_rows = loop(call, hidden, weight, bias, needs)
         # The buffers of the loop are gone: the rounding of the sums below needs memory of its own.
         one = loss.new_ones(())
@@ -401,6 +396,10 @@ def _chunks(launch: Launch, num_rows: int, size: int) -> Iterator[tuple[Rows, in
         yield (slice(start, stop) if kept is None else kept[start:stop]), stop - start
 
 
+def _no_autocast(tensor: Tensor) -> Any:
+    return contextlib.nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+
+
 def _kept_rows(launch: Launch) -> Optional[Tensor]:
     """The rows whose products are worth computing; None for all.
 
@@ -412,7 +411,9 @@ def _kept_rows(launch: Launch) -> Optional[Tensor]:
     # One weight for all rows is a normaliser; statistics are taken of rows of weight 0 too.
     if weight is not None and (weight.stride(0) or len(weight) == 1) and not launch.options["stats"]:
         counts = weight != 0 if counts is None else counts & (weight != 0)
-    if counts is None or (counts.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if counts is None or not symbols.has_values(counts):
+        return None
+    if counts.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     kept = counts.nonzero().squeeze(1)
     return None if len(kept) == len(counts) else kept

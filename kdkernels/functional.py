@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Optional, TypeVar, Union
 
 import torch
 from torch import Tensor
 
-from kdkernels import backends, checks, distributed, divergences, ops, reduction, reference, transforms
+from kdkernels import backends, checks, distributed, divergences, ops, reduction, reference, symbols, transforms
 from kdkernels.autograd import Launch, RowLoss, SummedCall, run, run_reference, run_summed
 from kdkernels.divergences import Divergence
 
@@ -409,9 +410,8 @@ def taid_loss(
     plan = _plan("taid_loss", options, student)
     checks.teacher_like("teacher", teacher, student, options.get("vocab_size"))
     lam = checks.per_row("interpolation", interpolation, student, low=0.0, high=1.0, exclusive=False)
-    lam = (
-        lam if isinstance(lam, Tensor) else torch.full((), lam, dtype=checks.sum_dtype(student), device=student.device)
-    )
+    if not isinstance(lam, Tensor):
+        lam = symbols.as_tensor(lam, checks.sum_dtype(student), student.device)
     lam = lam.expand(_num_rows(student))
     teachers, weights = (student.detach(), teacher), torch.stack([1 - lam, lam], -1)
     launch = _dense_call(plan, labels, weights, "logits", _dense_backend(plan, teachers, weights))
@@ -477,8 +477,8 @@ def dkd_loss(
             s,
             t,
             flat,
-            alpha=float(alpha),
-            beta=float(beta),
+            alpha=symbols.as_float(alpha),
+            beta=symbols.as_float(beta),
             temperature=plan.temperature,
             teacher_temperature=plan.teacher_temperature,
             scale_by_t_squared=scale_by_t_squared,
@@ -491,8 +491,8 @@ def dkd_loss(
         name,
         (flat, weight),
         {
-            "alpha": float(alpha),
-            "beta": float(beta),
+            "alpha": symbols.as_float(alpha),
+            "beta": symbols.as_float(beta),
             "temperature": plan.temperature,
             "teacher_temperature": plan.teacher_temperature,
             "vocab_size": plan.columns,
@@ -613,10 +613,12 @@ def check_options(owner: str, options: dict[str, Any], defaults: dict[str, Any] 
     A training loop asks the same thing in every step: what was accepted is remembered.
     """
     key = _options_key(owner, options)
-    found = _accepted.get(key)
+    # A graph that looked into the memory would be made again whenever another call adds to it.
+    found = None if key is None else _accepted.get(key)
     if found is None:
         found = _check_options(owner, options, defaults)
-        _remember(_accepted, key, found)
+        if key is not None:
+            _remember(_accepted, key, found)
     return found
 
 
@@ -642,8 +644,6 @@ def _options_key(owner: str, options: dict[str, Any]) -> Optional[tuple[Any, ...
 
 
 def _remember(memory: dict[Any, Any], key: Any, value: Any) -> None:
-    if key is None:
-        return
     if len(memory) >= MAX_ACCEPTED:
         memory.clear()
     memory[key] = value
@@ -690,10 +690,10 @@ def _check_options(owner: str, options: dict[str, Any], defaults: dict[str, Any]
         "temperature": _number(get["temperature"]),
         "teacher_temperature": _number(temperature),
         "scale_by_t_squared": get["scale_by_t_squared"],
-        "kd_weight": float(get["kd_weight"]),
-        "ce_weight": float(get["ce_weight"]),
-        "z_loss_weight": float(get["z_loss_weight"]),
-        "label_smoothing": float(get["label_smoothing"]),
+        "kd_weight": symbols.as_float(get["kd_weight"]),
+        "ce_weight": symbols.as_float(get["ce_weight"]),
+        "z_loss_weight": symbols.as_float(get["z_loss_weight"]),
+        "label_smoothing": symbols.as_float(get["label_smoothing"]),
         "ignore_index": get["ignore_index"],
         "student_softcap": checks.softcap("student_softcap", get["student_softcap"]),
         "stats": get["return_stats"],
@@ -701,16 +701,22 @@ def _check_options(owner: str, options: dict[str, Any], defaults: dict[str, Any]
     if sparse:
         objective["tail"] = get["tail"]
         # Where the divergence is finite without it an empty tail is none. topk_launch puts the default in.
-        floored = get["tail"] in ("bucket", "uniform") and not reference.topk.defined_without_teacher(
-            resolved.name, param0, param1
-        )
-        objective["min_tail"] = float(get["min_tail"] or 0.0) if floored else 0.0
+        floored = get["tail"] in ("bucket", "uniform") and not _defined_without_teacher(resolved)
+        objective["min_tail"] = symbols.as_float(get["min_tail"]) if floored and get["min_tail"] is not None else 0.0
         objective["tail_rounding"] = 1.0 if floored and get["min_tail"] is None else 0.0
     else:
         objective["teacher_form"] = get["teacher_form"]
         objective["teacher_softcap"] = checks.softcap("teacher_softcap", get["teacher_softcap"])
         objective["standardize"] = get["standardize"]
     return Settings(get, resolved, not any(isinstance(value, Tensor) for value in get.values()), objective)
+
+
+def _defined_without_teacher(divergence: Divergence) -> bool:
+    """Whether the divergence is finite where the teacher's probability is 0."""
+    # Homogeneous ones are whatever their parameter, which may be a symbol.
+    return divergence.name in reference.topk.HOMOGENEOUS or reference.topk.defined_without_teacher(
+        divergence.name, *divergence.params()
+    )
 
 
 def _check_tail(get: dict[str, Any], divergence: Divergence) -> None:
@@ -720,9 +726,7 @@ def _check_tail(get: dict[str, Any], divergence: Divergence) -> None:
         checks.number("min_tail", get["min_tail"], low=0.0, high=1.0)
         if tail not in ("bucket", "uniform"):
             raise ValueError(f"min_tail has no meaning with tail {tail!r}, only with 'bucket' and 'uniform'")
-    if tail in ("renormalize", "drop") and not reference.topk.defined_without_teacher(
-        divergence.name, *divergence.params()
-    ):
+    if tail in ("renormalize", "drop") and not _defined_without_teacher(divergence):
         raise ValueError(
             f"tail {tail!r} gives the teacher probability 0 outside its entries, where divergence {divergence.name!r}, "
             f"{divergence.formula}, is infinite; use tail 'bucket', 'uniform' or 'renormalize_both'"
@@ -761,8 +765,14 @@ class _Plan(NamedTuple):
             row_weight=weight if isinstance(weight, Tensor) else None,
             normalizer=self.normalizer,
             dtype=checks.sum_dtype(self.student),
+            device=self.student.device,
         )
-        return (scale if weight is None or isinstance(weight, Tensor) else scale * weight), rows
+        if weight is None or isinstance(weight, Tensor):
+            return scale, rows
+        if not symbols.is_symbol(weight):
+            return scale * weight, rows
+        factor = symbols.as_tensor(weight, checks.sum_dtype(self.student), self.student.device)
+        return scale, factor.expand(_num_rows(self.student)) if rows is None else rows * factor
 
     def result(self, loss: Tensor, stats: Optional[Tensor], kind: Any) -> Any:
         """The loss, with the columns of ``stats`` as a named tuple of type ``kind`` where they were asked for."""
@@ -782,8 +792,9 @@ class _Plan(NamedTuple):
             loss, stats = run_reference(launch, _flat(self.student)[0], _flat(*teachers))
             return self.reduced(loss), stats
         per_row = self.options["reduction"] == "none"
+        # An exported program is its ops and no more: none of them could hand out what forward leaves for backward.
         with_grad = torch.is_grad_enabled() and (self.student.requires_grad or dual is not None)
-        if with_grad:
+        if with_grad and not torch.compiler.is_exporting():
             result = RowLoss.apply(
                 self.student,
                 teachers[0] if teachers else None,
@@ -795,7 +806,7 @@ class _Plan(NamedTuple):
             )
             loss, stats = result if isinstance(result, tuple) else (result, None)
         else:
-            loss, stats = run(launch, self.student.detach(), teachers, None)
+            loss, stats = run(launch, self.student.detach(), tuple(item.detach() for item in teachers), None)
             loss = loss if per_row else loss.sum()
         return (loss.reshape(self.student.shape[:-1]) if per_row else loss), stats
 
@@ -849,7 +860,8 @@ def _know_call(key: Any, call: _Call, *, plain: bool) -> _KnownCall:
     bare = launch._replace(sparse_teacher=()) if plain else None
     summed = None if key is None else _summed_call(call)
     known = _KnownCall(plan, launch.backend, bare, summed)
-    _remember(_known_calls, key, known)
+    if key is not None:
+        _remember(_known_calls, key, known)
     return known
 
 
@@ -1090,9 +1102,11 @@ def _mixture_weights(weights: Any, mixture: str, count: int, student: Tensor, *,
         weights = [1.0 / count] * count
     dtype = checks.sum_dtype(student)
     if not isinstance(weights, Tensor):
-        weights = torch.tensor(
-            [checks.number("teacher_weights", w, low=0.0) for w in weights], dtype=dtype, device=student.device
-        )
+        numbers = [checks.number("teacher_weights", w, low=0.0) for w in weights]
+        if any(symbols.is_symbol(w) for w in numbers):
+            weights = torch.stack([symbols.as_tensor(w, dtype, student.device) for w in numbers])
+        else:
+            weights = torch.tensor(numbers, dtype=dtype, device=student.device)
     if weights.shape[-1:] != (count,) or weights.shape[:-1] not in ((), student.shape[:-1]):
         raise ValueError(
             f"teacher_weights must have shape ({count},) or {(*student.shape[:-1], count)}, got {tuple(weights.shape)}"
@@ -1122,11 +1136,12 @@ def _row_tensors(student: Any, teacher: Any) -> tuple[Optional[Tensor], Optional
 
 
 def _number(value: Any) -> float:
-    return 1.0 if isinstance(value, Tensor) else float(value)
+    return 1.0 if isinstance(value, Tensor) else symbols.as_float(value)
 
 
 def _num_rows(student: Tensor) -> int:
-    return student.shape[:-1].numel()
+    # Not Size.numel(), which would pin symbols to the sizes of the moment.
+    return math.prod(student.shape[:-1])
 
 
 def _flat(*tensors: Tensor) -> list[Tensor]:

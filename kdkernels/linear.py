@@ -291,7 +291,7 @@ def _check_chunk_bytes(value: Optional[int]) -> None:
 
 def _autocast_dtype(hidden: Any) -> Optional[torch.dtype]:
     """The dtype that autocast, where it is on, wants of the operands of a product; it leaves fp64 alone."""
-    if not isinstance(hidden, Tensor) or hidden.dtype == torch.float64 or hidden.device.type == "meta":
+    if not isinstance(hidden, Tensor) or hidden.dtype == torch.float64 or hidden.is_meta:
         return None
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -335,6 +335,7 @@ def _result(
     checks.reverse_mode_only(call.launch.backend, *inputs)
     transformed = call.launch.backend == "torch" and _is_transformed(inputs)
     needs_grad = torch.is_grad_enabled() and any(item.requires_grad for item in inputs)
+    needs_grad = needs_grad and not torch.compiler.is_exporting()  # as functional._Plan.launch
     checks.linear_mode_allowed(
         plan.options["reduction"], needs_grad, call.teacher_logits is not None, call.sparse_grad, transformed
     )

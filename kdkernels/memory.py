@@ -20,6 +20,7 @@ which sharded training frees its own buffers, raise "not resizable"; set ``grad`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,7 +54,7 @@ def empty_like(logits: Tensor) -> Tensor:
 
 def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype, use: str) -> Tensor:
     """An uninitialised contiguous tensor on the device of ``like``; a large one is in memory kept for this use."""
-    if _keeps(like, torch.Size(shape).numel() * dtype.itemsize):
+    if _keeps(like, math.prod(shape) * dtype.itemsize):
         return torch.ops.kdkernels.kept_empty(shape, dtype, use)
     return torch.empty(shape, dtype=dtype, device=like.device)
 

@@ -10,11 +10,14 @@ Tensors of logits are ``[B, L, V]`` views (rows ``i = b * L + l``), so that ``lo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
+
+from kdkernels import symbols
 
 NAMESPACE = "kdkernels"
 PATTERN_BACKENDS = ("cpu", "cuda", "triton")
@@ -208,7 +211,19 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "topk_loss": _summed_fake,
 }
 
-torch.library.register_fake(f"{NAMESPACE}::bf16_product", _none_fake, lib=_library)
+# Without tensors of their own, or with an answer that only values can give; there, all is taken for sound.
+_VALUE_FAKES: dict[str, Callable[..., Any]] = {
+    "kept_empty": lambda shape, dtype, use: torch.empty(shape, dtype=dtype),
+    "kept_blocks": lambda use: [],
+    "kept_release": _none_fake,
+    "poison_memory": _none_fake,
+    "has_bf16_product": lambda: False,  # that of torch has the same shape
+    "bf16_product": _none_fake,
+    "labels_are_sound": lambda *args: True,
+    "sparse_teacher_is_sound": lambda *args: True,
+}
+for _name, _fake in _VALUE_FAKES.items():
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
 
 for _backend in PATTERN_BACKENDS:
     for _pattern, _schema in {**SCHEMAS, **(SUMMED_SCHEMAS if _backend == "cpu" else {})}.items():
@@ -232,20 +247,84 @@ for _pattern, _teacher in LINEAR_TEACHERS.items():
     )
 
 
+# The patterns once more, for graphs in which one of their numbers is a symbol: all floats of an op are the elements of
+# one tensor, in the order of its schema, and the backend is an argument.
+_FLOAT = re.compile(r"float (\w+)(?:, )?")
+_floats: dict[str, list[str]] = {}  # by pattern, with "linear_" before it for the loops
+
+
+def _define_numbers(pattern: str, schema: str, fake: Callable[..., Any]) -> None:
+    _floats[pattern] = _FLOAT.findall(schema)
+    schema = _FLOAT.sub("", schema).replace(", )", ")")
+    backend = "" if " str backend" in schema else "str backend, "
+    schema = schema.replace(" *, ", f" Tensor numbers, *, {backend}")
+    _library.define(f"{pattern}_numbers{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"{NAMESPACE}::{pattern}_numbers", fake, lib=_library)
+
+    def impl(*operands: Any, backend: str, **options: Any) -> Any:
+        *tensors, numbers = operands
+        options.update(zip(_floats[pattern], numbers.tolist(), strict=True))
+        if pattern.startswith("linear_"):
+            return linear_op(pattern)(*tensors, backend=backend, **options)
+        return op(pattern, backend)(*tensors, **options)
+
+    implement(f"{pattern}_numbers", impl)
+
+
 def implement(name: str, function: Callable[..., Any]) -> None:
     """Enter an implementation in Python that calls other ops."""
     _library.impl(name, function, "CompositeExplicitAutograd")
 
 
+def call(pattern: str, backend: str, operands: Sequence[Any], options: dict[str, Any]) -> Any:
+    """Call ``<pattern>_<backend>``."""
+    if torch.compiler.is_dynamo_compiling() and _has_symbols(pattern, options):
+        return _call_with_numbers(pattern, operands, {**options, "backend": backend})
+    return op(pattern, backend)(*operands, **options)
+
+
+def call_linear(pattern: str, operands: Sequence[Any], options: dict[str, Any]) -> Any:
+    """Call ``linear_<pattern>``; the backend is among the options."""
+    pattern = f"linear_{pattern}"
+    if torch.compiler.is_dynamo_compiling() and _has_symbols(pattern, options):
+        return _call_with_numbers(pattern, operands, options)
+    return linear_op(pattern)(*operands, **options)
+
+
+def _has_symbols(pattern: str, options: dict[str, Any]) -> bool:
+    return any(symbols.is_symbol(options[name]) for name in _floats[pattern])
+
+
+def _call_with_numbers(pattern: str, operands: Sequence[Any], options: dict[str, Any]) -> Any:
+    names = _floats[pattern]
+    numbers = symbols.packed([options[name] for name in names])
+    others = {name: value for name, value in options.items() if name not in names}
+    return getattr(getattr(torch.ops, NAMESPACE), f"{pattern}_numbers").default(*operands, numbers, **others)
+
+
+def linear_op(name: str) -> torch._ops.OpOverload:
+    """The overload of a loop, ``linear_dense_fwd`` or ``linear_topk_fwd``."""
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
 def op(pattern: str, backend: str) -> torch._ops.OpOverload:
     """The overload ``torch.ops.kdkernels.<pattern>_<backend>.default``."""
+    # A graph that looked into the memory would be made again whenever another call adds to it; and torch 2.10 refuses
+    # to write to it from within an autograd function.
+    if torch.compiler.is_dynamo_compiling():
+        return getattr(getattr(torch.ops, NAMESPACE), f"{pattern}_{backend}").default
     found = _overloads.get((pattern, backend))
     if found is None:
         found = getattr(getattr(torch.ops, NAMESPACE), f"{pattern}_{backend}").default
-        # A graph of torch 2.10 may not write outside the autograd function that it traces.
-        if not torch.compiler.is_dynamo_compiling():
-            _overloads[pattern, backend] = found
+        _overloads[pattern, backend] = found
     return found
 
 
 _overloads: dict[tuple[str, str], torch._ops.OpOverload] = {}
+
+for _pattern, _schema in SCHEMAS.items():
+    if _FLOAT.search(_schema):
+        _define_numbers(_pattern, _schema, _FAKES[_pattern])
+for _pattern in LINEAR_TEACHERS:
+    _schema = str(linear_op(f"linear_{_pattern}")._schema).partition(f"linear_{_pattern}")[2]
+    _define_numbers(f"linear_{_pattern}", _schema, _linear_fake(STATS if _pattern == "dense_fwd" else TOPK_STATS))

@@ -7,6 +7,8 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
+from kdkernels import symbols
+
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
 
@@ -20,6 +22,7 @@ def row_weights(
     row_weight: Optional[Tensor],
     normalizer: Optional[Union[int, float, Tensor]],
     dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[float, Optional[Tensor]]:
     """Return ``(scale, weight)`` such that the reduced loss is ``sum_i scale * weight_i * loss_i``.
 
@@ -29,28 +32,33 @@ def row_weights(
         labels: ``[N]`` or None; rows equal to ``ignore_index`` do not count (the kernels drop them).
         row_weight: ``[N]`` in ``dtype`` or None.
         normalizer: replaces the denominator of "mean"; divides the "sum".
-        dtype: of the weights, the dtype in which sums are made.
+        dtype: of the weights, the dtype in which sums are made. device: theirs.
 
     Returns:
-        A Python float, and None or a tensor ``[N]`` that may have stride 0.
+        A Python float, and None or a tensor ``[N]`` that may have stride 0. The float is never a symbol: what a
+        compiler knows by one is in the tensor.
     """
     scale = 1.0
     divisor: Optional[Tensor] = None
     if normalizer is not None:
         if isinstance(normalizer, Tensor):
             divisor = normalizer.to(dtype).reshape(())
+        elif symbols.is_symbol(normalizer):
+            divisor = symbols.as_tensor(normalizer, dtype, device)
         else:
             scale = 1.0 / float(normalizer)
-    elif reduction == "batchmean":
-        scale = 1.0 / max(batch_size, 1)
-    elif reduction == "mean":
-        if labels is None:
-            scale = 1.0 / max(num_rows, 1)
+    elif reduction in ("mean", "batchmean"):
+        if reduction == "batchmean" or labels is None:
+            number = batch_size if reduction == "batchmean" else num_rows
+            if symbols.is_symbol(number):
+                divisor = symbols.as_tensor(number, dtype, device).clamp(min=1)
+            else:
+                scale = 1.0 / max(number, 1)
         else:
             # No counted row gives a loss of 0, not 0/0. On a CPU the number is there at once, and one number is less
             # work than a weight for every row.
             count = (labels != ignore_index).sum()
-            if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            if labels.device.type == "cpu" and not torch.compiler.is_compiling() and symbols.has_values(labels):
                 scale = 1.0 / max(int(count), 1)
             else:
                 divisor = count.clamp(min=1).to(dtype)

@@ -572,11 +572,15 @@ def test_a_label_out_of_range_is_no_label_when_it_is_ignored(backend):
 
 
 def test_values_on_a_gpu_are_read_in_debug_mode_only(monkeypatch):
-    """Reading them waits for the device. A tensor on the meta device stands for one on a GPU: it has no values."""
-    there = torch.empty(3, device="meta")
+    """Reading them waits for the device. A tensor on the meta device has none to read, whoever asks."""
+
+    class OnGPU(torch.Tensor):
+        device = torch.device("cuda")
+
+    there, nowhere = torch.empty(3).as_subclass(OnGPU), torch.empty(3, device="meta")
     assert checks.reads_values(torch.empty(3)) and not checks.reads_values(there)
     monkeypatch.setenv("KDKERNELS_DEBUG", "1")
-    assert checks.reads_values(there)
+    assert checks.reads_values(there) and not checks.reads_values(nowhere)
 
 
 def test_options_that_were_accepted_once_are_still_checked():

@@ -265,10 +265,18 @@ double sum_of(const C* e, int64_t slots) {
   return total;
 }
 
-// Sum of n logits, each less top: of logits with a large offset in common it keeps what a sum of them would lose.
-template <class X, class C = typename Io<X>::C>
-double sum_above(const X* s, int64_t n, C top) {
+// The logit that exponentials are relative to.
+template <class C>
+double logit_of(const Affine<C>& affine) {
+  return affine.reference() / double(affine.c);
+}
+
+// Sum of n logits, each less a reference: of logits with a large offset in common it keeps what a sum would lose.
+template <class X>
+double sum_above(const X* s, int64_t n, double reference) {
+  using C = typename Io<X>::C;
   constexpr int64_t block = Io<X>::kBlock;
+  const C top = C(reference);
   double total = 0;
   int64_t j = 0;
   while (j + block <= n) {
@@ -283,7 +291,22 @@ double sum_above(const X* s, int64_t n, C top) {
     total += horizontal_sum<C>((sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
   for (; j < n; ++j) total += double(to_compute(s[j])) - double(top);
-  return total;
+  return total + double(n) * (double(top) - reference);
+}
+
+// A sum of exponentials outside the entries from which on their reference, that of the first elements, was too far
+// below some of them: an exponent of 14 has an error of 5e-7.
+constexpr double kFar = 0x1p14;
+
+// As sweep_student; from the row's maximum where that is asked for.
+template <bool KEEP_X, class X, class C, class Waiting = const NothingPending>
+double sweep_student_from(const Row<X>& row, int64_t n, double scale, bool from_maximum, Affine<C>& as, C* es, C* xs,
+                          Waiting& pending = kNothingPending) {
+  if (!from_maximum) return sweep_student<KEEP_X>(row, n, scale, as, es, xs, pending);
+  as = affine<C>(scale, maximum(row.s, n));
+  double z = 0;
+  for (int64_t tile = 0; tile < row.tiles(); ++tile) z += student_exponentials<KEEP_X>(row, tile, as, es, xs);
+  return z;
 }
 
 // Calls visit(slot) for the slots of a row that hold no element.
@@ -430,79 +453,82 @@ RowResult SparseRows<X>::add(const RowNumbers& num, int64_t index, const X* s, i
 
   const bool swept = !restricted || wants_ce;
   Affine<C> as = affine<C>(num.student_scale, 0);
-  double z = 0;
-  if (swept) {
-    z = pointwise ? sweep_student<true>(row, n, num.student_scale, as, es, xs, pending)
-                  : sweep_student<false>(row, n, num.student_scale, as, es, xs, pending);
-  }
-  double above_outside = 0;  // sum of the logits outside, each less the reference
-  if (summed) {
-    above_outside = sum_above(s, n, as.m);
-    for (int64_t k = 0; k < count; ++k) above_outside -= double(to_compute(s[entries.ids[size_t(k)]])) - double(as.m);
-    if (!std::isfinite(above_outside)) {
-      // Those outside may be finite all the same.
-      summed = false;
-      pointwise = true;
-      z = sweep_student<true>(row, n, num.student_scale, as, es, xs, pending);
-    }
-  }
-
-  // The student on the entries: e^x in double, and the sum of what stands for them in the scratch.
+  double z = 0, z_entries = 0, z_outside = 0;
   int64_t* const at = entries.slots.data();
-  for (int64_t k = 0; k < count; ++k) {
-    const int64_t id = entries.ids[size_t(k)];
-    at[k] = row.slot(id);
-    logq[k] = kLn2 * as.scalar(to_compute(s[id]));
-  }
-  double z_entries = Entries::exponentials(logq, q, count), z_outside = 0, log_z = 0;
-  Affine<C> a1 = as;
-  double z1 = own ? sweep_student<false>(row, n, kLog2e, a1, e1, e1) : z;
-  // The label: its exponential at temperature 1 in double, and that of all others, which cross entropy of a sure row
-  // is made of.
-  const bool has_label = num.ce != 0 && label >= 0 && label < n;
-  const int64_t label_slot = has_label ? row.slot(label) : 0;
-  const double picked = has_label ? double(to_compute(s[label])) : std::numeric_limits<double>::quiet_NaN();
-  const double e_label = has_label ? std::exp2(a1.scalar(picked)) : 0;
-  const auto begin_of_ids = entries.ids.begin();
-  const int64_t label_entry = has_label ? std::find(begin_of_ids, begin_of_ids + count, label) - begin_of_ids : count;
-  // The sum in a scratch of all but the label, where it is all but the label's exponential.
-  const auto without_label = [&](C* e, double sum) {
-    const C held = e[label_slot];
-    double others = sum - double(held);
-    if (others > 0.5 * sum || std::isnan(sum)) return others;
-    e[label_slot] = C(0);
-    others = sum_of(e, slots);
-    e[label_slot] = held;
-    return others;
+  for (int64_t k = 0; k < count; ++k) at[k] = row.slot(entries.ids[size_t(k)]);
+  const auto without_entries = [&] {
+    for (int64_t k = 0; k < count; ++k) es[at[k]] = C(0);
+    return sum_of(es, slots);
   };
-  if (swept) {
-    const auto without_entries = [&] {
-      for (int64_t k = 0; k < count; ++k) es[at[k]] = C(0);
-      return sum_of(es, slots);
-    };
+  // The student's exponentials: those of all columns in the scratch, of the entries in double, and the sum outside
+  // them.
+  const auto sweep = [&](bool from_maximum) {
+    if (swept) {
+      z = pointwise ? sweep_student_from<true>(row, n, num.student_scale, from_maximum, as, es, xs, pending)
+                    : sweep_student_from<false>(row, n, num.student_scale, from_maximum, as, es, xs, pending);
+    }
+    for (int64_t k = 0; k < count; ++k) logq[k] = kLn2 * as.scalar(to_compute(s[entries.ids[size_t(k)]]));
+    z_entries = Entries::exponentials(logq, q, count);
+    if (!swept) return;
     for (int64_t k = 0; k < count; ++k) value[k] = double(es[at[k]]);
     const double in_scratch = sum_of_doubles(value, count);
     // Where the entries hold most of the mass, subtracting them would cancel.
     z_outside = count == 0 || std::isnan(z) ? z : z - in_scratch;
     if (count > 0 && !(z_outside > 0.5 * z) && !std::isnan(z)) z_outside = without_entries();
-    if (has_label && !own && label_entry == count) {
-      double others = z_outside - double(es[label_slot]);
-      if (!(others > 0.5 * z_outside) && !std::isnan(z)) others = without_label(es, without_entries());
-      z_outside = others + e_label;
+  };
+  sweep(false);
+  if (z_outside > kFar) sweep(true);
+  double above_outside = 0;  // sum of the logits outside, each less the reference
+  if (summed) {
+    const double reference = logit_of(as);
+    above_outside = sum_above(s, n, reference);
+    for (int64_t k = 0; k < count; ++k) above_outside -= double(to_compute(s[entries.ids[size_t(k)]])) - reference;
+    if (!std::isfinite(above_outside)) {
+      // Those outside may be finite all the same.
+      summed = false;
+      pointwise = true;
+      sweep(true);
     }
+  }
+
+  // The label: its exponential at temperature 1 in double, and that of all others, which cross entropy of a sure row
+  // is made of.
+  const bool has_label = num.ce != 0 && label >= 0 && label < n;
+  const int64_t label_slot = has_label ? row.slot(label) : 0;
+  const double picked = has_label ? double(to_compute(s[label])) : std::numeric_limits<double>::quiet_NaN();
+  const auto begin_of_ids = entries.ids.begin();
+  const int64_t label_entry = has_label ? std::find(begin_of_ids, begin_of_ids + count, label) - begin_of_ids : count;
+  // The sum in a scratch, which it is all but for the label.
+  const auto without_label = [&](C* e, double sum, auto sum_again) {
+    const C held = e[label_slot];
+    double others = sum - double(held);
+    if (others > 0.5 * sum || std::isnan(sum)) return others;
+    e[label_slot] = C(0);
+    others = sum_again();
+    e[label_slot] = held;
+    return others;
+  };
+  Affine<C> a1 = as;
+  double others1 = 0, e_label = has_label ? std::exp2(as.scalar(picked)) : 0;
+  if (own) {
+    for (bool from_maximum = false;; from_maximum = true) {
+      const double z1 = sweep_student_from<false>(row, n, kLog2e, from_maximum, a1, e1, e1);
+      others1 = has_label ? without_label(e1, z1, [&] { return sum_of(e1, slots); }) : z1;
+      if (from_maximum || !(others1 > kFar)) break;
+    }
+    if (has_label) e_label = std::exp2(a1.scalar(picked));
+  } else if (has_label && label_entry == count) {
+    z_outside = without_label(es, z_outside, without_entries) + e_label;
+  }
+  double log_z = 0;
+  if (swept) {
     z = z_outside + z_entries;
     log_z = std::log(z);
   }
-  double others1 = z - e_label;
-  if (own) {
-    others1 = has_label ? without_label(e1, z1) : z1;
-    z1 = others1 + e_label;
-  } else {
-    z1 = z;
-  }
+  if (!own) others1 = z - e_label;
+  const double z1 = own ? others1 + e_label : z;
   // All that is at temperature 1 is relative to the reference: of logits of 1e5 their logarithm would keep two digits.
-  const double top = double(a1.m), below = kLn2 * (double(a1.c) * top - a1.reference());
-  const double lse_above = std::log(z1) - below, lse = top + lse_above;
+  const double top = logit_of(a1), lse_above = wants_ce ? std::log(z1) : 0, lse = top + lse_above;
   const double student_mass = swept ? z_entries / z : 0;
   // Functors may take what is NaN for 0.
   bool nan = entries.invalid || std::isnan(z) || std::isnan(given_mass) || std::isnan(log_rest);
@@ -567,8 +593,7 @@ RowResult SparseRows<X>::add(const RowNumbers& num, int64_t index, const X* s, i
     score_sum += score_outside;
   } else if (summed && outside.each > 0) {
     const double others = double(outcomes_outside);
-    const double log_q_at = kLn2 * (double(as.c) * double(as.m) - as.reference()) - log_z;
-    const double log_q_sum = kLn2 * double(as.c) * above_outside + others * log_q_at;
+    const double log_q_sum = kLn2 * double(as.c) * above_outside - others * log_z;
     d += outside.each * (linear.c_pp * others * outside.log_each + linear.c_pq * log_q_sum);
     score_outside = others * linear.c_pq * outside.each;
     score_sum += score_outside;
@@ -599,7 +624,7 @@ RowResult SparseRows<X>::add(const RowNumbers& num, int64_t index, const X* s, i
       const double smoothing = args.label_smoothing;
       const double hard_label = e_label > others1 ? std::log1p(others1 / e_label) : lse_above - (picked - top);
       if (smoothing != 1) cross_entropy = (1 - smoothing) * hard_label;
-      if (smoothing != 0) cross_entropy += smoothing * (lse_above - sum_above(s, n, a1.m) / double(n));
+      if (smoothing != 0) cross_entropy += smoothing * (lse_above - sum_above(s, n, top) / double(n));
       if (cross_entropy < 0) cross_entropy = 0;  // by rounding
       result.loss += num.ce * cross_entropy;
       c0 = -num.weight * num.ce * args.label_smoothing / double(n);

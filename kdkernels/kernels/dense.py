@@ -65,6 +65,10 @@ from kdkernels.kernels.terms import (
 )
 
 
+# Of the teacher's forms those that are probabilities. They need not sum to 1: a row is divided by its sum.
+PROBS_FORMS = ("probs", "unnormalized_probs")
+
+
 @triton.jit
 def mixed_softmax(teachers, weights, norms, offs_v, V, load_width, softcap, TEACHER_PROBS: tl.constexpr):
     """p and log2 p of one tile of a mixture of probabilities."""
@@ -328,6 +332,12 @@ def dense_fwd_kernel(
         for _k in tl.static_range(len(teachers) - 1):
             teacher_scales = teacher_scales + (LOG2E * unit_t,)
     student_scale = LOG2E * unit_s
+    # Of the sums over logits; without the teacher's logarithms the student's temperature is the better one.
+    unit = unit_t
+    if LINEAR:
+        if COEFFICIENTS[0] == 0 and COEFFICIENTS[2] == 0:
+            unit = unit_s
+            ratio = 1.0
 
     # What p sums to: the weights of a mixture are taken as they are.
     mass = 1.0
@@ -400,10 +410,10 @@ def dense_fwd_kernel(
         excess_z *= inverse_zt
         if BOTH:
             mean_p = both_mean(COEFFICIENTS, mean_p, mean_q, excess_z)
-            divergence = mean_p * unit_t + (COEFFICIENTS[1] + COEFFICIENTS[3]) * log_zt_zs
+            divergence = mean_p * unit + (COEFFICIENTS[1] + COEFFICIENTS[3]) * log_zt_zs
             mean_q *= COEFFICIENTS[2]
         else:
-            divergence = linear_value(COEFFICIENTS, (mean_p + mean_q) * unit_t, norm[4], log_zt_zs)
+            divergence = linear_value(COEFFICIENTS, (mean_p + mean_q) * unit, norm[4], student_norm[4], log_zt_zs)
 
     offs_tile = tile_offsets(TILE)
     num_tiles = tl.cdiv(V, BLOCK_V)
@@ -512,7 +522,7 @@ def dense_fwd_kernel(
                 if Q_TERMS:
                     # The normalisers cancel: what is left of a logarithm is as small as the rows are near.
                     log_mix = mix_logs(COEFFICIENTS[2], dt, COEFFICIENTS[3], ds, ratio) - mean_q
-                    g += mul0(es, log_mix * (g_scale * unit_t * inverse_zs))
+                    g += mul0(es, log_mix * (g_scale * unit * inverse_zs))
             elif SCORE_SUM_KNOWN:
                 g = (g_scale * COEFFICIENTS[1]) * (et - es * inverse_zs * mass)
             else:
@@ -555,12 +565,17 @@ def dense_fwd_kernel(
         store_stats(stats_ptr + row64 * NUM_STATS, divergence, ce, lse, stats, log_zt, not MIX_PROBS)
 
 
+def linear_in_p(entry: divergences.TritonDivergence) -> bool:
+    """Whether a divergence is linear in the logarithms and has no term weighed by q."""
+    return entry.linear is not None and entry.linear[2:] == (0, 0)
+
+
 def _resident_load(entry: divergences.TritonDivergence, plain: bool, stats: bool) -> int:
     """How much the cluster kernel keeps alive: exponentials, those and scores, or more."""
     if stats:
         return tuning.STATISTICS
     if plain and entry.linear is not None:
-        return tuning.LIGHT if entry.linear[2:] == (0, 0) else tuning.MEDIUM
+        return tuning.LIGHT if linear_in_p(entry) else tuning.MEDIUM
     return tuning.MEDIUM if plain and entry.total else tuning.HEAVY
 
 
@@ -617,7 +632,8 @@ def dense_fwd(
     teacher, teacher1, teacher2, teacher3 = (*teachers, None, None, None)[:4]
     mix_probs = len(teachers) > 1 and mixture == "probs"
     itemsize = max(x.element_size() for x in (student, *teachers))
-    extras = ce_weight or z_loss_weight or student_softcap or teacher_softcap or teacher_form == "probs" or stats
+    probs = teacher_form in PROBS_FORMS
+    extras = ce_weight or z_loss_weight or student_softcap or teacher_softcap or probs or stats
     plain = not extras and not standardize
     light = plain and entry.linear is not None
     load = tuning.HEAVY if stats or mix_probs else tuning.LIGHT if light else tuning.MEDIUM
@@ -629,6 +645,8 @@ def dense_fwd(
         resident_load=resident_load,
         arch=tuning.architecture(student.device),
     )
+    # Two blocks of 256 threads fit on a multiprocessor at 128 registers; the compiler would take some more, without need.
+    fits_twice = resident_load == tuning.HEAVY and linear_in_p(entry) and not student_softcap
     width = student.shape[-1]
     stride_sb, stride_sl = row_strides(student)
     stride_tb, stride_tl = row_strides(teacher)
@@ -667,7 +685,7 @@ def dense_fwd(
         "z_loss_weight": z_loss_weight or None,
         "label_smoothing": (label_smoothing or None) if ce_weight else None,
         "student_softcap": student_softcap or None,
-        "teacher_softcap": (teacher_softcap or None) if teacher_form != "probs" else None,
+        "teacher_softcap": None if probs else teacher_softcap or None,
         "param0": param0,
         "param1": param1,
         "COEFFICIENTS": entry.linear,
@@ -675,7 +693,7 @@ def dense_fwd(
         "SCORE": entry.score,
         "TOTAL": entry.total,
         "SCALABLE": entry.scalable,
-        "TEACHER_PROBS": teacher_form == "probs",
+        "TEACHER_PROBS": probs,
         # Equal logits must give exactly 0: a product fused into one of two equal terms would leave its rounding.
         "enable_fp_fusion": False,
     }
@@ -691,6 +709,7 @@ def dense_fwd(
                 TILE=plan.TILE,
                 num_warps=plan.num_warps,
                 num_ctas=plan.num_ctas,
+                maxnreg=128 if fits_twice else None,
             )
             return
         dense_fwd_kernel[(rows,)](

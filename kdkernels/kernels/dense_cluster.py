@@ -130,6 +130,16 @@ def reduce_sums(lanes):
 
 
 @triton.jit
+def plus(k: tl.constexpr, total, x):
+    """total + x, and x alone in the first piece: adding it to 0 is an instruction too."""
+    if k == 0:
+        total = x
+    else:
+        total += x
+    return total
+
+
+@triton.jit
 def load_pieces(row_ptr, offs_v, V, load_width, softcap, PROBS: tl.constexpr, PIECES: tl.constexpr):
     """A row as PIECES tensors [LANES, VEC] in its own dtype (fp32 with a softcap, or of probabilities' logarithms).
 
@@ -293,6 +303,12 @@ def dense_cluster_fwd_kernel(
     unit_s, unit_t, ratio = temper(temperature, teacher_temperature)
     scale_s = LOG2E * unit_s
     scale_t = LOG2E * unit_t
+    # Of the sums over logits; without the teacher's logarithms the student's temperature is the better one.
+    unit = unit_t
+    if LINEAR:
+        if COEFFICIENTS[0] == 0 and COEFFICIENTS[2] == 0:
+            unit = unit_s
+            ratio = 1.0
     zeros = tl.zeros([LANES, VEC], tl.float32)
     zs = zeros
     zt = zeros
@@ -309,23 +325,23 @@ def dense_cluster_fwd_kernel(
         if TEACHER:
             dt = widen(teacher[k]) - top_t
             et = fast_exp2(dt * scale_t)
-            zt += et
+            zt = plus(k, zt, et)
             exps_t = exps_t + (et,)
         # A term of weight 0 counts 0 also where its logarithm is infinite.
         if BOTH:
             excess = es - et
             x = mix_logs(C_P, dt, C_Q, ds, ratio)
-            zs += excess
+            zs = plus(k, zs, excess)
             sum_p = add_product(sum_p, excess, x)
             sum_q = add_product(sum_q, es, x)
         else:
-            zs += es
+            zs = plus(k, zs, es)
             if P_TERMS:
                 sum_p = add_product(sum_p, et, mix_logs(COEFFICIENTS[0], dt, COEFFICIENTS[1], ds, ratio))
             if Q_TERMS:
                 sum_q = add_product(sum_q, es, mix_logs(C_P, dt, C_Q, ds, ratio))
         if HARD:
-            zh += fast_exp2(ds * LOG2E)
+            zh = plus(k, zh, fast_exp2(ds * LOG2E))
         if SMOOTH:
             if k < PIECES - 1:
                 centered += widen(student[k]) - center
@@ -383,10 +399,10 @@ def dense_cluster_fwd_kernel(
             mean_q = sums[AFTER_P] * inverse_zs
         if BOTH:
             mean_p = both_mean(COEFFICIENTS, mean_p, mean_q, excess_z * inverse_zt)
-            divergence = mean_p * unit_t + (COEFFICIENTS[1] + COEFFICIENTS[3]) * log_zt_zs
+            divergence = mean_p * unit + (COEFFICIENTS[1] + COEFFICIENTS[3]) * log_zt_zs
             mean_q *= COEFFICIENTS[2]
         else:
-            divergence = linear_value(COEFFICIENTS, (mean_p + mean_q) * unit_t, total_t, log_zt_zs)
+            divergence = linear_value(COEFFICIENTS, (mean_p + mean_q) * unit, total_t, total_s, log_zt_zs)
 
     score_sum = 0.0
     scores = ()
@@ -420,20 +436,20 @@ def dense_cluster_fwd_kernel(
                     p, lp, q, lq = exps_t[k], logp, exps_s[k] * factor_q, logq
                 else:
                     p, lp, q, lq = exps_t[k] * inverse_zt, logp - log_zt, exps_s[k] * factor_q, logq - log_zt
-                value += value_of(p, lp, q, lq, param0, param1, COEFFICIENTS, VALUE, TOTAL)
+                value = plus(k, value, value_of(p, lp, q, lq, param0, param1, COEFFICIENTS, VALUE, TOTAL))
                 if GRAD and KD:
                     score = score_of(p, lp, q, lq, param0, param1, COEFFICIENTS, SCORE, TOTAL)
-                    score_total += score
+                    score_total = plus(k, score_total, score)
                     scores = scores + (score,)
             if STATS:
                 new_forward, new_reverse, new_entropy_p, new_entropy_q, new_overlap = statistics_of(
                     exps_t[k] * inverse_zt, logp, exps_s[k] * inverse_zs, logq
                 )
-                forward += new_forward
-                reverse += new_reverse
-                entropy_p += new_entropy_p
-                entropy_q += new_entropy_q
-                overlap += new_overlap
+                forward = plus(k, forward, new_forward)
+                reverse = plus(k, reverse, new_reverse)
+                entropy_p = plus(k, entropy_p, new_entropy_p)
+                entropy_q = plus(k, entropy_q, new_entropy_q)
+                overlap = plus(k, overlap, new_overlap)
                 at_s = tl.minimum(at_s, tl.where(ds == 0, offs_v + k * STEP, NOWHERE))
                 at_t = tl.minimum(at_t, tl.where(dt == 0, offs_v + k * STEP, NOWHERE))
         wanted = ()
@@ -492,7 +508,7 @@ def dense_cluster_fwd_kernel(
                     dt = widen(teacher[k]) - top_t
                     # The normalisers cancel: what is left of a logarithm is as small as the rows are near.
                     slope = mix_logs(COEFFICIENTS[2], dt, COEFFICIENTS[3], ds, ratio) - mean_q
-                    rest = mul0(exps_s[k], slope * (g_scale * unit_t * inverse_zs))
+                    rest = mul0(exps_s[k], slope * (g_scale * unit * inverse_zs))
                     g = rest if COEFFICIENTS[1] == 0 else g + rest
             else:
                 g = tl.fma(exps_s[k], -(score_sum * factor_q), scores[k]) * (g_scale * post)

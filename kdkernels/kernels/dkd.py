@@ -119,7 +119,9 @@ def dkd_fwd_kernel(
         False,
         TILE,
     )
-    rest = linear_value(_REST, rest * unit_t, teacher_norm[4], log_ratio(teacher_norm[4], student_norm[4]))
+    rest = linear_value(
+        _REST, rest * unit_t, teacher_norm[4], student_norm[4], log_ratio(teacher_norm[4], student_norm[4])
+    )
     # With one column there is no rest.
     rest = tl.where(V == 1, 0.0, nonnegative(rest, _REST, False))
     # Log odds of the label against the rest. Of a class and the rest the less likely one is known to its last bits.

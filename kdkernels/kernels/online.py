@@ -20,6 +20,10 @@ from kdkernels.kernels.rows import (
 )
 
 
+# A lane adds its columns up before they are weighed against the row: masks of -3e38 must not pass fp32's range there.
+SMALL = tl.constexpr(2.0**-12)
+
+
 @triton.jit
 def load_teacher(teachers, weights, offs_v, V, load_width, softcap, PROBS: tl.constexpr):
     """One tile of the teacher's logits; of several teachers the weighted sum."""
@@ -121,8 +125,8 @@ def linear_sweep(
         es = tl.exp2(a * student_scale)
         et = tl.exp2(b * teacher_scale)
         if BOTH:
-            shift = mix_logs(1, shift_t, -1, shift_s, ratio)
-            x = mix_logs(1, b, -1, a, ratio)
+            shift = mix_logs(1, shift_t, -1, shift_s, ratio) * SMALL
+            x = mix_logs(1, b, -1, a, ratio) * SMALL
             excess = es - et
             sum_p = rescale_excess(sum_p, excess_z, sum_q, zt, factor_s, factor_t, shift) + fold_sum(mul0(excess, x))
             sum_q = rescale(sum_q, zs, factor_s, shift) + fold_sum(mul0(es, x))
@@ -131,11 +135,11 @@ def linear_sweep(
             zs = zt + excess_z
         else:
             if C_PP != 0 or C_PQ != 0:
-                sum_p = rescale(sum_p, zt, factor_t, mix_logs(C_PP, shift_t, C_PQ, shift_s, ratio))
-                sum_p += fold_sum(mul0(et, mix_logs(C_PP, b, C_PQ, a, ratio)))
+                sum_p = rescale(sum_p, zt, factor_t, mix_logs(C_PP, shift_t, C_PQ, shift_s, ratio) * SMALL)
+                sum_p += fold_sum(mul0(et, mix_logs(C_PP, b, C_PQ, a, ratio) * SMALL))
             if C_QP != 0 or C_QQ != 0:
-                sum_q = rescale(sum_q, zs, factor_s, mix_logs(C_QP, shift_t, C_QQ, shift_s, ratio))
-                sum_q += fold_sum(mul0(es, mix_logs(C_QP, b, C_QQ, a, ratio)))
+                sum_q = rescale(sum_q, zs, factor_s, mix_logs(C_QP, shift_t, C_QQ, shift_s, ratio) * SMALL)
+                sum_q += fold_sum(mul0(es, mix_logs(C_QP, b, C_QQ, a, ratio) * SMALL))
             zs = tl.fma(zs, factor_s, fold_sum(es))
             zt = tl.fma(zt, factor_t, fold_sum(et))
         if HARD:
@@ -152,20 +156,22 @@ def linear_sweep(
     mean_p = 0.0
     mean_q = 0.0
     if BOTH:
-        shift = mix_logs(1, shift_t, -1, shift_s, ratio)
+        shift = mix_logs(1, shift_t, -1, shift_s, ratio) * SMALL
         moved = rescale_excess(sum_p, excess_z, sum_q, zt, factor_s, factor_t, shift)
         mean_p = tl.sum(moved, axis=0) * teacher_norm[3]
         mean_q = tl.sum(rescale(sum_q, zs, factor_s, shift), axis=0) * student_norm[3]
         excess_z = tl.sum(tl.fma(excess_z, factor_s, zt * (factor_s - factor_t)), axis=0)
     else:
         if C_PP != 0 or C_PQ != 0:
-            moved = mix_logs(C_PP, shift_t, C_PQ, shift_s, ratio)
+            moved = mix_logs(C_PP, shift_t, C_PQ, shift_s, ratio) * SMALL
             mean_p = tl.sum(rescale(sum_p, zt, factor_t, moved), axis=0) * teacher_norm[3]
         if C_QP != 0 or C_QQ != 0:
-            moved = mix_logs(C_QP, shift_t, C_QQ, shift_s, ratio)
+            moved = mix_logs(C_QP, shift_t, C_QQ, shift_s, ratio) * SMALL
             mean_q = tl.sum(rescale(sum_q, zs, factor_s, moved), axis=0) * student_norm[3]
         excess_z = student_norm[4] - teacher_norm[4]
     hard_norm = fold_norm(ms, hard[0], LOG2E)
+    mean_p *= 1.0 / SMALL
+    mean_q *= 1.0 / SMALL
     return student_norm, teacher_norm, mean_p, mean_q, excess_z, hard_norm, tl.sum(hard[1], axis=0)
 
 

@@ -290,11 +290,13 @@ def rescale(total, mass, factor, shift):
 def rescale_excess(total, excess, total_s, mass_t, factor_s, factor_t, shift):
     """Move total = sum (es - et) x to new maxima: es and et shrink by their factors, x grows by shift.
 
-    excess is the old sum of es - et, total_s that of es * x, mass_t that of et. Where both sides move alike nothing is
-    lost to cancellation.
+    excess is the old sum of es - et, total_s that of es * x, mass_t that of et. Where both sides shrink alike, only
+    differences are added up; where they do not, each side moves for itself.
     """
-    moved = mul0(factor_s, total + mul0(excess, shift))
-    moved += mul0(factor_s - factor_t, total_s - total + mul0(mass_t, shift))
+    moved_t = total_s - total + mul0(mass_t, shift)
+    alike = mul0(factor_s, total + mul0(excess, shift)) + mul0(factor_s - factor_t, moved_t)
+    apart = mul0(factor_s, total_s + mul0(mass_t + excess, shift)) - mul0(factor_t, moved_t)
+    moved = tl.where(tl.abs(factor_s - factor_t) < 0.5 * factor_s, alike, apart)
     # An infinite logarithm may have made both sums infinite.
     return tl.where(tl.abs(total) == float("inf"), mul0(factor_s + factor_t, total), moved)
 

@@ -19,12 +19,16 @@ def both_dead(logp, logq):
 
 
 @triton.jit
-def linear_value(COEFFICIENTS: tl.constexpr, mean, z_t, log_zt_zs):
+def linear_value(COEFFICIENTS: tl.constexpr, mean, z_t, z_s, log_zt_zs):
     """A linear divergence from its mean over logits less their maxima: what the normalisers add to it."""
-    SUM: tl.constexpr = COEFFICIENTS[0] + COEFFICIENTS[1] + COEFFICIENTS[2] + COEFFICIENTS[3]
-    value = mean + (COEFFICIENTS[1] + COEFFICIENTS[3]) * log_zt_zs
-    if SUM != 0:
-        value -= SUM * log_ratio(z_t, 1.0)
+    OF_P: tl.constexpr = COEFFICIENTS[0] + COEFFICIENTS[2]
+    OF_Q: tl.constexpr = COEFFICIENTS[1] + COEFFICIENTS[3]
+    if OF_P == 0:
+        value = mean - OF_Q * log_ratio(z_s, 1.0)
+    else:
+        value = mean + OF_Q * log_zt_zs
+        if OF_P + OF_Q != 0:
+            value -= (OF_P + OF_Q) * log_ratio(z_t, 1.0)
     return value
 
 

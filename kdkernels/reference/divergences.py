@@ -12,6 +12,8 @@ from typing import Union
 import torch
 from torch import Tensor
 
+from kdkernels import symbols
+
 Param = Union[float, Tensor]
 Rows = Callable[[Tensor, Tensor, Param, Param], Tensor]
 
@@ -23,7 +25,7 @@ def weighted(weight: Tensor, value: Tensor) -> Tensor:
 
 def log_mix(logp: Tensor, logq: Tensor, weight_p: Param) -> Tensor:
     """``log(w p + (1 - w) q)`` for ``w`` in [0, 1]; -inf where both are 0, with gradient 0 there."""
-    weight = torch.as_tensor(weight_p, dtype=logp.dtype, device=logp.device)
+    weight = weight_p.to(logp) if isinstance(weight_p, Tensor) else symbols.as_tensor(weight_p, logp.dtype, logp.device)
     dead = torch.isneginf(logp) & torch.isneginf(logq)
     zero = torch.zeros_like(logp)
     mixed = torch.logaddexp(
