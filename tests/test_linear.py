@@ -635,7 +635,7 @@ class TestPeersBugs:
             student_weight = student_weight.clone().requires_grad_()
             loss = kd.linear_kd_loss(hidden, student_weight, hidden, teacher_weight, vocab_size=V)
             loss.backward()
-            assert loss == 0 and not student_weight.grad.any()
+            assert loss == 0 and student_weight.grad.abs().max() < 1e-14
 
     def test_liger_12_nearly_equal_models_in_bf16(self):
         """Sums in bf16 gave a JSD of 1.0e-3 where fp32 gave 7.8e-7."""
