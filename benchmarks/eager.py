@@ -217,7 +217,9 @@ def kl_two_teachers(student: Tensor, teacher: Tensor, second_teacher: Tensor, te
 
 def kl_standardized(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
     scaled = F.layer_norm(student, student.shape[-1:], eps=0.0), F.layer_norm(teacher, teacher.shape[-1:], eps=0.0)
-    return kl_log_target(*scaled, labels, temperature)
+    # layer_norm divides by the population's deviation, and the method by torch.std.
+    V = student.shape[-1]
+    return kl_log_target(*(x * ((V - 1) / V) ** 0.5 for x in scaled), labels, temperature)
 
 
 def taid(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:

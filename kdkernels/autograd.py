@@ -84,8 +84,11 @@ class RowLoss(torch.autograd.Function):
             # Before the student's launch, which may overwrite the student.
             if keeps_constants_out(teacher):
                 dual, dteacher_factor = without_constants(dual)
-            dteacher = memory.empty_like(teacher)
-            run(dual, teacher, (student,), dteacher)
+            if dual.options["kd_weight"] == 0:
+                dteacher = torch.zeros_like(teacher)
+            else:
+                dteacher = memory.empty_like(teacher)
+                run(dual, teacher, (student,), dteacher)
         dstudent = None
         if ctx.needs_input_grad[0]:
             dstudent = student.detach() if inplace else memory.empty_like(student)

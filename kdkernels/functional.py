@@ -729,7 +729,9 @@ def _check_probs(plan: _Plan, teachers: tuple[Tensor, ...], labels: Optional[Ten
     """The values of teachers that are probabilities, in the rows that count."""
     if plan.options["teacher_form"] != "probs" or torch.compiler.is_compiling() or not plan.options["kd_weight"]:
         return
-    counted = None if labels is None else labels != plan.options["ignore_index"]
+    counted = None if labels is None else (labels != plan.options["ignore_index"]).reshape(-1)
+    if isinstance(plan.row_weight, Tensor):
+        counted = plan.row_weight != 0 if counted is None else counted & (plan.row_weight != 0)
     for k, teacher in enumerate(teachers):
         checks.teacher_probs("teacher" if len(teachers) == 1 else f"teacher[{k}]", teacher, plan.columns, counted)
 
@@ -861,6 +863,8 @@ def _call_key(owner: str, options: dict[str, Any], tensors: tuple[Any, ...], *gi
     key = _options_key(owner, options)
     if key is None or transforms.active():
         return None
+    if options.get("inplace"):
+        given += (torch.is_grad_enabled(), isinstance(tensors[0], Tensor) and tensors[0].requires_grad)
     for tensor in tensors:
         if type(tensor) not in _PLAIN_TENSORS or not tensor.is_cpu or tensor.layout is not _STRIDED:
             return None

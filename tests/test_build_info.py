@@ -151,7 +151,7 @@ def test_a_reason_ends_in_a_command(backend):
 
 def test_the_instruction_set_of_a_missing_library_is_an_error_with_the_reason(monkeypatch):
     monkeypatch.setattr(cpu, "load_error", lambda: "nobody built it")
-    with pytest.raises(RuntimeError, match="^nobody built it$"):
+    with pytest.raises(RuntimeError, match="nobody built it$"):
         cpu.isa()
 
 

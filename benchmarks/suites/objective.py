@@ -84,7 +84,7 @@ VARIATIONS: dict[str, Variation] = {
     ),
     "teacher probabilities": Variation(
         eager.kl_from_probs,
-        {"teacher_form": "probs", "teacher_temperature": 1.0},
+        {"teacher_form": "unnormalized_probs", "teacher_temperature": 1.0},
         lambda inputs: {"teacher": inputs.teacher_probs},
         arguments=lambda inputs: (inputs.student, inputs.teacher_probs, inputs.labels, common.TEMPERATURE),
     ),

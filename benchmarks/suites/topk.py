@@ -66,6 +66,8 @@ def _build_kernel(backend: str) -> Run:
             z_loss_weight=0.0,
             label_smoothing=0.0,
             scale_by_t_squared=True,
+            min_tail=0.0,
+            tail_rounding=0.0,
             student_softcap=0.0,
             stats=False,
         )

@@ -35,8 +35,10 @@ class Teacher(NamedTuple):
 
 def defined_without_teacher(divergence: str, param0: float, param1: float) -> bool:
     """Whether the divergence is finite at ``p = 0, q = 1``."""
-    zero = torch.zeros(1, 1, dtype=torch.float64)
-    return bool(torch.isfinite(divergences.TABLE[divergence](zero - torch.inf, zero, param0, param1)))
+    # A number of its own, also where the tensors of the call are fake or on "meta".
+    with torch.utils._python_dispatch._disable_current_modes():
+        zero = torch.zeros(1, 1, dtype=torch.float64, device="cpu")
+        return bool(torch.isfinite(divergences.TABLE[divergence](zero - torch.inf, zero, param0, param1)))
 
 
 # As backends.select: asked once while torch.compile traces.
