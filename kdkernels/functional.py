@@ -971,8 +971,8 @@ def _dense(plan: _Plan, teachers: tuple[Tensor, ...], launch: Launch) -> Any:
     return plan.result(*plan.launch(launch, teachers, dual), KDStats)
 
 
-# A z-loss has a gradient of 2 lse q, which fits fp16 at any lse; an unbounded divergence has one that grows as the difference
-# of log-probabilities.
+# A z-loss has a gradient of 2 lse q, which fits fp16 at any lse so; an unbounded divergence has one that grows as the
+# difference of log-probabilities.
 Z_LOSS_SIZE, UNBOUNDED_SIZE = 512.0, 16.0
 
 

@@ -191,7 +191,7 @@ def test_shifted_sure_and_large_logits(tail, name, kind):
         s, ids, logprobs, labels = of_kind(kind, rows=3, columns=229)
         with Emulator(arch, limits_for(form, 229, 12, s.dtype)).registered():
             no_worse_than_eager(s, ids, logprobs, backend="cuda", tail=tail, divergence=name)
-            options = {"kd_weight": 0.0, "ce_weight": 1.0, "label_smoothing": 0.1}
+            options = {"kd_weight": 0.0, "ce_weight": 1.0, "label_smoothing": 0.0 if kind == "up to 1e37" else 0.1}
             options |= {"temperature": 2.0, "teacher_temperature": 1.0} if name == "tvd" else {}
             no_worse_than_eager(s, ids, logprobs, labels, backend="cuda", tail=tail, divergence=name, **options)
 

@@ -188,7 +188,7 @@ def test_whole_objective(tail):
 def test_shifted_sure_near_and_large_rows_are_no_worse_than_eager(tail, name, kind):
     s, ids, logprobs, labels = of_kind(kind, rows=3, columns=300)
     no_worse_than_eager(s, ids, logprobs, backend="triton", tail=tail, divergence=name)
-    options = {"kd_weight": 0.0, "ce_weight": 1.0, "label_smoothing": 0.1}
+    options = {"kd_weight": 0.0, "ce_weight": 1.0, "label_smoothing": 0.0 if kind == "up to 1e37" else 0.1}
     options |= {"temperature": 2.0, "teacher_temperature": 1.0} if name == "tvd" else {}
     no_worse_than_eager(s, ids, logprobs, labels, backend="triton", tail=tail, divergence=name, **options)
 
