@@ -219,7 +219,8 @@ def kl_standardized(student: Tensor, teacher: Tensor, labels: Tensor, temperatur
     scaled = F.layer_norm(student, student.shape[-1:], eps=0.0), F.layer_norm(teacher, teacher.shape[-1:], eps=0.0)
     # layer_norm divides by the population's deviation, and the method by torch.std.
     V = student.shape[-1]
-    return kl_log_target(*(x * ((V - 1) / V) ** 0.5 for x in scaled), labels, temperature)
+    s, t = (x * ((V - 1) / V) ** 0.5 for x in scaled)
+    return kl_log_target(s, t, labels, temperature)
 
 
 def taid(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
