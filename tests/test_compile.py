@@ -247,9 +247,9 @@ def test_one_graph_serves_all_numbers_of_rows(name, dynamic):
     hold_compiled(ROW_COUNTS[name], [(student_and_teacher(count),) for count in range(ROWS, ROWS + 12)], dynamic)
 
 
-def test_rows_that_a_mask_picks_in_the_graph(monkeypatch):
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_rows_that_a_mask_picks_in_the_graph():
     """How many they are nobody knows before the graph runs."""
-    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
 
     def loss(x, mask):
         rows = mask.nonzero().squeeze(1)
