@@ -811,7 +811,7 @@ class _Plan(NamedTuple):
         per_row = self.options["reduction"] == "none"
         # An exported program is its ops and no more: none of them could hand out what forward leaves for backward.
         with_grad = torch.is_grad_enabled() and (self.student.requires_grad or dual is not None)
-        if with_grad and not torch.compiler.is_exporting():
+        if with_grad and not symbols.traces_ops():
             result = RowLoss.apply(
                 self.student,
                 teachers[0] if teachers else None,

@@ -8,7 +8,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor
 
-from kdkernels import backends, checks, functional, transforms
+from kdkernels import backends, checks, functional, symbols, transforms
 from kdkernels.chunked import Call, LinearLoss, Rows, execute, projects_columns, whole
 from kdkernels.divergences import Divergence
 from kdkernels.functional import DEFAULTS, TOPK_DEFAULTS, KDStats, PerRow, TopKStats
@@ -338,7 +338,7 @@ def _result(
     checks.reverse_mode_only(call.launch.backend, *inputs)
     transformed = call.launch.backend == "torch" and _is_transformed(inputs)
     needs_grad = torch.is_grad_enabled() and any(item.requires_grad for item in inputs)
-    needs_grad = needs_grad and not torch.compiler.is_exporting()  # as functional._Plan.launch
+    needs_grad = needs_grad and not symbols.traces_ops()  # as functional._Plan.launch
     checks.linear_mode_allowed(
         plan.options["reduction"], needs_grad, call.teacher_logits is not None, call.sparse_grad, transformed
     )

@@ -48,6 +48,15 @@ def packed(values: Any) -> Tensor:
     return torch.stack([as_tensor(value, torch.float64, torch.device("cpu")) for value in values])
 
 
+def traces_ops() -> bool:
+    """Whether a program of the ops that are called is being made, without what Python does between them.
+
+    Dynamo sees autograd functions, with and without strict export; and below torch 2.12 it takes every graph for one of
+    an export.
+    """
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
 def has_values(tensor: Tensor) -> bool:
     """Whether there are numbers in a tensor; in one on "meta" and in a fake one there are none."""
     if type(tensor) in _PLAIN:
