@@ -206,8 +206,14 @@ def hold_compiled(function, calls, dynamic, frames=2):
 DYNAMIC = {"automatic": None, "dynamic": True}
 
 
-@pytest.mark.parametrize("dynamic", DYNAMIC.values(), ids=DYNAMIC)
-@pytest.mark.parametrize("name", NUMBERS)
+def automatic_and_dynamic(names, dynamic):
+    """All of them with symbols from the second value on, and some with symbols at once."""
+    pairs = [(name, None) for name in names] + [(name, True) for name in dynamic]
+    ids = [f"{name}-{'dynamic' if always else 'automatic'}" for name, always in pairs]
+    return pytest.mark.parametrize(("name", "dynamic"), pairs, ids=ids)
+
+
+@automatic_and_dynamic(NUMBERS, ("kd", "topk", "dkd", "taid", "linear"))
 def test_one_graph_serves_all_values_of_the_numbers(name, dynamic):
     """The first call may have its own; a number that is not the first of its kind is a symbol."""
     normalizers = [7 + k if dynamic else 7.5 + k for k in range(12)]
@@ -241,8 +247,7 @@ ROW_COUNTS = {
 }
 
 
-@pytest.mark.parametrize("dynamic", DYNAMIC.values(), ids=DYNAMIC)
-@pytest.mark.parametrize("name", ROW_COUNTS)
+@automatic_and_dynamic(ROW_COUNTS, ("kd", "kd-labels", "topk", "linear"))
 def test_one_graph_serves_all_numbers_of_rows(name, dynamic):
     hold_compiled(ROW_COUNTS[name], [(student_and_teacher(count),) for count in range(ROWS, ROWS + 12)], dynamic)
 
