@@ -1093,7 +1093,7 @@ def of_kind(kind, rows=6, columns=400, k=12):
 
 
 KINDS = ("offset 1e3", "offset 1e5", "sure 20", "sure 40", "scale 0.1", "scale 30")
-LARGE = ("up to 1e9", "up to 1e12", "up to 1e30", "up to 1e37")
+LARGE = ("up to 1e9", "up to 1e12", "up to 1e30", "up to 1e38")
 BESIDE_EAGER = [
     case for case in CASES if case.values[1] in ("forward_kl", "jsd", "tvd", "skew_kl", "skew_reverse_kl", "ab_b<0")
 ]
@@ -1117,24 +1117,18 @@ def no_worse_than_eager(s, ids, logprobs, labels=None, *, backend, **options):
 
     grad_output = torch.ones(len(s))
     truth, eager, got = (evaluate(f, x, grad_output) for f, x in ((textbook, s.double()), (textbook, s), (mine, s)))
-    # The difference of the largest and the smallest number is infinite.
-    rows = torch.isfinite(eager[0])
-    if not bool(rows.any()):
-        # Eager has no row right: the truth alone is the bar.
-        rows = torch.isfinite(truth[0])
-    assert int(rows.sum()) > 0
+    assert bool(torch.isfinite(truth[0]).all())
     for what, exact, theirs, ours in zip(("loss", "gradient"), truth, eager, got, strict=True):
-        assert bool(torch.isfinite(ours[rows]).all()), f"{what}: {ours}"
-        # Autograd of the textbook is NaN where q is exactly one token's, or p 0: there its own error is not known.
-        unknown = bool(theirs[rows].isnan().any())
+        assert bool(torch.isfinite(ours).all()), f"{what}: {ours}"
+        # Autograd of the textbook is NaN where q is exactly one token's, or p 0: there its own error is not known, and
+        # the gradient is 0 or next to it.
+        unknown = not bool(torch.isfinite(theirs).all())
         exact = exact.nan_to_num()
-        error, margin = (
-            (x.double() - exact)[rows].reshape(int(rows.sum()), -1).norm(dim=-1).nan_to_num() for x in (ours, theirs)
-        )
-        size = exact[rows].reshape(int(rows.sum()), -1).norm(dim=-1).max()
+        error, margin = ((x.double() - exact).reshape(len(s), -1).norm(dim=-1) for x in (ours, theirs))
+        margin = margin.nan_to_num(0.0, posinf=0.0)
         rounding = 2.0**-52 if backend == "cpu" else 2.0**-22
         allowed = 2 * margin.max() + rounding * (2 + float(s.abs().max().clamp(max=100)))
-        allowed = allowed + (32 if unknown else 2) * 2.0**-23 * size
+        allowed = allowed + (32 if unknown else 2) * 2.0**-23 * exact.reshape(len(s), -1).norm(dim=-1).max()
         assert float(error.max()) <= float(allowed), (
             f"{what}: {error.max():.3g} where eager is off by {margin.max():.3g}"
         )
@@ -1168,8 +1162,11 @@ def test_cross_entropy_is_relative_to_the_maximum(kind, smoothing, temperature, 
     for tail in ("bucket", "renormalize_both"):
         loss, _ = no_worse_than_eager(s, ids, logprobs, labels, tail=tail, **options)
         assert bool((loss >= 0).all())
+    # What passes the largest number is infinite, as it is in eager code.
+    far = kd.topk_kd_loss(s / s.abs().max() * 1.7e38, ids, logprobs, labels, reduction="none", **options)
+    assert bool((far >= 0).all())
     alone = torch.full((1, 1), float(s.max())), torch.zeros(1, 1).long(), torch.zeros(1, 1), torch.zeros(1).long()
-    assert 0 <= float(kd.topk_kd_loss(*alone, **options)) < 1e-11
+    assert 0 <= float(kd.topk_kd_loss(*alone, **options)) < 1e-10
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp64"])
