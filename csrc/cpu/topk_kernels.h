@@ -435,7 +435,6 @@ RowResult SparseRows<X>::add(const RowNumbers& num, int64_t index, const X* s, i
   Affine<C> as = affine<C>(num.student_scale, 0);
   double z = 0, z_entries = 0, z_outside = 0;
   int64_t* const at = entries.slots.data();
-  for (int64_t k = 0; k < count; ++k) at[k] = row.slot(entries.ids[size_t(k)]);
   const auto without_entries = [&] {
     for (int64_t k = 0; k < count; ++k) es[at[k]] = C(0);
     return sum_of(es, slots);
@@ -447,7 +446,12 @@ RowResult SparseRows<X>::add(const RowNumbers& num, int64_t index, const X* s, i
       z = pointwise ? sweep_student_from<true>(row, n, num.student_scale, from_maximum, as, es, xs, pending)
                     : sweep_student_from<false>(row, n, num.student_scale, from_maximum, as, es, xs, pending);
     }
-    for (int64_t k = 0; k < count; ++k) logq[k] = kLn2 * as.scalar(to_compute(s[entries.ids[size_t(k)]]));
+    const int64_t* const ids = entries.ids.data();
+    const double scale = kLn2 * double(as.c), m = double(as.m), r = kLn2 * double(as.r);
+    for (int64_t k = 0; k < count; ++k) {
+      at[k] = row.slot(ids[k]);
+      logq[k] = (double(to_compute(s[ids[k]])) - m) * scale - r;
+    }
     z_entries = Entries::exponentials(logq, q, count);
     if (!swept) return;
     for (int64_t k = 0; k < count; ++k) value[k] = double(es[at[k]]);
