@@ -3,6 +3,7 @@
 ``scripts/sanitize thread`` runs it. A thread's result must be that of a call alone, bit for bit.
 """
 
+import os
 import threading
 
 import torch
@@ -52,6 +53,7 @@ def step(student, loss):
 
 
 def main():
+    assert kd.backends.cpu.isa() == os.environ["KDKERNELS_CPU_ISA"]
     # OpenMP's threads stay out of it: the library's rows go to threads of the sanitizer's build.
     torch.set_num_threads(1)
     for dtype in DTYPES:
