@@ -270,13 +270,14 @@ def test_one_graph_serves_all_numbers_of_rows(name, dynamic):
     hold_compiled(ROW_COUNTS[name], [(student_and_teacher(count),) for count in range(ROWS, ROWS + 12)], dynamic)
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
 @torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
-def test_rows_that_a_mask_picks_in_the_graph():
+def test_rows_that_a_mask_picks_in_the_graph(backend):
     """How many they are nobody knows before the graph runs."""
 
     def loss(x, mask):
         rows = mask.nonzero().squeeze(1)
-        return kd.kd_loss(x["student"][rows], x["teacher"][rows], x["labels"][rows], ce_weight=0.5)
+        return kd.kd_loss(x["student"][rows], x["teacher"][rows], x["labels"][rows], ce_weight=0.5, backend=backend)
 
     masks = [torch.arange(ROWS) % k != 0 for k in (2, 3, 4)]
     hold_compiled(loss, [(student_and_teacher(), mask) for mask in masks], None, frames=1)

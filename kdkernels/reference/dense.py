@@ -145,7 +145,8 @@ def dense_rows(
         # The derivative of a NaN need not be NaN (that of abs is 0): the gradient must show what the loss shows.
         d = d * torch.where(torch.isnan(d), d.detach(), torch.ones_like(d))
         loss = kd_weight * scale * d
-    lse = torch.logsumexp(capped, -1) if ce_weight or z_loss_weight or stats else torch.zeros_like(loss)
+    # torch.logsumexp asks whether there are rows, which a graph of rows that a mask picks cannot say.
+    lse = torch.logsumexp(capped, -1) if z_loss_weight or stats else torch.zeros_like(loss)
     ce = torch.zeros_like(loss)
     if ce_weight and labels is not None:
         ce = cross_entropy(capped, labels, counted, label_smoothing)

@@ -209,7 +209,7 @@ def topk_rows(
     loss = capped[:, :0].sum(-1)
     if kd_weight:
         loss = kd_weight * (squared(temperature) if scale_by_t_squared else 1.0) * d
-    lse = torch.logsumexp(capped, -1) if ce_weight or z_loss_weight or stats else zero
+    lse = torch.logsumexp(capped, -1) if z_loss_weight or stats else zero
     ce = zero
     if ce_weight and labels is not None:
         ce = cross_entropy(capped, labels, counted, label_smoothing)
