@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor
 
-from kdkernels import memory, ops, reference, symbols, transforms
-
-
-class Launch(NamedTuple):
-    """A call of ``kdkernels::<pattern>_<backend>`` but for its tensors of logits."""
-
-    pattern: str
-    backend: str
-    tensors: tuple[Any, ...]  # positional arguments after dstudent
-    options: dict[str, Any]  # keyword arguments
-    # Ids and log-probabilities [N, K], where they stand for the teacher's logits.
-    sparse_teacher: tuple[Tensor, ...] = ()
-    # About the largest entry of a row's gradient before ``scale`` and the row's weight.
-    gradient_size: float = 1.0
-
+from kdkernels import memory, ops, symbols, transforms
+from kdkernels.launch import Launch, as_rows, flat, run, run_reference
+from kdkernels.objective import RowOptions
 
 # A gradient in fp16 holds 2^-24 to 65504. It is kept as large as leaves this much room above Launch.gradient_size.
 FP16_ROOM = 2.0**8
@@ -49,12 +36,12 @@ def without_constants(launch: Launch) -> tuple[Launch, Union[float, Tensor]]:
     else:
         scale, factor = _power_of_two(scale, launch.gradient_size)
     launch = launch._replace(options={**launch.options, "scale": scale})
-    weight = launch.tensors[1]
+    weight = launch.rows.row_weight
     if weight is None:
         return launch, factor
     # A weight of 0 stays one: rows that are left out are not multiplied by anything.
     mantissa, exponent = torch.frexp(weight)
-    launch = launch._replace(tensors=(launch.tensors[0], mantissa, *launch.tensors[2:]))
+    launch = launch._replace(rows=launch.rows._replace(row_weight=mantissa))
     return launch, torch.ldexp(_as_tensor(factor, mantissa).expand_as(mantissa), exponent)
 
 
@@ -121,25 +108,18 @@ class RowLoss(torch.autograd.Function):
         return (*grads, None, None, None, None, None)
 
 
-class SummedCall(NamedTuple):
-    """A call of ``kdkernels::<pattern>_loss_cpu`` but for its tensors and its scale."""
-
-    op: Any
-    call: Tensor  # what all rows share, as <pattern>_call_cpu packs it
-    inplace: bool
-    gradient_size: float  # as of Launch
-
-
 class SummedLoss(torch.autograd.Function):
     """As ``RowLoss``, where one op of the CPU makes the gradient's memory and sums the rows."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, summed: SummedCall, scale: float, operands: tuple[Any, ...]) -> Tensor:
-        dstudent = student.detach() if summed.inplace else None
+    def forward(
+        ctx: Any, student: Tensor, op: Any, options: RowOptions, packed: Tensor, scale: float, operands: tuple[Any, ...]
+    ) -> Tensor:
+        dstudent = student.detach() if options.inplace else None  # type: ignore[attr-defined]
         factor = None
         if keeps_constants_out(student):
-            scale, factor = _power_of_two(scale, summed.gradient_size)
-        loss, gradient = summed.op(student, dstudent, summed.call, scale, True, *operands)
+            scale, factor = _power_of_two(scale, options.gradient_size)
+        loss, gradient = op(student, dstudent, packed, scale, True, *operands)
         if dstudent is not None:
             gradient = dstudent
             torch.autograd.graph.increment_version(student)
@@ -154,100 +134,76 @@ class SummedLoss(torch.autograd.Function):
         shared = ctx.shared or graph_is_kept()
         # The common case in few steps: all of this is cold.
         if not shared and ctx.factor is None and not transforms.stands_for_others(dloss) and dloss.item() == 1:
-            return gradient, None, None, None
-        return scaled(gradient, dloss, ctx.factor, "cpu", shared=shared), None, None, None
+            return gradient, None, None, None, None, None
+        return scaled(gradient, dloss, ctx.factor, "cpu", shared=shared), None, None, None, None, None
 
 
 # torch.autograd.Function.apply, in Python, looks for transforms of torch.func before it calls this: 20 us of cold code.
 _apply_summed = super(torch.autograd.Function, SummedLoss).apply
 
 
-def run_summed(summed: SummedCall, student: Tensor, scale: float, operands: tuple[Any, ...]) -> Tensor:
-    """The loss of a call outside graphs and ``torch.func``; ``operands`` are what the op takes after ``needs_grad``."""
-    if student.requires_grad and torch.is_grad_enabled():
-        return _apply_summed(student, summed, scale, operands)
-    return summed.op(student, None, summed.call, scale, False, *operands)[0]
-
-
-def run(
-    launch: Launch, student: Tensor, teachers: tuple[Tensor, ...], dstudent: Optional[Tensor]
-) -> tuple[Tensor, Optional[Tensor]]:
-    """Call the op; logits of any leading shape become ``[B, L, V]`` views. Statistics only where they are asked for."""
-    views = as_rows((student, *teachers, *(() if dstudent is None else (dstudent,))))
-    destination = None if dstudent is None else views[-1]
-    operands: list[Any] = list(views[1 : 1 + len(teachers)])
-    if launch.pattern == "dense_fwd":
-        operands = [operands]
-    shared = None
-    if launch.pattern == "topk_fwd" and launch.options["stats"] and launch.backend in ("cuda", "triton"):
-        # Before the launch, which may overwrite the student.
-        ids, logprobs = launch.sparse_teacher
-        shared = reference.topk.student_overlap(student, ids, logprobs, launch.tensors[0], launch.options)
-    operands = [views[0], *operands, *launch.sparse_teacher, destination, *launch.tensors]
-    result = ops.call(launch.pattern, launch.backend, operands, launch.options)
-    if isinstance(result, Tensor):
-        return result, None
-    if not launch.options["stats"]:
-        return result[0], None
-    if shared is not None:
-        result[1][:, -1] = shared
-    return result
-
-
-def run_reference(launch: Launch, student: Tensor, teachers: Sequence[Tensor]) -> tuple[Tensor, Optional[Tensor]]:
-    """As ``run`` in plain PyTorch, on logits ``[N, V]``; autograd sees all of it."""
-    labels, weight, student_rows, teacher_rows, row_param, last = launch.tensors
-    options = dict(launch.options)
-    scale, param0, param1 = (options.pop(name) for name in ("scale", "param0", "param1"))
-    options["params"] = (param0 if row_param is None else row_param, param1)
-    if student_rows is not None:
-        options["temperature"] = student_rows
-    if teacher_rows is not None:
-        options["teacher_temperature"] = teacher_rows
-    stats: Optional[Tensor] = None
-    if launch.pattern == "topk_fwd":
-        ids, logprobs = launch.sparse_teacher
-        loss, stats = reference.topk_rows(student, ids, logprobs, labels, tail_rows=last, **options)
-    else:
-        loss, *columns = reference.dense_rows(student, teachers, labels, mixture_weights=last, **options)
-        if options["stats"]:
-            stats = torch.stack([column for column in columns if column is not None], -1)
-    return loss * scale if weight is None else loss * (scale * weight), stats
-
-
-def as_rows(tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    """View tensors of one leading shape as ``[B, L, V]`` with a common B and L.
-
-    Any tensor of up to three dimensions is a view already, and so are those whose leading dimensions collapse into two.
-    Only what remains (four and more dimensions, cut in two places) is copied; in place that is refused in ``checks``.
-    """
-    if tensors[0].dim() == 2:
-        return [t.unsqueeze(0) for t in tensors]
-    leading = tensors[0].shape[:-1]
-    if len(leading) <= 2:
-        shape = (1, 1) if len(leading) == 0 else (1, leading[0]) if len(leading) == 1 else tuple(leading)
-        if len(leading) == 2 and all(_mergeable(t, 0, 2) for t in tensors):
-            shape = (1, leading[0] * leading[1])
-        return [_view(t, shape) for t in tensors]
-    for cut in range(len(leading)):
-        if all(_mergeable(t, 0, cut) and _mergeable(t, cut, len(leading)) for t in tensors):
-            shape = (math.prod(leading[:cut]), math.prod(leading[cut:]))
-            return [_view(t, shape) for t in tensors]
-    return [t.reshape(1, math.prod(leading), t.shape[-1]) for t in tensors]
-
-
-def _view(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return tensor.view(*shape, tensor.shape[-1])
-
-
-def _mergeable(tensor: Tensor, start: int, stop: int) -> bool:
-    """Whether dimensions ``start .. stop - 1`` collapse into one without a copy."""
-    return all(
-        tensor.shape[d] == 1
-        or tensor.shape[d + 1] == 1
-        or tensor.stride(d) == tensor.shape[d + 1] * tensor.stride(d + 1)
-        for d in range(start, stop - 1)
+def sums_in_one_op(launch: Launch, options: Any, student: Tensor, teachers: tuple[Tensor, ...]) -> bool:
+    """Whether an op of the CPU makes all of a loss: its rows are summed, and have no tensor but labels and a tail."""
+    return (
+        launch.backend == "cpu"
+        and options.reduction != "none"
+        and not launch.options["stats"]
+        and not any(item is not None for item in launch.rows[1:-1])
+        and student.dim() in (2, 3)
+        and all(type(item) in _PLAIN_TENSORS for item in (student, *teachers))
+        and not torch.compiler.is_compiling()
+        and not transforms.active()
     )
+
+
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+def summed(launch: Launch, options: Any, student: Tensor, teachers: tuple[Tensor, ...]) -> Tensor:
+    """The loss of a launch for which ``sums_in_one_op`` holds."""
+    pattern, get = launch.pattern.removesuffix("_fwd"), launch.options
+    # Beside the width these depend on a call.
+    key = get["vocab_size"], get.get("min_tail"), get.get("tail_rounding")
+    packed = options.packed.get(key)
+    if packed is None:
+        alike = {name: value for name, value in get.items() if name not in ("scale", "stats", "mixture")}
+        packed = options.packed[key] = ops.op(f"{pattern}_call", "cpu")(student.detach(), **alike)
+    op, rows = ops.op(f"{pattern}_loss", "cpu"), launch.rows
+    operands = (*teachers, rows.labels) if pattern == "dense" else (*launch.sparse_teacher, rows.labels, rows.tail_rows)
+    if student.requires_grad and torch.is_grad_enabled():
+        return _apply_summed(student, op, options, packed, get["scale"], operands)
+    return op(student, None, packed, get["scale"], False, *operands)[0]
+
+
+def evaluate(
+    launch: Launch, options: Any, student: Tensor, teachers: tuple[Tensor, ...], dual: Optional[Launch] = None
+) -> tuple[Tensor, Optional[Tensor]]:
+    """The loss of a call, reduced as its options say, and its statistics."""
+    if dual is None and launch.pattern in _SUMMED and sums_in_one_op(launch, options, student, teachers):
+        return summed(launch, options, student, teachers), None
+    per_row = options.reduction == "none"
+    if launch.backend == "torch":
+        # Autograd differentiates the reference, for the teachers too.
+        loss, stats = run_reference(launch, flat(student), [flat(teacher) for teacher in teachers])
+        return reduced(loss, options, student), stats
+    # An exported program is its ops and no more: none of them could hand out what forward leaves for backward.
+    with_grad = torch.is_grad_enabled() and (student.requires_grad or dual is not None)
+    if with_grad and not symbols.traces_ops():
+        teacher = teachers[0] if teachers else None
+        result = RowLoss.apply(student, teacher, teachers[1:], launch, dual, per_row, options.inplace)
+        loss, stats = result if isinstance(result, tuple) else (result, None)
+    else:
+        loss, stats = run(launch, student.detach(), tuple(item.detach() for item in teachers), None)
+        loss = loss if per_row else loss.sum()
+    return (loss.reshape(student.shape[:-1]) if per_row else loss), stats
+
+
+_SUMMED = ("dense_fwd", "topk_fwd")
+
+
+def reduced(rows: Tensor, options: RowOptions, student: Tensor) -> Tensor:
+    """Losses of rows ``[N]`` as ``reduction`` wants them; what divides them is in them."""
+    return rows.reshape(student.shape[:-1]) if options.reduction == "none" else rows.sum()
 
 
 def scaled(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Union
+from typing import NamedTuple, Optional, Union, get_args
 
 import torch
 from torch import Tensor
 
 from kdkernels import backends, checks, ops, reference
-from kdkernels.autograd import as_rows
+from kdkernels.launch import as_rows
+from kdkernels.objective import Backend
 
 PerRow = Union[float, Tensor]
 # What the buffer of candidates in a GPU's shared memory holds.
@@ -67,7 +68,7 @@ def capture_topk(
     checks.integer("k", k, low=1)
     if k > columns:
         raise ValueError(f"k must be at most the vocabulary's size {columns}, got {k}")
-    checks.choice("backend", backend, checks.BACKENDS)
+    checks.choice("backend", backend, get_args(Backend))
     teacher = teacher_logits.detach()
     too_many = f"a GPU captures at most {MAX_K_ON_GPU} entries a row" if k > MAX_K_ON_GPU else None
     torch_only = None if teacher.device.type == "cpu" else too_many

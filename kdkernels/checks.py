@@ -22,12 +22,9 @@ from kdkernels.backends import cpu
 from kdkernels.reduction import REDUCTIONS
 from kdkernels.reference.topk import unused
 
-BACKENDS = ("auto", "cuda", "triton", "cpu", "torch")
-TEACHER_FORMS = ("logits", "log_probs", "probs", "unnormalized_probs")
-MIXTURES = ("probs", "logits")
-TAILS = ("bucket", "renormalize", "renormalize_both", "uniform", "drop")
 LARGEST = sys.float_info.max
 INT64 = torch.iinfo(torch.int64)
+FP32 = torch.finfo(torch.float32)
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_TEACHERS = 4
 EXTRA_DTYPES = (
@@ -75,16 +72,12 @@ def number(
     return symbols.as_float(value)
 
 
-def in_sums(name: str, value: float, student: Tensor, *, positive: bool = False) -> None:
-    """A Python number stays finite in the dtype of the sums; one that must be ``positive`` has an inverse there."""
-    dtype = sum_dtype(student)
-    info = torch.finfo(dtype)
-    if not -info.max <= value <= info.max:
-        raise ValueError(f"{name} must be finite in {_name(dtype)}, got {symbols.shown(value)}")
-    if positive and value < info.smallest_normal:
-        raise ValueError(
-            f"{name} must be at least {info.smallest_normal:.3g} in {_name(dtype)}, got {symbols.shown(value)}"
-        )
+def in_sums(name: str, value: float, *, positive: bool = False) -> None:
+    """A Python number stays finite in fp32, where sums are made; one that must be ``positive`` has an inverse there."""
+    if not -FP32.max <= value <= FP32.max:
+        raise ValueError(f"{name} must be finite in float32, got {symbols.shown(value)}")
+    if positive and value < FP32.smallest_normal:
+        raise ValueError(f"{name} must be at least {FP32.smallest_normal:.3g} in float32, got {symbols.shown(value)}")
 
 
 def integer(name: str, value: Any, *, low: int = INT64.min, high: int = INT64.max) -> int:
@@ -107,7 +100,10 @@ def text(name: str, value: Any) -> str:
 
 def softcap(name: str, value: Optional[float]) -> float:
     """None means no cap, which the kernels know as 0."""
-    return 0.0 if value is None else number(name, value, low=0.0, exclusive_low=True)
+    if value is None:
+        return 0.0
+    in_sums(name, number(name, value, low=0.0, exclusive_low=True), positive=True)
+    return symbols.as_float(value)
 
 
 def logits(name: str, value: Any) -> None:
@@ -231,6 +227,83 @@ def teacher_like(name: str, teacher: Any, student: Tensor, vocab_size: Optional[
         )
     if vocab_size is not None and vocab_size > teacher.shape[-1]:
         raise ValueError(f"vocab_size must be at most {name}'s width {teacher.shape[-1]}, got {vocab_size}")
+
+
+def student_of(options: Any, student: Any) -> int:
+    """The student's logits suit options; the number of columns that count."""
+    logits("student", student)
+    if options.reduction == "batchmean":
+        reduction_name("batchmean", student)
+    if getattr(options, "inplace", False):
+        inplace_allowed(student)
+    return vocabulary(options.vocab_size, student)
+
+
+def teachers_of(options: Any, teacher: Any, student: Tensor) -> tuple[Tensor, ...]:
+    """A teacher, or a sequence of some, beside the student."""
+    if not isinstance(teacher, (list, tuple)):
+        teacher_like("teacher", teacher, student, options.vocab_size)
+        return (teacher,)
+    several(teacher)
+    for k, item in enumerate(teacher):
+        teacher_like("teacher" if len(teacher) == 1 else f"teacher[{k}]", item, student, options.vocab_size)
+    return tuple(teacher)
+
+
+def several(teachers: Sequence[Any]) -> None:
+    """A mixture of as many teachers as the kernels take."""
+    if not 1 <= len(teachers) <= MAX_TEACHERS:
+        raise ValueError(f"teacher must be a tensor or 1 to {MAX_TEACHERS} tensors, got {len(teachers)}")
+
+
+def mixture_weights(options: Any, count: int, student: Tensor, *, single: bool) -> Optional[Tensor]:
+    """Weights ``[N, M]`` of the teachers, such that those of probabilities sum to 1; None for a single teacher."""
+    weights = options.teacher_weights
+    if single:
+        if weights is not None:
+            raise ValueError("teacher_weights need a sequence of teachers, got one tensor")
+        return None
+    if weights is None:
+        weights = [1.0 / count] * count
+    dtype = sum_dtype(student)
+    if not isinstance(weights, (Tensor, list, tuple)):
+        raise TypeError(f"teacher_weights must be a tensor or a sequence of numbers, got {type(weights).__name__}")
+    if not isinstance(weights, Tensor):
+        numbers = [number("teacher_weights", w, low=0.0) for w in weights]
+        if any(symbols.is_symbol(w) for w in numbers):
+            weights = torch.stack([symbols.as_tensor(w, dtype, student.device) for w in numbers])
+        else:
+            weights = torch.tensor(numbers, dtype=dtype, device=student.device)
+    if weights.shape[-1:] != (count,) or weights.shape[:-1] not in ((), student.shape[:-1]):
+        raise ValueError(
+            f"teacher_weights must have shape ({count},) or {(*student.shape[:-1], count)}, got {tuple(weights.shape)}"
+        )
+    if weights.requires_grad:
+        raise ValueError("teacher_weights must not require grad: they get no gradient; detach them")
+    weights = weights.to(device=student.device, dtype=dtype).reshape(-1, count)
+    if reads_values(weights) and weights.numel() and not bool((torch.isfinite(weights) & (weights >= 0)).all()):
+        raise ValueError(f"teacher_weights must be finite and >= 0 in {_name(dtype)}")
+    if options.mixture == "probs":
+        largest = weights.amax(-1, keepdim=True)
+        if reads_values(weights) and not bool((largest > 0).all()):
+            raise ValueError("teacher_weights must not all be 0")
+        # Of the largest, so that their sum is one of this dtype.
+        weights = weights / largest
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights.expand(math.prod(student.shape[:-1]), count)
+
+
+def probabilities(
+    options: Any, teachers: Sequence[Tensor], columns: int, labels: Optional[Tensor], weight: Optional[Tensor]
+) -> None:
+    """The values of teachers that are probabilities, in the rows that count; ``labels`` and ``weight`` are ``[N]``."""
+    if options.teacher_form != "probs" or torch.compiler.is_compiling() or not options.kd_weight:
+        return
+    counted = None if labels is None else labels != options.ignore_index
+    if weight is not None:
+        counted = weight != 0 if counted is None else counted & (weight != 0)
+    for k, teacher in enumerate(teachers):
+        teacher_probs("teacher" if len(teachers) == 1 else f"teacher[{k}]", teacher, columns, counted)
 
 
 def teacher_probs(name: str, teacher: Tensor, columns: int, counted: Optional[Tensor] = None) -> None:
@@ -631,6 +704,14 @@ def labels_like(value: Any, student: Tensor, columns: int, ignore_index: int) ->
     return flat
 
 
+def labels_of(options: Any, value: Any, student: Tensor, columns: int) -> Optional[Tensor]:
+    """As ``labels_like``, of an objective that may need them."""
+    flat = labels_like(value, student, columns, options.ignore_index)
+    if flat is None and options.ce_weight:
+        raise ValueError("labels are required when ce_weight is not 0")
+    return flat
+
+
 def _values_of_labels(labels: Tensor, columns: int, ignore_index: int) -> None:
     if cpu.why_not(labels.device.type) is None and torch.ops.kdkernels.labels_are_sound(labels, columns, ignore_index):
         return
@@ -654,7 +735,7 @@ def per_row(
     positive = exclusive and low == 0.0 and high == math.inf
     if not isinstance(value, Tensor):
         value = number(name, value, low=low, high=high, exclusive_low=exclusive and low > -math.inf)
-        in_sums(name, value, student, positive=positive)
+        in_sums(name, value, positive=positive)
         return value
     plain(name, value)
     if not value.dtype.is_floating_point and value.dtype not in (torch.int32, torch.int64):
@@ -689,15 +770,14 @@ def per_row(
 
 
 def normalizer_like(value: Any, reduction: str, student: Optional[Tensor] = None) -> Any:
-    """A positive number or a 0-d tensor, for the reductions that it can stand in for."""
+    """A positive number or a tensor of one, for the reductions that it can stand in for."""
     if value is None:
         return None
     if reduction not in ("sum", "mean"):
         raise ValueError(f"normalizer needs reduction 'sum' or 'mean', got {reduction!r}")
     if not isinstance(value, Tensor):
         value = number("normalizer", value, low=0.0, exclusive_low=True)
-        if student is not None:
-            in_sums("normalizer", value, student, positive=True)
+        in_sums("normalizer", value, positive=True)
         return value
     plain("normalizer", value)
     if value.numel() != 1:
@@ -707,8 +787,7 @@ def normalizer_like(value: Any, reduction: str, student: Optional[Tensor] = None
     if reads_values(value):
         if not 0.0 < float(value) < math.inf:
             raise ValueError(f"normalizer must be finite and > 0, got {float(value)}")
-        if student is not None:
-            in_sums("normalizer", float(value), student, positive=True)
+        in_sums("normalizer", float(value), positive=True)
     return value.detach().to(value.device if student is None else student.device)
 
 

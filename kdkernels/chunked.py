@@ -15,16 +15,9 @@ import torch
 from torch import Tensor
 
 from kdkernels import checks, ops, symbols
-from kdkernels.autograd import (
-    Launch,
-    graph_is_kept,
-    has_saved_tensor_hooks,
-    refuse_second_derivative,
-    run,
-    run_reference,
-    scaled,
-)
+from kdkernels.autograd import graph_is_kept, has_saved_tensor_hooks, refuse_second_derivative, scaled
 from kdkernels.heads import Fp16Range, Head, HeadGrad, Scratch, sum_dtype
+from kdkernels.launch import Launch, RowTensors, flat, run, run_reference
 from kdkernels.reference.topk import distinct, out_of_range
 
 Rows = Union[slice, Tensor]
@@ -159,7 +152,7 @@ def whole(
             _logits(call, states if rows is None else states[rows], head, offset).detach()
             for states, head, offset in zip(call.teacher_hidden, call.teacher_weight, call.teacher_bias, strict=True)
         ]
-        logits = _logits(call, _flat(hidden), weight, bias)
+        logits = _logits(call, flat(hidden), weight, bias)
         if call.teacher_logits is not None:
             asked = slice(0, len(logits)) if rows is None else rows
             columns, count = call.launch.options["vocab_size"], call.num_teachers
@@ -178,10 +171,6 @@ def _logits(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor]) 
     return torch.nn.functional.linear(operand(hidden), operand(weight), offset).to(dtype)
 
 
-def _flat(hidden: Tensor) -> Tensor:
-    return hidden.reshape(-1, hidden.shape[-1])
-
-
 def execute(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], needs: list[bool]) -> Result:
     """Run the loop, in its op unless that cannot be: with a function, a sparse result, or autograd in the loop."""
     launch = call.launch
@@ -198,7 +187,7 @@ def execute(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], 
         "needs": needs,
         **launch.options,
     }
-    return Result(*ops.call_linear(launch.pattern, (hidden, weight, bias, *teachers, *launch.tensors), options))
+    return Result(*ops.call_linear(launch.pattern, (hidden, weight, bias, *teachers, *launch.operands()), options))
 
 
 def projects_columns(launch: Launch) -> bool:
@@ -268,7 +257,7 @@ def _logits_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tens
         if call.teacher_logits is not None:
             targets = checks.teacher_chunks(call.teacher_logits(rows), count, columns, call.num_teachers, device)
             if call.teacher_probs:
-                labels = part.tensors[0]
+                labels = part.rows.labels
                 counted = None if labels is None else labels != part.options["ignore_index"]
                 for target in targets:
                     checks.teacher_probs("teacher_logits(rows)", target, columns, counted)
@@ -290,7 +279,7 @@ def _fp16_range(launch: Launch, loss: Tensor, head: Head) -> tuple[Optional[Fp16
     in_chunk = head.logits_dtype == torch.float16
     if head.way == "widened" and not in_chunk:
         return None, launch
-    get, weight = launch.options, launch.tensors[1]
+    get, weight = launch.options, launch.rows.row_weight
     tempered = get["temperature"] if get["scale_by_t_squared"] else 1 / get["temperature"]
     terms = max(get["kd_weight"] * tempered, get["ce_weight"], get["z_loss_weight"])
     power = 2.0 ** min(max(8 - math.frexp(get["scale"] * terms)[1], -60), 60)
@@ -301,8 +290,8 @@ def _fp16_range(launch: Launch, loss: Tensor, head: Head) -> tuple[Optional[Fp16
         of_weight = torch.ldexp(torch.ones_like(size), -torch.frexp(size)[1].clamp(-60, 60))
         sums, weight = sums * of_weight, weight * of_weight
     if in_chunk:
-        tensors = (launch.tensors[0], weight, *launch.tensors[2:])
-        launch = launch._replace(tensors=tensors, options={**get, "scale": get["scale"] * power})
+        rows = launch.rows._replace(row_weight=weight)
+        launch = launch._replace(rows=rows, options={**get, "scale": get["scale"] * power})
     return Fp16Range(sums, in_chunk), launch
 
 
@@ -412,7 +401,7 @@ def _kept_rows(launch: Launch) -> Optional[Tensor]:
     Their number is the one thing that the host must know, which waits for a GPU once per call with labels or row
     weights, before any product is queued. A CUDA graph cannot wait: while one is captured every row is computed.
     """
-    labels, weight = launch.tensors[:2]
+    labels, weight = launch.rows.labels, launch.rows.row_weight
     counts = None if labels is None else labels != launch.options["ignore_index"]
     # One weight for all rows is a normaliser; statistics are taken of rows of weight 0 too.
     if weight is not None and (weight.stride(0) or len(weight) == 1) and not launch.options["stats"]:
@@ -427,7 +416,7 @@ def _kept_rows(launch: Launch) -> Optional[Tensor]:
 
 def _of_rows(launch: Launch, rows: Rows) -> Launch:
     return launch._replace(
-        tensors=tuple(None if item is None else item[rows] for item in launch.tensors),
+        rows=launch.rows.chosen(rows),
         sparse_teacher=tuple(item[rows] for item in launch.sparse_teacher),
     )
 
@@ -464,7 +453,8 @@ def _register(pattern: str, num_teacher: int) -> None:
     ) -> tuple[Tensor, ...]:
         teacher, rows = tensors[:num_teacher], tensors[num_teacher:]
         sparse = pattern == "topk_fwd"
-        launch = Launch(pattern, backend, rows, options, teacher if sparse else ())
+        named = RowTensors(**dict(zip(ops.ROW_TENSORS[pattern], rows, strict=True)))
+        launch = Launch(pattern, backend, named, options, teacher if sparse else ())
         call = Call(launch, chunk_bytes, product_dtype, logits_dtype, *(() if sparse else map(tuple, teacher)))
         return _run(call, hidden, weight, bias, needs)[:6]
 

@@ -29,6 +29,12 @@ class Divergence:
     # Whether an entry of the gradient by the student's tempered logits stays near 1 however far apart the models are.
     # Others grow with the difference of log-probabilities, and a gradient in fp16 leaves them more room.
     bounded_gradient: ClassVar[bool] = False
+    # Whether ``f(c p, c q) = c f(p, q)``.
+    homogeneous: ClassVar[bool] = False
+    # Whether f is finite at p = 0; None where that depends on the parameters, and the formula is asked.
+    finite_without_teacher: ClassVar[Optional[bool]] = None
+    # Whether ``f(0, q) = q f(0, 1)``, so that outcomes without a teacher are known by their mass.
+    linear_without_teacher: ClassVar[bool] = False
 
     def params(self) -> tuple[float, float]:
         """The two run-time numbers handed to the kernels; unused ones are 0."""
@@ -68,6 +74,9 @@ class ForwardKL(Divergence):
     formula = "sum p (log p - log q)"
     gradient = "(q - p) / T"
     paper = "Hinton et al. 2015, arXiv:1503.02531"
+    homogeneous = True
+    finite_without_teacher = True
+    linear_without_teacher = True
     bounded_gradient = True
     sweeps = 2
 
@@ -83,6 +92,8 @@ class ReverseKL(Divergence):
     formula = "sum q (log q - log p)"
     gradient = "q (log q - log p - D) / T"
     paper = "Gu et al. 2024 (MiniLLM), arXiv:2306.08543"
+    homogeneous = True
+    finite_without_teacher = False
     sweeps = 2
 
     def dual(self) -> Divergence:
@@ -106,6 +117,9 @@ class JSD(Divergence):
     formula = "beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q"
     gradient = "(1 - beta) q (log q - log m - KL(q || m)) / T"
     paper = "Agarwal et al. 2024 (GKD), arXiv:2306.13649"
+    homogeneous = True
+    finite_without_teacher = True
+    linear_without_teacher = True
     bounded_gradient = True
 
     def __post_init__(self) -> None:
@@ -133,6 +147,9 @@ class TVD(Divergence):
     formula = "1/2 sum |p - q|"
     gradient = "q (sign(q - p) - sum q sign(q - p)) / (2 T)"
     paper = "Wen et al. 2023 (f-DISTILL), arXiv:2307.15190"
+    homogeneous = True
+    finite_without_teacher = True
+    linear_without_teacher = True
     bounded_gradient = True
 
     def dual(self) -> Divergence:
@@ -150,6 +167,9 @@ class SkewKL(Divergence):
     formula = "KL(p || m), m = alpha p + (1 - alpha) q"
     gradient = "(1 - alpha) q (sum p q / m - p / m) / T"
     paper = "Ko et al. 2024 (DistiLLM), arXiv:2402.03898"
+    homogeneous = True
+    finite_without_teacher = True
+    linear_without_teacher = True
     bounded_gradient = True
 
     def __post_init__(self) -> None:
@@ -176,6 +196,9 @@ class SkewReverseKL(Divergence):
     formula = "KL(q || m), m = alpha q + (1 - alpha) p"
     gradient = "q (log q - log m - alpha q / m - D + alpha sum q^2 / m) / T"
     paper = "Ko et al. 2024 (DistiLLM), arXiv:2402.03898"
+    homogeneous = True
+    finite_without_teacher = True
+    linear_without_teacher = True
     bounded_gradient = True
 
     def __post_init__(self) -> None:
@@ -233,6 +256,8 @@ class Jeffreys(Divergence):
     formula = "KL(p || q) + KL(q || p)"
     gradient = "(q - p + q (log q - log p - KL(q || p))) / T"
     paper = "Jeffreys 1946, doi:10.1098/rspa.1946.0056"
+    homogeneous = True
+    finite_without_teacher = False
     sweeps = 2
 
     def dual(self) -> Divergence:
@@ -247,6 +272,8 @@ class SoftCE(Divergence):
     formula = "-sum p log q"
     gradient = "(q - p) / T"
     paper = "Hinton et al. 2015, arXiv:1503.02531"
+    finite_without_teacher = True
+    linear_without_teacher = True
     bounded_gradient = True
     sweeps = 2
 
@@ -262,6 +289,7 @@ class _DualSoftCE(Divergence):
     formula = "-sum q log p"
     gradient = "q (-log p + sum q log p) / T"
     paper = SoftCE.paper
+    finite_without_teacher = False
     sweeps = 2
 
     def dual(self) -> Divergence:
@@ -282,6 +310,11 @@ def names() -> tuple[str, ...]:
 def table() -> dict[str, type[Divergence]]:
     """A copy of the table from name to class."""
     return {name: _TABLE[name] for name in names()}
+
+
+def by_name(name: str) -> type[Divergence]:
+    """The class of a name; the ops know a divergence by nothing else."""
+    return _TABLE[name]
 
 
 # Names registered at run time, and whether they came with Triton functions.

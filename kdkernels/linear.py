@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Optional, Union
+from typing import TYPE_CHECKING, Any, Literal, Optional, Union, overload
 
 import torch
 from torch import Tensor
 
-from kdkernels import backends, checks, functional, symbols, transforms
+from kdkernels import backends, checks, symbols, transforms
+from kdkernels.autograd import reduced
 from kdkernels.chunked import Call, LinearLoss, Rows, execute, projects_columns, whole
-from kdkernels.divergences import Divergence
-from kdkernels.functional import DEFAULTS, TOPK_DEFAULTS, KDStats, PerRow, TopKStats
+from kdkernels.functional import KDStats, TopKStats
+from kdkernels.launch import dense_launch, flat, topk_launch, with_stats
+from kdkernels.objective import LinearObjective, LinearTopKObjective, takes
 
-# There are no logits to overwrite.
-LINEAR_DEFAULTS = {
-    **{name: DEFAULTS[name] for name in DEFAULTS if name != "inplace"},
-    "chunk_bytes": None,
-    "logits_dtype": None,
-}
-LINEAR_TOPK_DEFAULTS = {
-    **{name: TOPK_DEFAULTS[name] for name in TOPK_DEFAULTS if name != "inplace"},
-    "chunk_bytes": None,
-    "logits_dtype": None,
-    "sparse_grad": False,
-}
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from kdkernels.options import LinearOptions, LinearTopKOptions
+
 Head = Union[Tensor, torch.nn.Module]
 
 
+@overload
 def linear_kd_loss(
     student_hidden: Tensor,
     student_weight: Head,
@@ -38,30 +34,49 @@ def linear_kd_loss(
     student_bias: Optional[Tensor] = None,
     teacher_bias: Optional[Union[Tensor, Sequence[Optional[Tensor]]]] = None,
     teacher_logits: Optional[Callable[[Rows], Any]] = None,
-    chunk_bytes: Optional[int] = None,
-    logits_dtype: Optional[torch.dtype] = None,
-    divergence: Union[str, Divergence] = "forward_kl",
-    temperature: PerRow = 1.0,
-    teacher_temperature: Optional[PerRow] = None,
-    scale_by_t_squared: bool = True,
-    kd_weight: float = 1.0,
-    ce_weight: float = 0.0,
-    z_loss_weight: float = 0.0,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    row_weight: Optional[PerRow] = None,
-    reduction: str = "mean",
-    normalizer: Optional[Union[float, Tensor]] = None,
-    teacher_form: str = "logits",
-    teacher_weights: Optional[Union[Sequence[float], Tensor]] = None,
-    mixture: str = "probs",
-    vocab_size: Optional[int] = None,
-    student_softcap: Optional[float] = None,
-    teacher_softcap: Optional[float] = None,
-    standardize: bool = False,
-    row_param: Optional[Tensor] = None,
-    return_stats: bool = False,
-    backend: str = "auto",
+    return_stats: Literal[False] = False,
+    **options: Unpack[LinearOptions],
+) -> Tensor: ...
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Head,
+    teacher_hidden: Optional[Union[Tensor, Sequence[Tensor]]] = None,
+    teacher_weight: Optional[Union[Head, Sequence[Head]]] = None,
+    labels: Optional[Tensor] = None,
+    *,
+    student_bias: Optional[Tensor] = None,
+    teacher_bias: Optional[Union[Tensor, Sequence[Optional[Tensor]]]] = None,
+    teacher_logits: Optional[Callable[[Rows], Any]] = None,
+    return_stats: Literal[True],
+    **options: Unpack[LinearOptions],
+) -> tuple[Tensor, KDStats]: ...
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Head,
+    teacher_hidden: Optional[Union[Tensor, Sequence[Tensor]]] = None,
+    teacher_weight: Optional[Union[Head, Sequence[Head]]] = None,
+    labels: Optional[Tensor] = None,
+    *,
+    student_bias: Optional[Tensor] = None,
+    teacher_bias: Optional[Union[Tensor, Sequence[Optional[Tensor]]]] = None,
+    teacher_logits: Optional[Callable[[Rows], Any]] = None,
+    return_stats: bool,
+    **options: Unpack[LinearOptions],
+) -> Union[Tensor, tuple[Tensor, KDStats]]: ...
+@takes(LinearObjective)
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Head,
+    teacher_hidden: Optional[Union[Tensor, Sequence[Tensor]]] = None,
+    teacher_weight: Optional[Union[Head, Sequence[Head]]] = None,
+    labels: Optional[Tensor] = None,
+    *,
+    student_bias: Optional[Tensor] = None,
+    teacher_bias: Optional[Union[Tensor, Sequence[Optional[Tensor]]]] = None,
+    teacher_logits: Optional[Callable[[Rows], Any]] = None,
+    **options: Any,
 ) -> Any:
     r"""``kd_loss`` of the logits ``hidden @ weight.T + bias`` of student and teacher, which are never stored whole.
 
@@ -111,70 +126,20 @@ def linear_kd_loss(
         TypeError, ValueError: naming the argument, before anything is launched; for what ``teacher_logits`` returns,
             when it does.
     """
-    options = {
-        "divergence": divergence,
-        "temperature": temperature,
-        "teacher_temperature": teacher_temperature,
-        "scale_by_t_squared": scale_by_t_squared,
-        "kd_weight": kd_weight,
-        "ce_weight": ce_weight,
-        "z_loss_weight": z_loss_weight,
-        "label_smoothing": label_smoothing,
-        "ignore_index": ignore_index,
-        "row_weight": row_weight,
-        "reduction": reduction,
-        "normalizer": normalizer,
-        "teacher_form": teacher_form,
-        "teacher_weights": teacher_weights,
-        "mixture": mixture,
-        "vocab_size": vocab_size,
-        "student_softcap": student_softcap,
-        "teacher_softcap": teacher_softcap,
-        "standardize": standardize,
-        "row_param": row_param,
-        "return_stats": return_stats,
-        "backend": backend,
-    }
-    product_dtype = _autocast_dtype(student_hidden)
-    head, bias = checks.head_tensors("student", student_weight, student_bias)
-    checks.head("student", student_hidden, head, bias, product_dtype is not None)
-    _check_chunk_bytes(chunk_bytes)
-    checks.logits_dtype(logits_dtype, product_dtype or student_hidden.dtype)
-    logits = _stand_in(student_hidden, head, product_dtype)
-    plan = functional._plan("linear_kd_loss", options, logits)
-    single = teacher_weights is None and not isinstance(teacher_hidden, (list, tuple))
-    if teacher_logits is None:
-        teachers = _teachers(teacher_hidden, teacher_weight, teacher_bias)
-        for teacher in teachers:
-            checks.head("teacher", *teacher, product_dtype is not None)
-            checks.teacher_head(*teacher[:2], logits, vocab_size)
-        count = len(teachers)
-        if teacher_form != "logits":
-            raise ValueError(f"teacher_form must be 'logits' unless teacher_logits is given, got {teacher_form!r}")
-    else:
-        checks.teacher_callable(teacher_logits, teacher_hidden, teacher_weight, teacher_bias)
-        teachers, count = [], 1 if teacher_weights is None else _count(teacher_weights)
-    mixture_weights = functional._mixture_weights(teacher_weights, mixture, count, logits, single=single)
-    labels, row_param = functional._labels_and_param(plan, labels)
-    name = backends.choose(backend, logits, divergence=plan.divergence.name)
-    scale, weight = plan.weights(labels)
-    launch = functional.dense_launch(plan, name, (labels, weight, row_param), scale, mixture_weights, mixture)
-    hiddens, weights, biases = zip(*teachers, strict=True) if teachers else ((), (), ())
-    call = Call(
-        launch,
-        chunk_bytes,
-        product_dtype,
-        logits_dtype,
-        tuple(_flat(hidden.detach()) for hidden in hiddens),
-        tuple(weight.detach() for weight in weights),
-        tuple(None if bias is None else bias.detach() for bias in biases),
-        teacher_logits,
-        count,
-        teacher_form == "probs" and kd_weight != 0,
+    return dense(
+        LinearObjective.of(options),
+        student_hidden,
+        student_weight,
+        teacher_hidden,
+        teacher_weight,
+        labels,
+        student_bias=student_bias,
+        teacher_bias=teacher_bias,
+        teacher_logits=teacher_logits,
     )
-    return _result(plan, call, student_hidden, head, bias, KDStats)
 
 
+@overload
 def linear_topk_kd_loss(
     student_hidden: Tensor,
     student_weight: Head,
@@ -183,29 +148,47 @@ def linear_topk_kd_loss(
     labels: Optional[Tensor] = None,
     *,
     student_bias: Optional[Tensor] = None,
-    chunk_bytes: Optional[int] = None,
-    logits_dtype: Optional[torch.dtype] = None,
-    sparse_grad: bool = False,
-    tail: str = "bucket",
     tail_logprob: Optional[Tensor] = None,
-    min_tail: Optional[float] = None,
-    divergence: Union[str, Divergence] = "forward_kl",
-    temperature: PerRow = 1.0,
-    teacher_temperature: Optional[PerRow] = None,
-    scale_by_t_squared: bool = True,
-    kd_weight: float = 1.0,
-    ce_weight: float = 0.0,
-    z_loss_weight: float = 0.0,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    row_weight: Optional[PerRow] = None,
-    reduction: str = "mean",
-    normalizer: Optional[Union[float, Tensor]] = None,
-    vocab_size: Optional[int] = None,
-    student_softcap: Optional[float] = None,
-    row_param: Optional[Tensor] = None,
-    return_stats: bool = False,
-    backend: str = "auto",
+    return_stats: Literal[False] = False,
+    **options: Unpack[LinearTopKOptions],
+) -> Tensor: ...
+@overload
+def linear_topk_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Head,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    labels: Optional[Tensor] = None,
+    *,
+    student_bias: Optional[Tensor] = None,
+    tail_logprob: Optional[Tensor] = None,
+    return_stats: Literal[True],
+    **options: Unpack[LinearTopKOptions],
+) -> tuple[Tensor, TopKStats]: ...
+@overload
+def linear_topk_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Head,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    labels: Optional[Tensor] = None,
+    *,
+    student_bias: Optional[Tensor] = None,
+    tail_logprob: Optional[Tensor] = None,
+    return_stats: bool,
+    **options: Unpack[LinearTopKOptions],
+) -> Union[Tensor, tuple[Tensor, TopKStats]]: ...
+@takes(LinearTopKObjective)
+def linear_topk_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Head,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    labels: Optional[Tensor] = None,
+    *,
+    student_bias: Optional[Tensor] = None,
+    tail_logprob: Optional[Tensor] = None,
+    **options: Any,
 ) -> Any:
     r"""``topk_kd_loss`` of the logits ``hidden @ weight.T + bias``, which are never stored whole.
 
@@ -233,63 +216,92 @@ def linear_topk_kd_loss(
     Raises:
         TypeError, ValueError: naming the argument, before anything is launched.
     """
-    options = {
-        "tail": tail,
-        "min_tail": min_tail,
-        "divergence": divergence,
-        "temperature": temperature,
-        "teacher_temperature": teacher_temperature,
-        "scale_by_t_squared": scale_by_t_squared,
-        "kd_weight": kd_weight,
-        "ce_weight": ce_weight,
-        "z_loss_weight": z_loss_weight,
-        "label_smoothing": label_smoothing,
-        "ignore_index": ignore_index,
-        "row_weight": row_weight,
-        "reduction": reduction,
-        "normalizer": normalizer,
-        "vocab_size": vocab_size,
-        "student_softcap": student_softcap,
-        "row_param": row_param,
-        "return_stats": return_stats,
-        "backend": backend,
-    }
-    product_dtype = _autocast_dtype(student_hidden)
-    head, bias = checks.head_tensors("student", student_weight, student_bias)
-    checks.head("student", student_hidden, head, bias, product_dtype is not None)
-    _check_chunk_bytes(chunk_bytes)
-    checks.logits_dtype(logits_dtype, product_dtype or student_hidden.dtype)
-    logits = _stand_in(student_hidden, head, product_dtype)
-    plan = functional._plan("linear_topk_kd_loss", options, logits)
-    teacher = checks.sparse_teacher(teacher_ids, teacher_logprobs, logits, plan.columns, tail)
-    labels, row_param = functional._labels_and_param(plan, labels)
-    name = backends.choose(backend, logits, divergence=plan.divergence.name, pattern="topk_fwd")
-    scale, weight = plan.weights(labels)
-    tail_rows = checks.tail_like(tail_logprob, tail, logits)
-    launch = functional.topk_launch(plan, name, teacher, (labels, weight, row_param, tail_rows), scale)
-    checks.sparse_grad_allowed(sparse_grad, projects_columns(launch))
-    call = Call(launch, chunk_bytes, product_dtype, logits_dtype, sparse_grad=sparse_grad)
-    return _result(plan, call, student_hidden, head, bias, TopKStats)
+    return topk(
+        LinearTopKObjective.of(options),
+        student_hidden,
+        student_weight,
+        teacher_ids,
+        teacher_logprobs,
+        labels,
+        student_bias=student_bias,
+        tail_logprob=tail_logprob,
+    )
 
 
-def check_linear_options(options: dict[str, Any]) -> None:
-    """Check the options of ``linear_kd_loss`` whose check needs no tensor."""
-    functional.check_options("linear_kd_loss", options, LINEAR_DEFAULTS)
-    _check_chunk_bytes(options.get("chunk_bytes"))
-    checks.logits_dtype(options.get("logits_dtype"))
+def dense(
+    objective: LinearObjective,
+    hidden: Any,
+    weight: Any,
+    teacher_hidden: Any,
+    teacher_weight: Any,
+    labels: Any,
+    *,
+    student_bias: Any,
+    teacher_bias: Any,
+    teacher_logits: Any,
+) -> Any:
+    """``linear_kd_loss`` of an objective."""
+    head, bias, product_dtype, logits = _student(objective, hidden, weight, student_bias)
+    columns = checks.student_of(objective, logits)
+    single = objective.teacher_weights is None and not isinstance(teacher_hidden, (list, tuple))
+    if teacher_logits is None:
+        teachers = _teachers(teacher_hidden, teacher_weight, teacher_bias)
+        for teacher in teachers:
+            checks.head("teacher", *teacher, product_dtype is not None)
+            checks.teacher_head(*teacher[:2], logits, objective.vocab_size)
+        count, form = len(teachers), objective.teacher_form
+        if form != "logits":
+            raise ValueError(f"teacher_form must be 'logits' unless teacher_logits is given, got {form!r}")
+    else:
+        checks.teacher_callable(teacher_logits, teacher_hidden, teacher_weight, teacher_bias)
+        teachers, count = [], 1 if objective.teacher_weights is None else _count(objective.teacher_weights)
+    weights = checks.mixture_weights(objective, count, logits, single=single)
+    backend = backends.choose(objective.backend, logits, divergence=objective.resolved.name)
+    hiddens, heads, biases = zip(*teachers, strict=True) if teachers else ((), (), ())
+    call = Call(
+        dense_launch(objective, logits, labels, columns, backend, weights, objective.mixture),
+        objective.chunk_bytes,
+        product_dtype,
+        objective.logits_dtype,
+        tuple(flat(states.detach()) for states in hiddens),
+        tuple(item.detach() for item in heads),
+        tuple(None if item is None else item.detach() for item in biases),
+        teacher_logits,
+        count,
+        objective.teacher_form == "probs" and objective.kd_weight != 0,
+    )
+    return _result(objective, call, hidden, head, bias, KDStats)
 
 
-def check_linear_topk_options(options: dict[str, Any]) -> None:
-    """Check the options of ``linear_topk_kd_loss`` whose check needs no tensor."""
-    functional.check_options("linear_topk_kd_loss", options, LINEAR_TOPK_DEFAULTS)
-    _check_chunk_bytes(options.get("chunk_bytes"))
-    checks.logits_dtype(options.get("logits_dtype"))
-    checks.flag("sparse_grad", options.get("sparse_grad", False))
+def topk(
+    objective: LinearTopKObjective,
+    hidden: Any,
+    weight: Any,
+    ids: Any,
+    logprobs: Any,
+    labels: Any,
+    *,
+    student_bias: Any,
+    tail_logprob: Any,
+) -> Any:
+    """``linear_topk_kd_loss`` of an objective."""
+    head, bias, product_dtype, logits = _student(objective, hidden, weight, student_bias)
+    columns = checks.student_of(objective, logits)
+    launch = topk_launch(objective, logits, (ids, logprobs), labels, tail_logprob, columns)
+    checks.sparse_grad_allowed(objective.sparse_grad, projects_columns(launch))
+    call = Call(launch, objective.chunk_bytes, product_dtype, objective.logits_dtype, sparse_grad=objective.sparse_grad)
+    return _result(objective, call, hidden, head, bias, TopKStats)
 
 
-def _check_chunk_bytes(value: Optional[int]) -> None:
-    if value is not None:
-        checks.integer("chunk_bytes", value, low=1)
+def _student(
+    objective: Any, hidden: Any, weight: Any, bias: Any
+) -> tuple[Tensor, Optional[Tensor], Optional[torch.dtype], Tensor]:
+    """The head's weight and bias, the dtype that autocast wants of products, and what stands for the logits."""
+    product_dtype = _autocast_dtype(hidden)
+    head, bias = checks.head_tensors("student", weight, bias)
+    checks.head("student", hidden, head, bias, product_dtype is not None)
+    checks.logits_dtype(objective.logits_dtype, product_dtype or hidden.dtype)
+    return head, bias, product_dtype, _stand_in(hidden, head, product_dtype)
 
 
 def _autocast_dtype(hidden: Any) -> Optional[torch.dtype]:
@@ -313,7 +325,7 @@ def _teachers(hidden: Any, weight: Any, bias: Any) -> list[tuple[Any, Any, Any]]
             raise TypeError(f"{name} is required unless teacher_logits is given")
     if not isinstance(hidden, (list, tuple)):
         return [(hidden, *checks.head_tensors("teacher", weight, bias))]
-    functional._teachers(hidden)
+    checks.several(hidden)
     if bias is None:
         bias = [None] * len(hidden)
     for name, value in (("teacher_weight", weight), ("teacher_bias", bias)):
@@ -327,32 +339,26 @@ def _count(teacher_weights: Any) -> int:
     return teacher_weights.shape[-1] if isinstance(teacher_weights, Tensor) else len(teacher_weights)
 
 
-def _flat(hidden: Tensor) -> Tensor:
-    return hidden.reshape(-1, hidden.shape[-1])
-
-
-def _result(
-    plan: functional._Plan, call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], kind: Any
-) -> Any:
+def _result(objective: Any, call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], kind: Any) -> Any:
     inputs = tuple(item for item in (hidden, weight, bias) if item is not None)
     checks.reverse_mode_only(call.launch.backend, *inputs)
     transformed = call.launch.backend == "torch" and _is_transformed(inputs)
     needs_grad = torch.is_grad_enabled() and any(item.requires_grad for item in inputs)
-    needs_grad = needs_grad and not symbols.traces_ops()  # as functional._Plan.launch
+    needs_grad = needs_grad and not symbols.traces_ops()  # as autograd.evaluate
     checks.linear_mode_allowed(
-        plan.options["reduction"], needs_grad, call.teacher_logits is not None, call.sparse_grad, transformed
+        objective.reduction, needs_grad, call.teacher_logits is not None, call.sparse_grad, transformed
     )
     if call.launch.backend == "torch" and (transformed or torch.compiler.is_compiling()):
         # No graph and no transform holds the autograd within the loop.
         rows, stats = whole(call, hidden, weight, bias)
-        loss = plan.reduced(rows)
+        loss = reduced(rows, objective, hidden)
     elif needs_grad:
-        loss, stats = LinearLoss.apply(_flat(hidden), weight, bias, call)
+        loss, stats = LinearLoss.apply(flat(hidden), weight, bias, call)
     else:
-        flat, head, offset = _flat(hidden.detach()), weight.detach(), None if bias is None else bias.detach()
-        rows, stats = execute(call, flat, head, offset, [False] * 3)[:2]
-        loss = plan.reduced(rows)
-    return plan.result(loss, stats, kind)
+        offset = None if bias is None else bias.detach()
+        rows, stats = execute(call, flat(hidden.detach()), weight.detach(), offset, [False] * 3)[:2]
+        loss = reduced(rows, objective, hidden)
+    return with_stats(loss, stats, hidden, kind) if objective.return_stats else loss
 
 
 def _is_transformed(tensors: tuple[Tensor, ...]) -> bool:

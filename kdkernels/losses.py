@@ -1,27 +1,63 @@
-"""The losses as ``torch.nn.Module``: they store keyword arguments and call ``kdkernels.functional``."""
+"""The losses as ``torch.nn.Module``: each holds its options, and the rest is ``kdkernels.functional``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Optional, Union
+from typing import TYPE_CHECKING, Any, ClassVar, Optional, Union
 
 import torch
 from torch import Tensor
 
 from kdkernels import functional, linear
+from kdkernels.objective import LinearObjective, LinearTopKObjective, Objective, Options, TopKObjective, takes
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from kdkernels.options import LinearOptions, LinearTopKOptions, ObjectiveOptions, TopKOptions
 
 
-class TopKKDLoss(torch.nn.Module):
+class _Loss(torch.nn.Module):
+    """Options are checked when the module is built, tensors when it is called."""
+
+    kind: ClassVar[type[Options]]
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.objective: Any = self.kind.of(options)
+
+    def extra_repr(self) -> str:
+        return str(self.objective)
+
+
+class KDLoss(_Loss):
+    """``kd_loss`` as a module: ``KDLoss(**options)(student, teacher, labels)``, with the options of ``kd_loss``.
+
+    Options are checked when the module is built, tensors when it is called. ``objective`` holds them.
+    """
+
+    kind = Objective
+
+    if TYPE_CHECKING:
+
+        def __init__(self, *, return_stats: bool = False, **options: Unpack[ObjectiveOptions]) -> None: ...
+
+    def forward(self, student: Tensor, teacher: functional.Teachers, labels: Optional[Tensor] = None) -> Any:
+        return functional.dense(self.objective, student, teacher, labels)
+
+
+class TopKKDLoss(_Loss):
     """``topk_kd_loss`` as a module: ``TopKKDLoss(**options)(student, teacher_ids, teacher_logprobs, labels)``.
 
     See ``kdkernels.topk_kd_loss`` for the options; they are checked when the module is built, tensors when it is
     called. A captured ``tail_logprob`` goes to the call.
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        functional.check_topk_options(options)
-        self.options = options
+    kind = TopKObjective
+
+    if TYPE_CHECKING:
+
+        def __init__(self, *, return_stats: bool = False, **options: Unpack[TopKOptions]) -> None: ...
 
     def forward(
         self,
@@ -32,43 +68,23 @@ class TopKKDLoss(torch.nn.Module):
         *,
         tail_logprob: Optional[Tensor] = None,
     ) -> Any:
-        return functional.topk_kd_loss(
-            student, teacher_ids, teacher_logprobs, labels, tail_logprob=tail_logprob, **self.options
+        return functional.topk(
+            self.objective, student, teacher_ids, teacher_logprobs, labels, tail_logprob=tail_logprob
         )
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
-
-class KDLoss(torch.nn.Module):
-    """``kd_loss`` as a module: ``KDLoss(**options)(student, teacher, labels)``, with the options of ``kd_loss``.
-
-    Options are checked when the module is built, tensors when it is called.
-    """
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        functional.check_options("kd_loss", options)
-        self.options = options
-
-    def forward(self, student: Tensor, teacher: Tensor, labels: Optional[Tensor] = None) -> Any:
-        return functional.kd_loss(student, teacher, labels, **self.options)
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-
-
-class LinearKDLoss(torch.nn.Module):
+class LinearKDLoss(_Loss):
     """``linear_kd_loss`` as a module: ``LinearKDLoss(**options)(student_hidden, student_weight, teacher_hidden, ...)``.
 
     See ``kdkernels.linear_kd_loss`` for the options; they are checked when the module is built, tensors when it is
     called. It holds no weight: heads are handed in, as tensors or as the modules that they are the weights of.
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        linear.check_linear_options(options)
-        self.options = options
+    kind = LinearObjective
+
+    if TYPE_CHECKING:
+
+        def __init__(self, *, return_stats: bool = False, **options: Unpack[LinearOptions]) -> None: ...
 
     def forward(
         self,
@@ -82,7 +98,8 @@ class LinearKDLoss(torch.nn.Module):
         teacher_bias: Any = None,
         teacher_logits: Optional[Callable[..., Any]] = None,
     ) -> Any:
-        return linear.linear_kd_loss(
+        return linear.dense(
+            self.objective,
             student_hidden,
             student_weight,
             teacher_hidden,
@@ -91,14 +108,10 @@ class LinearKDLoss(torch.nn.Module):
             student_bias=student_bias,
             teacher_bias=teacher_bias,
             teacher_logits=teacher_logits,
-            **self.options,
         )
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
-
-class LinearTopKKDLoss(torch.nn.Module):
+class LinearTopKKDLoss(_Loss):
     """``linear_topk_kd_loss`` as a module: ``LinearTopKKDLoss(**options)(student_hidden, student_weight, ...)``.
 
     See ``kdkernels.linear_topk_kd_loss`` for the options; they are checked when the module is built, tensors when it is
@@ -106,10 +119,11 @@ class LinearTopKKDLoss(torch.nn.Module):
     the call.
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        linear.check_linear_topk_options(options)
-        self.options = options
+    kind = LinearTopKObjective
+
+    if TYPE_CHECKING:
+
+        def __init__(self, *, return_stats: bool = False, **options: Unpack[LinearTopKOptions]) -> None: ...
 
     def forward(
         self,
@@ -122,7 +136,8 @@ class LinearTopKKDLoss(torch.nn.Module):
         student_bias: Optional[Tensor] = None,
         tail_logprob: Optional[Tensor] = None,
     ) -> Any:
-        return linear.linear_topk_kd_loss(
+        return linear.topk(
+            self.objective,
             student_hidden,
             student_weight,
             teacher_ids,
@@ -130,8 +145,8 @@ class LinearTopKKDLoss(torch.nn.Module):
             labels,
             student_bias=student_bias,
             tail_logprob=tail_logprob,
-            **self.options,
         )
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+for _module in (KDLoss, TopKKDLoss, LinearKDLoss, LinearTopKKDLoss):
+    takes(_module.kind)(_module)

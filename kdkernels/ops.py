@@ -78,6 +78,12 @@ SCHEMAS = {
     "scale_grad": "(Tensor(a!) grad, Tensor grad_output) -> ()",
 }
 
+# The tensors of a pattern after dstudent.
+ROW_TENSORS = {
+    pattern: tuple(re.findall(r"Tensor\?? (\w+)", schema.partition("dstudent")[2]))
+    for pattern, schema in SCHEMAS.items()
+}
+
 # The whole loss of the compiled CPU backend, its rows summed: what a training loop calls again and again, with no
 # tensor per row but labels and a sparse teacher's tail. ``call`` is what <pattern>_call_cpu returns for the numbers and
 # names that all rows share. Logits are [B, L, V] or [N, V]. Returns the loss (0-d), and the gradient of the student's

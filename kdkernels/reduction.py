@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Optional, Union
+from typing import Literal, Optional, Union, get_args
 
 import torch
 from torch import Tensor
 
 from kdkernels import symbols
 
-REDUCTIONS = ("none", "sum", "mean", "batchmean")
+Reduction = Literal["none", "sum", "mean", "batchmean"]
+REDUCTIONS = get_args(Reduction)
 
 
 def row_weights(

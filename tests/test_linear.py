@@ -547,7 +547,7 @@ class TestAroundTheHead:
         launch = call.launch
         torch.library.opcheck(
             torch.ops.kdkernels.linear_dense_fwd.default,
-            (*captured["tensors"], list(call.teacher_hidden), list(call.teacher_weight), [None], *launch.tensors),
+            (*captured["tensors"], list(call.teacher_hidden), list(call.teacher_weight), [None], *launch.operands()),
             {"backend": "cpu", "needs": needs, **dict.fromkeys(NONE_GIVEN), **launch.options},
         )
 

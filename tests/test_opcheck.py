@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import kdkernels as kd
-from kdkernels import functional, heads, memory, ops
+from kdkernels import heads, memory, ops
 
 pytestmark = pytest.mark.usefixtures("compiled_cpu")
 
@@ -98,7 +98,6 @@ LOSSES = {
 
 def calls_of(loss):
     """The calls of ops in a loss and its backward, called twice: the second may take a shorter way."""
-    functional._known_calls.clear()
     with Recorder() as recorder:
         for _ in range(2):
             result = loss()

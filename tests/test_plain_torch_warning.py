@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kdkernels as kd
-from kdkernels import backends, functional
+from kdkernels import backends
 
 REASON = "the C++ extension was not built: nobody did. To have it: run `build it`"
 STUDENT, TEACHER = torch.randn(40, 32000), torch.randn(40, 32000)
@@ -16,9 +16,7 @@ STUDENT, TEACHER = torch.randn(40, 32000), torch.randn(40, 32000)
 def without_kernels(monkeypatch):
     """An installation without the compiled CPU backend, in a process that has not warned yet."""
     monkeypatch.setattr(backends.cpu, "load_error", lambda: REASON)
-    monkeypatch.setattr(backends, "_selected", {})
     monkeypatch.setattr(backends, "_warned", False)
-    monkeypatch.setattr(functional, "_known_calls", {})
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
@@ -80,7 +78,6 @@ def test_a_filter_makes_an_error_of_every_such_call(without_kernels):
 
 def test_a_kernel_that_runs_does_not_warn(compiled_cpu, monkeypatch):
     monkeypatch.setattr(backends, "_warned", False)
-    monkeypatch.setattr(functional, "_known_calls", {})
     with warnings.catch_warnings():
         warnings.simplefilter("error", backends.PlainTorchWarning)
         for call in CALLS.values():

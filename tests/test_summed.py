@@ -1,10 +1,12 @@
 """Losses that one op of the CPU makes from end to end, against the ways they take otherwise."""
 
+from unittest import mock
+
 import pytest
 import torch
 
 import kdkernels as kd
-from kdkernels import checks, functional, ops, testing
+from kdkernels import autograd, checks, ops, testing
 from kdkernels.backends import cpu
 
 pytestmark = pytest.mark.skipif(cpu.load_error() is not None, reason=f"the CPU extension: {cpu.load_error()}")
@@ -13,11 +15,16 @@ B, L, V, K = 3, 5, 70, 4
 FLOAT = torch.float32
 
 
+made = []  # the launches that one op made
+
+
 @pytest.fixture(autouse=True)
-def nothing_known():
-    """And an output that is not written shows."""
-    functional._known_calls.clear()
-    with testing.poisoned_memory():
+def observed():
+    """An output that is not written shows, and so do losses that one op made."""
+    made.clear()
+    summed = autograd.summed
+    count = mock.patch.object(autograd, "summed", lambda launch, *call: made.append(launch) or summed(launch, *call))
+    with count, testing.poisoned_memory():
         yield
 
 
@@ -39,15 +46,14 @@ def make_sparse(student, dtype=FLOAT):
 
 
 def taken():
-    """Whether the calls of this test were made by one op."""
-    [known] = functional._known_calls.values()
-    return known.summed is not None
+    """Whether calls of this test were made by one op."""
+    return bool(made)
 
 
 def otherwise(monkeypatch):
     """From here on no call is."""
-    functional._known_calls.clear()
-    monkeypatch.setattr(functional, "_summed_call", lambda call: None)
+    made.clear()
+    monkeypatch.setattr(autograd, "sums_in_one_op", lambda *call: False)
 
 
 def compare(monkeypatch, loss, student):
@@ -124,7 +130,7 @@ def test_labels(options, dtype, monkeypatch):
     labels[labels == -100] = options.get("ignore_index", -100)
     compare(monkeypatch, lambda s: kd.kd_loss(s, teacher, labels, **options), student)
     # Others in the next step of a loop count otherwise.
-    functional._known_calls.clear()
+    made.clear()
     monkeypatch.undo()
     results = []
     for count in (B, 1):
@@ -150,7 +156,7 @@ def test_a_captured_tail(monkeypatch):
     student, teacher = make()
     ids, logprobs, tail = kd.capture_topk(teacher, K)
     compare(monkeypatch, lambda s: kd.topk_kd_loss(s, ids, logprobs, tail_logprob=tail), student)
-    functional._known_calls.clear()
+    made.clear()
     monkeypatch.undo()
     # One with a tail is not taken for one without, nor for one with another tail.
     losses = [kd.topk_kd_loss(student, ids, logprobs, tail_logprob=t) for t in (tail, None, tail - 1.0, tail)]
@@ -168,7 +174,7 @@ def test_dtypes(dtype, teacher_dtype, monkeypatch):
     teacher = teacher.to(teacher_dtype)
     loss = kd.kd_loss(student, teacher)
     assert loss.dtype == checks.sum_dtype(student) and loss.shape == ()
-    functional._known_calls.clear()
+    made.clear()
     compare(monkeypatch, lambda s: kd.kd_loss(s, teacher, temperature=2.0), student)
 
 
@@ -218,14 +224,14 @@ def test_what_takes_the_general_way():
         "plain PyTorch": lambda: kd.kd_loss(student, teacher, backend="torch"),
     }
     for name, call in calls.items():
-        functional._known_calls.clear()
+        made.clear()
         call()
         assert not taken(), name
-    functional._known_calls.clear()
+    made.clear()
     kd.kd_loss(student, [teacher, teacher])
     kd.kd_loss(student, teacher, temperature=torch.ones(B, L))
     kd.kd_loss(student, teacher.clone().requires_grad_())
-    assert not functional._known_calls
+    assert not made
 
 
 @pytest.mark.parametrize("remembered", [False, True])

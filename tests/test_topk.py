@@ -1,6 +1,7 @@
 """topk_kd_loss against an fp64 oracle written here, row by row: the sparse teacher spread over the vocabulary."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 
 import kdkernels as kd
 from kdkernels import backends, checks, testing
+from kdkernels.objective import Tail
 
 BACKENDS = ("torch", "cpu")
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -25,7 +27,7 @@ NEEDS_TEACHER = ("reverse_kl", "jeffreys", "ab_a=0", "ab_a+b=0", "ab_0")
 TAILS_WITHOUT_TEACHER = ("renormalize", "drop")
 CASES = [
     pytest.param(tail, name, id=f"{tail}-{name}")
-    for tail in checks.TAILS
+    for tail in get_args(Tail)
     for name in DIVERGENCES
     if not (tail in TAILS_WITHOUT_TEACHER and name in NEEDS_TEACHER)
 ]
@@ -286,7 +288,7 @@ def test_whole_objective(tail, name, temperature, dtype, backend):
     )
 
 
-@pytest.mark.parametrize("tail", checks.TAILS)
+@pytest.mark.parametrize("tail", get_args(Tail))
 def test_hard_terms_alone(tail, backend):
     s, ids, logprobs, labels = ragged(6, 41, 4, torch.float32)
     options = {"kd_weight": 0.0, "ce_weight": 1.0, "label_smoothing": 0.2}
@@ -294,7 +296,7 @@ def test_hard_terms_alone(tail, backend):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("tail", checks.TAILS)
+@pytest.mark.parametrize("tail", get_args(Tail))
 def test_padding_softcap_and_rows_of_their_own_temperature(tail, dtype, backend):
     s, ids, logprobs, labels = ragged(6, 45, 4, DTYPES[dtype])
     s = torch.cat([s, torch.full((6, 19), torch.nan, dtype=s.dtype)], -1)
@@ -501,7 +503,7 @@ def test_ragged_rows_as_others_pad_them(tail, name, form, dtype, backend):
         assert torch.equal(column, expected)
 
 
-@pytest.mark.parametrize("tail", checks.TAILS)
+@pytest.mark.parametrize("tail", get_args(Tail))
 def test_ragged_rows_of_a_head(tail, backend):
     """And through the loss of hidden states, which gathers the rows of the head by the ids."""
     hidden, head = torch.randn(6, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
@@ -564,7 +566,7 @@ def test_a_row_without_entries_is_all_tail_whatever_its_tail_says(captured, name
 def test_all_slots_unused(name, backend):
     s = torch.randn(3, 40, requires_grad=True)
     ids, logprobs = torch.full((3, 4), -1), torch.full((3, 4), torch.nan)
-    for tail in checks.TAILS:
+    for tail in get_args(Tail):
         if tail in TAILS_WITHOUT_TEACHER and name == "reverse_kl":
             continue
         s.grad = None
@@ -590,7 +592,7 @@ def test_equal_ids_add_up(tail, name, backend):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("tail", checks.TAILS)
+@pytest.mark.parametrize("tail", get_args(Tail))
 def test_set_is_the_whole_vocabulary(tail, dtype, backend):
     """Then every mode is dense distillation, and what the log-probabilities lack of 1 by rounding is no tail."""
     s, t = (torch.randn(4, 24) * 3).to(DTYPES[dtype]), torch.randn(4, 24) * 3
@@ -616,7 +618,7 @@ def test_dtypes_of_ids_and_log_probabilities(backend):
             torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("tail", checks.TAILS)
+@pytest.mark.parametrize("tail", get_args(Tail))
 def test_sequences_cut_short_are_views(tail, backend):
     """``logits[:, :-1]`` of ``[B, L, V]``: nothing is out of place, and the last position gets a gradient of 0."""
     logits = torch.randn(2, 5, 30, requires_grad=True)
@@ -639,7 +641,7 @@ def test_sequences_cut_short_are_views(tail, backend):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("tail", checks.TAILS)
+@pytest.mark.parametrize("tail", get_args(Tail))
 def test_in_place(tail, dtype):
     needs_backend("cpu")
     s, ids, logprobs, labels = ragged(6, 77, 5, DTYPES[dtype])
@@ -659,7 +661,7 @@ def test_in_place(tail, dtype):
 
 def test_statistics(backend):
     s, ids, logprobs, labels = ragged(6, 50, 5, torch.float64)
-    for tail in checks.TAILS:
+    for tail in get_args(Tail):
         options = {"tail": tail, "reduction": "none", "backend": backend, **temperatures(tail, 2.0)}
         loss, stats = kd.topk_kd_loss(s, ids, logprobs, labels, ce_weight=0.5, return_stats=True, **options)
         counted = torch.tensor([True] * 5 + [False])
@@ -699,7 +701,7 @@ def test_no_rows_and_no_counted_rows(backend):
     assert loss == 0 and bool((s.grad == 0).all())
 
 
-@pytest.mark.parametrize("tail", checks.TAILS)
+@pytest.mark.parametrize("tail", get_args(Tail))
 def test_nan_stays_in_its_row(tail, backend):
     s, ids, logprobs, _ = ragged(6, 50, 5, torch.float32)
     s[-1] = 1.0
@@ -746,7 +748,7 @@ def test_verl_7855_kl_is_not_negative(tail, dtype, backend):
         assert bool((s.grad.abs().amax(-1) > 1e-3).all())
 
 
-@pytest.mark.parametrize("tail", checks.TAILS)
+@pytest.mark.parametrize("tail", get_args(Tail))
 def test_axolotl_t_squared_is_in_loss_and_gradient(tail, backend):
     """axolotl had T^2 in the loss and not in the gradient: finite differences and autograd differed by 4."""
     s, ids, logprobs, _ = ragged(5, 30, 4, torch.float64)
@@ -1025,7 +1027,7 @@ def test_an_id_that_was_not_checked_spoils_its_row_only(backend, monkeypatch):
     s, ids, logprobs, _ = ragged(6, 50, 5, torch.float32)
     s[-1] = 0.0
     ids[0, 2], ids[1, 0] = 50, 2**40
-    for tail in checks.TAILS:
+    for tail in get_args(Tail):
         loss = kd.topk_kd_loss(s, ids, logprobs, tail=tail, reduction="none", backend=backend)
         assert loss.isnan().tolist() == [True, True, False, False, False, False]
 
@@ -1058,7 +1060,7 @@ def test_a_distillation_term_of_weight_0_is_not_computed(backend, monkeypatch):
     monkeypatch.setattr(checks, "reads_values", lambda value: False)
     s, ids, logprobs, labels = ragged(6, 50, 5, torch.float32)
     logprobs[0, 1], ids[1, 2], tails = torch.nan, 99, torch.full((6,), torch.nan)
-    for tail in checks.TAILS:
+    for tail in get_args(Tail):
         options = {"tail": tail, "ce_weight": 1.0, "z_loss_weight": 0.1, "label_smoothing": 0.1, "reduction": "none"}
         if tail in ("bucket", "uniform"):
             options["tail_logprob"] = tails

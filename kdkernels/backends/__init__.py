@@ -65,17 +65,12 @@ def select(
     Raises:
         ValueError: when the backend that was asked for cannot run the call, with its reason.
     """
-    if device_type != "cpu":
-        return _select(requested, device_type, divergence, torch_only, pattern)
-    # On a CPU the answer is the same in every step, and asking all backends costs more than a small loss.
-    key = (requested, divergence, torch_only, pattern, divergences.version)
-    found = _selected.get(key)
-    if found is None:
-        found = _selected[key] = _select(requested, device_type, divergence, torch_only, pattern)
-    return found
-
-
-_selected: dict[tuple[object, ...], str] = {}
+    if requested == "auto":
+        return next(name for name in BACKENDS if _refusal(name, device_type, divergence, torch_only, pattern) is None)
+    reason = _refusal(requested, device_type, divergence, torch_only, pattern)
+    if reason is not None:
+        raise ValueError(f"backend {requested!r} cannot run this call: {reason}")
+    return requested
 
 
 def choose(requested: str, logits: Tensor, **call: Any) -> str:
@@ -114,15 +109,6 @@ def _warn_of_plain_torch(
     )
     # Not before: where the warning is an error every such call raises.
     _warned = True
-
-
-def _select(requested: str, device_type: str, divergence: str, torch_only: Optional[str], pattern: str) -> str:
-    if requested == "auto":
-        return next(name for name in BACKENDS if _refusal(name, device_type, divergence, torch_only, pattern) is None)
-    reason = _refusal(requested, device_type, divergence, torch_only, pattern)
-    if reason is not None:
-        raise ValueError(f"backend {requested!r} cannot run this call: {reason}")
-    return requested
 
 
 # Under torch.compile the answer is asked once, while tracing: it loads libraries, which no graph can hold. This is what

@@ -19,19 +19,24 @@ from typing import Any, NamedTuple, Optional
 import triton
 import triton.language as tl
 
+from kdkernels.divergences import by_name
 from kdkernels.kernels.rows import LN2, LOG2E, LOWEST, TINY, fast_log, fast_log2, fast_reciprocal, mul0
 
 Coefficients = tuple[float, float, float, float]
 
 
 class TritonDivergence(NamedTuple):
-    """Either ``linear = (c_pp, c_pq, c_qp, c_qq)`` or both ``value`` and ``score``; ``total`` as in ``register``."""
+    """Either ``linear = (c_pp, c_pq, c_qp, c_qq)`` or both ``value`` and ``score``; ``total`` as in ``register``.
+
+    The others are flags of the divergence's class.
+    """
 
     linear: Optional[Coefficients] = None
     value: Optional[Any] = None
     score: Optional[Any] = None
-    homogeneous: bool = False
+    linear_without_teacher: bool = False
     total: bool = False
+    # The kernels take the row's largest p as the unit, which keeps logarithms, and their rounding, small.
     scalable: bool = False
 
 
@@ -44,19 +49,13 @@ def register(
     linear: Optional[Coefficients] = None,
     value: Optional[Any] = None,
     score: Optional[Any] = None,
-    homogeneous: bool = False,
     total: bool = False,
-    scalable: bool = False,
 ) -> None:
     """Enter a divergence into the table, by its coefficients or by its pair of ``@triton.jit`` functions.
 
     Args:
-        homogeneous: whether ``f(0, q) = q f(0, 1)`` and finite, so that outcomes without a teacher are known by their
-            mass. Where that is not said they are computed one by one.
         total: whether both functions give 0 where p = q = 0 and both logarithms are -inf, so that the kernels need not
             see to it (four instructions an element).
-        scalable: whether ``f(c p, c q) = c f(p, q)``, and the sum of f is never negative for two distributions. The
-            kernels then take the row's largest p as the unit, which keeps the logarithms, and their rounding, small.
 
     Raises:
         ValueError: when the name is taken, or when not exactly one of the two forms is given.
@@ -68,7 +67,10 @@ def register(
     if linear is not None:
         c_pp, c_pq, c_qp, c_qq = (float(c) for c in linear)
         linear = (c_pp, c_pq, c_qp, c_qq)
-    _TABLE[name] = TritonDivergence(linear, value, score, homogeneous, total or linear is not None, scalable)
+    cls = by_name(name)
+    total = total or linear is not None
+    scalable = cls.homogeneous and linear is None
+    _TABLE[name] = TritonDivergence(linear, value, score, cls.linear_without_teacher, total, scalable)
 
 
 def remove(name: str) -> None:
@@ -232,14 +234,13 @@ def _alpha_beta_score(p, logp, q, logq, a, b):
     return -_slope(_powers(0.0, logp, a + b, logq), _powers(a, logp, b, logq), a, logp - logq)
 
 
-register("forward_kl", linear=(1, -1, 0, 0), homogeneous=True)
+register("forward_kl", linear=(1, -1, 0, 0))
 register("reverse_kl", linear=(0, 0, -1, 1))
 register("jeffreys", linear=(1, -1, -1, 1))
-register("soft_ce", linear=(0, -1, 0, 0), homogeneous=True)
+register("soft_ce", linear=(0, -1, 0, 0))
 register("dual_soft_ce", linear=(0, 0, -1, 0))
-_DENSITY: dict[str, bool] = {"homogeneous": True, "total": True, "scalable": True}
-register("jsd", value=_jsd_value, score=_jsd_score, **_DENSITY)
-register("tvd", value=_tvd_value, score=_tvd_score, **_DENSITY)
-register("skew_kl", value=_skew_kl_value, score=_skew_kl_score, **_DENSITY)
-register("skew_reverse_kl", value=_skew_reverse_kl_value, score=_skew_reverse_kl_score, **_DENSITY)
+register("jsd", value=_jsd_value, score=_jsd_score, total=True)
+register("tvd", value=_tvd_value, score=_tvd_score, total=True)
+register("skew_kl", value=_skew_kl_value, score=_skew_kl_score, total=True)
+register("skew_reverse_kl", value=_skew_reverse_kl_value, score=_skew_reverse_kl_score, total=True)
 register("alpha_beta", value=_alpha_beta_value, score=_alpha_beta_score)

@@ -9,7 +9,7 @@ proportional to q. A second sweep writes the gradient, which the K entries overw
     renormalize_both                        0R     1W            (no column outside the entries matters)
       with cross entropy, z-loss or stats   1R     2R + 1W
     uniform, and p = 0 outside where the    2R     3R + 1W       (values and scores of all columns are computed)
-      divergence is not homogeneous
+      divergence is not linear in q there
 
 The mass outside is the sum over all columns but the likeliest entry, less the other entries. Where that cancels more
 than the divergence bears, the program sweeps the row once more, without the entries.
@@ -642,7 +642,7 @@ def topk_fwd(
     if N == 0:
         return loss, row_stats
     entry = divergences.lookup(divergence)
-    pointwise = tail == "uniform" or (tail in ("renormalize", "drop") and not entry.homogeneous)
+    pointwise = tail == "uniform" or (tail in ("renormalize", "drop") and not entry.linear_without_teacher)
     floored = min_tail > 0 or tail_rounding > 0
     plain = not (ce_weight or z_loss_weight or stats or student_softcap or pointwise)
     shape = tuning.shape(vocab_size, student.element_size(), load=tuning.LIGHT if plain else tuning.MEDIUM)

@@ -7,11 +7,9 @@ from typing import Any, NamedTuple, Optional, Union
 import torch
 from torch import Tensor
 
+from kdkernels.divergences import Divergence, by_name
 from kdkernels.reference import divergences
 from kdkernels.reference.dense import Temperature, apply_softcap, column, cross_entropy, squared
-
-# Divergences with f(c p, c q) = c f(p, q), that are finite at p = 0.
-HOMOGENEOUS = ("forward_kl", "soft_ce", "jsd", "tvd", "skew_kl", "skew_reverse_kl")
 
 # What collators and servers put where they have no log-probability is -inf, -1e9 or -9999; no teacher gives as little.
 NO_ENTRY = -9000.0
@@ -33,8 +31,13 @@ class Teacher(NamedTuple):
     known: Tensor  # [N], whether there is any probability
 
 
-def defined_without_teacher(divergence: str, param0: float, param1: float) -> bool:
-    """Whether the divergence is finite at ``p = 0, q = 1``."""
+def finite_without_teacher(divergence: Divergence) -> bool:
+    """Whether the divergence is finite at ``p = 0``."""
+    known = divergence.finite_without_teacher
+    return _is_finite_without_teacher(divergence.name, *divergence.params()) if known is None else known
+
+
+def _is_finite_without_teacher(divergence: str, param0: float, param1: float) -> bool:
     # A number of its own, also where the tensors of the call are fake or on "meta".
     with torch.utils._python_dispatch._disable_current_modes():
         zero = torch.zeros(1, 1, dtype=torch.float64, device="cpu")
@@ -42,7 +45,7 @@ def defined_without_teacher(divergence: str, param0: float, param1: float) -> bo
 
 
 # As backends.select: asked once while torch.compile traces.
-defined_without_teacher._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_is_finite_without_teacher._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unused(ids: Tensor, logprobs: Tensor) -> Tensor:
@@ -258,7 +261,7 @@ def _divergence(
     among = torch.zeros(logq.shape[0], logq.shape[1] + 1, dtype=torch.bool, device=logq.device)
     among = among.scatter(1, ids, True)[:, :-1]  # [N, V], the teacher's ids
     log_each = teacher.log_each
-    if tail in ("renormalize", "drop") and divergence not in HOMOGENEOUS:
+    if tail in ("renormalize", "drop") and not by_name(divergence).linear_without_teacher:
         log_each = torch.full_like(d, -torch.inf)
     if log_each is not None:
         f = pointwise(log_each[:, None].expand_as(logq), torch.where(among, 0.0, logq))
