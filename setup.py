@@ -9,7 +9,7 @@
 else on the path; ``TORCH_CUDA_ARCH_LIST`` ("8.0;9.0a+PTX") names the GPUs to compile for, by default one of each
 generation, as far as nvcc knows them.
 
-What was built, with what, and why not more goes into the package, as ``_build_info.json``; ``kdkernels env`` prints it.
+What was built, with what, and why not more goes into the package, as ``_build_info.json``; ``python -m kdkernels env`` prints it.
 The version of a package without CPU kernels ends in ``+no.cpu.kernels``, for pip shows nothing else of a build that
 succeeds.
 """

@@ -77,15 +77,19 @@ def installed(package: Path = PACKAGE) -> Iterator[Path]:
     """The folders of other installations of the package that Python could import here."""
     seen = {package}
     for distribution in importlib.metadata.distributions(name="kdkernels"):
-        origin = _origin(distribution)
-        if origin.get("dir_info", {}).get("editable"):
-            folder = _local(origin["url"]) / "kdkernels"
-        else:
-            folder = Path(str(distribution.locate_file("kdkernels")))
-        folder = folder.resolve()
+        folder = _folder(distribution)
         if folder not in seen and (folder / FILE).is_file():
             yield folder
         seen.add(folder)
+
+
+def installed_version(package: Path = PACKAGE) -> Optional[str]:
+    """The version that pip lists for a package, with its label; None where pip did not install it."""
+    for distribution in importlib.metadata.distributions(name="kdkernels"):
+        # A build in place leaves metadata without an installer in the source tree, and a later build does not renew it.
+        if distribution.read_text("INSTALLER") is not None and _folder(distribution) == package:
+            return distribution.version
+    return None
 
 
 def why_missing(backend: str, package: Path = PACKAGE) -> str:
@@ -134,6 +138,14 @@ def _source(package: Path) -> Optional[str]:
         if url and not url.endswith(".whl"):
             return url
     return None
+
+
+def _folder(distribution: importlib.metadata.Distribution) -> Path:
+    """The folder of the package that a distribution makes Python import."""
+    origin = _origin(distribution)
+    if origin.get("dir_info", {}).get("editable"):
+        return (_local(origin["url"]) / "kdkernels").resolve()
+    return Path(str(distribution.locate_file("kdkernels"))).resolve()
 
 
 def _origin(distribution: importlib.metadata.Distribution) -> dict[str, Any]:
