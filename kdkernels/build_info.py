@@ -1,4 +1,4 @@
-"""What was built of the compiled libraries, with what, and why not more; and where to find them.
+"""The record of a build: the compiled libraries, their tools, and why not more were built; and where to find them.
 
 setup.py writes it to ``_build_info.json`` beside the package. This file needs the standard library only, and nothing of
 the package: setup.py loads it by its path, where no torch need be.
@@ -160,7 +160,7 @@ def _local(url: str) -> Path:
 
 
 def summary(backend: str, record: dict[str, Any]) -> str:
-    """What a record says of a library that was built, in a line."""
+    """The record of a library that was built, in a line."""
     part = record.get(backend, {})
     if not part.get("built"):
         return "there is no record of how it was built"
