@@ -128,7 +128,7 @@ def cells(columns: Sequence[int], temperatures: Sequence[float], scales: Sequenc
                 yield Cell(loss, kind, 3.0, 1.0, width)
 
 
-def measure(cell: Cell, backend: str, rows: int) -> Errors:
+def measure(cell: Cell, backend: Any, rows: int) -> Errors:
     """The errors of a cell on a backend, and of eager PyTorch on the same rows."""
     s, t = make_rows(cell.kind, cell.scale, rows, cell.columns)
     labels = None

@@ -26,14 +26,14 @@ class Divergence:
     paper: ClassVar[str] = ""
     # Sweeps over the logits of a two-sweep kernel: (reads of each logits tensor) when the row is not resident on chip.
     sweeps: ClassVar[int] = 3
-    # Whether an entry of the gradient by the student's tempered logits stays near 1 however far apart the models are.
+    # True if an entry of the gradient by the student's tempered logits stays near 1 however far apart the models are.
     # Others grow with the difference of log-probabilities, and a gradient in fp16 leaves them more room.
     bounded_gradient: ClassVar[bool] = False
-    # Whether ``f(c p, c q) = c f(p, q)``.
+    # True where ``f(c p, c q) = c f(p, q)``.
     homogeneous: ClassVar[bool] = False
-    # Whether f is finite at p = 0; None where that depends on the parameters, and the formula is asked.
+    # True where f is finite at p = 0; None where that depends on the parameters, and the formula is asked.
     finite_without_teacher: ClassVar[Optional[bool]] = None
-    # Whether ``f(0, q) = q f(0, 1)``, so that outcomes without a teacher are known by their mass.
+    # True where ``f(0, q) = q f(0, 1)``, so that outcomes without a teacher are known by their mass.
     linear_without_teacher: ClassVar[bool] = False
 
     def params(self) -> tuple[float, float]:
@@ -354,12 +354,12 @@ def remove(name: str) -> None:
 
 
 def registered(name: str) -> bool:
-    """Whether the divergence was entered at run time, so that compiled code does not know it."""
+    """True if the divergence was entered at run time, so that compiled code does not know it."""
     return name in _registered
 
 
 def has_triton(name: str) -> bool:
-    """Whether the Triton kernels know the divergence."""
+    """True if the Triton kernels know the divergence."""
     return _registered.get(name, True)
 
 

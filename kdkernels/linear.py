@@ -362,7 +362,7 @@ def _result(objective: Any, call: Call, hidden: Tensor, weight: Tensor, bias: Op
 
 
 def _is_transformed(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether ``torch.func`` or forward mode has a tensor of these."""
+    """True if ``torch.func`` or forward mode has a tensor of these."""
     if torch.compiler.is_compiling() or not transforms.active():
         return False
     return any(transforms.stands_for_others(item) or transforms.has_tangent(item) for item in tensors)

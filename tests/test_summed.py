@@ -46,7 +46,7 @@ def make_sparse(student, dtype=FLOAT):
 
 
 def taken():
-    """Whether calls of this test were made by one op."""
+    """True if one op made calls of this test."""
     return bool(made)
 
 

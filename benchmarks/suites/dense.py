@@ -14,7 +14,7 @@ from benchmarks.suites import common
 GROUP = "forward_kl"
 
 
-def forward_kl(inputs: Any, backend: str, reduction: str, inplace: bool) -> Tensor:
+def forward_kl(inputs: Any, backend: Any, reduction: Any, inplace: bool) -> Tensor:
     return kd.kd_loss(
         inputs.student,
         inputs.teacher,

@@ -13,8 +13,8 @@ from benchmarks.suites import common
 from kdkernels import divergences
 
 
-def loss_of(name: str) -> common.Ours:
-    def loss(inputs: Any, backend: str, reduction: str, inplace: bool) -> Tensor:
+def loss_of(name: Any) -> common.Ours:
+    def loss(inputs: Any, backend: Any, reduction: Any, inplace: bool) -> Tensor:
         return kd.kd_loss(
             inputs.student,
             inputs.teacher,

@@ -108,11 +108,11 @@ def _heads(inputs: Any) -> tuple[Tensor, ...]:
     return inputs.hidden, inputs.weight, inputs.teacher_hidden, inputs.teacher_weight
 
 
-def linear(divergence: str, backend: str) -> Run:
+def linear(divergence: str, backend: Any) -> Run:
     return autograd(lambda inputs: kd.linear_kd_loss(*_heads(inputs), **_options(divergence), backend=backend))
 
 
-def unfused(divergence: str, backend: str) -> Run:
+def unfused(divergence: str, backend: Any) -> Run:
     def loss(inputs: Any) -> Tensor:
         teacher = F.linear(inputs.teacher_hidden, inputs.teacher_weight)
         student = F.linear(inputs.hidden, inputs.weight)

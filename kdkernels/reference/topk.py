@@ -11,7 +11,7 @@ from kdkernels.divergences import Divergence, by_name
 from kdkernels.reference import divergences
 from kdkernels.reference.dense import Temperature, apply_softcap, column, cross_entropy, squared
 
-# What collators and servers put where they have no log-probability is -inf, -1e9 or -9999; no teacher gives as little.
+# Collators and servers put -inf, -1e9 or -9999 where they have no log-probability; no teacher gives as little.
 NO_ENTRY = -9000.0
 
 
@@ -32,7 +32,7 @@ class Teacher(NamedTuple):
 
 
 def finite_without_teacher(divergence: Divergence) -> bool:
-    """Whether the divergence is finite at ``p = 0``."""
+    """True if the divergence is finite at ``p = 0``."""
     known = divergence.finite_without_teacher
     return _is_finite_without_teacher(divergence.name, *divergence.params()) if known is None else known
 
@@ -49,12 +49,12 @@ _is_finite_without_teacher._dynamo_marked_constant = True  # type: ignore[attr-d
 
 
 def unused(ids: Tensor, logprobs: Tensor) -> Tensor:
-    """Which slots hold no entry: those of id -1, and those of ``NO_ENTRY`` and less."""
+    """The slots without an entry: of id -1, or with a log-probability of ``NO_ENTRY`` or less."""
     return (ids == -1) | (logprobs <= NO_ENTRY)
 
 
 def out_of_range(ids: Tensor, logprobs: Tensor, columns: int) -> Tensor:
-    """Which rows ``[N]`` have an id in a slot that is used, and no column for it."""
+    """The rows ``[N]`` that have an id in a slot that is used, and no column for it."""
     return (((ids < 0) | (ids >= columns)) & ~unused(ids, logprobs)).any(-1)
 
 

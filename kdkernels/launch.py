@@ -1,0 +1,262 @@
+"""A call of an op: its tensors by name, its roles swapped, and the run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from kdkernels import backends, checks, objective, ops, reduction, reference, symbols
+from kdkernels.objective import RowOptions
+
+
+class RowTensors(NamedTuple):
+    """The tensors of a call beside logits: one number per row ``[N]`` each, and the mixture's weights ``[N, M]``."""
+
+    labels: Optional[Tensor] = None
+    row_weight: Optional[Tensor] = None
+    student_temperature_rows: Optional[Tensor] = None
+    teacher_temperature_rows: Optional[Tensor] = None
+    param_rows: Optional[Tensor] = None
+    mixture_weights: Optional[Tensor] = None
+    tail_rows: Optional[Tensor] = None
+
+    def chosen(self, rows: Any) -> RowTensors:
+        """The tensors of some rows, which are an index."""
+        return RowTensors(*(None if item is None else item[rows] for item in self))
+
+
+class Launch(NamedTuple):
+    """A call of ``kdkernels::<pattern>_<backend>`` but for its tensors of logits."""
+
+    pattern: str
+    backend: str
+    rows: RowTensors
+    options: dict[str, Any]  # keyword arguments
+    # Ids and log-probabilities [N, K], where they stand for the teacher's logits.
+    sparse_teacher: tuple[Tensor, ...] = ()
+    # About the largest entry of a row's gradient before ``scale`` and the row's weight.
+    gradient_size: float = 1.0
+
+    def operands(self) -> list[Optional[Tensor]]:
+        """The tensors that the op takes after ``dstudent``."""
+        return [getattr(self.rows, name) for name in ops.ROW_TENSORS[self.pattern]]
+
+
+def num_rows(student: Tensor) -> int:
+    # Not Size.numel(), which would pin symbols to the sizes of the moment.
+    return math.prod(student.shape[:-1])
+
+
+def row_tensors(options: RowOptions, student: Tensor, labels: Optional[Tensor]) -> tuple[float, RowTensors]:
+    """The tensors of a call with a number per row, checked, and what multiplies the loss of every row.
+
+    ``labels`` are checked and flat.
+    """
+    normalizer, weight = options.normalizer, options.row_weight
+    rows = RowTensors(labels)
+    if options.tensors:
+        given: dict[str, Any] = {}
+        for name in ("temperature", "teacher_temperature", "row_param"):
+            value = getattr(options, name, None)
+            if isinstance(value, Tensor):
+                high = 1.0 if name == "row_param" else math.inf
+                given[_ROWS[name]] = checks.per_row(name, value, student, low=0.0, high=high)
+        rows = rows._replace(**given)
+        if getattr(options, "teacher_temperature", 0.0) is None:
+            rows = rows._replace(teacher_temperature_rows=rows.student_temperature_rows)
+        normalizer = checks.normalizer_like(normalizer, options.reduction, student)
+        if isinstance(weight, Tensor):
+            weight = checks.per_row("row_weight", weight, student)
+    scale, weights = reduction.row_weights(
+        options.reduction,
+        num_rows=num_rows(student),
+        batch_size=student.shape[0] if student.dim() > 1 else 1,
+        labels=labels,
+        ignore_index=options.ignore_index,
+        row_weight=weight if isinstance(weight, Tensor) else None,
+        normalizer=normalizer,
+        dtype=checks.sum_dtype(student),
+        device=student.device,
+    )
+    if weight is not None and not isinstance(weight, Tensor):
+        if symbols.is_symbol(weight):
+            factor = symbols.as_tensor(weight, checks.sum_dtype(student), student.device)
+            weights = factor.expand(num_rows(student)) if weights is None else weights * factor
+        else:
+            scale = scale * weight
+    return scale, rows if weights is None else rows._replace(row_weight=weights)
+
+
+def dense_launch(
+    options: Any,
+    student: Tensor,
+    labels: Any,
+    columns: int,
+    backend: str,
+    weights: Optional[Tensor],
+    mixture: str,
+) -> Launch:
+    """The call of a dense objective, with the ``weights`` of its mixture ``[N, M]``."""
+    scale, rows = row_tensors(options, student, checks.labels_of(options, labels, student, columns))
+    scalars = {**options.scalars, "mixture": mixture, "scale": scale, "vocab_size": columns}
+    rows = rows if weights is None else rows._replace(mixture_weights=weights)
+    return Launch("dense_fwd", backend, rows, scalars, gradient_size=options.gradient_size)
+
+
+def topk_launch(
+    options: Any, student: Tensor, entries: tuple[Any, Any], labels: Any, tail_logprob: Any, columns: int
+) -> Launch:
+    """The call of a sparse objective, whose ``entries`` are ids and log-probabilities."""
+    teacher = checks.sparse_teacher(*entries, student, columns, options.tail)
+    backend = backends.choose(options.backend, student, divergence=options.resolved.name, pattern="topk_fwd")
+    tail_rows = checks.tail_like(tail_logprob, options.tail, student)
+    scale, rows = row_tensors(options, student, checks.labels_of(options, labels, student, columns))
+    scalars = options.floor(teacher[1].dtype, tail_is_given=tail_rows is not None)
+    scalars = {**scalars, "scale": scale, "vocab_size": columns}
+    rows = rows if tail_rows is None else rows._replace(tail_rows=tail_rows)
+    return Launch("topk_fwd", backend, rows, scalars, teacher, options.gradient_size)
+
+
+def with_stats(loss: Tensor, stats: Optional[Tensor], student: Tensor, kind: Any) -> Any:
+    """The loss, with the columns of ``stats`` as a named tuple of type ``kind``."""
+    assert stats is not None
+    return loss, kind(*(column.reshape(student.shape[:-1]) for column in stats.unbind(-1)))
+
+
+_ROWS = {
+    "temperature": "student_temperature_rows",
+    "teacher_temperature": "teacher_temperature_rows",
+    "row_param": "param_rows",
+}
+
+
+def dual(launch: Launch, options: Any, teacher: Tensor) -> Launch:
+    """The launch whose student is the teacher: roles swapped, without the student's terms."""
+    swapped = options.resolved.dual().canonical()
+    param0, param1 = swapped.params()
+    # Numbers per row are in the dtype of the sums, which is that of whoever is the student.
+    dtype = checks.sum_dtype(teacher)
+    rows = RowTensors(*(item if item is None or k == 0 else item.to(dtype) for k, item in enumerate(launch.rows)))
+    weight, temperatures, param = rows.row_weight, rows.student_temperature_rows, rows.param_rows
+    scale = launch.options["scale"]
+    if param is not None and swapped.name == options.resolved.name:
+        param = 1 - param  # JSD's beta weighs the teacher
+    if options.scale_by_t_squared:
+        # T of the factor stays the student's, whose role the teacher plays here.
+        if temperatures is None:
+            scale = scale * launch.options["temperature"] ** 2
+        else:
+            weight = temperatures**2 if weight is None else weight * temperatures**2
+    scalars = {
+        **launch.options,
+        "divergence": swapped.name,
+        "param0": param0,
+        "param1": param1,
+        "scale": scale,
+        "temperature": launch.options["teacher_temperature"],
+        "teacher_temperature": launch.options["temperature"],
+        "ce_weight": 0.0,
+        "z_loss_weight": 0.0,
+        "scale_by_t_squared": False,
+        "teacher_form": "logits",
+        "student_softcap": launch.options["teacher_softcap"],
+        "teacher_softcap": launch.options["student_softcap"],
+        "stats": False,
+    }
+    rows = RowTensors(rows.labels, weight, rows.teacher_temperature_rows, temperatures, param)
+    return launch._replace(rows=rows, options=scalars, gradient_size=objective.gradient_size(swapped, scalars))
+
+
+def run(
+    launch: Launch, student: Tensor, teachers: tuple[Tensor, ...], dstudent: Optional[Tensor]
+) -> tuple[Tensor, Optional[Tensor]]:
+    """Call the op; logits of any leading shape become ``[B, L, V]`` views. Statistics only where they are asked for."""
+    views = as_rows((student, *teachers, *(() if dstudent is None else (dstudent,))))
+    destination = None if dstudent is None else views[-1]
+    operands: list[Any] = list(views[1 : 1 + len(teachers)])
+    if launch.pattern == "dense_fwd":
+        operands = [operands]
+    shared = None
+    if launch.pattern == "topk_fwd" and launch.options["stats"] and launch.backend in ("cuda", "triton"):
+        # Before the launch, which may overwrite the student.
+        ids, logprobs = launch.sparse_teacher
+        shared = reference.topk.student_overlap(student, ids, logprobs, launch.rows.labels, launch.options)
+    operands = [views[0], *operands, *launch.sparse_teacher, destination, *launch.operands()]
+    result = ops.call(launch.pattern, launch.backend, operands, launch.options)
+    if isinstance(result, Tensor):
+        return result, None
+    if not launch.options["stats"]:
+        return result[0], None
+    if shared is not None:
+        result[1][:, -1] = shared
+    return result
+
+
+def run_reference(launch: Launch, student: Tensor, teachers: Sequence[Tensor]) -> tuple[Tensor, Optional[Tensor]]:
+    """As ``run`` in plain PyTorch, on logits ``[N, V]``; autograd sees all of it."""
+    rows, options = launch.rows, dict(launch.options)
+    scale = options.pop("scale")
+    if "param0" in options:
+        param0, param1 = options.pop("param0"), options.pop("param1")
+        options["params"] = (param0 if rows.param_rows is None else rows.param_rows, param1)
+    if rows.student_temperature_rows is not None:
+        options["temperature"] = rows.student_temperature_rows
+    if rows.teacher_temperature_rows is not None:
+        options["teacher_temperature"] = rows.teacher_temperature_rows
+    stats: Optional[Tensor] = None
+    if launch.pattern == "topk_fwd":
+        ids, logprobs = launch.sparse_teacher
+        loss, stats = reference.topk_rows(student, ids, logprobs, rows.labels, tail_rows=rows.tail_rows, **options)
+    elif launch.pattern == "dense_fwd":
+        weights = rows.mixture_weights
+        loss, *columns = reference.dense_rows(student, teachers, rows.labels, mixture_weights=weights, **options)
+        if options["stats"]:
+            stats = torch.stack([column for column in columns if column is not None], -1)
+    else:
+        of_rows: Any = reference.dkd_rows if launch.pattern == "dkd_fwd" else reference.mse_rows
+        loss = of_rows(student, teachers[0], rows.labels, **options)
+    return loss * scale if rows.row_weight is None else loss * (scale * rows.row_weight), stats
+
+
+def as_rows(tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    """View tensors of one leading shape as ``[B, L, V]`` with a common B and L.
+
+    Any tensor of up to three dimensions is a view already, and so are those whose leading dimensions collapse into two.
+    Only what remains (four and more dimensions, cut in two places) is copied; in place that is refused in ``checks``.
+    """
+    if tensors[0].dim() == 2:
+        return [t.unsqueeze(0) for t in tensors]
+    leading = tensors[0].shape[:-1]
+    if len(leading) <= 2:
+        shape = (1, 1) if len(leading) == 0 else (1, leading[0]) if len(leading) == 1 else tuple(leading)
+        if len(leading) == 2 and all(_mergeable(t, 0, 2) for t in tensors):
+            shape = (1, leading[0] * leading[1])
+        return [_view(t, shape) for t in tensors]
+    for cut in range(len(leading)):
+        if all(_mergeable(t, 0, cut) and _mergeable(t, cut, len(leading)) for t in tensors):
+            shape = (math.prod(leading[:cut]), math.prod(leading[cut:]))
+            return [_view(t, shape) for t in tensors]
+    return [t.reshape(1, math.prod(leading), t.shape[-1]) for t in tensors]
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """``[N, V]``."""
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _view(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return tensor.view(*shape, tensor.shape[-1])
+
+
+def _mergeable(tensor: Tensor, start: int, stop: int) -> bool:
+    """True if dimensions ``start .. stop - 1`` collapse into one without a copy."""
+    return all(
+        tensor.shape[d] == 1
+        or tensor.shape[d + 1] == 1
+        or tensor.stride(d) == tensor.shape[d + 1] * tensor.stride(d + 1)
+        for d in range(start, stop - 1)
+    )

@@ -1,0 +1,103 @@
+"""The fields of ``kdkernels.objective`` as keywords of a function, for type checkers and editors.
+
+They know no other way to say which ``**options`` a function takes. A test holds names and types to those of the
+dataclasses. ``return_stats`` is in the signatures, where it decides on the result's type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Optional, TypedDict, Union
+
+import torch
+from torch import Tensor
+
+from kdkernels.divergences import Divergence
+from kdkernels.objective import Backend, DivergenceName, Mixture, PerRow, Tail, TeacherForm
+from kdkernels.reduction import Reduction
+
+
+class RowOptions(TypedDict, total=False):
+    row_weight: Optional[PerRow]
+    reduction: Reduction
+    normalizer: Optional[PerRow]
+    ignore_index: int
+    vocab_size: Optional[int]
+    backend: Backend
+
+
+class _OnLogits(TypedDict, total=False):
+    inplace: bool
+
+
+class _OnHidden(TypedDict, total=False):
+    chunk_bytes: Optional[int]
+    logits_dtype: Optional[torch.dtype]
+
+
+class _Terms(RowOptions, total=False):
+    temperature: PerRow
+    scale_by_t_squared: bool
+    divergence: Union[DivergenceName, Divergence]
+    kd_weight: float
+    ce_weight: float
+    z_loss_weight: float
+    label_smoothing: float
+    student_softcap: Optional[float]
+    row_param: Optional[Tensor]
+
+
+class _Logits(_Terms, total=False):
+    teacher_softcap: Optional[float]
+    standardize: bool
+
+
+class _Dense(_Logits, total=False):
+    teacher_temperature: Optional[PerRow]
+    teacher_form: TeacherForm
+    teacher_weights: Optional[Union[Sequence[float], Tensor]]
+    mixture: Mixture
+
+
+class _Sparse(_Terms, total=False):
+    teacher_temperature: Optional[PerRow]
+    tail: Tail
+    min_tail: Optional[float]
+
+
+class ObjectiveOptions(_OnLogits, _Dense, total=False):
+    """Of ``kd_loss``."""
+
+
+class TopKOptions(_OnLogits, _Sparse, total=False):
+    """Of ``topk_kd_loss``."""
+
+
+class LinearOptions(_OnHidden, _Dense, total=False):
+    """Of ``linear_kd_loss``."""
+
+
+class LinearTopKOptions(_OnHidden, _Sparse, total=False):
+    """Of ``linear_topk_kd_loss``."""
+
+    sparse_grad: bool
+
+
+class TAIDOptions(_OnLogits, _Logits, total=False):
+    """Of ``taid_loss``, beside the interpolation."""
+
+
+class DKDOptions(_OnLogits, RowOptions, total=False):
+    """Of ``dkd_loss``."""
+
+    alpha: float
+    beta: float
+    temperature: float
+    teacher_temperature: Optional[float]
+    scale_by_t_squared: bool
+
+
+class MSEOptions(_OnLogits, RowOptions, total=False):
+    """Of ``logit_mse_loss``."""
+
+    centered: bool

@@ -1,0 +1,149 @@
+"""The options of the losses as types: equality, memory, signatures, and what type checkers are told."""
+
+import copy
+import gc
+import inspect
+import pickle
+import weakref
+
+import pytest
+import torch
+from typing_extensions import get_type_hints
+
+import kdkernels as kd
+from kdkernels import objective, options
+from kdkernels.divergences import by_name
+from kdkernels.reference import divergences as formulas
+
+KINDS = {
+    "kd_loss": (kd.kd_loss, objective.Objective, options.ObjectiveOptions),
+    "topk_kd_loss": (kd.topk_kd_loss, objective.TopKObjective, options.TopKOptions),
+    "taid_loss": (kd.taid_loss, objective.TAIDObjective, options.TAIDOptions),
+    "dkd_loss": (kd.dkd_loss, objective.DKDObjective, options.DKDOptions),
+    "logit_mse_loss": (kd.logit_mse_loss, objective.MSEObjective, options.MSEOptions),
+    "linear_kd_loss": (kd.linear_kd_loss, objective.LinearObjective, options.LinearOptions),
+    "linear_topk_kd_loss": (kd.linear_topk_kd_loss, objective.LinearTopKObjective, options.LinearTopKOptions),
+}
+MODULES = (kd.KDLoss, kd.TopKKDLoss, kd.LinearKDLoss, kd.LinearTopKKDLoss)
+
+
+@pytest.mark.parametrize(("function", "kind", "keywords"), KINDS.values(), ids=KINDS)
+def test_type_checkers_and_inspect_see_the_fields(function, kind, keywords):
+    types = get_type_hints(kind)
+    told = get_type_hints(keywords)
+    own = {"return_stats"} if "return_stats" in kind.defaults else set()
+    own |= {"interpolation"} if "interpolation" in kind.defaults else set()
+    assert set(told) == set(kind.defaults) - own
+    # A number for all rows is a type of its own where rows cannot have theirs.
+    narrower = {"temperature", "teacher_temperature"} if kind is objective.DKDObjective else set()
+    assert {name for name in told if told[name] != types[name]} == narrower
+    parameters = inspect.signature(function).parameters
+    assert kind.function == function.__name__
+    assert all(parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in kind.defaults)
+    shown = {name: p.default for name, p in parameters.items() if name in kind.defaults}
+    assert {k: v for k, v in shown.items() if k != "interpolation"} == {
+        k: v for k, v in kind.defaults.items() if k != "interpolation"
+    }
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_a_module_has_the_signature_of_its_options(module):
+    assert list(inspect.signature(module).parameters) == list(module.kind.defaults)
+    assert repr(module()) == f"{module.__name__}()"
+
+
+def test_names_of_divergences_are_those_of_the_table():
+    names = set(objective.DivergenceName.__args__)
+    assert names == set(kd.divergences.names())
+
+
+def test_a_module_holds_its_options_alone():
+    module = kd.KDLoss(divergence=kd.JSD(0.3), temperature=2.0)
+    assert module.objective.temperature == 2.0 and module.objective.divergence == kd.JSD(0.3)
+    for again in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert again.objective == module.objective and repr(again) == repr(module)
+    assert eval(repr(module.objective), vars(kd) | vars(objective)) == module.objective
+
+
+def test_equality_and_hash():
+    make = objective.Objective
+    assert make(temperature=2.0) == make(temperature=2.0) and hash(make()) == hash(make())
+    assert make(temperature=2.0) != make(temperature=3.0)
+    assert make() != objective.LinearObjective()
+    weight = torch.ones(3)
+    assert make(row_weight=weight) == make(row_weight=weight) != make(row_weight=weight.clone())
+    assert len({make(), make(teacher_weights=[0.5, 0.5]), make(teacher_weights=(0.5, 0.5))}) == 2
+    with pytest.raises(AttributeError):
+        make().temperature = 3.0
+
+
+def test_options_are_built_once_for_all_calls_that_say_the_same():
+    of = objective.Objective.of
+    assert of({"temperature": 2.0}) is of({"temperature": 2.0})
+    assert of({"temperature": 2}) is not of({"temperature": 2.0})
+    assert of({"divergence": kd.JSD(0.25)}) is of({"divergence": kd.JSD(0.25)})
+    # 1 is equal to True.
+    of({"kd_weight": 1})
+    with pytest.raises(TypeError, match="kd_weight must be a number"):
+        of({"kd_weight": True})
+    of({"standardize": False})
+    with pytest.raises(TypeError, match="standardize must be a bool"):
+        of({"standardize": 0})
+
+
+def test_nobody_keeps_the_tensors_of_a_call():
+    weight = torch.rand(4)
+    student, teacher = torch.randn(4, 7), torch.randn(4, 7)
+    kd.kd_loss(student, teacher, row_weight=weight)
+    kd.topk_kd_loss(student, torch.zeros(4, 1, dtype=torch.int64), torch.full((4, 1), -0.5))
+    kept = [weakref.ref(x) for x in (weight, student, teacher)]
+    del weight, student, teacher
+    gc.collect()
+    assert [ref() for ref in kept] == [None] * 3
+
+
+def test_a_divergence_taken_out_is_not_remembered():
+    from dataclasses import dataclass
+
+    @dataclass(frozen=True)
+    class Twice(kd.Divergence):
+        name = "twice_kl"
+
+    student, teacher = torch.randn(4, 7), torch.randn(4, 7)
+    kd.register_divergence(Twice, lambda p, logp, q, logq, *_: 2 * p * (logp - logq))
+    try:
+        twice = kd.kd_loss(student, teacher, divergence="twice_kl")
+    finally:
+        kd.unregister_divergence("twice_kl")
+    torch.testing.assert_close(twice, 2 * kd.kd_loss(student, teacher))
+    with pytest.raises(ValueError, match="divergence must be one of"):
+        kd.kd_loss(student, teacher, divergence="twice_kl")
+
+
+POINTS = [0.05, 0.2, 0.45, 0.9]
+PARAMETERS = {
+    "alpha_beta": [kd.AlphaBeta(0.2, 0.7), kd.AlphaBeta(1.5, -0.5), kd.AlphaBeta(0.0, 0.3), kd.AlphaBeta(0.5, 0.0)],
+    "jsd": [kd.JSD(0.5), kd.JSD(0.1)],
+}
+
+
+@pytest.mark.parametrize("name", [*kd.divergences.names(), "dual_soft_ce"])
+def test_the_flags_of_a_divergence_are_what_its_formula_says(name):
+    cls = by_name(name)
+    for divergence in PARAMETERS.get(name, [cls()]):
+
+        def f(p, q, divergence=divergence):
+            logs = (torch.tensor([[x]], dtype=torch.float64).log() for x in (p, q))
+            return formulas.TABLE[name](*logs, *divergence.params()).item()
+
+        scaled = [abs(f(0.3 * p, 0.3 * q) - 0.3 * f(p, q)) < 1e-12 for p in POINTS for q in POINTS]
+        assert not cls.homogeneous or all(scaled)
+        finite = f(0.0, 1.0) != float("inf")
+        assert cls.finite_without_teacher in (None, finite)
+        if cls.linear_without_teacher:
+            assert finite and all(abs(f(0.0, q) - q * f(0.0, 1.0)) < 1e-12 for q in POINTS)
+    # A flag that is not set says that the fact does not hold, for some parameters.
+    if not cls.homogeneous:
+        assert not all(scaled)
+    if not cls.linear_without_teacher:
+        assert not finite or any(abs(f(0.0, q) - q * f(0.0, 1.0)) > 1e-12 for q in POINTS)
