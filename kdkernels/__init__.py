@@ -13,10 +13,11 @@ from kdkernels.divergences import (
     SkewReverseKL,
     SoftCE,
 )
-from kdkernels.functional import KDStats, TopKStats, dkd_loss, kd_loss, logit_mse_loss, taid_loss, topk_kd_loss
+from kdkernels.functional import dkd_loss, kd_loss, logit_mse_loss, taid_loss, topk_kd_loss
 from kdkernels.linear import linear_kd_loss, linear_topk_kd_loss
 from kdkernels.losses import KDLoss, LinearKDLoss, LinearTopKKDLoss, TopKKDLoss
 from kdkernels.registry import register_divergence, unregister_divergence
+from kdkernels.stats import KDStats, TopKStats
 
 __version__ = "0.1.0"
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from kdkernels import backends, checks, symbols, transforms
 from kdkernels.autograd import reduced
 from kdkernels.chunked import Call, LinearLoss, Rows, execute, projects_columns, whole
-from kdkernels.functional import KDStats, TopKStats
 from kdkernels.launch import dense_launch, flat, topk_launch, with_stats
 from kdkernels.objective import LinearObjective, LinearTopKObjective, takes
+from kdkernels.stats import KDStats, TopKStats
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

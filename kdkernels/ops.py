@@ -18,23 +18,12 @@ import torch
 from torch import Tensor
 
 from kdkernels import symbols
+from kdkernels.stats import KDStats, TopKStats
 
 NAMESPACE = "kdkernels"
 PATTERN_BACKENDS = ("cpu", "cuda", "triton")
-# Columns of the second result of dense_fwd, at the tempered p and q; the parts of the objective are unweighted.
-STATS = (
-    "divergence",
-    "ce",
-    "lse",
-    "forward_kl",
-    "reverse_kl",
-    "teacher_entropy",
-    "student_entropy",
-    "agreement",
-    "acceptance",
-)
-# Columns of the second result of topk_fwd.
-TOPK_STATS = ("divergence", "ce", "lse", "teacher_mass", "student_mass", "overlap")
+# Columns of the second results of dense_fwd and topk_fwd.
+STATS, TOPK_STATS = KDStats._fields, TopKStats._fields
 
 SCHEMAS = {
     # Writes the gradient of sum_i loss_i to dstudent, which may be the student itself, and returns (loss [N], stats
