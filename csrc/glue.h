@@ -14,13 +14,14 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <iterator>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "kdkernels/args.h"
+#include "kdkernels/options.h"
 
 namespace kdk {
 
@@ -117,6 +118,24 @@ Tensor new_rows(const Tensor& student, const int64_t (&shape)[DIMENSIONS]) {
   return new_tensor(student, shape, sum_dtype(student));
 }
 
+// Numbers or choices of an op by their names.
+template <class Names, class T>
+Names named(const std::vector<T>& values) {
+  static_assert(std::is_trivially_copyable_v<Names> && sizeof(Names) % sizeof(T) == 0);
+  constexpr size_t count = sizeof(Names) / sizeof(T);
+  STD_TORCH_CHECK(values.size() == count, "the op takes ", count, " numbers or choices here, got ", values.size());
+  Names names;
+  std::memcpy(&names, values.data(), sizeof(Names));
+  return names;
+}
+
+// A choice that is the place of a name among some.
+template <class Choice>
+Choice choice(int64_t code, Choice last, const char* name) {
+  STD_TORCH_CHECK(code >= 0 && code <= int64_t(last), "this backend does not know the ", name, " ", code);
+  return Choice(code);
+}
+
 // Fills the tensors that the rows of every loss have, of which there are args.columns columns.
 inline void fill_tensors(RowArgs& args, const Tensor& student, const std::optional<Tensor>& dstudent,
                          const std::optional<Tensor>& labels) {
@@ -173,32 +192,27 @@ inline void fill_objective_rows(ObjectiveArgs& args, const Tensor& student,
   args.param = per_row(param_rows, dtype, rows, "param_rows");
 }
 
-// Fills what the objectives with a divergence take for all rows alike.
-inline void fill_objective(ObjectiveArgs& args, int divergence_index, const std::string& divergence, double param0,
-                           double param1, double temperature, double teacher_temperature, double kd_weight,
-                           double ce_weight, double z_loss_weight, double label_smoothing, bool scale_by_t_squared,
-                           double student_softcap) {
-  args.divergence = divergence_index;
+// Fills what the objectives with a divergence take for all rows alike. FIND is int (*)(const char*, double, double).
+inline void fill_objective(ObjectiveArgs& args, int (*find)(const char*, double, double), const std::string& divergence,
+                           const ObjectiveNumbers& numbers, const ObjectiveChoices& choices) {
+  args.divergence = find(divergence.c_str(), numbers.param0, numbers.param1);
   STD_TORCH_CHECK(args.divergence >= 0, "this backend does not know the divergence ", divergence);
-  args.param0 = param0;
-  args.param1 = param1;
-  args.temperature = temperature;
-  args.teacher_temperature_value = teacher_temperature;
-  args.kd_weight = kd_weight;
-  args.ce_weight = ce_weight;
-  args.z_loss_weight = z_loss_weight;
-  args.label_smoothing = label_smoothing;
-  args.scale_by_t_squared = scale_by_t_squared;
-  args.student_softcap = student_softcap;
+  args.param0 = numbers.param0;
+  args.param1 = numbers.param1;
+  args.temperature = numbers.temperature;
+  args.teacher_temperature_value = numbers.teacher_temperature;
+  args.kd_weight = numbers.kd_weight;
+  args.ce_weight = numbers.ce_weight;
+  args.z_loss_weight = numbers.z_loss_weight;
+  args.label_smoothing = numbers.label_smoothing;
+  args.scale_by_t_squared = choices.scale_by_t_squared != 0;
+  args.student_softcap = numbers.student_softcap;
 }
 
-inline void fill_tail(TopkArgs& args, const std::string& name, double min_tail, double tail_rounding) {
-  static const char* const tails[] = {"bucket", "renormalize", "renormalize_both", "uniform", "drop"};
-  const auto found = std::find(std::begin(tails), std::end(tails), name);
-  STD_TORCH_CHECK(found != std::end(tails), "this backend does not know the tail ", name);
-  args.tail = Tail(found - std::begin(tails));
-  args.min_tail = min_tail;
-  args.tail_rounding = tail_rounding;
+inline void fill_tail(TopkArgs& args, const TopkNumbers& numbers, const TopkChoices& choices) {
+  args.tail = choice(choices.tail, Tail::kDrop, "tail");
+  args.min_tail = numbers.min_tail;
+  args.tail_rounding = numbers.tail_rounding;
 }
 
 // Fills a sparse teacher's tensors.
@@ -232,20 +246,16 @@ std::tuple<Tensor, Tensor> topk_fwd(Tensor student, Tensor teacher_ids, Tensor t
                                     std::optional<Tensor> dstudent, std::optional<Tensor> labels,
                                     std::optional<Tensor> row_weight, std::optional<Tensor> student_temperature_rows,
                                     std::optional<Tensor> teacher_temperature_rows, std::optional<Tensor> param_rows,
-                                    std::optional<Tensor> tail_rows, std::string tail, double min_tail,
-                                    double tail_rounding, std::string divergence, double param0, double param1,
-                                    int64_t vocab_size, int64_t ignore_index, double scale, double temperature,
-                                    double teacher_temperature, double kd_weight, double ce_weight,
-                                    double z_loss_weight, double label_smoothing, bool scale_by_t_squared,
-                                    double student_softcap, bool stats) {
+                                    std::optional<Tensor> tail_rows, std::string divergence, int64_t vocab_size,
+                                    std::vector<double> numbers, std::vector<int64_t> choices, bool stats) {
+  const auto number = named<TopkNumbers>(numbers);
+  const auto chosen = named<TopkChoices>(choices);
   TopkArgs args;
-  Tensor loss = fill_rows(args, student, dstudent, labels, row_weight, vocab_size, ignore_index, scale);
-  fill_objective(args, FIND(divergence.c_str(), param0, param1), divergence, param0, param1, temperature,
-                 teacher_temperature, kd_weight, ce_weight, z_loss_weight, label_smoothing, scale_by_t_squared,
-                 student_softcap);
+  Tensor loss = fill_rows(args, student, dstudent, labels, row_weight, vocab_size, chosen.ignore_index, number.scale);
+  fill_objective(args, FIND, divergence, number, chosen);
   fill_objective_rows(args, student, student_temperature_rows, teacher_temperature_rows, param_rows);
   fill_entries(args, student, teacher_ids, teacher_logprobs, tail_rows);
-  fill_tail(args, tail, min_tail, tail_rounding);
+  fill_tail(args, number, chosen);
   const int64_t rows = args.batch * args.length;
   Tensor out_stats = new_stats(args, student, stats ? kTopkStats : 0);
   if (rows > 0) RUN(args, student);

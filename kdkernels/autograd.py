@@ -166,7 +166,7 @@ def summed(launch: Launch, options: Any, student: Tensor, teachers: tuple[Tensor
     key = get["vocab_size"], get.get("min_tail"), get.get("tail_rounding")
     packed = options.packed.get(key)
     if packed is None:
-        alike = {name: value for name, value in get.items() if name not in ("scale", "stats", "mixture")}
+        alike = ops.packed(launch.pattern, {name: value for name, value in get.items() if name != "stats"})
         packed = options.packed[key] = ops.op(f"{pattern}_call", "cpu")(student.detach(), **alike)
     op, rows = ops.op(f"{pattern}_loss", "cpu"), launch.rows
     operands = (*teachers, rows.labels) if pattern == "dense" else (*launch.sparse_teacher, rows.labels, rows.tail_rows)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kdkernels import backends, checks, ops, reference
+from kdkernels.choices import Backend
 from kdkernels.launch import as_rows
-from kdkernels.objective import Backend
 
 PerRow = Union[float, Tensor]
 # The buffer of candidates in a GPU's shared memory holds as many.

@@ -12,14 +12,14 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Optional, Union
+from typing import Any, Optional, Union, get_args
 
 import torch
 from torch import Tensor
 
 from kdkernels import symbols, transforms
 from kdkernels.backends import cpu
-from kdkernels.reduction import REDUCTIONS
+from kdkernels.choices import Reduction
 from kdkernels.reference.topk import unused
 
 LARGEST = sys.float_info.max
@@ -779,6 +779,9 @@ def normalizer_like(value: Any, reduction: str, student: Optional[Tensor] = None
         value = number("normalizer", value, low=0.0, exclusive_low=True)
         in_sums("normalizer", value, positive=True)
         return value
+    if student is None and is_dtensor(value):
+        # The loss of all ranks sees to it.
+        return value
     plain("normalizer", value)
     if value.numel() != 1:
         raise ValueError(f"normalizer must be a number or a tensor of one element, got shape {tuple(value.shape)}")
@@ -825,7 +828,7 @@ def reverse_mode_only(backend: str, *tensors: Tensor) -> None:
 
 def reduction_name(reduction: Any, student: Optional[Tensor] = None) -> None:
     """One of the four reductions; "batchmean" needs a batch dimension."""
-    choice("reduction", reduction, REDUCTIONS)
+    choice("reduction", reduction, get_args(Reduction))
     if reduction == "batchmean" and student is not None and student.dim() < 2:
         raise ValueError(f"reduction 'batchmean' needs a batch dimension, got student of shape {tuple(student.shape)}")
 

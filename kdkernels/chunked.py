@@ -449,8 +449,11 @@ def _register(pattern: str, num_teacher: int) -> None:
         product_dtype: Optional[torch.dtype],
         logits_dtype: Optional[torch.dtype],
         needs: Sequence[bool],
+        numbers: Sequence[float],
+        choices: Sequence[int],
         **options: Any,
     ) -> tuple[Tensor, ...]:
+        options.update(ops.named(pattern, numbers, choices))
         teacher, rows = tensors[:num_teacher], tensors[num_teacher:]
         sparse = pattern == "topk_fwd"
         named = RowTensors(**dict(zip(ops.ROW_TENSORS[pattern], rows, strict=True)))

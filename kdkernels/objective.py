@@ -11,22 +11,15 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Optional, TypeVar, Union, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Optional, TypeVar, Union, get_args
 
 import torch
 from torch import Tensor
 
 from kdkernels import checks, divergences, reference, symbols
+from kdkernels.choices import Backend, DivergenceName, Mixture, Reduction, Tail, TeacherForm
 from kdkernels.divergences import Divergence
-from kdkernels.reduction import Reduction
 
-DivergenceName = Literal[
-    "forward_kl", "reverse_kl", "jsd", "tvd", "skew_kl", "skew_reverse_kl", "alpha_beta", "jeffreys", "soft_ce"
-]
-TeacherForm = Literal["logits", "log_probs", "probs", "unnormalized_probs"]
-Mixture = Literal["probs", "logits"]
-Tail = Literal["bucket", "renormalize", "renormalize_both", "uniform", "drop"]
-Backend = Literal["auto", "cuda", "triton", "cpu", "torch"]
 PerRow = Union[float, Tensor]
 
 # A z-loss has a gradient of 2 lse q, which fits fp16 at any lse so; an unbounded divergence has one that grows as the

@@ -11,13 +11,14 @@ Tensors of logits are ``[B, L, V]`` views (rows ``i = b * L + l``), so that ``lo
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
 from kdkernels import symbols
+from kdkernels.choices import CODES
 from kdkernels.stats import KDStats, TopKStats
 
 NAMESPACE = "kdkernels"
@@ -25,43 +26,64 @@ PATTERN_BACKENDS = ("cpu", "cuda", "triton")
 # Columns of the second results of dense_fwd and topk_fwd.
 STATS, TOPK_STATS = KDStats._fields, TopKStats._fields
 
+# Beside its tensors an op takes numbers and choices, in the order of these names; csrc/include/kdkernels/options.h has
+# the same names. A choice is an int, a bool, or the place of a name in kdkernels.choices.CODES.
+_NUMBERS = (
+    "scale",
+    "param0",
+    "param1",
+    "temperature",
+    "teacher_temperature",
+    "kd_weight",
+    "ce_weight",
+    "z_loss_weight",
+    "label_smoothing",
+    "student_softcap",
+)
+NUMBERS = {
+    "dense_fwd": (*_NUMBERS, "teacher_softcap"),
+    "topk_fwd": (*_NUMBERS, "min_tail", "tail_rounding"),
+    "dkd_fwd": ("scale", "alpha", "beta", "temperature", "teacher_temperature"),
+    "mse_fwd": ("scale",),
+    "capture_topk": ("temperature",),
+}
+CHOICES = {
+    "dense_fwd": ("ignore_index", "scale_by_t_squared", "teacher_form", "mixture", "standardize"),
+    "topk_fwd": ("ignore_index", "scale_by_t_squared", "tail"),
+    "dkd_fwd": ("ignore_index", "scale_by_t_squared"),
+    "mse_fwd": ("ignore_index", "centered"),
+    "capture_topk": (),
+}
+_ROWS = (
+    "Tensor(a!)? dstudent, Tensor? labels, Tensor? row_weight, Tensor? student_temperature_rows, "
+    "Tensor? teacher_temperature_rows, Tensor? param_rows"
+)
+_ALIKE = "int vocab_size, float[] numbers, int[] choices"
+
 SCHEMAS = {
     # Writes the gradient of sum_i loss_i to dstudent, which may be the student itself, and returns (loss [N], stats
     # [N, S]).
     "dense_fwd": (
-        "(Tensor student, Tensor[] teachers, Tensor(a!)? dstudent, Tensor? labels, Tensor? row_weight, "
-        "Tensor? student_temperature_rows, Tensor? teacher_temperature_rows, Tensor? param_rows, "
-        "Tensor? mixture_weights, *, "
-        "str divergence, float param0, float param1, str mixture, int vocab_size, int ignore_index, float scale, "
-        "float temperature, float teacher_temperature, float kd_weight, float ce_weight, float z_loss_weight, "
-        "float label_smoothing, bool scale_by_t_squared, str teacher_form, float student_softcap, "
-        "float teacher_softcap, bool standardize, bool stats) -> (Tensor, Tensor)"
+        f"(Tensor student, Tensor[] teachers, {_ROWS}, Tensor? mixture_weights, *, str divergence, {_ALIKE}, "
+        "bool stats) -> (Tensor, Tensor)"
     ),
     # A teacher of ids [N, K] and log-probabilities [N, K]; a slot of id -1, or of -9000 or less, is unused. tail_rows
     # [N] is the log of its mass outside them, where that is known better than by 1 - sum; that mass counts as at least
     # min_tail + tail_rounding * sum p |log p|. Otherwise as dense_fwd.
     "topk_fwd": (
-        "(Tensor student, Tensor teacher_ids, Tensor teacher_logprobs, Tensor(a!)? dstudent, Tensor? labels, "
-        "Tensor? row_weight, Tensor? student_temperature_rows, Tensor? teacher_temperature_rows, Tensor? param_rows, "
-        "Tensor? tail_rows, *, str tail, float min_tail, float tail_rounding, str divergence, float param0, "
-        "float param1, int vocab_size, int ignore_index, float scale, float temperature, float teacher_temperature, "
-        "float kd_weight, float ce_weight, float z_loss_weight, float label_smoothing, bool scale_by_t_squared, "
-        "float student_softcap, bool stats) -> (Tensor, Tensor)"
+        f"(Tensor student, Tensor teacher_ids, Tensor teacher_logprobs, {_ROWS}, Tensor? tail_rows, *, "
+        f"str divergence, {_ALIKE}, bool stats) -> (Tensor, Tensor)"
     ),
     # The k largest of each row of logits: ids int32 [N, K], log-probabilities [N, K], and the log of the mass outside
     # them [N].
-    "capture_topk": (
-        "(Tensor teacher, Tensor? temperature_rows, *, int k, int vocab_size, float temperature) "
-        "-> (Tensor, Tensor, Tensor)"
-    ),
+    "capture_topk": (f"(Tensor teacher, Tensor? temperature_rows, *, int k, {_ALIKE}) -> (Tensor, Tensor, Tensor)"),
     "dkd_fwd": (
         "(Tensor student, Tensor teacher, Tensor(a!)? dstudent, Tensor labels, Tensor? row_weight, *, "
-        "float alpha, float beta, float temperature, float teacher_temperature, int vocab_size, int ignore_index, "
-        "float scale, bool scale_by_t_squared) -> Tensor"
+        f"{_ALIKE}) -> Tensor"
     ),
     "mse_fwd": (
-        "(Tensor student, Tensor teacher, Tensor(a!)? dstudent, Tensor? labels, Tensor? row_weight, *, bool centered, "
-        "int vocab_size, int ignore_index, float scale) -> Tensor"
+        "(Tensor student, Tensor teacher, Tensor(a!)? dstudent, Tensor? labels, Tensor? row_weight, *, "
+        f"{_ALIKE}) -> Tensor"
     ),
     # Multiplies the rows of grad [B, L, V] by grad_output (0-d, or [N]) in place; returns at once where it is 1.
     "scale_grad": "(Tensor(a!) grad, Tensor grad_output) -> ()",
@@ -73,19 +95,14 @@ ROW_TENSORS = {
     for pattern, schema in SCHEMAS.items()
 }
 
-# The whole loss of the compiled CPU backend, its rows summed: what a training loop calls again and again, with no
-# tensor per row but labels and a sparse teacher's tail. ``call`` is what <pattern>_call_cpu returns for the numbers and
-# names that all rows share. Logits are [B, L, V] or [N, V]. Returns the loss (0-d), and the gradient of the student's
-# logits where needs_grad asks for it and there is no dstudent to write it to; else that is empty.
-_ALIKE = (
-    "str divergence, float param0, float param1, int vocab_size, int ignore_index, float temperature, "
-    "float teacher_temperature, float kd_weight, float ce_weight, float z_loss_weight, float label_smoothing, "
-    "bool scale_by_t_squared, float student_softcap"
-)
+# The whole loss of the compiled CPU backend, its rows summed: the call of a training loop, again and again, with no
+# tensor per row but labels and a sparse teacher's tail. ``call`` is the result of <pattern>_call_cpu for the numbers
+# and names that all rows share. Logits are [B, L, V] or [N, V]. Returns the loss (0-d), and the gradient of the
+# student's logits where needs_grad asks for it and there is no dstudent to write it to; else that is empty.
 _SUMMED = "Tensor student, Tensor(a!)? dstudent, Tensor call, float scale, bool needs_grad"
 SUMMED_SCHEMAS = {
-    "dense_call": f"(Tensor student, *, {_ALIKE}, str teacher_form, float teacher_softcap, bool standardize) -> Tensor",
-    "topk_call": f"(Tensor student, *, {_ALIKE}, str tail, float min_tail, float tail_rounding) -> Tensor",
+    "dense_call": f"(Tensor student, *, str divergence, {_ALIKE}) -> Tensor",
+    "topk_call": f"(Tensor student, *, str divergence, {_ALIKE}) -> Tensor",
     "dense_loss": f"({_SUMMED}, Tensor teacher, Tensor? labels) -> (Tensor, Tensor)",
     "topk_loss": (
         f"({_SUMMED}, Tensor teacher_ids, Tensor teacher_logprobs, Tensor? labels, Tensor? tail_rows) "
@@ -238,26 +255,40 @@ for _pattern, _teacher in LINEAR_TEACHERS.items():
     )
 
 
-# The patterns once more, for graphs in which one of their numbers is a symbol: all floats of an op are the elements of
-# one tensor, in the order of its schema, and the backend is an argument.
-_FLOAT = re.compile(r"float (\w+)(?:, )?")
-_floats: dict[str, list[str]] = {}  # by pattern, with "linear_" before it for the loops
+def packed(pattern: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of an op, of options by name."""
+    numbers, choices = NUMBERS[pattern], CHOICES[pattern]
+    rest = {name: value for name, value in options.items() if name not in numbers and name not in choices}
+    rest["numbers"] = [options[name] for name in numbers]
+    rest["choices"] = [_code(name, options[name]) for name in choices]
+    return rest
 
 
+def named(pattern: str, numbers: Sequence[float], choices: Sequence[int]) -> dict[str, Any]:
+    """Options by name, of what an op was given."""
+    options: dict[str, Any] = dict(zip(NUMBERS[pattern], numbers, strict=True))
+    for name, code in zip(CHOICES[pattern], choices, strict=True):
+        options[name] = CODES[name][code] if name in CODES else code if name == "ignore_index" else bool(code)
+    return options
+
+
+def _code(name: str, value: Any) -> int:
+    return CODES[name].index(value) if name in CODES else int(value)
+
+
+# The patterns once more, for graphs in which one of their numbers is a symbol: numbers are the elements of a tensor,
+# and the backend is an argument.
 def _define_numbers(pattern: str, schema: str, fake: Callable[..., Any]) -> None:
-    _floats[pattern] = _FLOAT.findall(schema)
-    schema = _FLOAT.sub("", schema).replace(", )", ")")
     backend = "" if " str backend" in schema else "str backend, "
-    schema = schema.replace(" *, ", f" Tensor numbers, *, {backend}")
+    schema = schema.replace(", float[] numbers", "").replace(" *, ", f" Tensor numbers, *, {backend}")
     _library.define(f"{pattern}_numbers{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"{NAMESPACE}::{pattern}_numbers", fake, lib=_library)
 
     def impl(*operands: Any, backend: str, **options: Any) -> Any:
         *tensors, numbers = operands
-        options.update(zip(_floats[pattern], numbers.tolist(), strict=True))
         if pattern.startswith("linear_"):
-            return linear_op(pattern)(*tensors, backend=backend, **options)
-        return op(pattern, backend)(*tensors, **options)
+            return linear_op(pattern)(*tensors, numbers=numbers.tolist(), backend=backend, **options)
+        return op(pattern, backend)(*tensors, numbers=numbers.tolist(), **options)
 
     implement(f"{pattern}_numbers", impl)
 
@@ -267,30 +298,25 @@ def implement(name: str, function: Callable[..., Any]) -> None:
     _library.impl(name, function, "CompositeExplicitAutograd")
 
 
-def call(pattern: str, backend: str, operands: Sequence[Any], options: dict[str, Any]) -> Any:
+def call(pattern: str, backend: str, operands: Sequence[Any], options: Mapping[str, Any]) -> Any:
     """Call ``<pattern>_<backend>``."""
-    if torch.compiler.is_dynamo_compiling() and _has_symbols(pattern, options):
-        return _call_with_numbers(pattern, operands, {**options, "backend": backend})
-    return op(pattern, backend)(*operands, **options)
+    arguments = packed(pattern, options)
+    if torch.compiler.is_dynamo_compiling() and any(map(symbols.is_symbol, arguments["numbers"])):
+        return _call_with_numbers(pattern, operands, {**arguments, "backend": backend})
+    return op(pattern, backend)(*operands, **arguments)
 
 
-def call_linear(pattern: str, operands: Sequence[Any], options: dict[str, Any]) -> Any:
+def call_linear(pattern: str, operands: Sequence[Any], options: Mapping[str, Any]) -> Any:
     """Call ``linear_<pattern>``; the backend is among the options."""
-    pattern = f"linear_{pattern}"
-    if torch.compiler.is_dynamo_compiling() and _has_symbols(pattern, options):
-        return _call_with_numbers(pattern, operands, options)
-    return linear_op(pattern)(*operands, **options)
+    arguments = packed(pattern, options)
+    if torch.compiler.is_dynamo_compiling() and any(map(symbols.is_symbol, arguments["numbers"])):
+        return _call_with_numbers(f"linear_{pattern}", operands, arguments)
+    return linear_op(f"linear_{pattern}")(*operands, **arguments)
 
 
-def _has_symbols(pattern: str, options: dict[str, Any]) -> bool:
-    return any(symbols.is_symbol(options[name]) for name in _floats[pattern])
-
-
-def _call_with_numbers(pattern: str, operands: Sequence[Any], options: dict[str, Any]) -> Any:
-    names = _floats[pattern]
-    numbers = symbols.packed([options[name] for name in names])
-    others = {name: value for name, value in options.items() if name not in names}
-    return getattr(getattr(torch.ops, NAMESPACE), f"{pattern}_numbers").default(*operands, numbers, **others)
+def _call_with_numbers(pattern: str, operands: Sequence[Any], arguments: dict[str, Any]) -> Any:
+    numbers = symbols.packed(arguments.pop("numbers"))
+    return getattr(getattr(torch.ops, NAMESPACE), f"{pattern}_numbers").default(*operands, numbers, **arguments)
 
 
 def linear_op(name: str) -> torch._ops.OpOverload:
@@ -314,7 +340,7 @@ def op(pattern: str, backend: str) -> torch._ops.OpOverload:
 _overloads: dict[tuple[str, str], torch._ops.OpOverload] = {}
 
 for _pattern, _schema in SCHEMAS.items():
-    if _FLOAT.search(_schema):
+    if _pattern in NUMBERS:
         _define_numbers(_pattern, _schema, _FAKES[_pattern])
 for _pattern in LINEAR_TEACHERS:
     _schema = str(linear_op(f"linear_{_pattern}")._schema).partition(f"linear_{_pattern}")[2]

@@ -12,9 +12,9 @@ from typing import Optional, TypedDict, Union
 import torch
 from torch import Tensor
 
+from kdkernels.choices import Backend, DivergenceName, Mixture, Reduction, Tail, TeacherForm
 from kdkernels.divergences import Divergence
-from kdkernels.objective import Backend, DivergenceName, Mixture, PerRow, Tail, TeacherForm
-from kdkernels.reduction import Reduction
+from kdkernels.objective import PerRow
 
 
 class RowOptions(TypedDict, total=False):

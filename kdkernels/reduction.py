@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, Optional, Union, get_args
+from typing import Optional, Union
 
 import torch
 from torch import Tensor
 
 from kdkernels import symbols
-
-Reduction = Literal["none", "sum", "mean", "batchmean"]
-REDUCTIONS = get_args(Reduction)
 
 
 def row_weights(
@@ -28,7 +25,7 @@ def row_weights(
     """Return ``(scale, weight)`` such that the reduced loss is ``sum_i scale * weight_i * loss_i``.
 
     Args:
-        reduction: one of ``REDUCTIONS``.
+        reduction: one of ``kdkernels.choices.Reduction``.
         num_rows: N. batch_size: ``student.shape[0]``.
         labels: ``[N]`` or None; rows equal to ``ignore_index`` do not count (the kernels drop them).
         row_weight: ``[N]`` in ``dtype`` or None.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kdkernels as kd
-from kdkernels import backends, testing
+from kdkernels import backends, ops, testing
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INF = math.inf
@@ -172,7 +172,7 @@ def test_op_is_registered_as_torch_wants_it():
         pytest.skip(reason)
     options = {"k": 3, "vocab_size": 28, "temperature": 1.0}
     arguments = (torch.randn(2, 4, 30), torch.full((8,), 2.0))
-    torch.library.opcheck(torch.ops.kdkernels.capture_topk_cpu.default, arguments, options)
+    torch.library.opcheck(torch.ops.kdkernels.capture_topk_cpu.default, arguments, ops.packed("capture_topk", options))
 
 
 # Inductor takes 20 seconds for the sort of the reference.

@@ -416,12 +416,12 @@ def test_the_op_reads_and_writes_nothing_outside_for_a_wild_label(label, tempera
     student, teacher = (x.reshape(1, 3, VOCAB) for x in testing.make_inputs("normal", 3, VOCAB, torch.float32))
     room = torch.full((1, 9, VOCAB), 7.0)
     tensors, options = arguments(3, torch.tensor([0, label, 2]), ce_weight=1.0, temperature=temperature)
-    loss, _ = ops.op("dense_fwd", "cpu")(student, [teacher], room[:, 3:6], *tensors, **options)
+    loss, _ = ops.op("dense_fwd", "cpu")(student, [teacher], room[:, 3:6], *tensors, **ops.packed("dense_fwd", options))
     assert loss.isnan().tolist() == [False, True, False]
     assert (room[:, :3] == 7).all() and (room[:, 6:] == 7).all() and torch.isfinite(room[0, [3, 5]]).all()
     dkd = {key: options[key] for key in ("temperature", "teacher_temperature", "vocab_size", "ignore_index", "scale")}
     dkd |= {"alpha": 1.0, "beta": 8.0, "scale_by_t_squared": True}
-    loss = ops.op("dkd_fwd", "cpu")(student, teacher, room[:, 3:6], tensors[0], None, **dkd)
+    loss = ops.op("dkd_fwd", "cpu")(student, teacher, room[:, 3:6], tensors[0], None, **ops.packed("dkd_fwd", dkd))
     assert loss.isnan().tolist() == [False, True, False]
     assert (room[:, :3] == 7).all() and (room[:, 6:] == 7).all() and torch.isfinite(room[0, [3, 5]]).all()
 
@@ -455,7 +455,7 @@ def test_the_op_itself_refuses_what_would_break_memory(change, message):
     call |= {key: value for key, value in change.items() if key in call}
     options |= {key: value for key, value in change.items() if key in options}
     with pytest.raises(RuntimeError, match=message):
-        ops.op("dense_fwd", "cpu")(*call.values(), *rest, **options)
+        ops.op("dense_fwd", "cpu")(*call.values(), *rest, **ops.packed("dense_fwd", options))
 
 
 def test_fakes_know_shapes_and_dtypes():
@@ -466,7 +466,7 @@ def test_fakes_know_shapes_and_dtypes():
     for backend in (name for name in ops.PATTERN_BACKENDS if name not in ops.LACKING["dense_fwd"]):
         for stats, width in ((False, 0), (True, len(kd.KDStats._fields))):
             loss, table = ops.op("dense_fwd", backend)(
-                student, [student], None, *tensors, **{**options, "stats": stats}
+                student, [student], None, *tensors, **ops.packed("dense_fwd", {**options, "stats": stats})
             )
             assert loss.shape == (6,) and table.shape == (6, width) and loss.dtype == table.dtype == torch.float32
     assert ops.STATS == kd.KDStats._fields

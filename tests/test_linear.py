@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import kdkernels as kd
-from kdkernels import backends, chunked, divergences, heads, testing
+from kdkernels import backends, chunked, divergences, heads, ops, testing
 
 pytestmark = pytest.mark.skipif(
     backends.BACKENDS["cpu"].why_not("cpu") is not None, reason="the C++ extension was not built: the loop runs on it"
@@ -548,7 +548,7 @@ class TestAroundTheHead:
         torch.library.opcheck(
             torch.ops.kdkernels.linear_dense_fwd.default,
             (*captured["tensors"], list(call.teacher_hidden), list(call.teacher_weight), [None], *launch.operands()),
-            {"backend": "cpu", "needs": needs, **dict.fromkeys(NONE_GIVEN), **launch.options},
+            {"backend": "cpu", "needs": needs, **dict.fromkeys(NONE_GIVEN), **ops.packed("dense_fwd", launch.options)},
         )
 
 

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import kdkernels as kd
-from kdkernels import heads, memory, ops
+from kdkernels import heads, memory, objective, ops
 
 pytestmark = pytest.mark.usefixtures("compiled_cpu")
 
@@ -98,6 +98,7 @@ LOSSES = {
 
 def calls_of(loss):
     """The calls of ops in a loss and its backward, called twice: the second may take a shorter way."""
+    objective._known.cache_clear()
     with Recorder() as recorder:
         for _ in range(2):
             result = loss()
@@ -107,17 +108,16 @@ def calls_of(loss):
 
 
 def with_numbers(func, args, kwargs):
-    """The same call with the floats in a tensor; None for an op that takes none."""
+    """The same call with its numbers in a tensor; None for an op that takes none."""
     pattern, _, backend = func._schema.name.removeprefix(f"{ops.NAMESPACE}::").rpartition("_")
     if pattern.startswith("linear_"):
         pattern, backend = f"{pattern}_{backend}", kwargs["backend"]
-    if pattern not in ops._floats:
+    if pattern.removeprefix("linear_") not in ops.NUMBERS:
         return None
-    names = ops._floats[pattern]
-    numbers = torch.tensor([kwargs[name] for name in names], dtype=torch.float64)
-    others = {name: value for name, value in kwargs.items() if name not in names}
+    kwargs = dict(kwargs)
+    numbers = torch.tensor(kwargs.pop("numbers"), dtype=torch.float64)
     op = getattr(torch.ops.kdkernels, f"{pattern}_numbers").default
-    return op, (*args, numbers), {**others, "backend": backend}
+    return op, (*args, numbers), {**kwargs, "backend": backend}
 
 
 def check(func, args, kwargs):

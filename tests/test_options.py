@@ -4,14 +4,17 @@ import copy
 import gc
 import inspect
 import pickle
+import re
 import weakref
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from typing_extensions import get_type_hints
 
 import kdkernels as kd
-from kdkernels import objective, options
+from kdkernels import choices, objective, ops, options
 from kdkernels.divergences import by_name
 from kdkernels.reference import divergences as formulas
 
@@ -53,8 +56,7 @@ def test_a_module_has_the_signature_of_its_options(module):
 
 
 def test_names_of_divergences_are_those_of_the_table():
-    names = set(objective.DivergenceName.__args__)
-    assert names == set(kd.divergences.names())
+    assert set(get_args(choices.DivergenceName)) == set(kd.divergences.names())
 
 
 def test_a_module_holds_its_options_alone():
@@ -147,3 +149,34 @@ def test_the_flags_of_a_divergence_are_what_its_formula_says(name):
         assert not all(scaled)
     if not cls.linear_without_teacher:
         assert not finite or any(abs(f(0.0, q) - q * f(0.0, 1.0)) > 1e-12 for q in POINTS)
+
+
+HEADER = Path(__file__).parents[1] / "csrc" / "include" / "kdkernels" / "options.h"
+STRUCTS = {"dense_fwd": "Dense", "topk_fwd": "Topk", "dkd_fwd": "Dkd", "mse_fwd": "Mse", "capture_topk": "Capture"}
+
+
+@pytest.mark.skipif(not HEADER.exists(), reason="an installed package has no C++ sources beside it")
+def test_ops_and_the_cpp_have_one_order_of_numbers_and_choices():
+    found = {}
+    pattern = r"struct (\w+)(?: : (\w+))? \{\s*\w+ ([^;]+);"
+    for name, base, fields in re.findall(pattern, HEADER.read_text()):
+        found[name] = (*found.get(base, ()), *re.split(r",\s*", fields))
+    for op, name in STRUCTS.items():
+        assert found[f"{name}Numbers"] == ops.NUMBERS[op]
+        assert found.get(f"{name}Choices", ()) == ops.CHOICES[op]
+    # A name's place is its value in C++.
+    args = HEADER.with_name("args.h").read_text()
+    tails = re.search(r"enum class Tail \{ ([^}]*) \}", args)[1].split(", ")
+    spelt = [re.sub(r"(?<!^)([A-Z])", r"_\1", tail[1:]).lower() for tail in tails]
+    assert tuple(spelt) == get_args(choices.Tail)
+
+
+@pytest.mark.parametrize("op", ops.NUMBERS)
+def test_options_that_were_packed_have_their_names_again(op):
+    options = {name: 0.5 + k for k, name in enumerate(ops.NUMBERS[op])}
+    options |= {name: choices.CODES[name][-1] if name in choices.CODES else True for name in ops.CHOICES[op]}
+    options["ignore_index"] = -7
+    packed = ops.packed(op, {**options, "stats": False} if ops.CHOICES[op] else options)
+    assert packed.pop("stats", False) is False
+    named = ops.named(op, packed.pop("numbers"), packed.pop("choices"))
+    assert {**packed, **named} == options

@@ -8,6 +8,7 @@ import torch
 import kdkernels as kd
 from kdkernels import autograd, checks, ops, testing
 from kdkernels.backends import cpu
+from kdkernels.objective import Objective, TopKObjective
 
 pytestmark = pytest.mark.skipif(cpu.load_error() is not None, reason=f"the CPU extension: {cpu.load_error()}")
 
@@ -302,16 +303,14 @@ def test_sums_are_made_in_fp64():
     assert many.item() == pytest.approx(rows * one.double().item(), rel=1e-7)
 
 
-def pack(student, **changes):
-    alike = {
-        "divergence": "forward_kl", "param0": 0.0, "param1": 0.0, "vocab_size": V, "ignore_index": -100,
-        "temperature": 2.0, "teacher_temperature": 2.0, "kd_weight": 1.0, "ce_weight": 0.0, "z_loss_weight": 0.0,
-        "label_smoothing": 0.0, "scale_by_t_squared": True, "student_softcap": 0.0,
-    }  # fmt: skip
-    dense = {"teacher_form": "logits", "teacher_softcap": 0.0, "standardize": False}
-    if "tail" in changes:
-        return ops.op("topk_call", "cpu")(student, **{**alike, "min_tail": 0.0, "tail_rounding": 0.0, **changes})
-    return ops.op("dense_call", "cpu")(student, **{**alike, **dense, **changes})
+def pack(student, pattern="dense_fwd", **changes):
+    if pattern == "topk_fwd":
+        options = {**TopKObjective(teacher_temperature=1.0, temperature=2.0).scalars, "scale": 1.0, "vocab_size": V}
+    else:
+        options = {**Objective(temperature=2.0).scalars, "mixture": "probs", "scale": 1.0, "vocab_size": V}
+    del options["stats"]
+    arguments = ops.packed(pattern, {**options, **changes})
+    return ops.op(pattern.replace("fwd", "call"), "cpu")(student, **arguments)
 
 
 @pytest.mark.parametrize(
@@ -348,9 +347,16 @@ def test_the_op_itself_refuses_what_would_break_memory(change, message):
 def test_a_packed_call_of_the_other_kind_is_refused():
     student, teacher = make()
     with pytest.raises(RuntimeError, match="call must be what"):
-        ops.op("dense_loss", "cpu")(student, None, pack(student, tail="bucket"), 1.0, True, teacher, None)
-    with pytest.raises(RuntimeError, match="does not know the tail"):
-        pack(student, tail="unknown")
+        ops.op("dense_loss", "cpu")(student, None, pack(student, "topk_fwd"), 1.0, True, teacher, None)
+    arguments = ops.packed("topk_fwd", {**TopKObjective().scalars, "scale": 1.0, "vocab_size": V})
+    del arguments["stats"]
+    for change, message in (
+        ({"choices": [-100, 1, 5]}, "does not know the tail 5"),
+        ({"choices": [-100, 1, 0, 0]}, "takes 3 numbers or choices here, got 4"),
+        ({"numbers": arguments["numbers"][1:]}, "takes 12 numbers or choices here, got 11"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.op("topk_call", "cpu")(student, **{**arguments, **change})
 
 
 @pytest.mark.parametrize("needs_grad", [False, True])
@@ -362,6 +368,6 @@ def test_opcheck(needs_grad, given):
     labels = make_labels().reshape(-1)
     call = pack(student)
     torch.library.opcheck(ops.op("dense_loss", "cpu"), (student, *common, call, 0.5, needs_grad, teacher, labels))
-    call = pack(student, tail="uniform")
+    call = pack(student, "topk_fwd", tail="uniform")
     arguments = (student, *common, call, 0.5, needs_grad, ids, logprobs, labels, None)
     torch.library.opcheck(ops.op("topk_loss", "cpu"), arguments)

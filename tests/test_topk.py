@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import kdkernels as kd
-from kdkernels import backends, checks, testing
+from kdkernels import backends, checks, ops, testing
 from kdkernels.objective import Tail
 
 BACKENDS = ("torch", "cpu")
@@ -855,7 +855,7 @@ def test_op_is_registered_as_torch_wants_it():
     options = {"tail": "bucket", "divergence": "forward_kl", "vocab_size": 30, "ignore_index": -100}
     options |= {"scale_by_t_squared": True, "stats": True, "min_tail": 0.0, "tail_rounding": 0.5, **numbers}
     arguments = (s, ids, logprobs, torch.empty_like(s), None, None, None, None, None, torch.full((4,), -1.0))
-    torch.library.opcheck(torch.ops.kdkernels.topk_fwd_cpu.default, arguments, options)
+    torch.library.opcheck(torch.ops.kdkernels.topk_fwd_cpu.default, arguments, ops.packed("topk_fwd", options))
 
 
 @pytest.mark.parametrize("path", ["as built", "plain PyTorch"])
@@ -953,7 +953,7 @@ GOOD = {"teacher_ids": torch.zeros(2, 3, dtype=torch.long), "teacher_logprobs": 
             "teacher_temperature must be 1 with tail 'drop', got a tensor",
             {"tail": "drop", "temperature": torch.ones(2)},
         ),
-        (TypeError, "unexpected keyword argument 'teacher_form'", {"teacher_form": "probs"}),
+        (TypeError, "unexpected option 'teacher_form'", {"teacher_form": "probs"}),
         (TypeError, "teacher_ids must be int32 or int64, got float32", {"teacher_ids": torch.zeros(2, 3)}),
         (TypeError, "teacher_ids must be a torch.Tensor, got list", {"teacher_ids": [[0, 1, 2]]}),
         (TypeError, "teacher_logprobs must be float32, .* got int64", {"teacher_logprobs": torch.zeros(2, 3).long()}),

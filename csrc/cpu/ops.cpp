@@ -107,10 +107,15 @@ void parallel_rows(int64_t rows, int64_t width, const Body& body) {
   torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kGrainElements / std::max<int64_t>(width, 1)), body);
 }
 
-void fill_dense(DenseArgs& args, const std::string& teacher_form, double teacher_softcap, bool standardize) {
-  args.teacher_form = teacher_form == "probs" ? TeacherForm::kProbs : TeacherForm::kLogits;
-  args.teacher_softcap = teacher_softcap;
-  args.standardize = standardize;
+// Names of kdkernels.choices.TeacherForm and Mixture by their places.
+enum class Form { kLogits, kLogProbs, kProbs };
+enum class Mixed { kProbs, kLogits };
+
+void fill_dense(DenseArgs& args, const DenseNumbers& numbers, const DenseChoices& choices) {
+  const Form form = choice(choices.teacher_form, Form::kProbs, "teacher_form");
+  args.teacher_form = form == Form::kProbs ? TeacherForm::kProbs : TeacherForm::kLogits;
+  args.teacher_softcap = numbers.teacher_softcap;
+  args.standardize = choices.standardize != 0;
 }
 
 void run_dense(const DenseArgs& args) {
@@ -123,19 +128,15 @@ std::tuple<Tensor, Tensor> dense_fwd(Tensor student, std::vector<Tensor> teacher
                                      std::optional<Tensor> labels, std::optional<Tensor> row_weight,
                                      std::optional<Tensor> student_temperature_rows,
                                      std::optional<Tensor> teacher_temperature_rows, std::optional<Tensor> param_rows,
-                                     std::optional<Tensor> mixture_weights, std::string divergence, double param0,
-                                     double param1, std::string mixture, int64_t vocab_size, int64_t ignore_index,
-                                     double scale, double temperature, double teacher_temperature, double kd_weight,
-                                     double ce_weight, double z_loss_weight, double label_smoothing,
-                                     bool scale_by_t_squared, std::string teacher_form, double student_softcap,
-                                     double teacher_softcap, bool standardize, bool stats) {
+                                     std::optional<Tensor> mixture_weights, std::string divergence, int64_t vocab_size,
+                                     std::vector<double> numbers, std::vector<int64_t> choices, bool stats) {
+  const auto number = named<DenseNumbers>(numbers);
+  const auto chosen = named<DenseChoices>(choices);
   DenseArgs args;
-  Tensor loss = fill_rows(args, student, dstudent, labels, row_weight, vocab_size, ignore_index, scale);
-  fill_objective(args, find_divergence(divergence.c_str(), param0, param1), divergence, param0, param1, temperature,
-                 teacher_temperature, kd_weight, ce_weight, z_loss_weight, label_smoothing, scale_by_t_squared,
-                 student_softcap);
+  Tensor loss = fill_rows(args, student, dstudent, labels, row_weight, vocab_size, chosen.ignore_index, number.scale);
+  fill_objective(args, find_divergence, divergence, number, chosen);
   fill_objective_rows(args, student, student_temperature_rows, teacher_temperature_rows, param_rows);
-  fill_dense(args, teacher_form, teacher_softcap, standardize);
+  fill_dense(args, number, chosen);
   const int64_t rows = args.batch * args.length;
   STD_TORCH_CHECK(!teachers.empty() && teachers.size() <= size_t(kMaxTeachers), "1 to 4 teachers, got ",
                   teachers.size());
@@ -150,7 +151,8 @@ std::tuple<Tensor, Tensor> dense_fwd(Tensor student, std::vector<Tensor> teacher
     args.mixture_weights = mixture_weights->const_data_ptr();
     args.mixture_stride_n = mixture_weights->stride(0);
     args.mixture_stride_m = mixture_weights->stride(1);
-    args.mixture = mixture == "logits" ? Mixture::kLogits : Mixture::kProbs;
+    const Mixed mixed = choice(chosen.mixture, Mixed::kLogits, "mixture");
+    args.mixture = mixed == Mixed::kLogits ? Mixture::kLogits : Mixture::kProbs;
   }
   Tensor out_stats = new_stats(args, student, stats ? kStats : 0);
   clear_stats(args, kStats);
@@ -199,31 +201,30 @@ Args unpack(const Tensor& call) {
   return args;
 }
 
-Tensor dense_call(Tensor student, std::string divergence, double param0, double param1, int64_t vocab_size,
-                  int64_t ignore_index, double temperature, double teacher_temperature, double kd_weight,
-                  double ce_weight, double z_loss_weight, double label_smoothing, bool scale_by_t_squared,
-                  double student_softcap, std::string teacher_form, double teacher_softcap, bool standardize) {
-  DenseArgs args;
+template <class Args, class Numbers, class Choices>
+Args alike(const std::string& divergence, int64_t vocab_size, const Numbers& numbers, const Choices& choices) {
+  Args args;
   args.columns = vocab_size;
-  args.ignore_index = ignore_index;
-  fill_objective(args, find_divergence(divergence.c_str(), param0, param1), divergence, param0, param1, temperature,
-                 teacher_temperature, kd_weight, ce_weight, z_loss_weight, label_smoothing, scale_by_t_squared,
-                 student_softcap);
-  fill_dense(args, teacher_form, teacher_softcap, standardize);
+  args.ignore_index = choices.ignore_index;
+  fill_objective(args, find_divergence, divergence, numbers, choices);
+  return args;
+}
+
+Tensor dense_call(Tensor student, std::string divergence, int64_t vocab_size, std::vector<double> numbers,
+                  std::vector<int64_t> choices) {
+  const auto number = named<DenseNumbers>(numbers);
+  const auto chosen = named<DenseChoices>(choices);
+  auto args = alike<DenseArgs>(divergence, vocab_size, number, chosen);
+  fill_dense(args, number, chosen);
   return pack(args, student);
 }
 
-Tensor topk_call(Tensor student, std::string divergence, double param0, double param1, int64_t vocab_size,
-                 int64_t ignore_index, double temperature, double teacher_temperature, double kd_weight,
-                 double ce_weight, double z_loss_weight, double label_smoothing, bool scale_by_t_squared,
-                 double student_softcap, std::string tail, double min_tail, double tail_rounding) {
-  TopkArgs args;
-  args.columns = vocab_size;
-  args.ignore_index = ignore_index;
-  fill_objective(args, find_divergence(divergence.c_str(), param0, param1), divergence, param0, param1, temperature,
-                 teacher_temperature, kd_weight, ce_weight, z_loss_weight, label_smoothing, scale_by_t_squared,
-                 student_softcap);
-  fill_tail(args, tail, min_tail, tail_rounding);
+Tensor topk_call(Tensor student, std::string divergence, int64_t vocab_size, std::vector<double> numbers,
+                 std::vector<int64_t> choices) {
+  const auto number = named<TopkNumbers>(numbers);
+  const auto chosen = named<TopkChoices>(choices);
+  auto args = alike<TopkArgs>(divergence, vocab_size, number, chosen);
+  fill_tail(args, number, chosen);
   return pack(args, student);
 }
 
@@ -277,7 +278,9 @@ std::tuple<Tensor, Tensor> topk_loss(Tensor student, std::optional<Tensor> dstud
 }
 
 std::tuple<Tensor, Tensor, Tensor> capture_topk(Tensor teacher, std::optional<Tensor> temperature_rows, int64_t k,
-                                                int64_t vocab_size, double temperature) {
+                                                int64_t vocab_size, std::vector<double> numbers,
+                                                std::vector<int64_t> choices) {
+  STD_TORCH_CHECK(choices.empty(), "the op takes no choices, got ", choices.size());
   CaptureArgs args;
   args.teacher = view(teacher, "teacher", false);
   args.length = teacher.size(1);
@@ -288,7 +291,7 @@ std::tuple<Tensor, Tensor, Tensor> capture_topk(Tensor teacher, std::optional<Te
                   "vocab_size must be in [1, ", teacher.size(2), "], got ", vocab_size);
   STD_TORCH_CHECK(k >= 1 && k <= vocab_size, "k must be in [1, ", vocab_size, "], got ", k);
   args.temperature_rows = per_row(temperature_rows, sum_dtype(teacher), rows, "temperature_rows");
-  args.temperature = temperature;
+  args.temperature = named<CaptureNumbers>(numbers).temperature;
   Tensor ids = new_tensor(teacher, {rows, k}, ScalarType::Int);
   Tensor logprobs = new_rows(teacher, {rows, k}), tail = new_rows(teacher, {rows});
   args.ids = static_cast<int32_t*>(ids.mutable_data_ptr());
@@ -368,17 +371,18 @@ bool labels_are_sound(Tensor labels, int64_t columns, int64_t ignore_index) {
 }
 
 Tensor dkd_fwd(Tensor student, Tensor teacher, std::optional<Tensor> dstudent, Tensor labels,
-               std::optional<Tensor> row_weight, double alpha, double beta, double temperature,
-               double teacher_temperature, int64_t vocab_size, int64_t ignore_index, double scale,
-               bool scale_by_t_squared) {
+               std::optional<Tensor> row_weight, int64_t vocab_size, std::vector<double> numbers,
+               std::vector<int64_t> choices) {
+  const auto number = named<DkdNumbers>(numbers);
+  const auto chosen = named<DkdChoices>(choices);
   DkdArgs args;
-  Tensor loss = fill_rows(args, student, dstudent, labels, row_weight, vocab_size, ignore_index, scale);
+  Tensor loss = fill_rows(args, student, dstudent, labels, row_weight, vocab_size, chosen.ignore_index, number.scale);
   args.teacher = teacher_view(teacher, args);
-  args.alpha = alpha;
-  args.beta = beta;
-  args.temperature = temperature;
-  args.teacher_temperature = teacher_temperature;
-  args.scale_by_t_squared = scale_by_t_squared;
+  args.alpha = number.alpha;
+  args.beta = number.beta;
+  args.temperature = number.temperature;
+  args.teacher_temperature = number.teacher_temperature;
+  args.scale_by_t_squared = chosen.scale_by_t_squared != 0;
   prepare(args);
   const KernelTable& table = kernels();
   parallel_rows(args.batch * args.length, args.width, [&](int64_t begin, int64_t end) { table.dkd(args, begin, end); });
@@ -386,12 +390,14 @@ Tensor dkd_fwd(Tensor student, Tensor teacher, std::optional<Tensor> dstudent, T
 }
 
 Tensor mse_fwd(Tensor student, Tensor teacher, std::optional<Tensor> dstudent, std::optional<Tensor> labels,
-               std::optional<Tensor> row_weight, bool centered, int64_t vocab_size, int64_t ignore_index,
-               double scale) {
+               std::optional<Tensor> row_weight, int64_t vocab_size, std::vector<double> numbers,
+               std::vector<int64_t> choices) {
+  const auto number = named<MseNumbers>(numbers);
+  const auto chosen = named<MseChoices>(choices);
   MseArgs args;
-  Tensor loss = fill_rows(args, student, dstudent, labels, row_weight, vocab_size, ignore_index, scale);
+  Tensor loss = fill_rows(args, student, dstudent, labels, row_weight, vocab_size, chosen.ignore_index, number.scale);
   args.teacher = teacher_view(teacher, args);
-  args.centered = centered;
+  args.centered = chosen.centered != 0;
   prepare(args);
   const KernelTable& table = kernels();
   parallel_rows(args.batch * args.length, args.width, [&](int64_t begin, int64_t end) { table.mse(args, begin, end); });

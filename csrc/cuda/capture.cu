@@ -1,5 +1,6 @@
 // kdkernels::capture_topk_cuda, through the LibTorch stable ABI.
 #include <cuda_runtime.h>
+#include <kdkernels/options.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -11,6 +12,7 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 namespace kdk {
 namespace capture {
@@ -42,7 +44,11 @@ void launch(const Tensor& teacher, const std::optional<Tensor>& temperature_rows
 }
 
 std::tuple<Tensor, Tensor, Tensor> capture_topk(Tensor teacher, std::optional<Tensor> temperature_rows, int64_t k,
-                                                int64_t vocab_size, double temperature) {
+                                                int64_t vocab_size, std::vector<double> numbers,
+                                                std::vector<int64_t> choices) {
+  STD_TORCH_CHECK(numbers.size() == sizeof(CaptureNumbers) / sizeof(double) && choices.empty(),
+                  "the op takes one number and no choices, got ", numbers.size(), " and ", choices.size());
+  const double temperature = numbers[0];
   STD_TORCH_CHECK(teacher.dim() == 3 && (teacher.stride(2) == 1 || teacher.size(2) == 1),
                   "teacher must be [B, L, V] with unit stride in the last dimension");
   const int64_t rows = teacher.size(0) * teacher.size(1);

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from kdkernels import ops
 
 
 def launchers() -> dict[str, Callable[..., Any]]:
@@ -14,10 +17,19 @@ def launchers() -> dict[str, Callable[..., Any]]:
     from kdkernels.kernels.scale import scale_grad
     from kdkernels.kernels.topk import topk_fwd
 
+    by_name = {"dense_fwd": dense_fwd, "topk_fwd": topk_fwd, "dkd_fwd": dkd_fwd, "mse_fwd": mse_fwd}
     return {
-        "dense_fwd": dense_fwd,
-        "topk_fwd": topk_fwd,
-        "dkd_fwd": dkd_fwd,
-        "mse_fwd": mse_fwd,
+        **{pattern: functools.partial(_unpacked, pattern, launcher) for pattern, launcher in by_name.items()},
         "scale_grad": scale_grad,
     }
+
+
+def _unpacked(
+    pattern: str,
+    launcher: Callable[..., Any],
+    *tensors: Any,
+    numbers: Sequence[float],
+    choices: Sequence[int],
+    **others: Any,
+) -> Any:
+    return launcher(*tensors, **ops.named(pattern, numbers, choices), **others)

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from kdkernels import backends, checks, ops
+from kdkernels import backends, ops
+from kdkernels.choices import CODES
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CSRC = ROOT / "csrc"
@@ -181,8 +182,12 @@ class Emulator:
         teacher_temperatures,
         param,
         tail_rows,
+        *,
+        numbers,
+        choices,
         **options,
     ):
+        options |= ops.named("topk_fwd", numbers, choices)
         device, call = Device(), Call()
         call.batch, call.length, call.width = student.shape
         rows = student.shape[0] * student.shape[1]
@@ -208,7 +213,7 @@ class Emulator:
         call.ids, call.logprobs, call.labels = (device.address(tensor) for tensor in (ids, logprobs, labels))
         call.ids_are_64_bits, call.entries = ids.dtype == torch.int64, ids.shape[1]
         call.loss, call.stats = device.address(loss), device.address(stats) if options["stats"] else 0
-        call.columns, call.tail = options["vocab_size"], checks.TAILS.index(options["tail"])
+        call.columns, call.tail = options["vocab_size"], CODES["tail"].index(options["tail"])
         call.teacher_temperature_value = options["teacher_temperature"]
         for name in ("ignore_index", "scale_by_t_squared", *NUMBERS):
             if name in options:

@@ -24,6 +24,7 @@ from test_topk import (
 
 import kdkernels as kd
 from kdkernels import checks
+from kdkernels.choices import CODES
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +34,7 @@ KEYS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def planned(columns, k=5, dtype=torch.bfloat16, tail="bucket", divergence="forward_kl", limits=LIMITS[90]):
     call = Call(batch=1, length=1, columns=columns, width=columns, entries=k, student_dtype=DTYPES[dtype])
-    call.tail = checks.TAILS.index(tail)
+    call.tail = CODES["tail"].index(tail)
     call.shared_per_block, call.shared_per_multiprocessor, call.cluster = limits
     plan(call, divergence)
     return call
@@ -71,7 +72,7 @@ NAMES += ("ab_b=0", "ab_a+b=0", "ab_0", "jeffreys", "soft_ce")
 WITH_TEACHER = ("reverse_kl", "jeffreys", "ab_a=0", "ab_a+b=0", "ab_0")
 CASES = [
     pytest.param(tail, name, *FORMS[(i + j) % len(FORMS)], id=f"{tail}-{name}")
-    for j, tail in enumerate(checks.TAILS)
+    for j, tail in enumerate(CODES["tail"])
     for i, name in enumerate(NAMES)
     if tail in ("bucket", "uniform") or (i % 3 == j % 3 and not (tail != "renormalize_both" and name in WITH_TEACHER))
 ]
@@ -166,9 +167,9 @@ def test_teacher_mass_of_one(tail, name):
 
 
 @pytest.mark.parametrize("form", PADDING)
-@pytest.mark.parametrize("tail", checks.TAILS)
+@pytest.mark.parametrize("tail", CODES["tail"])
 def test_ragged_rows_as_others_pad_them(tail, form):
-    dtype = list(KEYS)[checks.TAILS.index(tail) % 3]
+    dtype = list(KEYS)[CODES["tail"].index(tail) % 3]
     with Emulator(80).registered():
         test_topk.test_ragged_rows_as_others_pad_them(tail, "skew_reverse_kl", form, dtype, "cuda")
 
@@ -196,7 +197,7 @@ def test_shifted_sure_and_large_logits(tail, name, kind):
             no_worse_than_eager(s, ids, logprobs, labels, backend="cuda", tail=tail, divergence=name, **options)
 
 
-@pytest.mark.parametrize("tail", checks.TAILS)
+@pytest.mark.parametrize("tail", CODES["tail"])
 def test_minus_infinity_and_nan_logits(tail):
     """-inf on and outside the set, NaN in one row, a row of -inf: nothing leaves its row."""
     s, ids, logprobs, _ = ragged(ROWS, 50, 5, torch.float32)
@@ -232,7 +233,7 @@ def test_an_id_out_of_range_spoils_its_row_only(monkeypatch):
     s[-1] = 0.0
     ids[0, 2], ids[1, 0], ids[4, 1] = 50, 2**40, -7
     with Emulator(80).registered():
-        for tail in checks.TAILS:
+        for tail in CODES["tail"]:
             options = {"tail": tail, "reduction": "none", "backend": "cuda"}
             loss, grad = evaluate(lambda x, o=options: kd.topk_kd_loss(x, ids, logprobs, **o), s, torch.ones(6))
             assert loss.isnan().tolist() == [True, True, False, False, True, False]

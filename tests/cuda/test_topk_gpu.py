@@ -5,7 +5,8 @@ import torch
 from test_topk import DIVERGENCES, evaluate, ragged, temperatures
 
 import kdkernels as kd
-from kdkernels import backends, checks
+from kdkernels import backends
+from kdkernels.choices import CODES
 
 pytestmark = pytest.mark.gpu
 
@@ -34,7 +35,7 @@ def both(s, ids, logprobs, labels, **options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tail", checks.TAILS)
+@pytest.mark.parametrize("tail", CODES["tail"])
 @pytest.mark.parametrize("columns", [61, 4099, 50257, 128256, 262144])
 def test_against_the_reference(columns, tail, dtype):
     s, ids, logprobs, labels = ragged(6, columns, 50, DTYPES[dtype])

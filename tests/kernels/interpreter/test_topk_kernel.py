@@ -12,7 +12,7 @@ from oracle import topk_rows
 from test_topk import CASES, DIVERGENCES, DTYPES, check, no_worse_than_eager, of_kind, ragged, temperatures
 
 import kdkernels as kd
-from kdkernels import checks
+from kdkernels.choices import CODES
 from kdkernels.kernels import divergences
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
@@ -39,7 +39,7 @@ def test_every_divergence(tail, name):
     )
 
 
-@pytest.mark.parametrize("tail", checks.TAILS)
+@pytest.mark.parametrize("tail", CODES["tail"])
 def test_dtypes(tail):
     """Of ids and log-probabilities."""
     s, ids, logprobs, labels = ragged(6, 300, 5, torch.bfloat16)
@@ -48,7 +48,7 @@ def test_dtypes(tail):
 
 
 @pytest.mark.parametrize(
-    "tail,k", [*((tail, 1) for tail in checks.TAILS), ("bucket", 64), ("uniform", 64), ("drop", 100)]
+    "tail,k", [*((tail, 1) for tail in CODES["tail"]), ("bucket", 64), ("uniform", 64), ("drop", 100)]
 )
 def test_sizes(tail, k):
     """2500 columns take two spans of marks."""
@@ -104,13 +104,13 @@ def test_a_served_teacher_that_is_sure_has_a_finite_loss():
 
 
 @pytest.mark.parametrize("form", test_topk.PADDING)
-@pytest.mark.parametrize("tail", checks.TAILS)
+@pytest.mark.parametrize("tail", CODES["tail"])
 def test_ragged_rows_as_others_pad_them(tail, form):
-    dtype = ["fp32", "bf16", "fp16"][checks.TAILS.index(tail) % 3]
+    dtype = ["fp32", "bf16", "fp16"][CODES["tail"].index(tail) % 3]
     test_topk.test_ragged_rows_as_others_pad_them(tail, "skew_reverse_kl", form, dtype, "triton")
 
 
-@pytest.mark.parametrize("tail", checks.TAILS)
+@pytest.mark.parametrize("tail", CODES["tail"])
 def test_unused_slots_among_equal_ids_and_marks(tail):
     """The padded id is one of the entries, or a column outside that is marked and looked at again."""
     s, ids, logprobs, _ = ragged(5, 300, 5, torch.float32)
@@ -134,7 +134,7 @@ def test_a_distillation_term_of_weight_0_is_not_computed(monkeypatch):
     test_topk.test_a_distillation_term_of_weight_0_is_not_computed("triton", monkeypatch)
 
 
-@pytest.mark.parametrize("tail", checks.TAILS)
+@pytest.mark.parametrize("tail", CODES["tail"])
 def test_all_slots_unused(tail):
     s = torch.randn(2, 300)
     ids, logprobs = torch.full((2, 4), -1), torch.full((2, 4), torch.nan)
@@ -143,14 +143,14 @@ def test_all_slots_unused(tail):
         assert loss.abs().max() < 1e-6 and grad.abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("tail", checks.TAILS)
+@pytest.mark.parametrize("tail", CODES["tail"])
 def test_set_is_the_whole_vocabulary(tail):
     s = torch.randn(3, 24)
     logprobs, ids = torch.log_softmax(torch.randn(3, 24) * 3, -1).sort(-1)
     check(s, ids, logprobs, backend="triton", tail=tail, divergence="jsd")
 
 
-@pytest.mark.parametrize("tail", checks.TAILS)
+@pytest.mark.parametrize("tail", CODES["tail"])
 def test_equal_ids_add_up(tail):
     """Among 40 slots, which are compared in several pieces."""
     s = torch.randn(2, 300)
@@ -159,7 +159,7 @@ def test_equal_ids_add_up(tail):
     check(s, ids, logprobs, backend="triton", tail=tail, divergence="jsd", **temperatures(tail, 2.0))
 
 
-@pytest.mark.parametrize("tail", checks.TAILS)
+@pytest.mark.parametrize("tail", CODES["tail"])
 def test_whole_objective(tail):
     s, ids, logprobs, labels = ragged(6, 300, 4, torch.float32)
     labels[0] = ids[0, 1]
@@ -201,7 +201,7 @@ def launch(student, teacher, dstudent, labels, **options):
     return topk(student, *teacher, dstudent, labels, **options)
 
 
-@pytest.mark.parametrize("tail", checks.TAILS)
+@pytest.mark.parametrize("tail", CODES["tail"])
 def test_in_place(tail):
     s, ids, logprobs, labels = ragged(6, 300, 5, torch.float32)
     options = {"tail": tail, "divergence": "jsd", "ce_weight": 0.5, "param_rows": torch.rand(6) * 0.8 + 0.1}
@@ -224,7 +224,7 @@ def test_strided_rows():
     assert torch.equal(out[:, :-1].reshape(6, 300), grad) and out[:, -1].isnan().all()
 
 
-@pytest.mark.parametrize("tail", checks.TAILS)
+@pytest.mark.parametrize("tail", CODES["tail"])
 def test_statistics(tail):
     s, ids, logprobs, labels = ragged(6, 300, 5, torch.float32)
     options = {"tail": tail, "ce_weight": 0.5, "return_stats": True, "reduction": "none", **temperatures(tail, 2.0)}
@@ -233,7 +233,7 @@ def test_statistics(tail):
         torch.testing.assert_close(getattr(got[1], name), getattr(want[1], name), atol=2e-6, rtol=2e-6, msg=name)
 
 
-@pytest.mark.parametrize("tail", checks.TAILS)
+@pytest.mark.parametrize("tail", CODES["tail"])
 def test_nan_stays_in_its_row(tail):
     """A logit of NaN on the set, nothing but -inf, and ids out of range."""
     s, ids, logprobs, _ = ragged(6, 300, 5, torch.float32)

@@ -1,0 +1,48 @@
+// The numbers and choices of the ops, in their order: NUMBERS and CHOICES of kdkernels/ops.py, which a test compares.
+#pragma once
+
+#include <cstdint>
+
+namespace kdk {
+
+struct ObjectiveNumbers {
+  double scale, param0, param1, temperature, teacher_temperature, kd_weight, ce_weight, z_loss_weight, label_smoothing,
+      student_softcap;
+};
+struct ObjectiveChoices {
+  int64_t ignore_index, scale_by_t_squared;
+};
+
+struct DenseNumbers : ObjectiveNumbers {
+  double teacher_softcap;
+};
+struct DenseChoices : ObjectiveChoices {
+  int64_t teacher_form, mixture, standardize;
+};
+
+struct TopkNumbers : ObjectiveNumbers {
+  double min_tail, tail_rounding;
+};
+struct TopkChoices : ObjectiveChoices {
+  int64_t tail;
+};
+
+struct DkdNumbers {
+  double scale, alpha, beta, temperature, teacher_temperature;
+};
+struct DkdChoices {
+  int64_t ignore_index, scale_by_t_squared;
+};
+
+struct MseNumbers {
+  double scale;
+};
+struct MseChoices {
+  int64_t ignore_index, centered;
+};
+
+struct CaptureNumbers {
+  double temperature;
+};
+
+}  // namespace kdk
