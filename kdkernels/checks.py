@@ -293,6 +293,17 @@ def mixture_weights(options: Any, count: int, student: Tensor, *, single: bool) 
     return weights.expand(math.prod(student.shape[:-1]), count)
 
 
+def why_no_teacher_grad(options: Any, *, mixed: bool) -> Optional[str]:
+    """Why the kernels have no gradient for the teachers, if they have none."""
+    if mixed:
+        return "a mixture of teachers gets a gradient from plain PyTorch only; detach the teachers"
+    if options.teacher_form in ("probs", "unnormalized_probs"):
+        return "teacher probabilities get a gradient from plain PyTorch only; detach the teacher"
+    if options.inplace:
+        return "inplace cannot be combined with a teacher that requires grad; detach the teacher"
+    return None
+
+
 def probabilities(
     options: Any, teachers: Sequence[Tensor], columns: int, labels: Optional[Tensor], weight: Optional[Tensor]
 ) -> None:

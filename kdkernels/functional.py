@@ -394,8 +394,7 @@ def taid(objective: TAIDObjective, student: Any, teacher: Any, labels: Any = Non
     share = checks.per_row("interpolation", objective.interpolation, student, low=0.0, high=1.0, exclusive=False)
     if not isinstance(share, Tensor):
         share = symbols.as_tensor(share, checks.sum_dtype(student), student.device)
-    share = share.expand(num_rows(student))
-    weights = torch.stack([1 - share, share], -1)
+    weights = torch.stack([1 - share, share], -1).expand(num_rows(student), 2)
     return _dense(objective, student, (student.detach(), teacher), labels, columns, weights, "logits")
 
 
@@ -409,24 +408,13 @@ def _dense(
     mixture: str,
 ) -> Any:
     teacher_grad = torch.is_grad_enabled() and any(teacher.requires_grad for teacher in teachers)
-    torch_only = _why_plain_torch(objective, mixed=weights is not None) if teacher_grad else None
+    torch_only = checks.why_no_teacher_grad(objective, mixed=weights is not None) if teacher_grad else None
     backend = backends.choose(objective.backend, student, divergence=objective.resolved.name, torch_only=torch_only)
     checks.reverse_mode_only(backend, student, *teachers)
     launch = dense_launch(objective, student, labels, columns, backend, weights, mixture)
     checks.probabilities(objective, teachers, columns, launch.rows.labels, launch.rows.row_weight)
     swapped = dual(launch, objective, teachers[0]) if teacher_grad and backend != "torch" else None
-    return _result(objective, student, *evaluate(launch, objective, student, teachers, swapped), KDStats)
-
-
-def _why_plain_torch(objective: Objective, *, mixed: bool) -> Optional[str]:
-    """Why the kernels have no gradient for the teachers, if they have none."""
-    if mixed:
-        return "a mixture of teachers gets a gradient from plain PyTorch only; detach the teachers"
-    if objective.teacher_form in ("probs", "unnormalized_probs"):
-        return "teacher probabilities get a gradient from plain PyTorch only; detach the teacher"
-    if objective.inplace:
-        return "inplace cannot be combined with a teacher that requires grad; detach the teacher"
-    return None
+    return with_stats(*evaluate(launch, objective, student, teachers, swapped), student, KDStats)
 
 
 def topk(
@@ -439,7 +427,7 @@ def topk(
     columns = checks.student_of(objective, student)
     launch = topk_launch(objective, student, (ids, logprobs), labels, tail_logprob, columns)
     checks.reverse_mode_only(launch.backend, student)
-    return _result(objective, student, *evaluate(launch, objective, student, ()), TopKStats)
+    return with_stats(*evaluate(launch, objective, student, ()), student, TopKStats)
 
 
 def pair(pattern: str, options: Any, student: Any, teacher: Any, labels: Any) -> Tensor:
@@ -460,7 +448,3 @@ def pair(pattern: str, options: Any, student: Any, teacher: Any, labels: Any) ->
     size = 1024.0 / columns if pattern == "mse_fwd" else options.gradient_size
     launch = Launch(pattern, backend, rows, scalars, gradient_size=size)
     return evaluate(launch, options, student, (teacher,))[0]
-
-
-def _result(options: Any, student: Tensor, loss: Tensor, stats: Optional[Tensor], kind: Any) -> Any:
-    return with_stats(loss, stats, student, kind) if options.return_stats else loss

@@ -122,8 +122,9 @@ def topk_launch(
 
 
 def with_stats(loss: Tensor, stats: Optional[Tensor], student: Tensor, kind: Any) -> Any:
-    """The loss, with the columns of ``stats`` as a named tuple of type ``kind``."""
-    assert stats is not None
+    """The loss, with the columns of ``stats`` as a named tuple of type ``kind`` where there are any."""
+    if stats is None:
+        return loss
     return loss, kind(*(column.reshape(student.shape[:-1]) for column in stats.unbind(-1)))
 
 
