@@ -122,6 +122,9 @@ Affine<C> affine(double c, double maximum) {
 // one token has all but kFairlySure of the student's probability, or the largest has more than kTop and the models
 // agree on those next to it (see agree); or it has all but kSure, and with it vanishes the gradient.
 constexpr double kFairlySure = 0.5, kSure = 0x1p-10, kTop = 0x1p-6;
+// Below this models need not be asked on which tokens they agree. And both KLs together, whose errors cancel in plain
+// PyTorch, are asked for up to more.
+constexpr double kAlike = 0x1p-16, kNearForBoth = 0x1p-3;
 // Without fused multiply-adds the logits of near models are rounded apart when they are scaled.
 constexpr double kNearlyEqual = kFused ? 0x1p-6 : 0x1p-4;
 
@@ -1700,10 +1703,9 @@ RowResult ObjectiveRows<X, Y>::add(const RowNumbers& num, const X* s, const Y* t
   const double log2_zs = std::log2(sums.zs), log2_zt = std::log2(sums.zt);
   const double iq = 1 / sums.zs, ip = 1 / sums.zt;
   // In nats: the two KLs and the sums p logp, q logq.
-  const double kl_forward = at_least_0(kLn2 * (sums.forward * ip - log2_zt + log2_zs));
-  const double kl_reverse = at_least_0(kLn2 * (sums.reverse * iq - log2_zs + log2_zt));
-  const double p_logp = -at_least_0(-kLn2 * (sums.teacher * ip - log2_zt));
-  const double q_logq = -at_least_0(-kLn2 * (sums.student * iq - log2_zs));
+  const double kl_forward = kLn2 * (sums.forward * ip - log2_zt + log2_zs);
+  const double kl_reverse = kLn2 * (sums.reverse * iq - log2_zs + log2_zt);
+  const double p_logp = kLn2 * (sums.teacher * ip - log2_zt), q_logq = kLn2 * (sums.student * iq - log2_zs);
   // Of one model and itself nothing is left but the rounding, unless the entropy is asked for as well.
   bool equal = false;
   if constexpr (std::is_same_v<X, Y>) {
@@ -1717,10 +1719,10 @@ RowResult ObjectiveRows<X, Y>::add(const RowNumbers& num, const X* s, const Y* t
   // A general divergence overwrites the teacher's exponentials before the gradient is written.
   const bool with_gradient = out != nullptr && divergence.linear && num.kd != 0;
   if (args.stats != nullptr) {
-    result.stats[3] = kl_forward;
-    result.stats[4] = kl_reverse;
-    result.stats[5] = -p_logp;
-    result.stats[6] = -q_logq;
+    result.stats[3] = at_least_0(kl_forward);
+    result.stats[4] = at_least_0(kl_reverse);
+    result.stats[5] = at_least_0(-p_logp);
+    result.stats[6] = at_least_0(-q_logq);
     result.stats[7] = same_maximum(row, sums.best_tile_s, sums.best_tile_t, n);
     if (!with_gradient) result.stats[8] = accepted(es, et, row.slots(), iq, ip);
   }
@@ -1769,16 +1771,18 @@ RowResult ObjectiveRows<X, Y>::add(const RowNumbers& num, const X* s, const Y* t
   }
   d = equal ? 0 : at_least_0(d);
   if (num.kd != 0 && sums.zs > 0 && sums.zt > 0 && !equal) {
+    const Linear& k = divergence.coefficients;
     const bool near = (divergence.linear ? distance : d) < kNearlyEqual;
+    const bool may_agree = near || (k.c_pq != 0 && k.c_qp != 0 && distance < kNearForBoth);
     // Of forward KL's gradient the teacher's part stays. Nothing was added up of most there.
     const bool vanishes = sums.most >= (1 - kSure) * sums.zs;
     bool exactly = !std::isfinite(d) || apart;
-    if (!exactly && (near || vanishes)) {
+    if (!exactly && (may_agree || vanishes)) {
       const double top = whole_row ? largest_of(es, row.slots()) : std::exp2(as.scalar(maximum(s, n)));
       exactly = (near && !kFused) || sums.zs - top < (near ? kFairlySure : kSure) * sums.zs;
-      if (!exactly && near && top > kTop * sums.zs) {
+      if (!exactly && may_agree && top > kTop * sums.zs) {
         const double top_logit = as.logit() + std::log2(top) / double(as.c);
-        exactly = agree(row, as, at, log2_zs, log2_zt, top_logit, distance);
+        exactly = distance < kAlike || agree(row, as, at, log2_zs, log2_zt, top_logit, distance);
       }
     }
     if (exactly && std::isfinite(sums.zs) && std::isfinite(sums.zt)) return add_exactly(num, s, t, label, out);
