@@ -121,10 +121,10 @@ Affine<C> affine(double c, double maximum) {
 // Rows go to exact_row where what is left of them after cancellation counts: the divergence is below kNearlyEqual, and
 // one token has all but kFairlySure of the student's probability, or the largest has more than kTop and the models
 // agree on those next to it (see agree); or it has all but kSure, and with it vanishes the gradient.
-constexpr double kFairlySure = 0.5, kSure = 0x1p-10, kTop = 0x1p-6;
+constexpr double kFairlySure = 0.5, kSure = 0x1p-10, kTop = 0x1p-4;
 // Below this models need not be asked on which tokens they agree. And both KLs together, whose errors cancel in plain
 // PyTorch, are asked for up to more.
-constexpr double kAlike = 0x1p-16, kNearForBoth = 0x1p-3;
+constexpr double kAlike = 0x1p-20, kNearForBoth = 0x1p-3;
 // Without fused multiply-adds the logits of near models are rounded apart when they are scaled.
 constexpr double kNearlyEqual = kFused ? 0x1p-6 : 0x1p-4;
 
@@ -1582,44 +1582,59 @@ __attribute__((noinline)) RowResult ObjectiveRows<X, Y>::add_exactly(const RowNu
   return result;
 }
 
-// The largest of whole vectors of exponentials.
-template <class C>
-double largest_of(const C* e, int64_t count) {
-  Vec<C> high[2] = {};
-  int64_t j = 0;
-  for (; j + 2 * kLanes<C> <= count; j += 2 * kLanes<C>)
-    for (int i = 0; i < 2; ++i) high[i] = max_keep_nan(high[i], load<Vec<C>>(e + j + i * kLanes<C>));
-  return double(horizontal_max<C>(max_keep_nan(high[0], high[1])));
-}
+// The largest logits of the parts of a row, so that those next to the largest of all need be looked for in few of them.
+template <class X>
+struct Peaks {
+  static constexpr int64_t kParts = 64;
+  const X* x;
+  int64_t n, part;
+  int parts = 0;
+  double of_part[kParts], highest = -std::numeric_limits<double>::infinity();
 
-// Whether the models agree on the tokens that have most of the student's mass, of which the largest logit is near this
-// one, and differ in the others: next to what those carry their differences are rounded away. distance: a forward KL.
-// Where each token differs by as much as any, the mean square here is twice the distance. A distance that is less than
-// the error of the exponentials may be anything below it.
+  Peaks(const X* logits, int64_t length)
+      : x(logits), n(length), part(std::max<int64_t>(512, (length + kParts - 1) / kParts)) {
+    for (int64_t begin = 0; begin < n; begin += part) {
+      const double high = maximum(x + begin, std::min(part, n - begin));
+      of_part[parts++] = high;
+      highest = std::max(highest, high);
+    }
+  }
+};
+
+// Whether the models agree on the tokens that have most of the student's mass, the largest a share of top, and differ
+// in the others: next to what those carry their differences are rounded away. distance: a forward KL. Where each token
+// differs by as much as any, the mean square here is twice the distance. A distance that is less than the error of the
+// exponentials may be anything below it.
 template <class X, class Y, class C>
-__attribute__((noinline)) bool agree(const Row<X, Y>& row, const Affine<C>& as, const Affine<C>& at, double log2_zs,
-                                     double log2_zt, double top_logit, double distance) {
+__attribute__((noinline)) bool agree(const Row<X, Y>& row, const Peaks<X>& peaks, const Affine<C>& as,
+                                     const Affine<C>& at, double log2_zs, double log2_zt, double top, double distance) {
   constexpr int64_t block = Io<X>::kBlock;
   constexpr double error = kExpDegree<X> < 5 ? 0x1p-18 : 0x1p-22;
-  const double lowest = top_logit - 4 / double(as.c);
+  const double lowest = peaks.highest - 2 / double(as.c), bound = 0.125 * std::max(distance, error);
   double squares = 0, weights = 0;
   const auto see = [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) {
       const double s = double(to_compute(row.s[j]));
       if (!(s >= lowest)) continue;
       const double log2_q = as.scalar(s) - log2_zs, log2_p = at.scalar(double(to_compute(row.t[j]))) - log2_zt;
-      const double q_squared = std::exp2(2 * log2_q), d = kLn2 * (log2_p - log2_q);
-      squares += q_squared * d * d, weights += q_squared;
+      const double q = std::exp2(log2_q), d = kLn2 * (log2_p - log2_q);
+      squares += q * q * d * d, weights += q * q;
     }
   };
-  int64_t j = 0;
-  for (; j + block <= row.n; j += block) {
-    Vec<C> a, b;
-    Io<X>::load2(row.s + j, a, b);
-    if (any((a >= C(lowest)) | (b >= C(lowest)))) see(j, j + block);
+  for (int k = 0; k < peaks.parts; ++k) {
+    if (!(peaks.of_part[k] >= lowest)) continue;
+    int64_t j = k * peaks.part;
+    const int64_t end = std::min(row.n, j + peaks.part);
+    for (; j + block <= end; j += block) {
+      Vec<C> a, b;
+      Io<X>::load2(row.s + j, a, b);
+      if (any((a >= C(lowest)) | (b >= C(lowest)))) see(j, j + block);
+    }
+    see(j, end);
+    // The weights are at most top.
+    if (squares >= bound * top) return false;
   }
-  see(j, row.n);
-  return squares < 0.125 * std::max(distance, error) * weights;
+  return squares < bound * weights;
 }
 
 template <class X, class Y>
@@ -1778,11 +1793,11 @@ RowResult ObjectiveRows<X, Y>::add(const RowNumbers& num, const X* s, const Y* t
     const bool vanishes = sums.most >= (1 - kSure) * sums.zs;
     bool exactly = !std::isfinite(d) || apart;
     if (!exactly && (may_agree || vanishes)) {
-      const double top = whole_row ? largest_of(es, row.slots()) : std::exp2(as.scalar(maximum(s, n)));
+      const Peaks<X> peaks(s, n);
+      const double top = std::exp2(as.scalar(peaks.highest));
       exactly = (near && !kFused) || sums.zs - top < (near ? kFairlySure : kSure) * sums.zs;
       if (!exactly && may_agree && top > kTop * sums.zs) {
-        const double top_logit = as.logit() + std::log2(top) / double(as.c);
-        exactly = distance < kAlike || agree(row, as, at, log2_zs, log2_zt, top_logit, distance);
+        exactly = distance < kAlike || agree(row, peaks, as, at, log2_zs, log2_zt, top * iq, distance);
       }
     }
     if (exactly && std::isfinite(sums.zs) && std::isfinite(sums.zt)) return add_exactly(num, s, t, label, out);
