@@ -1588,40 +1588,43 @@ struct Peaks {
   static constexpr int64_t kParts = 64;
   const X* x;
   int64_t n, part;
-  int parts = 0;
+  int parts = 0, best = 0;
   double of_part[kParts], highest = -std::numeric_limits<double>::infinity();
 
   Peaks(const X* logits, int64_t length)
       : x(logits), n(length), part(std::max<int64_t>(512, (length + kParts - 1) / kParts)) {
     for (int64_t begin = 0; begin < n; begin += part) {
       const double high = maximum(x + begin, std::min(part, n - begin));
-      of_part[parts++] = high;
-      highest = std::max(highest, high);
+      of_part[parts] = high;
+      if (high > highest) highest = high, best = parts;
+      ++parts;
     }
   }
 };
 
-// Whether the models agree on the tokens that have most of the student's mass, the largest a share of top, and differ
-// in the others: next to what those carry their differences are rounded away. distance: a forward KL. Where each token
-// differs by as much as any, the mean square here is twice the distance. A distance that is less than the error of the
-// exponentials may be anything below it.
+// Whether a few tokens, the largest with a share of top, have most of the student's mass, and the models agree on them
+// and differ in the others: next to what those few carry their differences are rounded away. distance: a forward KL.
+// Where each token differs by as much as any, the mean square here is twice the distance. A distance that is less than
+// the error of the exponentials may be anything below it.
 template <class X, class Y, class C>
 __attribute__((noinline)) bool agree(const Row<X, Y>& row, const Peaks<X>& peaks, const Affine<C>& as,
                                      const Affine<C>& at, double log2_zs, double log2_zt, double top, double distance) {
   constexpr int64_t block = Io<X>::kBlock;
   constexpr double error = kExpDegree<X> < 5 ? 0x1p-18 : 0x1p-22;
-  const double lowest = peaks.highest - 2 / double(as.c), bound = 0.125 * std::max(distance, error);
-  double squares = 0, weights = 0;
+  const double lowest = peaks.highest - 4 / double(as.c), bound = 0.125 * std::max(distance, error);
+  double squares = 0, weights = 0, mass = 0;
   const auto see = [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) {
       const double s = double(to_compute(row.s[j]));
       if (!(s >= lowest)) continue;
       const double log2_q = as.scalar(s) - log2_zs, log2_p = at.scalar(double(to_compute(row.t[j]))) - log2_zt;
       const double q = std::exp2(log2_q), d = kLn2 * (log2_p - log2_q);
-      squares += q * q * d * d, weights += q * q;
+      squares += q * q * d * d, weights += q * q, mass += q;
     }
   };
-  for (int k = 0; k < peaks.parts; ++k) {
+  // Models that do not agree are told by the largest of all already, mostly: the weights are at most top.
+  for (int i = 0; i < peaks.parts && squares < bound * top; ++i) {
+    const int k = i == 0 ? peaks.best : i <= peaks.best ? i - 1 : i;
     if (!(peaks.of_part[k] >= lowest)) continue;
     int64_t j = k * peaks.part;
     const int64_t end = std::min(row.n, j + peaks.part);
@@ -1631,10 +1634,8 @@ __attribute__((noinline)) bool agree(const Row<X, Y>& row, const Peaks<X>& peaks
       if (any((a >= C(lowest)) | (b >= C(lowest)))) see(j, j + block);
     }
     see(j, end);
-    // The weights are at most top.
-    if (squares >= bound * top) return false;
   }
-  return squares < bound * weights;
+  return mass > 0.5 && squares < bound * weights;
 }
 
 template <class X, class Y>
