@@ -41,7 +41,8 @@ DIVERGENCES: tuple[Divergence, ...] = (
     kd.SoftCE(),
 )
 SCALED = ("independent", "near")
-SPECIAL = ("confident 20", "confident 40", "offset 1e3", "offset 1e5", "apart")
+TIES = ("ties 5", "ties 10", "ties 20", "near ties 10", "student's ties 10", "teacher's ties 10")
+SPECIAL = ("confident 20", "confident 40", *TIES, "offset 1e3", "offset 1e5", "apart")
 TEMPERATURES = (0.1, 0.5, 1.0, 4.0, 20.0)
 SCALES = (0.1, 3.0, 30.0)
 
@@ -108,12 +109,28 @@ def make_rows(kind: str, scale: float, rows: int, columns: int, seed: int = 0) -
     if kind.startswith("offset"):
         offset = float(kind.split()[1])
         return t + normal(0.3 * scale) + offset, t + offset
+    if "ties" in kind:
+        return _with_ties(kind, t + normal(0.1), t)
     if kind == "apart":
         s = normal(scale)
         s[:, : columns // 2] -= 40
         t[:, columns // 2 :] -= 40
         return s, t
     raise ValueError(f"no rows of the kind {kind!r}")
+
+
+def _with_ties(kind: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Two, three or ten tokens of each row that far above the others of both models; near ties stand 0.1 apart."""
+    *whose, height = kind.split()
+    tops = torch.maximum(student.amax(-1), teacher.amax(-1)) + float(height)
+    for row, top in enumerate(tops):
+        at = (row * 37 + torch.arange((2, 3, 10)[row % 3])) % student.shape[-1]
+        raised = top - 0.1 * torch.arange(len(at)) if "near" in whose else top
+        if "teacher's" not in whose:
+            student[row, at] = raised
+        if "student's" not in whose:
+            teacher[row, at] = raised
+    return student, teacher
 
 
 def cells(columns: Sequence[int], temperatures: Sequence[float], scales: Sequence[float]) -> Iterator[Cell]:
@@ -258,7 +275,8 @@ themselves; their exponentials are taken to 3e-6.
 
 Rows: "independent" models; "near", a student whose logits are off by 1 % of the scale; "confident 20" and "confident
 40", one token that far above the rest and the student 0.1 off; "offset", both models' logits on top of a common number;
-"apart", each model has its mass where the other one has e^-40 of it.
+"ties", 2, 3 or 10 tokens of each row that far above the largest other one, in both models or in one, and near ties 0.1
+apart; "apart", each model has its mass where the other one has e^-40 of it.
 """
 
 

@@ -55,6 +55,66 @@ def test_nor_on_lesser_instruction_sets(isa, compiled_cpu):
     assert done.returncode == 0 and f"'cpu', {isa}" in done.stdout, done.stdout + done.stderr
 
 
+TIED = ("ties 5", "ties 10", "ties 20", "near ties 10")
+
+
+def tied_cells():
+    """Each divergence on rows of which both models agree on the tokens that share the mass."""
+    kinds = [(kind, temperature) for kind in TIED for temperature in (0.5, 1.0, 3.0)]
+    return [
+        numerics.Cell(divergence, kind, 1.0, temperature, 1000)
+        for kind, temperature in kinds
+        for divergence in numerics.DIVERGENCES
+    ]
+
+
+def test_tokens_that_tie_at_the_top_are_as_exact_as_in_eager(compiled_cpu):
+    found = {cell: numerics.measure(cell, "cpu", 12) for cell in tied_cells()}
+    assert not numerics.over(found, TIMES)
+
+
+@pytest.mark.parametrize("columns", [1000, 32000])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_tokens_5_and_6_far_above_the_rest(dtype, columns, compiled_cpu):
+    """No divergence is below 0, and what the tied tokens leave to the others is not lost, at any temperature."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(2, columns, generator=generator)
+    student = teacher + 0.1 * torch.randn(2, columns, generator=generator)
+    # What the exponentials of 16-bit logits may be off by.
+    shorter = 0.0 if dtype == "fp32" else 4e-6
+    for height in (5.0, 10.0, 20.0, 40.0):
+        s, t = student.to(DTYPES[dtype]), teacher.to(DTYPES[dtype])
+        s[:, 5:7] = t[:, 5:7] = height
+        for divergence in numerics.DIVERGENCES:
+            for temperature in (0.5, 1.0, 3.0):
+                options = {"divergence": divergence, "temperature": temperature}
+                loss, grad = rows(s, t, "cpu", **options)
+                truth, true_grad = by_the_book(s, t, **options)
+                eager = testing.textbook_loss(s.float(), t.float(), reduction="none", **options)
+                case = (divergence, height, temperature, loss, truth, eager)
+                assert (loss >= 0).all(), case
+                bar = 2 * (eager - truth).abs().max() + 2 * numerics.EPSILON * truth.max() + temperature**2 * shorter
+                assert (loss - truth).abs().max() <= TIMES * bar + 2e-14, case
+                # TVD's gradient hangs on signs of differences that may be roundings.
+                if dtype == "fp32" and height >= 10 and temperature <= 1 and divergence.name != "tvd":
+                    assert (grad - true_grad).norm() <= 2e-3 * true_grad.norm() + 1e-14, case
+
+
+@pytest.mark.parametrize("kind", ["normal", "peaked", "huge", "both-inf", "flat"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(dtype, kind, compiled_cpu):
+    """A loss of 0 and no gradient, to the last bit; but of soft cross entropy the teacher's entropy stays."""
+    student, _ = testing.make_inputs(kind, 3, 1100, DTYPES[dtype])
+    for divergence in numerics.DIVERGENCES:
+        for temperature in (0.5, 1.0, 3.0):
+            options = {"divergence": divergence, "temperature": temperature}
+            loss, grad = rows(student, student.clone(), "cpu", **options)
+            if divergence.name == "soft_ce":
+                assert (loss >= 0).all() and grad.abs().max() < 1e-6, (divergence, temperature)
+            else:
+                assert not loss.any() and not grad.any(), (divergence, temperature, loss)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_finite_logits_of_any_size(divergence, dtype, backend):

@@ -119,11 +119,17 @@ Affine<C> affine(double c, double maximum) {
 }
 
 // Rows go to exact_row where what is left of them after cancellation counts: the divergence is below kNearlyEqual, and
-// one token has all but kFairlySure of the student's probability; or it has all but kSure, and with it vanishes the
-// gradient.
-constexpr double kFairlySure = 0.5, kSure = 0x1p-10;
+// one token has all but kFairlySure of the student's probability, or the largest has more than kTop and the models
+// agree on those next to it (see agree); or it has all but kSure, and with it vanishes the gradient.
+constexpr double kFairlySure = 0.5, kSure = 0x1p-10, kTop = 0x1p-4;
+// Below this models need not be asked on which tokens they agree. And both KLs together, whose errors cancel in plain
+// PyTorch, are asked for up to more.
+constexpr double kAlike = 0x1p-20, kNearForBoth = 0x1p-3;
 // Without fused multiply-adds the logits of near models are rounded apart when they are scaled.
 constexpr double kNearlyEqual = kFused ? 0x1p-6 : 0x1p-4;
+
+// A divergence, or an entropy, is not below 0; what rounds to less is 0.
+inline double at_least_0(double x) { return x < 0 ? 0 : x; }
 
 enum Part { kWhole, kBody, kEdges };
 
@@ -680,19 +686,23 @@ void sweep_tile(const Row<X, Y>& row, int64_t tile, const Affine<C> as, const Af
 
 // What a sweep without clamps takes of a row, and the teacher's scale over the student's.
 struct Trusted {
-  float scale_s, bias_s, nothing_s, scale_t, bias_t, nothing_t, ratio;
+  float scale_s, bias_s, nothing_s, middle_s, scale_t, bias_t, nothing_t, middle_t, ratio;
 
   Trusted(const Affine<float>& as, const Affine<float>& at)
       : scale_s(as.scale()),
         bias_s(as.bias()),
         nothing_s(as.nothing()),
+        middle_s(float(as.logit())),
         scale_t(at.scale()),
         bias_t(at.bias()),
         nothing_t(at.nothing()),
+        middle_t(float(at.logit())),
         ratio(float(double(at.c) / double(as.c))) {}
 };
 
 // What is summed up of a tile without clamps: sums over logits instead of x, and whether all of them were in bounds.
+// Those of one model are of logits less one near the reference: of a row whose mass lies far from 0 the sum of et t
+// would be a large number that cancels.
 template <class X, class Y>
 struct TrustedSums {
   Accumulators<float> sums;
@@ -736,12 +746,12 @@ KDK_INLINE void sweep_trusting(const Row<X, Y>& row, int64_t tile, const Trusted
         sums.reverse -= es1 * difference1;
       }
       if (SUMS & kTeacher) {
-        sums.teacher += et0 * t0;
-        sums.teacher += et1 * t1;
+        sums.teacher += et0 * (t0 - k.middle_t);
+        sums.teacher += et1 * (t1 - k.middle_t);
       }
       if (SUMS & kStudent) {
-        sums.student += es0 * s0;
-        sums.student += es1 * s1;
+        sums.student += es0 * (s0 - k.middle_s);
+        sums.student += es1 * (s1 - k.middle_s);
         if constexpr (lanes.kEdge) {
           local.peak_s.see(s0, s1), local.peak_t.see(t0, t1);
         } else {
@@ -799,9 +809,10 @@ bool sweep_tile_trusting(const Row<X, Y>& row, int64_t tile, const Affine<float>
   const double cs = as.c, ct = at.c, rs = as.reference(), rt = at.reference();
   if (SUMS & kForward) sums.forward += cs * double(horizontal_sum<float>(acc.forward)) - (rt - rs) * zt;
   if (SUMS & kReverse) sums.reverse += cs * double(horizontal_sum<float>(acc.reverse)) + (rt - rs) * zs;
-  if (SUMS & kTeacher) sums.teacher += ct * double(horizontal_sum<float>(acc.teacher)) - rt * zt;
+  const double middle_s = trusted.middle_s, middle_t = trusted.middle_t;
+  if (SUMS & kTeacher) sums.teacher += ct * double(horizontal_sum<float>(acc.teacher)) + (ct * middle_t - rt) * zt;
   if (SUMS & kStudent) {
-    sums.student += cs * double(horizontal_sum<float>(acc.student)) - rs * zs;
+    sums.student += cs * double(horizontal_sum<float>(acc.student)) + (cs * middle_s - rs) * zs;
     double high_s = peak_s.value(), high_t = peak_t.value();
     const auto [begin, end] = tile_elements(row, tile, row.n);
     if (std::isnan(high_s)) high_s = maximum(row.s + begin, end - begin);
@@ -1365,11 +1376,17 @@ struct ValueTiles {
   ValueTile<X, Y> any = nullptr, guarded = nullptr;
   // See Paired.
   double (*limit)(double) = nullptr;
+  double (*as_forward_kl)(double, double) = nullptr;
 };
 template <class F>
 double limit_of(double parameter) {
   if constexpr (Paired<F>::value) return F::limit(parameter);
   return HUGE_VAL;
+}
+template <class F>
+double as_forward_kl(double value, double parameter) {
+  if constexpr (Paired<F>::value) return F::as_forward_kl(value, parameter);
+  return value;
 }
 template <class F, class X, class Y>
 void guarded_value_tile(const Row<X, Y>& row, int64_t tile, const Affine<float>& student, const Affine<float>& teacher,
@@ -1384,9 +1401,9 @@ void guarded_value_tile(const Row<X, Y>& row, int64_t tile, const Affine<float>&
 template <class F, class X, class Y = X>
 constexpr ValueTiles<X, Y> value_tiles() {
   if constexpr (kFused && Io<X>::kCoarse && !Paired<F>::value) {
-    return {value_tile<false, kWhole, F, X, Y>, guarded_value_tile<F, X, Y>, limit_of<F>};
+    return {value_tile<false, kWhole, F, X, Y>, guarded_value_tile<F, X, Y>, limit_of<F>, as_forward_kl<F>};
   } else {
-    return {value_tile<false, kWhole, F, X, Y>, value_tile<false, kWhole, F, X, Y>, limit_of<F>};
+    return {value_tile<false, kWhole, F, X, Y>, value_tile<false, kWhole, F, X, Y>, limit_of<F>, as_forward_kl<F>};
   }
 }
 
@@ -1565,14 +1582,60 @@ __attribute__((noinline)) RowResult ObjectiveRows<X, Y>::add_exactly(const RowNu
   return result;
 }
 
-// The largest of whole vectors of exponentials.
-template <class C>
-double largest_of(const C* e, int64_t count) {
-  Vec<C> high[2] = {};
-  int64_t j = 0;
-  for (; j + 2 * kLanes<C> <= count; j += 2 * kLanes<C>)
-    for (int i = 0; i < 2; ++i) high[i] = max_keep_nan(high[i], load<Vec<C>>(e + j + i * kLanes<C>));
-  return double(horizontal_max<C>(max_keep_nan(high[0], high[1])));
+// The largest logits of the parts of a row, so that those next to the largest of all need be looked for in few of them.
+template <class X>
+struct Peaks {
+  static constexpr int64_t kParts = 64;
+  const X* x;
+  int64_t n, part;
+  int parts = 0, best = 0;
+  double of_part[kParts], highest = -std::numeric_limits<double>::infinity();
+
+  Peaks(const X* logits, int64_t length)
+      : x(logits), n(length), part(std::max<int64_t>(512, (length + kParts - 1) / kParts)) {
+    for (int64_t begin = 0; begin < n; begin += part) {
+      const double high = maximum(x + begin, std::min(part, n - begin));
+      of_part[parts] = high;
+      if (high > highest) highest = high, best = parts;
+      ++parts;
+    }
+  }
+};
+
+// Whether a few tokens, the largest with a share of top, have most of the student's mass, and the models agree on them
+// and differ in the others: next to what those few carry their differences are rounded away. distance: a forward KL.
+// Where each token differs by as much as any, the mean square here is twice the distance. A distance that is less than
+// the error of the exponentials may be anything below it.
+template <class X, class Y, class C>
+__attribute__((noinline)) bool agree(const Row<X, Y>& row, const Peaks<X>& peaks, const Affine<C>& as,
+                                     const Affine<C>& at, double log2_zs, double log2_zt, double top, double distance) {
+  constexpr int64_t block = Io<X>::kBlock;
+  constexpr double error = kExpDegree<X> < 5 ? 0x1p-18 : 0x1p-22;
+  const double lowest = peaks.highest - 4 / double(as.c), bound = 0.125 * std::max(distance, error);
+  double squares = 0, weights = 0, mass = 0;
+  const auto see = [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
+      const double s = double(to_compute(row.s[j]));
+      if (!(s >= lowest)) continue;
+      const double log2_q = as.scalar(s) - log2_zs, log2_p = at.scalar(double(to_compute(row.t[j]))) - log2_zt;
+      const double q = std::exp2(log2_q), d = kLn2 * (log2_p - log2_q);
+      squares += q * q * d * d, weights += q * q, mass += q;
+    }
+  };
+  // Models that do not agree are told by the largest of all already, mostly: the weights are at most top.
+  for (int i = 0; i < peaks.parts && squares < bound * top; ++i) {
+    const int k = i == 0 ? peaks.best : i <= peaks.best ? i - 1 : i;
+    if (!(peaks.of_part[k] >= lowest)) continue;
+    int64_t j = k * peaks.part;
+    const int64_t end = std::min(row.n, j + peaks.part);
+    for (; j + block <= end; j += block) {
+      Vec<C> a, b;
+      Io<X>::load2(row.s + j, a, b);
+      if (any((a >= C(lowest)) | (b >= C(lowest)))) see(j, j + block);
+    }
+    see(j, end);
+  }
+  return mass > 0.5 && squares < bound * weights;
 }
 
 template <class X, class Y>
@@ -1659,15 +1722,23 @@ RowResult ObjectiveRows<X, Y>::add(const RowNumbers& num, const X* s, const Y* t
   const double kl_forward = kLn2 * (sums.forward * ip - log2_zt + log2_zs);
   const double kl_reverse = kLn2 * (sums.reverse * iq - log2_zs + log2_zt);
   const double p_logp = kLn2 * (sums.teacher * ip - log2_zt), q_logq = kLn2 * (sums.student * iq - log2_zs);
+  // Of one model and itself nothing is left but the rounding, unless the entropy is asked for as well.
+  bool equal = false;
+  if constexpr (std::is_same_v<X, Y>) {
+    const Linear& k = divergence.coefficients;
+    equal = num.kd != 0 && args.stats == nullptr && num.student_scale == num.teacher_scale && std::isfinite(sums.zs) &&
+            sums.zs > 0 && std::memcmp(s, t, size_t(n) * sizeof(X)) == 0 &&
+            (!divergence.linear || (k.c_pp + k.c_pq == 0 && k.c_qp + k.c_qq == 0));
+  }
 
   RowResult result;
   // A general divergence overwrites the teacher's exponentials before the gradient is written.
   const bool with_gradient = out != nullptr && divergence.linear && num.kd != 0;
   if (args.stats != nullptr) {
-    result.stats[3] = kl_forward;
-    result.stats[4] = kl_reverse;
-    result.stats[5] = -p_logp;
-    result.stats[6] = -q_logq;
+    result.stats[3] = at_least_0(kl_forward);
+    result.stats[4] = at_least_0(kl_reverse);
+    result.stats[5] = at_least_0(-p_logp);
+    result.stats[6] = at_least_0(-q_logq);
     result.stats[7] = same_maximum(row, sums.best_tile_s, sums.best_tile_t, n);
     if (!with_gradient) result.stats[8] = accepted(es, et, row.slots(), iq, ip);
   }
@@ -1679,7 +1750,7 @@ RowResult ObjectiveRows<X, Y>::add(const RowNumbers& num, const X* s, const Y* t
   terms.es = es;
   terms.et = et;
   terms.e1 = e1;
-  double d = 0;
+  double d = 0, distance = sums_needed & kForward ? kl_forward : kl_reverse;
   bool apart = false;
   if (divergence.linear) {
     const Linear& k = divergence.coefficients;
@@ -1706,26 +1777,34 @@ RowResult ObjectiveRows<X, Y>::add(const RowNumbers& num, const X* s, const Y* t
     const Params<Vec<C>> params{Vec<C>{} + C(num.param0), Vec<C>{} + C(args.param1)};
     const auto& tiles = ValueTable<X, Y>::kDivergences[args.divergence];
     const auto value_of_tile = trusting && as.trusts(at) ? tiles.guarded : tiles.any;
-    const bool wanted = num.kd != 0 || args.stats != nullptr;
+    const bool wanted = (num.kd != 0 || args.stats != nullptr) && !equal;
     for (int64_t tile = 0; tile < row.tiles() && wanted && !std::isnan(score_sum); ++tile)
       value_of_tile(row, tile, as, at, log2_zs, log2_zt, params, es, et, d, score_sum);
     apart = score_sum > (1 - kNearlyEqual) * tiles.limit(num.param0);
+    distance = tiles.as_forward_kl(d, num.param0);
     terms.b = -f;
     terms.a = -f * iq * score_sum;
   }
-  if (num.kd != 0 && sums.zs > 0 && sums.zt > 0) {
-    const bool near = (divergence.linear ? std::min(std::abs(d), std::abs(kl_forward)) : d) < kNearlyEqual;
+  d = equal ? 0 : at_least_0(d);
+  if (num.kd != 0 && sums.zs > 0 && sums.zt > 0 && !equal) {
+    const Linear& k = divergence.coefficients;
+    const bool near = (divergence.linear ? distance : d) < kNearlyEqual;
+    const bool may_agree = near || (k.c_pq != 0 && k.c_qp != 0 && distance < kNearForBoth);
     // Of forward KL's gradient the teacher's part stays. Nothing was added up of most there.
     const bool vanishes = sums.most >= (1 - kSure) * sums.zs;
     bool exactly = !std::isfinite(d) || apart;
-    if (!exactly && (near || vanishes)) {
-      const double top = whole_row ? largest_of(es, row.slots()) : std::exp2(as.scalar(maximum(s, n)));
+    if (!exactly && (may_agree || vanishes)) {
+      const Peaks<X> peaks(s, n);
+      const double top = std::exp2(as.scalar(peaks.highest));
       exactly = (near && !kFused) || sums.zs - top < (near ? kFairlySure : kSure) * sums.zs;
+      if (!exactly && may_agree && top > kTop * sums.zs) {
+        exactly = distance < kAlike || agree(row, peaks, as, at, log2_zs, log2_zt, top * iq, distance);
+      }
     }
     if (exactly && std::isfinite(sums.zs) && std::isfinite(sums.zt)) return add_exactly(num, s, t, label, out);
   }
   if (num.kd != 0) result.loss = num.kd * num.tau * d;
-  if (num.kd == 0 || num.weight == 0) {
+  if (num.kd == 0 || num.weight == 0 || equal) {
     terms.a = terms.b = terms.ks = terms.kst = 0;
     terms.logs = false;
   }

@@ -1,5 +1,5 @@
-// Rows of which fp32 keeps too little, in double: one token has all but a rounding of the probability, or the two
-// models hardly differ, or have hardly anything in common, or a logit at its temperature passes the range of floats.
+// Rows of which fp32 keeps too little, in double: few tokens have nearly all the probability and the models agree on
+// them, or the two models have hardly anything in common, or a logit at its temperature passes the range of floats.
 // Slower than a sweep by about five times, and taken for such rows alone; compiled with the kernels of fp64.
 #pragma once
 
@@ -46,26 +46,71 @@ struct Model {
     log_z = std::log1p(rest);
     inverse_z = top < n ? 1 / (1 + rest) : std::numeric_limits<double>::quiet_NaN();
   }
-  KDK_INLINE VecD logs(int64_t j) const { return load<VecD>(x + j) * scale - log_z; }
+  KDK_INLINE VecD tempered(int64_t j) const { return unfused(load<VecD>(x + j) * scale); }
+  KDK_INLINE VecD logs(int64_t j) const { return tempered(j) - log_z; }
   KDK_INLINE VecD probabilities(int64_t j) const { return unfused(load<VecD>(e + j) * inverse_z); }
+};
+
+// (e^d - 1 - d) / d^2 for |d| < 1/2: the Taylor series.
+KDK_INLINE VecD second_difference(VecD d) {
+  VecD sum = VecD{} + 1.0 / 20922789888000.0;
+  double factorial = 20922789888000.0;
+  for (int k = 16; k > 2; --k) {
+    factorial /= k;
+    sum = sum * d + 1.0 / factorial;
+  }
+  return sum;
+}
+
+// log p - log q, and p - q from it: relative to the difference itself, however many tokens the models agree on. From p
+// and q they would be relative to these, and tokens that share the mass would drown all others.
+struct Differences {
+  const Model &q, &p;
+  double* d;
+  static constexpr double kSmall = 0.5;
+
+  void find(int64_t n) {
+    const auto excess = [&](int64_t j) KDK_LAMBDA_INLINE { return load<VecD>(p.e + j) - load<VecD>(q.e + j); };
+    const double of_z = sum_in_chains<double>((n + kStep - 1) / kStep * kStep, excess) * q.inverse_z;
+    const double shift = std::abs(of_z) < kSmall ? std::log1p(of_z) : p.log_z - q.log_z;
+    for (int64_t j = 0; j < n; j += kStep) {
+      const VecD xp = p.tempered(j), xq = q.tempered(j);
+      // Both may be infinite.
+      store(d + j, kdk_where(xp == xq, VecD{}, xp - xq) - shift);
+    }
+  }
+  KDK_INLINE VecD of_logs(int64_t j) const { return load<VecD>(d + j); }
+  KDK_INLINE static auto small(VecD x) { return (x < kSmall) & (x > -kSmall); }
+  KDK_INLINE VecD of_probabilities(int64_t j) const {
+    const VecD x = of_logs(j), vq = q.probabilities(j), near = kdk_where(small(x), x, VecD{});
+    return kdk_where(small(x), vq * (near + near * near * second_difference(near)), p.probabilities(j) - vq);
+  }
 };
 
 struct Found {
   double value = 0, score = 0;
 };
 
-// Values and scores of a row by a functor; of apart, see divergences.h.
+// Values and scores of a row by a functor; of the forms of a score see divergences.h.
 template <class F>
-Found evaluate(const Model& q, const Model& p, double x0, double x1, int64_t n, double* scores) {
+Found evaluate(const Differences& models, double x0, double x1, int64_t n, double* scores) {
   const Params<VecD> params{VecD{} + x0, VecD{} + x1};
-  const auto row = [&](auto apart) {
+  const auto row = [&](auto form) {
     VecD values = {}, sum = {};
     for (int64_t j = 0; j < n; j += kStep) {
+      const VecD vp = models.p.probabilities(j), vq = models.q.probabilities(j);
       VecD value, score;
       if constexpr (Paired<F>::value) {
-        F::template paired<apart>(params, p.probabilities(j), q.probabilities(j), value, score);
+        F::template of_difference<form>(params, vp, vq, models.of_probabilities(j), value, score);
       } else {
-        F::eval(params, p.probabilities(j), p.logs(j), q.probabilities(j), q.logs(j), value, score);
+        F::eval(params, vp, models.p.logs(j), vq, models.q.logs(j), value, score);
+      }
+      if constexpr (std::is_base_of_v<OfAlphaBeta, F>) {
+        const VecD x = models.of_logs(j);
+        VecD near_value, near_score;
+        AlphaBetaNear::of_difference(params, vp, models.p.logs(j), vq, models.q.logs(j), x, near_value, near_score);
+        value = kdk_where(Differences::small(x), near_value, value);
+        score = kdk_where(Differences::small(x), near_score, score);
       }
       values += value, sum += score;
       store(scores + j, score);
@@ -73,36 +118,46 @@ Found evaluate(const Model& q, const Model& p, double x0, double x1, int64_t n, 
     const double score = horizontal_sum<double>(sum);
     return Found{horizontal_sum<double>(values) + (Paired<F>::less_score ? score : 0), score};
   };
-  Found found = row(std::false_type());
   if constexpr (Paired<F>::value) {
-    if (found.score > 0.5 * F::limit(x0)) found.score = row(std::true_type()).score;
+    Found found = row(std::integral_constant<Score, Score::kNear>());
+    if (found.score > 0.5 * F::near_limit(x0)) found.score = row(std::integral_constant<Score, Score::kApart>()).score;
+    return found;
   }
-  return found;
+  return row(std::integral_constant<Score, Score::kPlain>());
 }
 
-// The same for what is linear in the log-probabilities; where a probability is 0 a logarithm may be infinite.
-inline Found evaluate(const Linear& k, const Model& q, const Model& p, int64_t n, double* scores) {
-  VecD values = {}, sum = {};
-  const VecD zero = {};
-  const auto times = [](double c, VecD x) { return c == 0 ? VecD{} : c * x; };
+// The same for what is linear in the log-probabilities, with the two KLs as sums of q - p + p log(p/q) and of p - q + q
+// log(q/p), of which nothing cancels: none is below 0. A score is less the multiple of q that it is where the models
+// are equal. Where a probability is 0 a logarithm may be infinite.
+inline Found evaluate(const Linear& k, const Differences& models, int64_t n, double* scores) {
+  const VecD zero = {}, one = zero + 1.0;
+  const double of_p = k.c_pp + k.c_pq, of_q = k.c_qp + k.c_qq;
+  VecD forward = {}, reverse = {}, p_logp = {}, q_logq = {};
   for (int64_t j = 0; j < n; j += kStep) {
-    const VecD vp = p.probabilities(j), vq = q.probabilities(j), logp = p.logs(j), logq = q.logs(j);
-    // Where the two logarithms come as a difference it is taken first: both may be infinite.
-    const auto over = [&](double c_p, double c_q) {
-      if (c_p + c_q == 0) return times(c_p, kdk_where(logp == logq, zero, logp - logq));
-      return times(c_p, logp) + times(c_q, logq);
-    };
-    const VecD over_p = kdk_where(vp > zero, vp * over(k.c_pp, k.c_pq), zero);
-    const VecD over_q = kdk_where(vq > zero, vq * over(k.c_qp, k.c_qq), zero);
-    const VecD score = k.c_pq * vp + k.c_qq * vq + over_q;
-    values += over_p + over_q, sum += score;
-    if (scores != nullptr) store(scores + j, score);
+    const VecD vp = models.p.probabilities(j), vq = models.q.probabilities(j), d = models.of_logs(j);
+    const auto small = Differences::small(d), some_p = vp > zero, some_q = vq > zero;
+    const VecD near = kdk_where(small, d, zero), square = near * near, second = second_difference(near);
+    const VecD p_less_q = kdk_where(small, vq * (near + square * second), vp - vq);
+    const VecD q_d = kdk_where(some_q, vq * d, zero);
+    const VecD far_forward = kdk_where(some_p, vp * d, zero) - p_less_q, far_reverse = p_less_q - q_d;
+    forward += kdk_where(small, vq * square * (one + (near - one) * second), far_forward);
+    reverse += kdk_where(small, vq * square * second, far_reverse);
+    VecD score = q_d * k.c_qp;
+    if (k.c_qp == 0) score = zero;
+    if (of_p != 0) p_logp += kdk_where(some_p, vp * models.p.logs(j), zero);
+    if (of_q != 0) {
+      const VecD entropy = kdk_where(some_q, vq * models.q.logs(j), zero);
+      q_logq += entropy, score += of_q * entropy;
+    }
+    if (scores != nullptr) store(scores + j, score + k.c_pq * p_less_q);
   }
-  return {horizontal_sum<double>(values), horizontal_sum<double>(sum)};
+  const auto times = [](double c, VecD x) { return c == 0 ? 0 : c * horizontal_sum<double>(x); };
+  const double score = times(of_q, q_logq) - times(k.c_qp, reverse);
+  return {times(of_p, p_logp) - times(k.c_pq, forward) + score, score};
 }
 
 struct Divergence {
-  Found (*evaluate)(const Model&, const Model&, double, double, int64_t, double*) = nullptr;
+  Found (*evaluate)(const Differences&, double, double, int64_t, double*) = nullptr;
   Linear coefficients = {};
   template <class F>
   constexpr Divergence(General<F>) : evaluate(exact::evaluate<F>) {}
@@ -121,23 +176,25 @@ RowResult exact_row(const DenseArgs& args, const RowNumbers& num, double* s, dou
   std::fill(s + n, s + whole, -std::numeric_limits<double>::infinity());
   std::fill(t + n, t + whole, -std::numeric_limits<double>::infinity());
   static thread_local std::vector<double> room;
-  room.resize(size_t(3 * whole));
+  room.resize(size_t(4 * whole));
   Model q{s, kLn2 * num.student_scale, room.data()}, p{t, kLn2 * num.teacher_scale, q.e + whole};
   double* const scores = p.e + whole;
+  Differences models{q, p, scores + whole};
   const exact::Divergence& divergence = exact::kDivergences[args.divergence];
   RowResult result;
   if (num.kd != 0 || args.stats != nullptr) {
     q.sweep(n), p.sweep(n);
-    const Found found = divergence.evaluate != nullptr ? divergence.evaluate(q, p, num.param0, args.param1, n, scores)
-                                                       : evaluate(divergence.coefficients, q, p, n, scores);
-    result.stats[0] = found.value;
-    if (num.kd != 0) result.loss = num.kd * num.tau * found.value;
+    models.find(n);
+    const Found found = divergence.evaluate != nullptr ? divergence.evaluate(models, num.param0, args.param1, n, scores)
+                                                       : evaluate(divergence.coefficients, models, n, scores);
+    result.stats[0] = at_least_0(found.value);
+    if (num.kd != 0) result.loss = num.kd * num.tau * result.stats[0];
     if (args.stats != nullptr) {
       // Of the scores nothing is lost: they are read below, and these write none.
-      result.stats[3] = evaluate({1, -1, 0, 0}, q, p, n, nullptr).value;
-      result.stats[4] = evaluate({0, 0, -1, 1}, q, p, n, nullptr).value;
-      result.stats[5] = evaluate({-1, 0, 0, 0}, q, p, n, nullptr).value;
-      result.stats[6] = evaluate({0, 0, 0, -1}, q, p, n, nullptr).value;
+      result.stats[3] = evaluate({1, -1, 0, 0}, models, n, nullptr).value;
+      result.stats[4] = evaluate({0, 0, -1, 1}, models, n, nullptr).value;
+      result.stats[5] = evaluate({-1, 0, 0, 0}, models, n, nullptr).value;
+      result.stats[6] = evaluate({0, 0, 0, -1}, models, n, nullptr).value;
       result.stats[7] = q.top == p.top;
       result.stats[8] = sum_in_chains<double>(
           whole, [&](int64_t j) KDK_LAMBDA_INLINE { return min_of(p.probabilities(j), q.probabilities(j)); });

@@ -39,9 +39,13 @@ constexpr float kTiny = 1.17549435e-38f;
 // agree with the probabilities, and its value may differ by a multiple of q - p, whose sum is 0: relative errors of p
 // and q then change the divergence of near models to the second order only. It needs kdk_inverse, and kdk_log_ratio(u,
 // u - 1), the logarithm of u, or any number where u is 0. Where the teacher has no mass a score is nearly a constant
-// times q, which adds nothing to a gradient and cancels in it; with APART the score is less that multiple of q, and
-// limit is what it sums to over such a row. Where paired leaves the score out of the value (kLessScore), the scores are
-// added up once.
+// times q, which adds nothing to a gradient and cancels in it; as kApart the score is less that multiple of q, and
+// limit is what it sums to over such a row. Likewise it is a multiple of q where the models agree, and as kNear less
+// that, with near_limit. Where paired leaves the score out of the value (kLessScore), the scores are added up once.
+// of_difference is told p - q, which may be known better than p and q. A small value stands for a forward KL of about
+// as_forward_kl.
+enum class Score { kPlain, kNear, kApart };
+
 template <class F, class = void>
 struct Paired {
   static constexpr bool value = false, less_score = false;
@@ -71,12 +75,19 @@ KDK_HD V kdk_power_of(V logarithm) {
 struct Jsd {
   static constexpr bool kLessScore = true;
   static double limit(double beta) { return -(1 - beta) * std::log1p(-beta); }
-  template <bool APART = false, class V>
-  KDK_HD static void paired(const Params<V>& k, V p, V q, V& value_less_score, V& score) {
+  static double near_limit(double beta) { return limit(beta); }
+  static double as_forward_kl(double value, double beta) { return value / (beta * (1 - beta)); }
+  template <Score FORM, class V>
+  KDK_HD static void of_difference(const Params<V>& k, V p, V q, V p_less_q, V& value_less_score, V& score) {
     const V one = V{} + 1.0f, rest = one - k.x0, wp = k.x0 * p, wq = rest * q;
-    const V over_m = kdk_inverse(wp + (wq + kTiny)), difference = (p - q) * over_m;
+    const V over_m = kdk_inverse(wp + (wq + kTiny)), difference = p_less_q * over_m;
     value_less_score = wp * kdk_log_ratio(p * over_m, rest * difference);
-    score = APART ? wq * kdk_log_ratio(wq * over_m, -wp * over_m) : wq * kdk_log_ratio(q * over_m, -k.x0 * difference);
+    score = FORM == Score::kApart ? wq * kdk_log_ratio(wq * over_m, -wp * over_m)
+                                  : wq * kdk_log_ratio(q * over_m, -k.x0 * difference);
+  }
+  template <class V>
+  KDK_HD static void paired(const Params<V>& k, V p, V q, V& value_less_score, V& score) {
+    of_difference<Score::kPlain>(k, p, q, p - q, value_less_score, score);
   }
   template <bool GUARDED = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V logq, V& value, V& score) {
@@ -90,13 +101,22 @@ struct Jsd {
 struct Tvd {
   static constexpr bool kLessScore = false;
   static double limit(double) { return 0.5; }
-  template <bool APART = false, class V>
-  KDK_HD static void paired(const Params<V>&, V p, V q, V& value, V& score) {
+  static double near_limit(double) { return limit(0); }
+  static double as_forward_kl(double value, double) { return 2 * value * value; }
+  template <Score FORM, class V>
+  KDK_HD static void by_sign(V q, V difference, V& value, V& score) {
     const V zero = V{}, half = zero + 0.5f;
-    const V difference = q - p;
     const V sign = kdk_where(difference > zero, half, kdk_where(difference < zero, -half, zero));
     value = difference * sign;
-    score = q * (APART ? sign - half : sign);
+    score = q * (FORM == Score::kApart ? sign - half : sign);
+  }
+  template <Score FORM, class V>
+  KDK_HD static void of_difference(const Params<V>&, V, V q, V p_less_q, V& value, V& score) {
+    by_sign<FORM>(q, -p_less_q, value, score);
+  }
+  template <class V>
+  KDK_HD static void paired(const Params<V>&, V p, V q, V& value, V& score) {
+    by_sign<Score::kPlain>(q, q - p, value, score);
   }
   template <bool GUARDED = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V, V q, V, V& value, V& score) {
@@ -109,12 +129,19 @@ struct SkewKl {
   static constexpr bool kLessScore = false;
   // The score is small where the teacher has no mass.
   static double limit(double) { return HUGE_VAL; }
-  template <bool APART = false, class V>
-  KDK_HD static void paired(const Params<V>& k, V p, V q, V& value, V& score) {
-    const V one = V{} + 1.0f, rest = one - k.x0, difference = rest * (p - q);
+  static double near_limit(double alpha) { return 1 - alpha; }
+  static double as_forward_kl(double value, double alpha) { return value / ((1 - alpha) * (1 - alpha)); }
+  // 1 - p / m is (1 - alpha) (q - p) / m.
+  template <Score FORM, class V>
+  KDK_HD static void of_difference(const Params<V>& k, V p, V q, V p_less_q, V& value, V& score) {
+    const V one = V{} + 1.0f, rest = one - k.x0, difference = rest * p_less_q;
     const V over_m = kdk_inverse(k.x0 * p + (rest * q + kTiny));
     value = p * kdk_log_ratio(p * over_m, difference * over_m) - difference;
-    score = -(rest * p) * (q * over_m);
+    score = -(rest * (FORM == Score::kNear ? difference : p)) * (q * over_m);
+  }
+  template <class V>
+  KDK_HD static void paired(const Params<V>& k, V p, V q, V& value, V& score) {
+    of_difference<Score::kPlain>(k, p, q, p - q, value, score);
   }
   template <bool GUARDED = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V, V& value, V& score) {
@@ -131,14 +158,21 @@ struct SkewKl {
 struct SkewReverseKl {
   static constexpr bool kLessScore = false;
   static double limit(double alpha) { return -std::log(alpha); }
-  // 1 - alpha q / m is (1 - alpha) p / m.
-  template <bool APART = false, class V>
-  KDK_HD static void paired(const Params<V>& k, V p, V q, V& value, V& score) {
+  static double near_limit(double alpha) { return limit(alpha) - (1 - alpha); }
+  static double as_forward_kl(double value, double alpha) { return value / ((1 - alpha) * (1 - alpha)); }
+  // 1 - alpha q / m is (1 - alpha) p / m, and that less 1 - alpha is alpha (1 - alpha) (p - q) / m.
+  template <Score FORM, class V>
+  KDK_HD static void of_difference(const Params<V>& k, V p, V q, V p_less_q, V& value, V& score) {
     const V one = V{} + 1.0f, rest = one - k.x0, wp = rest * p;
-    const V over_m = kdk_inverse(k.x0 * q + (wp + kTiny)), share = wp * over_m, difference = rest * (q - p);
+    const V over_m = kdk_inverse(k.x0 * q + (wp + kTiny)), share = wp * over_m, difference = -(rest * p_less_q);
     const V term = q * kdk_log_ratio(q * over_m, difference * over_m);
     value = term - difference;
-    score = q * share + (APART ? q * kdk_log_ratio(k.x0 * q * over_m, -share) : term);
+    score = q * (FORM == Score::kNear ? -(k.x0 * difference) * over_m : share) +
+            (FORM == Score::kApart ? q * kdk_log_ratio(k.x0 * q * over_m, -share) : term);
+  }
+  template <class V>
+  KDK_HD static void paired(const Params<V>& k, V p, V q, V& value, V& score) {
+    of_difference<Score::kPlain>(k, p, q, p - q, value, score);
   }
   template <bool GUARDED = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V, V q, V logq, V& value, V& score) {
@@ -158,12 +192,13 @@ template <class V>
 KDK_HD auto kdk_dead(V p, V logp, V q, V logq) {
   return (logp == logq) & (p == V{}) & (q == V{});
 }
+struct OfAlphaBeta {};
 // Where powers are infinite so is the value; the score has the sign of log q - log p.
 constexpr float kHuge = 3.402823466e38f;
 
 // The divided difference written out, for a and b above 0 and not near it. Every power is one exponential: a product of
 // two would be 0 * inf where a parameter is negative.
-struct AlphaBeta {
+struct AlphaBeta : OfAlphaBeta {
   template <bool GUARDED = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V logq, V& value, V& score) {
     const V a = k.x0, b = k.x1, c = a + b, zero = V{}, one = zero + 1.0f;
@@ -194,7 +229,7 @@ struct SeriesTerms<double> {
 };
 
 // Any other a and b: differences of exponentials by expm1, and by a series where all three are near.
-struct AlphaBetaNear {
+struct AlphaBetaNear : OfAlphaBeta {
   // |e^y - e^x| / gap with x and y apart by gap |d|, from the larger exponential.
   template <class V>
   KDK_HD static V difference(V larger, V gap, V size) {
@@ -217,12 +252,17 @@ struct AlphaBetaNear {
   }
   template <bool GUARDED = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V logq, V& value, V& score) {
+    of_difference(k, p, logp, q, logq, kdk_where(logp == logq, V{}, logp - logq), value, score);
+  }
+  // d: log p - log q.
+  template <class V>
+  KDK_HD static void of_difference(const Params<V>& k, V p, V logp, V q, V logq, V d, V& value, V& score) {
     const V a = k.x0, b = k.x1, zero = V{}, one = zero + 1.0f;
     // A power of 0 of a probability of 0 is 1.
     const auto times = [&](V factor, V logarithm) { return kdk_where(factor == zero, zero, factor * logarithm); };
     V k0 = zero, k1 = a, k2 = a + b;
     V e0 = kdk_exp(times(k2, logq)), e1 = kdk_exp(times(a, logp) + times(b, logq)), e2 = kdk_exp(times(k2, logp));
-    const V d = kdk_where(logp == logq, zero, logp - logq), size = kdk_where(d < zero, -d, d);
+    const V size = kdk_where(d < zero, -d, d);
     const auto larger = [](V x, V y) { return kdk_where(x > y, x, y); };
     const auto signed_as_d = [&](V x) { return kdk_where(d < zero, -x, x); };
     score = -signed_as_d(difference(larger(e0, e1), kdk_where(a < zero, -a, a), size));
@@ -252,7 +292,7 @@ struct AlphaBetaNear {
 };
 
 // The limit a = 0: (q^b log(q^b / p^b) - q^b + p^b) / b^2.
-struct AlphaBetaZeroA {
+struct AlphaBetaZeroA : OfAlphaBeta {
   template <bool GUARDED = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V logq, V& value, V& score) {
     const V b = k.x1, zero = V{};
@@ -268,7 +308,7 @@ struct AlphaBetaZeroA {
 };
 
 // The limit b = 0: (p^a log(p^a / q^a) - p^a + q^a) / a^2.
-struct AlphaBetaZeroB {
+struct AlphaBetaZeroB : OfAlphaBeta {
   template <bool GUARDED = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V logq, V& value, V& score) {
     const V a = k.x0, zero = V{};
@@ -284,7 +324,7 @@ struct AlphaBetaZeroB {
 };
 
 // The limit a + b = 0: ((p/q)^a - a log(p/q) - 1) / a^2.
-struct AlphaBetaZeroSum {
+struct AlphaBetaZeroSum : OfAlphaBeta {
   template <bool GUARDED = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V logq, V& value, V& score) {
     const V a = k.x0, zero = V{};
@@ -298,7 +338,7 @@ struct AlphaBetaZeroSum {
 };
 
 // The limit a = b = 0: (log p - log q)^2 / 2.
-struct AlphaBetaZero {
+struct AlphaBetaZero : OfAlphaBeta {
   template <bool GUARDED = false, class V>
   KDK_HD static void eval(const Params<V>&, V p, V logp, V q, V logq, V& value, V& score) {
     const V zero = V{};
