@@ -727,13 +727,15 @@ def _defined_without_teacher(divergence: Divergence) -> bool:
 
 def _check_probs(plan: _Plan, teachers: tuple[Tensor, ...], labels: Optional[Tensor]) -> None:
     """The values of teachers that are probabilities, in the rows that count."""
-    if plan.options["teacher_form"] != "probs" or torch.compiler.is_compiling() or not plan.options["kd_weight"]:
+    form = plan.options["teacher_form"]
+    if form in ("logits", "log_probs") or torch.compiler.is_compiling() or not plan.options["kd_weight"]:
         return
     counted = None if labels is None else (labels != plan.options["ignore_index"]).reshape(-1)
     if isinstance(plan.row_weight, Tensor):
         counted = plan.row_weight != 0 if counted is None else counted & (plan.row_weight != 0)
     for k, teacher in enumerate(teachers):
-        checks.teacher_probs("teacher" if len(teachers) == 1 else f"teacher[{k}]", teacher, plan.columns, counted)
+        name = "teacher" if len(teachers) == 1 else f"teacher[{k}]"
+        checks.teacher_probs(name, teacher, plan.columns, counted, form)
 
 
 def _check_tail(get: dict[str, Any], divergence: Divergence) -> None:
@@ -1042,7 +1044,8 @@ def _labels_and_param(plan: _Plan, labels: Optional[Tensor]) -> tuple[Optional[T
     """Labels and ``row_param`` of an objective, checked, as ``[N]``."""
     get = plan.options
     flat = checks.labels_like(labels, plan.student, plan.columns, get["ignore_index"])
-    if get["ce_weight"] and flat is None:
+    # This way round a graph with labels serves a weight of 0 too.
+    if flat is None and get["ce_weight"]:
         raise ValueError("labels are required when ce_weight is not 0")
     row_param = get["row_param"]
     if row_param is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.reference import divergences
-from kdkernels.reference.dense import Temperature, apply_softcap, column, cross_entropy, squared
+from kdkernels.reference.dense import Temperature, apply_softcap, column, cross_entropy, log_softmax, squared
 
 # Divergences with f(c p, c q) = c f(p, q), that are finite at p = 0.
 HOMOGENEOUS = ("forward_kl", "soft_ce", "jsd", "tvd", "skew_kl", "skew_reverse_kl")
@@ -186,7 +186,7 @@ def topk_rows(
     s = torch.where(counted[:, None], s, 0.0)
     ids = torch.where(counted[:, None], ids, -1)
     capped = apply_softcap(s, student_softcap)
-    logq = torch.log_softmax(capped / column(temperature), -1)
+    logq = log_softmax(capped, column(temperature), steep=divergence == "alpha_beta")
 
     spoilt = out_of_range(ids, logprobs, columns)
     # The teacher is small: fp64 keeps the tail of a teacher that is nearly sure.
