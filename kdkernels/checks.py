@@ -499,7 +499,8 @@ def head_tensors(side: str, weight: Any, bias: Any) -> tuple[Any, Any]:
         raise TypeError(quantised.format(f"whose weight is a quantised {type(found).__name__}"))
     makes_products = isinstance(weight, torch.nn.Linear) and type(weight).forward is torch.nn.Linear.forward
     is_table = isinstance(weight, torch.nn.Embedding) and type(weight).forward is torch.nn.Embedding.forward
-    if not (makes_products or is_table) or "forward" in vars(weight) or type(weight).__call__ is not torch.nn.Module.__call__:
+    called = type(weight).__call__ is torch.nn.Module.__call__ and "forward" not in vars(weight)
+    if not (makes_products or is_table) or not called:
         raise TypeError(
             f"{name} must be an nn.Linear with nn.Linear's own forward, or a tied nn.Embedding, got {kind}: what its "
             f"forward does beside hidden @ weight.T + bias would be lost. If that is nothing, pass {kind}'s weight and "
@@ -798,6 +799,8 @@ def sum_dtype(student: Tensor) -> torch.dtype:
 def reads_values(value: Tensor) -> bool:
     """Whether the values of a tensor may be read for a check."""
     if torch.compiler.is_compiling() or not symbols.has_values(value):
+        return False
+    if transforms.active() and transforms.stands_for_others(value):
         return False
     return value.device.type == "cpu" or os.environ.get("KDKERNELS_DEBUG") == "1"
 

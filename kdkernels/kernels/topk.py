@@ -268,11 +268,11 @@ def evaluate_outside(
             logq = (s - norm[0]) * (norm[1] * LN2) - norm[2] * LN2
             outside = (offs_v < V) & (marked(word, tile, TILE) == 0)
             tile_p = tl.where(outside, p, 0.0)
-            tile_log2p = tl.where(outside, log2p, NEG_INF)
+            logp = tl.where(outside, log2p, NEG_INF) * LN2
             q = tl.where(outside, softmax(s, norm)[0], 0.0)
             logq = tl.where(outside, logq, NEG_INF)
-            lane_value += fold_sum(value_of(tile_p, tile_log2p * LN2, q, logq, param0, param1, COEFFICIENTS, VALUE, False))
-            lane_score += fold_sum(score_of(tile_p, tile_log2p * LN2, q, logq, param0, param1, COEFFICIENTS, SCORE, False))
+            lane_value += fold_sum(value_of(tile_p, logp, q, logq, param0, param1, COEFFICIENTS, VALUE, False))
+            lane_score += fold_sum(score_of(tile_p, logp, q, logq, param0, param1, COEFFICIENTS, SCORE, False))
     return tl.sum(lane_value, axis=0), tl.sum(lane_score, axis=0)
 
 

@@ -86,8 +86,10 @@ def _teacher_log_probs(
         return log_softmax(logits[0], temperature, steep=steep)
     columns = [weights[:, k : k + 1].to(logits[0].dtype) for k in range(len(logits))]
     if mixture == "logits":
-        below = [below_top(item) for item in logits]
-        mixed = sum(torch.where(w != 0, w * item, torch.zeros_like(item)) for w, item in zip(columns, below, strict=True))
+        logits = [below_top(item) for item in logits]
+        mixed = sum(
+            torch.where(w != 0, w * item, torch.zeros_like(item)) for w, item in zip(columns, logits, strict=True)
+        )
         assert isinstance(mixed, Tensor)
         return log_softmax(mixed, temperature / 2)
     terms = [w.log() + log_softmax(item, temperature) for w, item in zip(columns, logits, strict=True)]
