@@ -36,18 +36,25 @@ def apply_softcap(logits: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
-def below_top(logits: Tensor) -> Tensor:
-    """Half of each logit less half of its row's largest: no digit is lost to what all share, and nothing overflows."""
-    return logits / 2 - logits.detach().amax(-1, keepdim=True) / 2
+def highest(logits: Tensor) -> Tensor:
+    return logits.detach().amax(-1, keepdim=True)
+
+
+def half_less(logits: Tensor, common: Tensor) -> Tensor:
+    """Half of what logits are less a number that their row has in common: the whole may pass the largest number."""
+    return logits / 2 - common / 2
 
 
 def log_softmax(logits: Tensor, temperature: Temperature = 1.0, *, steep: bool = False) -> Tensor:
     """Of ``logits / temperature``.
 
+    A large common part is taken off before anything is rounded: a multiple of 64, whose difference is exact.
+
     For a divergence whose gradient is ``steep`` a probability above 3/4 is 1 less all others: in ``g - q sum(g)`` these
     would be lost beside it.
     """
-    log_probs = torch.log_softmax(below_top(logits) / temperature * 2, -1)
+    common = (highest(logits) / 64).trunc() * 64
+    log_probs = torch.log_softmax(half_less(logits, common) / temperature * 2, -1)
     if not steep:
         return log_probs
     top = log_probs.detach().argmax(-1, keepdim=True)
@@ -59,7 +66,7 @@ def log_softmax(logits: Tensor, temperature: Temperature = 1.0, *, steep: bool =
 
 def _standardized(logits: Tensor) -> Tensor:
     """Less their mean, over their deviation as ``torch.std`` has it: of V - 1 degrees of freedom."""
-    below = below_top(logits)
+    below = half_less(logits, highest(logits))
     # Neither a common offset nor a common factor changes them.
     extent = -below.detach().amin(-1, keepdim=True)
     below = below / torch.where(extent == 0, torch.ones_like(extent), extent)
@@ -86,7 +93,7 @@ def _teacher_log_probs(
         return log_softmax(logits[0], temperature, steep=steep)
     columns = [weights[:, k : k + 1].to(logits[0].dtype) for k in range(len(logits))]
     if mixture == "logits":
-        logits = [below_top(item) for item in logits]
+        logits = [half_less(item, highest(item)) for item in logits]
         mixed = sum(
             torch.where(w != 0, w * item, torch.zeros_like(item)) for w, item in zip(columns, logits, strict=True)
         )
@@ -101,7 +108,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, counted: Tensor, label_smoothi
     columns = logits.shape[-1]
     inside = (labels >= 0) & (labels < columns)
     # All relative to the largest logit: of logits of 1e4 a logsumexp less one of them would leave three digits.
-    below = below_top(logits)
+    below = half_less(logits, highest(logits))
     picked = below.gather(1, labels.clamp(0, columns - 1)[:, None]).squeeze(1)
     picked = torch.where(inside | ~counted, picked, torch.full_like(picked, float("nan")))
     log_z = (2 * below).exp().sum(-1).log()
