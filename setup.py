@@ -9,7 +9,7 @@
 else on the path; ``TORCH_CUDA_ARCH_LIST`` ("8.0;9.0a+PTX") names the GPUs to compile for, by default one of each
 generation, as far as nvcc knows them.
 
-What was built, with what, and why not more goes into the package, as ``_build_info.json``; ``kdkernels env`` prints it.
+The record of a build goes into the package, as ``_build_info.json``; ``python -m kdkernels env`` prints it.
 The version of a package without CPU kernels ends in ``+no.cpu.kernels``, for pip shows nothing else of a build that
 succeeds.
 """
@@ -41,7 +41,7 @@ TORCH_FLOOR = (2, 10)
 CXX_STANDARD = "-std=c++17"
 # Contraction to fused multiply-adds is what the kernels count on; ISO mode turns it off in GCC.
 CXX_FLAGS = ["-ffp-contract=fast", "-g0", "-fvisibility=hidden", "-Werror=return-type"]
-# What setuptools adds to them.
+# The variables that setuptools adds to them.
 FLAGS_FROM_OUTSIDE = ("CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS")
 # Files compiled for one instruction set, by the end of their name; the dispatcher picks one at run time.
 X86_FLAGS = {
@@ -294,7 +294,7 @@ def say(text: str) -> None:
 
 
 class Plan:
-    """What to build, and the record of it for the package."""
+    """The libraries to build, and the record of them for the package."""
 
     def __init__(self) -> None:
         choice = os.environ.get("KDKERNELS_BUILD") or "auto"
@@ -344,7 +344,7 @@ def failure(choice: str, reason: CannotBuild) -> str:
 
 
 def needed_for_a_wheel() -> list[str]:
-    """What pip is to fetch for an isolated build: torch, where there is none to compile against and a use for it."""
+    """The packages that pip fetches for an isolated build: torch, where it is of use and there is none."""
     if (os.environ.get("KDKERNELS_BUILD") or "auto") == "none":
         return []
     try:
@@ -437,7 +437,7 @@ class BuildExt(build_ext):
         )
 
     def was_built_alike(self, ext, package):
-        """Whether the record beside a library says what the next one would: else the record would not be true."""
+        """True if the record beside a library is the one that a build would write: else it would not be true."""
         before = build_info.read(package)
         return any(before.get(kind) == ext.record for kind in build_info.LIBRARIES)
 

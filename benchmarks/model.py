@@ -1,4 +1,4 @@
-"""What a benchmark is made of: a case (the workload), candidates (ways to compute it) and a suite of both."""
+"""The parts of a benchmark: a case (the workload), candidates (ways to compute it) and a suite of both."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Case:
 
 
 class Outcome(NamedTuple):
-    """What a candidate computed: the scalar loss and the gradients of the inputs that have one.
+    """The results of a candidate: the scalar loss and the gradients of the inputs that have one.
 
     ``jumps``, of a truth: its gradient is discontinuous. A row within rounding of a jump may be wrong by all of it, so
     that only the norm over all rows is bound.

@@ -1,4 +1,4 @@
-"""What a person reads: tables and a JSON file; the plot is drawn in ``plots``."""
+"""Reports for people: tables and a JSON file; ``plots`` draws the plot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one process does: check all candidates against the truth and time interleaved rounds, or measure peak memory."""
+"""The work of one process: check candidates against the truth and time interleaved rounds, or measure peak memory."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def synchronize(device: str) -> None:
 
 
 def peak_can_be_reset() -> bool:
-    """Whether the kernel lets a process reset its peak resident size (Linux; some containers forbid it)."""
+    """True if the kernel lets a process reset its peak resident size (Linux; some containers forbid it)."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -1,4 +1,4 @@
-"""What the examples share: options, a cache for teachers, the timed training loop, the comparison and its plot."""
+"""Shared by the examples: options, a cache for teachers, the timed training loop, the comparison and its plot."""
 
 import argparse
 import concurrent.futures
@@ -317,7 +317,7 @@ def relative_differences(eager: Run, fused: Run) -> list[float]:
 
 @dataclass
 class Example:
-    """What a report says about an example besides its two runs."""
+    """The parts of a report about an example besides its two runs."""
 
     name: str
     title: str

@@ -30,7 +30,7 @@ FP16_ROOM = 2.0**8
 
 
 def keeps_constants_out(logits: Tensor) -> bool:
-    """Whether a gradient of these logits underflows when the constants of the loss are in it before grad_output is."""
+    """True if a gradient of these logits underflows when the constants of the loss are in it before grad_output is."""
     return logits.dtype == torch.float16
 
 
@@ -241,7 +241,7 @@ def _view(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _mergeable(tensor: Tensor, start: int, stop: int) -> bool:
-    """Whether dimensions ``start .. stop - 1`` collapse into one without a copy."""
+    """True if dimensions ``start .. stop - 1`` collapse into one without a copy."""
     return all(
         tensor.shape[d] == 1
         or tensor.shape[d + 1] == 1
@@ -291,12 +291,12 @@ def refuse_second_derivative() -> None:
 
 
 def has_saved_tensor_hooks() -> bool:
-    """Whether hooks see what a Function saves here, and may keep it; where torch does not tell, the safe answer."""
+    """True if hooks see the tensors that a Function saves here, and may keep them, or if torch does not tell."""
     return not torch.compiler.is_compiling() and _hooks(False) is not None
 
 
 _hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: ())
-# Whether the running backward keeps its graph; where torch does not tell, the safe answer is yes.
+# True if the running backward keeps its graph, or if torch does not tell.
 graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 

@@ -1,4 +1,4 @@
-"""What was built of the compiled libraries, with what, and why not more; and where to find them.
+"""The record of a build: the compiled libraries, their tools, and why not more were built; and where to find them.
 
 setup.py writes it to ``_build_info.json`` beside the package. This file needs the standard library only, and nothing of
 the package: setup.py loads it by its path, where no torch need be.
@@ -77,15 +77,19 @@ def installed(package: Path = PACKAGE) -> Iterator[Path]:
     """The folders of other installations of the package that Python could import here."""
     seen = {package}
     for distribution in importlib.metadata.distributions(name="kdkernels"):
-        origin = _origin(distribution)
-        if origin.get("dir_info", {}).get("editable"):
-            folder = _local(origin["url"]) / "kdkernels"
-        else:
-            folder = Path(str(distribution.locate_file("kdkernels")))
-        folder = folder.resolve()
+        folder = _folder(distribution)
         if folder not in seen and (folder / FILE).is_file():
             yield folder
         seen.add(folder)
+
+
+def installed_version(package: Path = PACKAGE) -> Optional[str]:
+    """The version that pip lists for a package, with its label; None where pip did not install it."""
+    for distribution in importlib.metadata.distributions(name="kdkernels"):
+        # A build in place leaves metadata without an installer in the source tree, and a later build does not renew it.
+        if distribution.read_text("INSTALLER") is not None and _folder(distribution) == package:
+            return distribution.version
+    return None
 
 
 def why_missing(backend: str, package: Path = PACKAGE) -> str:
@@ -136,6 +140,14 @@ def _source(package: Path) -> Optional[str]:
     return None
 
 
+def _folder(distribution: importlib.metadata.Distribution) -> Path:
+    """The folder of the package that a distribution makes Python import."""
+    origin = _origin(distribution)
+    if origin.get("dir_info", {}).get("editable"):
+        return (_local(origin["url"]) / "kdkernels").resolve()
+    return Path(str(distribution.locate_file("kdkernels"))).resolve()
+
+
 def _origin(distribution: importlib.metadata.Distribution) -> dict[str, Any]:
     try:
         return json.loads(distribution.read_text("direct_url.json") or "{}")
@@ -148,7 +160,7 @@ def _local(url: str) -> Path:
 
 
 def summary(backend: str, record: dict[str, Any]) -> str:
-    """What a record says of a library that was built, in a line."""
+    """The record of a library that was built, in a line."""
     part = record.get(backend, {})
     if not part.get("built"):
         return "there is no record of how it was built"

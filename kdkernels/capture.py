@@ -11,7 +11,7 @@ from kdkernels import backends, checks, ops, reference
 from kdkernels.autograd import as_rows
 
 PerRow = Union[float, Tensor]
-# What the buffer of candidates in a GPU's shared memory holds.
+# The buffer of candidates in a GPU's shared memory holds as many.
 MAX_K_ON_GPU = 2048
 # capture_samples works through the rows in blocks of about this many logits, for it needs several fp64 copies of them.
 SAMPLE_BLOCK = 2**22

@@ -128,7 +128,7 @@ def logits(name: str, value: Any) -> None:
 
 
 def is_dtensor(value: Any) -> bool:
-    """Whether a value is a DTensor. This imports nothing, and costs next to nothing where it is a plain tensor."""
+    """True if a value is a DTensor. This imports nothing, and costs next to nothing where it is a plain tensor."""
     kind = type(value)
     return kind is not Tensor and issubclass(kind, Tensor) and hasattr(kind, "full_tensor")
 
@@ -253,7 +253,8 @@ def teacher_probs(
     if form == "probs":
         low, top, sums = rows.amin(-1), None, rows.sum(-1, dtype=sum_dtype(teacher)).reshape(-1)
     else:
-        low, top = torch.aminmax(rows, dim=-1)
+        # Not torch.aminmax, which takes five times as long as both.
+        low, top = rows.amin(-1), rows.amax(-1)
         sums = top.reshape(-1)
     low = low.reshape(-1)
     if counted is not None:
@@ -310,7 +311,7 @@ def sparse_teacher(ids: Any, logprobs: Any, student: Tensor, columns: int, tail:
 
 
 def sparse_entries(ids: Tensor, logprobs: Tensor, columns: int, tail: str) -> tuple[Tensor, Tensor]:
-    """What ``sparse_teacher`` returns, with the values checked alone."""
+    """The results of ``sparse_teacher``, with the values checked alone."""
     k = ids.shape[-1]
     ids, logprobs = ids.reshape(-1, k).contiguous(), logprobs.detach().reshape(-1, k).contiguous()
     if reads_values(ids) and ids.numel():
@@ -571,7 +572,7 @@ def teacher_head(hidden: Tensor, weight: Tensor, student: Tensor, vocab_size: An
 
 
 def teacher_chunks(value: Any, num_rows: int, columns: int, count: int, device: torch.device) -> list[Tensor]:
-    """What ``teacher_logits`` returned for ``num_rows`` rows: one or ``count`` tensors, moved to ``device``."""
+    """The results of ``teacher_logits`` for ``num_rows`` rows: one or ``count`` tensors, moved to ``device``."""
     parts = list(value) if isinstance(value, (list, tuple)) else [value]
     if len(parts) != count:
         raise ValueError(f"teacher_logits must return {count} tensors, as teacher_weights has, got {len(parts)}")
@@ -605,7 +606,7 @@ def sparse_grad_allowed(value: Any, columns_only: bool) -> None:
 def linear_mode_allowed(
     reduction: str, needs_grad: bool, teacher_callable: bool, sparse_grad: bool, transformed: bool
 ) -> None:
-    """What the linear losses cannot do with a gradient, in a graph, or in a transform of plain PyTorch."""
+    """Refuse options of the linear losses that do not go with a gradient, a graph, or a transform of plain PyTorch."""
     if sparse_grad and transformed:
         raise ValueError("sparse_grad works in reverse mode only, outside torch.func and forward mode; leave it out")
     if reduction == "none" and needs_grad and not transformed:
@@ -797,7 +798,7 @@ def sum_dtype(student: Tensor) -> torch.dtype:
 
 
 def reads_values(value: Tensor) -> bool:
-    """Whether the values of a tensor may be read for a check."""
+    """True if the values of a tensor may be read for a check."""
     if torch.compiler.is_compiling() or not symbols.has_values(value):
         return False
     if transforms.active() and transforms.stands_for_others(value):

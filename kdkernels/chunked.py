@@ -201,7 +201,7 @@ def execute(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], 
 
 
 def projects_columns(launch: Launch) -> bool:
-    """Whether the objective sees the K columns of the teacher only."""
+    """True if the objective sees the K columns of the teacher only."""
     get = launch.options
     return get.get("tail") == "renormalize_both" and not (get["ce_weight"] or get["z_loss_weight"] or get["stats"])
 
@@ -236,7 +236,7 @@ class _Sums(NamedTuple):
     dhidden: Optional[Tensor]
     dweight: Optional[HeadGrad]
     dbias: Optional[HeadGrad]
-    # What the sums of dweight and dbias are to be multiplied by.
+    # The factors that the sums of dweight and dbias still lack.
     of_weight: Optional[Tensor] = None
     of_bias: Optional[Tensor] = None
     grad_rows: Optional[Tensor] = None

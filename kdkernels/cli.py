@@ -1,4 +1,4 @@
-"""The command ``kdkernels``, also ``python -m kdkernels``: what is installed, and what is in a teacher cache."""
+"""The command ``python -m kdkernels``, also ``kdkernels``: what is installed, and what is in a teacher cache."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ PLAIN = (Tensor, torch.nn.Parameter, type(None), str, float, int, bool)
 
 
 def among(values: Iterable[Any]) -> bool:
-    """Whether there is a DTensor among values, or in a list or tuple among them."""
+    """True if there is a DTensor among values, or in a list or tuple among them."""
     for value in values:
         if type(value) in PLAIN:
             continue
@@ -79,7 +79,7 @@ def of_all_ranks(loss: Callable[..., Any], student: Any, arguments: Mapping[str,
 
 
 def _local(name: str, value: Any, student: Any) -> Any:
-    """What this rank has of an argument; of one with something for every row what belongs to its rows."""
+    """This rank's part of an argument; of one with a value for every row, the values of its rows."""
     if isinstance(value, (list, tuple)):
         return [_local(f"{name}[{k}]", item, student) for k, item in enumerate(value)]
     return _local_tensor(name, value, student) if isinstance(value, Tensor) else value

@@ -26,7 +26,7 @@ class Divergence:
     paper: ClassVar[str] = ""
     # Sweeps over the logits of a two-sweep kernel: (reads of each logits tensor) when the row is not resident on chip.
     sweeps: ClassVar[int] = 3
-    # Whether an entry of the gradient by the student's tempered logits stays near 1 however far apart the models are.
+    # True if an entry of the gradient by the student's tempered logits stays near 1 however far apart the models are.
     # Others grow with the difference of log-probabilities, and a gradient in fp16 leaves them more room.
     bounded_gradient: ClassVar[bool] = False
 
@@ -324,12 +324,12 @@ def remove(name: str) -> None:
 
 
 def registered(name: str) -> bool:
-    """Whether the divergence was entered at run time, so that compiled code does not know it."""
+    """True if the divergence was entered at run time, so that compiled code does not know it."""
     return name in _registered
 
 
 def has_triton(name: str) -> bool:
-    """Whether the Triton kernels know the divergence."""
+    """True if the Triton kernels know the divergence."""
     return _registered.get(name, True)
 
 

@@ -1,4 +1,4 @@
-"""``python -m kdkernels.env``: versions, the backend "auto" takes for CPU and GPU tensors, and why not the others."""
+"""``python -m kdkernels env``: versions, the backend "auto" takes for CPU and GPU tensors, and why not the others."""
 
 from __future__ import annotations
 
@@ -17,6 +17,14 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _kdkernels() -> str:
+    """The version that pip lists. An editable installation keeps the one of its day, so that both may be there."""
+    listed = build_info.installed_version()
+    if listed is None or listed.partition("+")[0] == kdkernels.__version__:
+        return listed or kdkernels.__version__
+    return f"{kdkernels.__version__} (pip lists {listed})"
 
 
 def _gpu() -> str:
@@ -61,10 +69,10 @@ def _choice(device_type: str) -> list[str]:
 
 
 def report() -> str:
-    """What is installed here and which backend runs what, as text of one fact a line."""
+    """Text of one fact a line: the versions here, the libraries, and the backend that "auto" takes."""
     built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
     facts = {
-        "kdkernels": kdkernels.__version__,
+        "kdkernels": _kdkernels(),
         "package": _package(),
         "python": f"{platform.python_version()} ({platform.system()} {platform.machine()})",
         "torch": f"{torch.__version__} ({built_for if torch.version.cuda or torch.version.hip else 'CPU build'})",
@@ -79,4 +87,5 @@ def report() -> str:
 
 
 if __name__ == "__main__":
+    # python -m kdkernels.env would otherwise print nothing.
     print(report())

@@ -72,14 +72,14 @@ class Fp16Range(NamedTuple):
     fp16 loses precision below 2^-14 and is 0 below 2^-25, and this gradient holds 1/N, weights and small probabilities.
     """
 
-    # What sums of products with the gradient are multiplied by: one number for all chunks, which makes the gradient of
+    # The factor of sums of products with the gradient: one number for all chunks, which makes the gradient of
     # a usual row about 2^8 large.
     sums: Tensor
-    # Whether the gradient in the chunk is multiplied by it already.
+    # True if the gradient in the chunk has this factor already.
     in_chunk: bool
 
     def of_chunk(self, dlogits: Tensor) -> tuple[Tensor, Tensor]:
-        """What a chunk's gradient is to be multiplied by, and the hidden states that it is multiplied with.
+        """The factors of a chunk's gradient, and of the hidden states in the product of both.
 
         The first makes the largest number of this chunk about 2^14, the second makes up for the difference to ``sums``.
         """
@@ -304,7 +304,7 @@ def products(device: torch.device, dtype: torch.dtype, *, rounded_logits: bool) 
 
 
 def has_bf16_product() -> bool:
-    """Whether the CPU has a product of bf16 operands with fp32 results. It is oneDNN's, which can be turned off."""
+    """True if the CPU has a product of bf16 operands with fp32 results: oneDNN's, which can be turned off."""
     return cpu.load_error() is None and bool(torch.backends.mkldnn.enabled) and torch.ops.kdkernels.has_bf16_product()
 
 
@@ -319,7 +319,7 @@ def mixed_product(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
 
 
 def _multiplies(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch's own product of 16-bit operands is worth the name."""
+    """True if torch's own product of 16-bit operands is worth the name."""
     if device.type != "cpu":
         return True
     has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

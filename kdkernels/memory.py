@@ -70,6 +70,6 @@ def _keeps(like: Tensor, size: int) -> bool:
 
 
 def is_poisoned() -> bool:
-    """Whether uninitialised memory is to be filled with NaN, as torch's deterministic mode does."""
+    """True if uninitialised memory gets NaN, as in torch's deterministic mode."""
     deterministic: Any = torch.utils.deterministic
     return torch.are_deterministic_algorithms_enabled() and deterministic.fill_uninitialized_memory

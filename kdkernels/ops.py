@@ -211,7 +211,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "topk_loss": _summed_fake,
 }
 
-# What has no values is taken for sound. The ops without tensors do beside fake ones what they always do.
+# A tensor without values counts as sound. Ops that take no tensor work as ever beside fake tensors.
 _OTHER_FAKES: dict[str, Callable[..., Any]] = {
     "kept_empty": lambda shape, dtype, use: torch.empty(shape, dtype=dtype, device="cpu"),
     "bf16_product": _none_fake,
@@ -230,7 +230,7 @@ for _backend in PATTERN_BACKENDS:
         torch.library.register_fake(f"{NAMESPACE}::{_name}", _FAKES[_pattern], lib=_library)
 
 for _pattern, _teacher in LINEAR_TEACHERS.items():
-    # What follows the gradient is what the pattern itself takes.
+    # The arguments behind the gradient are those of the pattern itself.
     _objective = SCHEMAS[_pattern].partition("dstudent, ")[2].partition(") -> ")[0]
     _library.define(
         f"linear_{_pattern}(Tensor hidden, Tensor weight, Tensor? bias, {_teacher}, {_objective}, str backend, "

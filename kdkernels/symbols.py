@@ -1,4 +1,4 @@
-"""What has no value yet: Python numbers that a compiler knows by a symbol, and tensors that have a shape alone.
+"""Arguments without a value yet: Python numbers that a compiler knows by a symbol, and tensors that have a shape alone.
 
 One graph serves all values of a symbol.
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def is_symbol(value: Any) -> bool:
-    """Whether a number may have another value when the graph that is being made runs."""
+    """True if a number may have another value when the graph that is being made runs."""
     if torch.compiler.is_dynamo_compiling():
         # To code that Dynamo traces, a symbol is a float or an int as any other; this function sees the difference.
         from torch.fx.experimental.symbolic_shapes import has_static_value
@@ -49,7 +49,7 @@ def packed(values: Any) -> Tensor:
 
 
 def traces_ops() -> bool:
-    """Whether a program of the ops that are called is being made, without what Python does between them.
+    """True while a program is being made of the ops that are called, without the Python between them.
 
     Dynamo sees autograd functions, with and without strict export; and below torch 2.12 it takes every graph for one of
     an export.
@@ -58,7 +58,7 @@ def traces_ops() -> bool:
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether there are numbers in a tensor; in one on "meta" and in a fake one there are none."""
+    """True if there are numbers in a tensor; in one on "meta" and in a fake one there are none."""
     if type(tensor) in _PLAIN:
         return not tensor.is_meta
     from torch._subclasses.fake_tensor import is_fake

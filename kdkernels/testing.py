@@ -27,8 +27,8 @@ from kdkernels.reference import divergences as reference_divergences
 Teacher = Union[Tensor, Sequence[Tensor]]
 Loss = Callable[[Tensor, Teacher], Tensor]
 Textbook = Callable[[Tensor, Teacher, bool], Tensor]
-# What is allowed on top of eager PyTorch's error, as a multiple of the epsilon of the sums (fp32's for 16-bit inputs)
-# times the size of what is added up: 2e-6, and 4e-6 for 16-bit inputs, whose exponentials may be shorter.
+# The margin on top of eager PyTorch's error, as a multiple of the epsilon of the sums (fp32's for 16-bit inputs)
+# times the size of the summands: 2e-6, and 4e-6 for 16-bit inputs, whose exponentials may be shorter.
 MARGIN = {torch.float64: 32.0, torch.float32: 16.0, torch.bfloat16: 32.0, torch.float16: 32.0}
 
 KINDS = {
@@ -280,7 +280,7 @@ def reduce_rows(rows: Tensor, counts: Tensor, student: Tensor, **options: Any) -
 
 
 def textbook_stats(student: Tensor, teacher: Teacher, labels: Optional[Tensor] = None, **options: Any) -> KDStats:
-    """What ``return_stats=True`` returns, by the formulas in ``kdkernels.KDStats``, computed in the student's dtype."""
+    """The statistics of ``return_stats=True``, by the formulas in ``kdkernels.KDStats``, in the student's dtype."""
     with torch.no_grad():
         parts = textbook_objective(student, teacher, labels, **options)
         p, q = parts.logp.exp(), parts.logq.exp()
@@ -299,7 +299,7 @@ def textbook_stats(student: Tensor, teacher: Teacher, labels: Optional[Tensor] =
 
 
 class Unit(NamedTuple):
-    """What a relative rounding error of 1 could change in each row ``[N]``: the condition of the sums, in fp64."""
+    """The change that a relative rounding error of 1 makes in each row ``[N]``: the condition of the sums, in fp64."""
 
     loss: Tensor
     dstudent: Tensor

@@ -1,4 +1,4 @@
-"""What ``torch.func`` and forward-mode differentiation make of a tensor."""
+"""Tensors as ``torch.func`` and forward-mode differentiation wrap them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 
 
 def active() -> bool:
-    """Whether a transform of ``torch.func`` or forward-mode differentiation is under way."""
+    """True while a transform of ``torch.func`` or forward-mode differentiation is under way."""
     return _functorch_is_active() or forward_ad._current_level >= 0
 
 
@@ -17,7 +17,7 @@ _functorch_is_active = getattr(torch._C, "_are_functorch_transforms_active", lam
 
 
 def stands_for_others(tensor: Tensor) -> bool:
-    """Whether a tensor is one of a transform's, or a batch of gradients (``is_grads_batched=True``)."""
+    """True if a tensor is one of a transform's, or a batch of gradients (``is_grads_batched=True``)."""
     return _is_wrapped(tensor) or _is_batched(tensor)
 
 
@@ -26,5 +26,5 @@ _is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def has_tangent(tensor: Tensor) -> bool:
-    """Whether forward-mode differentiation wants the derivative along a tensor's direction."""
+    """True if forward-mode differentiation wants the derivative along a tensor's direction."""
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None

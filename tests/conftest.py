@@ -1,4 +1,4 @@
-"""What every test gets: seeds of its own, a sensible number of threads, and skips that cannot hide a failure.
+"""For every test: seeds of its own, a sensible number of threads, and skips that cannot hide a failure.
 
 With ``KDKERNELS_REQUIRE_ALL=1`` a skip is a failure, unless its reason says that the hardware is not there:
 "this machine has no GPU", "... no AVX2", "... no AVX-512".

@@ -1,4 +1,4 @@
-"""What an installation tells of its build, where a library is looked for, and the cure where there is none."""
+"""An installation's record of its build, where a library is looked for, and the cure where there is none."""
 
 import json
 import sys

@@ -106,7 +106,7 @@ def flip(path, position, bit=0):
     path.write_bytes(content)
 
 
-# What is read
+# Reading
 
 
 def test_random_access_gives_what_was_written(whole):
@@ -476,7 +476,7 @@ def mutations(content):
 
 
 def may_stay(kind, path, before, after):
-    """Whether this is an index as well: of another teacher, or of shards that are not there."""
+    """True if this is an index as well: of another teacher, or of shards that are not there."""
     if kind == "remove":
         return path == ("extras", "input_ids") or path == ("shards", 1)
     if kind == "add" or kind == "double" or type(after) is not type(before):
@@ -506,7 +506,7 @@ def test_every_malformed_index_is_a_format_error(folder):
         for step in where[: len(where) - (kind == "remove")]:
             after = after[step]
         assert may_stay(kind, where, before, after), f"{kind} at {where}: {before!r} became {after!r}"
-        # What was read is what stands there, and using it says what is wrong or works.
+        # The identity is the one in the file, and using the cache works or says what is wrong.
         assert json.loads(json.dumps(vars(found.identity))) == mutated["identity"]
         stayed.add(where[0] if len(where) == 1 else where[-1])
         with contextlib.suppress(kd_cache.CacheError):
@@ -677,7 +677,7 @@ def test_fingerprint():
     assert fingerprint({"a": 1, "b": 0}) == fingerprint({"b": 0, "a": 1}) == fingerprint(SlowTokenizer())
     assert fingerprint({"a": 0}) != fingerprint({"a": 1})
     fast = FastTokenizer(model={"vocab": {"a": 0}}, truncation=None)
-    # What truncation and padding a call asked for does not change what an id means.
+    # The truncation and padding that a call asked for do not change the meaning of an id.
     assert fingerprint(fast) == fingerprint(FastTokenizer(model={"vocab": {"a": 0}}, truncation={"max_length": 5}))
     assert fingerprint(fast) != fingerprint(FastTokenizer(model={"vocab": {"b": 0}}))
     wrapped = type("Wrapped", (), {"backend_tokenizer": fast})()
@@ -728,7 +728,7 @@ def die(point, folder, report):
             event()
             self.file.write(content[half:])
 
-    # What a process has written outlives it without fsync, which would take most of the time.
+    # Writes outlive their process without fsync, which would take most of the time.
     os.fsync, os.replace, index.open = with_event(lambda descriptor: None), with_event(os.replace), HalfWritten
     with kd_cache.TeacherCacheWriter(folder, **WRITER) as writer:
         for number in range(len(writer), NUM_SEQUENCES):
@@ -763,7 +763,7 @@ def script(*arguments):
 
 
 def check_killed(folder, report, whole):
-    """What was closed is there and right; going on gives the very files of a writer that nobody killed."""
+    """Closed sequences are there and right; going on gives the very files of a writer that nobody killed."""
     closed = int(report.read_text() or 0) if report.exists() else 0
     if (folder / "index.json").exists():
         cache = kd_cache.TeacherCache(folder, **IDENTITY, verify="full")
@@ -1003,7 +1003,7 @@ def test_a_closed_writer_lets_go_of_the_folder_while_a_forked_process_lives(tmp_
 
 
 def test_a_forked_process_neither_writes_nor_unlocks(tmp_path):
-    """Whether it uses the writer, closes it, leaves its ``with`` block, or lets the collector have it."""
+    """The child may use the writer, close it, leave its ``with`` block, or let the collector have it."""
     writer = kd_cache.TeacherCacheWriter(tmp_path, **WRITER)
     append(writer, 0)
     before = files(tmp_path)
@@ -1139,7 +1139,7 @@ def test_the_command_is_installed_and_helps(capsys):
     assert exit_.value.code == 2
 
 
-# What it needs
+# Packages
 
 
 def test_a_missing_package_is_named():

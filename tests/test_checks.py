@@ -20,7 +20,7 @@ def labels(*values, dtype=torch.int64):
     return torch.tensor(values or [0, 1, 2, 3, 4, 5], dtype=dtype).reshape(N, L)
 
 
-# What differs from a valid call, the error and its message.
+# The change to a valid call, the error and its message.
 CALLS = {
     # Student.
     "student-list": ({"student": [[1.0]]}, TypeError, "student must be a torch.Tensor, got list"),
@@ -698,7 +698,7 @@ def sparse_zeros():
     ],
 )
 def test_every_option_is_looked_at(function, option):
-    """What is no value of an option at all is refused by name: an option that is dropped would take anything."""
+    """A nonsense value of any option is an error that names it: an option that is dropped would take anything."""
     with pytest.raises((TypeError, ValueError), match=option):
         OPTIONS_OF[function](**{option: object()})
 

@@ -128,7 +128,7 @@ def student_and_teacher(count=ROWS):
 
 
 def numbers_of(k, *left_out):
-    """Those of an objective that schedules change; no two k share one."""
+    """The numbers of an objective that schedules change; no two k share one."""
     numbers = {
         "temperature": 1.5 + k,
         "teacher_temperature": 1.25 + k / 2,
@@ -412,7 +412,7 @@ def test_a_label_out_of_range_is_nan_when_compiled():
 
 
 def arguments(num_rows, labels=None, **options):
-    """What ``dense_fwd`` takes beyond its three tensors of logits."""
+    """The arguments of ``dense_fwd`` beyond its three tensors of logits."""
     defaults = {
         "divergence": "forward_kl", "param0": 0.0, "param1": 0.0, "mixture": "probs", "vocab_size": VOCAB,
         "ignore_index": -100, "scale": 0.5, "temperature": 2.0, "teacher_temperature": 2.0, "kd_weight": 1.0,

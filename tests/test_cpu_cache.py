@@ -228,7 +228,7 @@ torch.kept_until_the_end = student.grad
 
 
 def test_kept_memory_is_the_systems_to_take():
-    """What is kept counts as LazyFree: the kernel drops it when memory gets scarce."""
+    """Kept memory counts as LazyFree: the kernel drops it when memory gets scarce."""
 
     def lazy_free():
         with open("/proc/self/smaps_rollup") as lines:

@@ -269,7 +269,7 @@ def test_the_oracle_sees_what_is_wrong():
 def test_poisoned_memory_is_nan_and_only_there():
     with testing.poisoned_memory():
         assert torch.empty(3).isnan().all() and torch.empty_like(torch.zeros(2, dtype=torch.bfloat16)).isnan().all()
-        # What the compiled library allocates is poisoned too, in kept memory and elsewhere.
+        # Memory of the compiled library is poisoned too, kept or not.
         if cpu.load_error() is None:
             for size in (5, 2**22):
                 torch.ops.kdkernels.kept_empty([size], torch.float32, "test").zero_()

@@ -30,7 +30,7 @@ LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
 BACKENDS = ("cpu", "torch") if backends.cpu.load_error() is None else ("torch",)
 
 
-# What both processes share.
+# Shared by both processes.
 
 
 def tensors():
@@ -588,7 +588,7 @@ def main(rank, folder):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What each check said on each rank; both processes run once for all tests of this file."""
+    """The result of each check on each rank; both processes run once for all tests of this file."""
     folder = tmp_path_factory.mktemp("ranks")
     # The package that this process tests, wherever it is.
     path = os.pathsep.join([str(Path(kd.__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")])

@@ -31,7 +31,7 @@ def gradient(student, teacher, divergence, backend, **options):
     return torch.autograd.grad(rows(student, teacher, divergence, backend, **options).sum(), student)[0]
 
 
-# What the classes document, transcribed: the value, and the gradient to the student's logits times T.
+# The formulas that the classes document, transcribed: the value, and the gradient to the student's logits times T.
 def _mix(w, p, q):
     return w * p + (1 - w) * q
 

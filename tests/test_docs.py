@@ -1,14 +1,113 @@
-"""Documentation that is written by the code must be what the code writes."""
+"""Documentation: text that the code writes is the code's, links lead somewhere, names exist, and lines are short."""
 
+import ast
 import re
 import tempfile
+import warnings
 from pathlib import Path
 
 import pytest
 
 from kdkernels import divergences
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *(path for folder in ("docs", "benchmarks") for path in (ROOT / folder).rglob("*.md"))]
+)
+pages = pytest.mark.parametrize("page", PAGES, ids=[path.relative_to(ROOT).as_posix() for path in PAGES])
+
+
+def prose(text):
+    """The numbered lines of a page that are neither code nor a table."""
+    code = False
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.lstrip().startswith("```"):
+            code = not code
+        elif not code and not line.lstrip().startswith("|"):
+            yield number, line
+
+
+def anchors(text):
+    """The names that a page's headings have in links: words in lower case, joined by hyphens."""
+    found = []
+    for _, line in prose(text):
+        if heading := re.match(r"#+ (.*)", line):
+            name = re.sub(r"[^\w\- ]", "", heading[1].lower()).replace(" ", "-")
+            found.append(name if name not in found else f"{name}-{found.count(name)}")
+    return found
+
+
+def broken_links(page, text):
+    for link in re.findall(r"\]\((?!\w+:)([^)\s]+)\)", "\n".join(line for _, line in prose(text))):
+        target, _, anchor = link.partition("#")
+        path = page.parent / target if target else page
+        if not path.exists():
+            yield link
+        elif anchor and anchor not in anchors(text if path == page else path.read_text()):
+            yield link
+
+
+def missing_names(text):
+    """Paths of this repository, and tests by ``file::name``, that stand between backticks and are not there."""
+    for name in re.findall(r"`((?:tests|docs|scripts|benchmarks|csrc|examples)/[\w./*-]*(?:::\w+)*)", text):
+        file, *parts = name.split("::")
+        paths = list(ROOT.glob(file.rstrip("/")))
+        if not paths:
+            yield name
+        for part, path in ((part, path) for part in parts for path in paths):
+            defined = (ast.FunctionDef, ast.ClassDef)
+            if not any(isinstance(x, defined) and x.name == part for x in ast.walk(ast.parse(path.read_text()))):
+                yield name
+
+
+def long_lines(text):
+    return [number for number, line in prose(text) if len(line) > 120]
+
+
+@pages
+def test_every_link_leads_somewhere(page):
+    assert not list(broken_links(page, page.read_text()))
+
+
+@pages
+def test_every_file_and_test_that_a_page_names_exists(page):
+    assert not list(missing_names(page.read_text()))
+
+
+@pages
+def test_no_line_of_prose_is_longer_than_120_characters(page):
+    assert not long_lines(page.read_text())
+
+
+def test_faults_of_a_page_are_noticed():
+    page = DOCS / "topk.md"
+    good = "# A, b `c`\n[1](#a-b-c) [2](cpu.md#floor) [3](https://x.org/y) `tests/test_docs.py::long_lines`"
+    assert not list(broken_links(page, good)) and not list(missing_names(good))
+    bad = "# A\n[1](#b) [2](cpu.md#nothing) [3](nothing.md) `tests/nothing.py` `tests/test_docs.py::nothing`"
+    assert list(broken_links(page, bad)) == ["#b", "cpu.md#nothing", "nothing.md"]
+    assert list(missing_names(bad)) == ["tests/nothing.py", "tests/test_docs.py::nothing"]
+    wide = "x" * 121
+    assert long_lines(f"{wide}\n| {wide} |\n```\n{wide}\n```\n{wide}") == [1, 6]
+
+
+def test_the_pages_are_found():
+    assert {"README.md", "CONTRIBUTING.md", "docs/reliability.md", "benchmarks/README.md"} <= {
+        path.relative_to(ROOT).as_posix() for path in PAGES
+    }
+
+
+def examples(page):
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.M | re.S)
+
+
+def test_the_line_of_the_installation_page_makes_a_slow_fallback_an_error():
+    (code,) = examples(DOCS / "install.md")
+    with warnings.catch_warnings():
+        names: dict = {}
+        exec(code, names)
+        with pytest.raises(names["kd"].backends.PlainTorchWarning):
+            warnings.warn("slow", names["kd"].backends.PlainTorchWarning, stacklevel=1)
 
 
 def test_the_table_of_divergences_is_the_code_s():
@@ -18,7 +117,7 @@ def test_the_table_of_divergences_is_the_code_s():
 def test_the_example_of_the_cache_runs(tmp_path, monkeypatch):
     pytest.importorskip("safetensors", reason="the cache writes safetensors")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    (code,) = re.findall(r"^```python\n(.*?)^```", (DOCS / "cache.md").read_text(), flags=re.M | re.S)
+    (code,) = examples(DOCS / "cache.md")
     names: dict = {}
     exec(code, names)
     assert len(names["cache"]) == 8 and names["batch"]["ids"].shape == (4, 100, 64)

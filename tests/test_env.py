@@ -1,5 +1,6 @@
-"""``python -m kdkernels.env`` and the hook in conftest that keeps skips honest."""
+"""``python -m kdkernels env`` and the hook in conftest that keeps skips honest."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,19 +10,58 @@ import pytest
 import torch
 
 import kdkernels
-from kdkernels import backends, env
+from kdkernels import backends, build_info, env
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_the_module_prints_the_report():
-    done = subprocess.run([sys.executable, "-m", "kdkernels.env"], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize("command", ["kdkernels env", "kdkernels.env"])
+def test_the_command_prints_the_report(command):
+    done = subprocess.run([sys.executable, "-m", *command.split()], capture_output=True, text=True, check=True)
     facts = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if not line.startswith(" "))
-    assert facts["kdkernels"] == kdkernels.__version__
+    assert facts["kdkernels"].split()[0].partition("+")[0] == kdkernels.__version__
     assert facts["torch"].startswith(torch.__version__)
     assert facts["package"].startswith(str(Path(kdkernels.__file__).parent))
     assert set(facts) >= {"python", "triton", "extension", "threads", "gpu", "cpu", "cuda"}
     assert not done.stderr
+
+
+@pytest.fixture
+def installation(tmp_path, monkeypatch):
+    """Writes the metadata of an editable installation of this package, the first that Python finds."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def write(version, folder=build_info.PACKAGE.parent, installer="pip"):
+        metadata = tmp_path / "kdkernels-0.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kdkernels\nVersion: {version}\n")
+        (metadata / "direct_url.json").write_text(json.dumps({"url": folder.as_uri(), "dir_info": {"editable": True}}))
+        if installer is not None:
+            (metadata / "INSTALLER").write_text(f"{installer}\n")
+
+    return write
+
+
+def first_line():
+    return env.report().splitlines()[0].split(maxsplit=1)[1]
+
+
+def test_the_version_is_the_one_that_pip_lists(installation):
+    version = f"{kdkernels.__version__}+no.cpu.kernels"
+    installation(version)
+    assert first_line() == version
+
+
+def test_an_editable_installation_of_another_version_is_named_beside_it(installation):
+    installation("0.0.9+no.cpu.kernels")
+    assert first_line() == f"{kdkernels.__version__} (pip lists 0.0.9+no.cpu.kernels)"
+
+
+@pytest.mark.parametrize("other", [{"folder": ROOT / "tests"}, {"installer": None}], ids=["elsewhere", "not-installed"])
+def test_the_version_of_no_other_package_is_told(installation, other):
+    before = first_line()
+    installation("0.0.9", **other)
+    assert first_line() == before
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])

@@ -37,7 +37,7 @@ def run(name, cache_dir, output_dir, *options):
 
 
 def check(record, stdout, plot, names=("eager PyTorch", "kdkernels")):
-    """What holds for both examples: the curves agree and fall, times and memory are those of a process that trains."""
+    """True of both examples: the curves agree and fall, times and memory are those of a process that trains."""
     eager, fused = record["runs"]
     assert (eager["name"], fused["name"]) == names
     assert record["agreement"]["agree"] and "they agree" in stdout
@@ -170,7 +170,7 @@ def test_teachers_are_kept_by_configuration(common, tmp_path):
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
 def test_eager_side_is_the_same_divergence(common, divergence):
-    """What kdkernels is compared with, against the textbook formula in float64."""
+    """The eager loss that kdkernels is compared with, against the textbook formula in float64."""
     student, teacher = torch.randn(2, 2, 3, 7, dtype=torch.float64).unbind()
     p, q = (torch.softmax(logits / 2.0, -1) for logits in (teacher, student))
     m = (p + q) / 2

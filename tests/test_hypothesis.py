@@ -137,7 +137,7 @@ def distilled(divergence, logp, s, temperature):
     f, score = value_and_score(divergence, logp, logq)
     p, q = np.exp(logp), np.exp(logq)
     grad = (score - q * score.sum(-1, keepdims=True)) / temperature[:, None]
-    # What moves by one rounding of a logit moves by as many as its distance to the largest.
+    # A term that moves by one rounding of a logit moves by as many as its distance to the largest.
     size = size_of(logp, logq) * (
         1 + np.ptp(np.where(np.isfinite(s), s, s.max(-1, keepdims=True)), -1) / temperature / 8
     )
@@ -171,7 +171,7 @@ def added(*terms):
     return Rows(*(sum(parts) for parts in zip(*terms, strict=True)))
 
 
-# What is drawn.
+# The calls that are drawn.
 
 
 def laid_out(draw, x):
@@ -553,7 +553,7 @@ def one_sparse_row(divergence, s, ids, logprobs, tail, t, teacher_t, log_rest, l
     size = size_of(lp, lq) * (1 + np.ptp(s) / t / 8)
     unit = (q + np.abs(share) + q * np.abs(score).sum()) / t * size
     unit[inside] += np.exp(logp) / t * size
-    # What is missing to 1 is known to a rounding of 1.
+    # The rest to 1 is known to a rounding of 1.
     unit[outside] += np.exp(rest - log_bucket) / t * size
     return Rows(f.sum(), (share - q * score.sum()) / t, size, unit)
 

@@ -1,4 +1,4 @@
-"""What is loaded when: nothing but torch on import, the extension with the first call, Triton never on a CPU."""
+"""When modules load: nothing but torch on import, the extension with the first call, Triton never on a CPU."""
 
 import subprocess
 import sys

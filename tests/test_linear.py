@@ -136,7 +136,7 @@ def test_a_head_of_several_blocks(dtype, vocab, monkeypatch):
 
 
 def mixed_on_any_cpu(a, b, out, *, add):
-    """What ``heads.mixed_product`` does on a device that has it."""
+    """Stands in for ``heads.mixed_product`` of a device that has it."""
     assert b.dtype.itemsize == 2 and out.dtype == torch.float32
     product = a.to(b.dtype).float() @ b.float()
     out.copy_(product + out if add else product)
@@ -144,7 +144,7 @@ def mixed_on_any_cpu(a, b, out, *, add):
 
 @pytest.mark.parametrize("way", ["mixed", "widened"])
 def test_both_ways_of_16_bit_products(way, monkeypatch):
-    """What a device with 16-bit units does, whatever this one has."""
+    """Products as on a device with 16-bit units, whatever this one has."""
     monkeypatch.setattr(heads, "products", lambda device, dtype, **_: way if dtype.itemsize == 2 else "plain")
     monkeypatch.setattr(heads, "mixed_product", mixed_on_any_cpu)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):

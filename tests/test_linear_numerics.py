@@ -63,7 +63,7 @@ def dense(inputs, teacher, options, factor=1.0, **more):
 
 
 def mixed_on_any_cpu(a, b, out, *, add):
-    """What ``heads.mixed_product`` does on a device that has it; operands of 16 bits, as a GPU takes them."""
+    """Stands in for ``heads.mixed_product`` of a device that has it; operands of 16 bits, as a GPU takes them."""
     assert b.dtype.itemsize == 2 and out.dtype == torch.float32
     product = a.to(b.dtype).float() @ b.float()
     out.copy_(product + out if add else product)

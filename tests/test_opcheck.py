@@ -122,7 +122,7 @@ def with_numbers(func, args, kwargs):
 
 
 def check(func, args, kwargs):
-    # What an op writes to may be new memory, which holds anything.
+    # An op may write to new memory, which holds anything.
     mutable = [argument.alias_info is not None for argument in func._schema.arguments]
     for argument, value in zip(mutable, args, strict=False):
         if argument and value is not None and func._schema.name != "kdkernels::scale_grad_cpu":

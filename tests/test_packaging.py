@@ -70,7 +70,7 @@ def pages():
 
 
 def faults(line, extras):
-    """What a line tells to run and is not there."""
+    """The commands that a line tells to run and that are not there."""
     for command in re.findall(r"\bpip3? install\b([^`]*)", line):
         # An index has nothing of this name, neither bare nor with a version or extras.
         yield from re.findall(r"(?<![\w/+:-])(?<!-m )kdkernels(?![\w/])\S*", command)

@@ -63,7 +63,7 @@ def test_point_masses_by_the_textbook(divergence, dtype, low, backend):
     testing.check_kd_loss(*point_masses(dtype, low), divergence=divergence, backend=backend)
 
 
-# What a formula gives for one point against the same point, and for two different points.
+# The value of a formula for one point against the same point, and for two different points.
 TWO_POINTS = {
     "forward_kl": (0.0, math.inf),
     "reverse_kl": (0.0, math.inf),
@@ -320,7 +320,7 @@ def test_only_gradients_are_held_by_the_losses_on_hidden_states(bias, compiled_c
 
 
 def kl_div(student, teacher):
-    """What tutorials write: ``F.kl_div`` of log-probabilities."""
+    """The code of tutorials: ``F.kl_div`` of log-probabilities."""
     s, t = student.log_softmax(-1), teacher.log_softmax(-1)
     return F.kl_div(s, t, reduction="none", log_target=True).sum(-1)
 

@@ -1,7 +1,7 @@
-"""What sanitizers find in seconds; ``scripts/sanitize`` has the long form.
+"""Faults that sanitizers find in seconds; ``scripts/sanitize`` has the long form.
 
-Under them the kernels take the compiler minutes, so that here it is the memory kept between steps alone, and what this
-build may be compiled with.
+Under them the kernels take the compiler minutes, so that this file has the memory kept between steps alone,
+and the flags that a build may have.
 """
 
 import os
@@ -50,7 +50,7 @@ def test_the_kept_memory_under_sanitizers(tmp_path):
     ],
 )
 def test_a_build_knows_whether_it_fuses_multiplications_with_additions(tmp_path, flags, fuses):
-    """Those of GCC that do not lose up to 1 in a loss, and the library refuses to run them."""
+    """GCC's builds that do not fuse lose up to 1 in a loss, and the library refuses to run them."""
     if cpu.isa() == "baseline":
         pytest.skip("this machine has no AVX2")
     version = subprocess.run([*shlex.split(COMPILER), "--version"], capture_output=True, text=True).stdout
@@ -69,7 +69,7 @@ def test_a_build_knows_whether_it_fuses_multiplications_with_additions(tmp_path,
 
 
 def test_a_build_that_does_not_fuse_is_no_backend(monkeypatch):
-    """It says so where other reasons are said, and "auto" goes to plain PyTorch."""
+    """The reason stands where other reasons stand, and "auto" goes to plain PyTorch."""
 
     class Library:
         def __getattr__(self, name):

@@ -39,7 +39,7 @@ def make_sparse(student, dtype=FLOAT):
 
 
 def taken():
-    """Whether the calls of this test were made by one op."""
+    """True if one op made the calls of this test."""
     [known] = functional._known_calls.values()
     return known.summed is not None
 

@@ -20,7 +20,7 @@ DIVERGENCES = {
     "ab_a+b=0": kd.AlphaBeta(0.5, -0.5),
     "ab_0": kd.AlphaBeta(0.0, 0.0),
 }
-# Those that are infinite where the teacher has no mass and the student has some.
+# Divergences that are infinite where the teacher has no mass and the student has some.
 NEEDS_TEACHER = ("reverse_kl", "jeffreys", "ab_a=0", "ab_a+b=0", "ab_0")
 TAILS_WITHOUT_TEACHER = ("renormalize", "drop")
 CASES = [
@@ -97,7 +97,7 @@ def infinite_without_teacher(divergence):
 
 
 def rounding_of_mass(logp, dtype):
-    """What ``1 - sum p`` may be off by, for log-probabilities of that dtype; as the docstring says."""
+    """The rounding of ``1 - sum p`` for log-probabilities of that dtype; as the docstring says."""
     eps = torch.finfo(dtype).eps
     return min(eps, 2.0**-23) + eps / 2 * math.fsum(math.exp(x) * abs(x) for x in logp.tolist())
 
@@ -208,8 +208,8 @@ def check(s, ids, logprobs, labels=None, *, backend, **options):
     error, margin = (loss.double()[finite] - truth).abs(), (eager.double()[finite] - truth).abs().nan_to_num().max()
     assert bool((error <= margin + epsilon * weight).all()), f"loss {loss}: error {error}"
     error, margin = (grad.double()[finite] - dtruth).abs(), (deager.double()[finite] - dtruth).abs().nan_to_num().max()
-    # What cancels is of the size of p and q: on the set that of the row, outside that of each one's share, at T and,
-    # for cross entropy, at 1.
+    # The terms that cancel are of the size of p and q: on the set that of the row, outside that of each one's share, at
+    # T and, for cross entropy, at 1.
     columns = s.shape[-1]
     slots = torch.where(ids < 0, columns, ids)[finite].long()
     outside = F.pad(s.double()[finite].nan_to_num(), (0, 1), value=-1e4).scatter(1, slots, -1e4)
@@ -1048,7 +1048,7 @@ def test_options_of_a_floor_reach_modules_and_hidden_states(backend):
     torch.testing.assert_close(kd.linear_topk_kd_loss(s, head, ids, logprobs, **options), want)
     torch.testing.assert_close(kd.LinearTopKKDLoss(**options)(s, head, ids, logprobs), want)
     for again in (1e-5, None, 1e-3):
-        # What is remembered of a call knows the floor.
+        # The cache of calls knows the floor.
         other = kd.topk_kd_loss(s, ids, logprobs, **{**options, "min_tail": again})
         assert (other == want) == (again == 1e-3)
 
@@ -1162,7 +1162,7 @@ def test_cross_entropy_is_relative_to_the_maximum(kind, smoothing, temperature, 
     for tail in ("bucket", "renormalize_both"):
         loss, _ = no_worse_than_eager(s, ids, logprobs, labels, tail=tail, **options)
         assert bool((loss >= 0).all())
-    # What passes the largest number is infinite, as it is in eager code.
+    # A loss beyond the largest number is infinite, as in eager code.
     far = kd.topk_kd_loss(s / s.abs().max() * 1.7e38, ids, logprobs, labels, reduction="none", **options)
     assert bool((far >= 0).all())
     alone = torch.full((1, 1), float(s.max())), torch.zeros(1, 1).long(), torch.zeros(1, 1), torch.zeros(1).long()

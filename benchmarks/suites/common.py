@@ -1,4 +1,4 @@
-"""What suites over student and teacher logits ``[N, V]`` share: inputs, the fp64 truth, and how to build candidates."""
+"""Shared by the suites over student and teacher logits ``[N, V]``: inputs, fp64 truth, and how to build candidates."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def ours(
 
 
 def availability(case: Case, names: Sequence[str], pattern: str = "dense_fwd") -> list[Availability]:
-    """Which of the backends have the op ``pattern`` and run on the case's device, and why the others do not."""
+    """The backends that have the op ``pattern`` and run on the case's device, and why the others do not."""
     found = [backend for backend in available(case.device) if backend.name in names]
     lacking = ops.LACKING.get(pattern, {})
     return [Availability(b.name, False, lacking[b.name]) if b.name in lacking else b for b in found]
@@ -298,7 +298,7 @@ def nothing_through_autograd(group: str, case: Case) -> list[Candidate]:
 
 
 def add_through_autograd(group: str) -> Candidate:
-    """What autograd costs, and an addition for the memory."""
+    """The cost of autograd, and an addition for the memory."""
 
     def run(inputs: Any) -> Outcome:
         value = _AddAsLoss.apply(inputs.student, inputs.teacher)

@@ -1,4 +1,4 @@
-"""What a GPU is for: three divergences over wide rows, loss and gradient and the loss alone, beside every peer.
+"""The work a GPU is for: three divergences over wide rows, loss and gradient and the loss alone, beside every peer.
 
 On a machine without a GPU the same candidates run as far as they can, to see that the suite works.
 """

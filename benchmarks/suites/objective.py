@@ -1,4 +1,4 @@
-"""What each further term, form of target and statistic costs beside forward KL alone."""
+"""The cost of each further term, form of target and statistic beside forward KL alone."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from kdkernels.backends import cpu, cuda, eager, triton
 
 # In the order in which "auto" tries them.
 BACKENDS = {"cuda": cuda, "triton": triton, "cpu": cpu, "torch": eager}
-# Those with kernels, by the device type of the tensors.
+# The backends with kernels, by the device type of the tensors.
 KERNELS = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
 # Logits of which plain PyTorch is worth a warning.
 LARGE = 1_000_000
@@ -32,7 +32,7 @@ class PlainTorchWarning(UserWarning):
 
 
 class Availability(NamedTuple):
-    """Whether a backend runs on a device type, and if not, why."""
+    """A backend's answer on a device type: it runs there, or why not."""
 
     name: str
     ok: bool

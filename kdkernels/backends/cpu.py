@@ -34,7 +34,7 @@ def load_error() -> Optional[str]:
     path = library_path()
     if path is None:
         return build_info.why_missing("cpu")
-    # What traces the first call must not take these questions down as a part of it.
+    # A compiler that traces the first call must not record these questions as a part of it.
     with torch.utils._python_dispatch._disable_current_modes():
         return load(path, "cpu") or torch.ops.kdkernels.cpu_fault() or None
 

@@ -1,4 +1,4 @@
-"""What a token's K ids and log-probabilities are in bytes.
+"""The bytes of a token's K ids and log-probabilities.
 
 An id is stored as the code ``id + 1``, 0 for an unused slot: its low 16 bits in one array, the 0, 1, 2, 4 or 8 bits
 above them, as the vocabulary needs, packed into another. A log-probability is rounded to fp16, and the row's ``shift``

@@ -1,4 +1,4 @@
-"""What can be wrong with a cache, by name. Wrong arguments are ValueError and TypeError, as everywhere."""
+"""The faults of a cache, by name. Wrong arguments are ValueError and TypeError, as everywhere."""
 
 
 class CacheError(RuntimeError):

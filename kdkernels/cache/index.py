@@ -31,10 +31,10 @@ from kdkernels.cache.errors import (
 FORMAT, VERSION = "kdkernels-teacher-cache", 1
 INDEX_NAME = "index.json"
 SHARD_NAME = "teacher-{:05d}.safetensors"
-# What stands in a folder under this name is not, or not yet, part of the cache.
+# A file under a name that ends like this is not, or not yet, part of the cache.
 UNFINISHED = ".part"
 READ_BYTES = 2**20
-# What opening a path may say that is not there, or no file: a folder on its way is a file, or links lead in a circle.
+# The errors of opening a path that is not there, or no file: a folder on its way is a file, or links lead in a circle.
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
@@ -85,7 +85,7 @@ class Index:
         return Layout(self.identity.k, self.identity.vocab_size, self.tail, extras)
 
     def shard_metadata(self, number: int) -> dict[str, str]:
-        """What a shard says of itself, so that it cannot stand in for another.
+        """A shard's name for itself, so that it cannot stand in for another.
 
         One entry, for safetensors writes several in an order of chance: equal content is to give equal files.
         """
@@ -216,7 +216,7 @@ def canonical_json(value: Any) -> str:
 
 
 def is_file(path: Path) -> bool:
-    """Whether a regular file is there, or a link to one; of anything else opening it might never end."""
+    """True if a regular file is there, or a link to one: opening anything else might never end."""
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except OSError as error:

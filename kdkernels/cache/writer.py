@@ -37,7 +37,7 @@ from kdkernels.cache.index import (
 
 SHARD_BYTES = 64 * 2**20
 LOCK_NAME = ".lock"
-# Those that are open in this process.
+# The writers that are open in this process.
 _open_writers: weakref.WeakSet[TeacherCacheWriter] = weakref.WeakSet()
 
 
@@ -247,7 +247,7 @@ class TeacherCacheWriter:
                 raise IdentityMismatchError(f"{self._folder} was begun with {name} {begun}, and {asked} was asked for")
         for shard in index.shards:
             check_size(self._folder, shard)
-        # What a kill has left: an unfinished file, or a whole shard of which the index does not know yet.
+        # The remains of a kill: an unfinished file, or a whole shard of which the index does not know yet.
         orphan = SHARD_NAME.format(len(index.shards))
         for name in (orphan, orphan + UNFINISHED, INDEX_NAME + UNFINISHED):
             (self._folder / name).unlink(missing_ok=True)

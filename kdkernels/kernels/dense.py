@@ -338,7 +338,7 @@ def dense_fwd_kernel(
             unit = unit_s
             ratio = 1.0
 
-    # What p sums to: the weights of a mixture are taken as they are.
+    # The sum of p: the weights of a mixture need not add up to 1.
     mass = 1.0
     if LINEAR:
         student_norm, norm, mean_p, mean_q, excess_z, hard_norm, centered_sum = linear_sweep(
@@ -565,7 +565,7 @@ def dense_fwd_kernel(
 
 
 def linear_in_p(entry: divergences.TritonDivergence) -> bool:
-    """Whether a divergence is linear in the logarithms and has no term weighed by q."""
+    """True if a divergence is linear in the logarithms and has no term weighed by q."""
     return entry.linear is not None and entry.linear[2:] == (0, 0)
 
 

@@ -369,7 +369,7 @@ def row_strides(x: Optional[Tensor]) -> tuple[Optional[int], Optional[int]]:
 
 
 def evenly_spaced(*tensors: Optional[Tensor]) -> bool:
-    """Whether the rows of all [B, L, V] or [N, V] tensors lie at one distance each."""
+    """True if the rows of all [B, L, V] or [N, V] tensors lie at one distance each."""
     return all(x is None or x.dim() == 2 or x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1) for x in tensors)
 
 

@@ -1,4 +1,4 @@
-"""What every dense pattern computes from p and q: summands, scores, statistics, and the terms of the hard labels."""
+"""Computed by every dense pattern from p and q: summands, scores, statistics, and the terms of the hard labels."""
 
 from __future__ import annotations
 

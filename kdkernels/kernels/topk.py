@@ -198,7 +198,7 @@ def mark_entries(ids_ptr, logprobs_ptr, K, start, TILE: tl.constexpr):
 
 @triton.jit
 def marked(word, tile, TILE: tl.constexpr):
-    """Which columns of a tile, counted from the first one that the word marks, are entries."""
+    """The columns of a tile that are entries, counted from the first one that the word marks."""
     ROLL: tl.constexpr = TILE[0]
     VEC: tl.constexpr = TILE[2]
     bits = (word >> (tile * (ROLL * VEC))).to(tl.int32)

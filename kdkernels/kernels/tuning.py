@@ -1,4 +1,4 @@
-"""Which pattern runs in which launch shape, chosen from V, the dtype, the load of a thread and the architecture."""
+"""The pattern that runs and its launch shape, chosen from V, the dtype, the load of a thread and the architecture."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def shape(V: int, itemsize: int, *, load: int = LIGHT, warp: int = WARP) -> Shap
     return Shape((ELEMENTS // vec, num_warps * warp, vec), num_warps)
 
 
-# The cluster pattern. What follows is the one table that decides whether it runs, and in which shape.
+# The cluster pattern. From here on stands the one table that decides whether it runs, and in which shape.
 
 # From here on the second sweep's reads no longer hit L1, and keeping the row in registers pays.
 NARROWEST_RESIDENT = 2048

@@ -54,7 +54,7 @@ def log_softmax(logits: Tensor, temperature: Temperature = 1.0, *, steep: bool =
     would be lost beside it.
     """
     common = (highest(logits) / 64).trunc() * 64
-    log_probs = torch.log_softmax(half_less(logits, common) / temperature * 2, -1)
+    log_probs = torch.log_softmax((logits - common) / temperature, -1)
     if not steep:
         return log_probs
     top = log_probs.detach().argmax(-1, keepdim=True)

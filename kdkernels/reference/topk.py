@@ -13,7 +13,7 @@ from kdkernels.reference.dense import Temperature, apply_softcap, column, cross_
 # Divergences with f(c p, c q) = c f(p, q), that are finite at p = 0.
 HOMOGENEOUS = ("forward_kl", "soft_ce", "jsd", "tvd", "skew_kl", "skew_reverse_kl")
 
-# What collators and servers put where they have no log-probability is -inf, -1e9 or -9999; no teacher gives as little.
+# Collators and servers put -inf, -1e9 or -9999 where they have no log-probability; no teacher gives as little.
 NO_ENTRY = -9000.0
 
 
@@ -34,7 +34,7 @@ class Teacher(NamedTuple):
 
 
 def defined_without_teacher(divergence: str, param0: float, param1: float) -> bool:
-    """Whether the divergence is finite at ``p = 0, q = 1``."""
+    """True if the divergence is finite at ``p = 0, q = 1``."""
     # A number of its own, also where the tensors of the call are fake or on "meta".
     with torch.utils._python_dispatch._disable_current_modes():
         zero = torch.zeros(1, 1, dtype=torch.float64, device="cpu")
@@ -46,12 +46,12 @@ defined_without_teacher._dynamo_marked_constant = True  # type: ignore[attr-defi
 
 
 def unused(ids: Tensor, logprobs: Tensor) -> Tensor:
-    """Which slots hold no entry: those of id -1, and those of ``NO_ENTRY`` and less."""
+    """The slots without an entry: of id -1, or with a log-probability of ``NO_ENTRY`` or less."""
     return (ids == -1) | (logprobs <= NO_ENTRY)
 
 
 def out_of_range(ids: Tensor, logprobs: Tensor, columns: int) -> Tensor:
-    """Which rows ``[N]`` have an id in a slot that is used, and no column for it."""
+    """The rows ``[N]`` that have an id in a slot that is used, and no column for it."""
     return (((ids < 0) | (ids >= columns)) & ~unused(ids, logprobs)).any(-1)
 
 

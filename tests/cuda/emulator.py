@@ -1,7 +1,7 @@
 """The CUDA kernels without a GPU: compiled by nvcc, executed as PTX on the CPU, registered as the backend's ops.
 
 Under ``Emulator.registered()`` CPU tensors run on ``backend="cuda"``: tests of the public functions hold for the
-kernels as they are shipped. What each launch moved is in ``reports``.
+kernels as they are shipped. ``reports`` has the accesses of each launch.
 """
 
 import contextlib

@@ -1,9 +1,9 @@
-"""What every shipped kernel compiles to: ``budgets.json``, which ``python tests/kernels/budgets.py`` writes.
+"""The compiled form of every shipped kernel: ``budgets.json``, which ``python tests/kernels/budgets.py`` writes.
 
 Of a form on a target, compiled ahead of time with the specialisation of a real call:
 
 - registers and spilled bytes a thread, shared memory a block, blocks that fit on a multiprocessor together;
-- loads and stores: how many global accesses there are of each width in bytes. What is narrower than 16 bytes are
+- loads and stores: how many global accesses there are of each width in bytes. Accesses narrower than 16 bytes are to
   scalars of the row, unless V and the strides are no multiple of 16 bytes;
 - instructions and transcendental operations an element. A kernel that holds its row runs straight through, so these are
   its machine instructions (SASS, each counted once, those for ignored rows too) over the columns a thread holds. A
@@ -103,7 +103,7 @@ TOPK_FORMS = {
     "topk-renormalize_both": (128256, "bf16", 64, True, {"tail": "renormalize_both"}),
     "topk-V50257": (50257, "bf16", 64, True, {}),
 }
-# What the other targets are tried on: their compilers differ, the kernels do not.
+# The forms that are compiled for the other targets: their compilers differ, the kernels do not.
 SOME = ("forward_kl", "jsd", "tvd", "alpha_beta", "jeffreys-hard", "forward_kl-V128256-fp32", "dkd", "mse", "scale")
 CASES = [
     *(("sm_90", form) for form in (*FORMS, *OTHERS, *TOPK_FORMS)),

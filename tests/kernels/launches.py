@@ -112,8 +112,8 @@ class Launch(NamedTuple):
 
 
 class Binary(NamedTuple):
-    """What a compilation shows: registers a thread, bytes (AMD: registers) spilled a thread, bytes of shared memory a
-    block, the assembly (PTX, AMD: GCN), Triton's GPU dialect, and NVIDIA's machine code."""
+    """The results of a compilation: registers a thread, bytes (AMD: registers) spilled a thread, bytes of shared memory
+    a block, the assembly (PTX, AMD: GCN), Triton's GPU dialect, and NVIDIA's machine code."""
 
     registers: int
     spilled: int

@@ -40,7 +40,7 @@ def test_nothing_spills():
 
 
 def test_targets():
-    """What the one-pass kernel was built for: bf16, 131072 columns, with gradient, on sm_90."""
+    """The one-pass kernel on the case it was built for: bf16, 131072 columns, with gradient, on sm_90."""
     forward = TABLE["sm_90/forward_kl"]
     assert forward["pattern"] == "cluster"
     assert list(forward["loads"]) == ["16"] and forward["stores"].keys() == {"16", "4"}

@@ -1,4 +1,4 @@
-"""What the table of budgets must say of the sparse kernel; test_ahead_of_time.py holds the kernel to the table."""
+"""The lines of the sparse kernel in the table of budgets; test_ahead_of_time.py holds the kernel to the table."""
 
 import pytest
 import torch
