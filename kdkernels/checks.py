@@ -193,7 +193,7 @@ def _sharded_by_rows(name: str, value: Any, num_dims: int) -> None:
     wrong = [placement.is_partial() or getattr(placement, "dim", -1) >= num_dims for placement in placements]
     if not any(wrong):
         return
-    wanted = ", ".join("Replicate()" if bad else repr(p) for bad, p in zip(wrong, placements, strict=True))
+    wanted = ", ".join("Replicate()" if bad else _placement(p) for bad, p in zip(wrong, placements, strict=True))
     state, reason = "a sum over ranks that is still to be made", ""
     if not any(placement.is_partial() for placement in placements):
         state = "sharded in its last dimension"
@@ -209,7 +209,14 @@ def _whole(value: Any) -> bool:
 
 
 def _listed(placements: Sequence[Any]) -> str:
-    return f"[{', '.join(map(repr, placements))}]"
+    return f"[{', '.join(map(_placement, placements))}]"
+
+
+def _placement(value: Any) -> str:
+    if not torch.compiler.is_compiling():
+        return repr(value)
+    # Dynamo does not trace the repr of a placement.
+    return "Replicate()" if value.is_replicate() else "Partial()" if value.is_partial() else f"Shard(dim={value.dim})"
 
 
 def teacher_like(name: str, teacher: Any, student: Tensor, vocab_size: Optional[int]) -> None:
@@ -308,27 +315,56 @@ def probabilities(
     options: Any, teachers: Sequence[Tensor], columns: int, labels: Optional[Tensor], weight: Optional[Tensor]
 ) -> None:
     """The values of teachers that are probabilities, in the rows that count; ``labels`` and ``weight`` are ``[N]``."""
-    if options.teacher_form != "probs" or torch.compiler.is_compiling() or not options.kd_weight:
+    form = options.teacher_form
+    if form in ("logits", "log_probs") or torch.compiler.is_compiling() or not options.kd_weight:
         return
     counted = None if labels is None else labels != options.ignore_index
     if weight is not None:
         counted = weight != 0 if counted is None else counted & (weight != 0)
     for k, teacher in enumerate(teachers):
-        teacher_probs("teacher" if len(teachers) == 1 else f"teacher[{k}]", teacher, columns, counted)
+        name = "teacher" if len(teachers) == 1 else f"teacher[{k}]"
+        teacher_probs(name, teacher, columns, counted, form)
 
 
-def teacher_probs(name: str, teacher: Tensor, columns: int, counted: Optional[Tensor] = None) -> None:
-    """Rows of probabilities, of those that are ``counted [N]``, add up to 1, as far as their dtype can hold them."""
+def teacher_probs(
+    name: str, teacher: Tensor, columns: int, counted: Optional[Tensor] = None, form: str = "probs"
+) -> None:
+    """Rows of probabilities, of those that are ``counted [N]``: none is negative or NaN, and they add up to 1 as far as
+    their dtype can hold them. Of "unnormalized_probs" one is above 0, and all are finite.
+    """
     if not reads_values(teacher) or teacher.numel() == 0:
         return
     finfo = torch.finfo(teacher.dtype)
-    sums = teacher.detach()[..., :columns].sum(-1, dtype=sum_dtype(teacher)).reshape(-1)
+    rows = teacher.detach()[..., :columns]
+    if form == "probs":
+        low, top, sums = rows.amin(-1), None, rows.sum(-1, dtype=sum_dtype(teacher)).reshape(-1)
+    else:
+        # Not torch.aminmax, which takes five times as long as both.
+        low, top = rows.amin(-1), rows.amax(-1)
+        sums = top.reshape(-1)
+    low = low.reshape(-1)
+    if counted is not None:
+        counted = counted.reshape(-1)
+        low, sums = (torch.where(counted, item, torch.ones_like(item)) for item in (low, sums))
+    # NaN fails the comparison too.
+    wrong = ~(low >= 0)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"{name} must hold probabilities, none negative or NaN, for teacher_form={form!r}, got "
+            f"{float(low[wrong][0]):.6g}; those of log-probabilities are teacher_form='log_probs'"
+        )
+    if top is not None:
+        wrong = ~((sums > 0) & (sums < torch.inf))
+        if bool(wrong.any()):
+            raise ValueError(
+                f"{name} must hold a finite weight above 0 in every row for teacher_form={form!r}, got a largest of "
+                f"{float(sums[wrong][0]):.6g}"
+            )
+        return
     # A sum of roundings, of which small ones are to the spacing of subnormal numbers; 1e-5 for what fp32 computed.
     allowed = max(2 * finfo.eps + columns * finfo.tiny * finfo.eps, 1e-5)
     off = (sums - 1).abs()
-    if counted is not None:
-        off = torch.where(counted.reshape(-1), off, torch.zeros_like(off))
-    worst = int(off.nan_to_num(0.0, torch.inf).argmax())
+    worst = int(off.argmax())
     if off[worst] > allowed:
         raise ValueError(
             f"{name} must hold probabilities that add up to 1 in every row for teacher_form='probs', got a sum of "
@@ -550,13 +586,20 @@ def head_tensors(side: str, weight: Any, bias: Any) -> tuple[Any, Any]:
         raise TypeError(quantised.format(f"whose weight is a quantised {type(found).__name__}"))
     makes_products = isinstance(weight, torch.nn.Linear) and type(weight).forward is torch.nn.Linear.forward
     is_table = isinstance(weight, torch.nn.Embedding) and type(weight).forward is torch.nn.Embedding.forward
-    if not (makes_products or is_table) or "forward" in vars(weight):
+    called = type(weight).__call__ is torch.nn.Module.__call__ and "forward" not in vars(weight)
+    if not (makes_products or is_table) or not called:
         raise TypeError(
             f"{name} must be an nn.Linear with nn.Linear's own forward, or a tied nn.Embedding, got {kind}: what its "
             f"forward does beside hidden @ weight.T + bias would be lost. If that is nothing, pass {kind}'s weight and "
             "bias as tensors"
         )
     own = getattr(weight, "bias", None)
+    extra = [item for item in weight._parameters if item not in ("weight", "bias")]
+    if extra:
+        raise TypeError(
+            f"{name} must be a module of a weight and a bias alone, got {kind} with the parameters {', '.join(extra)}, "
+            f"which would neither count nor learn: if they do nothing, pass {kind}'s weight and bias as tensors"
+        )
     if own is None:
         return found, bias
     if bias is not None:
@@ -718,6 +761,7 @@ def labels_like(value: Any, student: Tensor, columns: int, ignore_index: int) ->
 def labels_of(options: Any, value: Any, student: Tensor, columns: int) -> Optional[Tensor]:
     """As ``labels_like``, of an objective that may need them."""
     flat = labels_like(value, student, columns, options.ignore_index)
+    # This way round a graph with labels serves a weight of 0 too.
     if flat is None and options.ce_weight:
         raise ValueError("labels are required when ce_weight is not 0")
     return flat
@@ -852,6 +896,8 @@ def sum_dtype(student: Tensor) -> torch.dtype:
 def reads_values(value: Tensor) -> bool:
     """True if the values of a tensor may be read for a check."""
     if torch.compiler.is_compiling() or not symbols.has_values(value):
+        return False
+    if transforms.active() and transforms.stands_for_others(value):
         return False
     return value.device.type == "cpu" or os.environ.get("KDKERNELS_DEBUG") == "1"
 

@@ -155,8 +155,7 @@ def whole(
         logits = _logits(call, flat(hidden), weight, bias)
         if call.teacher_logits is not None:
             asked = slice(0, len(logits)) if rows is None else rows
-            columns, count = call.launch.options["vocab_size"], call.num_teachers
-            teachers = checks.teacher_chunks(call.teacher_logits(asked), len(logits), columns, count, logits.device)
+            teachers = _teacher_chunk(call, call.launch, asked, len(logits), logits.device)
         return run_reference(call.launch, logits, teachers)
 
 
@@ -255,12 +254,7 @@ def _logits_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tens
             targets.append(scratch.logits(f"teacher logits {k}", count, columns, teacher.logits_dtype))
             teacher.project(states[rows], targets[k])
         if call.teacher_logits is not None:
-            targets = checks.teacher_chunks(call.teacher_logits(rows), count, columns, call.num_teachers, device)
-            if call.teacher_probs:
-                labels = part.rows.labels
-                counted = None if labels is None else labels != part.options["ignore_index"]
-                for target in targets:
-                    checks.teacher_probs("teacher_logits(rows)", target, columns, counted)
+            targets = _teacher_chunk(call, part, rows, count, device)
         loss[rows], stats[rows] = _objective(part, logits, targets, any(needs))
         if any(needs):
             dh = head.backward(logits, h, wants_dhidden=needs[0], dweight=dweight, dbias=dbias, fp16_range=fp16_range)
@@ -272,6 +266,21 @@ def _logits_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tens
     if fp16_range.in_chunk:
         loss *= rest
     return _Sums(loss, stats, dhidden, dweight, dbias, rest, rest if fp16_range.in_chunk else None)
+
+
+def _teacher_chunk(call: Call, launch: Launch, rows: Rows, count: int, device: torch.device) -> list[Tensor]:
+    """What ``teacher_logits`` gives for ``count`` rows, whose launch this is."""
+    assert call.teacher_logits is not None
+    get, labels, weight = launch.options, launch.rows.labels, launch.rows.row_weight
+    targets = checks.teacher_chunks(call.teacher_logits(rows), count, get["vocab_size"], call.num_teachers, device)
+    if get["teacher_form"] == "probs" and get["kd_weight"]:
+        counted = None if labels is None else labels != get["ignore_index"]
+        if weight is not None:
+            counted = weight != 0 if counted is None else counted & (weight != 0)
+        for target in targets:
+            form = "probs" if call.teacher_probs else "unnormalized_probs"
+            checks.teacher_probs("teacher_logits(rows)", target, get["vocab_size"], counted, form)
+    return targets
 
 
 def _fp16_range(launch: Launch, loss: Tensor, head: Head) -> tuple[Optional[Fp16Range], Launch]:

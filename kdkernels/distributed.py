@@ -56,7 +56,15 @@ def of_all_ranks(loss: Callable[..., Any], student: Any, arguments: Mapping[str,
             local["normalizer"] = count if isinstance(count, Tensor) else max(count, 1)
         local["reduction"] = "sum"
 
-    result = loss(_to_local(student), **local)
+    shared = summed != everywhere and reduction != "none"
+    try:
+        result = loss(_to_local(student), **local)
+    except Exception:
+        if shared and not torch.compiler.is_compiling():
+            # An error in the values of this rank's rows alone: the other ranks wait for its sum, and get a NaN.
+            nothing = torch.full((), torch.nan, dtype=checks.sum_dtype(student), device=_to_local(student).device)
+            DTensor.from_local(nothing, mesh, summed).redistribute(placements=everywhere)
+        raise
     value, stats = result if isinstance(result, tuple) else (result, None)
 
     def of_rows(values: Tensor) -> Tensor:

@@ -238,6 +238,9 @@ class AlphaBeta(Divergence):
         return (self.alpha, self.beta)
 
     def canonical(self) -> Divergence:
+        if symbols.is_symbol(self.alpha) or symbols.is_symbol(self.beta):
+            # The limits are in the formula too, and one graph serves all values.
+            return self
         if (self.alpha, self.beta) == (1.0, 0.0):
             return ForwardKL()
         if (self.alpha, self.beta) == (0.0, 1.0):

@@ -268,7 +268,7 @@ def dense(
         tuple(None if item is None else item.detach() for item in biases),
         teacher_logits,
         count,
-        objective.teacher_form == "probs" and objective.kd_weight != 0,
+        objective.teacher_form == "probs",
     )
     return _result(objective, call, hidden, head, bias, KDStats)
 

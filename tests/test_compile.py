@@ -239,6 +239,20 @@ def test_one_graph_serves_all_values_of_the_numbers(name, dynamic):
     hold_compiled(loss, [(x, numbers(k)) for k in range(12)], dynamic)
 
 
+IN_SHARES = {
+    "alpha-beta": lambda x, a: kd.kd_loss(x["student"], x["teacher"], divergence=kd.AlphaBeta(a, 1 - a)),
+    "weights": lambda x, a: kd.kd_loss(x["student"], x["teacher"], x["labels"], kd_weight=a, ce_weight=1 - a),
+    "topk-weights": lambda x, a: kd.topk_kd_loss(
+        x["student"], x["ids"], x["logprobs"], x["labels"], kd_weight=a, ce_weight=1 - a
+    ),
+}
+
+
+@automatic_and_dynamic(IN_SHARES, ("alpha-beta", "weights"))
+def test_one_graph_serves_all_shares_0_and_1_among_them(name, dynamic):
+    hold_compiled(IN_SHARES[name], [(student_and_teacher(), a) for a in (0.3, 0.7, 0.0, 1.0, 0.2, 0.0, 1.0)], dynamic)
+
+
 @pytest.mark.parametrize("dynamic", DYNAMIC.values(), ids=DYNAMIC)
 def test_one_graph_serves_all_numbers_of_items_in_a_batch(dynamic):
     """``num_items_in_batch`` of trainers, an int."""

@@ -5,6 +5,7 @@ came of it; the tests read that.
 """
 
 import datetime
+import functools
 import json
 import os
 import subprocess
@@ -273,6 +274,38 @@ def check_logits_made_by_a_sharded_model():
 def refused(error, match, call):
     with pytest.raises(error, match=match):
         call()
+
+
+def check_an_error_of_one_rank_keeps_the_other_from_waiting():
+    """The values of its rows are a rank's own affair: it raises, and the sum that the other one waits for is NaN."""
+    t, on = tensors(), mesh()
+    student, teacher, labels = inputs(4)
+    labels[3] = 1000
+    leaf = placed(student, on, t.Shard(0), requires_grad=True)
+    p, y = placed(teacher, on, t.Shard(0)), placed(labels, on, t.Shard(0))
+    for backend in BACKENDS:
+        for reduction in ("mean", "sum", "batchmean"):
+            call = functools.partial(kd.kd_loss, leaf, p, y, ce_weight=1.0, reduction=reduction, backend=backend)
+            if dist.get_rank() == 1:
+                refused(ValueError, r"labels must be in \[0, 40\) .* got 1000", call)
+                continue
+            loss = call()
+            assert whole(loss).isnan()
+            loss.backward()
+            leaf.grad = None
+    # All are right again afterwards.
+    close(kd.kd_loss(leaf, p), kd.kd_loss(student, teacher))
+
+
+def check_a_sharded_vocabulary_is_refused_in_a_graph_too():
+    t, on = tensors(), mesh()
+    student, teacher, _ = inputs(4)
+    torch._dynamo.reset()
+    loss = torch.compile(kd.kd_loss, backend="aot_eager")
+    classes, rows = ([placed(x, on, t.Shard(dim)) for x in (student, teacher)] for dim in (1, 0))
+    cure = r"\[Shard\(dim=1\)\]: losses of a sharded vocabulary \(vocabulary-parallel\) are not there yet; pass student"
+    refused(ValueError, cure, lambda: loss(*classes))
+    close(loss(*rows), kd.kd_loss(student, teacher))
 
 
 def check_what_cannot_be_computed_is_refused_with_the_cure():

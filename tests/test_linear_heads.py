@@ -107,6 +107,24 @@ class Scaled(nn.Linear):
         return super().forward(x) * 0.25
 
 
+class ScaledCall(nn.Linear):
+    def __call__(self, x):
+        return super().__call__(x) * 0.25
+
+
+class ScaledElsewhere(nn.Linear):
+    """Of a model that multiplies by the scale after the head."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.logit_scale = nn.Parameter(torch.ones(()))
+
+
+class ScaledTable(nn.Embedding):
+    def forward(self, x):
+        return super().forward(x) * 0.25
+
+
 def replaced_forward():
     head = nn.Linear(D, V)
     head.forward = lambda x: F.linear(x, head.weight) * 2
@@ -221,6 +239,9 @@ class TestModules:
             (lambda: GPTQ(), "got GPTQ, whose weight is NoneType: pass the dequantised weight"),
             (lambda: Scaled(D, V), "an nn.Linear with nn.Linear's own forward, or .* got Scaled: what"),
             (replaced_forward, "an nn.Linear with nn.Linear's own forward"),
+            (lambda: ScaledCall(D, V), "an nn.Linear with nn.Linear's own forward, or .* got ScaledCall: what"),
+            (lambda: ScaledTable(V, D), "or a tied nn.Embedding, got ScaledTable: what"),
+            (lambda: ScaledElsewhere(D, V), r"alone, got ScaledElsewhere with the parameters logit_scale, which would"),
             (lambda: nn.Bilinear(D, D, V), "got Bilinear: what its forward does beside"),
             (lambda: hooked("register_forward_hook"), "without hooks, got Linear with forward_hooks, which would not"),
             (lambda: hooked("register_forward_pre_hook"), "got Linear with forward_pre_hooks"),

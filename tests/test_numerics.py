@@ -235,7 +235,7 @@ def test_cross_entropy_with_a_common_offset(offset, backend):
     assert alike.abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("offset", [0.0, 100.0, 1e4])
+@pytest.mark.parametrize("offset", [0.0, 100.0, 1e4, 1e5, 1e6])
 def test_standardised_logits_with_an_offset(offset, backend):
     s, t = (x.float() for x in testing.make_inputs("normal", 4, 300, torch.float64))
     s, t = s + offset, t + offset
@@ -243,6 +243,136 @@ def test_standardised_logits_with_an_offset(offset, backend):
     truth, true_grad = by_the_book(s, t, standardize=True, temperature=2.0)
     torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=0)
     assert ((grad - true_grad).norm(dim=-1) / true_grad.norm(dim=-1)).max() < 2e-6
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e5, 1e12, 1e30, 5e37])
+def test_standardised_logits_of_any_size_in_plain_pytorch(factor):
+    """A factor is taken out again: neither squares nor sums may pass the largest number."""
+    s, t = (x.float() for x in testing.make_inputs("normal", 4, 300, torch.float64))
+    s, t = s / 8 * factor, t / 8 * factor
+    loss, grad = rows(s, t, "torch", standardize=True, temperature=2.0)
+    truth, true_grad = by_the_book(s, t, standardize=True, temperature=2.0)
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=0)
+    # A gradient by such logits may be under the smallest number.
+    assert (((grad - true_grad).norm(dim=-1) - 1e-43).clamp(min=0) / true_grad.norm(dim=-1)).max() < 2e-6
+
+
+@pytest.mark.parametrize("temperature", [0.25, 1.0, 3.0])
+def test_the_largest_logits_at_any_temperature(temperature, backend):
+    """Differences come first: a quotient by a small temperature would be infinite."""
+    line = torch.tensor([[1.0, 1.0, 0.75, 0.5, 0.25, -0.01]]) * 3.3e38
+    other = torch.tensor([[1.0, 1.0, 0.5, 0.75, 0.0, -0.1]]) * 3e38
+    for s, t in ((line, other), (-line, -other)):
+        for divergence in ("forward_kl", "jsd", "reverse_kl", "skew_kl"):
+            options = {"divergence": divergence, "temperature": temperature, "scale_by_t_squared": False}
+            loss, grad = rows(s, t, backend, **options)
+            truth, true_grad = by_the_book(s, t, **options)
+            torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(grad.double(), true_grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
+def test_cross_entropy_of_the_largest_logits(smoothing, backend):
+    """It is finite where its value is, though a difference of two logits may not be."""
+    s = torch.tensor([[0.0, 1.0, -1.0, 0.5, 0.25] * 8]) * 3e38
+    s[0, 7] = 2e38
+    for label in (1, 3):
+        options = {"labels": torch.tensor([label]), "kd_weight": 0.0, "ce_weight": 1.0, "label_smoothing": smoothing}
+        loss, grad = rows(s, s, backend, **options)
+        labels = options.pop("labels")
+        x = s.double().requires_grad_()
+        truth = torch.nn.functional.cross_entropy(x, labels, label_smoothing=smoothing, reduction="none")
+        assert 0 < truth.item() < 3.4e38 or (label, smoothing) == (1, 0.0)
+        torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=10.0)
+        torch.testing.assert_close(grad.double(), torch.autograd.grad(truth, x)[0], rtol=1e-5, atol=1e-6)
+
+
+def sure_rows(kind, ahead, student, rows=16, columns=400):
+    """Rows whose first token, or first two alike, stand far above the rest, and a student that knows or does not."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(scale):
+        return scale * torch.randn(rows, columns, generator=generator)
+
+    at = torch.arange(rows)
+    t, first = noise(1.0), at * 37 % columns
+    t[at, first] += ahead
+    if kind == "two":
+        t[at, first - 11] = t[at, first]
+    if student in ("flat", "other"):
+        s = noise(1.0)
+        if student == "other":
+            s[at, first - 5] += ahead
+            s[at, first - 6] = s[at, first - 5] if kind == "two" else s[at, first - 6]
+        return s, t
+    return t + noise({"equal": 0.0, "nearly": 1e-4, "near": 0.01, "off": 0.1}[student]), t
+
+
+@pytest.mark.parametrize("name", kd.divergences.names())
+@pytest.mark.parametrize("kind", ["one", "two"])
+@pytest.mark.parametrize("ahead", [20.0, 40.0])
+def test_sure_rows_and_ties_in_plain_pytorch(ahead, kind, name):
+    """Never negative, and no worse than the textbook."""
+    divergence = kd.divergences.resolve(name)
+    for student in ("equal", "nearly", "near", "off", "flat", "other"):
+        s, t = sure_rows(kind, ahead, student)
+        cell = numerics.Cell(divergence, kind, 1.0, 1.0, s.shape[1])
+
+        def run(loss_of, x):
+            x = x.clone().requires_grad_()
+            loss = loss_of(x)
+            return loss.detach().double(), torch.autograd.grad(loss.sum(), x)[0].double()
+
+        truth, true_grad = run(lambda x, c=cell, t=t: numerics.true_rows(c, x, t.double(), None), s.double())
+        top = s.argmax(-1, keepdim=True)
+        true_grad.scatter_(-1, top, 0.0).scatter_(-1, top, -true_grad.sum(-1, keepdim=True))
+        eager = run(lambda x, t=t: testing.textbook_loss(x, t, reduction="none", divergence=divergence), s)
+        loss, grad = run(lambda x, t=t: kd.kd_loss(x, t, reduction="none", divergence=divergence, backend="torch"), s)
+        ulp = 2 * torch.finfo(torch.float32).eps
+        assert (loss >= 0).all(), (student, loss)
+        allowed = 2 * (eager[0] - truth).abs().max() + ulp * truth.abs().max()
+        assert (loss - truth).abs().max() <= allowed, student
+        # Two probabilities of exactly a half cancel without rounding in the textbook, and only these: half an ulp of 1.
+        allowed = 2 * (eager[1] - true_grad).norm(dim=-1).max() + ulp * true_grad.norm(dim=-1).max() + ulp / 4
+        assert (grad - true_grad).norm(dim=-1).max() <= allowed, student
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(-1.0, 2.0), (2.0, -1.0), (-0.5, 1.0), (1.0, -0.5), (0.2, 0.7)], ids=str)
+def test_alpha_beta_of_rows_far_apart(alpha, beta, backend):
+    """Scores of 1e27 stand beside a gradient of 1e5, in ``g - q sum(g)`` of the token that has all the probability."""
+    s, t = testing.make_inputs("peaked", 4, 50, torch.float32)
+    divergence = kd.AlphaBeta(alpha, beta)
+
+    def run(loss_of, dtype):
+        x, y = (item.to(dtype).requires_grad_() for item in (s, t))
+        loss = loss_of(x, y)
+        return [item.double() for item in (loss.detach(), *torch.autograd.grad(loss.sum(), (x, y)))]
+
+    cell = numerics.Cell(divergence, "peaked", 1.0, 1.0, s.shape[1])
+    truth, *grads = run(lambda x, y: numerics.true_rows(cell, x, y, None), torch.float64)
+    loss, *found = run(
+        lambda x, y: kd.kd_loss(x, y, reduction="none", divergence=divergence, backend=backend), torch.float32
+    )
+    torch.testing.assert_close(loss, truth, rtol=1e-5, atol=0)
+    for got, exact, logits in zip(found, grads, (s, t), strict=True):
+        # A gradient adds up to 0.
+        top = logits.argmax(-1, keepdim=True)
+        exact.scatter_(-1, top, 0.0).scatter_(-1, top, -exact.sum(-1, keepdim=True))
+        off = (got - exact).norm(dim=-1)
+        assert (off <= 1e-4 * exact.norm(dim=-1) + 1e-6).all(), (off, exact.norm(dim=-1))
+
+
+def test_derivatives_of_a_sure_row_of_alpha_beta_in_plain_pytorch():
+    """First and second ones, of a student that is sure and one that is not, by both models."""
+    for s, t in (([5.0, 0.3, -0.2, 0.1], [0.2, 4.0, 0.1, -0.5]), ([0.1, 0.2, 0.3, 0.0], [0.0, 0.5, 0.2, 5.0])):
+        inputs = [torch.tensor([x], dtype=torch.float64, requires_grad=True) for x in (s, t)]
+        for alpha, beta in ((-1.0, 2.0), (2.0, -1.0), (0.2, 0.7)):
+
+            def loss(x, y, divergence=kd.AlphaBeta(alpha, beta)):  # noqa: B008
+                return kd.kd_loss(x, y, divergence=divergence, backend="torch")
+
+            assert torch.autograd.gradcheck(loss, inputs, check_forward_ad=True)
+            assert torch.autograd.gradgradcheck(loss, inputs)
 
 
 def test_standardised_logits_use_the_deviation_of_torch_std(backend):
@@ -267,5 +397,53 @@ def test_probabilities_are_rows_that_add_up_to_1(dtype, backend):
         rows(student, probs * 2, backend, teacher_form="probs")
     # Of a row that is left out, or of a divergence that is, nothing is asked.
     labels = torch.tensor([1, 2, -100, 3])
-    probs[2] = 0
-    assert torch.isfinite(rows(student, probs, backend, teacher_form="probs", labels=labels)[0]).all()
+    for value in (0.0, -1.0, torch.nan):
+        probs[2] = value
+        for form in ("probs", "unnormalized_probs"):
+            assert torch.isfinite(rows(student, probs, backend, teacher_form=form, labels=labels)[0]).all()
+
+
+@pytest.mark.parametrize("form", ["probs", "unnormalized_probs"])
+@pytest.mark.parametrize("call", ["kd_loss", "mixture", "linear_kd_loss"])
+def test_probabilities_are_neither_negative_nor_nan(call, form, backend):
+    """They were a NaN loss."""
+    good = torch.tensor([[0.5, 0.25, 0.25]] * 3)
+    padded = torch.cat([good, torch.full((3, 1), torch.nan)], -1)
+
+    def loss(probs, **options):
+        options |= {"teacher_form": form, "vocab_size": 3, "backend": backend}
+        if call == "linear_kd_loss":
+            hidden, head = torch.ones(3, 2), torch.ones(4, 2)
+            return kd.linear_kd_loss(hidden, head, teacher_logits=lambda rows: probs[rows], **options)
+        return kd.kd_loss(torch.ones(3, 4), [padded, probs] if call == "mixture" else probs, **options)
+
+    name = {"kd_loss": "teacher", "mixture": r"teacher\[1\]", "linear_kd_loss": r"teacher_logits\(rows\)"}[call]
+    assert torch.isfinite(loss(padded))
+    for value, shown in ((-0.25, "-0.25"), (torch.nan, "nan"), (-torch.inf, "-inf")):
+        bad = padded.clone()
+        bad[1, 1] = value
+        bad[1, 0] = 1.0
+        message = f"{name} must hold probabilities, none negative or NaN, for teacher_form='{form}', got {shown}"
+        with pytest.raises(ValueError, match=message):
+            loss(bad)
+        assert torch.isfinite(loss(bad, labels=torch.tensor([0, -100, 0])))
+        loss(bad, row_weight=torch.tensor([1.0, 0.0, 1.0]))
+    for value, shown in ((0.0, "0"), (torch.inf, "inf")):
+        bad = padded.clone()
+        bad[1] = value
+        wanted = "add up to 1" if form == "probs" else "hold a finite weight above 0 in every row"
+        with pytest.raises(ValueError, match=f"{name} must .*{wanted}.*, got a .* of {shown}"):
+            loss(bad)
+
+
+def test_probabilities_of_a_batch_of_calls_are_not_read():
+    """In ``torch.func.vmap`` a tensor stands for others."""
+    s, t = torch.randn(3, 4, 10), torch.rand(3, 4, 10)
+    t = t / t.sum(-1, keepdim=True)
+    for form in ("probs", "unnormalized_probs"):
+
+        def loss(x, y, form=form):
+            return kd.kd_loss(x, y, teacher_form=form, backend="torch")
+
+        expected = torch.stack([loss(x, y) for x, y in zip(s, t, strict=True)])
+        torch.testing.assert_close(torch.func.vmap(loss)(s, t), expected)

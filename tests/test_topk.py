@@ -1095,7 +1095,7 @@ def of_kind(kind, rows=6, columns=400, k=12):
 
 
 KINDS = ("offset 1e3", "offset 1e5", "sure 20", "sure 40", "scale 0.1", "scale 30")
-LARGE = ("up to 1e9", "up to 1e12", "up to 1e30", "up to 1e38")
+LARGE = ("up to 1e9", "up to 1e12", "up to 1e30", "up to 1.7e38")
 BESIDE_EAGER = [
     case for case in CASES if case.values[1] in ("forward_kl", "jsd", "tvd", "skew_kl", "skew_reverse_kl", "ab_b<0")
 ]

@@ -1077,6 +1077,11 @@ double sum_of_logits(const X* s, int64_t n, double reference = 0) {
     total += horizontal_sum<C>((sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
   for (; j < n; ++j) total += double(to_compute(s[j])) - double(centre);
+  if (!std::isfinite(total)) {
+    // In double the largest logits have a sum too.
+    total = 0;
+    for (j = 0; j < n; ++j) total += double(to_compute(s[j])) - double(centre);
+  }
   return total + double(n) * (double(centre) - reference);
 }
 

@@ -345,6 +345,28 @@ void evaluate_outside(const Row<X>& row, Evaluate<typename Io<X>::C> function, c
   score = sum_of(xs, slots);
 }
 
+// The values outside the entries, in double: of a row with logits that are too far apart for C.
+template <class X>
+double values_outside(const X* s, int64_t n, Evaluate<double> function, const Linear& linear, double x0, double x1,
+                      double p, double logp, const Affine<typename Io<X>::C>& a, double log_z, const Entries& entries) {
+  constexpr int64_t piece = 512;
+  alignas(64) double q[piece], logq[piece] = {}, value[piece], score[piece];
+  const double scale = kLn2 * double(a.c), m = double(a.m), shift = kLn2 * double(a.r) + log_z;
+  double total = 0;
+  for (int64_t begin = 0; begin < n; begin += piece) {
+    const int64_t count = std::min(piece, n - begin);
+    for (int64_t j = 0; j < count; ++j) logq[j] = (double(to_compute(s[begin + j])) - m) * scale - shift;
+    Entries::exponentials(logq, q, count);
+    function(linear, x0, x1, &p, &logp, 0, q, logq, value, score, count);
+    for (int64_t k = 0; k < entries.count; ++k) {
+      const int64_t at = entries.ids[size_t(k)] - begin;
+      if (at >= 0 && at < count) value[at] = 0;
+    }
+    total += sum_of_doubles(value, count);
+  }
+  return total;
+}
+
 // The fraction of a row's K' entries whose logit is at least the K'-th largest. No logit is NaN.
 template <class X>
 double overlap(const X* s, int64_t n, const Entries& entries) {
@@ -422,13 +444,13 @@ RowResult SparseRows<X>::add(const RowNumbers& num, int64_t index, const X* s, i
   // its gradient there is a constant and a multiple of q, and its value takes the sum of the logits.
   const bool uniform = outcomes_outside > 0 && tail == Tail::kUniform;
   const Linear& linear = divergence.coefficients;
-  bool summed = uniform && count <= outcomes_outside && linear.c_pq != 0 && linear.c_qp == 0 && linear.c_qq == 0;
-  bool pointwise = (uniform && !summed) || (outcomes_outside > 0 && no_teacher && is_alpha_beta);
+  const bool summed = uniform && count <= outcomes_outside && linear.c_pq != 0 && linear.c_qp == 0 && linear.c_qq == 0;
+  const bool pointwise = (uniform && !summed) || (outcomes_outside > 0 && no_teacher && is_alpha_beta);
 
   Row<X> row(s, s, n, head_elements(out, aligned));
   prefetch_edges(row, out);
   const int64_t slots = row.slots(), head_slots = row.head > 0 ? Row<X>::kBlock : 0;
-  C *const es = es_of_body - head_slots, *const xs = pointwise || summed ? scratch.get(kEt, slots) : es;
+  C *const es = es_of_body - head_slots, *const xs = pointwise ? scratch.get(kEt, slots) : es;
   C* const e1 = own ? scratch.get(kE1, n + 2 * Row<X>::kBlock) + Row<X>::kBlock - head_slots : es;
 
   const bool swept = !restricted || wants_ce;
@@ -467,12 +489,6 @@ RowResult SparseRows<X>::add(const RowNumbers& num, int64_t index, const X* s, i
     const double reference = as.logit();
     above_outside = sum_of_logits(s, n, reference);
     for (int64_t k = 0; k < count; ++k) above_outside -= double(to_compute(s[entries.ids[size_t(k)]])) - reference;
-    if (!std::isfinite(above_outside)) {
-      // Those outside may be finite all the same.
-      summed = false;
-      pointwise = true;
-      sweep(true);
-    }
   }
 
   // The label: its exponential at temperature 1 in double, and that of all others, which cross entropy of a sure row
@@ -567,6 +583,11 @@ RowResult SparseRows<X>::add(const RowNumbers& num, int64_t index, const X* s, i
   d = sum_of_doubles(value, outcomes);
   score_sum = sum_of_doubles(score, outcomes);
   if (outcomes > count) score_outside = score[count];
+  const auto values_in_double = [&](bool none) {
+    return values_outside(s, n, none ? evaluate<AlphaBetaNoTeacher, double> : divergence.f64, linear, num.param0,
+                          args.param1, none ? 0.0 : outside.each,
+                          none ? -std::numeric_limits<double>::infinity() : outside.log_each, as, log_z, entries);
+  };
   if (pointwise) {
     C* values = scratch.get(kOtherRow, slots);
     double value_outside = 0;
@@ -575,12 +596,17 @@ RowResult SparseRows<X>::add(const RowNumbers& num, int64_t index, const X* s, i
     evaluate_outside(row, function, divergence.coefficients, num.param0, args.param1, no_teacher ? 0.0 : outside.each,
                      no_teacher ? -std::numeric_limits<double>::infinity() : outside.log_each, iq, log_z, entries, es,
                      xs, values, value_outside, score_outside);
+    if (!std::isfinite(value_outside)) value_outside = values_in_double(no_teacher);
     d += value_outside;
     score_sum += score_outside;
   } else if (summed && outside.each > 0) {
     const double others = double(outcomes_outside);
-    const double log_q_sum = kLn2 * double(as.c) * above_outside - others * log_z;
-    d += outside.each * (linear.c_pp * others * outside.log_each + linear.c_pq * log_q_sum);
+    if (std::isfinite(above_outside)) {
+      const double log_q_sum = kLn2 * double(as.c) * above_outside - others * log_z;
+      d += outside.each * (linear.c_pp * others * outside.log_each + linear.c_pq * log_q_sum);
+    } else {
+      d += values_in_double(false);
+    }
     score_outside = others * linear.c_pq * outside.each;
     score_sum += score_outside;
   } else if (no_teacher && outcomes_outside > 0) {

@@ -263,18 +263,16 @@ def evaluate_outside(
         for j in range(tiles):
             tile = tiles - 1 - j
             offs_v = first + tile * BLOCK_V + offs_tile
-            q, log2q = softmax(load_logits(student_ptr, offs_v, V, load_width, softcap, False), norm)
+            s = load_logits(student_ptr, offs_v, V, load_width, softcap, False)
+            # Not by log2 q, which ends before the difference of two logits does.
+            logq = (s - norm[0]) * (norm[1] * LN2) - norm[2] * LN2
             outside = (offs_v < V) & (marked(word, tile, TILE) == 0)
             tile_p = tl.where(outside, p, 0.0)
-            tile_log2p = tl.where(outside, log2p, NEG_INF)
-            q = tl.where(outside, q, 0.0)
-            log2q = tl.where(outside, log2q, NEG_INF)
-            lane_value += fold_sum(
-                value_of(tile_p, tile_log2p * LN2, q, log2q * LN2, param0, param1, COEFFICIENTS, VALUE, False)
-            )
-            lane_score += fold_sum(
-                score_of(tile_p, tile_log2p * LN2, q, log2q * LN2, param0, param1, COEFFICIENTS, SCORE, False)
-            )
+            logp = tl.where(outside, log2p, NEG_INF) * LN2
+            q = tl.where(outside, softmax(s, norm)[0], 0.0)
+            logq = tl.where(outside, logq, NEG_INF)
+            lane_value += fold_sum(value_of(tile_p, logp, q, logq, param0, param1, COEFFICIENTS, VALUE, False))
+            lane_score += fold_sum(score_of(tile_p, logp, q, logq, param0, param1, COEFFICIENTS, SCORE, False))
     return tl.sum(lane_value, axis=0), tl.sum(lane_score, axis=0)
 
 

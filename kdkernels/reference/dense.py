@@ -36,9 +36,41 @@ def apply_softcap(logits: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
+def highest(logits: Tensor) -> Tensor:
+    return logits.detach().amax(-1, keepdim=True)
+
+
+def half_less(logits: Tensor, common: Tensor) -> Tensor:
+    """Half of what logits are less a number that their row has in common: the whole may pass the largest number."""
+    return logits / 2 - common / 2
+
+
+def log_softmax(logits: Tensor, temperature: Temperature = 1.0, *, steep: bool = False) -> Tensor:
+    """Of ``logits / temperature``.
+
+    A large common part is taken off before anything is rounded: a multiple of 64, whose difference is exact.
+
+    For a divergence whose gradient is ``steep`` a probability above 3/4 is 1 less all others: in ``g - q sum(g)`` these
+    would be lost beside it.
+    """
+    common = (highest(logits) / 64).trunc() * 64
+    log_probs = torch.log_softmax((logits - common) / temperature, -1)
+    if not steep:
+        return log_probs
+    top = log_probs.detach().argmax(-1, keepdim=True)
+    others = log_probs.scatter(-1, top, -torch.inf).exp().sum(-1, keepdim=True)
+    sure = others < 0.25
+    of_top = torch.where(sure, torch.log1p(-torch.where(sure, others, 0.0)), log_probs.gather(-1, top))
+    return log_probs.scatter(-1, top, of_top)
+
+
 def _standardized(logits: Tensor) -> Tensor:
     """Less their mean, over their deviation as ``torch.std`` has it: of V - 1 degrees of freedom."""
-    centred = logits - logits.mean(-1, keepdim=True)
+    below = half_less(logits, highest(logits))
+    # Neither a common offset nor a common factor changes them.
+    extent = -below.detach().amin(-1, keepdim=True)
+    below = below / torch.where(extent == 0, torch.ones_like(extent), extent)
+    centred = below - below.mean(-1, keepdim=True)
     variance = centred.square().sum(-1, keepdim=True) / max(logits.shape[-1] - 1, 1)
     return centred / torch.where(variance > 0, variance, torch.ones_like(variance)).sqrt()
 
@@ -52,20 +84,22 @@ def _teacher_log_probs(
     form: str,
     softcap: float,
     standardize: bool,
+    steep: bool,
 ) -> Tensor:
     logits = [teacher.log() if form == "probs" else apply_softcap(teacher, softcap) for teacher in teachers]
     if standardize:
         logits = [_standardized(item) for item in logits]
     if weights is None:
-        return torch.log_softmax(logits[0] / temperature, -1)
+        return log_softmax(logits[0], temperature, steep=steep)
     columns = [weights[:, k : k + 1].to(logits[0].dtype) for k in range(len(logits))]
     if mixture == "logits":
+        logits = [half_less(item, highest(item)) for item in logits]
         mixed = sum(
             torch.where(w != 0, w * item, torch.zeros_like(item)) for w, item in zip(columns, logits, strict=True)
         )
         assert isinstance(mixed, Tensor)
-        return torch.log_softmax(mixed / temperature, -1)
-    terms = [w.log() + torch.log_softmax(item / temperature, -1) for w, item in zip(columns, logits, strict=True)]
+        return log_softmax(mixed, temperature / 2)
+    terms = [w.log() + log_softmax(item, temperature) for w, item in zip(columns, logits, strict=True)]
     return torch.logsumexp(torch.stack(terms), 0)
 
 
@@ -73,12 +107,13 @@ def cross_entropy(logits: Tensor, labels: Tensor, counted: Tensor, label_smoothi
     """Cross entropy of each row ``[N]``; NaN for a label out of range in a row that counts."""
     columns = logits.shape[-1]
     inside = (labels >= 0) & (labels < columns)
-    # Not logsumexp less the logit: of logits of 1e4 that would leave three digits, in the gradient too.
-    log_probs = torch.log_softmax(logits, -1)
-    picked = log_probs.gather(1, labels.clamp(0, columns - 1)[:, None]).squeeze(1)
+    # All relative to the largest logit: of logits of 1e4 a logsumexp less one of them would leave three digits.
+    below = half_less(logits, highest(logits))
+    picked = below.gather(1, labels.clamp(0, columns - 1)[:, None]).squeeze(1)
     picked = torch.where(inside | ~counted, picked, torch.full_like(picked, float("nan")))
-    ce = (label_smoothing - 1) * picked
-    return ce - label_smoothing * log_probs.mean(-1) if label_smoothing else ce
+    log_z = (2 * below).exp().sum(-1).log()
+    ce = log_z - 2 * (1 - label_smoothing) * picked
+    return ce - (below * (2 * label_smoothing / columns)).sum(-1) if label_smoothing else ce
 
 
 def dense_rows(
@@ -126,7 +161,8 @@ def dense_rows(
 
     capped = apply_softcap(s, student_softcap)
     tempered = _standardized(capped) if standardize else capped
-    logq = torch.log_softmax(tempered / column(temperature), -1)
+    steep = divergence == "alpha_beta"
+    logq = log_softmax(tempered, column(temperature), steep=steep)
     logp = _teacher_log_probs(
         ts,
         mixture_weights,
@@ -135,6 +171,7 @@ def dense_rows(
         form=teacher_form,
         softcap=teacher_softcap,
         standardize=standardize,
+        steep=steep,
     )
 
     # A loss without any term is 0, and so is its gradient, which is there.
@@ -142,6 +179,9 @@ def dense_rows(
     if kd_weight:
         scale = squared(temperature) if scale_by_t_squared else 1.0
         d = divergences.TABLE[divergence](logp, logq, column(params[0]), params[1])
+        if divergence in divergences.BUILT_IN:
+            # Of two distributions none is negative: that is rounding, and has no gradient of its own.
+            d = d - d.detach().clamp(max=0)
         # The derivative of a NaN need not be NaN (that of abs is 0): the gradient must show what the loss shows.
         d = d * torch.where(torch.isnan(d), d.detach(), torch.ones_like(d))
         loss = kd_weight * scale * d
@@ -195,12 +235,9 @@ def dkd_rows(
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     columns = min(vocab_size or student.shape[-1], student.shape[-1], teacher.shape[-1])
     counted = labels != ignore_index
-    s = torch.where(counted[:, None], student[:, :columns].to(dtype), torch.zeros((), dtype=dtype)) / temperature
-    t = (
-        torch.where(counted[:, None], teacher[:, :columns].to(dtype), torch.zeros((), dtype=dtype))
-        / teacher_temperature
-    )
-    logq, logp = torch.log_softmax(s, -1), torch.log_softmax(t, -1)
+    s = torch.where(counted[:, None], student[:, :columns].to(dtype), torch.zeros((), dtype=dtype))
+    t = torch.where(counted[:, None], teacher[:, :columns].to(dtype), torch.zeros((), dtype=dtype))
+    logq, logp = log_softmax(s, temperature), log_softmax(t, teacher_temperature)
     target = torch.zeros_like(s, dtype=torch.bool).scatter_(1, labels.clamp(0, max(columns - 1, 0))[:, None], True)
     minus_inf = torch.full_like(s, float("-inf"))
 
@@ -209,8 +246,8 @@ def dkd_rows(
         return torch.stack([log_probs.masked_fill(~target, 0.0).sum(-1), rest], -1)
 
     tckd = divergences.TABLE["forward_kl"](binary(logp), binary(logq), 0, 0)
-    hat_q = torch.log_softmax(torch.where(target, minus_inf, s), -1) if columns > 1 else torch.zeros_like(s)
-    hat_p = torch.log_softmax(torch.where(target, minus_inf, t), -1) if columns > 1 else torch.zeros_like(s)
+    hat_q = log_softmax(torch.where(target, minus_inf, s), temperature) if columns > 1 else torch.zeros_like(s)
+    hat_p = log_softmax(torch.where(target, minus_inf, t), teacher_temperature) if columns > 1 else torch.zeros_like(s)
     nckd = divergences.TABLE["forward_kl"](hat_p, hat_q, 0, 0)
     scale = temperature**2 if scale_by_t_squared else 1.0
     loss = scale * (alpha * tckd + beta * nckd)

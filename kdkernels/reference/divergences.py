@@ -110,7 +110,9 @@ def _alpha_beta(logp: Tensor, logq: Tensor, alpha: Param, beta: Param) -> Tensor
 
 
 def _jeffreys(logp: Tensor, logq: Tensor, _0: Param, _1: Param) -> Tensor:
-    return _forward_kl(logp, logq, 0, 0) + _reverse_kl(logp, logq, 0, 0)
+    # One difference for both: p and q, its factors in the gradient, meet before anything else is added.
+    difference = logp - logq
+    return (weighted(logp.exp(), difference) - weighted(logq.exp(), difference)).sum(-1)
 
 
 def _soft_ce(logp: Tensor, logq: Tensor, _0: Param, _1: Param) -> Tensor:
@@ -133,3 +135,6 @@ TABLE: dict[str, Rows] = {
     "soft_ce": _soft_ce,
     "dual_soft_ce": _dual_soft_ce,
 }
+
+# A divergence that is registered later may be negative.
+BUILT_IN = frozenset(TABLE)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdkernels.divergences import Divergence, by_name
 from kdkernels.reference import divergences
-from kdkernels.reference.dense import Temperature, apply_softcap, column, cross_entropy, squared
+from kdkernels.reference.dense import Temperature, apply_softcap, column, cross_entropy, log_softmax, squared
 
 # Collators and servers put -inf, -1e9 or -9999 where they have no log-probability; no teacher gives as little.
 NO_ENTRY = -9000.0
@@ -189,7 +189,7 @@ def topk_rows(
     s = torch.where(counted[:, None], s, 0.0)
     ids = torch.where(counted[:, None], ids, -1)
     capped = apply_softcap(s, student_softcap)
-    logq = torch.log_softmax(capped / column(temperature), -1)
+    logq = log_softmax(capped, column(temperature), steep=divergence == "alpha_beta")
 
     spoilt = out_of_range(ids, logprobs, columns)
     # The teacher is small: fp64 keeps the tail of a teacher that is nearly sure.

@@ -559,8 +559,11 @@ struct TopkRow {
 #pragma unroll
       for (int l = 1; l < kL; ++l) mine = l == lane ? x[l] : mine;
       const float y = exponent(mine);
-      visit(lane, eval<float>(launch.coefficients, functor, x0, x1, n.p_each, n.log_p_each, exp2_fast(y) * n.share,
-                              fmaf(y, float(kLn2), n.log_share)));
+      // In base 2 the difference of two of the largest logits would be infinite.
+      const float log_q =
+          exponent.fused ? fmaf(y, float(kLn2), n.log_share) : fmaf(mine - n.outside.high, float(n.nats), n.log_share);
+      visit(lane,
+            eval<float>(launch.coefficients, functor, x0, x1, n.p_each, n.log_p_each, exp2_fast(y) * n.share, log_q));
     }
   }
 

@@ -181,16 +181,33 @@ def test_whole_objective(tail):
     check(s, ids, logprobs, labels, **options)
 
 
-@pytest.mark.parametrize("kind", ["offset 1e5", "sure 20", "scale 0.1", "up to 1e9", "up to 1e38"])
+@pytest.mark.parametrize("kind", ["offset 1e5", "sure 20", "scale 0.1", "up to 1e9", "up to 1.7e38"])
 @pytest.mark.parametrize(
-    "tail,name", [("bucket", "forward_kl"), ("bucket", "jeffreys"), ("uniform", "jsd"), ("renormalize_both", "tvd")]
+    "tail,name",
+    [
+        ("bucket", "forward_kl"),
+        ("bucket", "jeffreys"),
+        ("uniform", "jeffreys"),
+        ("uniform", "jsd"),
+        ("renormalize_both", "tvd"),
+    ],
 )
 def test_shifted_sure_near_and_large_rows_are_no_worse_than_eager(tail, name, kind):
     s, ids, logprobs, labels = of_kind(kind, rows=3, columns=300)
     no_worse_than_eager(s, ids, logprobs, backend="triton", tail=tail, divergence=name)
-    options = {"kd_weight": 0.0, "ce_weight": 1.0, "label_smoothing": 0.0 if kind == "up to 1e38" else 0.1}
+    options = {"kd_weight": 0.0, "ce_weight": 1.0, "label_smoothing": 0.0 if kind == "up to 1.7e38" else 0.1}
     options |= {"temperature": 2.0, "teacher_temperature": 1.0} if name == "tvd" else {}
     no_worse_than_eager(s, ids, logprobs, labels, backend="triton", tail=tail, divergence=name, **options)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "jeffreys", "soft_ce"])
+def test_a_uniform_tail_of_the_largest_logits(name):
+    """In base 2 the difference of two of them is infinite."""
+    s, ids, logprobs, _ = of_kind("up to 1.7e38", rows=3, columns=300)
+    divergence = kd.divergences.resolve(name)
+    loss = kd.topk_kd_loss(s, ids, logprobs, tail="uniform", divergence=divergence, reduction="none", backend="triton")
+    truth = test_topk.oracle(s.double(), ids, logprobs, tail="uniform", divergence=divergence)
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
 
 
 def test_cross_entropy_is_relative_to_the_maximum():
