@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Optional
 import triton
 import triton.language as tl
 
-from kdkernels.kernels.rows import LN2, LOG2E, LOWEST, TINY, fast_exp2, fast_log, fast_log2, fast_reciprocal, mul0
+from kdkernels.kernels.rows import LN2, LOG2E, LOWEST, TINY, fast_log, fast_log2, fast_reciprocal, mul0
 
 Coefficients = tuple[float, float, float, float]
 
@@ -253,13 +253,13 @@ def _powers(a, logp, b, logq):
     """p^a q^b in one exponential, of two probabilities given by their logarithms; x^0 = 1 also at 0."""
     logp = tl.maximum(logp, LOWEST, propagate_nan=tl.PropagateNan.ALL)
     logq = tl.maximum(logq, LOWEST, propagate_nan=tl.PropagateNan.ALL)
-    return fast_exp2(tl.fma(logp, a * LOG2E, logq * (b * LOG2E)))
+    return tl.exp2(tl.fma(logp, a * LOG2E, logq * (b * LOG2E)))
 
 
 @triton.jit
 def _power(a, logp):
     """p^a."""
-    return fast_exp2(tl.maximum(logp, LOWEST, propagate_nan=tl.PropagateNan.ALL) * (a * LOG2E))
+    return tl.exp2(tl.maximum(logp, LOWEST, propagate_nan=tl.PropagateNan.ALL) * (a * LOG2E))
 
 
 @triton.jit
