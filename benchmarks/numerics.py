@@ -268,7 +268,7 @@ own exponential, logarithm and reciprocal add an ulp or two. Two kinds of rows s
   between near models at scale 30 and T = 0.5 one row in ten has four times the bar or more, at errors of 1e-6.
   Keeping the rest of the exponent takes two instructions an exponential, 10 to 20 % of a kernel.
 - The gradient of JSD and of skewed reverse KL is q times what two equal constants leave of each other where the models
-  hardly overlap: some ulp of q, as in eager, and less than 1e-7. The CPU computes such rows in double.
+  hardly overlap: some ulp of q, as in eager, up to 1e-7. The CPU computes such rows in double.
 """
 
 

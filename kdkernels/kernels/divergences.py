@@ -221,8 +221,8 @@ def _skew_kl_full_score(p, logp, q, logq, alpha, offset):
 
 @triton.jit
 def _skew_kl_offset(z_t, z_s, overlap):
-    """1 for equal rows, and where few tokens have most of both: the score is nearly a multiple of q there. Where p and q
-    do not overlap it is nothing as it is."""
+    """1 for equal rows, and where few tokens have most of both: the score is nearly a multiple of q there. Where p and
+    q do not overlap it is nothing as it is."""
     return tl.where((overlap > 0.25) & ((z_t == z_s) | ((z_t < 4.0) & (z_s < 4.0))), 1.0, 0.0)
 
 

@@ -71,7 +71,7 @@ def rms(x):
 
 
 def pair_of(kind, scale, N=3, V=2000):
-    """Student and teacher of logits so large: independent ("apart"), 1 % apart ("near"), with masses that hardly overlap
+    """Student and teacher of logits so large: independent ("apart"), 1 % apart ("near"), of masses that hardly overlap
     ("disjoint"); or alike, with one token so far ahead ("lead"), or two that tie ("tie") or are 20 apart ("two")."""
     teacher = torch.randn(N, V) * 3
     if kind in ("lead", "tie", "two"):
@@ -195,7 +195,7 @@ def without_overlap(name, student, teacher):
 
 
 def test_models_that_hardly_overlap():
-    """TVD and skewed KL know their gradient of e^-40; of the others some ulp of q are left where two constants cancel."""
+    """TVD and skewed KL know their gradient of e^-40; of the others ulps of q are left where two constants cancel."""
     student, teacher = pair_of("disjoint", 3.0, V=1000)
     for name in ("tvd", "skew_kl", "jsd", "skew_reverse_kl"):
         true_grad, q = without_overlap(name, student, teacher)
