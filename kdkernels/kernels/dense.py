@@ -58,6 +58,7 @@ from kdkernels.kernels.terms import (
     label_gradient,
     linear_value,
     nonnegative,
+    overlap_decides,
     score_of,
     statistics_of,
     through_cap,
@@ -117,6 +118,30 @@ def relative_pair(
         et = tl.exp2(dt * norms[0][1])
         logp = dt * unit_t
     return et, logp, es, logq, dt, ds, key
+
+
+@triton.jit
+def overlap_of_tile(
+    student_ptr,
+    student_norm,
+    teachers,
+    weights,
+    norm,
+    start,
+    V,
+    load_width,
+    student_softcap,
+    teacher_softcap,
+    TEACHER_PROBS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Of one tile the sum of the products of both sides' exponentials."""
+    offs_v = start + tile_offsets(TILE)
+    s = load_logits(student_ptr, offs_v, V, load_width, student_softcap, False)
+    t = load_teacher(teachers, weights, offs_v, V, load_width, teacher_softcap, TEACHER_PROBS)
+    es = tl.exp2((s - student_norm[0]) * student_norm[1])
+    et = tl.exp2((t - norm[0]) * norm[1])
+    return tl.sum(fold_sum(es * et), axis=0)
 
 
 @triton.jit
@@ -407,25 +432,21 @@ def dense_fwd_kernel(
         if OFFSET is not None:
             overlap = 0.0
             if OVERLAPPING:
-                offs_v = best_tile + tile_offsets(TILE)
-                s = load_logits(student_ptr, offs_v, V, load_width, student_softcap, False)
-                et, logp, es, logq, dt, ds, key = relative_pair(
-                    s,
-                    student_norm,
-                    unit_s,
-                    log_zt_zs,
-                    teachers,
-                    weights,
-                    norms,
-                    unit_t,
-                    offs_v,
-                    V,
-                    load_width,
-                    teacher_softcap,
-                    MIX_PROBS,
-                    TEACHER_PROBS,
-                )
-                overlap = tl.sum(fold_sum(es * et), axis=0)
+                if overlap_decides(norm[4], student_norm[4]):
+                    overlap = overlap_of_tile(
+                        student_ptr,
+                        student_norm,
+                        teachers,
+                        weights,
+                        norm,
+                        best_tile,
+                        V,
+                        load_width,
+                        student_softcap,
+                        teacher_softcap,
+                        TEACHER_PROBS,
+                        TILE,
+                    )
             param1 = OFFSET(norm[4], student_norm[4], overlap)
         if SCALED:
             post = inverse_zt

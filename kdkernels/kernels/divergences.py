@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from kdkernels.kernels.rows import LN2, LOG2E, LOWEST, TINY, fast_log, fast_log2, fast_reciprocal, mul0
+from kdkernels.kernels.terms import overlap_decides
 
 Coefficients = tuple[float, float, float, float]
 
@@ -31,7 +32,7 @@ class Full(NamedTuple):
     The value may then have any multiple of q - p in it, and the score any multiple of q: neither changes the loss or a
     gradient, and what cancels depends on them. ``offset(z_t, z_s, overlap)``, a number of the row, is handed to both in
     place of param1: from the sums of both sides' exponentials, of which the largest is 1, and, with ``overlapping``,
-    the sum of their products, or the part of it around the student's largest.
+    the sum of their products, or the part of it around the student's largest, where ``terms.overlap_decides``.
     """
 
     value: Any
@@ -223,7 +224,7 @@ def _skew_kl_full_score(p, logp, q, logq, alpha, offset):
 def _skew_kl_offset(z_t, z_s, overlap):
     """1 for equal rows, and where few tokens have most of both: the score is nearly a multiple of q there. Where p and
     q do not overlap it is nothing as it is."""
-    return tl.where((overlap > 0.25) & ((z_t == z_s) | ((z_t < 4.0) & (z_s < 4.0))), 1.0, 0.0)
+    return tl.where((overlap > 0.25) & overlap_decides(z_t, z_s), 1.0, 0.0)
 
 
 @triton.jit
