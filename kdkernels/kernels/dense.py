@@ -58,6 +58,7 @@ from kdkernels.kernels.terms import (
     label_gradient,
     linear_value,
     nonnegative,
+    overlap_decides,
     score_of,
     statistics_of,
     through_cap,
@@ -117,6 +118,30 @@ def relative_pair(
         et = tl.exp2(dt * norms[0][1])
         logp = dt * unit_t
     return et, logp, es, logq, dt, ds, key
+
+
+@triton.jit
+def overlap_of_tile(
+    student_ptr,
+    student_norm,
+    teachers,
+    weights,
+    norm,
+    start,
+    V,
+    load_width,
+    student_softcap,
+    teacher_softcap,
+    TEACHER_PROBS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Of one tile the sum of the products of both sides' exponentials."""
+    offs_v = start + tile_offsets(TILE)
+    s = load_logits(student_ptr, offs_v, V, load_width, student_softcap, False)
+    t = load_teacher(teachers, weights, offs_v, V, load_width, teacher_softcap, TEACHER_PROBS)
+    es = tl.exp2((s - student_norm[0]) * student_norm[1])
+    et = tl.exp2((t - norm[0]) * norm[1])
+    return tl.sum(fold_sum(es * et), axis=0)
 
 
 @triton.jit
@@ -223,6 +248,8 @@ def dense_fwd_kernel(
     COEFFICIENTS: tl.constexpr,
     VALUE: tl.constexpr,
     SCORE: tl.constexpr,
+    OFFSET: tl.constexpr,
+    OVERLAPPING: tl.constexpr,
     TOTAL: tl.constexpr,
     SCALABLE: tl.constexpr,
     MIX_PROBS: tl.constexpr,
@@ -363,8 +390,8 @@ def dense_fwd_kernel(
         norm = defined(norm)
         norms = (norm,)
     else:
-        student_norm, hard_norm, centered_sum = student_sweep(
-            student_ptr, center, V, load_width, student_softcap, student_scale, HARD, TILE
+        student_norm, hard_norm, centered_sum, best_tile = student_sweep(
+            student_ptr, center, V, load_width, student_softcap, student_scale, HARD, OVERLAPPING, TILE
         )
         norms = ()
         if MIX_PROBS:
@@ -402,6 +429,25 @@ def dense_fwd_kernel(
         log_zt = log_ratio(norm[4], 1.0)
         inverse_zt = norm[3]
         log_zt_zs = log_ratio(norm[4], student_norm[4])
+        if OFFSET is not None:
+            overlap = 0.0
+            if OVERLAPPING:
+                if overlap_decides(norm[4], student_norm[4]):
+                    overlap = overlap_of_tile(
+                        student_ptr,
+                        student_norm,
+                        teachers,
+                        weights,
+                        norm,
+                        best_tile,
+                        V,
+                        load_width,
+                        student_softcap,
+                        teacher_softcap,
+                        TEACHER_PROBS,
+                        TILE,
+                    )
+            param1 = OFFSET(norm[4], student_norm[4], overlap)
         if SCALED:
             post = inverse_zt
             factor_q = tl.where(norm[4] == student_norm[4], 1.0, norm[4] * inverse_zs)
@@ -630,6 +676,8 @@ def dense_fwd(
     entry = divergences.lookup(divergence)
     teacher, teacher1, teacher2, teacher3 = (*teachers, None, None, None)[:4]
     mix_probs = len(teachers) > 1 and mixture == "probs"
+    # The weights of a mixture need not sum to 1.
+    full = None if mix_probs else entry.full
     itemsize = max(x.element_size() for x in (student, *teachers))
     probs = teacher_form in PROBS_FORMS
     extras = ce_weight or z_loss_weight or student_softcap or teacher_softcap or probs or stats
@@ -688,8 +736,10 @@ def dense_fwd(
         "param0": param0,
         "param1": param1,
         "COEFFICIENTS": entry.linear,
-        "VALUE": entry.value,
-        "SCORE": entry.score,
+        "VALUE": full.value if full else entry.value,
+        "SCORE": full.score if full else entry.score,
+        "OFFSET": full.offset if full else None,
+        "OVERLAPPING": bool(full and full.overlapping),
         "TOTAL": entry.total,
         "SCALABLE": entry.scalable,
         "TEACHER_PROBS": probs,

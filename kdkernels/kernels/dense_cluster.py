@@ -216,6 +216,8 @@ def dense_cluster_fwd_kernel(
     COEFFICIENTS: tl.constexpr,
     VALUE: tl.constexpr,
     SCORE: tl.constexpr,
+    OFFSET: tl.constexpr,
+    OVERLAPPING: tl.constexpr,
     TOTAL: tl.constexpr,
     SCALABLE: tl.constexpr,
     TEACHER_PROBS: tl.constexpr,
@@ -316,6 +318,7 @@ def dense_cluster_fwd_kernel(
     sum_q = zeros
     zh = zeros
     centered = zeros
+    overlap = zeros
     exps_s = ()
     exps_t = ()
     for k in tl.static_range(PIECES):
@@ -326,6 +329,8 @@ def dense_cluster_fwd_kernel(
             dt = widen(teacher[k]) - top_t
             et = fast_exp2(dt * scale_t)
             zt = plus(k, zt, et)
+            if OVERLAPPING:
+                overlap = tl.fma(es, et, overlap)
             exps_t = exps_t + (et,)
         # A term of weight 0 counts 0 also where its logarithm is infinite.
         if BOTH:
@@ -358,6 +363,8 @@ def dense_cluster_fwd_kernel(
         wanted = wanted + (zh,)
     if SMOOTH:
         wanted = wanted + (centered,)
+    if OVERLAPPING:
+        wanted = wanted + (overlap,)
     sums = reduce_sums(wanted)
 
     AFTER_Z: tl.constexpr = 2 if TEACHER else 1
@@ -410,6 +417,8 @@ def dense_cluster_fwd_kernel(
     if PAIR or STATS:
         log_zt = log_ratio(total_t, 1.0)
     if PAIR:
+        if OFFSET is not None:
+            param1 = OFFSET(total_t, total_s, sums[len(sums) - 1] if OVERLAPPING else 0.0)
         if SCALABLE:
             factor_q = tl.where(total_t == total_s, 1.0, total_t * inverse_zs)
             post = inverse_zt

@@ -6,7 +6,8 @@ a divergence ``D = sum_v f(p, logp, q, logq)`` is given in one of two ways:
 - linear in the log-probabilities: four coefficients, ``f = p (c_pp logp + c_pq logq) + q (c_qp logp + c_qq logq)``.
   The sum of the scores is then known after one sweep, so loss and gradient take two sweeps over the logits;
 - a pair of ``@triton.jit`` functions ``value(p, logp, q, logq, param0, param1)`` = f and ``score(...)`` = df/dlogq
-  with ``dq/dlogq = q``; three sweeps.
+  with ``dq/dlogq = q``; three sweeps. Where p and q are known to be distributions, which the dense kernels know of
+  logits, both may leave out what sums up to nothing then, see ``Full``.
 
 A term of weight 0 must count 0 whatever its logarithm is (``rows.mul0``), also where ``p`` and ``q`` underflow to 0,
 and NaN must pass through. Where both logarithms are -inf the kernels count 0 without asking.
@@ -21,14 +22,29 @@ import triton.language as tl
 
 from kdkernels.divergences import by_name
 from kdkernels.kernels.rows import LN2, LOG2E, LOWEST, TINY, fast_log, fast_log2, fast_reciprocal, mul0
+from kdkernels.kernels.terms import overlap_decides
 
 Coefficients = tuple[float, float, float, float]
 
 
-class TritonDivergence(NamedTuple):
-    """Either ``linear = (c_pp, c_pq, c_qp, c_qq)`` or both ``value`` and ``score``; ``total`` as in ``register``.
+class Full(NamedTuple):
+    """A pair of functions that may assume that p and q sum up to the same.
 
-    The others are flags of the divergence's class.
+    The value may then have any multiple of q - p in it, and the score any multiple of q: neither changes the loss or a
+    gradient, and what cancels depends on them. ``offset(z_t, z_s, overlap)``, a number of the row, is handed to both in
+    place of param1: from the sums of both sides' exponentials, of which the largest is 1, and, with ``overlapping``,
+    the sum of their products, or the part of it around the student's largest, where ``terms.overlap_decides``.
+    """
+
+    value: Any
+    score: Any
+    offset: Any
+    overlapping: bool = False
+
+
+class TritonDivergence(NamedTuple):
+    """Either ``linear = (c_pp, c_pq, c_qp, c_qq)`` or both ``value`` and ``score``; ``total`` and ``full`` as in
+    ``register``. The others are flags of the divergence's class.
     """
 
     linear: Optional[Coefficients] = None
@@ -38,6 +54,7 @@ class TritonDivergence(NamedTuple):
     total: bool = False
     # The kernels take the row's largest p as the unit, which keeps logarithms, and their rounding, small.
     scalable: bool = False
+    full: Optional[Full] = None
 
 
 _TABLE: dict[str, TritonDivergence] = {}
@@ -50,12 +67,14 @@ def register(
     value: Optional[Any] = None,
     score: Optional[Any] = None,
     total: bool = False,
+    full: Optional[Full] = None,
 ) -> None:
     """Enter a divergence into the table, by its coefficients or by its pair of ``@triton.jit`` functions.
 
     Args:
         total: whether both functions give 0 where p = q = 0 and both logarithms are -inf, so that the kernels need not
             see to it (four instructions an element).
+        full: the pair of functions to take where both sides are known to be distributions.
 
     Raises:
         ValueError: when the name is taken, or when not exactly one of the two forms is given.
@@ -70,7 +89,7 @@ def register(
     cls = by_name(name)
     total = total or linear is not None
     scalable = cls.homogeneous and linear is None
-    _TABLE[name] = TritonDivergence(linear, value, score, cls.linear_without_teacher, total, scalable)
+    _TABLE[name] = TritonDivergence(linear, value, score, cls.linear_without_teacher, total, scalable, full)
 
 
 def remove(name: str) -> None:
@@ -139,10 +158,17 @@ def _tvd_value(p, logp, q, logq, _0, _1):
 
 
 @triton.jit
-def _tvd_score(p, logp, q, logq, _0, _1):
-    half = 0.5 * q
-    # half * 0 where p == q keeps a NaN.
-    return tl.where(q > p, half, tl.where(q < p, -half, half * 0.0))
+def _tvd_score(p, logp, q, logq, _, offset):
+    """q times the sign of q - p over 2, and an offset."""
+    # 0 times a NaN of q is one.
+    return q * tl.where(q > p, offset + 0.5, tl.where(q < p, offset - 0.5, offset))
+
+
+@triton.jit
+def _tvd_offset(z_t, z_s, _):
+    """So that the score is exactly 0 where q is above p: of models that hardly overlap the mean is then nothing either.
+    None for equal rows, whose scores are 0 as they are."""
+    return tl.where(z_t == z_s, 0.0, -0.5)
 
 
 @triton.jit
@@ -170,11 +196,72 @@ def _skew_reverse_kl_score(p, logp, q, logq, alpha, _):
 
 
 @triton.jit
+def _less_first_order(weight, log2_share, x, first):
+    """weight log2_share - first, which is m psi(x) for a share of 1 + x, first = m x, psi(x) = (1 + x) log(1 + x) - x.
+
+    Near 0 psi is its series, of which the last two terms are spread over the others: right to 4e-6 for |x| < 1/8.
+    """
+    series = tl.fma(x, tl.fma(x, tl.fma(x, -0.050465, 0.083854), -1.0 / 6.0), 0.5)
+    return tl.where(tl.abs(x) < 0.125, first * x * series, tl.fma(weight, log2_share, -first))
+
+
+@triton.jit
+def _skew_kl_full_value(p, logp, q, logq, alpha, _):
+    w = 1.0 - alpha
+    inverse_m = _over_mixture(alpha, p, w, q)
+    first = (p - q) * w
+    return _less_first_order(p * LN2, _log_share(p, inverse_m), first * inverse_m, first)
+
+
+@triton.jit
+def _skew_kl_full_score(p, logp, q, logq, alpha, offset):
+    """-w p q / m, and where the offset is 1 that and w q: w^2 (q - p) q / m."""
+    w = 1.0 - alpha
+    numerator = tl.fma((p - q) * w, -w * offset, p * (w * (offset - 1.0)))
+    return q * _over_mixture(alpha, p, w, q) * numerator
+
+
+@triton.jit
+def _skew_kl_offset(z_t, z_s, overlap):
+    """1 for equal rows, and where few tokens have most of both: the score is nearly a multiple of q there. Where p and
+    q do not overlap it is nothing as it is."""
+    return tl.where((overlap > 0.25) & overlap_decides(z_t, z_s), 1.0, 0.0)
+
+
+@triton.jit
+def _skew_reverse_kl_full_value(p, logp, q, logq, alpha, _):
+    w = 1.0 - alpha
+    inverse_m = _over_mixture(w, p, alpha, q)
+    first = (q - p) * w
+    return _less_first_order(q * LN2, _log_share(q, inverse_m), first * inverse_m, first)
+
+
+@triton.jit
+def _skew_reverse_kl_full_score(p, logp, q, logq, alpha, _):
+    """Less w q: where p and q are near each other nothing is left of first order but the difference."""
+    w = 1.0 - alpha
+    inverse_m = _over_mixture(w, p, alpha, q)
+    x = (q - p) * w * inverse_m
+    return (q * LN2) * tl.fma(x, -alpha * LOG2E, _log_share(q, inverse_m))
+
+
+@triton.jit
+def _no_offset(z_t, z_s, _):
+    return 0.0
+
+
+@triton.jit
 def _powers(a, logp, b, logq):
     """p^a q^b in one exponential, of two probabilities given by their logarithms; x^0 = 1 also at 0."""
     logp = tl.maximum(logp, LOWEST, propagate_nan=tl.PropagateNan.ALL)
     logq = tl.maximum(logq, LOWEST, propagate_nan=tl.PropagateNan.ALL)
     return tl.exp2(tl.fma(logp, a * LOG2E, logq * (b * LOG2E)))
+
+
+@triton.jit
+def _power(a, logp):
+    """p^a."""
+    return tl.exp2(tl.maximum(logp, LOWEST, propagate_nan=tl.PropagateNan.ALL) * (a * LOG2E))
 
 
 @triton.jit
@@ -231,7 +318,7 @@ def _alpha_beta_value(p, logp, q, logq, a, b):
 @triton.jit
 def _alpha_beta_score(p, logp, q, logq, a, b):
     # The slope between the nodes 0 and a.
-    return -_slope(_powers(0.0, logp, a + b, logq), _powers(a, logp, b, logq), a, logp - logq)
+    return -_slope(_power(a + b, logq), _powers(a, logp, b, logq), a, logp - logq)
 
 
 register("forward_kl", linear=(1, -1, 0, 0))
@@ -240,7 +327,19 @@ register("jeffreys", linear=(1, -1, -1, 1))
 register("soft_ce", linear=(0, -1, 0, 0))
 register("dual_soft_ce", linear=(0, 0, -1, 0))
 register("jsd", value=_jsd_value, score=_jsd_score, total=True)
-register("tvd", value=_tvd_value, score=_tvd_score, total=True)
-register("skew_kl", value=_skew_kl_value, score=_skew_kl_score, total=True)
-register("skew_reverse_kl", value=_skew_reverse_kl_value, score=_skew_reverse_kl_score, total=True)
+register("tvd", value=_tvd_value, score=_tvd_score, full=Full(_tvd_value, _tvd_score, _tvd_offset), total=True)
+register(
+    "skew_kl",
+    value=_skew_kl_value,
+    score=_skew_kl_score,
+    full=Full(_skew_kl_full_value, _skew_kl_full_score, _skew_kl_offset, overlapping=True),
+    total=True,
+)
+register(
+    "skew_reverse_kl",
+    value=_skew_reverse_kl_value,
+    score=_skew_reverse_kl_score,
+    full=Full(_skew_reverse_kl_full_value, _skew_reverse_kl_full_score, _no_offset),
+    total=True,
+)
 register("alpha_beta", value=_alpha_beta_value, score=_alpha_beta_score)

@@ -183,23 +183,31 @@ def student_sweep(
     softcap,
     student_scale,
     HARD: tl.constexpr,
+    OVERLAPPING: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The student's norm, its norm at temperature 1, and its sum (s - center)."""
+    """The student's norm, its norm at temperature 1, its sum (s - center), and where the tile of its largest starts."""
     BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
     offs_tile = tile_offsets(TILE)
     m = lane_lowest(TILE)
     z = lane_zeros(TILE)
     hard = (lane_zeros(TILE), lane_zeros(TILE))
+    tile = tl.zeros(m.shape, tl.int32)
     for start in range(0, V, BLOCK_V):
         offs_v = start + offs_tile
         s = load_logits(student_ptr, offs_v, V, load_width, softcap, False)
         n = tl.maximum(m, fold_max(s))
+        if OVERLAPPING:
+            tile = tl.where(n > m, start, tile)
         z = z * tl.exp2((m - n) * student_scale) + fold_sum(tl.exp2((s - spread(n)) * student_scale))
         if HARD:
             hard = add_hard(hard, m, n, s, offs_v < V, center)
         m = n
-    return fold_norm(m, z, student_scale), fold_norm(m, hard[0], LOG2E), tl.sum(hard[1], axis=0)
+    norm = fold_norm(m, z, student_scale)
+    best_tile = 0
+    if OVERLAPPING:
+        best_tile = tl.max(tl.where(m == norm[0], tile, 0), axis=0)
+    return norm, fold_norm(m, hard[0], LOG2E), tl.sum(hard[1], axis=0), best_tile
 
 
 @triton.jit

@@ -68,6 +68,12 @@ def nonnegative(value, COEFFICIENTS: tl.constexpr, SCALABLE: tl.constexpr):
 
 
 @triton.jit
+def overlap_decides(z_t, z_s):
+    """Whether two rows are candidates for being equal, or for having most of their mass on the same few tokens."""
+    return (z_t == z_s) | ((z_t < 4.0) & (z_s < 4.0))
+
+
+@triton.jit
 def value_of(p, logp, q, logq, param0, param1, COEFFICIENTS: tl.constexpr, VALUE: tl.constexpr, TOTAL: tl.constexpr):
     """The divergence's summand; TOTAL as in ``divergences.register``."""
     if COEFFICIENTS is None:
