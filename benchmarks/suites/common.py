@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks.model import Absent, Candidate, Case, Outcome, Run
 from kdkernels import memory, ops
 from kdkernels.backends import Availability, available
+from kdkernels.objective import Objective
 
 TEMPERATURE = 2.0
 FUSED = ("cpu", "triton")
@@ -191,41 +192,14 @@ def kernels(
 
 
 def _build_kernel(backend: str) -> Run:
-    op = ops.op("dense_fwd", backend)
+    op, objective = ops.op("dense_fwd", backend), Objective(temperature=TEMPERATURE)
 
     def run(inputs: Any) -> Outcome:
         rows, columns = inputs.pristine.shape
         student, teacher, out = (t.detach().unsqueeze(0) for t in (inputs.student, inputs.teacher, inputs.out))
-        loss, _ = op(
-            student,
-            [teacher],
-            out,
-            None,
-            None,
-            None,
-            None,
-            None,
-            None,
-            divergence="forward_kl",
-            param0=0.0,
-            param1=0.0,
-            mixture="probs",
-            vocab_size=columns,
-            ignore_index=-100,
-            scale=1.0 / rows,
-            temperature=TEMPERATURE,
-            teacher_temperature=TEMPERATURE,
-            kd_weight=1.0,
-            ce_weight=0.0,
-            z_loss_weight=0.0,
-            label_smoothing=0.0,
-            scale_by_t_squared=True,
-            teacher_form="logits",
-            student_softcap=0.0,
-            teacher_softcap=0.0,
-            standardize=False,
-            stats=False,
-        )
+        per_row = (None,) * 6  # labels, row_weight, temperatures, the divergence's parameter, weights of teachers
+        numbers = {"mixture": "probs", "vocab_size": columns, "scale": 1.0 / rows}
+        loss, _ = op(student, [teacher], out, *per_row, **objective.scalars, **numbers)
         return Outcome(loss.sum(), (inputs.out,))
 
     return run

@@ -13,6 +13,7 @@ from benchmarks import eager
 from benchmarks.model import Absent, Candidate, Case, Outcome, Run, Suite
 from benchmarks.suites import common
 from kdkernels import ops
+from kdkernels.objective import TopKObjective
 
 K = 64
 LOSS, CAPTURE = f"topk_kd_loss, K = {K}", f"capture_topk, K = {K}"
@@ -40,37 +41,14 @@ def loss_arguments(inputs: Any) -> tuple[Any, ...]:
 
 def _build_kernel(backend: str) -> Run:
     op = ops.op("topk_fwd", backend)
+    objective = TopKObjective(min_tail=0.0)
 
     def run(inputs: Any) -> Outcome:
         rows, columns = inputs.pristine.shape
         student, out = (t.detach().unsqueeze(0) for t in (inputs.student, inputs.out))
         per_row = (None,) * 5  # labels, row_weight, temperatures and the divergence's parameter
-        loss, _ = op(
-            student,
-            inputs.ids,
-            inputs.logprobs,
-            out,
-            *per_row,
-            inputs.tail,
-            tail="bucket",
-            divergence="forward_kl",
-            param0=0.0,
-            param1=0.0,
-            vocab_size=columns,
-            ignore_index=-100,
-            scale=1.0 / rows,
-            temperature=1.0,
-            teacher_temperature=1.0,
-            kd_weight=1.0,
-            ce_weight=0.0,
-            z_loss_weight=0.0,
-            label_smoothing=0.0,
-            scale_by_t_squared=True,
-            min_tail=0.0,
-            tail_rounding=0.0,
-            student_softcap=0.0,
-            stats=False,
-        )
+        numbers = {"vocab_size": columns, "scale": 1.0 / rows}
+        loss, _ = op(student, inputs.ids, inputs.logprobs, out, *per_row, inputs.tail, **objective.scalars, **numbers)
         return Outcome(loss.sum(), (inputs.out,))
 
     return run
