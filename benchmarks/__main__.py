@@ -230,6 +230,9 @@ def _suite(text: str) -> tuple[str, Suite]:
         return text, load_suite(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+    except ModuleNotFoundError as error:
+        needed = f"suite {text!r} needs the package {error.name}; `pip install -e '.[bench]'` brings it"
+        raise argparse.ArgumentTypeError(needed) from error
 
 
 def shapes(text: str) -> list[tuple[int, ...]]:

@@ -181,6 +181,9 @@ def _time_label(report: Report, row: Row, several: bool) -> str:
 
 def _memory_panel(ax: Axes, report: Report, case: Case, bars: Sequence[Bar]) -> None:
     found = [bar for bar in bars if bar.row.peak_units is not None]
+    if not found:
+        ax.set_axis_off()
+        return
     lengths = [bar.row.peak_units or 0.0 for bar in found]
     _draw_bars(ax, found, lengths, [(length, length) for length in lengths], [f"{length:.2f}" for length in lengths])
     ax.axvline(1, color="#111111", linestyle=(0, (4, 3)), linewidth=0.9)
@@ -192,8 +195,8 @@ def _loss_panel(ax: Axes, case: Case, bars: Sequence[Bar]) -> None:
     """The curves of all students: where they agree, eager's broad line has the others on it."""
     for bar in bars:
         losses = bar.row.figures.get("losses", [])
-        style = {"linewidth": 5.0} if bar.row.family == "eager" else {"linewidth": 1.0}
-        ax.plot(range(1, len(losses) + 1), losses, color=COLOURS[bar.row.family], **style)
+        width = 5.0 if bar.row.family == "eager" else 1.0
+        ax.plot(range(1, len(losses) + 1), losses, color=COLOURS[bar.row.family], linewidth=width)
     ax.set_yscale("log")
     ax.tick_params(which="both", labelsize=8)
     ax.spines[["top", "right"]].set_visible(False)
@@ -209,8 +212,6 @@ def _draw_bars(
     labels: Sequence[str],
 ) -> None:
     """Bars with their labels; the axis ends where all but the reference fit, and what is longer is cut off there."""
-    if not bars:
-        return
     ends = [max(length, high) for length, (_, high) in zip(lengths, whiskers, strict=True)]
     fitting = [
         end / (1 - LETTER * (len(label) + 2))

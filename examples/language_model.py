@@ -82,8 +82,10 @@ def windows(tokens: Tensor, length: int, batch_size: int) -> Tensor:
 @torch.no_grad()
 def perplexity(model: nn.Module, tokens: Tensor) -> float:
     rows = tokens[: len(tokens) // (LENGTH + 1) * (LENGTH + 1)].view(-1, LENGTH + 1).split(4)
-    nats = [F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten(), reduction="sum") for x in rows]
-    return math.exp(sum(nats).item() / sum(x[:, 1:].numel() for x in rows))
+    nats = 0.0
+    for x in rows:
+        nats += F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten(), reduction="sum").item()
+    return math.exp(nats / sum(x[:, 1:].numel() for x in rows))
 
 
 def load_teacher(folder: Path, steps: int, device: str) -> tuple[LanguageModel, Tensor, Tensor]:
