@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 from tabulate import tabulate
 
 from benchmarks import plots
 from benchmarks.model import Case
-from benchmarks.summary import Bound, Report, Row, Spread, bound, rows, where
+from benchmarks.summary import Report, Spread, bound, rows, where
 
 SCHEMA = 1
 
@@ -114,6 +115,7 @@ def as_json(report: Report) -> dict[str, Any]:
     results = []
     for index, case in enumerate(report.cases):
         for threads in report.options["threads"]:
+            least = bound(report, case, threads)
             results.append(
                 {
                     "case": str(case),
@@ -123,8 +125,8 @@ def as_json(report: Report) -> dict[str, Any]:
                     "threads": threads,
                     "unit_bytes": report.suite.unit_bytes(case),
                     "floor_bytes": report.suite.floor_bytes and report.suite.floor_bytes(case),
-                    "candidates": [_as_json(row) for row in rows(report, case, threads)],
-                    "bound": _bound_as_json(report, case, threads),
+                    "candidates": [asdict(row) for row in rows(report, case, threads)],
+                    "bound": None if least is None else asdict(least),
                     "absent": report.timed[threads]["results"][index]["absent"],
                 }
             )
@@ -139,20 +141,6 @@ def as_json(report: Report) -> dict[str, Any]:
         "limits_gb_per_s": {str(threads): answer["limits"] for threads, answer in report.timed.items()},
         "results": results,
     }
-
-
-def _bound_as_json(report: Report, case: Case, threads: int) -> Optional[dict[str, Any]]:
-    least = bound(report, case, threads)
-    return None if least is None else _as_json(least)
-
-
-def _as_json(record: Union[Row, Bound]) -> dict[str, Any]:
-    def plain(value: Any) -> Any:
-        if isinstance(value, Spread):
-            return {"median": value.median, "q1": value.q1, "q3": value.q3}
-        return value
-
-    return {name: plain(value) for name, value in vars(record).items()}
 
 
 def _measured(report: Report) -> list[dict[str, Any]]:

@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=4.0, help="(default: %(default)s)")
     args = parser.parse_args()
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # more gain nothing on networks this small
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images, test_images, labels, test_labels = (part.to(device) for part in load_images())
     teacher = train_teacher(images, labels, args.teacher_steps)
