@@ -13,7 +13,7 @@ import torch
 from kdkernels import backends
 
 try:
-    from benchmarks import machine, report, runner, worker
+    from benchmarks import machine, measure, report, runner, worker
     from benchmarks.model import DTYPES, SUITES, Candidate, Case, Suite, load_suite
     from benchmarks.summary import Report
 except ModuleNotFoundError as error:
@@ -38,6 +38,7 @@ examples:
   python -m benchmarks --quick                        one small shape, to see that everything runs
   python -m benchmarks                                the dense suite, all shapes, 1 thread and all
   python -m benchmarks --suite divergences objective  every divergence; every term of the objective
+  python -m benchmarks --suite training               students trained side by side: the same loss curve, and its cost
   python -m benchmarks --shapes 512x32000 --dtypes bf16 --threads 1 --rounds 30
   pytest benchmarks --benchmark-only                  the same candidates through pytest-benchmark
 """
@@ -142,14 +143,14 @@ def _plan(suite: Suite, device: str, options: argparse.Namespace) -> tuple[list[
     types = options.dtypes or (suite.dtypes[:1] if options.quick else suite.dtypes)
     every = machine.usable_cpus()
     threads = options.threads or ([every] if options.quick or device == "cuda" else sorted({1, every}))
-    rounds = options.rounds or (5 if options.quick else 15)
+    rounds = options.rounds or suite.rounds[options.quick]
     return [Case(shape, dtype, device) for shape in sizes for dtype in types], threads, rounds
 
 
 def _why_no_memory(suite: Suite, cases: list[Case], device: str, options: argparse.Namespace) -> Optional[str]:
     if not options.memory:
         return "--no-memory"
-    if device == "cpu" and not runner.peak_can_be_reset():
+    if device == "cpu" and not measure.peak_can_be_reset():
         return "this system does not let a process reset its peak"
     if all(suite.unit_bytes(case) < SMALLEST_MEMORY_UNIT for case in cases):
         return f"a gradient under {SMALLEST_MEMORY_UNIT >> 20} MiB is lost in what threads and allocators take"
@@ -197,7 +198,9 @@ def _parser() -> argparse.ArgumentParser:
         "--dtypes", type=dtypes, metavar="NAME,...", help=f"of {', '.join(DTYPES)} (default: the suite's)"
     )
     parser.add_argument("--threads", type=_counts, metavar="N,...", help="CPU threads (default: 1 and all; quick: all)")
-    parser.add_argument("--rounds", type=_count, metavar="N", help="timed rounds (default: 15; quick: 5)")
+    parser.add_argument(
+        "--rounds", type=_count, metavar="N", help="timed rounds (default: 15; quick: 5; training: 60 and 12 steps)"
+    )
     parser.add_argument(
         "--processes",
         type=_count,
@@ -227,6 +230,9 @@ def _suite(text: str) -> tuple[str, Suite]:
         return text, load_suite(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+    except ModuleNotFoundError as error:
+        needed = f"suite {text!r} needs the package {error.name}; `pip install -e '.[bench]'` brings it"
+        raise argparse.ArgumentTypeError(needed) from error
 
 
 def shapes(text: str) -> list[tuple[int, ...]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import runner
+from benchmarks import measure, runner
 from benchmarks.__main__ import SEED
 from benchmarks.model import Candidate, Case, Suite
 
@@ -25,6 +25,6 @@ def test_speed(benchmark: Any, suite: Suite, case: Case, candidate: Candidate) -
 
     def once() -> None:
         run(inputs)
-        runner.synchronize(case.device)
+        measure.synchronize(case.device)
 
     benchmark.pedantic(once, setup=inputs.reset, rounds=10, warmup_rounds=2)

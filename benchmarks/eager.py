@@ -17,38 +17,32 @@ from torch import Tensor
 Loss = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
-def kl_as_written(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    T = temperature
+def kl_as_written(student: Tensor, teacher: Tensor, labels: Tensor, T: float) -> Tensor:
     return F.kl_div(F.log_softmax(student / T, -1), F.softmax(teacher / T, -1), reduction="batchmean") * T * T
 
 
-def kl_log_target(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    T = temperature
+def kl_log_target(student: Tensor, teacher: Tensor, labels: Tensor, T: float) -> Tensor:
     logq, logp = F.log_softmax(student / T, -1), F.log_softmax(teacher / T, -1)
     return F.kl_div(logq, logp, log_target=True, reduction="batchmean") * T * T
 
 
-def kl_log_target_fp32(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    T = temperature
+def kl_log_target_fp32(student: Tensor, teacher: Tensor, labels: Tensor, T: float) -> Tensor:
     logq = F.log_softmax(student / T, -1, dtype=torch.float32)
     logp = F.log_softmax(teacher / T, -1, dtype=torch.float32)
     return F.kl_div(logq, logp, log_target=True, reduction="batchmean") * T * T
 
 
-def reverse_kl_as_written(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    T = temperature
+def reverse_kl_as_written(student: Tensor, teacher: Tensor, labels: Tensor, T: float) -> Tensor:
     q = F.softmax(student / T, -1)
     return (q * (F.log_softmax(student / T, -1) - F.log_softmax(teacher / T, -1))).sum(-1).mean() * T * T
 
 
-def reverse_kl_best(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    T = temperature
+def reverse_kl_best(student: Tensor, teacher: Tensor, labels: Tensor, T: float) -> Tensor:
     logq, logp = F.log_softmax(student / T, -1), F.log_softmax(teacher / T, -1)
     return F.kl_div(logp, logq, log_target=True, reduction="batchmean") * T * T
 
 
-def jsd_as_written(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    T = temperature
+def jsd_as_written(student: Tensor, teacher: Tensor, labels: Tensor, T: float) -> Tensor:
     q, p = F.softmax(student / T, -1), F.softmax(teacher / T, -1)
     m = 0.5 * (p + q)
     logm = m.log()
@@ -56,46 +50,39 @@ def jsd_as_written(student: Tensor, teacher: Tensor, labels: Tensor, temperature
     return (0.5 * kl_p + 0.5 * kl_q) * T * T
 
 
-def jsd_best(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    T = temperature
+def jsd_best(student: Tensor, teacher: Tensor, labels: Tensor, T: float) -> Tensor:
     logq, logp = F.log_softmax(student / T, -1), F.log_softmax(teacher / T, -1)
     q, p = logq.exp(), logp.exp()
     logm = (0.5 * (p + q)).log()
     return (torch.sum(p * (logp - logm)) + torch.sum(q * (logq - logm))) * (0.5 * T * T / student.shape[0])
 
 
-def tvd_as_written(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    T = temperature
+def tvd_as_written(student: Tensor, teacher: Tensor, labels: Tensor, T: float) -> Tensor:
     return 0.5 * (F.softmax(student / T, -1) - F.softmax(teacher / T, -1)).abs().sum(-1).mean() * T * T
 
 
-def tvd_best(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    T = temperature
+def tvd_best(student: Tensor, teacher: Tensor, labels: Tensor, T: float) -> Tensor:
     q, p = F.softmax(student / T, -1), F.softmax(teacher / T, -1)
     return F.l1_loss(q, p, reduction="sum") * (0.5 * T * T / student.shape[0])
 
 
-def skew_kl_as_written(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    T = temperature
+def skew_kl_as_written(student: Tensor, teacher: Tensor, labels: Tensor, T: float) -> Tensor:
     q, p = F.softmax(student / T, -1), F.softmax(teacher / T, -1)
     return F.kl_div((0.1 * p + 0.9 * q).log(), p, reduction="batchmean") * T * T
 
 
-def skew_kl_best(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    T = temperature
+def skew_kl_best(student: Tensor, teacher: Tensor, labels: Tensor, T: float) -> Tensor:
     q, logp = F.softmax(student / T, -1), F.log_softmax(teacher / T, -1)
     logm = torch.lerp(q, logp.exp(), 0.1).log()
     return F.kl_div(logm, logp, log_target=True, reduction="batchmean") * T * T
 
 
-def skew_reverse_kl_as_written(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    T = temperature
+def skew_reverse_kl_as_written(student: Tensor, teacher: Tensor, labels: Tensor, T: float) -> Tensor:
     q, p = F.softmax(student / T, -1), F.softmax(teacher / T, -1)
     return F.kl_div((0.1 * q + 0.9 * p).log(), q, reduction="batchmean") * T * T
 
 
-def skew_reverse_kl_best(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    T = temperature
+def skew_reverse_kl_best(student: Tensor, teacher: Tensor, labels: Tensor, T: float) -> Tensor:
     logq, p = F.log_softmax(student / T, -1), F.softmax(teacher / T, -1)
     logm = torch.lerp(p, logq.exp(), 0.1).log()
     return F.kl_div(logm, logq, log_target=True, reduction="batchmean") * T * T
@@ -119,8 +106,7 @@ def alpha_beta_best(student: Tensor, teacher: Tensor, labels: Tensor, temperatur
     return -(cross - a / (a + b) * p_sum - b / (a + b) * q_sum).mean() * (T * T / (a * b))
 
 
-def jeffreys_as_written(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    T = temperature
+def jeffreys_as_written(student: Tensor, teacher: Tensor, labels: Tensor, T: float) -> Tensor:
     logq, logp = F.log_softmax(student / T, -1), F.log_softmax(teacher / T, -1)
     forward = F.kl_div(logq, logp, log_target=True, reduction="batchmean")
     return (forward + F.kl_div(logp, logq, log_target=True, reduction="batchmean")) * T * T
@@ -133,13 +119,11 @@ def jeffreys_best(student: Tensor, teacher: Tensor, labels: Tensor, temperature:
     return torch.sum((logp.exp() - logq.exp()) * (logp - logq)) * (T * T / student.shape[0])
 
 
-def soft_ce_as_written(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    T = temperature
+def soft_ce_as_written(student: Tensor, teacher: Tensor, labels: Tensor, T: float) -> Tensor:
     return -(F.softmax(teacher / T, -1) * F.log_softmax(student / T, -1)).sum(-1).mean() * T * T
 
 
-def soft_ce_best(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    T = temperature
+def soft_ce_best(student: Tensor, teacher: Tensor, labels: Tensor, T: float) -> Tensor:
     return F.cross_entropy(student / T, F.softmax(teacher / T, -1)) * T * T
 
 
@@ -166,8 +150,7 @@ def kl_softcapped(student: Tensor, teacher: Tensor, labels: Tensor, temperature:
     return kl_log_target(*capped, labels, temperature)
 
 
-def kl_statistics(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    T = temperature
+def kl_statistics(student: Tensor, teacher: Tensor, labels: Tensor, T: float) -> Tensor:
     logq, logp = F.log_softmax(student / T, -1), F.log_softmax(teacher / T, -1)
     loss = F.kl_div(logq, logp, log_target=True, reduction="batchmean") * T * T
     with torch.no_grad():
@@ -184,8 +167,7 @@ def kl_statistics(student: Tensor, teacher: Tensor, labels: Tensor, temperature:
     return loss + sum(item.sum() for item in statistics).mul(0.0).detach()  # type: ignore[union-attr]
 
 
-def kl_masked(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    T = temperature
+def kl_masked(student: Tensor, teacher: Tensor, labels: Tensor, T: float) -> Tensor:
     logq, logp = F.log_softmax(student / T, -1), F.log_softmax(teacher / T, -1)
     rows = F.kl_div(logq, logp, log_target=True, reduction="none").sum(-1)
     return (rows * (labels != -100)).sum() * (T * T / student.shape[0])
@@ -204,13 +186,11 @@ def kl_row_temperature(student: Tensor, teacher: Tensor, labels: Tensor, tempera
     return (rows * temperatures.square()).mean()
 
 
-def kl_from_probs(student: Tensor, probs: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    T = temperature
+def kl_from_probs(student: Tensor, probs: Tensor, labels: Tensor, T: float) -> Tensor:
     return F.kl_div(F.log_softmax(student / T, -1), probs, reduction="batchmean") * T * T
 
 
-def kl_two_teachers(student: Tensor, teacher: Tensor, second_teacher: Tensor, temperature: float) -> Tensor:
-    T = temperature
+def kl_two_teachers(student: Tensor, teacher: Tensor, second_teacher: Tensor, T: float) -> Tensor:
     p = torch.lerp(F.softmax(teacher / T, -1), F.softmax(second_teacher / T, -1), 0.5)
     return F.kl_div(F.log_softmax(student / T, -1), p, reduction="batchmean") * T * T
 

@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, Optional
 
 import torch
 
+from benchmarks import measure
 from kdkernels import build_info
 from kdkernels.backends import cpu
 
@@ -121,16 +121,14 @@ def _stream_limits(library: ctypes.CDLL, threads: int) -> dict[str, Any]:
             list(pool.map(part, range(threads)))
 
         def rate(streams: int, function: Any, *addresses: int) -> float:
-            seconds = _best(lambda: parallel(function, *addresses))
+            seconds = measure.least_seconds("cpu", lambda: parallel(function, *addresses), STREAM_REPEATS)
             return round(streams * 4 * share * threads / seconds / 1e9, 2)
 
         def first_touch(advice: Optional[int]) -> float:
             seconds = []
             for _ in range(3):
                 block, address = fresh(advice)
-                start = time.perf_counter()
-                parallel(library.fill_stream, address)
-                seconds.append(time.perf_counter() - start)
+                seconds.append(measure.seconds("cpu", parallel, library.fill_stream, address))
                 del block
             return round(4 * share * threads / min(seconds) / 1e9, 2)
 
@@ -149,12 +147,16 @@ def _stream_limits(library: ctypes.CDLL, threads: int) -> dict[str, Any]:
 def _torch_limits() -> dict[str, Any]:
     count = STREAM_BYTES // 4
     a, b, c = torch.zeros(count), torch.ones(count), torch.ones(count)
+
+    def rate(streams: int, function: Callable[[], Any], repeats: int = STREAM_REPEATS) -> float:
+        return round(streams * STREAM_BYTES / measure.least_seconds("cpu", function, repeats) / 1e9, 2)
+
     return {
         "measured_by": "torch operations (no C compiler found)",
-        "read": round(STREAM_BYTES / _best(lambda: torch.dot(b, b)) / 1e9, 2),
-        "copy": round(2 * STREAM_BYTES / _best(lambda: a.copy_(b)) / 1e9, 2),
-        "triad": round(3 * STREAM_BYTES / _best(lambda: torch.add(b, c, alpha=3.0, out=a)) / 1e9, 2),
-        "first_touch": round(STREAM_BYTES / _best(lambda: torch.empty(count).fill_(1.0), repeats=3) / 1e9, 2),
+        "read": rate(1, lambda: torch.dot(b, b)),
+        "copy": rate(2, lambda: a.copy_(b)),
+        "triad": rate(3, lambda: torch.add(b, c, alpha=3.0, out=a)),
+        "first_touch": rate(1, lambda: torch.empty(count).fill_(1.0), repeats=3),
     }
 
 
@@ -163,15 +165,7 @@ def _cuda_limits() -> dict[str, Any]:
     a, b, c = (torch.ones(count, device="cuda") for _ in range(3))
 
     def rate(streams: int, function: Callable[[], Any]) -> float:
-        best = float("inf")
-        for _ in range(2 * STREAM_REPEATS):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            function()
-            end.record()
-            torch.cuda.synchronize()
-            best = min(best, start.elapsed_time(end) / 1e3)
-        return round(streams * 4 * count / best / 1e9, 1)
+        return round(streams * 4 * count / measure.least_seconds("cuda", function, 2 * STREAM_REPEATS) / 1e9, 1)
 
     return {
         "measured_by": "torch operations on 1 GiB tensors",
@@ -179,16 +173,6 @@ def _cuda_limits() -> dict[str, Any]:
         "copy": rate(2, lambda: a.copy_(b)),
         "triad": rate(3, lambda: torch.add(b, c, alpha=3.0, out=a)),
     }
-
-
-def _best(function: Callable[[], Any], repeats: int = STREAM_REPEATS) -> float:
-    function()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
 
 
 def _first_line(command: list[str]) -> str:

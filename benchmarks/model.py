@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SUITES = ("dense", "divergences", "objective", "topk", "linear", "linear_memory", "gpu")
+SUITES = ("dense", "divergences", "objective", "topk", "linear", "linear_memory", "gpu", "training")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,11 @@ class Inputs(Protocol):
     def reset(self) -> None: ...
 
 
+# One that goes on where it stopped, as a training does, may have a method ``figures(inputs)``: its losses so far, and
+# numbers for the table.
 Run = Callable[[Any], Outcome]
+# From the runs of a case and its inputs to the errors of each by ``Candidate.key``, and a line for each wrong one.
+Check = Callable[[Sequence[tuple["Candidate", Run]], Any], tuple[dict[str, dict[str, float]], list[str]]]
 
 
 @dataclass(frozen=True)
@@ -91,15 +95,17 @@ class Suite:
     Args:
         make_inputs: tensors of a case from a seed.
         make_candidates: what to compare; whatever cannot run is returned as ``Absent``.
-        expected: the fp64 outcome of a group.
+        expected: the fp64 outcome of a group, or None for a suite with a check of its own.
         unit_bytes: what peak memory is counted in (one gradient).
-        floor_bytes: the least a loss with its gradient has to move, for the share of the bandwidth limit.
+        floor_bytes: the least a loss with its gradient has to move, for the share of the bandwidth limit, if any.
         baseline_group: the group that the others are compared with, if any.
         probe, yardstick: the probe in a word, and in full.
         axes: what the numbers of a shape are.
         rounds_logits: candidates make the logits themselves, and all round them to the dtype.
         floor_share: groups that have to move less than floor_bytes, and what share of it.
         bandwidth: the measured limit that the floor is held against, "triad" or "copy".
+        check: takes the place of the comparison with ``expected``, for runs that go on where they stopped.
+        rounds: how many are timed, and with --quick.
     """
 
     name: str
@@ -109,9 +115,9 @@ class Suite:
     quick_shapes: Sequence[tuple[int, ...]]
     make_inputs: Callable[[Case, int], Inputs]
     make_candidates: Callable[[Case], Sequence[Union[Candidate, Absent]]]
-    expected: Callable[[Any, str], Outcome]
+    expected: Optional[Callable[[Any, str], Outcome]]
     unit_bytes: Callable[[Case], int]
-    floor_bytes: Callable[[Case], int]
+    floor_bytes: Optional[Callable[[Case], int]]
     unit: str = "[N, V] gradient"
     probe: str = "add"
     yardstick: str = "torch.add(s, t, out=g) on the same tensors"
@@ -120,6 +126,8 @@ class Suite:
     rounds_logits: bool = False
     floor_share: Mapping[str, float] = field(default_factory=dict)
     bandwidth: str = "triad"
+    check: Optional[Check] = None
+    rounds: tuple[int, int] = (15, 5)
 
 
 def load_suite(name: str) -> Suite:

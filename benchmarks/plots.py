@@ -6,14 +6,14 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Union
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from benchmarks.model import Case
-from benchmarks.summary import Report, Row, rows, where
+from benchmarks.summary import Report, Row, floor_seconds, rows, where
 
 # One strong colour for what this project does, grey for eager; the hues stay apart for colour-blind readers.
 COLOURS = {
@@ -58,10 +58,12 @@ class Bar:
 def draw(report: Report, path: Path) -> None:
     """Draw a report into a PNG file."""
     layouts = [_bars(report, case, report.options["threads"][0]) for case in report.cases]
-    panels: list[Optional[int]] = list(report.options["threads"])
-    if any(bar.row.peak_units is not None for bars in layouts for bar in bars):
-        panels.append(None)
-    heights = [BAR_INCHES * (bars[-1].position + 1) + 0.75 for bars in layouts]
+    every = [bar.row for bars in layouts for bar in bars]
+    panels: list[Union[int, str]] = list(report.options["threads"])
+    panels += ["memory"] if any(row.peak_units is not None for row in every) else []
+    panels += ["losses"] if any(row.figures.get("losses") for row in every) else []
+    least = 2.2 if "losses" in panels else 0.0
+    heights = [max(least, BAR_INCHES * (bars[-1].position + 1) + 0.75) for bars in layouts]
     width = LABEL_INCHES + PANEL_INCHES * len(panels)
     caption = textwrap.fill(_caption(report), int(width * CAPTION_LETTERS_PER_INCH))
     title = textwrap.fill(report.suite.title, int(width * TITLE_LETTERS_PER_INCH))
@@ -75,12 +77,15 @@ def draw(report: Report, path: Path) -> None:
     engine.set(rect=(0.01, 0, 0.98, 1 - top / height), hspace=0.06)  # type: ignore[call-arg]
     axes = figure.subplots(len(report.cases), len(panels), squeeze=False, height_ratios=heights)
     for case, bars, line in zip(report.cases, layouts, axes, strict=True):
-        for threads, ax in zip(panels, line, strict=True):
+        for panel, ax in zip(panels, line, strict=True):
+            if panel == "losses":
+                _loss_panel(ax, case, bars)
+                continue
             _frame(ax, bars, labelled=ax is line[0])
-            if threads is None:
+            if panel == "memory":
                 _memory_panel(ax, report, case, bars)
             else:
-                _time_panel(ax, report, case, threads, bars)
+                _time_panel(ax, report, case, int(panel), bars)
     families = [family for family in COLOURS if any(bar.row.family == family for bars in layouts for bar in bars)]
     figure.legend(
         handles=[Patch(facecolor=COLOURS[f], edgecolor=EDGE, linewidth=0.6, label=MEANING[f]) for f in families],
@@ -155,9 +160,10 @@ def _time_panel(ax: Axes, report: Report, case: Case, threads: int, bars: Sequen
         [(1e3 * bar.row.seconds.q1, 1e3 * bar.row.seconds.q3) for bar in found],
         labels,
     )
-    floor = report.suite.floor_bytes(case) / (report.timed[threads]["limits"][report.suite.bandwidth] * 1e6)
-    ax.axvline(floor, color="#111111", linestyle=(0, (4, 3)), linewidth=0.9)
-    ax.set_xlabel(f"ms (dashed: the bandwidth limit, {_digits(floor)} ms)", fontsize=8)
+    floor = floor_seconds(report, case, threads)
+    if floor is not None:
+        ax.axvline(1e3 * floor, color="#111111", linestyle=(0, (4, 3)), linewidth=0.9)
+    ax.set_xlabel("ms" if floor is None else f"ms (dashed: the bandwidth limit, {_digits(1e3 * floor)} ms)", fontsize=8)
     ax.set_title(f"{case}, {where(report, threads)}", fontsize=10)
 
 
@@ -175,11 +181,27 @@ def _time_label(report: Report, row: Row, several: bool) -> str:
 
 def _memory_panel(ax: Axes, report: Report, case: Case, bars: Sequence[Bar]) -> None:
     found = [bar for bar in bars if bar.row.peak_units is not None]
+    if not found:
+        ax.set_axis_off()
+        return
     lengths = [bar.row.peak_units or 0.0 for bar in found]
     _draw_bars(ax, found, lengths, [(length, length) for length in lengths], [f"{length:.2f}" for length in lengths])
     ax.axvline(1, color="#111111", linestyle=(0, (4, 3)), linewidth=0.9)
     ax.set_xlabel(f"in units of one {report.suite.unit}", fontsize=8)
     ax.set_title(f"{case}, peak extra memory", fontsize=10)
+
+
+def _loss_panel(ax: Axes, case: Case, bars: Sequence[Bar]) -> None:
+    """The curves of all students: where they agree, eager's broad line has the others on it."""
+    for bar in bars:
+        losses = bar.row.figures.get("losses", [])
+        width = 5.0 if bar.row.family == "eager" else 1.0
+        ax.plot(range(1, len(losses) + 1), losses, color=COLOURS[bar.row.family], linewidth=width)
+    ax.set_yscale("log")
+    ax.tick_params(which="both", labelsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set_xlabel("step", fontsize=8)
+    ax.set_title(f"{case}, loss of every student", fontsize=10)
 
 
 def _draw_bars(
@@ -190,8 +212,6 @@ def _draw_bars(
     labels: Sequence[str],
 ) -> None:
     """Bars with their labels; the axis ends where all but the reference fit, and what is longer is cut off there."""
-    if not bars:
-        return
     ends = [max(length, high) for length, (_, high) in zip(lengths, whiskers, strict=True)]
     fitting = [
         end / (1 - LETTER * (len(label) + 2))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 from tabulate import tabulate
 
 from benchmarks import plots
 from benchmarks.model import Case
-from benchmarks.summary import Bound, Report, Row, Spread, bound, rows, where
+from benchmarks.summary import Report, Spread, bound, rows, where
 
 SCHEMA = 1
 
@@ -68,29 +69,28 @@ def heading(report: Report) -> str:
 
 
 def _table(report: Report, case: Case, threads: int, several: bool, tablefmt: str) -> str:
-    found = rows(report, case, threads)
-    columns = ["candidate", "ms", "quartiles", "x eager", "x compile", f"of {report.suite.probe}", "of limit"]
-    baseline = [report.suite.baseline_group] if several and report.suite.baseline_group else []
-    columns = (["of"] if several else []) + columns + [f"of {group}" for group in baseline]
-    has_memory = any(row.peak_units is not None for row in found)
-    columns += ["memory"] if has_memory else []
+    """A column for each figure that any candidate has."""
     lines = []
-    for row in found:
-        line = [row.group] if several else []
-        line += [
-            row.name,
-            f"{row.seconds.median * 1e3:.2f}",
-            f"{row.seconds.q1 * 1e3:.2f} - {row.seconds.q3 * 1e3:.2f}",
-            _ratio(row.faster_than_eager),
-            _ratio(row.faster_than_compile),
-            _ratio(row.of_probe),
-            "" if row.of_bandwidth is None else f"{row.of_bandwidth:.0%}",
-        ]
-        line += [_ratio(row.of_baseline) for _ in baseline]
-        line += ["" if row.peak_units is None else f"{row.peak_units:.2f}"] if has_memory else []
+    for row in rows(report, case, threads):
+        line = {"of": row.group} if several else {}
+        line |= {
+            "candidate": row.name,
+            "ms": f"{row.seconds.median * 1e3:.2f}",
+            "quartiles": f"{row.seconds.q1 * 1e3:.2f} - {row.seconds.q3 * 1e3:.2f}",
+            "x eager": _ratio(row.faster_than_eager),
+            "x compile": _ratio(row.faster_than_compile),
+            f"of {report.suite.probe}": _ratio(row.of_probe),
+            "of limit": "" if row.of_bandwidth is None else f"{row.of_bandwidth:.0%}",
+        }
+        if several and report.suite.baseline_group:
+            line[f"of {report.suite.baseline_group}"] = _ratio(row.of_baseline)
+        line["memory"] = "" if row.peak_units is None else f"{row.peak_units:.2f}"
+        line |= {name: f"{value:.4g}" for name, value in row.figures.items() if isinstance(value, float)}
         lines.append(line)
+    columns = [name for name in dict.fromkeys(key for line in lines for key in line) if any(x.get(name) for x in lines)]
+    cells = [[line.get(name, "") for name in columns] for line in lines]
     align = ["left" if name in ("of", "candidate") else "right" for name in columns]
-    return tabulate(lines, headers=columns, tablefmt=tablefmt, colalign=align, disable_numparse=True)
+    return tabulate(cells, headers=columns, tablefmt=tablefmt, colalign=align, disable_numparse=True)
 
 
 def write(report: Report, folder: Path) -> list[Path]:
@@ -115,6 +115,7 @@ def as_json(report: Report) -> dict[str, Any]:
     results = []
     for index, case in enumerate(report.cases):
         for threads in report.options["threads"]:
+            least = bound(report, case, threads)
             results.append(
                 {
                     "case": str(case),
@@ -123,9 +124,9 @@ def as_json(report: Report) -> dict[str, Any]:
                     "device": case.device,
                     "threads": threads,
                     "unit_bytes": report.suite.unit_bytes(case),
-                    "floor_bytes": report.suite.floor_bytes(case),
-                    "candidates": [_as_json(row) for row in rows(report, case, threads)],
-                    "bound": _bound_as_json(report, case, threads),
+                    "floor_bytes": report.suite.floor_bytes and report.suite.floor_bytes(case),
+                    "candidates": [asdict(row) for row in rows(report, case, threads)],
+                    "bound": None if least is None else asdict(least),
                     "absent": report.timed[threads]["results"][index]["absent"],
                 }
             )
@@ -140,20 +141,6 @@ def as_json(report: Report) -> dict[str, Any]:
         "limits_gb_per_s": {str(threads): answer["limits"] for threads, answer in report.timed.items()},
         "results": results,
     }
-
-
-def _bound_as_json(report: Report, case: Case, threads: int) -> Optional[dict[str, Any]]:
-    least = bound(report, case, threads)
-    return None if least is None else _as_json(least)
-
-
-def _as_json(record: Union[Row, Bound]) -> dict[str, Any]:
-    def plain(value: Any) -> Any:
-        if isinstance(value, Spread):
-            return {"median": value.median, "q1": value.q1, "q3": value.q3}
-        return value
-
-    return {name: plain(value) for name, value in vars(record).items()}
 
 
 def _measured(report: Report) -> list[dict[str, Any]]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.model import Absent, Candidate, Case, Inputs, Outcome, Run, Suite
+from benchmarks import measure
+from benchmarks.model import Absent, Candidate, Case, Outcome, Run, Suite
 from kdkernels import memory
 
 # Largest relative errors against fp64: (loss and whole gradient, worst row of the gradient). Eager PyTorch in 16 bits
@@ -34,7 +32,7 @@ def measure_time(suite: Suite, case: Case, *, rounds: int, seed: int) -> dict[st
 
     Returns:
         A dict with ``candidates``: dicts with name, group, family, ``seconds`` (one per round), ``first_run_seconds``
-        and ``errors``; and ``absent``: what could not run, and why.
+        ``errors`` and ``figures``; and ``absent``: what could not run, and why.
 
     Raises:
         CheckFailed: naming every candidate whose loss or gradient is wrong.
@@ -45,15 +43,14 @@ def measure_time(suite: Suite, case: Case, *, rounds: int, seed: int) -> dict[st
     buffers = [suite.make_inputs(case, seed + index) for index in range(_buffer_count(suite, case))]
     built = []
     for candidate in candidates:
-        start = time.perf_counter()
         run = candidate.build()
-        run(buffers[0])
-        synchronize(case.device)
+        first = measure.seconds(case.device, run, buffers[0])
         buffers[0].reset()
-        built.append((candidate, run, time.perf_counter() - start))
+        built.append((candidate, run, first))
     runs = [(candidate, run) for candidate, run, _ in built]
 
-    errors = check(suite, case, runs, buffers[0])
+    if suite.check is None:
+        check(suite, case, runs, buffers[0])
     seconds = np.empty((SETTLING_ROUNDS + rounds, len(runs)))
     order = np.random.default_rng(seed)
     turn = 0
@@ -63,12 +60,12 @@ def measure_time(suite: Suite, case: Case, *, rounds: int, seed: int) -> dict[st
         for r in range(len(seconds)):
             for k in order.permutation(len(runs)):
                 inputs = buffers[turn % len(buffers)]
-                seconds[r, k] = _timed(runs[k][1], inputs, case.device)
+                seconds[r, k] = measure.seconds(case.device, runs[k][1], inputs)
                 inputs.reset()
                 turn += 1
     finally:
         gc.enable()
-    check(suite, case, runs, buffers[0])
+    errors = check(suite, case, runs, buffers[0])
 
     return {
         "candidates": [
@@ -79,8 +76,9 @@ def measure_time(suite: Suite, case: Case, *, rounds: int, seed: int) -> dict[st
                 "seconds": seconds[SETTLING_ROUNDS:, k].tolist(),
                 "first_run_seconds": first,
                 "errors": errors[candidate.key],
+                "figures": getattr(run, "figures", lambda inputs: {})(buffers[0]),
             }
-            for k, (candidate, _, first) in enumerate(built)
+            for k, (candidate, run, first) in enumerate(built)
         ],
         "absent": [
             {"name": item.name, "group": item.group, "reason": item.reason}
@@ -104,15 +102,15 @@ def measure_memory(suite: Suite, case: Case, group: str, name: str, *, seed: int
     inputs = suite.make_inputs(case, seed)
     for _ in range(2):
         outcome = run(inputs)
-        synchronize(case.device)
+        measure.synchronize(case.device)
         del outcome
         inputs.reset()
     gc.collect()
     memory.empty_cache()
-    before = _reset_peak(case.device)
+    before = measure.reset_peak(case.device)
     outcome = run(inputs)
-    synchronize(case.device)
-    peak = _peak(case.device)
+    measure.synchronize(case.device)
+    peak = measure.peak(case.device)
     del outcome
     return max(0, peak - before)
 
@@ -123,8 +121,13 @@ def check(suite: Suite, case: Case, runs: Sequence[tuple[Candidate, Run]], input
     Raises:
         CheckFailed: naming all that are wrong.
     """
-    errors: dict[str, dict[str, float]] = {}
-    wrong: list[str] = []
+    if suite.check is not None:
+        errors, wrong = suite.check(runs, inputs)
+        if wrong:
+            raise CheckFailed(f"{suite.name} {case}: " + "; ".join(wrong))
+        return errors
+    assert suite.expected is not None
+    errors, wrong = {}, []
     for group in dict.fromkeys(candidate.group for candidate, _ in runs):
         truth: Optional[Outcome] = None
         for candidate, run in runs:
@@ -191,63 +194,9 @@ def _gradient_errors(gradient: Tensor, truth: Tensor) -> tuple[float, float]:
     return (squares / size) ** 0.5 if squares else 0.0, worst
 
 
-def _timed(run: Run, inputs: Inputs, device: str) -> float:
-    if device != "cuda":
-        start = time.perf_counter()
-        outcome = run(inputs)
-        stop = time.perf_counter()
-        del outcome
-        return stop - start
-    start_event, end_event = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    # About a millisecond of sleep in the queue, so that launches from Python overlap with it and not with the work.
-    torch.cuda._sleep(2_000_000)
-    start_event.record()
-    outcome = run(inputs)
-    end_event.record()
-    torch.cuda.synchronize()
-    del outcome
-    return start_event.elapsed_time(end_event) / 1e3
-
-
 def _buffer_count(suite: Suite, case: Case) -> int:
     """Input sets to rotate through: enough on a GPU that its L2 holds none of them; on the CPU one, as in training."""
-    if case.device != "cuda":
+    if case.device != "cuda" or suite.floor_bytes is None:
         return 1
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
     return int(np.clip(np.ceil(3 * l2 / suite.floor_bytes(case)) + 1, 2, 16))
-
-
-def synchronize(device: str) -> None:
-    """Wait for the device."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def peak_can_be_reset() -> bool:
-    """True if the kernel lets a process reset its peak resident size (Linux; some containers forbid it)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _reset_peak(device: str) -> int:
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except AttributeError:
-        pass  # not glibc
-    Path("/proc/self/clear_refs").write_text("5")
-    return _peak(device)
-
-
-def _peak(device: str) -> int:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no VmHWM")

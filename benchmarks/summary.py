@@ -63,6 +63,7 @@ class Row:
     errors: dict[str, float]
     rounds: list[float]
     first_run_seconds: float
+    figures: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,10 @@ class Bound:
     faster_than_compile: Optional[Spread]
 
 
-def floor_seconds(report: Report, case: Case, threads: int) -> float:
-    """The least time that the suite's bandwidth allows for the bytes that must move."""
+def floor_seconds(report: Report, case: Case, threads: int) -> Optional[float]:
+    """The least time that the suite's bandwidth allows for the bytes that must move; None where it states none."""
+    if report.suite.floor_bytes is None:
+        return None
     bandwidth = report.timed[threads]["limits"][report.suite.bandwidth]
     return report.suite.floor_bytes(case) / (bandwidth * 1e9)
 
@@ -85,9 +88,9 @@ def bound(report: Report, case: Case, threads: int) -> Optional[Bound]:
     """The bound of a case whose suite measures the fixed cost (a candidate of the family "fixed"); else None."""
     measured = report.timed[threads]["results"][report.cases.index(case)]["candidates"]
     fixed = next((item for item in measured if item["family"] == "fixed"), None)
-    if fixed is None:
-        return None
     floor = floor_seconds(report, case, threads)
+    if fixed is None or floor is None:
+        return None
     least = floor + np.asarray(fixed["seconds"])
     eager, compiled = (_fastest(measured, fixed["group"], family) for family in ("eager", "compile"))
     return Bound(
@@ -132,12 +135,15 @@ def rows(report: Report, case: Case, threads: int) -> list[Row]:
                 faster_than_compile=None if compiled is None else Spread.of(compiled / own),
                 of_probe=None if probe is None else Spread.of(own / probe),
                 of_baseline=None if baseline is None else Spread.of(own / baseline),
-                of_bandwidth=None if item["family"] == "fixed" else floor * share / float(np.median(own)),
+                of_bandwidth=None
+                if floor is None or item["family"] == "fixed"
+                else floor * share / float(np.median(own)),
                 peak_bytes=peak,
                 peak_units=None if peak is None else peak / report.suite.unit_bytes(case),
                 errors=item["errors"],
                 rounds=item["seconds"],
                 first_run_seconds=item["first_run_seconds"],
+                figures=item.get("figures", {}),
             )
         )
     return found

@@ -131,7 +131,7 @@ def textbook_divergence(
     if name == "reverse_kl":
         return _times(q, logq - logp).sum(-1)
     if name == "jeffreys":
-        return _times(p, logp - logq).sum(-1) + _times(q, logq - logp).sum(-1)
+        return (_times(p, logp - logq) + _times(q, logq - logp)).sum(-1)
     if name == "soft_ce":
         return -_times(p, logq).sum(-1)
     if name == "tvd":

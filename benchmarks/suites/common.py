@@ -46,6 +46,7 @@ class LogitInputs:
         self.teacher = teacher.to(case.torch_dtype).to(case.device)
         self.labels = labels.squeeze(1).to(case.device)
         self.student = self.pristine.clone().requires_grad_()
+        self.leaves = (self.student,)
         self.out = torch.empty_like(self.pristine)
 
     @torch.no_grad()
@@ -97,12 +98,12 @@ def logits_and_labels(inputs: Any) -> tuple[Any, ...]:
 
 
 def autograd(loss: Loss, arguments: Arguments = logits_and_labels) -> Run:
-    """Loss and backward as a training step does them; the gradient ends in ``student.grad``."""
+    """Loss and backward as a training step does them; gradients end in the ``grad`` of ``inputs.leaves``."""
 
     def run(inputs: Any) -> Outcome:
         value = loss(*arguments(inputs))
         value.backward()
-        return Outcome(value, (inputs.student.grad,))
+        return Outcome(value, tuple(leaf.grad for leaf in inputs.leaves))
 
     return run
 

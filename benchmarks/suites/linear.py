@@ -43,6 +43,7 @@ class HiddenInputs:
         self.labels = torch.randint(0, columns, (rows,), generator=generator).to(case.device)
         self.hidden.requires_grad_()
         self.weight.requires_grad_()
+        self.leaves = (self.hidden, self.weight)
         self.truths: dict[str, Outcome] = {}
 
     def reset(self) -> None:
@@ -83,12 +84,7 @@ def _options(divergence: str) -> dict[str, Any]:
 
 
 def autograd(loss: Callable[[Any], Tensor]) -> Run:
-    def run(inputs: Any) -> Outcome:
-        value = loss(inputs)
-        value.backward()
-        return Outcome(value, (inputs.hidden.grad, inputs.weight.grad))
-
-    return run
+    return common.autograd(loss, lambda inputs: (inputs,))
 
 
 def stored(loss: eager.Loss) -> Callable[..., Tensor]:
@@ -200,30 +196,14 @@ def make_candidates(case: Case) -> list[Union[Candidate, Absent]]:
     kl, jsd = stored(eager.kl_log_target), stored(eager.jsd_best)
     return [
         products(FORWARD_KL),
-        Candidate("eager, fewest passes", FORWARD_KL, "eager", lambda: of_heads(kl)),
-        compiled(FORWARD_KL, kl, case),
+        common.eager("eager, fewest passes", FORWARD_KL, kl, _heads),
+        common.compiled("torch.compile, fewest passes", FORWARD_KL, kl, case, _heads),
         *ours(FORWARD_KL, case),
-        Candidate("eager, fewest passes", JSD, "eager", lambda: of_heads(jsd)),
+        common.eager("eager, fewest passes", JSD, jsd, _heads),
         liger(JSD),
         trl(JSD),
         *ours(JSD, case),
     ]
-
-
-def compiled(group: str, function: Callable[..., Tensor], case: Case) -> Union[Candidate, Absent]:
-    name, reason = "torch.compile, fewest passes", common._compile_unavailable(case.device)
-    if reason:
-        return Absent(name, group, reason)
-    return Candidate(name, group, "compile", lambda: of_heads(torch.compile(function, dynamic=False, fullgraph=True)))
-
-
-def of_heads(function: Callable[..., Tensor]) -> Run:
-    return autograd(lambda inputs: function(*_heads(inputs)))
-
-
-def unit_bytes(case: Case) -> int:
-    """One ``[N, V]`` tensor of logits."""
-    return case.shape[0] * case.shape[1] * case.torch_dtype.itemsize
 
 
 def floor_bytes(case: Case) -> int:
@@ -241,7 +221,7 @@ SUITE = Suite(
     make_inputs=HiddenInputs,
     make_candidates=make_candidates,
     expected=truth,
-    unit_bytes=unit_bytes,
+    unit_bytes=common.unit_bytes,
     floor_bytes=floor_bytes,
     unit="[N, V] tensor of logits",
     probe="products",

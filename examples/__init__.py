@@ -1,0 +1,1 @@
+"""Training scripts to copy from; the benchmark suite "training" compares the losses on their models and data."""
