@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Optional
@@ -38,19 +39,23 @@ def text(report: Report, *, tablefmt: str) -> str:
     if report.memory_note:
         parts.append(f"Peak memory was not measured: {report.memory_note}.")
     suite = report.suite
-    parts.append(
-        LEGEND.format(unit=suite.unit, probe=suite.probe, yardstick=suite.yardstick, bandwidth=suite.bandwidth)
-    )
+    legend = LEGEND.format(unit=suite.unit, probe=suite.probe, yardstick=suite.yardstick)
+    if suite.floor_bytes is not None:
+        legend += LIMIT.format(bandwidth=suite.bandwidth)
+    parts.append(textwrap.fill(legend, 120))
     return "\n\n".join(parts) + "\n"
 
 
-LEGEND = """\
-"ms": median of the rounds, then the quartiles. "x eager", "x compile": how many times faster than the fastest eager
-and the fastest compiled formulation of the same loss. "of {probe}": time beside {yardstick}.
-"of limit": the least time that the {bandwidth} bandwidth allows for the bytes that must move, over the time taken (more
-than 100 % is cache: a gradient written in place may stay there). "memory": peak of forward and backward beyond the
-inputs, in units of one {unit}.
-Ratios are taken per round, then their median."""
+LEGEND = (
+    '"ms": median of the rounds, then the quartiles. "x eager", "x compile": how many times faster than the fastest '
+    'eager and the fastest compiled formulation of the same loss. "of {probe}": time beside {yardstick}. "memory": '
+    "peak of forward and backward beyond the inputs, in units of one {unit}. Ratios are taken per round, then their "
+    "median."
+)
+LIMIT = (
+    ' "of limit": the least time that the {bandwidth} bandwidth allows for the bytes that must move, over the time '
+    "taken (more than 100 % is cache: a gradient written in place may stay there)."
+)
 
 
 def heading(report: Report) -> str:

@@ -66,8 +66,8 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=600, help="training steps of the student (default: %(default)s)")
-    parser.add_argument("--teacher-steps", type=int, default=1000, help="of the teacher (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=400, help="training steps of the student (default: %(default)s)")
+    parser.add_argument("--teacher-steps", type=int, default=600, help="of the teacher (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=4.0, help="(default: %(default)s)")
     args = parser.parse_args()
     torch.manual_seed(0)

@@ -16,7 +16,7 @@ from language_model import LENGTH, STUDENT, VOCABULARY, LanguageModel, load_teac
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=80, help="training steps of the student (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=60, help="training steps of the student (default: %(default)s)")
     parser.add_argument("--teacher-steps", type=int, default=280, help="of the teacher (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences a step (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=2.0, help="(default: %(default)s)")
