@@ -177,6 +177,8 @@ def test_mixture(name, mixture, M):
     teachers = [make(2, 300)[0] for _ in range(M)]
     weights = torch.rand(2, M)
     weights[1, 1] = 0
+    if mixture == "probs":
+        weights /= weights.sum(-1, keepdim=True)
     # A teacher of weight 0 must not matter, and a masked column of one teacher only.
     teachers[1][1, :50] = float("-inf")
     teachers[0][0, 200:] -= 400
