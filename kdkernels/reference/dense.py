@@ -69,7 +69,7 @@ def _standardized(logits: Tensor) -> Tensor:
     below = half_less(logits, highest(logits))
     # Neither a common offset nor a common factor changes them.
     extent = -below.detach().amin(-1, keepdim=True)
-    below = below / torch.where(extent == 0, torch.ones_like(extent), extent)
+    below = below / torch.where(extent == 0, torch.full_like(extent, 0.5), extent)
     centred = below - below.mean(-1, keepdim=True)
     variance = centred.square().sum(-1, keepdim=True) / max(logits.shape[-1] - 1, 1)
     return centred / torch.where(variance > 0, variance, torch.ones_like(variance)).sqrt()

@@ -1,5 +1,7 @@
 """A divergence that is added at run time, by its pair of functions or by its coefficients."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 import triton
@@ -7,6 +9,8 @@ import triton.language as tl
 from launches import dense
 from oracle import check, dense_rows
 
+from kdkernels import divergences as table
+from kdkernels.divergences import Divergence
 from kdkernels.kernels import divergences
 from kdkernels.kernels.rows import fast_log, mul0
 from kdkernels.reference import divergences as reference
@@ -38,6 +42,7 @@ def registered(monkeypatch):
     names = []
 
     def add(name, formula, **entry):
+        table.add(dataclass(frozen=True)(type(name, (Divergence,), {"name": name})), on_triton=True)
         divergences.register(name, **entry)
         names.append(name)
         monkeypatch.setitem(reference.TABLE, name, formula)
@@ -45,6 +50,7 @@ def registered(monkeypatch):
     yield add
     for name in names:
         divergences.remove(name)
+        table.remove(name)
 
 
 def test_pair(registered):

@@ -13,7 +13,6 @@ from test_topk import CASES, DIVERGENCES, DTYPES, check, no_worse_than_eager, of
 
 import kdkernels as kd
 from kdkernels.choices import CODES
-from kdkernels.kernels import divergences
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 # No kernel knows a divergence: two tails try all of them, the others one that is linear and two that are not.
@@ -276,13 +275,3 @@ def test_no_rows():
     empty = torch.empty(0, 7)
     loss, stats = topk(empty, torch.empty(0, 3, dtype=torch.int64), torch.empty(0, 3), empty, stats=True)
     assert loss.shape == (0,) and stats.shape == (0, 6)
-
-
-def test_what_is_said_to_be_homogeneous_is():
-    """f(0, q) = q f(0, 1), and finite."""
-    for name in divergences.names():
-        if divergences.lookup(name).homogeneous:
-            formula = kd.reference.divergences.TABLE[name]
-            q = torch.tensor([[1.0], [0.25], [1e-3]]).double()
-            value = formula(torch.full_like(q, -torch.inf), q.log(), 0.3, 0.0)
-            torch.testing.assert_close(value, q[:, 0] * value[0])
