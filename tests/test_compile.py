@@ -248,9 +248,25 @@ IN_SHARES = {
 }
 
 
+# Plain PyTorch has a graph for each side of an "if".
+@needs_library
 @automatic_and_dynamic(IN_SHARES, ("alpha-beta", "weights"))
 def test_one_graph_serves_all_shares_0_and_1_among_them(name, dynamic):
     hold_compiled(IN_SHARES[name], [(student_and_teacher(), a) for a in (0.3, 0.7, 0.0, 1.0, 0.2, 0.0, 1.0)], dynamic)
+
+
+def test_alpha_beta_of_symbols_in_plain_pytorch():
+    """Its nodes are sorted, whatever their order is."""
+    loss = torch.compile(
+        lambda s, t, a: kd.kd_loss(s, t, divergence=kd.AlphaBeta(a, 1.2 - a), backend="torch"),
+        backend="eager",
+        fullgraph=True,
+        dynamic=True,
+    )
+    x = student_and_teacher()
+    for a in (0.3, 0.7, -0.4, 1.7):
+        expected = kd.kd_loss(x["student"], x["teacher"], divergence=kd.AlphaBeta(a, 1.2 - a), backend="torch")
+        torch.testing.assert_close(loss(x["student"], x["teacher"], a), expected)
 
 
 @pytest.mark.parametrize("dynamic", DYNAMIC.values(), ids=DYNAMIC)

@@ -87,7 +87,11 @@ def _alpha_beta(logp: Tensor, logq: Tensor, alpha: Param, beta: Param) -> Tensor
         """``p^k q^m``, and 1 for a power of 0."""
         return (sum((w * log for w, log in ((k, x), (m, y)) if w), torch.zeros_like(x))).exp()
 
-    nodes = sorted([(0.0, power(0.0, a + b)), (a, power(a, b)), (a + b, power(a + b, 0.0))], key=lambda node: node[0])
+    nodes = [(0.0, power(0.0, a + b)), (a, power(a, b)), (a + b, power(a + b, 0.0))]
+    # In order; a graph cannot sort by symbols.
+    for k in (0, 1, 0):
+        if nodes[k][0] > nodes[k + 1][0]:
+            nodes[k], nodes[k + 1] = nodes[k + 1], nodes[k]
     (low, e_low), (middle, e_middle), (high, e_high) = nodes
     d = x - y
     close = d.detach().abs() * (high - low) < 0.5
