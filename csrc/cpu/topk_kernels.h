@@ -118,8 +118,14 @@ struct Divergence {
   Linear coefficients;
   Evaluate<float> f32;
   Evaluate<double> f64;
+  // Where p = 0.
+  Evaluate<float> without_teacher_f32;
+  Evaluate<double> without_teacher_f64;
+  bool linear_without_teacher;
   auto in(float) const { return f32; }
   auto in(double) const { return f64; }
+  auto without_teacher_in(float) const { return without_teacher_f32; }
+  auto without_teacher_in(double) const { return without_teacher_f64; }
 };
 // The limits of alpha-beta divergences cancel in fp32 where the form for all parameters does not.
 template <class F>
@@ -128,10 +134,19 @@ using InFloat = std::conditional_t<std::is_same_v<F, AlphaBetaZeroA> || std::is_
                                    AlphaBetaNear, F>;
 template <class F>
 constexpr Divergence general(const char* name) {
-  return {name, {}, evaluate<InFloat<F>, float>, evaluate<F, double>};
+  using None = typename WithoutTeacher<F>::Functor;
+  return {name,
+          {},
+          evaluate<InFloat<F>, float>,
+          evaluate<F, double>,
+          evaluate<None, float>,
+          evaluate<None, double>,
+          LinearWithoutTeacher<F>::value};
 }
 constexpr Divergence linear(const char* name, Linear c) {
-  return {name, c, evaluate<LinearTerms, float>, evaluate<LinearTerms, double>};
+  constexpr auto f32 = evaluate<LinearTerms, float>;
+  constexpr auto f64 = evaluate<LinearTerms, double>;
+  return {name, c, f32, f64, f32, f64, true};
 }
 
 // The same table as the dense kernels', and so the same indices.
@@ -439,13 +454,13 @@ RowResult SparseRows<X>::add(const RowNumbers& num, int64_t index, const X* s, i
   const bool own = wants_ce && num.student_scale != kLog2e;
   const bool restricted = tail == Tail::kRenormalizeBoth;
   const bool no_teacher = tail == Tail::kRenormalize || tail == Tail::kDrop;
-  const bool is_alpha_beta = std::strncmp(divergence.name, "alpha_beta", 10) == 0;
   // Where the teacher's probability p is the same for all outcomes outside, and the divergence takes q only by p log q,
   // its gradient there is a constant and a multiple of q, and its value takes the sum of the logits.
   const bool uniform = outcomes_outside > 0 && tail == Tail::kUniform;
   const Linear& linear = divergence.coefficients;
   const bool summed = uniform && count <= outcomes_outside && linear.c_pq != 0 && linear.c_qp == 0 && linear.c_qq == 0;
-  const bool pointwise = (uniform && !summed) || (outcomes_outside > 0 && no_teacher && is_alpha_beta);
+  const bool pointwise =
+      (uniform && !summed) || (outcomes_outside > 0 && no_teacher && !divergence.linear_without_teacher);
 
   Row<X> row(s, s, n, head_elements(out, aligned));
   prefetch_edges(row, out);
@@ -584,15 +599,15 @@ RowResult SparseRows<X>::add(const RowNumbers& num, int64_t index, const X* s, i
   score_sum = sum_of_doubles(score, outcomes);
   if (outcomes > count) score_outside = score[count];
   const auto values_in_double = [&](bool none) {
-    return values_outside(s, n, none ? evaluate<AlphaBetaNoTeacher, double> : divergence.f64, linear, num.param0,
-                          args.param1, none ? 0.0 : outside.each,
-                          none ? -std::numeric_limits<double>::infinity() : outside.log_each, as, log_z, entries);
+    return values_outside(s, n, none ? divergence.without_teacher_f64 : divergence.f64, linear, num.param0, args.param1,
+                          none ? 0.0 : outside.each, none ? -std::numeric_limits<double>::infinity() : outside.log_each,
+                          as, log_z, entries);
   };
   if (pointwise) {
     C* values = scratch.get(kOtherRow, slots);
     double value_outside = 0;
     Evaluate<C> function = divergence.in(C());
-    if (no_teacher) function = evaluate<AlphaBetaNoTeacher, C>;
+    if (no_teacher) function = divergence.without_teacher_in(C());
     evaluate_outside(row, function, divergence.coefficients, num.param0, args.param1, no_teacher ? 0.0 : outside.each,
                      no_teacher ? -std::numeric_limits<double>::infinity() : outside.log_each, iq, log_z, entries, es,
                      xs, values, value_outside, score_outside);

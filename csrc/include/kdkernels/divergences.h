@@ -55,6 +55,26 @@ struct Paired<F, decltype(void(F::kLessScore))> {
   static constexpr bool value = true, less_score = F::kLessScore;
 };
 
+// Facts for sparse teachers, which give nothing to most outcomes. Where f(0, q) = q f(0, 1) (kLinearWithoutTeacher) the
+// mass of q stands for all of these; of other functors each outcome is asked, by a functor for p = 0 alone where there
+// is one (NoTeacher).
+template <class F, class = void>
+struct LinearWithoutTeacher {
+  static constexpr bool value = false;
+};
+template <class F>
+struct LinearWithoutTeacher<F, decltype(void(F::kLinearWithoutTeacher))> {
+  static constexpr bool value = F::kLinearWithoutTeacher;
+};
+template <class F, class = void>
+struct WithoutTeacher {
+  using Functor = F;
+};
+template <class F>
+struct WithoutTeacher<F, decltype(void(sizeof(typename F::NoTeacher)))> {
+  using Functor = typename F::NoTeacher;
+};
+
 // weight * x, and 0 where the weight is 0.
 template <class V>
 KDK_HD V kdk_weigh(V weight, V x) {
@@ -73,6 +93,7 @@ KDK_HD V kdk_power_of(V logarithm) {
 
 // m = beta p + (1 - beta) q; f = beta p log(p/m) + (1 - beta) q log(q/m).
 struct Jsd {
+  static constexpr bool kLinearWithoutTeacher = true;
   static constexpr bool kLessScore = true;
   static double limit(double beta) { return -(1 - beta) * std::log1p(-beta); }
   static double near_limit(double beta) { return limit(beta); }
@@ -99,6 +120,7 @@ struct Jsd {
 
 // f = |p - q| / 2; the score is 0 where p == q.
 struct Tvd {
+  static constexpr bool kLinearWithoutTeacher = true;
   static constexpr bool kLessScore = false;
   static double limit(double) { return 0.5; }
   static double near_limit(double) { return limit(0); }
@@ -126,6 +148,7 @@ struct Tvd {
 
 // m = alpha p + (1 - alpha) q; f = p log(p/m).
 struct SkewKl {
+  static constexpr bool kLinearWithoutTeacher = true;
   static constexpr bool kLessScore = false;
   // The score is small where the teacher has no mass.
   static double limit(double) { return HUGE_VAL; }
@@ -156,6 +179,7 @@ struct SkewKl {
 
 // m = alpha q + (1 - alpha) p; f = q log(q/m).
 struct SkewReverseKl {
+  static constexpr bool kLinearWithoutTeacher = true;
   static constexpr bool kLessScore = false;
   static double limit(double alpha) { return -std::log(alpha); }
   static double near_limit(double alpha) { return limit(alpha) - (1 - alpha); }
@@ -192,7 +216,20 @@ template <class V>
 KDK_HD auto kdk_dead(V p, V logp, V q, V logq) {
   return (logp == logq) & (p == V{}) & (q == V{});
 }
-struct OfAlphaBeta {};
+
+// An alpha-beta divergence at p = 0: q^(a + b) / (a (a + b)).
+struct AlphaBetaNoTeacher {
+  template <bool GUARDED = false, class V>
+  KDK_HD static void eval(const Params<V>& k, V, V, V, V logq, V& value, V& score) {
+    const V power = kdk_exp((k.x0 + k.x1) * logq);
+    score = power / k.x0;
+    value = score / (k.x0 + k.x1);
+  }
+};
+
+struct OfAlphaBeta {
+  using NoTeacher = AlphaBetaNoTeacher;
+};
 // Where powers are infinite so is the value; the score has the sign of log q - log p.
 constexpr float kHuge = 3.402823466e38f;
 
@@ -345,16 +382,6 @@ struct AlphaBetaZero : OfAlphaBeta {
     const auto dead = kdk_dead(p, logp, q, logq);
     score = kdk_where(dead, zero, logq - logp);
     value = 0.5f * score * score;
-  }
-};
-
-// What an alpha-beta divergence is at p = 0: q^(a + b) / (a (a + b)).
-struct AlphaBetaNoTeacher {
-  template <bool GUARDED = false, class V>
-  KDK_HD static void eval(const Params<V>& k, V, V, V, V logq, V& value, V& score) {
-    const V power = kdk_exp((k.x0 + k.x1) * logq);
-    score = power / k.x0;
-    value = score / (k.x0 + k.x1);
   }
 };
 

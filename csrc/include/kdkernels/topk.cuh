@@ -510,7 +510,7 @@ struct TopkRow {
   }
 
   // The divergence over the entries and, as one more outcome, those outside: the bucket, or where the teacher has no
-  // mass there q f(0, 1), for f is homogeneous. Leaves the scores and q of the entries.
+  // mass there q f(0, 1), for f is linear there. Leaves the scores and q of the entries.
   __device__ __forceinline__ Sums eval_entries() const {
     const bool bucket = args.tail == Tail::kBucket && n.others > 0;
     const bool no_teacher =
@@ -549,7 +549,7 @@ struct TopkRow {
   // selection, so that there is one copy of the functors and no array in memory.
   template <class Visit>
   __device__ __forceinline__ void eval_lanes(const float (&x)[kL], uint32_t dead, Visit visit) const {
-    const int functor = args.tail == Tail::kUniform ? launch.functor : kNoTeacherFunctor;
+    const int functor = args.tail == Tail::kUniform ? launch.functor : launch.without_teacher;
     const float x0 = float(n.x0), x1 = float(args.param1);
     const Exponent exponent(n.outside.high, n.scale);
 #pragma unroll 1

@@ -26,19 +26,22 @@ struct Functors {
 };
 using AllFunctors = Functors<Jsd, Tvd, SkewKl, SkewReverseKl, AlphaBeta, AlphaBetaNear, AlphaBetaZeroA, AlphaBetaZeroB,
                              AlphaBetaZeroSum, AlphaBetaZero, AlphaBetaNoTeacher>;
-constexpr int kNoFunctor = -1, kNoTeacherFunctor = AllFunctors::index<AlphaBetaNoTeacher>();
+constexpr int kNoFunctor = -1;
 
 struct Divergence {
   const char* name;
   Linear coefficients;
-  int functor;
+  int functor, without_teacher;  // the latter where p = 0
+  bool linear_without_teacher;
 };
 template <class F>
 constexpr Divergence general(const char* name) {
-  static_assert(AllFunctors::index<F>() >= 0, "a new functor has to be entered in AllFunctors");
-  return {name, {}, AllFunctors::index<F>()};
+  constexpr int functor = AllFunctors::index<F>();
+  constexpr int without_teacher = AllFunctors::index<typename WithoutTeacher<F>::Functor>();
+  static_assert(functor >= 0 && without_teacher >= 0, "a new functor has to be entered in AllFunctors");
+  return {name, {}, functor, without_teacher, LinearWithoutTeacher<F>::value};
 }
-constexpr Divergence linear(const char* name, Linear c) { return {name, c, kNoFunctor}; }
+constexpr Divergence linear(const char* name, Linear c) { return {name, c, kNoFunctor, kNoFunctor, true}; }
 
 #include "divergence_table.h"
 
@@ -61,7 +64,7 @@ struct Limits {
 struct TopkPlan {
   bool resident = false;
   // Every outcome's value and score are needed: the teacher gives mass to those outside its entries, or a divergence is
-  // not homogeneous in (p, q).
+  // not linear in q where p = 0.
   bool every = false;
   int cluster = 1, threads = 32;
   int share = 0;       // 16-byte vectors of a row that a block has
@@ -91,7 +94,7 @@ inline TopkPlan plan_topk(const TopkArgs& args, const Limits& limits) {
   TopkPlan plan;
   const Divergence& divergence = kDivergences[args.divergence];
   const bool no_teacher = args.tail == Tail::kRenormalize || args.tail == Tail::kDrop;
-  plan.every = args.tail == Tail::kUniform || (no_teacher && std::strncmp(divergence.name, "alpha_beta", 10) == 0);
+  plan.every = args.tail == Tail::kUniform || (no_teacher && !divergence.linear_without_teacher);
   plan.table = 64;
   while (plan.table < 2 * args.entries) plan.table *= 2;
   // Two doubles, a float and an id each.
@@ -129,13 +132,14 @@ struct TopkLaunch {
   TopkArgs args;
   TopkPlan plan;
   Linear coefficients;
-  int functor;
-  void* workspace;  // [N, workspace_per_row]
+  int functor, without_teacher;  // of the entries; of the outcomes without a teacher
+  void* workspace;               // [N, workspace_per_row]
 };
 
 inline TopkLaunch prepare_topk(const TopkArgs& args, const Limits& limits) {
   const Divergence& divergence = kDivergences[args.divergence];
-  return {args, plan_topk(args, limits), divergence.coefficients, divergence.functor, nullptr};
+  return {args,   plan_topk(args, limits), divergence.coefficients, divergence.functor, divergence.without_teacher,
+          nullptr};
 }
 
 }  // namespace cuda
