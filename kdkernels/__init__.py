@@ -1,18 +1,8 @@
 """kdkernels: fused distillation losses for PyTorch."""
 
+from kdkernels import divergences
 from kdkernels.capture import TeacherTopK, capture_samples, capture_topk
-from kdkernels.divergences import (
-    JSD,
-    TVD,
-    AlphaBeta,
-    Divergence,
-    ForwardKL,
-    Jeffreys,
-    ReverseKL,
-    SkewKL,
-    SkewReverseKL,
-    SoftCE,
-)
+from kdkernels.divergences import *  # noqa: F403
 from kdkernels.functional import dkd_loss, kd_loss, logit_mse_loss, taid_loss, topk_kd_loss
 from kdkernels.linear import linear_kd_loss, linear_topk_kd_loss
 from kdkernels.losses import KDLoss, LinearKDLoss, LinearTopKKDLoss, TopKKDLoss
@@ -22,20 +12,10 @@ from kdkernels.stats import KDStats, TopKStats
 __version__ = "0.1.0"
 
 __all__ = [
-    "JSD",
-    "TVD",
-    "AlphaBeta",
-    "Divergence",
-    "ForwardKL",
-    "Jeffreys",
     "KDLoss",
     "KDStats",
     "LinearKDLoss",
     "LinearTopKKDLoss",
-    "ReverseKL",
-    "SkewKL",
-    "SkewReverseKL",
-    "SoftCE",
     "TeacherTopK",
     "TopKKDLoss",
     "TopKStats",
@@ -51,3 +31,4 @@ __all__ = [
     "topk_kd_loss",
     "unregister_divergence",
 ]
+__all__ += divergences.__all__

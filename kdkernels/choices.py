@@ -9,9 +9,6 @@ TeacherForm = Literal["logits", "log_probs", "probs", "unnormalized_probs"]
 Mixture = Literal["probs", "logits"]
 Tail = Literal["bucket", "renormalize", "renormalize_both", "uniform", "drop"]
 Backend = Literal["auto", "cuda", "triton", "cpu", "torch"]
-DivergenceName = Literal[
-    "forward_kl", "reverse_kl", "jsd", "tvd", "skew_kl", "skew_reverse_kl", "alpha_beta", "jeffreys", "soft_ce"
-]
 
 # Ops know these by their place.
 CODES = {"teacher_form": get_args(TeacherForm), "mixture": get_args(Mixture), "tail": get_args(Tail)}

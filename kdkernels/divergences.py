@@ -9,9 +9,26 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import ClassVar, Optional, Union
+from typing import ClassVar, Literal, Optional, Union
 
 from kdkernels import symbols
+
+# The classes and the names, for `import *` and for type checkers, which look at no table.
+__all__ = [
+    "JSD",
+    "TVD",
+    "AlphaBeta",
+    "Divergence",
+    "ForwardKL",
+    "Jeffreys",
+    "ReverseKL",
+    "SkewKL",
+    "SkewReverseKL",
+    "SoftCE",
+]
+DivergenceName = Literal[
+    "forward_kl", "reverse_kl", "jsd", "tvd", "skew_kl", "skew_reverse_kl", "alpha_beta", "jeffreys", "soft_ce"
+]
 
 
 @dataclass(frozen=True)
@@ -299,10 +316,7 @@ class _DualSoftCE(Divergence):
         return SoftCE()
 
 
-_TABLE: dict[str, type[Divergence]] = {
-    cls.name: cls
-    for cls in (ForwardKL, ReverseKL, JSD, TVD, SkewKL, SkewReverseKL, AlphaBeta, Jeffreys, SoftCE, _DualSoftCE)
-}
+_TABLE: dict[str, type[Divergence]] = {cls.name: cls for cls in Divergence.__subclasses__()}
 
 
 def names() -> tuple[str, ...]:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from kdkernels import checks, divergences, reference, symbols
-from kdkernels.choices import Backend, DivergenceName, Mixture, Reduction, Tail, TeacherForm
-from kdkernels.divergences import Divergence
+from kdkernels.choices import Backend, Mixture, Reduction, Tail, TeacherForm
+from kdkernels.divergences import Divergence, DivergenceName
 
 PerRow = Union[float, Tensor]
 

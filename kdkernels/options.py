@@ -12,8 +12,8 @@ from typing import Optional, TypedDict, Union
 import torch
 from torch import Tensor
 
-from kdkernels.choices import Backend, DivergenceName, Mixture, Reduction, Tail, TeacherForm
-from kdkernels.divergences import Divergence
+from kdkernels.choices import Backend, Mixture, Reduction, Tail, TeacherForm
+from kdkernels.divergences import Divergence, DivergenceName
 from kdkernels.objective import PerRow
 
 

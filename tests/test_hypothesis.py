@@ -141,7 +141,12 @@ def distilled(divergence, logp, s, temperature):
     size = size_of(logp, logq) * (
         1 + np.ptp(np.where(np.isfinite(s), s, s.max(-1, keepdims=True)), -1) / temperature / 8
     )
-    unit = (p + q + np.abs(score) + q * np.abs(score).sum(-1, keepdims=True)) / temperature[:, None]
+    terms = np.abs(score)
+    if divergence.name == "alpha_beta":
+        # What cancels in a score: powers below 1 make more of a probability than it is.
+        a, b = divergence.params()
+        terms = terms + (p**a * q**b + q ** (a + b)) / a
+    unit = (p + q + terms + q * terms.sum(-1, keepdims=True)) / temperature[:, None]
     return Rows(f.sum(-1), grad, size, unit * size[:, None])
 
 

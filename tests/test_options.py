@@ -56,7 +56,7 @@ def test_a_module_has_the_signature_of_its_options(module):
 
 
 def test_names_of_divergences_are_those_of_the_table():
-    assert set(get_args(choices.DivergenceName)) == set(kd.divergences.names())
+    assert set(get_args(kd.divergences.DivergenceName)) == set(kd.divergences.names())
 
 
 def test_a_module_holds_its_options_alone():

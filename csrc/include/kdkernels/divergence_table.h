@@ -1,22 +1,14 @@
-// The divergences the kernels know; included inside a namespace, or a class, that says what an entry is. A new one is
-// one line here, and its functor in kdkernels/divergences.h.
+// The divergences the kernels know; included inside a namespace, or a class, that says what an entry is.
+#define KDK_ENTRY(FUNCTOR, NAME) general<FUNCTOR>(NAME),
 static constexpr Divergence kDivergences[] = {
     linear("forward_kl", {1, -1, 0, 0}),
     linear("reverse_kl", {0, 0, -1, 1}),
     linear("jeffreys", {1, -1, -1, 1}),
     linear("soft_ce", {0, -1, 0, 0}),
     linear("dual_soft_ce", {0, 0, -1, 0}),
-    general<Jsd>("jsd"),
-    general<Tvd>("tvd"),
-    general<SkewKl>("skew_kl"),
-    general<SkewReverseKl>("skew_reverse_kl"),
-    general<AlphaBeta>("alpha_beta"),
-    general<AlphaBetaNear>("alpha_beta/near"),
-    general<AlphaBetaZeroA>("alpha_beta/a=0"),
-    general<AlphaBetaZeroB>("alpha_beta/b=0"),
-    general<AlphaBetaZeroSum>("alpha_beta/a+b=0"),
-    general<AlphaBetaZero>("alpha_beta/a=b=0"),
+    KDK_FUNCTORS(KDK_ENTRY)  //
 };
+#undef KDK_ENTRY
 static constexpr int kNumDivergences = int(sizeof(kDivergences) / sizeof(kDivergences[0]));
 
 // The entry that computes a divergence at given parameters: limits, and what is near them, have entries of their own.

@@ -386,3 +386,16 @@ struct AlphaBetaZero : OfAlphaBeta {
 };
 
 }  // namespace kdk
+
+// The functors, and the names of their entries in divergence_table.h: a new divergence is entered here.
+#define KDK_FUNCTORS(ENTER)                   \
+  ENTER(Jsd, "jsd")                           \
+  ENTER(Tvd, "tvd")                           \
+  ENTER(SkewKl, "skew_kl")                    \
+  ENTER(SkewReverseKl, "skew_reverse_kl")     \
+  ENTER(AlphaBeta, "alpha_beta")              \
+  ENTER(AlphaBetaNear, "alpha_beta/near")     \
+  ENTER(AlphaBetaZeroA, "alpha_beta/a=0")     \
+  ENTER(AlphaBetaZeroB, "alpha_beta/b=0")     \
+  ENTER(AlphaBetaZeroSum, "alpha_beta/a+b=0") \
+  ENTER(AlphaBetaZero, "alpha_beta/a=b=0")

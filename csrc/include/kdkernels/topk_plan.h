@@ -24,8 +24,9 @@ struct Functors {
     return -1;
   }
 };
-using AllFunctors = Functors<Jsd, Tvd, SkewKl, SkewReverseKl, AlphaBeta, AlphaBetaNear, AlphaBetaZeroA, AlphaBetaZeroB,
-                             AlphaBetaZeroSum, AlphaBetaZero, AlphaBetaNoTeacher>;
+#define KDK_TYPE(FUNCTOR, NAME) FUNCTOR,
+using AllFunctors = Functors<KDK_FUNCTORS(KDK_TYPE) AlphaBetaNoTeacher>;
+#undef KDK_TYPE
 constexpr int kNoFunctor = -1;
 
 struct Divergence {
@@ -38,7 +39,7 @@ template <class F>
 constexpr Divergence general(const char* name) {
   constexpr int functor = AllFunctors::index<F>();
   constexpr int without_teacher = AllFunctors::index<typename WithoutTeacher<F>::Functor>();
-  static_assert(functor >= 0 && without_teacher >= 0, "a new functor has to be entered in AllFunctors");
+  static_assert(functor >= 0 && without_teacher >= 0, "a functor for p = 0 has to be entered in AllFunctors");
   return {name, {}, functor, without_teacher, LinearWithoutTeacher<F>::value};
 }
 constexpr Divergence linear(const char* name, Linear c) { return {name, c, kNoFunctor, kNoFunctor, true}; }
