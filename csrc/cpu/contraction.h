@@ -1,4 +1,4 @@
-// Whether this build fuses multiplications with additions, which simd.h takes for granted where the machine can.
+// Whether this build fuses multiplications with additions, which vector.h takes for granted where the machine can.
 #pragma once
 
 namespace kdk {

@@ -1,10 +1,10 @@
 // Included once by every contraction_<isa>.cpp, which gets the flags of the kernels of that instruction set.
 #pragma once
 
-#include "simd.h"
+#include "vector.h"
 
 #if defined(__AVX2__) && !defined(__FMA__)
-#error "simd.h takes fused multiply-adds for granted beside AVX2: compile with -mfma too"
+#error "vector.h takes fused multiply-adds for granted beside AVX2: compile with -mfma too"
 #endif
 
 namespace kdk {

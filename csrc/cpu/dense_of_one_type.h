@@ -1,7 +1,10 @@
 // The dense patterns of one type of student, KDK_STUDENT; included once by every dense_<type>_<isa>.cpp.
 #pragma once
 
-#include "dense_kernels.h"
+#include "dense.h"
+#include "dkd.h"
+#include "mse.h"
+#include "scale.h"
 
 // Rows that 16-bit students bring to fp32 are those of fp32 students, and compiled with them alone.
 #ifndef KDK_ROWS_IN_F32

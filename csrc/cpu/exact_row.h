@@ -3,7 +3,7 @@
 // Slower than a sweep by about five times, and taken for such rows alone; compiled with the kernels of fp64.
 #pragma once
 
-#include "dense_kernels.h"
+#include "objective.h"
 
 namespace kdk {
 inline namespace KDK_ISA {

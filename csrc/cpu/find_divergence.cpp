@@ -1,4 +1,6 @@
-#include "dense_kernels.h"
+#include "divergence_list.h"
+
+#include "kernels.h"
 
 namespace kdk {
 

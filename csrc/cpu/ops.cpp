@@ -1,6 +1,6 @@
 // Torch glue of the CPU backend: runs rows in parallel on torch's threads.
 #include "contraction.h"
-#include "dense.h"
+#include "kernels.h"
 #include "memory.h"
 
 #include "../glue.h"

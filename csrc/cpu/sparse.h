@@ -1,15 +1,20 @@
-// The sparse patterns of one instruction set, which sparse_<isa>.cpp compiles: a file of its own, for the compiler
-// takes as long for it as for the dense ones.
+// The sparse patterns of all types of logits; included once by every sparse_<isa>.cpp.
 #pragma once
 
-#include "dense.h"
-#include "simd.h"
+#include "capture.h"
+#include "topk.h"
 
 namespace kdk {
 inline namespace KDK_ISA {
 
-void run_topk(const TopkArgs& args, int64_t begin, int64_t end);
-void run_capture(const CaptureArgs& args, int64_t begin, int64_t end);
+#define KDK_INSTANTIATE(X)                                       \
+  template void topk_rows<X>(const TopkArgs&, int64_t, int64_t); \
+  template void capture_rows<X>(const CaptureArgs&, int64_t, int64_t);
+KDK_INSTANTIATE(float)
+KDK_INSTANTIATE(BFloat16)
+KDK_INSTANTIATE(Half)
+KDK_INSTANTIATE(double)
+#undef KDK_INSTANTIATE
 
 }  // namespace KDK_ISA
 }  // namespace kdk

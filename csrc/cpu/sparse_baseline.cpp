@@ -1,1 +1,1 @@
-#include "topk_kernels.h"
+#include "sparse.h"

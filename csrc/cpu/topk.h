@@ -6,288 +6,19 @@
 // factor, for their gradient is proportional to q. Where the teacher spreads mass over them, or a divergence is not
 // homogeneous in (p, q), values and scores of all outcomes are computed instead, in the scratch.
 //
-// x, z and r as in dense_kernels.h.
+// x, z and r as in affine.h.
 #pragma once
 
-#include "capture_kernels.h"
-#include "dense_kernels.h"
-#include "sparse.h"
-
-#include <cmath>
-#include <type_traits>
+#include "capture.h"
+#include "objective.h"
+#include "outcomes.h"
+#include "patterns.h"
+#include "widen.h"
 
 namespace kdk {
 inline namespace KDK_ISA {
+
 namespace topk {
-
-// e^x in double to about 1 ulp: x = n log 2 + r, Taylor to r^13 on |r| < 0.35. 0 below the normal range.
-KDK_INLINE VecD exp_double(VecD x) {
-  const VecD zero = {};
-  const VecD lowest = zero - 708.0, highest = zero + 709.0;
-  const VecD c = kdk_where(x < lowest, lowest, kdk_where(x > highest, highest, x));
-  const double magic = 6755399441055744.0 + 1023.0;  // 1.5 * 2^52: adding it rounds to an integer; 1023: the bias
-  const VecD shifted = c * kLog2e + magic;
-  const VecD n = shifted - magic;
-  const VecD r = (c - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
-  constexpr double inverse_factorials[] = {1.6059043836821613e-10,
-                                           2.0876756987868099e-09,
-                                           2.5052108385441720e-08,
-                                           2.7557319223985893e-07,
-                                           2.7557319223985888e-06,
-                                           2.4801587301587302e-05,
-                                           1.9841269841269841e-04,
-                                           1.3888888888888889e-03,
-                                           8.3333333333333332e-03,
-                                           4.1666666666666664e-02,
-                                           1.6666666666666666e-01,
-                                           0.5,
-                                           1.0,
-                                           1.0};
-  VecD poly = zero + inverse_factorials[0];
-  for (int i = 1; i < 14; ++i) poly = poly * r + inverse_factorials[i];
-  const VecD y = poly * bit_cast<VecD>(bit_cast<VecL>(shifted) << 52);
-  return kdk_where(x < lowest, zero, y);
-}
-
-// The sum of count numbers, in four chains for each lane.
-inline double sum_of_doubles(const double* x, int64_t count) {
-  constexpr int64_t lanes = kLanes<double>;
-  VecD sums[4] = {};
-  int64_t j = 0;
-  for (; j + 4 * lanes <= count; j += 4 * lanes)
-    for (int i = 0; i < 4; ++i) sums[i] += load<VecD>(x + j + i * lanes);
-  for (; j + lanes <= count; j += lanes) sums[0] += load<VecD>(x + j);
-  double total = horizontal_sum<double>((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  for (; j < count; ++j) total += x[j];
-  return total;
-}
-
-// Values and scores of n outcomes; the teacher's step is 0 where one p serves all. Reads and writes whole vectors.
-template <class C>
-using Evaluate = void (*)(const Linear&, double x0, double x1, const C* p, const C* logp, int64_t step, const C* q,
-                          const C* logq, C* value, C* score, int64_t n);
-
-// The divergences that are linear in the log-probabilities, as a functor with run-time coefficients.
-struct LinearTerms {
-  template <class V, class C>
-  KDK_INLINE static V log_terms(C c_p, C c_q, V logp, V logq) {
-    // A coefficient of 0 silences an infinite logarithm.
-    V sum = {};
-    if (c_p != 0) sum = c_p * logp;
-    if (c_q != 0) sum = sum + c_q * logq;
-    return sum;
-  }
-  template <class C>
-  KDK_INLINE static void eval(const Linear& k, Vec<C> p, Vec<C> logp, Vec<C> q, Vec<C> logq, Vec<C>& value,
-                              Vec<C>& score) {
-    using V = Vec<C>;
-    const V zero = {};
-    const V over_p = kdk_where(p > zero, p * log_terms<V, C>(C(k.c_pp), C(k.c_pq), logp, logq), zero);
-    const V over_q = kdk_where(q > zero, q * log_terms<V, C>(C(k.c_qp), C(k.c_qq), logp, logq), zero);
-    value = over_p + over_q;
-    score = C(k.c_pq) * p + C(k.c_qq) * q + over_q;
-  }
-};
-
-template <class F, class C>
-void evaluate(const Linear& linear, double x0, double x1, const C* p, const C* logp, int64_t step, const C* q,
-              const C* logq, C* value, C* score, int64_t n) {
-  using V = Vec<C>;
-  const Params<V> params{V{} + C(x0), V{} + C(x1)};
-  (void)linear, (void)params;
-  for (int64_t j = 0; j < n; j += kLanes<C>) {
-    const V vp = step ? load<V>(p + j) : V{} + *p, vlogp = step ? load<V>(logp + j) : V{} + *logp;
-    const V vq = load<V>(q + j), vlogq = load<V>(logq + j);
-    V vvalue, vscore;
-    if constexpr (std::is_same_v<F, LinearTerms>) {
-      LinearTerms::eval<C>(linear, vp, vlogp, vq, vlogq, vvalue, vscore);
-    } else if constexpr (std::is_same_v<F, Jsd>) {
-      // By the ratios of probabilities: where the models are near, logarithms would lose most of it.
-      F::paired(params, vp, vq, vvalue, vscore);
-      vvalue = vvalue + vscore;
-    } else {
-      F::eval(params, vp, vlogp, vq, vlogq, vvalue, vscore);
-    }
-    store(value + j, vvalue);
-    store(score + j, vscore);
-  }
-}
-
-struct Divergence {
-  const char* name;
-  Linear coefficients;
-  Evaluate<float> f32;
-  Evaluate<double> f64;
-  // Where p = 0.
-  Evaluate<float> without_teacher_f32;
-  Evaluate<double> without_teacher_f64;
-  bool linear_without_teacher;
-  auto in(float) const { return f32; }
-  auto in(double) const { return f64; }
-  auto without_teacher_in(float) const { return without_teacher_f32; }
-  auto without_teacher_in(double) const { return without_teacher_f64; }
-};
-// The limits of alpha-beta divergences cancel in fp32 where the form for all parameters does not.
-template <class F>
-using InFloat = std::conditional_t<std::is_same_v<F, AlphaBetaZeroA> || std::is_same_v<F, AlphaBetaZeroB> ||
-                                       std::is_same_v<F, AlphaBetaZeroSum>,
-                                   AlphaBetaNear, F>;
-template <class F>
-constexpr Divergence general(const char* name) {
-  using None = typename WithoutTeacher<F>::Functor;
-  return {name,
-          {},
-          evaluate<InFloat<F>, float>,
-          evaluate<F, double>,
-          evaluate<None, float>,
-          evaluate<None, double>,
-          LinearWithoutTeacher<F>::value};
-}
-constexpr Divergence linear(const char* name, Linear c) {
-  constexpr auto f32 = evaluate<LinearTerms, float>;
-  constexpr auto f64 = evaluate<LinearTerms, double>;
-  return {name, c, f32, f64, f32, f64, true};
-}
-
-// The same table as the dense kernels', and so the same indices.
-#include "kdkernels/divergence_table.h"
-
-// The distinct entries of a row, and the room to compute with them; kept by a thread between calls.
-struct Entries {
-  int64_t count = 0;
-  std::vector<int64_t> ids, slots;  // slots: of the ids, in the scratch of the row
-  enum Column { kP, kLogP, kQ, kLogQ, kValue, kScore, kColumns };
-  std::vector<double> columns[kColumns];
-  std::vector<int32_t> table;  // finds an id: 1 + its entry at the first free place from its hash on, 0 for none
-  bool invalid = false;        // an id out of range was met
-  double mass = 0;             // sum of the probabilities as they were given
-
-  double* operator[](Column c) { return columns[c].data(); }
-  static Entries& mine() {
-    static thread_local Entries entries;
-    return entries;
-  }
-
-  template <class I, class L>
-  __attribute__((noinline)) void read(const I* id, const L* logprob, int64_t given, int64_t vocabulary) {
-    // At most a quarter full, and of the size of the entries: it stays in L1, as one place for each id would not.
-    int bits = 4;
-    while ((int64_t(1) << bits) < 4 * given) ++bits;
-    const size_t places = size_t(1) << bits;
-    if (table.size() < places) table.resize(places);
-    std::fill(table.begin(), table.begin() + int64_t(places), 0);
-    // One more for the bucket, and whole vectors.
-    const size_t room = size_t(given) + 1 + 8;
-    if (ids.size() < room) {
-      ids.resize(room);
-      slots.resize(room);
-      for (auto& column : columns) column.resize(room);
-    }
-    // All in variables of its own: what is written could be a member, as far as the compiler knows.
-    int64_t distinct = 0;
-    bool outside = false;
-    double* const logp = columns[kLogP].data();
-    int64_t* const known = ids.data();
-    int32_t* const entry_at = table.data();
-    for (int64_t j = 0; j < given; ++j) {
-      const int64_t v = int64_t(id[j]);
-      const double l = double(to_compute(logprob[j]));
-      if (v == -1 || l <= kNoEntry) continue;
-      if (v < 0 || v >= vocabulary) {
-        outside = true;
-        continue;
-      }
-      size_t place = size_t((uint64_t(v) * 0x9e3779b97f4a7c15u) >> (64 - bits));
-      while (entry_at[place] != 0 && known[entry_at[place] - 1] != v) place = (place + 1) & (places - 1);
-      if (entry_at[place] != 0) {
-        double& sum = logp[entry_at[place] - 1];
-        sum = log_add(sum, l);
-      } else {
-        known[distinct] = v;
-        logp[distinct] = l;
-        entry_at[place] = int32_t(++distinct);
-      }
-    }
-    count = distinct;
-    invalid = outside;
-    mass = exponentials(logp, columns[kP].data(), count);
-  }
-
-  // sum p |log p|: a relative rounding of log p by half an epsilon moves sum p by that much of it.
-  double nats() const {
-    const double *p = columns[kP].data(), *logp = columns[kLogP].data();
-    double total = 0;
-    for (int64_t k = 0; k < count; ++k) total += p[k] * std::abs(logp[k]);
-    return total;
-  }
-
-  static double log_add(double a, double b) {
-    const double high = std::max(a, b), low = std::min(a, b);
-    return std::isinf(high) ? high : high + std::log1p(std::exp(low - high));
-  }
-  // e^x of count numbers, and their sum.
-  static double exponentials(const double* x, double* e, int64_t count) {
-    for (int64_t j = 0; j < count; j += kLanes<double>) store(e + j, exp_double(load<VecD>(x + j)));
-    return sum_of_doubles(e, count);
-  }
-};
-
-// What the teacher says of the outcomes outside its entries.
-struct Outside {
-  double log_rest = 0;  // of the probability of all of them, for the bucket
-  double each = 0;      // probability of each, for the uniform tail
-  double log_each = 0;
-  bool known = true;  // false: there is no teacher at all
-};
-
-// Turns the log-probabilities as given into the teacher's distribution over the entries, by the tail mode; log_rest is
-// the log of the mass outside them.
-inline Outside resolve_teacher(Tail tail, double inverse_temperature, int64_t outcomes_outside, double log_rest,
-                               Entries& entries) {
-  Outside outside;
-  double *p = entries[Entries::kP], *logp = entries[Entries::kLogP];
-  const int64_t count = entries.count;
-  const double infinity = std::numeric_limits<double>::infinity();
-  if (outcomes_outside == 0) log_rest = -infinity;
-  outside.log_rest = log_rest;
-  if (tail == Tail::kDrop || tail == Tail::kBucket) return outside;
-  double log_each = -infinity;
-  if (tail == Tail::kUniform && log_rest > -infinity)
-    log_each = inverse_temperature * (log_rest - std::log(double(outcomes_outside)));
-  double high = log_each;
-  for (int64_t k = 0; k < count; ++k) {
-    logp[k] *= inverse_temperature;
-    high = std::max(high, logp[k]);
-  }
-  if (high == -infinity) {
-    outside.known = false;
-    return outside;
-  }
-  for (int64_t k = 0; k < count; ++k) logp[k] -= high;
-  double z = Entries::exponentials(logp, p, count);
-  z += double(outcomes_outside) * std::exp(log_each - high);
-  const double log_z = std::log(z);
-  for (int64_t k = 0; k < count; ++k) logp[k] -= log_z;
-  Entries::exponentials(logp, p, count);
-  outside.log_each = log_each - high - log_z;
-  outside.each = std::exp(outside.log_each);
-  return outside;
-}
-
-// Sum of a row's scratch.
-template <class C>
-double sum_of(const C* e, int64_t slots) {
-  double total = 0;
-  for (int64_t j = 0; j < slots;) {
-    Vec<C> sum0 = {}, sum1 = {};
-    for (const int64_t end = std::min(slots, j + kTileElements); j < end; j += 2 * kLanes<C>) {
-      sum0 += load<Vec<C>>(e + j);
-      sum1 += load<Vec<C>>(e + j + kLanes<C>);
-    }
-    total += horizontal_sum<C>(sum0 + sum1);
-  }
-  return total;
-}
 
 // A sum of exponentials outside the entries from which on their reference, that of the first elements, was too far
 // below some of them: an exponent of 14 has an error of 5e-7.
@@ -304,17 +35,7 @@ double sweep_student_from(const Row<X>& row, int64_t n, double scale, bool from_
   return z;
 }
 
-// Calls visit(slot) for the slots of a row that hold no element.
-template <class X, class Visit>
-void for_padding(const Row<X>& row, Visit visit) {
-  constexpr int64_t block = Row<X>::kBlock;
-  if (row.head > 0)
-    for (int64_t j = row.head; j < block; ++j) visit(Io<X>::slot(j));
-  if (row.tail > 0)
-    for (int64_t j = 0; j < block - row.tail; ++j) visit(row.slots() - block + Io<X>::slot(j));
-}
-
-// Puts what gives the entries' gradient g in place of their exponentials; false, and nothing done, where that leaves
+// Replaces the entries' exponentials by numbers that give their gradient g; false, and nothing done, where those leave
 // the range. Written afterwards, each would bring a line back that was just streamed to memory.
 template <class C>
 bool put_in_scratch(const GradientTerms<C>& k, const Entries& entries, const double* g) {
@@ -330,56 +51,6 @@ bool put_in_scratch(const GradientTerms<C>& k, const Entries& entries, const dou
     k.es[slot] = C((g[j] - k.c0) * over_a);
   }
   return true;
-}
-
-// Values and scores of the outcomes outside the entries, all with the teacher's probability p; returns their sums. The
-// scores replace x.
-template <class X>
-void evaluate_outside(const Row<X>& row, Evaluate<typename Io<X>::C> function, const Linear& linear, double x0,
-                      double x1, double p, double logp, double iq, double log_z, const Entries& entries,
-                      const typename Io<X>::C* es, typename Io<X>::C* xs, typename Io<X>::C* values, double& value,
-                      double& score) {
-  using C = typename Io<X>::C;
-  using V = Vec<C>;
-  constexpr int64_t piece = 512;
-  alignas(64) C q[piece], logq[piece];
-  const C cp = C(p), clogp = C(logp), scale = C(iq), ln2 = C(kLn2), clog_z = C(log_z);
-  const int64_t slots = row.slots();
-  for (int64_t begin = 0; begin < slots; begin += piece) {
-    const int64_t count = std::min(piece, slots - begin);
-    for (int64_t j = 0; j < count; j += kLanes<C>) {
-      store(q + j, load<V>(es + begin + j) * scale);
-      store(logq + j, load<V>(xs + begin + j) * ln2 - clog_z);
-    }
-    function(linear, x0, x1, &cp, &clogp, 0, q, logq, values + begin, xs + begin, count);
-  }
-  const auto silence = [&](int64_t slot) { values[slot] = xs[slot] = C(0); };
-  for (int64_t k = 0; k < entries.count; ++k) silence(entries.slots[size_t(k)]);
-  for_padding(row, silence);
-  value = sum_of(values, slots);
-  score = sum_of(xs, slots);
-}
-
-// The values outside the entries, in double: of a row with logits that are too far apart for C.
-template <class X>
-double values_outside(const X* s, int64_t n, Evaluate<double> function, const Linear& linear, double x0, double x1,
-                      double p, double logp, const Affine<typename Io<X>::C>& a, double log_z, const Entries& entries) {
-  constexpr int64_t piece = 512;
-  alignas(64) double q[piece], logq[piece] = {}, value[piece], score[piece];
-  const double scale = kLn2 * double(a.c), m = double(a.m), shift = kLn2 * double(a.r) + log_z;
-  double total = 0;
-  for (int64_t begin = 0; begin < n; begin += piece) {
-    const int64_t count = std::min(piece, n - begin);
-    for (int64_t j = 0; j < count; ++j) logq[j] = (double(to_compute(s[begin + j])) - m) * scale - shift;
-    Entries::exponentials(logq, q, count);
-    function(linear, x0, x1, &p, &logp, 0, q, logq, value, score, count);
-    for (int64_t k = 0; k < entries.count; ++k) {
-      const int64_t at = entries.ids[size_t(k)] - begin;
-      if (at >= 0 && at < count) value[at] = 0;
-    }
-    total += sum_of_doubles(value, count);
-  }
-  return total;
 }
 
 // The fraction of a row's K' entries whose logit is at least the K'-th largest. No logit is NaN.
@@ -426,20 +97,15 @@ RowResult SparseRows<X>::add(const RowNumbers& num, int64_t index, const X* s, i
   const Tail tail = args.tail;
 
   Entries& entries = Entries::mine();
-  const auto read = [&](auto* logprobs) {
-    const int64_t at = index * args.logprobs.stride_l;
+  with_dtype(args.logprobs.dtype, [&](auto x) {
+    const int64_t first = index * args.logprobs.stride_l;
+    const auto* logprobs = static_cast<const decltype(x)*>(args.logprobs.data) + first;
     if (args.ids_are_64_bits) {
-      entries.read(static_cast<const int64_t*>(args.ids) + at, logprobs + at, args.entries, n);
+      entries.read(static_cast<const int64_t*>(args.ids) + first, logprobs, args.entries, n);
     } else {
-      entries.read(static_cast<const int32_t*>(args.ids) + at, logprobs + at, args.entries, n);
+      entries.read(static_cast<const int32_t*>(args.ids) + first, logprobs, args.entries, n);
     }
-  };
-  switch (args.logprobs.dtype) {
-    case DType::kFloat32: read(static_cast<const float*>(args.logprobs.data)); break;
-    case DType::kBFloat16: read(static_cast<const BFloat16*>(args.logprobs.data)); break;
-    case DType::kFloat16: read(static_cast<const Half*>(args.logprobs.data)); break;
-    case DType::kFloat64: read(static_cast<const double*>(args.logprobs.data)); break;
-  }
+  });
   const int64_t count = entries.count, outcomes_outside = n - count;
   const double given_mass = entries.mass;
   double log_rest = per_row(args.tail_rows, index, std::log(std::max(0.0, 1 - given_mass)), sizeof(C) == 8);
@@ -777,20 +443,11 @@ void rows_capped(const TopkArgs& args, int64_t begin, int64_t end) {
   });
 }
 
-template <class X>
-void rows(const TopkArgs& args, int64_t begin, int64_t end) {
-  return args.student_softcap != 0 ? rows_capped<X>(args, begin, end) : rows_direct<X>(args, begin, end);
-}
-
 }  // namespace topk
 
-void run_topk(const TopkArgs& args, int64_t begin, int64_t end) {
-  switch (args.student.dtype) {
-    case DType::kFloat32: return topk::rows<float>(args, begin, end);
-    case DType::kBFloat16: return topk::rows<BFloat16>(args, begin, end);
-    case DType::kFloat16: return topk::rows<Half>(args, begin, end);
-    case DType::kFloat64: return topk::rows<double>(args, begin, end);
-  }
+template <class X>
+void topk_rows(const TopkArgs& args, int64_t begin, int64_t end) {
+  return args.student_softcap != 0 ? topk::rows_capped<X>(args, begin, end) : topk::rows_direct<X>(args, begin, end);
 }
 
 }  // namespace KDK_ISA

@@ -6,11 +6,11 @@
 // largest logits are, and nothing is ever subtracted. The first threshold is the k-th largest among the maxima of 2k
 // groups of elements at the beginning of the row: at least k logits are no smaller.
 //
-// x as in dense_kernels.h.
+// x as in affine.h.
 #pragma once
 
-#include "dense_kernels.h"
-#include "sparse.h"
+#include "patterns.h"
+#include "widen.h"
 
 #include <functional>
 #include <type_traits>
@@ -42,26 +42,6 @@ KDK_INLINE C logit_of(Key<C> key) {
 template <class C>
 KDK_INLINE int32_t id_of(Key<C> key) {
   return int32_t(~uint32_t(key));
-}
-
-// One bit per lane of a comparison's result.
-KDK_INLINE uint32_t lane_bits(VecI mask) {
-#if defined(__AVX512F__)
-  return uint32_t(_mm512_test_epi32_mask(bit_cast<__m512i>(mask), bit_cast<__m512i>(mask)));
-#elif defined(__AVX2__)
-  return uint32_t(_mm256_movemask_ps(bit_cast<__m256>(mask)));
-#elif defined(__x86_64__)
-  return uint32_t(_mm_movemask_ps(bit_cast<__m128>(mask)));
-#else
-  uint32_t bits = 0;
-  for (int i = 0; i < kLanes<float>; ++i) bits |= uint32_t(mask[i] & 1) << i;
-  return bits;
-#endif
-}
-KDK_INLINE uint32_t lane_bits(VecL mask) {
-  uint32_t bits = 0;
-  for (int i = 0; i < kLanes<double>; ++i) bits |= uint32_t(mask[i] & 1) << i;
-  return bits;
 }
 
 // The k largest logits of a row so far, and the mass of those that are not among them; kept by a thread between rows.
@@ -239,25 +219,16 @@ C capture_row(const X* s, int64_t n, int64_t k, double scale, int32_t* ids, C* l
   return C(std::min(0.0, kLn2 * (log2_rest - at.reference() - log2_z)));
 }
 
+}  // namespace capture
+
 template <class X>
-void rows(const CaptureArgs& args, int64_t begin, int64_t end) {
+void capture_rows(const CaptureArgs& args, int64_t begin, int64_t end) {
   using C = typename Io<X>::C;
   for (int64_t row = begin; row < end; ++row) {
     const double t = per_row(args.temperature_rows, row, args.temperature, sizeof(C) == 8);
     static_cast<C*>(args.tail)[row] =
-        capture_row(row_pointer<X>(args.teacher, row, args.length), args.columns, args.k, kLog2e / t,
-                    args.ids + row * args.k, static_cast<C*>(args.logprobs) + row * args.k);
-  }
-}
-
-}  // namespace capture
-
-void run_capture(const CaptureArgs& args, int64_t begin, int64_t end) {
-  switch (args.teacher.dtype) {
-    case DType::kFloat32: return capture::rows<float>(args, begin, end);
-    case DType::kBFloat16: return capture::rows<BFloat16>(args, begin, end);
-    case DType::kFloat16: return capture::rows<Half>(args, begin, end);
-    case DType::kFloat64: return capture::rows<double>(args, begin, end);
+        capture::capture_row(row_pointer<X>(args.teacher, row, args.length), args.columns, args.k, kLog2e / t,
+                             args.ids + row * args.k, static_cast<C*>(args.logprobs) + row * args.k);
   }
 }
 

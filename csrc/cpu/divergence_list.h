@@ -1,0 +1,51 @@
+// The divergences by their index, without what any pattern makes of them.
+#pragma once
+
+#include "math.h"
+
+#include <kdkernels/divergences.h>
+
+#include <cstring>
+
+namespace kdk {
+
+template <>
+struct SeriesTerms<VecD> : SeriesTerms<double> {};
+template <>
+struct SeriesTerms<Pair<Pair<VecD>>> : SeriesTerms<double> {};
+
+inline namespace KDK_ISA {
+
+// An entry of divergence_table.h before it is known what is made of it: the functor, or the coefficients.
+template <class F>
+struct General {
+  const char* name;
+};
+struct OfLogs {
+  const char* name;
+  Linear coefficients;
+};
+template <class F>
+constexpr General<F> general(const char* name) {
+  return {name};
+}
+constexpr OfLogs linear(const char* name, Linear c) { return {name, c}; }
+
+struct Divergence {
+  const char* name;
+  bool linear;
+  Linear coefficients;
+  template <class F>
+  constexpr Divergence(General<F> entry) : name(entry.name), linear(false), coefficients{} {}
+  constexpr Divergence(OfLogs entry) : name(entry.name), linear(true), coefficients(entry.coefficients) {}
+};
+
+#include "kdkernels/divergence_table.h"
+
+// Whether the gradient has terms in q log p or q log q.
+inline bool has_logs(const Divergence& divergence) {
+  return divergence.linear && (divergence.coefficients.c_qp != 0 || divergence.coefficients.c_qq != 0);
+}
+
+}  // namespace KDK_ISA
+}  // namespace kdk

@@ -1,0 +1,33 @@
+// What the dispatcher and the kernels of one instruction set share.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kdkernels/args.h"
+
+namespace kdk {
+
+// The kernels of one instruction set, for rows [begin, end).
+struct KernelTable {
+  const char* name;
+  void (*dense)(const DenseArgs&, int64_t begin, int64_t end);
+  void (*dkd)(const DkdArgs&, int64_t begin, int64_t end);
+  void (*mse)(const MseArgs&, int64_t begin, int64_t end);
+  void (*topk)(const TopkArgs&, int64_t begin, int64_t end);
+  void (*scale)(const ScaleArgs&, int64_t begin, int64_t end);
+  void (*capture)(const CaptureArgs&, int64_t begin, int64_t end);
+};
+
+const KernelTable& baseline_kernels();
+#if defined(KDK_HAVE_AVX2)
+const KernelTable& avx2_kernels();
+#endif
+#if defined(KDK_HAVE_AVX512)
+const KernelTable& avx512_kernels();
+#endif
+
+// Index of a divergence by name and parameters, or -1.
+int find_divergence(const char* name, double param0, double param1);
+
+}  // namespace kdk
