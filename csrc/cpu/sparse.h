@@ -2,14 +2,16 @@
 #pragma once
 
 #include "capture.h"
+#include "tokens.h"
 #include "topk.h"
 
 namespace kdk {
 inline namespace KDK_ISA {
 
-#define KDK_INSTANTIATE(X)                                       \
-  template void topk_rows<X>(const TopkArgs&, int64_t, int64_t); \
-  template void capture_rows<X>(const CaptureArgs&, int64_t, int64_t);
+#define KDK_INSTANTIATE(X)                                             \
+  template void topk_rows<X>(const TopkArgs&, int64_t, int64_t);       \
+  template void capture_rows<X>(const CaptureArgs&, int64_t, int64_t); \
+  template void token_rows<X>(const TokenArgs&, int64_t, int64_t);
 KDK_INSTANTIATE(float)
 KDK_INSTANTIATE(BFloat16)
 KDK_INSTANTIATE(Half)

@@ -87,6 +87,22 @@ struct CaptureArgs {
   void *logprobs = nullptr, *tail = nullptr;  // [N, K], [N]
 };
 
+// Log-probabilities of given tokens, or where there is dlogits the gradient of what was made of them.
+struct TokenArgs {
+  int64_t batch = 0, length = 0;
+  int64_t columns = 0;  // V: the real columns
+  int64_t width = 0;    // of the logits, padding included
+  LogitsView logits, dlogits;
+  const void* ids = nullptr;  // [N, K] int32 or int64; -1 and ignore_index do not count
+  bool ids_are_64_bits = false;
+  int64_t entries = 0, ignore_index = -100;
+  PerRow temperature_rows;
+  double temperature = 1, softcap = 0;
+  void *logprobs = nullptr, *entropy = nullptr;  // [N, K], [N] or null
+  void* lse = nullptr;  // [N, 2]: a logit, and the log of the sum of exponentials relative to it
+  const void *dlogprobs = nullptr, *dentropy = nullptr;
+};
+
 struct DkdArgs : RowArgs {
   LogitsView teacher;
   double alpha = 1, beta = 1, temperature = 1, teacher_temperature = 1;

@@ -45,4 +45,11 @@ struct CaptureNumbers {
   double temperature;
 };
 
+struct TokenNumbers {
+  double temperature, softcap;
+};
+struct TokenChoices {
+  int64_t ignore_index, entropy;
+};
+
 }  // namespace kdk

@@ -1,0 +1,253 @@
+// Log-probabilities of given tokens, and their backward.
+#pragma once
+
+#include "patterns.h"
+#include "student.h"
+#include "widen.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+namespace kdk {
+inline namespace KDK_ISA {
+
+// An id that counts, of one row.
+struct Token {
+  int64_t id, slot;
+  double logit;     // after the softcap
+  double gradient;  // to the log-probability
+};
+
+// The ids of a row that count, in their order.
+inline void tokens_of(const TokenArgs& args, int64_t row, std::vector<Token>& tokens) {
+  tokens.clear();
+  for (int64_t k = 0; k < args.entries; ++k) {
+    const int64_t at = row * args.entries + k;
+    const int64_t id =
+        args.ids_are_64_bits ? static_cast<const int64_t*>(args.ids)[at] : static_cast<const int32_t*>(args.ids)[at];
+    if (id != -1 && id != args.ignore_index) tokens.push_back({id, k, 0, 0});
+  }
+}
+
+// A row's softmax at its temperature: x = 2^affine / 2^log2_z.
+template <class C>
+struct Softmax {
+  Affine<C> affine;
+  double log2_z;
+};
+
+// The sum of 2^x of a row, and where ENTROPY that of 2^x x, both from the reference of its first elements or from its
+// maximum. A tile's exponentials stay in L1, one place for all tiles.
+template <bool ENTROPY, class X, class C = typename Io<X>::C>
+Softmax<C> sweep_tokens(const X* s, int64_t n, double scale, double& weighted) {
+  const Row<X> row(s, s, n, 0);
+  C* const es = Scratch<C>::mine().get(kEs, kTileElements + 2 * Row<X>::kBlock);
+  double high = maximum(s, std::min(n, kSeedElements));
+  for (bool from_maximum = false;; from_maximum = true) {
+    const Affine<C> as = affine<C>(scale, high);
+    double z = 0;
+    weighted = 0;
+    bool trusting = true;
+    for (int64_t tile = 0; tile < row.tiles() && (from_maximum || !(z > kRedo)); ++tile) {
+      C* const tile_es = es - tile * kTileElements;
+      z += student_exponentials<false>(row, tile, as, tile_es, tile_es, trusting, kNothingPending);
+      if (!ENTROPY) continue;
+      Vec<C> sum0 = {}, sum1 = {};
+      row.pieces(tile, [&](const X* x, const X*, int64_t blocks, int64_t slot, int64_t, auto lanes) KDK_LAMBDA_INLINE {
+        const C* e = tile_es + slot;
+        const Vec<C> zero = {};
+        for (int64_t b = 0; b < blocks; ++b, x += Row<X>::kBlock, e += Row<X>::kBlock) {
+          Vec<C> x0, x1;
+          load_block(x, lanes, -std::numeric_limits<C>::infinity(), x0, x1);
+          const Vec<C> e0 = load<Vec<C>>(e), e1 = load<Vec<C>>(e + kLanes<C>);
+          sum0 += e0 * keep(e0 != zero, as(x0));
+          sum1 += e1 * keep(e1 != zero, as(x1));
+        }
+      });
+      weighted += horizontal_sum<C>(sum0 + sum1);
+    }
+    if (from_maximum || !(z > kRedo)) return {as, std::log2(z)};
+    high = maximum(s, n);
+  }
+}
+
+// A row of logits after its softcap: as it is where there is none.
+template <class X>
+const X* token_row(const TokenArgs& args, int64_t row) {
+  using C = typename Io<X>::C;
+  if constexpr (std::is_same_v<X, C>) {
+    if (args.softcap != 0) {
+      C* out = Scratch<C>::mine().get(kStudentRow, args.columns);
+      capped_row(args.logits, row, args.length, args.columns, args.softcap, out, AsIs());
+      return out;
+    }
+  }
+  return row_pointer<X>(args.logits, row, args.length);
+}
+
+template <class C>
+double token_scale(const TokenArgs& args, int64_t row) {
+  return kLog2e / per_row(args.temperature_rows, row, args.temperature, sizeof(C) == 8);
+}
+
+template <class X>
+void token_rows_of(const TokenArgs& args, int64_t begin, int64_t end) {
+  using C = typename Io<X>::C;
+  C *const logprobs = static_cast<C*>(args.logprobs), *const lse = static_cast<C*>(args.lse);
+  std::vector<Token> tokens;
+  for (int64_t row = begin; row < end; ++row) {
+    std::fill(logprobs + row * args.entries, logprobs + (row + 1) * args.entries, C(0));
+    lse[2 * row] = lse[2 * row + 1] = 0;
+    if (args.entropy != nullptr) put<C>(args.entropy, row, 0);
+    tokens_of(args, row, tokens);
+    if (tokens.empty()) continue;
+    const X* s = token_row<X>(args, row);
+    const double scale = token_scale<C>(args, row);
+    double weighted = 0;
+    const Softmax<C> q = args.entropy != nullptr ? sweep_tokens<true>(s, args.columns, scale, weighted)
+                                                 : sweep_tokens<false>(s, args.columns, scale, weighted);
+    for (const Token& token : tokens) {
+      const bool inside = token.id >= 0 && token.id < args.columns;
+      const double x = inside ? q.affine.scalar(to_compute(s[token.id])) : std::numeric_limits<double>::quiet_NaN();
+      const double logprob = kLn2 * (x - q.log2_z);
+      logprobs[row * args.entries + token.slot] = C(std::isnan(logprob) ? logprob : std::min(logprob, 0.0));
+    }
+    // A logit near the reference, and the rest of the logarithm: their sum alone would lose what is behind its point.
+    const C logit = C(q.affine.logit());
+    lse[2 * row] = logit;
+    lse[2 * row + 1] = C(kLn2 * (q.log2_z - q.affine.scalar(double(logit))));
+    if (args.entropy != nullptr)
+      put<C>(args.entropy, row, std::max(0.0, kLn2 * (q.log2_z - weighted / std::exp2(q.log2_z))));
+  }
+}
+
+// The gradient q (a + b x) of a row, and of its tokens; s may be out.
+template <bool STREAM, bool ENTROPY, class X, class C = typename Io<X>::C>
+void token_gradient(const X* s, int64_t n, const Affine<C>& as, double a, double b, double log2_z, double per_token,
+                    const std::vector<Token>& tokens, X* out) {
+  constexpr int64_t block = Io<X>::kBlock;
+  const double iq = std::exp2(-log2_z);
+  const Vec<C> zero = {}, slope = zero + C(a * iq), by_x = zero + C(b * iq);
+  const auto gradient = [&](const X* x, Vec<C>& g0, Vec<C>& g1) KDK_LAMBDA_INLINE {
+    Vec<C> s0, s1;
+    Io<X>::load2(x, s0, s1);
+    const Vec<C> x0 = as(s0), x1 = as(s1);
+    const Vec<C> e0 = exp2_fast<kExpDegree<X>>(clamp_exponent(x0)), e1 = exp2_fast<kExpDegree<X>>(clamp_exponent(x1));
+    g0 = ENTROPY ? e0 * keep(e0 != zero, slope + by_x * x0) : e0 * slope;
+    g1 = ENTROPY ? e1 * keep(e1 != zero, slope + by_x * x1) : e1 * slope;
+  };
+  const int64_t head = n < block ? 0 : head_elements(out, STREAM);
+  const auto part = [&](int64_t first, int64_t count) {
+    if (count == 0) return;
+    X some[block] = {};
+    std::copy(s + first, s + first + count, some);
+    Vec<C> g0, g1;
+    gradient(some, g0, g1);
+    Io<X>::template store2<false>(some, g0, g1);
+    std::copy(some, some + count, out + first);
+  };
+  part(0, head);
+  int64_t j = head;
+  for (; j + block <= n; j += block) {
+    prefetch_ahead<block>(s + j);
+    Vec<C> g0, g1;
+    gradient(s + j, g0, g1);
+    Io<X>::template store2<STREAM>(out + j, g0, g1);
+  }
+  part(j, n - j);
+  // The tokens' own, of equal ones together, rounded once.
+  for (size_t k = 0; k < tokens.size();) {
+    const int64_t id = tokens[k].id;
+    const double x = as.scalar(tokens[k].logit), e = std::exp2(x) * iq;
+    double g = e == 0 ? 0 : e * (ENTROPY ? a + b * x : a);
+    for (; k < tokens.size() && tokens[k].id == id; ++k) g += tokens[k].gradient * per_token;
+    from_compute(C(g), out + id);
+  }
+}
+
+template <class X>
+void token_gradient_rows_of(const TokenArgs& args, int64_t begin, int64_t end) {
+  using C = typename Io<X>::C;
+  const C *const given = static_cast<const C*>(args.dlogprobs), *const lse = static_cast<const C*>(args.lse),
+                 *const of_entropy = static_cast<const C*>(args.dentropy);
+  const bool streamed = args.softcap == 0 && args.dlogits.data != args.logits.data &&
+                        args.width * int64_t(sizeof(X)) >= kStreamRowBytes &&
+                        args.batch * args.length * args.width * int64_t(sizeof(X)) > kStreamBytes;
+  std::vector<Token> tokens;
+  for (int64_t row = begin; row < end; ++row) {
+    double sum = 0, h = 0;
+    tokens_of(args, row, tokens);
+    bool any = false;
+    for (Token& token : tokens) {
+      token.gradient = double(given[row * args.entries + token.slot]);
+      sum += token.gradient;
+      any = any || token.gradient != 0;
+    }
+    if (of_entropy != nullptr && !tokens.empty()) h = double(of_entropy[row]);
+    with_dtype(args.dlogits.dtype, [&](auto type) {
+      auto* out = row_pointer<decltype(type)>(args.dlogits, row, args.length);
+      if (!any && h == 0) return fill_zero(out, 0, args.width);
+      fill_zero(out, args.columns, args.width);
+    });
+    // A row that nothing asks for is not read: its gradient is 0, whatever is in it.
+    if (!any && h == 0) continue;
+    const X* s = token_row<X>(args, row);
+    const double scale = token_scale<C>(args, row), per_token = scale / kLog2e;
+    for (Token& token : tokens) {
+      const bool inside = token.id >= 0 && token.id < args.columns;
+      if (inside) token.logit = to_compute(s[token.id]);
+      if (!inside) token.gradient = sum = std::numeric_limits<double>::quiet_NaN();
+    }
+    tokens.erase(std::remove_if(tokens.begin(), tokens.end(),
+                                [&](const Token& token) { return token.id < 0 || token.id >= args.columns; }),
+                 tokens.end());
+    std::stable_sort(tokens.begin(), tokens.end(), [](const Token& x, const Token& y) { return x.id < y.id; });
+    const Affine<C> as = affine<C>(scale, double(lse[2 * row]));
+    const double log2_z = as.scalar(double(lse[2 * row])) + double(lse[2 * row + 1]) / kLn2;
+    // -h q (log q + H) / T of the entropy, in x.
+    const double entropy = h != 0 ? double(static_cast<const C*>(args.entropy)[row]) : 0;
+    const double a = -per_token * (sum + h * (entropy - kLn2 * log2_z)), b = -per_token * h * kLn2;
+    const auto write = [&](auto* out) {
+      using Out = std::remove_pointer_t<decltype(out)>;
+      if constexpr (std::is_same_v<Out, X>) {
+        if (h != 0) {
+          streamed ? token_gradient<true, true>(s, args.columns, as, a, b, log2_z, per_token, tokens, out)
+                   : token_gradient<false, true>(s, args.columns, as, a, b, log2_z, per_token, tokens, out);
+        } else {
+          streamed ? token_gradient<true, false>(s, args.columns, as, a, b, log2_z, per_token, tokens, out)
+                   : token_gradient<false, false>(s, args.columns, as, a, b, log2_z, per_token, tokens, out);
+        }
+      }
+    };
+    if (args.softcap == 0) {
+      write(row_pointer<X>(args.dlogits, row, args.length));
+      continue;
+    }
+    C* g = Scratch<C>::mine().get(kGradientRow, args.columns);
+    write(reinterpret_cast<X*>(g));  // a row that is capped is in C
+    const C* capped = reinterpret_cast<const C*>(s);
+    const C inverse = C(1 / args.softcap);
+    with_dtype(args.dlogits.dtype, [&](auto type) {
+      using Out = decltype(type);
+      if constexpr (std::is_same_v<typename Io<Out>::C, C>)
+        narrow_row(args.columns, row_pointer<Out>(args.dlogits, row, args.length), [&](int64_t j) KDK_LAMBDA_INLINE {
+          return load<Vec<C>>(g + j) * slope_of_cap(load<Vec<C>>(capped + j), inverse);
+        });
+    });
+  }
+  finish_streams();
+}
+
+// Logits after a softcap are in the type of the sums.
+template <class X>
+void token_rows(const TokenArgs& args, int64_t begin, int64_t end) {
+  const auto run = [&](auto type) {
+    using Y = decltype(type);
+    args.dlogits.data == nullptr ? token_rows_of<Y>(args, begin, end) : token_gradient_rows_of<Y>(args, begin, end);
+  };
+  args.softcap != 0 ? run(typename Io<X>::C()) : run(X());
+}
+
+}  // namespace KDK_ISA
+}  // namespace kdk
