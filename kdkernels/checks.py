@@ -528,7 +528,7 @@ def head(side: str, hidden: Any, weight: Any, bias: Any, autocast: bool) -> None
                 cure = (
                     "call the loss in the forward of the module that FSDP2 shards, where the head is gathered, or pass "
                     f'{name}.full_tensor(grad_placements=[Partial("avg")]) where each rank has rows of its own, '
-                    f"{name}.full_tensor() where all have the same (docs/linear.md)"
+                    f"{name}.full_tensor() where all have the same (docs/guide/hidden-states.md)"
                 )
             raise TypeError(f"{name} must be a plain tensor, got a DTensor: {cure}")
         if value.dtype not in FLOATING:
