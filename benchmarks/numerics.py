@@ -1,6 +1,6 @@
 """The rounding errors of the dense losses beside those of eager PyTorch, over a grid of hard rows.
 
-    python -m benchmarks.numerics               # measures on the CPU backend, and writes docs/numerics.md: minutes
+    python -m benchmarks.numerics               # measures, and writes docs/reference/numerics.md: minutes
     python -m benchmarks.numerics --small --backend torch --output -
 
 Truth is the textbook formula of ``kdkernels.testing`` in fp64, eager PyTorch the same formula in fp32.
@@ -296,7 +296,7 @@ own exponential, logarithm and reciprocal add an ulp or two. Two kinds of rows s
 
 
 def markdown(found: dict[Cell, Errors], on: str) -> str:
-    """docs/numerics.md."""
+    """docs/reference/numerics.md."""
     lines = [HEADER.format(smallest=SMALLEST)]
     passed = over(found, 1.0)
     lines.append(f"On {on}, {len(found)} cells, {len(found) - len(passed)} within the bar.\n")
@@ -326,7 +326,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.numerics", description=__doc__.splitlines()[0])
     parser.add_argument("--backend", default="cpu")
     parser.add_argument("--small", action="store_true", help="the grid of the tests")
-    parser.add_argument("--output", default=str(Path(__file__).resolve().parent.parent / "docs" / "numerics.md"))
+    parser.add_argument(
+        "--output", default=str(Path(__file__).resolve().parent.parent / "docs" / "reference" / "numerics.md")
+    )
     parser.add_argument("--times", type=float, help="fail where a cell passes the bar by more than so many times")
     chosen = parser.parse_args(arguments)
     found = measure_all(chosen.backend, **(SMALL if chosen.small else FULL))

@@ -26,8 +26,8 @@ from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = ROOT / "tests" / "kernels" / "budgets.json"
-PAGE = ROOT / "docs" / "performance.md"
-PLOT = ROOT / "docs" / "performance-roofline.png"
+PAGE = ROOT / "docs" / "internals" / "gpu-performance.md"
+PLOT = ROOT / "docs" / "internals" / "gpu-roofline.png"
 BEGIN, END = "<!-- roofline: written by python -m benchmarks.roofline -->", "<!-- roofline: end -->"
 
 N, V, ITEMSIZE = 8192, 131072, 2
@@ -171,7 +171,7 @@ def operations() -> str:
 
 
 def section(measured: str = "") -> str:
-    """The generated part of docs/performance.md."""
+    """The generated part of docs/internals/gpu-performance.md."""
     constants = tabulate(
         [[d.name, d.terabytes, d.multiprocessors, d.gigahertz, d.lanes, d.transcendental, d.source] for d in DEVICES],
         headers=["", "TB/s", "multiprocessors", "GHz", "lanes", "transcendental a clock", "source"],
@@ -194,7 +194,7 @@ of logits (loss and gradient; for capture_topk its one read).
 
 {table()}
 
-![Predicted milliseconds](performance-roofline.png)
+![Predicted milliseconds](gpu-roofline.png)
 
 Passes of our kernels are what `tests/kernels/test_emulated.py` counts by executing the compiled PTX, operations what
 `tests/kernels/budgets.json` holds them to (for the CUDA kernels `tests/cuda/test_topk_cuda.py` and
@@ -279,8 +279,8 @@ def write(page: Path, plot: Path, measured: str = "") -> None:
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--page", type=Path, default=PAGE, help="(default: docs/performance.md)")
-    parser.add_argument("--plot", type=Path, default=PLOT, help="(default: docs/performance-roofline.png)")
+    parser.add_argument("--page", type=Path, default=PAGE, help="(default: docs/internals/gpu-performance.md)")
+    parser.add_argument("--plot", type=Path, default=PLOT, help="(default: docs/internals/gpu-roofline.png)")
     parser.add_argument("--measure-peers", action="store_true", help="also execute Liger's kernels; needs liger-kernel")
     options = parser.parse_args(arguments)
     write(options.page, options.plot, measure_peers() if options.measure_peers else "")

@@ -8,6 +8,7 @@ from kdkernels.linear import linear_kd_loss, linear_topk_kd_loss
 from kdkernels.losses import KDLoss, LinearKDLoss, LinearTopKKDLoss, TopKKDLoss
 from kdkernels.registry import register_divergence, unregister_divergence
 from kdkernels.stats import KDStats, TopKStats
+from kdkernels.tokens import TokenLogprobs, gather_logprobs, token_logprobs
 
 __version__ = "0.1.0"
 
@@ -17,17 +18,20 @@ __all__ = [
     "LinearKDLoss",
     "LinearTopKKDLoss",
     "TeacherTopK",
+    "TokenLogprobs",
     "TopKKDLoss",
     "TopKStats",
     "capture_samples",
     "capture_topk",
     "dkd_loss",
+    "gather_logprobs",
     "kd_loss",
     "linear_kd_loss",
     "linear_topk_kd_loss",
     "logit_mse_loss",
     "register_divergence",
     "taid_loss",
+    "token_logprobs",
     "topk_kd_loss",
     "unregister_divergence",
 ]

@@ -1,14 +1,17 @@
-"""One torch.autograd.Function for all row losses: the forward launch leaves the gradient, backward only scales it."""
+"""One torch.autograd.Function for all row losses: the forward launch leaves the gradient, backward only scales it.
+
+Log-probabilities of tokens have one of their own, whose backward makes the gradient.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
 
-from kdkernels import memory, ops, symbols, transforms
+from kdkernels import memory, ops, reference, symbols, transforms
 from kdkernels.launch import Launch, as_rows, flat, run, run_reference
 from kdkernels.objective import RowOptions
 
@@ -204,6 +207,96 @@ _SUMMED = ("dense_fwd", "topk_fwd")
 def reduced(rows: Tensor, options: RowOptions, student: Tensor) -> Tensor:
     """Losses of rows ``[N]`` as ``reduction`` wants them; what divides them is in them."""
     return rows.reshape(student.shape[:-1]) if options.reduction == "none" else rows.sum()
+
+
+class TokenCall(NamedTuple):
+    """A call of ``token_fwd`` and ``token_bwd`` but for the logits and ids."""
+
+    backend: str
+    temperature_rows: Optional[Tensor]  # [N]
+    options: dict[str, Any]  # keyword arguments
+
+    def reference_options(self) -> dict[str, Any]:
+        """The options of ``reference.token_rows``."""
+        rows = self.temperature_rows
+        return self.options if rows is None else {**self.options, "temperature": rows}
+
+
+class TokenValues(torch.autograd.Function):
+    """Log-probabilities ``[N, K]``, entropy ``[N]`` or ``[0]``, and lse ``[N]``, which passes no gradient.
+
+    Kept for backward are the logits themselves, and of a row its ids, its norm and its entropy.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        ids: Tensor,
+        temperature_rows: Optional[Tensor],
+        backend: str,
+        options: dict[str, Any],
+        inplace: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        call = TokenCall(backend, temperature_rows, options)
+        logprobs, entropy, lse, _, norm = _run_token_fwd(call, logits, ids)
+        ctx.save_for_backward(logits, ids, norm, entropy if options["entropy"] else None, temperature_rows)
+        ctx.backend, ctx.options = backend, options
+        ctx.inplace, ctx.shared = inplace, has_saved_tensor_hooks()
+        if options["entropy"]:
+            ctx.mark_non_differentiable(lse)
+        else:
+            ctx.mark_non_differentiable(lse, entropy)
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy, lse
+
+    @staticmethod
+    def backward(ctx: Any, dlogprobs: Optional[Tensor], dentropy: Optional[Tensor], *_: Any) -> tuple[Any, ...]:
+        refuse_second_derivative()
+        nothing = (None,) * 5
+        if dlogprobs is None and dentropy is None:
+            return None, *nothing
+        logits, ids, norm, entropy, temperature_rows = ctx.saved_tensors
+        call = TokenCall(ctx.backend, temperature_rows, {**ctx.options, "entropy": dentropy is not None})
+        entropy = entropy if dentropy is not None else None
+        if dlogprobs is None:
+            dlogprobs = torch.zeros_like(ids, dtype=norm.dtype)
+        given = (dlogprobs,) if dentropy is None else (dlogprobs, dentropy)
+        if any(map(transforms.stands_for_others, given)):
+            # A batch of gradients: transforms see no kernel.
+            options = {k: v for k, v in call.reference_options().items() if k not in ("entropy", "tail_mass")}
+            grad = reference.token_gradient(flat(logits), ids, norm, entropy, dlogprobs, dentropy, **options)
+            return grad.reshape(logits.shape), *nothing
+        # Whoever may look at the logits again finds them as they were.
+        over = ctx.inplace and not ctx.shared and not graph_is_kept()
+        grad = logits.detach() if over else memory.empty_like(logits)
+        rows, destination = as_rows((logits.detach(), grad))
+        dentropy = None if dentropy is None else dentropy.contiguous()
+        operands = (rows, ids, norm, entropy, dlogprobs.contiguous(), dentropy, destination, temperature_rows)
+        ops.call("token_bwd", call.backend, operands, call.options)
+        if over:
+            torch.autograd.graph.increment_version(logits)
+        return grad, *nothing
+
+
+def token_values(
+    call: TokenCall, logits: Tensor, ids: Tensor, *, inplace: bool = False
+) -> tuple[Tensor, Optional[Tensor], Tensor, Optional[Tensor]]:
+    """Log-probabilities ``[N, K]``, entropy ``[N]``, lse ``[N]`` and the log of the mass outside the ids ``[N]``."""
+    options = call.options
+    if call.backend == "torch":
+        return tuple(reference.token_rows(flat(logits), ids, **call.reference_options()))  # type: ignore[return-value]
+    tail = None
+    if torch.is_grad_enabled() and logits.requires_grad and not symbols.traces_ops():
+        logprobs, entropy, lse = TokenValues.apply(logits, ids, call.temperature_rows, call.backend, options, inplace)
+    else:
+        logprobs, entropy, lse, tail, _ = _run_token_fwd(call, logits.detach(), ids)
+    return logprobs, entropy if options["entropy"] else None, lse, tail if options["tail_mass"] else None
+
+
+def _run_token_fwd(call: TokenCall, logits: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+    operands = (as_rows((logits,))[0], ids, call.temperature_rows)
+    return ops.call("token_fwd", call.backend, operands, call.options)
 
 
 def scaled(

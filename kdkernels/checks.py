@@ -528,7 +528,7 @@ def head(side: str, hidden: Any, weight: Any, bias: Any, autocast: bool) -> None
                 cure = (
                     "call the loss in the forward of the module that FSDP2 shards, where the head is gathered, or pass "
                     f'{name}.full_tensor(grad_placements=[Partial("avg")]) where each rank has rows of its own, '
-                    f"{name}.full_tensor() where all have the same (docs/linear.md)"
+                    f"{name}.full_tensor() where all have the same (docs/guide/hidden-states.md)"
                 )
             raise TypeError(f"{name} must be a plain tensor, got a DTensor: {cure}")
         if value.dtype not in FLOATING:
@@ -777,6 +777,38 @@ def _values_of_labels(labels: Tensor, columns: int, ignore_index: int) -> None:
         raise ValueError(f"labels must be in [0, {columns}) or equal to ignore_index {ignore_index}, got {worst}")
 
 
+def token_ids(value: Any, logits: Tensor, columns: int, ignore_index: int) -> Tensor:
+    """Integer ids of the logits' leading shape, or of that and K slots: int64 ``[N, K]``, contiguous.
+
+    Each is in ``[0, columns)``, or -1 or ``ignore_index`` for no token.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"ids must be a torch.Tensor, got {type(value).__name__}")
+    plain("ids", value)
+    if value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"ids must be int64 or int32, got {_dtype(value)}")
+    if value.device != logits.device:
+        raise ValueError(f"ids must be on the logits' device {logits.device}, got {value.device}")
+    leading = tuple(logits.shape[:-1])
+    several = value.dim() == logits.dim()
+    if not (value.shape == leading or (several and value.shape[:-1] == leading and value.shape[-1] > 0)):
+        raise ValueError(f"ids must have shape {leading} or {(*leading, 'K')} with K >= 1, got {tuple(value.shape)}")
+    flat = value.reshape(-1, value.shape[-1] if several else 1).to(torch.int64).contiguous()
+    if reads_values(value) and value.numel():
+        _values_of_tokens(flat, columns, ignore_index)
+    return flat
+
+
+def _values_of_tokens(ids: Tensor, columns: int, ignore_index: int) -> None:
+    sound = torch.ops.kdkernels.labels_are_sound
+    if cpu.why_not(ids.device.type) is None and sound(ids.view(-1), columns, ignore_index):
+        return
+    low, high = (int(v) for v in torch.aminmax(torch.where((ids == ignore_index) | (ids == -1), 0, ids)))
+    if low < 0 or high >= columns:
+        worst = low if low < 0 else high
+        raise ValueError(f"ids must be in [0, {columns}), or -1 or ignore_index {ignore_index} for none, got {worst}")
+
+
 def per_row(
     name: str,
     value: Any,
@@ -849,22 +881,22 @@ def normalizer_like(value: Any, reduction: str, student: Optional[Tensor] = None
     return value.detach().to(value.device if student is None else student.device)
 
 
-def inplace_allowed(student: Tensor) -> None:
+def inplace_allowed(student: Tensor, option: str = "inplace", name: str = "student") -> None:
     """``inplace`` is for eager mode, for a student that gets a gradient, and for rows that are views of their own."""
     if torch.compiler.is_compiling():
-        raise ValueError("inplace=True works in eager mode only; under torch.compile leave it out")
+        raise ValueError(f"{option}=True works in eager mode only; under torch.compile leave it out")
     if torch.is_grad_enabled() and not student.requires_grad:
-        raise ValueError("inplace=True needs a student that requires grad: there is no gradient to write otherwise")
+        raise ValueError(f"{option}=True needs a {name} that requires grad: there is no gradient to write otherwise")
     if student.dim() > 3 and not student.is_contiguous():
         raise ValueError(
-            f"inplace needs a contiguous student or at most 3 dimensions, got strides {tuple(student.stride())}"
+            f"{option} needs a contiguous {name} or at most 3 dimensions, got strides {tuple(student.stride())}"
         )
     extent = 1
     for stride, size in sorted(zip(student.stride(), student.shape, strict=True)):
         if size > 1 and stride < extent and student.numel() > 0:
             raise ValueError(
-                "inplace needs a student whose rows share no memory, for they are overwritten one by one; got shape "
-                f"{tuple(student.shape)} with strides {tuple(student.stride())}: pass student.contiguous()"
+                f"{option} needs a {name} whose rows share no memory, for they are overwritten one by one; got shape "
+                f"{tuple(student.shape)} with strides {tuple(student.stride())}: pass {name}.contiguous()"
             )
         extent += (size - 1) * stride
 

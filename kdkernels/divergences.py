@@ -403,7 +403,7 @@ def resolve(divergence: Union[str, Divergence]) -> Divergence:
 
 
 def markdown_table() -> str:
-    """The table of docs/divergences.md: name, formula, gradient, sweeps of a two-pass kernel, paper."""
+    """The table of docs/reference/divergences.md: name, formula, gradient, sweeps of a two-pass kernel, paper."""
     rows = [
         "| name | class | D | gradient to the student's logits | sweeps | paper |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -91,7 +91,7 @@ def linear_kd_loss(
             bias then counts too. A module that does more than multiply (adapters, hooks, quantised weights) is an
             error: its weight alone would be another model. A sharded parameter is gathered first: FSDP2 does it in the
             forward of the module it shards, and elsewhere ``weight.full_tensor(grad_placements=[Partial("avg")])`` has
-            the gradient that FSDP2 means, see docs/linear.md. An adapter is merged by the caller
+            the gradient that FSDP2 means, see docs/guide/hidden-states.md. An adapter is merged by the caller
             (``weight + scale * B @ A``) and gets its gradient through that sum; a scale of logits is multiplied in.
         teacher_hidden, teacher_weight: the same of the teacher, ``(..., D')`` and ``[V, D']``; or sequences of up to 4
             for a mixture, see ``teacher_weights``. They get no gradient, whether they require one or not: they are
@@ -107,7 +107,7 @@ def linear_kd_loss(
             on a GPU. It bounds the memory, whatever N is, down to one row.
         logits_dtype: for products of 16-bit operands, their dtype asks for logits rounded to it, in chunks of twice as
             many rows. The gradient is a difference of two distributions, which then drowns in rounding where the
-            teacher is near: see docs/linear.md. By default logits are float32.
+            teacher is near: see docs/guide/hidden-states.md. By default logits are float32.
         teacher_form: as in ``kd_loss``, for ``teacher_logits``; products are "logits".
         reduction: as in ``kd_loss``; "none" only where no gradient is asked for: each row's ``grad_output`` would have
             to be known while its chunk is there.

@@ -2,9 +2,9 @@
 
 A C library maps a large block anew whenever it is asked for, and the system then finds, clears and maps every page of
 it while the gradient is written. That takes as long as the loss itself, and several times as long on a virtual machine
-that gives freed pages back to its host (docs/cpu.md). A smaller block fares the same whenever the rest of a step has
-made the library give the top of its heap back. So the pages of the last gradient that was freed are kept, or of the
-last four where they are small, and those of the last chunks of the losses on hidden states.
+that gives freed pages back to its host (docs/internals/cpu.md). A smaller block fares the same whenever the rest of a
+step has made the library give the top of its heap back. So the pages of the last gradient that was freed are kept, or
+of the last four where they are small, and those of the last chunks of the losses on hidden states.
 
 They are not withheld from anyone: what is kept is marked with ``MADV_FREE``, all but less than 2 MiB of a block, and
 the kernel takes it back when memory gets scarce, without a word to this process and without writing it anywhere. Until

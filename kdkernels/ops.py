@@ -46,6 +46,8 @@ NUMBERS = {
     "dkd_fwd": ("scale", "alpha", "beta", "temperature", "teacher_temperature"),
     "mse_fwd": ("scale",),
     "capture_topk": ("temperature",),
+    "token_fwd": ("temperature", "softcap"),
+    "token_bwd": ("temperature", "softcap"),
 }
 CHOICES = {
     "dense_fwd": ("ignore_index", "scale_by_t_squared", "teacher_form", "mixture", "standardize"),
@@ -53,6 +55,8 @@ CHOICES = {
     "dkd_fwd": ("ignore_index", "scale_by_t_squared"),
     "mse_fwd": ("ignore_index", "centered"),
     "capture_topk": (),
+    "token_fwd": ("ignore_index", "entropy", "tail_mass"),
+    "token_bwd": ("ignore_index", "entropy", "tail_mass"),
 }
 _ROWS = (
     "Tensor(a!)? dstudent, Tensor? labels, Tensor? row_weight, Tensor? student_temperature_rows, "
@@ -84,6 +88,41 @@ SCHEMAS = {
     "mse_fwd": (
         "(Tensor student, Tensor teacher, Tensor(a!)? dstudent, Tensor? labels, Tensor? row_weight, *, "
         f"{_ALIKE}) -> Tensor"
+    ),
+    # Log-probabilities of the ids [N, K] of each row, in one read. With x the logits below vocab_size after the softcap (0:
+    # none), m the largest of them, z = sum_v exp((x_v - m) / T), which is at least 1, and q = exp((x - m) / T) / z,
+    #
+    #     logprobs [N, K]   (x_id - m) / T - log z          entropy [N]   log z - sum_v q_v (x_v - m) / T
+    #     lse [N]           m / T + log z                   tail [N]      log of the sum of q outside the row's ids
+    #     norm [N, 2]       m and z, for token_bwd
+    #
+    # in the dtype of the sums; entropy is [0] unless the choice "entropy" asks for it, tail unless "tail_mass" does. The
+    # difference x - m is made first, so that logits of 1e4 keep their bits and those of 3e38 overflow to -inf alone.
+    # ids: int64, contiguous; -1 and ignore_index (which may be a column's number) are slots without an id, whose
+    # logprob is 0. A row in which no slot has an id is not read: all its results are 0. The logprob of an id out of
+    # range is NaN, without a read. With tail_mass no id stands twice in a row, and the mass outside is summed for itself:
+    # 1 less the others would lose it. A row with NaN or +inf, or of -inf alone, has NaN for logprobs (where there is an
+    # id), entropy, lse, tail and z. An id whose logit is -inf has -inf, and q log q is 0 where q is.
+    # temperature_rows: [N] in the dtype of the sums, of any stride, in place of temperature.
+    "token_fwd": (
+        f"(Tensor logits, Tensor ids, Tensor? temperature_rows, *, {_ALIKE}) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    # Writes the gradient of sum dlogprobs logprobs + sum dentropy entropy in one read and one write of [N, V]:
+    #
+    #     dlogits_v = c_v / T (sum_j dlogprobs_j [v = id_j] - q_v sum_j dlogprobs_j - dentropy q_v (log q_v + entropy))
+    #
+    # with c_v = 1 - (x_v / softcap)^2, or 1; equal ids add up, and slots without an id count nothing, whatever their
+    # dlogprobs. dlogits has the shape and dtype of the logits, may be the logits themselves, and is rounded once; its
+    # columns from vocab_size on get 0. norm and entropy [N] are those of token_fwd, dlogprobs [N, K] and dentropy [N]
+    # contiguous in the dtype of the sums. entropy and dentropy are both there where the choice "entropy" says so, or
+    # neither is; "tail_mass" says nothing here. A row without an id, or with nothing but zeros in dentropy and in the
+    # dlogprobs of its ids, gets 0 in all columns and is not read. A row whose z is NaN, or with an id out of range,
+    # gets NaN below vocab_size. Where q_v is 0 the last term is 0, though log q_v is -inf: the gradient is finite
+    # beside a logit of -inf, and at its id.
+    "token_bwd": (
+        "(Tensor logits, Tensor ids, Tensor norm, Tensor? entropy, Tensor dlogprobs, Tensor? dentropy, "
+        f"Tensor(a!) dlogits, Tensor? temperature_rows, *, {_ALIKE}) -> ()"
     ),
     # Multiplies the rows of grad [B, L, V] by grad_output (0-d, or [N]) in place; returns at once where it is 1.
     "scale_grad": "(Tensor(a!) grad, Tensor grad_output) -> ()",
@@ -119,11 +158,17 @@ LINEAR_TEACHERS = {
 
 # Patterns that a backend lacks, and why.
 _NOT_IN_CUDA = {"cuda": "the CUDA extension has the sparse top-k losses only"}
+_NO_TOKENS = {
+    "cpu": "the compiled CPU backend has no log-probabilities of tokens yet",
+    "cuda": "the CUDA extension has the sparse top-k losses only",
+}
 LACKING = {
     "dense_fwd": _NOT_IN_CUDA,
     "dkd_fwd": _NOT_IN_CUDA,
     "mse_fwd": _NOT_IN_CUDA,
     "capture_topk": {"triton": "capture_topk has no Triton kernel"},
+    "token_fwd": _NO_TOKENS,
+    "token_bwd": _NO_TOKENS,
 }
 
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -193,6 +238,20 @@ def _capture_fake(teacher: Tensor, *args: object, k: int, **kwargs: object) -> t
     return torch.empty_like(logprobs, dtype=torch.int32), logprobs, _rows(teacher)
 
 
+def _token_fake(
+    logits: Tensor, ids: Tensor, temperature_rows: Optional[Tensor], *, choices: Sequence[int], **kwargs: object
+) -> tuple[Tensor, ...]:
+    _, entropy, tail_mass = choices
+    none = _sums(logits, 0)
+    return (
+        _rows(logits, ids.shape[1]),
+        _rows(logits) if entropy else none,
+        _rows(logits),
+        _rows(logits) if tail_mass else none.clone(),
+        _rows(logits, 2),
+    )
+
+
 def _call_fake(student: Tensor, **alike: object) -> Tensor:
     size = torch.library.get_ctx().new_dynamic_size()
     return student.new_empty(size, dtype=torch.uint8)
@@ -216,6 +275,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "capture_topk": _capture_fake,
     "dkd_fwd": _rows_fake,
     "mse_fwd": _rows_fake,
+    "token_fwd": _token_fake,
+    "token_bwd": _none_fake,
     "scale_grad": _none_fake,
     "dense_call": _call_fake,
     "topk_call": _call_fake,

@@ -101,3 +101,15 @@ class MSEOptions(_OnLogits, RowOptions, total=False):
     """Of ``logit_mse_loss``."""
 
     centered: bool
+
+
+class TokenOptions(TypedDict, total=False):
+    """Of ``token_logprobs``."""
+
+    temperature: PerRow
+    entropy: bool
+    softcap: Optional[float]
+    vocab_size: Optional[int]
+    ignore_index: int
+    inplace_backward: bool
+    backend: Backend

@@ -13,6 +13,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from grid import pairwise
 
 import kdkernels as kd
 from kdkernels import backends, divergences, testing
@@ -36,7 +37,6 @@ NEGATIVE_POWERS = {"alpha_beta-0.5--0.5": kd.AlphaBeta(0.5, -0.5), "alpha_beta-0
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 all_divergences = pytest.mark.parametrize("divergence", DIVERGENCES)
-shapes = pytest.mark.parametrize("shape", SHAPES, ids=[f"N{n}-V{v}" for n, v in SHAPES])
 # The mark at the top varies fastest: what is true of a case is then computed once for all backends.
 all_backends = pytest.mark.parametrize("backend", ["cpu", "torch"], indirect=True)
 
@@ -56,37 +56,30 @@ def check(backend, kind, num_rows, vocab_size, dtype, divergence, temperature):
 
 
 @all_backends
-@all_divergences
-@dtypes
-@shapes
-def test_shapes(shape, dtype, divergence, backend):
-    check(backend, "normal", *shape, dtype, divergence, temperature=1.5)
+@pairwise("divergence,num_rows,vocab_size,dtype", DIVERGENCES, SHAPES, DTYPES)
+def test_shapes(num_rows, vocab_size, dtype, divergence, backend):
+    check(backend, "normal", num_rows, vocab_size, dtype, divergence, temperature=1.5)
 
 
 @all_backends
-@all_divergences
-@dtypes
-@pytest.mark.parametrize("temperature", [0.05, 0.5, 2.0, 100.0], ids=lambda t: f"T{t:g}")
+@pairwise("divergence,temperature,dtype", DIVERGENCES, [0.05, 0.5, 2.0, 100.0], DTYPES)
 def test_temperatures(temperature, dtype, divergence, backend):
     check(backend, "normal", 5, 1000, dtype, divergence, temperature)
 
 
 @all_backends
-@all_divergences
-@pytest.mark.parametrize(
-    ("dtype", "temperature"),
+@pairwise(
+    "divergence,kind,dtype,temperature",
+    DIVERGENCES,
+    testing.KINDS,
     [("fp32", 0.05), ("bf16", 0.05), ("fp64", 0.05), ("fp32", 1.0), ("fp16", 1.0)],
-    ids=["fp32-T0.05", "bf16-T0.05", "fp64-T0.05", "fp32-T1", "fp16-T1"],
 )
-@pytest.mark.parametrize("kind", testing.KINDS)
 def test_hard_inputs(kind, dtype, temperature, divergence, backend):
     check(backend, kind, 3, 1000, dtype, divergence, temperature)
 
 
 @all_backends
-@all_divergences
-@pytest.mark.parametrize("vocab_size", [7, 5000], ids=lambda v: f"V{v}")
-@pytest.mark.parametrize("kind", testing.KINDS)
+@pairwise("divergence,kind,vocab_size", DIVERGENCES, testing.KINDS, [7, 5000])
 def test_hard_inputs_in_one_vector_and_in_several_tiles(kind, vocab_size, divergence, backend):
     check(backend, kind, 3, vocab_size, "fp32", divergence, temperature=2.0)
 
@@ -187,13 +180,13 @@ def test_the_same_on_lesser_instruction_sets(isa):
         pytest.skip("this machine has no AVX2, so that all tests ran on the baseline")
     if isa == here:
         pytest.skip("this machine has no AVX-512, so that all tests ran on AVX2")
-    part = "isa_of or ((hard_inputs or different_dtypes or caches) and not torch and not T0.05)"
+    part = "isa_of or ((hard_inputs or different_dtypes or (caches and 1777)) and not torch)"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", part]
     done = subprocess.run(
         command, env={**os.environ, "KDKERNELS_CPU_ISA": isa, "EXPECTED_ISA": isa}, capture_output=True, text=True
     )
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert done.returncode == 0 and passed and int(passed[1]) > 700, done.stdout[-5000:]
+    assert done.returncode == 0 and passed and int(passed[1]) > 400, done.stdout[-5000:]
 
 
 def test_isa_of_hard_inputs_is_the_one_asked_for():

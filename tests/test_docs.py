@@ -81,7 +81,7 @@ def test_no_line_of_prose_is_longer_than_120_characters(page):
 
 
 def test_faults_of_a_page_are_noticed():
-    page = DOCS / "topk.md"
+    page = DOCS / "internals" / "cuda.md"
     good = "# A, b `c`\n[1](#a-b-c) [2](cpu.md#floor) [3](https://x.org/y) `tests/test_docs.py::long_lines`"
     assert not list(broken_links(page, good)) and not list(missing_names(good))
     bad = "# A\n[1](#b) [2](cpu.md#nothing) [3](nothing.md) `tests/nothing.py` `tests/test_docs.py::nothing`"
@@ -92,7 +92,7 @@ def test_faults_of_a_page_are_noticed():
 
 
 def test_the_pages_are_found():
-    assert {"README.md", "CONTRIBUTING.md", "docs/reliability.md", "benchmarks/README.md"} <= {
+    assert {"README.md", "CONTRIBUTING.md", "docs/reference/reliability.md", "benchmarks/README.md"} <= {
         path.relative_to(ROOT).as_posix() for path in PAGES
     }
 
@@ -102,7 +102,7 @@ def examples(page):
 
 
 def test_the_line_of_the_installation_page_makes_a_slow_fallback_an_error():
-    (code,) = examples(DOCS / "install.md")
+    (code,) = examples(DOCS / "guide" / "install.md")
     with warnings.catch_warnings():
         names: dict = {}
         exec(code, names)
@@ -111,13 +111,13 @@ def test_the_line_of_the_installation_page_makes_a_slow_fallback_an_error():
 
 
 def test_the_table_of_divergences_is_the_code_s():
-    assert divergences.markdown_table() in (DOCS / "divergences.md").read_text()
+    assert divergences.markdown_table() in (DOCS / "reference" / "divergences.md").read_text()
 
 
 def test_the_example_of_the_cache_runs(tmp_path, monkeypatch):
     pytest.importorskip("safetensors", reason="the cache writes safetensors")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    (code,) = examples(DOCS / "cache.md")
+    (code,) = examples(DOCS / "guide" / "cache.md")
     names: dict = {}
     exec(code, names)
     assert len(names["cache"]) == 8 and names["batch"]["ids"].shape == (4, 100, 64)
@@ -132,5 +132,5 @@ def test_the_sizes_of_the_cache_are_the_code_s():
     assert [layout.high_bits for layout in layouts] == list(edges)
     sizes = [str(layout.token_bytes) for layout in layouts]
     assert f"takes {', '.join(sizes[:-1])} and {sizes[-1]} bytes for h = 0, 1, 2, 4 and 8" in " ".join(
-        (DOCS / "cache.md").read_text().split()
+        (DOCS / "guide" / "cache.md").read_text().split()
     )

@@ -138,7 +138,7 @@ class TestNearTeachers:
 class TestLogitsDtype:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
     def test_rounded_logits_are_those_of_a_16_bit_product(self, dtype, backend, way):
-        """Harmless for a far teacher, and the end of the gradient of a near one: what docs/linear.md says of it."""
+        """Harmless for a far teacher, and the end of the gradient of a near one (docs/guide/hidden-states.md)."""
         far = dense(*make(dtype, None), {"backend": backend}, logits_dtype=dtype)
         near = dense(*make(dtype, 0.01), {"backend": backend}, logits_dtype=dtype)
         eps = torch.finfo(dtype).eps

@@ -26,6 +26,7 @@ KINDS = {
     "logit_mse_loss": (kd.logit_mse_loss, objective.MSEObjective, options.MSEOptions),
     "linear_kd_loss": (kd.linear_kd_loss, objective.LinearObjective, options.LinearOptions),
     "linear_topk_kd_loss": (kd.linear_topk_kd_loss, objective.LinearTopKObjective, options.LinearTopKOptions),
+    "token_logprobs": (kd.token_logprobs, objective.TokenOptions, options.TokenOptions),
 }
 MODULES = (kd.KDLoss, kd.TopKKDLoss, kd.LinearKDLoss, kd.LinearTopKKDLoss)
 
@@ -152,7 +153,15 @@ def test_the_flags_of_a_divergence_are_what_its_formula_says(name):
 
 
 HEADER = Path(__file__).parents[1] / "csrc" / "include" / "kdkernels" / "options.h"
-STRUCTS = {"dense_fwd": "Dense", "topk_fwd": "Topk", "dkd_fwd": "Dkd", "mse_fwd": "Mse", "capture_topk": "Capture"}
+STRUCTS = {
+    "dense_fwd": "Dense",
+    "topk_fwd": "Topk",
+    "dkd_fwd": "Dkd",
+    "mse_fwd": "Mse",
+    "capture_topk": "Capture",
+    "token_fwd": "Token",
+    "token_bwd": "Token",
+}
 
 
 @pytest.mark.skipif(not HEADER.exists(), reason="an installed package has no C++ sources beside it")

@@ -1,4 +1,4 @@
-"""docs/reliability.md: what it names exists; and the promises that no other file holds."""
+"""docs/reference/reliability.md: what it names exists; and the promises that no other file holds."""
 
 import ast
 import os
@@ -11,7 +11,7 @@ import torch
 import kdkernels as kd
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = (ROOT / "docs" / "reliability.md").read_text()
+PAGE = (ROOT / "docs" / "reference" / "reliability.md").read_text()
 NAMED = sorted(set(re.findall(r"`(tests/[\w/]+\.py(?:::\w+)*)`", PAGE)))
 ROWS, V = 64, 1003
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}

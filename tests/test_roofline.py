@@ -1,4 +1,4 @@
-"""The roofline report: its model, and that docs/performance.md is what the command writes."""
+"""The roofline report: its model, and that docs/internals/gpu-performance.md is what the command writes."""
 
 import dataclasses
 

@@ -3,6 +3,7 @@ business."""
 
 import pytest
 import torch
+from grid import pairwise
 
 import kdkernels as kd
 from kdkernels import testing
@@ -90,13 +91,10 @@ TEACHERS = {
 BESIDE_TEACHERS = ("reverse KL, statistics", "forward KL", "reverse KL", "Jeffreys", "JSD", "CE at T=5", "statistics")
 # Bodies of rows differ by a block from one to the next, by how far they begin from a cache line; 2,081 elements are one
 # tile or two.
-vocabularies = pytest.mark.parametrize("vocab_size", [7, 130, 1001, 1029, 2081], ids=lambda v: f"V{v}")
-dtypes = pytest.mark.parametrize("dtype", DTYPES)
-memories = pytest.mark.parametrize("memory", ["stored", "streamed", "in place"])
-wide = pytest.mark.parametrize("vocab_size", [300, 1001, 4101], ids=lambda v: f"V{v}")
-objectives = pytest.mark.parametrize("objective", OBJECTIVES)
-all_objectives = pytest.mark.parametrize("objective", ROWS)
-sparse_objectives = pytest.mark.parametrize("objective", SPARSE)
+VOCABULARIES = [7, 130, 1001, 1029, 2081]
+WIDE = [300, 1001, 4101]
+# Kernels are compiled for each dtype and way to write; the width turns with them.
+WRITTEN = ([(dtype, memory) for dtype in DTYPES for memory in ("stored", "streamed", "in place")], WIDE)
 KINDS = ["normal", "late", "near", "huge", "peaked", "equal", "spread"]
 
 
@@ -147,9 +145,7 @@ def run(student, teacher, labels, *, inplace=False, loss_of=kd.kd_loss, **option
     return [loss.detach(), student.grad, *stats]
 
 
-@objectives
-@vocabularies
-@dtypes
+@pairwise("objective,vocab_size,dtype", OBJECTIVES, VOCABULARIES, DTYPES)
 def test_rows_of_all_kinds(objective, vocab_size, dtype):
     rows = 3 * len(KINDS) + 2
     student, teacher, labels = rows_of_all_kinds(rows, vocab_size, DTYPES[dtype])
@@ -166,10 +162,7 @@ def test_rows_of_all_kinds(objective, vocab_size, dtype):
         testing.check_kd_loss(student, teacher, labels, backend="cpu", **options)
 
 
-@all_objectives
-@wide
-@memories
-@dtypes
+@pairwise("objective,dtype,memory,vocab_size", ROWS, *WRITTEN)
 def test_a_row_does_not_depend_on_what_is_around_it(objective, vocab_size, memory, dtype):
     row_bytes = vocab_size * DTYPES[dtype].itemsize
     rows = 1 + LARGE // row_bytes if memory == "streamed" else 67
@@ -208,10 +201,7 @@ def assert_same_but(others, plain, strange):
     assert torch.equal(strange[1][others][::5], torch.zeros_like(strange[1][others][::5]))
 
 
-@pytest.mark.parametrize("kind", TEACHERS)
-@pytest.mark.parametrize("objective", BESIDE_TEACHERS)
-@pytest.mark.parametrize("memory", ["stored", "streamed"])
-@dtypes
+@pairwise("objective,kind,dtype,memory", BESIDE_TEACHERS, TEACHERS, [x for x in WRITTEN[0] if x[1] != "in place"])
 def test_rows_beside_a_teacher_of_another_kind(kind, objective, memory, dtype):
     vocab_size = 1001
     rows = 1 + LARGE // (vocab_size * DTYPES[dtype].itemsize) if memory == "streamed" else 67
@@ -237,10 +227,7 @@ def test_rows_beside_a_teacher_of_another_kind(kind, objective, memory, dtype):
     torch.testing.assert_close(plain[0][part], outcome.loss, rtol=1e-4, atol=1e-4)
 
 
-@sparse_objectives
-@wide
-@memories
-@dtypes
+@pairwise("objective,dtype,memory,vocab_size", SPARSE, *WRITTEN)
 def test_a_row_with_a_sparse_teacher_does_not_depend_on_what_is_around_it(objective, vocab_size, memory, dtype):
     rows = 1 + LARGE // (vocab_size * DTYPES[dtype].itemsize) if memory == "streamed" else 67
     student, _ = many_rows(rows, vocab_size, DTYPES[dtype])
@@ -266,9 +253,7 @@ def test_a_row_with_a_sparse_teacher_does_not_depend_on_what_is_around_it(object
     assert_same_but(others, plain, strange)
 
 
-@sparse_objectives
-@wide
-@dtypes
+@pairwise("objective,vocab_size,dtype", SPARSE, WIDE, DTYPES)
 def test_a_large_gradient_of_a_sparse_teacher_is_that_of_its_parts(objective, vocab_size, dtype):
     rows = 1 + LARGE // (vocab_size * DTYPES[dtype].itemsize)
     student, _ = many_rows(rows, vocab_size, DTYPES[dtype])
@@ -294,9 +279,7 @@ def test_a_large_gradient_of_a_sparse_teacher_is_that_of_its_parts(objective, vo
         )
 
 
-@all_objectives
-@wide
-@dtypes
+@pairwise("objective,vocab_size,dtype", ROWS, WIDE, DTYPES)
 def test_a_large_gradient_is_that_of_its_parts(objective, vocab_size, dtype):
     rows = 1 + LARGE // (vocab_size * DTYPES[dtype].itemsize)
     student, teacher = many_rows(rows, vocab_size, DTYPES[dtype])

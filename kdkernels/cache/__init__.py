@@ -2,7 +2,7 @@
 
 Write with ``TeacherCacheWriter``, which loses no closed shard to a kill and goes on where it stopped; read with
 ``TeacherCache`` by the number of the sequence, or with ``TeacherDataset`` and ``collate`` through a ``DataLoader``.
-``docs/cache.md`` has the format and its guarantees, ``python -m kdkernels cache --help`` the commands. Needs the
+``docs/guide/cache.md`` has the format and its guarantees, ``python -m kdkernels cache --help`` the commands. Needs the
 packages safetensors and numpy, which importing kdkernels itself does not.
 """
 

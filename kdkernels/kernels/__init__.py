@@ -15,9 +15,17 @@ def launchers() -> dict[str, Callable[..., Any]]:
     from kdkernels.kernels.dkd import dkd_fwd
     from kdkernels.kernels.mse import mse_fwd
     from kdkernels.kernels.scale import scale_grad
+    from kdkernels.kernels.tokens import token_bwd, token_fwd
     from kdkernels.kernels.topk import topk_fwd
 
-    by_name = {"dense_fwd": dense_fwd, "topk_fwd": topk_fwd, "dkd_fwd": dkd_fwd, "mse_fwd": mse_fwd}
+    by_name: dict[str, Callable[..., Any]] = {
+        "dense_fwd": dense_fwd,
+        "topk_fwd": topk_fwd,
+        "dkd_fwd": dkd_fwd,
+        "mse_fwd": mse_fwd,
+        "token_fwd": token_fwd,
+        "token_bwd": token_bwd,
+    }
     return {
         **{pattern: functools.partial(_unpacked, pattern, launcher) for pattern, launcher in by_name.items()},
         "scale_grad": scale_grad,

@@ -45,11 +45,12 @@ struct CaptureNumbers {
   double temperature;
 };
 
+// Of token_fwd and token_bwd.
 struct TokenNumbers {
   double temperature, softcap;
 };
 struct TokenChoices {
-  int64_t ignore_index, entropy;
+  int64_t ignore_index, entropy, tail_mass;
 };
 
 }  // namespace kdk

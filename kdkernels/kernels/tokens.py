@@ -1,0 +1,530 @@
+"""Log-probabilities of given tokens, one program a row: forward 1 read of [N, V], backward 1 read and 1 write.
+
+Forward keeps the largest logit of a row and its sum of exponentials, from which backward makes q in one sweep. The
+logits of the ids are gathered before it: 32 bytes each, where finding them in the tiles would take two instructions of
+every column. Backward writes the part of the gradient that is proportional to q, and after a barrier the columns of the
+ids once more.
+
+The sum outside the ids, for a sparse teacher's tail, is made in the same read by a kernel of its own: K steps for every
+64 columns a lane holds mark the columns that it leaves out.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kdkernels.kernels import tuning
+from kdkernels.kernels.rows import (
+    LN2,
+    LOG2E,
+    NEG_INF,
+    aligned_width,
+    contiguous,
+    fast_exp2,
+    fold_max,
+    fold_sum,
+    lane_lowest,
+    lane_zeros,
+    load_logits,
+    num_rows,
+    on_device_of,
+    reciprocal,
+    row_offset,
+    row_strides,
+    soft_cap,
+    spread,
+    store_gradient,
+    tile_offsets,
+    zero_columns,
+)
+from kdkernels.kernels.terms import through_cap
+
+# An exponent whose power of two is 0, in place of -inf: 0 * FLOOR is 0.
+FLOOR = tl.constexpr(-65536.0)
+# Bits of the word in which a lane marks the columns it holds.
+WORD = tl.constexpr(64)
+# Pairs of ids a thread compares at a time.
+PAIRS = 8
+# One tensor is loaded, once: a thread has twice the columns of the other sweeps in flight, and no row has to wait in L2
+# for a second sweep, so that small blocks may hide each other's ends.
+MAX_WARPS = 8
+
+
+@triton.jit
+def load_ids(ids_ptr, K, V, ignore_index, BLOCK_K: tl.constexpr):
+    """The ids of a row, which slots have one, and which of these are columns."""
+    offs_k = tl.arange(0, BLOCK_K)
+    ids = tl.load(ids_ptr + offs_k, mask=offs_k < K, other=-1)
+    used = (ids != -1) & (ids != ignore_index) & (offs_k < K)
+    return ids, used, used & (ids >= 0) & (ids < V)
+
+
+@triton.jit
+def gather_logits(row_ptr, ids, known, softcap):
+    x = tl.load(row_ptr + tl.where(known, ids, 0), mask=known, other=0.0).to(tl.float32)
+    if softcap is not None:
+        x = soft_cap(x, softcap)
+    return x
+
+
+@triton.jit
+def any_of(mask):
+    return tl.max(mask.to(tl.int32), axis=0) != 0
+
+
+@triton.jit
+def of_row(temperature, temperature_ptr, row, stride_tn):
+    """1 / T of a row, and log2(e) / T."""
+    if temperature_ptr is not None:
+        temperature = tl.load(temperature_ptr + row * stride_tn)
+    unit = reciprocal(temperature)
+    return unit, unit * LOG2E
+
+
+@triton.jit
+def defined(z):
+    """The sum of exponentials of a row, NaN where nothing in it is finite."""
+    return tl.where(z == 0, float("nan"), z)
+
+
+@triton.jit(do_not_specialize=["L", "ignore_index"])
+def token_fwd_kernel(
+    logits_ptr,  # [B, L, V]
+    ids_ptr,  # [N, K]
+    temperature_ptr,  # [N]
+    logprobs_ptr,  # [N, K]
+    entropy_ptr,  # [N]
+    lse_ptr,  # [N]
+    norm_ptr,  # [N, 2]
+    stride_sb,
+    stride_sl,
+    stride_tn,
+    K,
+    L,
+    V,
+    load_width,
+    ignore_index,
+    temperature,
+    softcap,
+    BLOCK_K: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    ENTROPY: tl.constexpr = entropy_ptr is not None
+    BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
+    row = tl.program_id(0)
+    row64 = row.to(tl.int64)
+    offs_k = tl.arange(0, BLOCK_K)
+    logprobs_ptr += row64 * K + offs_k
+    norm_ptr += row64 * 2
+    ids, used, known = load_ids(ids_ptr + row64 * K, K, V, ignore_index, BLOCK_K)
+    if any_of(used) == 0:
+        tl.store(logprobs_ptr, tl.zeros([BLOCK_K], tl.float32), mask=offs_k < K)
+        if ENTROPY:
+            tl.store(entropy_ptr + row64, 0.0)
+        tl.store(lse_ptr + row64, 0.0)
+        tl.store(norm_ptr, 0.0)
+        tl.store(norm_ptr + 1, 0.0)
+        return
+    logits_ptr += row_offset(row, L, stride_sb, stride_sl)
+    unit, scale = of_row(temperature, temperature_ptr, row64, stride_tn)
+    picked = gather_logits(logits_ptr, ids, known, softcap)
+
+    offs_tile = tile_offsets(TILE)
+    m = lane_lowest(TILE)
+    z = lane_zeros(TILE)
+    total = lane_zeros(TILE)
+    for start in range(0, V, BLOCK_V):
+        x = load_logits(logits_ptr, start + offs_tile, V, load_width, softcap, False)
+        n = tl.maximum(m, fold_max(x))
+        a = (x - spread(n)) * scale
+        shift = tl.maximum((m - n) * scale, FLOOR)
+        factor = fast_exp2(shift)
+        if ENTROPY:
+            a = tl.maximum(a, FLOOR)
+            e = fast_exp2(a)
+            total = tl.fma(total, factor, tl.fma(z * factor, shift, fold_sum(e * a)))
+        else:
+            e = fast_exp2(a)
+        z = tl.fma(z, factor, fold_sum(e))
+        m = n
+    top = tl.max(m, axis=0)
+    shift = tl.maximum((m - top) * scale, FLOOR)
+    z *= fast_exp2(shift)
+    if ENTROPY:
+        total = tl.sum(tl.fma(total, fast_exp2(shift), z * shift), axis=0)
+    z = defined(tl.sum(z, axis=0))
+    log_z = tl.log(z)
+
+    logp = (picked - top) * unit - log_z
+    logp = tl.where(used, tl.where(known, logp, float("nan")), 0.0)
+    tl.store(logprobs_ptr, logp, mask=offs_k < K)
+    if ENTROPY:
+        tl.store(entropy_ptr + row64, log_z - total / z * LN2)
+    tl.store(lse_ptr + row64, top * unit + log_z)
+    tl.store(norm_ptr, top)
+    tl.store(norm_ptr + 1, z)
+
+
+@triton.jit
+def mark_ids(ids_ptr, K, ignore_index, start, TILE: tl.constexpr):
+    """For every lane a word with a bit for each of its columns that is an id, in the tiles from column start on."""
+    LANES: tl.constexpr = TILE[1]
+    VEC: tl.constexpr = TILE[2]
+    lane = tl.arange(0, LANES)
+    word = tl.zeros([LANES], tl.int64)
+    one = tl.full([LANES], 1, tl.int64)
+    for k in range(K):
+        token = tl.load(ids_ptr + k)
+        at = token - start
+        inside = (at >= 0) & (at < WORD * LANES) & (token != ignore_index) & (token >= 0)
+        at = tl.where(inside, at, 0).to(tl.int32)
+        bit = at // (LANES * VEC) * VEC + at % VEC
+        word |= tl.where((lane == at // VEC % LANES) & inside, one << bit, 0)
+    return word
+
+
+@triton.jit
+def marked(word, tile, TILE: tl.constexpr):
+    """The columns of a tile that are ids, counted from the first one that the word marks."""
+    ROLL: tl.constexpr = TILE[0]
+    VEC: tl.constexpr = TILE[2]
+    bits = (word >> (tile * (ROLL * VEC))).to(tl.int32)
+    position = tl.arange(0, ROLL)[:, None, None] * VEC + tl.arange(0, VEC)[None, None, :]
+    return ((spread(bits) >> position) & 1) != 0
+
+
+@triton.jit(do_not_specialize=["L", "ignore_index"])
+def token_tail_kernel(
+    logits_ptr,  # [B, L, V]
+    ids_ptr,  # [N, K]
+    temperature_ptr,  # [N]
+    logprobs_ptr,  # [N, K]
+    lse_ptr,  # [N]
+    tail_ptr,  # [N]
+    norm_ptr,  # [N, 2]
+    stride_sb,
+    stride_sl,
+    stride_tn,
+    K,
+    L,
+    V,
+    load_width,
+    ignore_index,
+    temperature,
+    softcap,
+    BLOCK_K: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """As token_fwd_kernel, with the log of the mass outside the ids, no two of which are equal."""
+    BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
+    SPAN: tl.constexpr = WORD * TILE[1]
+    row = tl.program_id(0)
+    row64 = row.to(tl.int64)
+    offs_k = tl.arange(0, BLOCK_K)
+    ids_ptr += row64 * K
+    logprobs_ptr += row64 * K + offs_k
+    norm_ptr += row64 * 2
+    ids, used, known = load_ids(ids_ptr, K, V, ignore_index, BLOCK_K)
+    if any_of(used) == 0:
+        tl.store(logprobs_ptr, tl.zeros([BLOCK_K], tl.float32), mask=offs_k < K)
+        tl.store(lse_ptr + row64, 0.0)
+        tl.store(tail_ptr + row64, 0.0)
+        tl.store(norm_ptr, 0.0)
+        tl.store(norm_ptr + 1, 0.0)
+        return
+    logits_ptr += row_offset(row, L, stride_sb, stride_sl)
+    unit, scale = of_row(temperature, temperature_ptr, row64, stride_tn)
+    picked = gather_logits(logits_ptr, ids, known, softcap)
+
+    offs_tile = tile_offsets(TILE)
+    m = lane_lowest(TILE)
+    z = lane_zeros(TILE)
+    for first in range(0, V, SPAN):
+        word = mark_ids(ids_ptr, K, ignore_index, first, TILE)
+        for tile in range(tl.cdiv(tl.minimum(V - first, SPAN), BLOCK_V)):
+            x = load_logits(logits_ptr, first + tile * BLOCK_V + offs_tile, V, load_width, softcap, False)
+            x = tl.where(marked(word, tile, TILE), NEG_INF, x)
+            n = tl.maximum(m, fold_max(x))
+            z = tl.fma(z, fast_exp2((m - n) * scale), fold_sum(fast_exp2((x - spread(n)) * scale)))
+            m = n
+    outer = tl.max(m, axis=0)
+    outer_z = tl.sum(z * fast_exp2((m - outer) * scale), axis=0)
+    top = tl.maximum(outer, tl.max(tl.where(known, picked, NEG_INF), axis=0))
+    inner_z = tl.sum(tl.where(known, fast_exp2((picked - top) * scale), 0.0), axis=0)
+    z = defined(inner_z + outer_z * fast_exp2((outer - top) * scale))
+    log_z = tl.log(z)
+
+    logp = (picked - top) * unit - log_z
+    tl.store(logprobs_ptr, tl.where(used, tl.where(known, logp, float("nan")), 0.0), mask=offs_k < K)
+    tail = (outer - top) * unit + (tl.log(outer_z) - log_z)
+    # Nothing outside, in a row that has a distribution.
+    tail = tl.where((outer_z == 0) & (z > 0), NEG_INF, tail)
+    tl.store(tail_ptr + row64, tl.where(tail > 0, 0.0, tail))
+    tl.store(lse_ptr + row64, top * unit + log_z)
+    tl.store(norm_ptr, top)
+    tl.store(norm_ptr + 1, z)
+
+
+@triton.jit
+def sum_equal(ids, g, known, ids_ptr, g_ptr, K, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr):
+    """For each slot the sum of g over all slots of its id, and whether it is the first of them."""
+    offs_k = tl.arange(0, BLOCK_K)
+    if BLOCK_K == 1:
+        return g, known
+    total = tl.zeros([BLOCK_K], tl.float32)
+    earlier = tl.zeros([BLOCK_K], tl.int32)
+    for start in range(0, K, CHUNK):
+        offs_j = start + tl.arange(0, CHUNK)
+        equal = tl.load(ids_ptr + offs_j, mask=offs_j < K, other=-1)[:, None] == ids[None, :]
+        given = tl.load(g_ptr + offs_j, mask=offs_j < K, other=0.0)
+        total += tl.sum(tl.where(equal, given[:, None], 0.0), axis=0)
+        earlier += tl.sum((equal & (offs_j[:, None] < offs_k[None, :])).to(tl.int32), axis=0)
+    return total, known & (earlier == 0)
+
+
+@triton.jit(do_not_specialize=["L", "ignore_index"])
+def token_bwd_kernel(
+    logits_ptr,  # [B, L, V]
+    ids_ptr,  # [N, K]
+    norm_ptr,  # [N, 2]
+    entropy_ptr,  # [N]
+    dlogprobs_ptr,  # [N, K]
+    dentropy_ptr,  # [N]
+    dlogits_ptr,  # [B, L, pad_width or V]
+    temperature_ptr,  # [N]
+    stride_sb,
+    stride_sl,
+    stride_db,
+    stride_dl,
+    stride_tn,
+    K,
+    L,
+    V,
+    load_width,
+    pad_width,
+    ignore_index,
+    temperature,
+    softcap,
+    BLOCK_K: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    ENTROPY: tl.constexpr = dentropy_ptr is not None
+    BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
+    row = tl.program_id(0)
+    row64 = row.to(tl.int64)
+    offs_k = tl.arange(0, BLOCK_K)
+    ids_ptr += row64 * K
+    dlogprobs_ptr += row64 * K
+    dlogits_ptr += row_offset(row, L, stride_db, stride_dl)
+    ids, used, known = load_ids(ids_ptr, K, V, ignore_index, BLOCK_K)
+    g = tl.load(dlogprobs_ptr + offs_k, mask=used, other=0.0)
+    counted = any_of(g != 0)
+    if ENTROPY:
+        h = tl.load(dentropy_ptr + row64)
+        counted = counted | ((h != 0) & any_of(used))
+    if counted == 0:
+        zero_columns(dlogits_ptr, 0, V if pad_width is None else pad_width, TILE)
+        return
+    logits_ptr += row_offset(row, L, stride_sb, stride_sl)
+    unit, scale = of_row(temperature, temperature_ptr, row64, stride_tn)
+    top = tl.load(norm_ptr + row64 * 2)
+    z = tl.load(norm_ptr + row64 * 2 + 1)
+    spoilt = tl.where(any_of(used & (known == 0)), float("nan"), 0.0)
+    slope = tl.sum(g, axis=0) + spoilt
+    if ENTROPY:
+        # log q + H is a ln 2 less its mean: a in powers of two, and H - log z of the mean.
+        slope += h * (tl.load(entropy_ptr + row64) - tl.log(z))
+    slope *= -unit / z
+    bend = 0.0
+    if ENTROPY:
+        bend = -h * LN2 * unit / z
+    picked = gather_logits(logits_ptr, ids, known, softcap)
+    # What is written from here on may be the logits.
+    tl.debug_barrier()
+
+    offs_tile = tile_offsets(TILE)
+    num_tiles = tl.cdiv(V, BLOCK_V)
+    for k in range(num_tiles):
+        offs_v = k * BLOCK_V + offs_tile
+        x = load_logits(logits_ptr, offs_v, V, load_width, softcap, False)
+        d = q_part(x, top, scale, slope, bend, ENTROPY)
+        store_gradient(dlogits_ptr, offs_v, through_cap(d, x, softcap), V, pad_width)
+    if pad_width is not None:
+        zero_columns(dlogits_ptr, num_tiles * BLOCK_V, pad_width, TILE)
+    tl.debug_barrier()
+    total, first = sum_equal(ids, g, known, ids_ptr, dlogprobs_ptr, K, BLOCK_K, CHUNK)
+    d = through_cap(total * unit + q_part(picked, top, scale, slope, bend, ENTROPY), picked, softcap)
+    tl.store(dlogits_ptr + tl.where(known, ids, 0), d.to(dlogits_ptr.dtype.element_ty), mask=first)
+
+
+@triton.jit
+def q_part(x, top, scale, slope, bend, ENTROPY: tl.constexpr):
+    """The part of the gradient that has a factor q."""
+    a = (x - top) * scale
+    if ENTROPY:
+        a = tl.maximum(a, FLOOR)
+        d = fast_exp2(a) * tl.fma(a, bend, slope)
+    else:
+        d = fast_exp2(a) * slope
+    return d
+
+
+def tile_of(V: int, itemsize: int) -> tuple[tuple[int, int, int], int]:
+    """The tile of a sweep, and its warps."""
+    (ROLL, LANES, VEC), num_warps = tuning.shape(V, itemsize)
+    warps = min(num_warps, MAX_WARPS)
+    lanes = LANES // num_warps * warps
+    return (2 * ROLL if V > ROLL * lanes * VEC else ROLL, lanes, VEC), warps
+
+
+def token_fwd(
+    logits: Tensor,
+    ids: Tensor,
+    temperature_rows: Optional[Tensor],
+    *,
+    vocab_size: int,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    entropy: bool,
+    tail_mass: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As ``kdkernels.ops`` says, in one launch; entropy and tail_mass together take two.
+
+    Args:
+        logits: [B, L, V] or [N, V] with unit last stride; rows are numbered b * L + l.
+        ids: int64 [N, K], contiguous.
+        temperature_rows: fp32 [N], any stride.
+
+    Returns:
+        Log-probabilities [N, K], entropy [N] or [0], lse [N], tail [N] or [0], norm [N, 2], in fp32.
+    """
+    L, N = num_rows(logits)
+    K = ids.shape[-1]
+    logprobs = logits.new_empty((N, K), dtype=torch.float32)
+    of_entropy = logits.new_empty(N if entropy else 0, dtype=torch.float32)
+    tail = logits.new_empty(N if tail_mass else 0, dtype=torch.float32)
+    lse = logits.new_empty(N, dtype=torch.float32)
+    norm = logits.new_empty((N, 2), dtype=torch.float32)
+    results = logprobs, of_entropy, lse, tail, norm
+    if N == 0:
+        return results
+    TILE, num_warps = tile_of(vocab_size, logits.element_size())
+    stride_sb, stride_sl = row_strides(logits)
+    ids = ids.contiguous()
+    stride_tn = None if temperature_rows is None else temperature_rows.stride(0)
+    BLOCK_K = triton.next_power_of_2(K)
+    with on_device_of(logits):
+        if tail_mass:
+            token_tail_kernel[(N,)](
+                logits_ptr=logits,
+                ids_ptr=ids,
+                temperature_ptr=temperature_rows,
+                logprobs_ptr=logprobs,
+                lse_ptr=lse,
+                tail_ptr=tail,
+                norm_ptr=norm,
+                stride_sb=stride_sb,
+                stride_sl=stride_sl,
+                stride_tn=stride_tn,
+                K=K,
+                L=L,
+                V=vocab_size,
+                load_width=aligned_width(vocab_size, logits),
+                ignore_index=ignore_index,
+                temperature=temperature,
+                softcap=softcap or None,
+                BLOCK_K=BLOCK_K,
+                TILE=TILE,
+                num_warps=num_warps,
+                enable_fp_fusion=True,
+            )
+        if entropy or not tail_mass:
+            token_fwd_kernel[(N,)](
+                logits_ptr=logits,
+                ids_ptr=ids,
+                temperature_ptr=temperature_rows,
+                logprobs_ptr=logprobs,
+                entropy_ptr=of_entropy if entropy else None,
+                lse_ptr=lse,
+                norm_ptr=norm,
+                stride_sb=stride_sb,
+                stride_sl=stride_sl,
+                stride_tn=stride_tn,
+                K=K,
+                L=L,
+                V=vocab_size,
+                load_width=aligned_width(vocab_size, logits),
+                ignore_index=ignore_index,
+                temperature=temperature,
+                softcap=softcap or None,
+                BLOCK_K=BLOCK_K,
+                TILE=TILE,
+                num_warps=num_warps,
+                enable_fp_fusion=True,
+            )
+    return results
+
+
+def token_bwd(
+    logits: Tensor,
+    ids: Tensor,
+    norm: Tensor,
+    entropy: Optional[Tensor],
+    dlogprobs: Tensor,
+    dentropy: Optional[Tensor],
+    dlogits: Tensor,
+    temperature_rows: Optional[Tensor],
+    /,
+    *,
+    vocab_size: int,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    **_: bool,
+) -> None:
+    """Write the gradient to dlogits, which may be the logits, as ``kdkernels.ops`` says."""
+    L, N = num_rows(logits)
+    K = ids.shape[-1]
+    if N == 0:
+        return
+    width = logits.shape[-1]
+    TILE, num_warps = tile_of(vocab_size, logits.element_size())
+    stride_sb, stride_sl = row_strides(logits)
+    stride_db, stride_dl = row_strides(dlogits)
+    BLOCK_K = triton.next_power_of_2(K)
+    with on_device_of(logits):
+        token_bwd_kernel[(N,)](
+            logits_ptr=logits,
+            ids_ptr=ids.contiguous(),
+            norm_ptr=norm,
+            entropy_ptr=None if dentropy is None else contiguous(entropy),
+            dlogprobs_ptr=dlogprobs.contiguous(),
+            dentropy_ptr=contiguous(dentropy),
+            dlogits_ptr=dlogits,
+            temperature_ptr=temperature_rows,
+            stride_sb=stride_sb,
+            stride_sl=stride_sl,
+            stride_db=stride_db,
+            stride_dl=stride_dl,
+            stride_tn=None if temperature_rows is None else temperature_rows.stride(0),
+            K=K,
+            L=L,
+            V=vocab_size,
+            load_width=aligned_width(vocab_size, logits),
+            pad_width=None if width == vocab_size else width,
+            ignore_index=ignore_index,
+            temperature=temperature,
+            softcap=softcap or None,
+            BLOCK_K=BLOCK_K,
+            CHUNK=max(1, min(BLOCK_K, PAIRS * TILE[1] // BLOCK_K)),
+            TILE=TILE,
+            num_warps=num_warps,
+            enable_fp_fusion=True,
+        )

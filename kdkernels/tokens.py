@@ -1,0 +1,200 @@
+"""Log-probabilities of given tokens: with a gradient for whoever samples, without one for a teacher's answers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from kdkernels import backends, checks, reference, symbols
+from kdkernels.autograd import TokenCall, token_values
+from kdkernels.capture import MAX_K_ON_GPU, SAMPLE_BLOCK, TeacherTopK
+from kdkernels.launch import flat, num_rows
+from kdkernels.objective import PerRow, TokenOptions, takes
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from kdkernels import options as keywords
+
+
+class TokenLogprobs(NamedTuple):
+    """What ``token_logprobs`` returns.
+
+    logprobs: natural log-probabilities of the shape of the ids. entropy: in nats, of the shape of the rows, or None.
+    lse: ``logsumexp(logits / T)`` of the shape of the rows; it passes no gradient.
+    """
+
+    logprobs: Tensor
+    entropy: Optional[Tensor]
+    lse: Tensor
+
+
+@takes(TokenOptions)
+def token_logprobs(logits: Tensor, ids: Tensor, **options: Unpack[keywords.TokenOptions]) -> TokenLogprobs:
+    r"""Log-probabilities of given tokens, and the entropy, with a gradient from whatever a loss makes of them.
+
+    With ``u = cap(logits) / T``, ``lse = logsumexp(u)`` and ``q = softmax(u)``::
+
+        logprobs = u[id] - lse          entropy = lse - sum_v q_v u_v
+
+    and from their gradients ``g`` and ``h``, in backward::
+
+        dlogits_v = 1/T (sum_j g_j [v = id_j] - q_v sum_j g_j - h q_v (log q_v + entropy))
+
+    Forward reads the logits once, backward reads them once and writes their gradient; beside the logits a few numbers a
+    row are kept in between. Every loss on samples is a function of the result: policy gradients and their ratios, the
+    estimators of a reverse KL, cross entropy with a weight per token.
+
+    Args:
+        logits: ``(..., V)``, float32, bfloat16 or float16 (float64 on the CPU). Any strides with stride 1 in the last
+            dimension; nothing is copied.
+        ids: int64 or int32, a token a row ``(...)`` or K of them ``(..., K)``, which may be equal; any strides. -1 and
+            ``ignore_index`` stand for no token: log-probability 0, no gradient. A row without a token has entropy and
+            lse 0 too, and its logits are not read.
+        temperature: T > 0, a number or one value per row.
+        entropy: also return the entropy of q, with its gradient.
+        softcap: cap > 0 of ``cap * tanh(logits / cap)``, applied first (Gemma 2).
+        vocab_size: columns from there on are padding: no probability, gradient 0.
+        ignore_index: an id that is no token, besides -1.
+        inplace_backward: backward writes the gradient over the logits: it allocates no ``[N, V]``, and the logits are
+            gone then. Eager only; needs logits that require grad, whose rows share no memory. Where their values are
+            still needed, for ``retain_graph=True`` or hooks on saved tensors have them, backward allocates as usual.
+        backend: "auto", "triton" (K up to 2048), "cpu" (C++) or "torch" (plain PyTorch, the reference).
+
+    Returns:
+        ``TokenLogprobs(logprobs, entropy, lse)``, float32 (float64 for float64). A token of logit -inf has
+        log-probability -inf and a finite gradient. A row with NaN or +inf, or of -inf only, is NaN in all results and
+        in its gradient. A row whose upstream gradients are all 0 gets a gradient of 0 without being read.
+
+    Raises:
+        TypeError, ValueError: naming the argument, before anything is launched. Values inside tensors are read on the
+            CPU always, on a GPU only when ``KDKERNELS_DEBUG=1``: unread, an id out of range gives NaN.
+        RuntimeError: a second derivative, or a transform of ``torch.func``, where the backend is not "torch".
+
+    Example:
+        A policy gradient with the reverse KL to a teacher as its reward, on tokens that the student sampled::
+
+            student = kd.token_logprobs(logits, tokens).logprobs
+            teacher = kd.token_logprobs(teacher_logits.detach(), tokens).logprobs
+            loss = ((student - teacher).detach() * student)[mask].mean()
+    """
+    given = TokenOptions.of(options)
+    checks.logits("logits", logits)
+    if given.inplace_backward:
+        checks.inplace_allowed(logits, "inplace_backward", "logits tensor")
+    columns = checks.vocabulary(given.vocab_size, logits, "logits")
+    tokens = checks.token_ids(ids, logits, columns, given.ignore_index)
+    call = _call(given, logits, tokens, columns)
+    checks.reverse_mode_only(call.backend, logits)
+    logprobs, entropy, lse, _ = token_values(call, logits, tokens, inplace=given.inplace_backward)
+    rows = logits.shape[:-1]
+    return TokenLogprobs(
+        logprobs.reshape(ids.shape), entropy.reshape(rows) if entropy is not None else None, lse.reshape(rows)
+    )
+
+
+def gather_logprobs(
+    teacher_logits: Tensor,
+    ids: Tensor,
+    *,
+    temperature: PerRow = 1.0,
+    vocab_size: Optional[int] = None,
+    softcap: Optional[float] = None,
+    backend: str = "auto",
+) -> TeacherTopK:
+    r"""A teacher's log-probabilities at given ids, and the mass of all others: the ``TeacherTopK`` of somebody's choice.
+
+    With ``p = softmax(cap(t) / T)`` and S the ids of a row::
+
+        logprobs = log p there        tail_logprob = log sum_{v not in S} p_v
+
+    The tail is summed over the ids outside S, so that it is exact however small it is. No gradient flows to the logits.
+
+    Args:
+        teacher_logits: ``(..., V)``, as in ``token_logprobs``.
+        ids: int64 or int32 ``(..., K)``; -1 in slots that are not used.
+        temperature: T > 0, a number or one value per row; for the tail "bucket", that of the loss.
+        vocab_size: columns from there on are padding: no probability.
+        softcap: cap > 0 of ``cap * tanh(logits / cap)``, applied first.
+        backend: "auto", "triton" (K up to 2048), "cpu" (C++) or "torch" (plain PyTorch, some rows at a time).
+
+    Returns:
+        ``TeacherTopK`` of ids int32 ``(..., K)``, logprobs ``(..., K)`` and tail_logprob ``(...)``, float32 (float64
+        for float64). Slots that are not used have log-probability -inf. Of an id that stands more than once in a row
+        the first slot is used, the others get -1, so that its mass counts once. A row with NaN or +inf, or of -inf
+        only, has no distribution: its log-probabilities and its tail are NaN. In a row without ids the tail is 0.
+
+    Raises:
+        TypeError, ValueError: naming the argument, before anything is launched.
+
+    Example:
+        Reverse KL on the student's own top K, as on-policy self-distillation has it (SDFT, SDPO)::
+
+            ids = kd.capture_topk(logits, 100).ids
+            teacher = kd.gather_logprobs(teacher_logits, ids)
+            loss = kd.topk_kd_loss(logits, *teacher[:2], tail_logprob=teacher.tail_logprob, divergence="reverse_kl")
+    """
+    given = TokenOptions.of(
+        {"temperature": temperature, "vocab_size": vocab_size, "softcap": softcap, "backend": backend}
+    )
+    checks.logits("teacher_logits", teacher_logits)
+    columns = checks.vocabulary(vocab_size, teacher_logits, "teacher_logits")
+    tokens = checks.token_ids(ids, teacher_logits, columns, -1)
+    if ids.dim() != teacher_logits.dim():
+        raise ValueError(f"ids must have shape {(*teacher_logits.shape[:-1], 'K')}, got {tuple(ids.shape)}")
+    tokens, logits = _first_of_equals(tokens), teacher_logits.detach()
+    call = _call(given, logits, tokens, columns)
+    call = call._replace(options={**call.options, "tail_mass": True, "ignore_index": -1})
+    if call.backend == "torch":
+        logprobs, tail = _gathered_in_blocks(call, flat(logits), tokens)
+    else:
+        logprobs, _, _, tail = token_values(call, logits, tokens)
+    assert tail is not None
+    logprobs = torch.where(tokens == -1, -torch.inf, logprobs)
+    return TeacherTopK(
+        tokens.to(torch.int32).reshape(ids.shape),
+        logprobs.reshape(ids.shape),
+        tail.reshape(logits.shape[:-1]),
+    )
+
+
+def _call(given: TokenOptions, logits: Tensor, tokens: Tensor, columns: int) -> TokenCall:
+    too_many = None
+    if logits.device.type != "cpu" and tokens.shape[1] > MAX_K_ON_GPU:
+        too_many = f"a GPU takes at most {MAX_K_ON_GPU} ids a row"
+    backend = backends.choose(given.backend, logits, torch_only=too_many, pattern="token_fwd")
+    rows = None
+    options = {**given.scalars, "vocab_size": columns}
+    if isinstance(given.temperature, Tensor):
+        value = checks.per_row("temperature", given.temperature, logits, low=0.0)
+        assert isinstance(value, Tensor)
+        rows = value
+    elif symbols.is_symbol(given.temperature):
+        # A tensor, which backward may keep.
+        value = symbols.as_tensor(given.temperature, checks.sum_dtype(logits), logits.device)
+        rows, options["temperature"] = value.expand(num_rows(logits)), 1.0
+    return TokenCall(backend, rows, options)
+
+
+def _first_of_equals(ids: Tensor) -> Tensor:
+    """The ids ``[N, K]``, with -1 for those that stood in an earlier slot of their row."""
+    found, order = ids.sort(dim=-1, stable=True)
+    again = torch.zeros_like(found, dtype=torch.bool)
+    again[:, 1:] = found[:, 1:] == found[:, :-1]
+    return torch.where(torch.zeros_like(again).scatter(1, order, again), -1, ids)
+
+
+def _gathered_in_blocks(call: TokenCall, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Some rows at a time: the mass outside the ids takes copies of the logits."""
+    step = max(1, SAMPLE_BLOCK // logits.shape[-1])
+    options = call.reference_options()
+    temperature = options.pop("temperature")
+    blocks = []
+    for start in range(0, max(len(logits), 1), step):
+        rows = slice(start, start + step)
+        of_rows = temperature[rows] if isinstance(temperature, Tensor) else temperature
+        blocks.append(reference.token_rows(logits[rows], tokens[rows], temperature=of_rows, **options))
+    tails: Any = [block.tail for block in blocks]
+    return torch.cat([block.logprobs for block in blocks]), torch.cat(tails)
