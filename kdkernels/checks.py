@@ -689,17 +689,10 @@ def sparse_grad_allowed(value: Any, columns_only: bool) -> None:
         )
 
 
-def linear_mode_allowed(
-    reduction: str, needs_grad: bool, teacher_callable: bool, sparse_grad: bool, transformed: bool
-) -> None:
-    """Refuse options of the linear losses that do not go with a gradient, a graph, or a transform of plain PyTorch."""
+def linear_mode_allowed(teacher_callable: bool, sparse_grad: bool, transformed: bool) -> None:
+    """Refuse options of the linear losses that do not go with a graph, or a transform of plain PyTorch."""
     if sparse_grad and transformed:
         raise ValueError("sparse_grad works in reverse mode only, outside torch.func and forward mode; leave it out")
-    if reduction == "none" and needs_grad and not transformed:
-        raise ValueError(
-            "reduction 'none' has no gradient here: the logits of a row are gone before its grad_output is known; give "
-            "the rows their weights as row_weight, or call it under torch.no_grad()"
-        )
     if torch.compiler.is_compiling() and (teacher_callable or sparse_grad):
         name = "teacher_logits" if teacher_callable else "sparse_grad"
         raise ValueError(f"{name} works in eager mode only; under torch.compile leave it out")

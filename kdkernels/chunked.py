@@ -1,7 +1,8 @@
 """The loop of the linear losses: project a chunk of rows, run the objective in place over it, multiply back.
 
-The gradients are complete when ``forward`` ends; ``backward`` scales them. The loop is one op,
-``kdkernels::linear_dense_fwd`` or ``kdkernels::linear_topk_fwd``, so that no compiler has to see into it.
+The gradients of a reduced loss are complete when ``forward`` ends; ``backward`` scales them. Those of the rows' losses
+are made in ``backward``, by the same loop. It is one op, ``kdkernels::linear_dense_fwd`` or
+``kdkernels::linear_topk_fwd``, so that no compiler has to see into it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple, Optional, Union
 import torch
 from torch import Tensor
 
-from kdkernels import checks, ops, symbols
+from kdkernels import checks, ops, symbols, transforms
 from kdkernels.autograd import graph_is_kept, has_saved_tensor_hooks, refuse_second_derivative, scaled
 from kdkernels.heads import Fp16Range, Head, HeadGrad, Scratch, sum_dtype
 from kdkernels.launch import Launch, RowTensors, flat, run, run_reference
@@ -100,11 +101,7 @@ class LinearLoss(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor, _: Any) -> tuple[Any, ...]:
         if ctx.call is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return (*_differentiable(ctx.call, dloss, ctx.saved_tensors[-3:], ctx.needs_input_grad), None)
-        if ctx.sparse_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                "sparse_grad=True has no second derivative, and create_graph=True asks for one; leave it out"
-            )
-        refuse_second_derivative()
+        _refuse_second_derivative(ctx.sparse_grad)
         dhidden, dweight, dbias, factors, grad_rows = ctx.saved_tensors[:5]
         shared = ctx.shared or torch.compiler.is_compiling() or graph_is_kept()
         of_weight, of_bias = (
@@ -117,26 +114,114 @@ class LinearLoss(torch.autograd.Function):
         )
         if dhidden is not None:
             dhidden = dhidden.to(ctx.dtypes[0])
-        if grad_rows is not None and dweight is not None:
-            # Sorted and unique by construction.
-            dweight = torch.sparse_coo_tensor(
-                grad_rows[None], dweight, ctx.head_shape, check_invariants=False, is_coalesced=True
-            )
-        return dhidden, dweight, dbias, None
+        return dhidden, _head_grad(dweight, grad_rows, ctx.head_shape), dbias, None
+
+
+class LinearRows(torch.autograd.Function):
+    """``forward`` returns ``(losses, stats)`` of rows ``[N]`` and keeps what it was given.
+
+    ``backward`` repeats the products of the rows that have a gradient, with ``grad_output`` as a weight of the rows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], call: Call) -> tuple[Tensor, Tensor]:
+        loss, stats = execute(call, hidden, weight, bias, [False] * 3)[:2]
+        # Autograd sees it when one of them is overwritten before backward, and hooks may move them.
+        ctx.call, tensors = _apart(call)
+        ctx.save_for_backward(hidden, weight, bias, *tensors)
+        ctx.mark_non_differentiable(stats)
+        return loss, stats
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor, _: Any) -> tuple[Any, ...]:
+        hidden, weight, bias, *tensors = ctx.saved_tensors
+        call, needs = _joined(ctx.call, tensors), list(ctx.needs_input_grad[:3])
+        if not torch.compiler.is_compiling():
+            again = torch.is_grad_enabled()
+            if not again or call.launch.backend != "torch" or call.sparse_grad:
+                _refuse_second_derivative(call.sparse_grad)
+            if again or transforms.stands_for_others(dloss):
+                # Neither a graph nor a batch of gradients goes through the loop.
+                return (*_differentiable(call, dloss, (hidden, weight, bias), needs), None)
+        launch = call.launch
+        given = launch.rows.row_weight
+        rows = launch.rows._replace(row_weight=dloss if given is None else given * dloss)
+        launch = launch._replace(rows=rows, options={**launch.options, "stats": False})
+        result = execute(call._replace(launch=launch), hidden, weight, bias, needs)
+        dhidden, dweight, dbias = (
+            grad if need else None
+            for grad, need in zip((result.dhidden, result.dweight, result.dbias), needs, strict=True)
+        )
+        if dhidden is not None:
+            dhidden = dhidden.to(hidden.dtype)
+        shared = torch.compiler.is_compiling()
+        of_weight, of_bias = result.factors.unbind()
+        if weight.dtype == torch.float16:
+            dweight = scaled(dweight, of_weight, None, launch.backend, shared=shared)
+        if bias is not None and bias.dtype == torch.float16:
+            dbias = scaled(dbias, of_bias, None, launch.backend, shared=shared)
+        return dhidden, _head_grad(dweight, result.grad_rows, weight.shape), dbias, None
+
+
+def _apart(call: Call) -> tuple[Call, list[Optional[Tensor]]]:
+    """A call without its tensors, and these."""
+    launch, teachers = call.launch, (call.teacher_hidden, call.teacher_weight, call.teacher_bias)
+    tensors = [*launch.rows, *launch.sparse_teacher]
+    for teacher in teachers:
+        tensors.extend(teacher)
+    bare = launch._replace(rows=RowTensors(), sparse_teacher=())
+    return call._replace(launch=bare, teacher_hidden=(), teacher_weight=(), teacher_bias=()), tensors
+
+
+def _joined(call: Call, tensors: Sequence[Any]) -> Call:
+    """The call that ``_apart`` took apart."""
+    count = len(RowTensors._fields)
+    rows, rest = RowTensors(*tensors[:count]), tuple(tensors[count:])
+    if call.launch.pattern == "topk_fwd":
+        return call._replace(launch=call.launch._replace(rows=rows, sparse_teacher=rest))
+    count = len(rest) // 3
+    return call._replace(
+        launch=call.launch._replace(rows=rows),
+        teacher_hidden=rest[:count],
+        teacher_weight=rest[count : 2 * count],
+        teacher_bias=rest[2 * count :],
+    )
+
+
+def _refuse_second_derivative(sparse_grad: bool) -> None:
+    if sparse_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "sparse_grad=True has no second derivative, and create_graph=True asks for one; leave it out"
+        )
+    refuse_second_derivative()
+
+
+def _head_grad(dweight: Optional[Tensor], grad_rows: Optional[Tensor], shape: torch.Size) -> Optional[Tensor]:
+    """The head's gradient, sparse where ``grad_rows`` are the rows that it holds."""
+    if grad_rows is None or dweight is None:
+        return dweight
+    # Sorted and unique by construction.
+    return torch.sparse_coo_tensor(grad_rows[None], dweight, shape, check_invariants=False, is_coalesced=True)
 
 
 def _differentiable(
     call: Call, dloss: Tensor, inputs: Sequence[Optional[Tensor]], needs: Sequence[bool]
 ) -> list[Optional[Tensor]]:
-    """The gradients of hidden states, head and bias with the graph that leads to them."""
+    """The gradients of hidden states, head and bias in plain PyTorch; with their graph where backward is to have one.
+
+    ``dloss`` is that of the sum of the rows, or one per row.
+    """
     hidden, weight, bias = inputs
     assert hidden is not None and weight is not None
     kept = _kept_rows(call.launch)
     rows: Rows = slice(0, len(hidden)) if kept is None else kept
     part = call._replace(launch=_of_rows(call.launch, rows))
-    loss, _ = whole(part, hidden[rows], weight, bias, rows)
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        loss, _ = whole(part, hidden[rows], weight, bias, rows)
     wanted = [item for item, need in zip(inputs, needs, strict=False) if need and item is not None]
-    found = iter(torch.autograd.grad(loss.sum(), wanted, dloss, create_graph=True, allow_unused=True))
+    dloss = dloss.expand(len(hidden))[rows]
+    found = iter(torch.autograd.grad(loss, wanted, dloss, create_graph=again, allow_unused=True))
     return [next(found) if need and item is not None else None for item, need in zip(inputs, needs, strict=False)]
 
 

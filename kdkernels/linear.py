@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kdkernels import backends, checks, symbols, transforms
 from kdkernels.autograd import reduced
-from kdkernels.chunked import Call, LinearLoss, Rows, execute, projects_columns, whole
+from kdkernels.chunked import Call, LinearLoss, LinearRows, Rows, execute, projects_columns, whole
 from kdkernels.launch import dense_launch, flat, topk_launch, with_stats
 from kdkernels.objective import LinearObjective, LinearTopKObjective, takes
 from kdkernels.stats import KDStats, TopKStats
@@ -102,15 +102,16 @@ def linear_kd_loss(
         teacher_logits: in place of the teacher's hidden states and head, a function called as ``teacher_logits(rows)``
             that returns logits ``[R, V]`` on any device (a sequence of them for a mixture). ``rows`` counts the
             flattened rows: a ``slice``, or an int64 tensor where rows are left out; it indexes a tensor ``[N, ...]``.
-            Eager only.
+            With reduction "none" it is asked again in ``backward``, and must answer the same. Eager only.
         chunk_bytes: of the logits of a chunk, student's and teachers' together; by default 96 MiB on a CPU and 512 MiB
             on a GPU. It bounds the memory, whatever N is, down to one row.
         logits_dtype: for products of 16-bit operands, their dtype asks for logits rounded to it, in chunks of twice as
             many rows. The gradient is a difference of two distributions, which then drowns in rounding where the
             teacher is near: see docs/guide/hidden-states.md. By default logits are float32.
         teacher_form: as in ``kd_loss``, for ``teacher_logits``; products are "logits".
-        reduction: as in ``kd_loss``; "none" only where no gradient is asked for: each row's ``grad_output`` would have
-            to be known while its chunk is there.
+        reduction: as in ``kd_loss``. The gradient of "none" is made in ``backward``, where each row's ``grad_output``
+            is known: it repeats the products of the rows whose ``grad_output`` is not 0. Where the weights of the rows
+            are known before, ``row_weight`` and "sum" do without.
         divergence, temperature, teacher_temperature, scale_by_t_squared, kd_weight, ce_weight, z_loss_weight,
             label_smoothing, ignore_index, row_weight, normalizer, teacher_weights, mixture, vocab_size,
             student_softcap, teacher_softcap, standardize, row_param, return_stats, backend: as in ``kd_loss``.
@@ -345,12 +346,13 @@ def _result(objective: Any, call: Call, hidden: Tensor, weight: Tensor, bias: Op
     transformed = call.launch.backend == "torch" and _is_transformed(inputs)
     needs_grad = torch.is_grad_enabled() and any(item.requires_grad for item in inputs)
     needs_grad = needs_grad and not symbols.traces_ops()  # as autograd.evaluate
-    checks.linear_mode_allowed(
-        objective.reduction, needs_grad, call.teacher_logits is not None, call.sparse_grad, transformed
-    )
+    checks.linear_mode_allowed(call.teacher_logits is not None, call.sparse_grad, transformed)
     if call.launch.backend == "torch" and (transformed or torch.compiler.is_compiling()):
         # No graph and no transform holds the autograd within the loop.
         rows, stats = whole(call, hidden, weight, bias)
+        loss = reduced(rows, objective, hidden)
+    elif needs_grad and objective.reduction == "none":
+        rows, stats = LinearRows.apply(flat(hidden), weight, bias, call)
         loss = reduced(rows, objective, hidden)
     elif needs_grad:
         loss, stats = LinearLoss.apply(flat(hidden), weight, bias, call)

@@ -329,14 +329,13 @@ class TestWhatNeedsAGradient:
             if need:
                 torch.testing.assert_close(x.grad, grad)
 
-    def test_none_reduction_gives_rows_without_a_gradient_only(self, backend):
+    def test_none_reduction_without_a_gradient(self, backend):
         student, teacher, labels = make()
         options = {"labels": labels, "reduction": "none", "divergence": "jsd", "backend": backend}
         with torch.no_grad():
             rows = kd.linear_kd_loss(*student[:2], *teacher, **options)
             torch.testing.assert_close(rows, kd.kd_loss(F.linear(*student[:2]), F.linear(*teacher), **options))
-        with pytest.raises(ValueError, match="reduction 'none' has no gradient here: the logits of a row are gone"):
-            kd.linear_kd_loss(*student[:2], *teacher, **options)
+        assert not rows.requires_grad
 
     def test_a_kept_graph_gives_its_gradient_again(self):
         student, teacher, _ = make()
