@@ -315,11 +315,9 @@ TokenArgs token_args(const Tensor& logits, const Tensor& ids, const std::optiona
   const int64_t rows = args.batch * args.length;
   STD_TORCH_CHECK(vocab_size >= 1 && vocab_size <= args.width && vocab_size <= INT32_MAX, "vocab_size must be in [1, ",
                   args.width, "], got ", vocab_size);
-  STD_TORCH_CHECK(ids.dim() == 2 && ids.size(0) == rows && ids.is_contiguous() &&
-                      (ids.scalar_type() == ScalarType::Int || ids.scalar_type() == ScalarType::Long),
-                  "ids must be contiguous [N, K], int32 or int64");
-  args.ids = ids.const_data_ptr();
-  args.ids_are_64_bits = ids.scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(ids.dim() == 2 && ids.size(0) == rows && ids.is_contiguous() && ids.scalar_type() == ScalarType::Long,
+                  "ids must be contiguous int64 [N, K]");
+  args.ids = static_cast<const int64_t*>(ids.const_data_ptr());
   args.entries = ids.size(1);
   args.ignore_index = named<TokenChoices>(choices).ignore_index;
   args.temperature_rows = per_row(temperature_rows, sum_dtype(logits), rows, "temperature_rows");
@@ -334,22 +332,26 @@ void run_tokens(const TokenArgs& args) {
                 [&](int64_t begin, int64_t end) { table.tokens(args, begin, end); });
 }
 
-std::tuple<Tensor, Tensor, Tensor> token_fwd(Tensor logits, Tensor ids, std::optional<Tensor> temperature_rows,
-                                             int64_t vocab_size, std::vector<double> numbers,
-                                             std::vector<int64_t> choices) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_fwd(Tensor logits, Tensor ids,
+                                                             std::optional<Tensor> temperature_rows, int64_t vocab_size,
+                                                             std::vector<double> numbers,
+                                                             std::vector<int64_t> choices) {
   TokenArgs args = token_args(logits, ids, temperature_rows, vocab_size, numbers, choices);
+  const auto chosen = named<TokenChoices>(choices);
   const int64_t rows = args.batch * args.length;
-  const bool wants_entropy = named<TokenChoices>(choices).entropy != 0;
-  Tensor logprobs = new_rows(logits, {rows, args.entries}), lse = new_rows(logits, {rows, 2});
-  Tensor entropy = new_rows(logits, {wants_entropy ? rows : 0});
+  Tensor logprobs = new_rows(logits, {rows, args.entries}), lse = new_rows(logits, {rows});
+  Tensor entropy = new_rows(logits, {chosen.entropy != 0 ? rows : 0});
+  Tensor tail = new_rows(logits, {chosen.tail_mass != 0 ? rows : 0}), norm = new_rows(logits, {rows, 2});
   args.logprobs = logprobs.mutable_data_ptr();
   args.lse = lse.mutable_data_ptr();
-  if (wants_entropy) args.entropy = entropy.mutable_data_ptr();
+  args.norm = norm.mutable_data_ptr();
+  if (chosen.entropy != 0) args.entropy = entropy.mutable_data_ptr();
+  if (chosen.tail_mass != 0) args.tail = tail.mutable_data_ptr();
   run_tokens(args);
-  return {logprobs, entropy, lse};
+  return {logprobs, entropy, lse, tail, norm};
 }
 
-void token_bwd(Tensor logits, Tensor ids, Tensor lse, std::optional<Tensor> entropy, Tensor dlogprobs,
+void token_bwd(Tensor logits, Tensor ids, Tensor norm, std::optional<Tensor> entropy, Tensor dlogprobs,
                std::optional<Tensor> dentropy, Tensor dlogits, std::optional<Tensor> temperature_rows,
                int64_t vocab_size, std::vector<double> numbers, std::vector<int64_t> choices) {
   TokenArgs args = token_args(logits, ids, temperature_rows, vocab_size, numbers, choices);
@@ -357,18 +359,21 @@ void token_bwd(Tensor logits, Tensor ids, Tensor lse, std::optional<Tensor> entr
   const auto of_rows = [&](const Tensor& tensor, int64_t columns) {
     return tensor.numel() == rows * columns && tensor.is_contiguous() && tensor.scalar_type() == sum_dtype(logits);
   };
-  STD_TORCH_CHECK(of_rows(lse, 2) && of_rows(dlogprobs, args.entries) && (!dentropy || of_rows(*dentropy, 1)) &&
-                      (!dentropy || (entropy && of_rows(*entropy, 1))),
-                  "lse, dlogprobs, entropy and dentropy must be contiguous, of the rows, and in the dtype of the sums");
+  STD_TORCH_CHECK(
+      of_rows(norm, 2) && of_rows(dlogprobs, args.entries) && entropy.has_value() == dentropy.has_value() &&
+          (!dentropy || (of_rows(*dentropy, 1) && of_rows(*entropy, 1))),
+      "norm, dlogprobs, entropy and dentropy must be contiguous, of the rows, and in the dtype of the sums");
   args.dlogits = view(dlogits, "dlogits", true);
   STD_TORCH_CHECK(dlogits.size(0) == args.batch && dlogits.size(1) == args.length && dlogits.size(2) == args.width &&
                       args.dlogits.dtype == args.logits.dtype,
                   "dlogits must have the shape and dtype of logits");
-  args.lse = const_cast<void*>(lse.const_data_ptr());
-  if (entropy) args.entropy = const_cast<void*>(entropy->const_data_ptr());
+  args.norm = const_cast<void*>(norm.const_data_ptr());
   args.dlogprobs = dlogprobs.const_data_ptr();
-  if (dentropy) args.dentropy = dentropy->const_data_ptr();
-  if (rows > 0 && args.width > 0) run_tokens(args);
+  if (dentropy) {
+    args.entropy = const_cast<void*>(entropy->const_data_ptr());
+    args.dentropy = dentropy->const_data_ptr();
+  }
+  if (rows > 0) run_tokens(args);
 }
 
 enum class Slot { kUnused, kUsed, kBad };

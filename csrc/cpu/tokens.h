@@ -23,9 +23,7 @@ struct Token {
 inline void tokens_of(const TokenArgs& args, int64_t row, std::vector<Token>& tokens) {
   tokens.clear();
   for (int64_t k = 0; k < args.entries; ++k) {
-    const int64_t at = row * args.entries + k;
-    const int64_t id =
-        args.ids_are_64_bits ? static_cast<const int64_t*>(args.ids)[at] : static_cast<const int32_t*>(args.ids)[at];
+    const int64_t id = args.ids[row * args.entries + k];
     if (id != -1 && id != args.ignore_index) tokens.push_back({id, k, 0, 0});
   }
 }
@@ -91,15 +89,30 @@ double token_scale(const TokenArgs& args, int64_t row) {
   return kLog2e / per_row(args.temperature_rows, row, args.temperature, sizeof(C) == 8);
 }
 
+// The logarithm of the probability of all that are no token: summed for itself, relative to its own maximum.
+template <class X, class C = typename Io<X>::C>
+double log_outside(const TokenArgs& args, const X* s, double scale, const Softmax<C>& q,
+                   const std::vector<Token>& tokens) {
+  C* others = Scratch<C>::mine().get(kOtherRow, args.columns);
+  widen_row(s, args.columns, others, AsIs());
+  for (const Token& token : tokens)
+    if (token.id >= 0 && token.id < args.columns) others[token.id] = -std::numeric_limits<C>::infinity();
+  double weighted;
+  const Softmax<C> rest = sweep_tokens<false>(others, args.columns, scale, weighted);
+  if (rest.log2_z == -std::numeric_limits<double>::infinity()) return rest.log2_z + 0 * q.log2_z;
+  return kLn2 * (rest.affine.reference() - q.affine.reference() + rest.log2_z - q.log2_z);
+}
+
 template <class X>
 void token_rows_of(const TokenArgs& args, int64_t begin, int64_t end) {
   using C = typename Io<X>::C;
-  C *const logprobs = static_cast<C*>(args.logprobs), *const lse = static_cast<C*>(args.lse);
+  C *const logprobs = static_cast<C*>(args.logprobs), *const norm = static_cast<C*>(args.norm);
   std::vector<Token> tokens;
   for (int64_t row = begin; row < end; ++row) {
     std::fill(logprobs + row * args.entries, logprobs + (row + 1) * args.entries, C(0));
-    lse[2 * row] = lse[2 * row + 1] = 0;
-    if (args.entropy != nullptr) put<C>(args.entropy, row, 0);
+    norm[2 * row] = norm[2 * row + 1] = 0;
+    for (void* result : {args.lse, args.entropy, args.tail})
+      if (result != nullptr) put<C>(result, row, 0);
     tokens_of(args, row, tokens);
     if (tokens.empty()) continue;
     const X* s = token_row<X>(args, row);
@@ -113,10 +126,16 @@ void token_rows_of(const TokenArgs& args, int64_t begin, int64_t end) {
       const double logprob = kLn2 * (x - q.log2_z);
       logprobs[row * args.entries + token.slot] = C(std::isnan(logprob) ? logprob : std::min(logprob, 0.0));
     }
-    // A logit near the reference, and the rest of the logarithm: their sum alone would lose what is behind its point.
+    // A logit near the reference, and the sum relative to it: their logarithm alone would lose what is behind its
+    // point.
     const C logit = C(q.affine.logit());
-    lse[2 * row] = logit;
-    lse[2 * row + 1] = C(kLn2 * (q.log2_z - q.affine.scalar(double(logit))));
+    norm[2 * row] = logit;
+    norm[2 * row + 1] = C(std::exp2(q.log2_z - q.affine.scalar(double(logit))));
+    const bool none = q.log2_z == -std::numeric_limits<double>::infinity();
+    put<C>(args.lse, row,
+           none ? std::numeric_limits<double>::quiet_NaN()
+                : double(logit) * scale * kLn2 + kLn2 * (q.log2_z - q.affine.scalar(double(logit))));
+    if (args.tail != nullptr) put<C>(args.tail, row, log_outside<X>(args, s, scale, q, tokens));
     if (args.entropy != nullptr)
       put<C>(args.entropy, row, std::max(0.0, kLn2 * (q.log2_z - weighted / std::exp2(q.log2_z))));
   }
@@ -169,7 +188,7 @@ void token_gradient(const X* s, int64_t n, const Affine<C>& as, double a, double
 template <class X>
 void token_gradient_rows_of(const TokenArgs& args, int64_t begin, int64_t end) {
   using C = typename Io<X>::C;
-  const C *const given = static_cast<const C*>(args.dlogprobs), *const lse = static_cast<const C*>(args.lse),
+  const C *const given = static_cast<const C*>(args.dlogprobs), *const norm = static_cast<const C*>(args.norm),
                  *const of_entropy = static_cast<const C*>(args.dentropy);
   const bool streamed = args.softcap == 0 && args.dlogits.data != args.logits.data &&
                         args.width * int64_t(sizeof(X)) >= kStreamRowBytes &&
@@ -203,8 +222,8 @@ void token_gradient_rows_of(const TokenArgs& args, int64_t begin, int64_t end) {
                                 [&](const Token& token) { return token.id < 0 || token.id >= args.columns; }),
                  tokens.end());
     std::stable_sort(tokens.begin(), tokens.end(), [](const Token& x, const Token& y) { return x.id < y.id; });
-    const Affine<C> as = affine<C>(scale, double(lse[2 * row]));
-    const double log2_z = as.scalar(double(lse[2 * row])) + double(lse[2 * row + 1]) / kLn2;
+    const Affine<C> as = affine<C>(scale, double(norm[2 * row]));
+    const double log2_z = as.scalar(double(norm[2 * row])) + std::log2(double(norm[2 * row + 1]));
     // -h q (log q + H) / T of the entropy, in x.
     const double entropy = h != 0 ? double(static_cast<const C*>(args.entropy)[row]) : 0;
     const double a = -per_token * (sum + h * (entropy - kLn2 * log2_z)), b = -per_token * h * kLn2;

@@ -93,13 +93,13 @@ struct TokenArgs {
   int64_t columns = 0;  // V: the real columns
   int64_t width = 0;    // of the logits, padding included
   LogitsView logits, dlogits;
-  const void* ids = nullptr;  // [N, K] int32 or int64; -1 and ignore_index do not count
-  bool ids_are_64_bits = false;
+  const int64_t* ids = nullptr;  // [N, K]; -1 and ignore_index do not count
   int64_t entries = 0, ignore_index = -100;
   PerRow temperature_rows;
   double temperature = 1, softcap = 0;
-  void *logprobs = nullptr, *entropy = nullptr;  // [N, K], [N] or null
-  void* lse = nullptr;  // [N, 2]: a logit, and the log of the sum of exponentials relative to it
+  void *logprobs = nullptr, *lse = nullptr;  // [N, K], [N]
+  void *entropy = nullptr, *tail = nullptr;  // [N], or null
+  void* norm = nullptr;                      // [N, 2]: a logit, and the sum of exponentials relative to it
   const void *dlogprobs = nullptr, *dentropy = nullptr;
 };
 
