@@ -1,6 +1,6 @@
 """kdkernels: fused distillation losses for PyTorch."""
 
-from kdkernels import divergences
+from kdkernels import divergences, onpolicy
 from kdkernels.capture import TeacherTopK, capture_samples, capture_topk
 from kdkernels.divergences import *  # noqa: F403
 from kdkernels.functional import dkd_loss, kd_loss, logit_mse_loss, taid_loss, topk_kd_loss
@@ -29,6 +29,7 @@ __all__ = [
     "linear_kd_loss",
     "linear_topk_kd_loss",
     "logit_mse_loss",
+    "onpolicy",
     "register_divergence",
     "taid_loss",
     "token_logprobs",

@@ -721,6 +721,42 @@ def tail_like(value: Any, tail: str, student: Tensor) -> Optional[Tensor]:
     return value.detach().to(sum_dtype(student)).reshape(-1)
 
 
+def token_numbers(name: str, value: Any, like: Optional[Tensor] = None, *, expand: bool = False) -> None:
+    """A floating tensor with one number per token, of any shape or that of ``like``; 1 expands where it may."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    plain(name, value)
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {_dtype(value)}")
+    if like is None:
+        return
+    _of_token_shape(name, value, like, expand)
+
+
+def token_mask(value: Any, like: Tensor) -> Optional[Tensor]:
+    """A mask of the tokens, which is True where one counts, as bool and of the shape of ``like``."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        raise TypeError(f"mask must be a torch.Tensor, got {type(value).__name__}")
+    plain("mask", value)
+    if value.dtype.is_floating_point or value.dtype.is_complex:
+        raise TypeError(f"mask must be bool or of integers, got {_dtype(value)}: weights multiply the losses instead")
+    _of_token_shape("mask", value, like, True)
+    return value.bool().expand_as(like)
+
+
+def _of_token_shape(name: str, value: Tensor, like: Tensor, expand: bool) -> None:
+    if value.device != like.device:
+        raise ValueError(f"{name} must be on the tokens' device {like.device}, got {value.device}")
+    same = value.dim() == like.dim()
+    for size, wanted in zip(value.shape, like.shape, strict=False):
+        same = same and (size == wanted or (expand and size == 1))
+    if not same:
+        some = ", or 1 in some dimensions" if expand else ""
+        raise ValueError(f"{name} must have the tokens' shape {tuple(like.shape)}{some}, got {tuple(value.shape)}")
+
+
 def vocabulary(vocab_size: Optional[int], student: Tensor, of: str = "student") -> int:
     """The number of real columns."""
     width = student.shape[-1]
