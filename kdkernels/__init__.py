@@ -5,6 +5,7 @@ from kdkernels.capture import TeacherTopK, capture_samples, capture_topk
 from kdkernels.divergences import *  # noqa: F403
 from kdkernels.functional import dkd_loss, kd_loss, logit_mse_loss, taid_loss, topk_kd_loss
 from kdkernels.linear import linear_kd_loss, linear_topk_kd_loss
+from kdkernels.linear_tokens import linear_gather_logprobs, linear_token_logprobs
 from kdkernels.losses import KDLoss, LinearKDLoss, LinearTopKKDLoss, TopKKDLoss
 from kdkernels.registry import register_divergence, unregister_divergence
 from kdkernels.stats import KDStats, TopKStats
@@ -26,7 +27,9 @@ __all__ = [
     "dkd_loss",
     "gather_logprobs",
     "kd_loss",
+    "linear_gather_logprobs",
     "linear_kd_loss",
+    "linear_token_logprobs",
     "linear_topk_kd_loss",
     "logit_mse_loss",
     "onpolicy",

@@ -516,7 +516,7 @@ def _of_tokens(name: str, value: Any, length: int) -> Tensor:
 
 def head(side: str, hidden: Any, weight: Any, bias: Any, autocast: bool) -> None:
     """Hidden states ``(..., D)``, a head ``[V, D]`` and a bias ``[V]`` or None, of one device, and of one dtype."""
-    names = (f"{side}_hidden", f"{side}_weight", f"{side}_bias")
+    names = (f"{side}hidden", f"{side}weight", f"{side}bias")
     for name, value in zip(names, (hidden, weight, bias), strict=True):
         if value is None and name == names[2]:
             continue
@@ -567,7 +567,7 @@ def head_tensors(side: str, weight: Any, bias: Any) -> tuple[Any, Any]:
     """Weight and bias of a head that may be a module: one whose ``forward`` is their product and sum, and no more."""
     if not isinstance(weight, torch.nn.Module):
         return weight, bias
-    name, kind = f"{side}_weight", type(weight).__name__
+    name, kind = f"{side}weight", type(weight).__name__
     found = getattr(weight, "weight", None)
     if is_dtensor(found):
         # That is the first thing to be told, and is told with the tensors.
@@ -603,7 +603,7 @@ def head_tensors(side: str, weight: Any, bias: Any) -> tuple[Any, Any]:
     if own is None:
         return found, bias
     if bias is not None:
-        raise ValueError(f"{side}_bias must be None where {name} is a module with a bias of its own")
+        raise ValueError(f"{side}bias must be None where {name} is a module with a bias of its own")
     return found, own
 
 

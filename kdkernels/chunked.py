@@ -48,12 +48,19 @@ class Call(NamedTuple):
 
     def dtypes(self, hidden: Tensor) -> tuple[torch.dtype, torch.dtype]:
         """Of the products of these hidden states with their head, and of the logits that they make."""
-        product = self.product_dtype or hidden.dtype
-        if product.itemsize > 2:
-            return product, product
-        # Of another dtype of 16 bits than was asked for are a teacher's: rounded, as was asked, to its own.
-        rounds = self.logits_dtype is not None and self.logits_dtype.itemsize == 2
-        return product, product if rounds else torch.float32
+        return product_dtypes(hidden, self.product_dtype, self.logits_dtype)
+
+
+def product_dtypes(
+    hidden: Tensor, product_dtype: Optional[torch.dtype], logits_dtype: Optional[torch.dtype]
+) -> tuple[torch.dtype, torch.dtype]:
+    """The dtypes of the products of hidden states with their head, and of the logits that they make."""
+    product = product_dtype or hidden.dtype
+    if product.itemsize > 2:
+        return product, product
+    # Of another dtype of 16 bits than was asked for are a teacher's: rounded, as was asked, to its own.
+    rounds = logits_dtype is not None and logits_dtype.itemsize == 2
+    return product, product if rounds else torch.float32
 
 
 class Result(NamedTuple):
@@ -232,7 +239,7 @@ def whole(
 
     ``rows`` are those that the hidden states are among the rows of the teachers.
     """
-    with _no_autocast(hidden):
+    with no_autocast(hidden):
         teachers = [
             _logits(call, states if rows is None else states[rows], head, offset).detach()
             for states, head, offset in zip(call.teacher_hidden, call.teacher_weight, call.teacher_bias, strict=True)
@@ -245,8 +252,13 @@ def whole(
 
 
 def _logits(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
-    """Of rounded operands; the sums are fp32, and so are the logits unless 16 bits are asked for."""
-    product, dtype = call.dtypes(hidden)
+    return logits_of_whole(*call.dtypes(hidden), hidden, weight, bias)
+
+
+def logits_of_whole(
+    product: torch.dtype, dtype: torch.dtype, hidden: Tensor, weight: Tensor, bias: Optional[Tensor]
+) -> Tensor:
+    """Of operands rounded to ``product``; the sums are fp32, and so are the logits unless ``dtype`` has 16 bits."""
 
     def operand(item: Tensor) -> Tensor:
         return item.to(product).to(sum_dtype(product))
@@ -283,7 +295,7 @@ def projects_columns(launch: Launch) -> bool:
 def _run(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], needs: Sequence[bool]) -> Result:
     loop = _columns_loop if projects_columns(call.launch) else _logits_loop
     # Operands are rounded to the autocast dtype by the loop; autocast itself would round sums too.
-    with torch.no_grad(), _no_autocast(hidden):
+    with torch.no_grad(), no_autocast(hidden):
         loss, stats, dhidden, dweight, dbias, *rest, grad_rows = loop(call, hidden, weight, bias, needs)
         # The buffers of the loop are gone: the rounding of the sums below needs memory of its own.
         one = loss.new_ones(())
@@ -330,7 +342,7 @@ def _logits_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tens
     fp16_range, launch = _fp16_range(launch, loss, head) if dtype == torch.float16 and any(needs) else (None, launch)
 
     row_bytes = head.row_bytes(columns) + sum(columns * teacher.logits_dtype.itemsize for teacher, _ in teachers)
-    for rows, count in _chunks(launch, len(hidden), _budget(call, device) // row_bytes):
+    for rows, count in _chunks(launch, len(hidden), budget(call.chunk_bytes, device) // row_bytes):
         h, part = inputs[rows], _of_rows(launch, rows)
         logits = scratch.logits("student logits", count, columns, logits_dtype)
         head.project(h, logits)
@@ -415,7 +427,7 @@ def _columns_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Ten
     dbias = HeadGrad(bias, [slice(0, len(bias))]) if needs[2] and bias is not None else None
 
     row_bytes = num_ids * width * (sums.itemsize + (weight.dtype.itemsize if weight.dtype != sums else 0))
-    for rows, count in _chunks(launch, len(hidden), _budget(call, device) // row_bytes):
+    for rows, count in _chunks(launch, len(hidden), budget(call.chunk_bytes, device) // row_bytes):
         h, flat = hidden[rows].to(dtype).to(sums), ids[rows].reshape(-1)
         gathered = scratch.empty("gathered", (len(flat), width), weight.dtype)
         torch.index_select(weight, 0, flat, out=gathered)
@@ -469,9 +481,10 @@ def _outputs(hidden: Tensor, launch: Launch) -> tuple[Tensor, Tensor]:
     return hidden.new_zeros(len(hidden), dtype=dtype), hidden.new_zeros(len(hidden), width, dtype=dtype)
 
 
-def _budget(call: Call, device: torch.device) -> int:
-    if call.chunk_bytes is not None:
-        return call.chunk_bytes
+def budget(chunk_bytes: Optional[int], device: torch.device) -> int:
+    """Bytes of the logits of a chunk."""
+    if chunk_bytes is not None:
+        return chunk_bytes
     return CPU_CHUNK_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES
 
 
@@ -485,7 +498,7 @@ def _chunks(launch: Launch, num_rows: int, size: int) -> Iterator[tuple[Rows, in
         yield (slice(start, stop) if kept is None else kept[start:stop]), stop - start
 
 
-def _no_autocast(tensor: Tensor) -> Any:
+def no_autocast(tensor: Tensor) -> Any:
     return contextlib.nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 

@@ -242,13 +242,13 @@ def dense(
     teacher_logits: Any,
 ) -> Any:
     """``linear_kd_loss`` of an objective."""
-    head, bias, product_dtype, logits = _student(objective, hidden, weight, student_bias)
+    head, bias, product_dtype, logits = as_student(objective, hidden, weight, student_bias)
     columns = checks.student_of(objective, logits)
     single = objective.teacher_weights is None and not isinstance(teacher_hidden, (list, tuple))
     if teacher_logits is None:
         teachers = _teachers(teacher_hidden, teacher_weight, teacher_bias)
         for teacher in teachers:
-            checks.head("teacher", *teacher, product_dtype is not None)
+            checks.head("teacher_", *teacher, product_dtype is not None)
             checks.teacher_head(*teacher[:2], logits, objective.vocab_size)
         count, form = len(teachers), objective.teacher_form
         if form != "logits":
@@ -286,7 +286,7 @@ def topk(
     tail_logprob: Any,
 ) -> Any:
     """``linear_topk_kd_loss`` of an objective."""
-    head, bias, product_dtype, logits = _student(objective, hidden, weight, student_bias)
+    head, bias, product_dtype, logits = as_student(objective, hidden, weight, student_bias)
     columns = checks.student_of(objective, logits)
     launch = topk_launch(objective, logits, (ids, logprobs), labels, tail_logprob, columns)
     checks.sparse_grad_allowed(objective.sparse_grad, projects_columns(launch))
@@ -294,13 +294,13 @@ def topk(
     return _result(objective, call, hidden, head, bias, TopKStats)
 
 
-def _student(
-    objective: Any, hidden: Any, weight: Any, bias: Any
+def as_student(
+    objective: Any, hidden: Any, weight: Any, bias: Any, side: str = "student_"
 ) -> tuple[Tensor, Optional[Tensor], Optional[torch.dtype], Tensor]:
     """The head's weight and bias, the dtype that autocast wants of products, and what stands for the logits."""
     product_dtype = _autocast_dtype(hidden)
-    head, bias = checks.head_tensors("student", weight, bias)
-    checks.head("student", hidden, head, bias, product_dtype is not None)
+    head, bias = checks.head_tensors(side, weight, bias)
+    checks.head(side, hidden, head, bias, product_dtype is not None)
     checks.logits_dtype(objective.logits_dtype, product_dtype or hidden.dtype)
     return head, bias, product_dtype, _stand_in(hidden, head, product_dtype)
 
@@ -325,14 +325,14 @@ def _teachers(hidden: Any, weight: Any, bias: Any) -> list[tuple[Any, Any, Any]]
         if sides[name] is None:
             raise TypeError(f"{name} is required unless teacher_logits is given")
     if not isinstance(hidden, (list, tuple)):
-        return [(hidden, *checks.head_tensors("teacher", weight, bias))]
+        return [(hidden, *checks.head_tensors("teacher_", weight, bias))]
     checks.several(hidden)
     if bias is None:
         bias = [None] * len(hidden)
     for name, value in (("teacher_weight", weight), ("teacher_bias", bias)):
         if not isinstance(value, (list, tuple)) or len(value) != len(hidden):
             raise ValueError(f"{name} must be a sequence of {len(hidden)} as teacher_hidden is")
-    heads = (checks.head_tensors("teacher", *head) for head in zip(weight, bias, strict=True))
+    heads = (checks.head_tensors("teacher_", *head) for head in zip(weight, bias, strict=True))
     return [(states, *head) for states, head in zip(hidden, heads, strict=True)]
 
 

@@ -380,6 +380,52 @@ class LinearTopKObjective(_OnHidden, RowOptions, _Sparse):
 
 
 @_options
+class TokenOptions(Options):
+    """The options of ``token_logprobs``."""
+
+    temperature: PerRow = 1.0
+    entropy: bool = False
+    softcap: Optional[float] = None
+    vocab_size: Optional[int] = None
+    ignore_index: int = -100
+    inplace_backward: bool = False
+    backend: Backend = "auto"
+
+    function = "token_logprobs"
+
+    def _check(self) -> None:
+        super()._check()
+        if not isinstance(self.temperature, Tensor):
+            checks.number("temperature", self.temperature, low=0.0, exclusive_low=True)
+            checks.in_sums("temperature", self.temperature, positive=True)
+        checks.flag("entropy", self.entropy)
+        checks.softcap("softcap", self.softcap)
+        if self.vocab_size is not None:
+            checks.integer("vocab_size", self.vocab_size, low=1)
+        checks.integer("ignore_index", self.ignore_index)
+        checks.flag("inplace_backward", self.inplace_backward)
+        checks.choice("backend", self.backend, get_args(Backend))
+
+    def _scalars(self) -> dict[str, Any]:
+        return {
+            **super()._scalars(),
+            "temperature": _number(self.temperature),
+            "softcap": checks.softcap("softcap", self.softcap),
+            "ignore_index": self.ignore_index,
+            "entropy": self.entropy,
+            "tail_mass": False,
+        }
+
+
+@_options
+class LinearTokenOptions(_OnHidden, TokenOptions):
+    """The options of ``linear_token_logprobs``."""
+
+    function = "linear_token_logprobs"
+    without = ("inplace_backward",)
+
+
+@_options
 class TAIDObjective(Objective):
     """The options of ``taid_loss``: those of ``kd_loss`` for one teacher of logits, and the interpolation."""
 
@@ -432,44 +478,6 @@ class MSEObjective(_OnLogits, RowOptions):
 
     def _scalars(self) -> dict[str, Any]:
         return {**super()._scalars(), "centered": self.centered}
-
-
-@_options
-class TokenOptions(Options):
-    """The options of ``token_logprobs``."""
-
-    temperature: PerRow = 1.0
-    entropy: bool = False
-    softcap: Optional[float] = None
-    vocab_size: Optional[int] = None
-    ignore_index: int = -100
-    inplace_backward: bool = False
-    backend: Backend = "auto"
-
-    function = "token_logprobs"
-
-    def _check(self) -> None:
-        super()._check()
-        if not isinstance(self.temperature, Tensor):
-            checks.number("temperature", self.temperature, low=0.0, exclusive_low=True)
-            checks.in_sums("temperature", self.temperature, positive=True)
-        checks.flag("entropy", self.entropy)
-        checks.softcap("softcap", self.softcap)
-        if self.vocab_size is not None:
-            checks.integer("vocab_size", self.vocab_size, low=1)
-        checks.integer("ignore_index", self.ignore_index)
-        checks.flag("inplace_backward", self.inplace_backward)
-        checks.choice("backend", self.backend, get_args(Backend))
-
-    def _scalars(self) -> dict[str, Any]:
-        return {
-            **super()._scalars(),
-            "temperature": _number(self.temperature),
-            "softcap": checks.softcap("softcap", self.softcap),
-            "ignore_index": self.ignore_index,
-            "entropy": self.entropy,
-            "tail_mass": False,
-        }
 
 
 def gradient_size(divergence: Divergence, scalars: dict[str, Any]) -> float:

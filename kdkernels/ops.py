@@ -312,6 +312,56 @@ for _pattern, _teacher in LINEAR_TEACHERS.items():
     )
 
 
+# The same loop for log-probabilities of tokens. Backward returns (dhidden, dweight, dbias, factors); a gradient that
+# needs does not ask for is empty, and head and bias in fp16 are still to be multiplied by their factor.
+_LOOP = (
+    "str backend, int? chunk_bytes, ScalarType? product_dtype, ScalarType? logits_dtype, "
+    "int vocab_size, float[] numbers, int[] choices"
+)
+LINEAR_TOKENS = {
+    "token_fwd": (
+        f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, Tensor? temperature_rows, *, {_LOOP}) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "token_bwd": (
+        "(Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, Tensor norm, Tensor? entropy, Tensor dlogprobs, "
+        f"Tensor? dentropy, Tensor? temperature_rows, *, {_LOOP}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+}
+
+
+def _linear_token_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    ids: Tensor,
+    temperature_rows: Optional[Tensor],
+    *,
+    choices: Sequence[int],
+    **kwargs: object,
+) -> tuple[Tensor, ...]:
+    return _token_fake(hidden[None], ids, temperature_rows, choices=choices)
+
+
+def _linear_token_bwd_fake(
+    hidden: Tensor, weight: Tensor, bias: Optional[Tensor], *args: object, needs: Sequence[bool], **kwargs: object
+) -> tuple[Tensor, ...]:
+    grads = (
+        torch.empty_like(item) if need and item is not None else hidden.new_empty(0)
+        for item, need in zip((hidden, weight, bias), needs, strict=True)
+    )
+    return *grads, _sums(hidden, 2)
+
+
+_LINEAR_TOKEN_FAKES: dict[str, Callable[..., Any]] = {
+    "token_fwd": _linear_token_fake,
+    "token_bwd": _linear_token_bwd_fake,
+}
+for _pattern, _schema in LINEAR_TOKENS.items():
+    _library.define(f"linear_{_pattern}{_schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"{NAMESPACE}::linear_{_pattern}", _LINEAR_TOKEN_FAKES[_pattern], lib=_library)
+
+
 def packed(pattern: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The keyword arguments of an op, of options by name."""
     numbers, choices = NUMBERS[pattern], CHOICES[pattern]
@@ -399,6 +449,8 @@ _overloads: dict[tuple[str, str], torch._ops.OpOverload] = {}
 for _pattern, _schema in SCHEMAS.items():
     if _pattern in NUMBERS:
         _define_numbers(_pattern, _schema, _FAKES[_pattern])
+for _pattern, _schema in LINEAR_TOKENS.items():
+    _define_numbers(f"linear_{_pattern}", _schema, _LINEAR_TOKEN_FAKES[_pattern])
 for _pattern in LINEAR_TEACHERS:
     _schema = str(linear_op(f"linear_{_pattern}")._schema).partition(f"linear_{_pattern}")[2]
     _define_numbers(f"linear_{_pattern}", _schema, _linear_fake(STATS if _pattern == "dense_fwd" else TOPK_STATS))

@@ -103,13 +103,20 @@ class MSEOptions(_OnLogits, RowOptions, total=False):
     centered: bool
 
 
-class TokenOptions(TypedDict, total=False):
-    """Of ``token_logprobs``."""
-
+class _Tokens(TypedDict, total=False):
     temperature: PerRow
     entropy: bool
     softcap: Optional[float]
     vocab_size: Optional[int]
     ignore_index: int
-    inplace_backward: bool
     backend: Backend
+
+
+class TokenOptions(_Tokens, total=False):
+    """Of ``token_logprobs``."""
+
+    inplace_backward: bool
+
+
+class LinearTokenOptions(_OnHidden, _Tokens, total=False):
+    """Of ``linear_token_logprobs``."""

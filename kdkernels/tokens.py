@@ -86,7 +86,7 @@ def token_logprobs(logits: Tensor, ids: Tensor, **options: Unpack[keywords.Token
         checks.inplace_allowed(logits, "inplace_backward", "logits tensor")
     columns = checks.vocabulary(given.vocab_size, logits, "logits")
     tokens = checks.token_ids(ids, logits, columns, given.ignore_index)
-    call = _call(given, logits, tokens, columns)
+    call = token_call(given, logits, tokens, columns)
     checks.reverse_mode_only(call.backend, logits)
     logprobs, entropy, lse, _ = token_values(call, logits, tokens, inplace=given.inplace_backward)
     rows = logits.shape[:-1]
@@ -144,8 +144,8 @@ def gather_logprobs(
     tokens = checks.token_ids(ids, teacher_logits, columns, -1)
     if ids.dim() != teacher_logits.dim():
         raise ValueError(f"ids must have shape {(*teacher_logits.shape[:-1], 'K')}, got {tuple(ids.shape)}")
-    tokens, logits = _first_of_equals(tokens), teacher_logits.detach()
-    call = _call(given, logits, tokens, columns)
+    tokens, logits = first_of_equals(tokens), teacher_logits.detach()
+    call = token_call(given, logits, tokens, columns)
     call = call._replace(options={**call.options, "tail_mass": True, "ignore_index": -1})
     if call.backend == "torch":
         logprobs, tail = _gathered_in_blocks(call, flat(logits), tokens)
@@ -160,7 +160,7 @@ def gather_logprobs(
     )
 
 
-def _call(given: TokenOptions, logits: Tensor, tokens: Tensor, columns: int) -> TokenCall:
+def token_call(given: TokenOptions, logits: Tensor, tokens: Tensor, columns: int) -> TokenCall:
     too_many = None
     if logits.device.type != "cpu" and tokens.shape[1] > MAX_K_ON_GPU:
         too_many = f"a GPU takes at most {MAX_K_ON_GPU} ids a row"
@@ -178,7 +178,7 @@ def _call(given: TokenOptions, logits: Tensor, tokens: Tensor, columns: int) -> 
     return TokenCall(backend, rows, options)
 
 
-def _first_of_equals(ids: Tensor) -> Tensor:
+def first_of_equals(ids: Tensor) -> Tensor:
     """The ids ``[N, K]``, with -1 for those that stood in an earlier slot of their row."""
     found, order = ids.sort(dim=-1, stable=True)
     again = torch.zeros_like(found, dtype=torch.bool)

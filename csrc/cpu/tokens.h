@@ -123,7 +123,8 @@ void token_rows_of(const TokenArgs& args, int64_t begin, int64_t end) {
     for (const Token& token : tokens) {
       const bool inside = token.id >= 0 && token.id < args.columns;
       const double x = inside ? q.affine.scalar(to_compute(s[token.id])) : std::numeric_limits<double>::quiet_NaN();
-      const double logprob = kLn2 * (x - q.log2_z);
+      // One class alone is certain, to the last bit.
+      const double logprob = args.columns == 1 ? x - x : kLn2 * (x - q.log2_z);
       logprobs[row * args.entries + token.slot] = C(std::isnan(logprob) ? logprob : std::min(logprob, 0.0));
     }
     // A logit near the reference, and the sum relative to it: their logarithm alone would lose what is behind its
@@ -136,8 +137,10 @@ void token_rows_of(const TokenArgs& args, int64_t begin, int64_t end) {
            none ? std::numeric_limits<double>::quiet_NaN()
                 : double(logit) * scale * kLn2 + kLn2 * (q.log2_z - q.affine.scalar(double(logit))));
     if (args.tail != nullptr) put<C>(args.tail, row, log_outside<X>(args, s, scale, q, tokens));
-    if (args.entropy != nullptr)
-      put<C>(args.entropy, row, std::max(0.0, kLn2 * (q.log2_z - weighted / std::exp2(q.log2_z))));
+    if (args.entropy != nullptr) {
+      const double entropy = kLn2 * (q.log2_z - weighted / std::exp2(q.log2_z));
+      put<C>(args.entropy, row, entropy < 0 || (args.columns == 1 && entropy == entropy) ? 0 : entropy);
+    }
   }
 }
 
@@ -145,6 +148,11 @@ void token_rows_of(const TokenArgs& args, int64_t begin, int64_t end) {
 template <bool STREAM, bool ENTROPY, class X, class C = typename Io<X>::C>
 void token_gradient(const X* s, int64_t n, const Affine<C>& as, double a, double b, double log2_z, double per_token,
                     const std::vector<Token>& tokens, X* out) {
+  if (n == 1) {
+    // One class alone is certain whatever its logit.
+    from_compute(C(0 * (a + b + as.scalar(to_compute(s[0])))), out);
+    return;
+  }
   constexpr int64_t block = Io<X>::kBlock;
   const double iq = std::exp2(-log2_z);
   const Vec<C> zero = {}, slope = zero + C(a * iq), by_x = zero + C(b * iq);
