@@ -109,12 +109,10 @@ def add_tile(m, z, total, x, scale, ENTROPY: tl.constexpr):
     a = (x - spread(n)) * scale
     shift = tl.maximum((m - n) * scale, FLOOR)
     factor = fast_exp2(shift)
+    e = fast_exp2(a)
     if ENTROPY:
-        a = tl.maximum(a, FLOOR)
-        e = fast_exp2(a)
-        total = tl.fma(total, factor, tl.fma(z * factor, shift, fold_sum(e * a)))
-    else:
-        e = fast_exp2(a)
+        # A NaN would lose to FLOOR, but e has it too.
+        total = tl.fma(total, factor, tl.fma(z * factor, shift, fold_sum(e * tl.maximum(a, FLOOR))))
     return n, tl.fma(z, factor, fold_sum(e)), total
 
 
