@@ -262,7 +262,7 @@ class TokenValues(torch.autograd.Function):
         if dlogprobs is None:
             dlogprobs = torch.zeros_like(ids, dtype=norm.dtype)
         given = (dlogprobs,) if dentropy is None else (dlogprobs, dentropy)
-        if any(map(transforms.stands_for_others, given)):
+        if not torch.compiler.is_compiling() and any(map(transforms.stands_for_others, given)):
             # A batch of gradients: transforms see no kernel.
             options = {k: v for k, v in call.reference_options().items() if k not in ("entropy", "tail_mass")}
             grad = reference.token_gradient(flat(logits), ids, norm, entropy, dlogprobs, dentropy, **options)

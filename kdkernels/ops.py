@@ -235,7 +235,7 @@ def _capture_fake(teacher: Tensor, *args: object, k: int, **kwargs: object) -> t
 
 
 def _token_fake(
-    logits: Tensor, ids: Tensor, temperature_rows: Optional[Tensor], *, choices: Sequence[int], **kwargs: object
+    logits: Tensor, ids: Tensor, *args: object, choices: Sequence[int], **kwargs: object
 ) -> tuple[Tensor, ...]:
     _, entropy, tail_mass = choices
     none = _sums(logits, 0)

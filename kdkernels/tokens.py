@@ -188,8 +188,13 @@ def first_of_equals(ids: Tensor) -> Tensor:
 
 def _gathered_in_blocks(call: TokenCall, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Some rows at a time: the mass outside the ids takes copies of the logits."""
-    step = max(1, SAMPLE_BLOCK // logits.shape[-1])
     options = call.reference_options()
+    if torch.compiler.is_compiling():
+        # The number of rows may be a symbol, of which no loop is made.
+        whole = reference.token_rows(logits, tokens, **options)
+        assert whole.tail is not None
+        return whole.logprobs, whole.tail
+    step = max(1, SAMPLE_BLOCK // logits.shape[-1])
     temperature = options.pop("temperature")
     blocks = []
     for start in range(0, max(len(logits), 1), step):

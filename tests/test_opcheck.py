@@ -96,6 +96,16 @@ LOSSES = {
     "capture": lambda: kd.capture_topk(tensors()[1], K, temperature=2.0).logprobs,
     "capture-rows": lambda: kd.capture_topk(tensors()[1], K, temperature=PER_ROW).logprobs,
 }
+if "cpu" not in ops.LACKING["token_fwd"]:
+    LOSSES |= {
+        "tokens": lambda: kd.token_logprobs(tensors()[0], tensors()[2], temperature=2.0, softcap=5.0).logprobs,
+        "tokens-several": lambda: sum(
+            item.sum()
+            for item in kd.token_logprobs(tensors()[0], tensors()[3], temperature=PER_ROW, entropy=True)[:2]
+        ),
+        "tokens-bf16": lambda: kd.token_logprobs(tensors(torch.bfloat16, (2, 3))[0], tensors(shape=(2, 3))[2]).logprobs,
+        "gather": lambda: kd.gather_logprobs(tensors()[1], tensors()[3]).tail_logprob,
+    }
 
 
 def calls_of(loss):
@@ -176,6 +186,7 @@ def test_every_op_is_checked():
     """By the tests above, or it has no tensor; those of GPUs are checked where one is."""
     names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("kdkernels::")}
     names = {name for name in names if not name.endswith(("_cuda", "_triton"))}
+    names -= {f"{pattern}_numbers" for pattern, lacking in ops.LACKING.items() if "cpu" in lacking}
     checked = {"labels_are_sound", "sparse_teacher_is_sound", "bf16_product", *WITHOUT_VALUES}
     for loss in LOSSES.values():
         for func, args, kwargs in calls_of(loss):

@@ -40,6 +40,7 @@ from kdkernels.kernels.rows import (
     spread,
     store_gradient,
     tile_offsets,
+    widen,
     zero_columns,
 )
 from kdkernels.kernels.terms import through_cap
@@ -92,6 +93,29 @@ def defined(z):
     return tl.where(z == 0, float("nan"), z)
 
 
+@triton.jit
+def load_whole(row_ptr, offs_v, softcap):
+    """Logits of a tile that has no column from V on: a mask would cost one instruction a column, for what it masks."""
+    x = widen(tl.load(row_ptr + offs_v))
+    if softcap is not None:
+        x = soft_cap(x, softcap)
+    return x
+
+
+@triton.jit
+def add_tile(m, z, total, x, scale, ENTROPY: tl.constexpr):
+    """Lane maxima, sums of e = exp2(a) and of e a, where a = (x - m) scale, with one tile more."""
+    n = tl.maximum(m, fold_max(x))
+    a = (x - spread(n)) * scale
+    shift = tl.maximum((m - n) * scale, FLOOR)
+    factor = fast_exp2(shift)
+    e = fast_exp2(a)
+    if ENTROPY:
+        # A NaN would lose to FLOOR, but e has it too.
+        total = tl.fma(total, factor, tl.fma(z * factor, shift, fold_sum(e * tl.maximum(a, FLOOR))))
+    return n, tl.fma(z, factor, fold_sum(e)), total
+
+
 @triton.jit(do_not_specialize=["L", "ignore_index"])
 def token_fwd_kernel(
     logits_ptr,  # [B, L, V]
@@ -138,20 +162,12 @@ def token_fwd_kernel(
     m = lane_lowest(TILE)
     z = lane_zeros(TILE)
     total = lane_zeros(TILE)
-    for start in range(0, V, BLOCK_V):
-        x = load_logits(logits_ptr, start + offs_tile, V, load_width, softcap, False)
-        n = tl.maximum(m, fold_max(x))
-        a = (x - spread(n)) * scale
-        shift = tl.maximum((m - n) * scale, FLOOR)
-        factor = fast_exp2(shift)
-        if ENTROPY:
-            a = tl.maximum(a, FLOOR)
-            e = fast_exp2(a)
-            total = tl.fma(total, factor, tl.fma(z * factor, shift, fold_sum(e * a)))
-        else:
-            e = fast_exp2(a)
-        z = tl.fma(z, factor, fold_sum(e))
-        m = n
+    whole = V // BLOCK_V * BLOCK_V
+    for start in range(0, whole, BLOCK_V):
+        m, z, total = add_tile(m, z, total, load_whole(logits_ptr, start + offs_tile, softcap), scale, ENTROPY)
+    if whole < V:
+        x = load_logits(logits_ptr, whole + offs_tile, V, load_width, softcap, False)
+        m, z, total = add_tile(m, z, total, x, scale, ENTROPY)
     top = tl.max(m, axis=0)
     shift = tl.maximum((m - top) * scale, FLOOR)
     z *= fast_exp2(shift)
@@ -349,14 +365,17 @@ def token_bwd_kernel(
     tl.debug_barrier()
 
     offs_tile = tile_offsets(TILE)
-    num_tiles = tl.cdiv(V, BLOCK_V)
-    for k in range(num_tiles):
-        offs_v = k * BLOCK_V + offs_tile
-        x = load_logits(logits_ptr, offs_v, V, load_width, softcap, False)
+    whole = V // BLOCK_V * BLOCK_V
+    for start in range(0, whole, BLOCK_V):
+        x = load_whole(logits_ptr, start + offs_tile, softcap)
+        d = through_cap(q_part(x, top, scale, slope, bend, ENTROPY), x, softcap)
+        tl.store(dlogits_ptr + start + offs_tile, d.to(dlogits_ptr.dtype.element_ty))
+    if whole < V:
+        x = load_logits(logits_ptr, whole + offs_tile, V, load_width, softcap, False)
         d = q_part(x, top, scale, slope, bend, ENTROPY)
-        store_gradient(dlogits_ptr, offs_v, through_cap(d, x, softcap), V, pad_width)
+        store_gradient(dlogits_ptr, whole + offs_tile, through_cap(d, x, softcap), V, pad_width)
     if pad_width is not None:
-        zero_columns(dlogits_ptr, num_tiles * BLOCK_V, pad_width, TILE)
+        zero_columns(dlogits_ptr, tl.cdiv(V, BLOCK_V) * BLOCK_V, pad_width, TILE)
     tl.debug_barrier()
     total, first = sum_equal(ids, g, known, ids_ptr, dlogprobs_ptr, K, BLOCK_K, CHUNK)
     d = through_cap(total * unit + q_part(picked, top, scale, slope, bend, ENTROPY), picked, softcap)

@@ -15,6 +15,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from kdkernels.kernels.dense import dense_fwd
 from kdkernels.kernels.dkd import dkd_fwd
 from kdkernels.kernels.mse import mse_fwd
+from kdkernels.kernels.tokens import token_bwd, token_fwd
 from kdkernels.kernels.topk import topk_fwd
 
 DENSE_ONLY = ("mixture", "teacher_form", "teacher_softcap", "standardize")
@@ -54,6 +55,7 @@ DKD = {
     "scale_by_t_squared": True,
 }
 MSE = {"centered": False, "ignore_index": -100, "scale": 1.0}
+TOKENS = {"temperature": 1.0, "softcap": 0.0, "ignore_index": -100, "entropy": False, "tail_mass": False}
 
 
 def dense(
@@ -101,6 +103,16 @@ def dkd(student, teacher, dstudent, labels, row_weight=None, **options):
 def mse(student, teacher, dstudent=None, labels=None, row_weight=None, **options):
     options = {**MSE, "vocab_size": student.shape[-1], **options}
     return mse_fwd(student, teacher, dstudent, labels, row_weight, **options)
+
+
+def tokens(logits, ids, *, temperature_rows=None, **options):
+    options = {**TOKENS, "vocab_size": logits.shape[-1], **options}
+    return token_fwd(logits, ids, temperature_rows, **options)
+
+
+def tokens_back(logits, ids, norm, entropy, dlogprobs, dentropy, dlogits, /, *, temperature_rows=None, **options):
+    options = {**TOKENS, "vocab_size": logits.shape[-1], **options}
+    token_bwd(logits, ids, norm, entropy, dlogprobs, dentropy, dlogits, temperature_rows, **options)
 
 
 class Launch(NamedTuple):
