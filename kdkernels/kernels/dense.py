@@ -33,7 +33,7 @@ from kdkernels.kernels.arguments import (
     term_weights,
 )
 from kdkernels.kernels.dense_cluster import dense_cluster_fwd_kernel
-from kdkernels.kernels.online import defined, linear_sweep, load_mixed, norm_sweep
+from kdkernels.kernels.online import defined, linear_sweep, load_mixed, norm_sweep, overlap_of_tile
 from kdkernels.kernels.rows import (
     LN2,
     LOG2E,
@@ -76,18 +76,18 @@ from kdkernels.kernels.terms import (
     value_of,
 )
 
-# Of the teacher's forms those that are probabilities. They need not sum to 1: a row is divided by its sum.
+# The teacher's forms that are probabilities. They need not sum to 1: a row is divided by its sum.
 PROBS_FORMS = ("probs", "unnormalized_probs")
 
 
 @triton.jit
-def mixed_softmax(teachers, weights, norms, offs_v, V, load_width, softcap, TEACHER_PROBS: tl.constexpr):
+def mixed_softmax(teacher_ptrs, shares, norms, offs_v, V, load_width, softcap, TEACHER_PROBS: tl.constexpr):
     """p and log2 p of one tile of a mixture of probabilities."""
     top = tl.full(offs_v.shape, LOWEST, tl.float32)
     total = tl.zeros(offs_v.shape, tl.float32)
-    for k in tl.static_range(len(teachers)):
-        t = load_logits(teachers[k], offs_v, V, load_width, softcap, TEACHER_PROBS)
-        log2p = softmax(t, norms[k])[1] + tl.log2(weights[k])
+    for k in tl.static_range(len(teacher_ptrs)):
+        t = load_logits(teacher_ptrs[k], offs_v, V, load_width, softcap, TEACHER_PROBS)
+        log2p = softmax(t, norms[k])[1] + tl.log2(shares[k])
         new_top = tl.maximum(top, log2p)
         total = total * tl.exp2(top - new_top) + tl.exp2(log2p - new_top)
         top = new_top
@@ -128,30 +128,6 @@ def relative_pair(sides, s, offs_v, V, load_width, softcap, MIX_PROBS: tl.conste
         et = tl.exp2(dt * sides.norms[0][1])
         logp = dt * sides.unit_t
     return et, logp, es, logq, dt, ds, key
-
-
-@triton.jit
-def overlap_of_tile(
-    student_ptr,
-    student_norm,
-    teachers,
-    weights,
-    norm,
-    start,
-    V,
-    load_width,
-    student_softcap,
-    teacher_softcap,
-    TEACHER_PROBS: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Of one tile the sum of the products of both sides' exponentials."""
-    offs_v = start + tile_offsets(TILE)
-    s = load_logits(student_ptr, offs_v, V, load_width, student_softcap, False)
-    t = load_mixed(teachers, weights, offs_v, V, load_width, teacher_softcap, TEACHER_PROBS)
-    es = tl.exp2((s - student_norm[0]) * student_norm[1])
-    et = tl.exp2((t - norm[0]) * norm[1])
-    return tl.sum(fold_sum(es * et), axis=0)
 
 
 @triton.jit

@@ -226,3 +226,27 @@ def norm_sweep(
     if OVERLAPPING:
         best_tile = tl.max(tl.where(m == norm[0], tile, 0), axis=0)
     return norm, fold_norm(m, hard[0], LOG2E), tl.sum(hard[1], axis=0), best_tile
+
+
+@triton.jit
+def overlap_of_tile(
+    student_ptr,
+    student_norm,
+    teacher_ptrs,
+    shares,
+    norm,
+    start,
+    V,
+    load_width,
+    student_softcap,
+    teacher_softcap,
+    TEACHER_PROBS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Of one tile the sum of the products of both sides' exponentials."""
+    offs_v = start + tile_offsets(TILE)
+    s = load_logits(student_ptr, offs_v, V, load_width, student_softcap, False)
+    t = load_mixed(teacher_ptrs, shares, offs_v, V, load_width, teacher_softcap, TEACHER_PROBS)
+    es = tl.exp2((s - student_norm[0]) * student_norm[1])
+    et = tl.exp2((t - norm[0]) * norm[1])
+    return tl.sum(fold_sum(es * et), axis=0)
