@@ -11,7 +11,7 @@ The launcher hands rows that fit into the registers of a cluster to ``dense_clus
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 import triton
@@ -19,16 +19,27 @@ import triton.language as tl
 from torch import Tensor
 
 from kdkernels.kernels import divergences, tuning
+from kdkernels.kernels.arguments import (
+    Logits,
+    Mixture,
+    Rows,
+    Weights,
+    logits,
+    mixture_argument,
+    num_rows,
+    on_device_of,
+    row_arguments,
+    row_tensors,
+    term_weights,
+)
 from kdkernels.kernels.dense_cluster import dense_cluster_fwd_kernel
-from kdkernels.kernels.online import defined, linear_sweep, load_teacher, student_sweep, teacher_sweep
+from kdkernels.kernels.online import defined, linear_sweep, load_mixed, norm_sweep, overlap_of_tile
 from kdkernels.kernels.rows import (
     LN2,
     LOG2E,
     LOWEST,
     NEG_INF,
-    aligned_width,
-    contiguous,
-    evenly_spaced,
+    begin_row,
     fast_log2,
     fold_max,
     fold_sum,
@@ -37,12 +48,8 @@ from kdkernels.kernels.rows import (
     log_ratio,
     mix_logs,
     mul0,
-    num_rows,
-    on_device_of,
     row_moments,
-    row_offset,
-    row_strides,
-    soft_cap,
+    row_pointer,
     softmax,
     spread,
     store_gradient,
@@ -54,94 +61,73 @@ from kdkernels.kernels.terms import (
     NOWHERE,
     NUM_STATS,
     both_mean,
+    divergence_scale,
     hard_terms,
+    has_both,
+    is_homogeneous,
     label_gradient,
     linear_value,
     nonnegative,
     overlap_decides,
     score_of,
+    smoothing_center,
     statistics_of,
     through_cap,
     value_of,
 )
 
-# Of the teacher's forms those that are probabilities. They need not sum to 1: a row is divided by its sum.
+# The teacher's forms that are probabilities. They need not sum to 1: a row is divided by its sum.
 PROBS_FORMS = ("probs", "unnormalized_probs")
 
 
 @triton.jit
-def mixed_softmax(teachers, weights, norms, offs_v, V, load_width, softcap, TEACHER_PROBS: tl.constexpr):
+def mixed_softmax(teacher_ptrs, shares, norms, offs_v, V, load_width, softcap, TEACHER_PROBS: tl.constexpr):
     """p and log2 p of one tile of a mixture of probabilities."""
     top = tl.full(offs_v.shape, LOWEST, tl.float32)
     total = tl.zeros(offs_v.shape, tl.float32)
-    for k in tl.static_range(len(teachers)):
-        t = load_logits(teachers[k], offs_v, V, load_width, softcap, TEACHER_PROBS)
-        log2p = softmax(t, norms[k])[1] + tl.log2(weights[k])
+    for k in tl.static_range(len(teacher_ptrs)):
+        t = load_logits(teacher_ptrs[k], offs_v, V, load_width, softcap, TEACHER_PROBS)
+        log2p = softmax(t, norms[k])[1] + tl.log2(shares[k])
         new_top = tl.maximum(top, log2p)
         total = total * tl.exp2(top - new_top) + tl.exp2(log2p - new_top)
         top = new_top
     return tl.exp2(top) * total, top + fast_log2(total)
 
 
+class Sides(NamedTuple):
+    """Both sides of a row after the first sweeps: all that a tile's p and q are made of, but its logits."""
+
+    student_norm: Any
+    unit_s: Any
+    log_zt_zs: Any
+    teacher_ptrs: Any
+    shares: Any
+    norms: Any
+    unit_t: Any
+
+
 @triton.jit
-def relative_pair(
-    s,
-    student_norm,
-    unit_s,
-    log_zt_zs,
-    teachers,
-    weights,
-    norms,
-    unit_t,
-    offs_v,
-    V,
-    load_width,
-    softcap,
-    MIX_PROBS: tl.constexpr,
-    TEACHER_PROBS: tl.constexpr,
-):
+def relative_pair(sides, s, offs_v, V, load_width, softcap, MIX_PROBS: tl.constexpr, TEACHER_PROBS: tl.constexpr):
     """Of one tile the exponentials of both sides, each relative to its maximum, and their logits less the maximum;
     log(p z) and log(q z) with the teacher's z, which are as small as the logits are; and a key that p grows with.
 
     Of mixed probabilities there is no z: p itself, and log p and log q.
     """
-    ds = s - student_norm[0]
-    es = tl.exp2(ds * student_norm[1])
-    logq = tl.fma(ds, unit_s, log_zt_zs)
+    ds = s - sides.student_norm[0]
+    es = tl.exp2(ds * sides.student_norm[1])
+    logq = tl.fma(ds, sides.unit_s, sides.log_zt_zs)
     if MIX_PROBS:
-        et, key = mixed_softmax(teachers, weights, norms, offs_v, V, load_width, softcap, TEACHER_PROBS)
+        et, key = mixed_softmax(
+            sides.teacher_ptrs, sides.shares, sides.norms, offs_v, V, load_width, softcap, TEACHER_PROBS
+        )
         dt = key
         logp = key * LN2
     else:
-        key = load_teacher(teachers, weights, offs_v, V, load_width, softcap, TEACHER_PROBS)
-        dt = key - norms[0][0]
-        et = tl.exp2(dt * norms[0][1])
-        logp = dt * unit_t
+        key = load_mixed(sides.teacher_ptrs, sides.shares, offs_v, V, load_width, softcap, TEACHER_PROBS)
+        dt = key - sides.norms[0][0]
+        et = tl.exp2(dt * sides.norms[0][1])
+        logp = dt * sides.unit_t
     return et, logp, es, logq, dt, ds, key
-
-
-@triton.jit
-def overlap_of_tile(
-    student_ptr,
-    student_norm,
-    teachers,
-    weights,
-    norm,
-    start,
-    V,
-    load_width,
-    student_softcap,
-    teacher_softcap,
-    TEACHER_PROBS: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Of one tile the sum of the products of both sides' exponentials."""
-    offs_v = start + tile_offsets(TILE)
-    s = load_logits(student_ptr, offs_v, V, load_width, student_softcap, False)
-    t = load_teacher(teachers, weights, offs_v, V, load_width, teacher_softcap, TEACHER_PROBS)
-    es = tl.exp2((s - student_norm[0]) * student_norm[1])
-    et = tl.exp2((t - norm[0]) * norm[1])
-    return tl.sum(fold_sum(es * et), axis=0)
 
 
 @triton.jit
@@ -184,7 +170,7 @@ def fold_best(best, best_at):
 
 @triton.jit
 def store_stats(row_ptr, divergence, ce, lse, stats, log_zt, DISTRIBUTIONS: tl.constexpr):
-    """log_zt: what the logarithms of the summands lack; DISTRIBUTIONS: whether p is known to sum to 1."""
+    """The statistics of a row. log_zt: the part that the summands' logarithms lack; DISTRIBUTIONS: p sums up to 1."""
     forward, reverse, entropy_p, entropy_q, overlap, best_s, at_s, best_t, at_t = stats
     tl.store(row_ptr, divergence)
     tl.store(row_ptr + 1, ce)
@@ -199,35 +185,11 @@ def store_stats(row_ptr, divergence, ce, lse, stats, log_zt, DISTRIBUTIONS: tl.c
 
 @triton.jit(do_not_specialize=["L", "ignore_index"])
 def dense_fwd_kernel(
-    student_ptr,  # [B, L, V]
-    teacher_ptr,  # [B, L, V], as are the three below
-    teacher1_ptr,
-    teacher2_ptr,
-    teacher3_ptr,
-    dstudent_ptr,  # [B, L, pad_width or V]
-    labels_ptr,  # [N]
-    row_weight_ptr,  # [N]
-    temperature_ptr,  # [N]
-    teacher_temperature_ptr,  # [N]
-    param_ptr,  # [N]
-    mixture_ptr,  # [N, M]
-    loss_ptr,  # [N]
-    stats_ptr,  # [N, 9]
-    stride_sb,
-    stride_sl,
-    stride_tb,
-    stride_tl,
-    stride_t1b,
-    stride_t1l,
-    stride_t2b,
-    stride_t2l,
-    stride_t3b,
-    stride_t3l,
-    stride_db,
-    stride_dl,
-    stride_wn,
-    stride_mn,
-    stride_mm,
+    student: Logits,  # [B, L, V]
+    teachers,  # a tuple of M Logits [B, L, V]
+    mixture: Mixture,
+    dstudent: Logits,  # [B, L, pad_width or V]
+    rows: Rows,
     L,
     V,
     load_width,
@@ -236,11 +198,7 @@ def dense_fwd_kernel(
     scale,
     temperature,
     teacher_temperature,
-    t_squared,
-    kd_weight,
-    ce_weight,
-    z_loss_weight,
-    label_smoothing,
+    weights: Weights,
     student_softcap,
     teacher_softcap,
     param0,
@@ -257,84 +215,62 @@ def dense_fwd_kernel(
     STANDARDIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    GRAD: tl.constexpr = dstudent_ptr is not None
-    STATS: tl.constexpr = stats_ptr is not None
-    CE: tl.constexpr = ce_weight is not None
-    KD: tl.constexpr = kd_weight is not None
-    HARD: tl.constexpr = CE or STATS or z_loss_weight is not None
+    GRAD: tl.constexpr = dstudent.ptr is not None
+    STATS: tl.constexpr = rows.stats is not None
+    CE: tl.constexpr = weights.ce is not None
+    KD: tl.constexpr = weights.kd is not None
+    HARD: tl.constexpr = CE or STATS or weights.z_loss is not None
     # A term of weight 0 is not computed, and its teacher not read.
     TEACHER: tl.constexpr = KD or STATS
     # Standardised logits and mixed probabilities are known only after a sweep of their own, too late for online sums.
     LINEAR: tl.constexpr = TEACHER and COEFFICIENTS is not None and not STANDARDIZE and not MIX_PROBS
-    # Both Kullback-Leibler divergences at once, whose terms of first order cancel one by one.
-    BOTH: tl.constexpr = (
-        LINEAR
-        and COEFFICIENTS[0] == -COEFFICIENTS[1]
-        and COEFFICIENTS[2] == -COEFFICIENTS[3]
-        and COEFFICIENTS[0] != 0
-        and COEFFICIENTS[3] != 0
-    )
+    BOTH: tl.constexpr = LINEAR and has_both(COEFFICIENTS)
     if COEFFICIENTS is None:
         Q_TERMS: tl.constexpr = True
-        HOMOGENEOUS: tl.constexpr = SCALABLE
     else:
         Q_TERMS: tl.constexpr = COEFFICIENTS[2] != 0 or COEFFICIENTS[3] != 0
-        HOMOGENEOUS: tl.constexpr = COEFFICIENTS[0] == -COEFFICIENTS[1] and COEFFICIENTS[2] == -COEFFICIENTS[3]
     # p and q may be taken relative to the teacher's largest.
-    SCALED: tl.constexpr = HOMOGENEOUS and not MIX_PROBS
+    SCALED: tl.constexpr = (SCALABLE if COEFFICIENTS is None else is_homogeneous(COEFFICIENTS)) and not MIX_PROBS
     # Without terms in q the sum of the scores is a constant, so the last sweep can do what is left of the sums.
     SCORE_SUM_KNOWN: tl.constexpr = LINEAR or not (Q_TERMS or STANDARDIZE)
     VALUE_SWEEP: tl.constexpr = TEACHER and (not SCORE_SUM_KNOWN or (not GRAD and (STATS or not LINEAR)))
     BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
 
-    row = tl.program_id(0)
-    row64 = row.to(tl.int64)
-    student_ptr += row_offset(row, L, stride_sb, stride_sl)
-    if GRAD:
-        dstudent_ptr += row_offset(row, L, stride_db, stride_dl)
-
-    if labels_ptr is not None:
-        label = tl.load(labels_ptr + row64)
-        if label == ignore_index:
-            if GRAD:
-                zero_columns(dstudent_ptr, 0, V if pad_width is None else pad_width, TILE)
-            tl.store(loss_ptr + row64, 0.0)
-            if STATS:
-                for k in tl.static_range(NUM_STATS):
-                    tl.store(stats_ptr + row64 * NUM_STATS + k, 0.0)
-            return
-
-    if row_weight_ptr is not None:
-        scale *= tl.load(row_weight_ptr + row64 * stride_wn)
-    if temperature_ptr is not None:
-        temperature = tl.load(temperature_ptr + row64)
-    if teacher_temperature_ptr is not None:
-        teacher_temperature = tl.load(teacher_temperature_ptr + row64)
-    if param_ptr is not None:
-        param0 = tl.load(param_ptr + row64)
+    student_ptr = row_pointer(student, L)
+    dstudent_ptr = row_pointer(dstudent, L) if GRAD else None
+    offs_tile = tile_offsets(TILE)
+    row = begin_row(
+        student_ptr,
+        dstudent_ptr,
+        rows,
+        offs_v=offs_tile,
+        V=V,
+        pad_width=pad_width,
+        ignore_index=ignore_index,
+        scale=scale,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        param=param0,
+        softcap=student_softcap,
+        LABEL_LOGIT=CE,
+        NUM_STATS=NUM_STATS,
+    )
+    if row.ignored:
+        return
     center = None
-    if CE:
-        # A label out of range reads nothing and makes the row's loss NaN.
-        label_logit = tl.load(student_ptr + label, mask=(label >= 0) & (label < V), other=float("nan")).to(tl.float32)
-        if student_softcap is not None:
-            label_logit = soft_cap(label_logit, student_softcap)
-        if label_smoothing is not None:
-            center = tl.where(tl.abs(label_logit) < float("inf"), label_logit, 0.0)
+    if weights.label_smoothing is not None:
+        center = smoothing_center(row.label_logit)
 
-    teachers = (teacher_ptr + row_offset(row, L, stride_tb, stride_tl),)
-    weights = (1.0,)
-    if teacher1_ptr is not None:
-        mixture_ptr += row64 * stride_mn
-        teachers = teachers + (teacher1_ptr + row_offset(row, L, stride_t1b, stride_t1l),)
-        weights = (tl.load(mixture_ptr), tl.load(mixture_ptr + stride_mm))
-    if teacher2_ptr is not None:
-        teachers = teachers + (teacher2_ptr + row_offset(row, L, stride_t2b, stride_t2l),)
-        weights = weights + (tl.load(mixture_ptr + 2 * stride_mm),)
-    if teacher3_ptr is not None:
-        teachers = teachers + (teacher3_ptr + row_offset(row, L, stride_t3b, stride_t3l),)
-        weights = weights + (tl.load(mixture_ptr + 3 * stride_mm),)
+    teacher_ptrs = ()
+    shares = ()
+    for k in tl.static_range(len(teachers)):
+        teacher_ptrs = teacher_ptrs + (row_pointer(teachers[k], L),)
+        if len(teachers) > 1:
+            shares = shares + (tl.load(mixture.ptr + row.index * mixture.stride_n + k * mixture.stride_m),)
+        else:
+            shares = shares + (1.0,)
 
-    unit_s, unit_t, ratio = temper(temperature, teacher_temperature)
+    unit_s, unit_t, ratio = temper(row.temperature, row.teacher_temperature)
     teacher_scales = (LOG2E * unit_t,)
     pilot = 0.0
     rest_of_mean = 0.0
@@ -345,17 +281,17 @@ def dense_fwd_kernel(
         unit_s /= deviation
         teacher_scales = ()
         mixed_weights = ()
-        for k in tl.static_range(len(teachers)):
-            deviation_t = row_moments(teachers[k], V, load_width, teacher_softcap, TEACHER_PROBS, TILE)[2]
+        for k in tl.static_range(len(teacher_ptrs)):
+            deviation_t = row_moments(teacher_ptrs[k], V, load_width, teacher_softcap, TEACHER_PROBS, TILE)[2]
             teacher_scales = teacher_scales + (LOG2E * unit_t / deviation_t,)
-            mixed_weights = mixed_weights + (weights[k] / deviation_t,)
-        if len(teachers) == 1:
+            mixed_weights = mixed_weights + (shares[k] / deviation_t,)
+        if len(teacher_ptrs) == 1:
             unit_t /= deviation_t
         elif not MIX_PROBS:
-            weights = mixed_weights
+            shares = mixed_weights
             teacher_scales = (LOG2E * unit_t,)
     elif MIX_PROBS:
-        for _k in tl.static_range(len(teachers) - 1):
+        for _k in tl.static_range(len(teacher_ptrs) - 1):
             teacher_scales = teacher_scales + (LOG2E * unit_t,)
     student_scale = LOG2E * unit_s
     # Of the sums over logits; without the teacher's logarithms the student's temperature is the better one.
@@ -365,53 +301,68 @@ def dense_fwd_kernel(
             unit = unit_s
             ratio = 1.0
 
-    # The sum of p: the weights of a mixture need not add up to 1.
+    # The sum of p: the shares of a mixture need not add up to 1.
     mass = 1.0
     if LINEAR:
         student_norm, norm, mean_p, mean_q, excess_z, hard_norm, centered_sum = linear_sweep(
             student_ptr,
-            teachers,
-            weights,
-            center,
-            None,
-            V,
-            load_width,
-            student_softcap,
-            teacher_softcap,
-            student_scale,
-            teacher_scales[0],
-            ratio,
-            COEFFICIENTS,
-            BOTH,
-            TEACHER_PROBS,
-            HARD,
-            TILE,
+            teacher_ptrs,
+            shares,
+            V=V,
+            load_width=load_width,
+            student_scale=student_scale,
+            teacher_scale=teacher_scales[0],
+            ratio=ratio,
+            COEFFICIENTS=COEFFICIENTS,
+            TILE=TILE,
+            center=center,
+            student_softcap=student_softcap,
+            teacher_softcap=teacher_softcap,
+            BOTH=BOTH,
+            TEACHER_PROBS=TEACHER_PROBS,
+            HARD=HARD,
         )
         norm = defined(norm)
         norms = (norm,)
     else:
-        student_norm, hard_norm, centered_sum, best_tile = student_sweep(
-            student_ptr, center, V, load_width, student_softcap, student_scale, HARD, OVERLAPPING, TILE
+        student_norm, hard_norm, centered_sum, best_tile = norm_sweep(
+            (student_ptr,),
+            (1.0,),
+            V=V,
+            load_width=load_width,
+            softcap=student_softcap,
+            scale=student_scale,
+            TILE=TILE,
+            center=center,
+            HARD=HARD,
+            OVERLAPPING=OVERLAPPING,
         )
         norms = ()
         if MIX_PROBS:
             mass = 0.0
-            for k in tl.static_range(len(teachers)):
-                mass += weights[k]
-                norm = teacher_sweep(
-                    (teachers[k],),
-                    weights,
-                    V,
-                    load_width,
-                    teacher_softcap,
-                    teacher_scales[k],
-                    TEACHER_PROBS,
-                    TILE,
+            for k in tl.static_range(len(teacher_ptrs)):
+                mass += shares[k]
+                norm, _, _, _ = norm_sweep(
+                    (teacher_ptrs[k],),
+                    (1.0,),
+                    V=V,
+                    load_width=load_width,
+                    softcap=teacher_softcap,
+                    scale=teacher_scales[k],
+                    TILE=TILE,
+                    PROBS=TEACHER_PROBS,
                 )
                 norms = norms + (norm,)
         elif TEACHER:
-            norm = teacher_sweep(
-                teachers, weights, V, load_width, teacher_softcap, teacher_scales[0], TEACHER_PROBS, TILE
+            norm, _, _, _ = norm_sweep(
+                teacher_ptrs,
+                shares,
+                V=V,
+                load_width=load_width,
+                softcap=teacher_softcap,
+                scale=teacher_scales[0],
+                TILE=TILE,
+                PROBS=TEACHER_PROBS,
             )
             norm = defined(norm)
             norms = (norm,)
@@ -436,8 +387,8 @@ def dense_fwd_kernel(
                     overlap = overlap_of_tile(
                         student_ptr,
                         student_norm,
-                        teachers,
-                        weights,
+                        teacher_ptrs,
+                        shares,
                         norm,
                         best_tile,
                         V,
@@ -460,7 +411,8 @@ def dense_fwd_kernel(
         else:
             divergence = linear_value(COEFFICIENTS, (mean_p + mean_q) * unit, norm[4], student_norm[4], log_zt_zs)
 
-    offs_tile = tile_offsets(TILE)
+    if TEACHER:
+        sides = Sides(student_norm, unit_s, log_zt_zs, teacher_ptrs, shares, norms, unit_t)
     num_tiles = tl.cdiv(V, BLOCK_V)
     if STATS:
         stats = new_stats(TILE)
@@ -475,34 +427,21 @@ def dense_fwd_kernel(
             offs_v = (num_tiles - 1 - k) * BLOCK_V + offs_tile
             s = load_logits(student_ptr, offs_v, V, load_width, student_softcap, False)
             et, logp, es, logq, dt, ds, key = relative_pair(
-                s,
-                student_norm,
-                unit_s,
-                log_zt_zs,
-                teachers,
-                weights,
-                norms,
-                unit_t,
-                offs_v,
-                V,
-                load_width,
-                teacher_softcap,
-                MIX_PROBS,
-                TEACHER_PROBS,
+                sides, s, offs_v, V, load_width, teacher_softcap, MIX_PROBS, TEACHER_PROBS
             )
             if not LINEAR:
                 q = es * factor_q
                 if SCALED or MIX_PROBS:
-                    lane_value += fold_sum(value_of(et, logp, q, logq, param0, param1, COEFFICIENTS, VALUE, TOTAL))
+                    lane_value += fold_sum(value_of(et, logp, q, logq, row.param, param1, COEFFICIENTS, VALUE, TOTAL))
                     if GRAD:
-                        score = score_of(et, logp, q, logq, param0, param1, COEFFICIENTS, SCORE, TOTAL)
+                        score = score_of(et, logp, q, logq, row.param, param1, COEFFICIENTS, SCORE, TOTAL)
                 else:
                     p = et * inverse_zt
                     lp = logp - log_zt
                     lq = logq - log_zt
-                    lane_value += fold_sum(value_of(p, lp, q, lq, param0, param1, COEFFICIENTS, VALUE, TOTAL))
+                    lane_value += fold_sum(value_of(p, lp, q, lq, row.param, param1, COEFFICIENTS, VALUE, TOTAL))
                     if GRAD:
-                        score = score_of(p, lp, q, lq, param0, param1, COEFFICIENTS, SCORE, TOTAL)
+                        score = score_of(p, lp, q, lq, row.param, param1, COEFFICIENTS, SCORE, TOTAL)
                 if GRAD:
                     lane_score += fold_sum(score)
                     if STANDARDIZE:
@@ -518,16 +457,14 @@ def dense_fwd_kernel(
     ce, lse, hard_loss, hard_scale, lse_scale = hard_terms(
         hard_norm[0],
         log_ratio(hard_norm[4], 1.0) * LOG2E,
-        label_logit if CE else None,
+        row.label_logit,
         centered_sum,
         V,
-        scale,
-        ce_weight,
-        z_loss_weight,
-        label_smoothing,
+        row.scale,
+        weights,
     )
     if KD:
-        kd_scale = scale * kd_weight * tl.where(t_squared != 0, temperature * temperature, 1.0)
+        kd_scale = divergence_scale(row.scale, weights, row.temperature)
 
     if GRAD:
         if KD:
@@ -540,20 +477,7 @@ def dense_fwd_kernel(
             s = load_logits(student_ptr, offs_v, V, load_width, student_softcap, False)
             if TEACHER:
                 et, logp, es, logq, dt, ds, key = relative_pair(
-                    s,
-                    student_norm,
-                    unit_s,
-                    log_zt_zs,
-                    teachers,
-                    weights,
-                    norms,
-                    unit_t,
-                    offs_v,
-                    V,
-                    load_width,
-                    teacher_softcap,
-                    MIX_PROBS,
-                    TEACHER_PROBS,
+                    sides, s, offs_v, V, load_width, teacher_softcap, MIX_PROBS, TEACHER_PROBS
                 )
             if not KD:
                 g = tl.zeros(s.shape, tl.float32)
@@ -573,11 +497,11 @@ def dense_fwd_kernel(
             else:
                 q = es * factor_q
                 if SCALED or MIX_PROBS:
-                    score = score_of(et, logp, q, logq, param0, param1, COEFFICIENTS, SCORE, TOTAL)
+                    score = score_of(et, logp, q, logq, row.param, param1, COEFFICIENTS, SCORE, TOTAL)
                 else:
                     lp = logp - log_zt
                     lq = logq - log_zt
-                    score = score_of(et * inverse_zt, lp, q, lq, param0, param1, COEFFICIENTS, SCORE, TOTAL)
+                    score = score_of(et * inverse_zt, lp, q, lq, row.param, param1, COEFFICIENTS, SCORE, TOTAL)
                 g = score - q * score_sum
                 if STANDARDIZE:
                     g -= (s - pilot - rest_of_mean) / deviation * slope_mean
@@ -586,17 +510,17 @@ def dense_fwd_kernel(
                 # Only a linear divergence comes here without its value, and only with mixed probabilities.
                 if not LINEAR:
                     q = es * factor_q
-                    lane_value += fold_sum(value_of(et, logp, q, logq, param0, param1, COEFFICIENTS, VALUE, TOTAL))
+                    lane_value += fold_sum(value_of(et, logp, q, logq, row.param, param1, COEFFICIENTS, VALUE, TOTAL))
                 if STATS:
                     stats = add_stats(stats, et * inverse_zt, logp, es * inverse_zs, logq, s, key, offs_v)
-            if CE or z_loss_weight is not None:
+            if CE or weights.z_loss is not None:
                 g += lse_scale * softmax(s, hard_norm)[0]
             if CE:
-                g = label_gradient(g, offs_v, label, V, hard_scale, label_smoothing)
+                g = label_gradient(g, offs_v, row.label, V, hard_scale, weights.label_smoothing)
             g = through_cap(g, s, student_softcap)
             store_gradient(dstudent_ptr, offs_v, g, V, pad_width)
         if pad_width is not None:
-            zero_columns(dstudent_ptr, num_tiles * BLOCK_V, pad_width, TILE)
+            zero_columns(dstudent_ptr, offs_tile, num_tiles * BLOCK_V, pad_width)
 
     if not LINEAR:
         divergence = tl.sum(lane_value, axis=0) * post
@@ -605,9 +529,9 @@ def dense_fwd_kernel(
     loss = hard_loss
     if KD:
         loss += kd_scale * divergence
-    tl.store(loss_ptr + row64, loss)
+    tl.store(rows.loss + row.index, loss)
     if STATS:
-        store_stats(stats_ptr + row64 * NUM_STATS, divergence, ce, lse, stats, log_zt, not MIX_PROBS)
+        store_stats(rows.stats + row.index * NUM_STATS, divergence, ce, lse, stats, log_zt, not MIX_PROBS)
 
 
 def linear_in_p(entry: divergences.TritonDivergence) -> bool:
@@ -615,13 +539,13 @@ def linear_in_p(entry: divergences.TritonDivergence) -> bool:
     return entry.linear is not None and entry.linear[2:] == (0, 0)
 
 
-def _resident_load(entry: divergences.TritonDivergence, plain: bool, stats: bool) -> int:
-    """How much the cluster kernel keeps alive: exponentials, those and scores, or more."""
+def _resident_load(entry: divergences.TritonDivergence, alone: bool, stats: bool) -> int:
+    """The load of the cluster kernel: exponentials, those and scores, or more; alone: no term but the divergence."""
     if stats:
         return tuning.STATISTICS
-    if plain and entry.linear is not None:
+    if alone and entry.linear is not None:
         return tuning.LIGHT if linear_in_p(entry) else tuning.MEDIUM
-    return tuning.MEDIUM if plain and entry.total else tuning.HEAVY
+    return tuning.MEDIUM if alone and entry.total else tuning.HEAVY
 
 
 def dense_fwd(
@@ -668,23 +592,22 @@ def dense_fwd(
     Returns:
         Loss fp32 [N], and statistics fp32 [N, 9] in the order of ``kdkernels.ops.STATS`` ([N, 0] unless asked for).
     """
-    L, N = num_rows(student)
+    N = num_rows(student)
     loss = student.new_empty(N, dtype=torch.float32)
     row_stats = student.new_empty((N, NUM_STATS.value if stats else 0), dtype=torch.float32)
     if N == 0:
         return loss, row_stats
     entry = divergences.lookup(divergence)
-    teacher, teacher1, teacher2, teacher3 = (*teachers, None, None, None)[:4]
     mix_probs = len(teachers) > 1 and mixture == "probs"
     # The weights of a mixture need not sum to 1.
     full = None if mix_probs else entry.full
     itemsize = max(x.element_size() for x in (student, *teachers))
     probs = teacher_form in PROBS_FORMS
     extras = ce_weight or z_loss_weight or student_softcap or teacher_softcap or probs or stats
-    plain = not extras and not standardize
-    light = plain and entry.linear is not None
+    alone = not extras and not standardize
+    light = alone and entry.linear is not None
     load = tuning.HEAVY if stats or mix_probs else tuning.LIGHT if light else tuning.MEDIUM
-    resident_load = _resident_load(entry, plain, stats) if len(teachers) == 1 and not standardize else None
+    resident_load = _resident_load(entry, alone, stats) if len(teachers) == 1 and not standardize else None
     plans = tuning.dense_plans(
         vocab_size,
         itemsize,
@@ -694,43 +617,29 @@ def dense_fwd(
     )
     # Two blocks of 256 threads fit on a multiprocessor at 128 registers; the compiler would take more, without need.
     fits_twice = resident_load == tuning.HEAVY and linear_in_p(entry) and not student_softcap
-    width = student.shape[-1]
-    stride_sb, stride_sl = row_strides(student)
-    stride_tb, stride_tl = row_strides(teacher)
-    stride_t1b, stride_t1l = row_strides(teacher1)
-    stride_t2b, stride_t2l = row_strides(teacher2)
-    stride_t3b, stride_t3l = row_strides(teacher3)
-    stride_db, stride_dl = row_strides(dstudent)
-    stride_mn, stride_mm = (None, None) if mixture_weights is None else mixture_weights.stride()
-    pad_width = None if width == vocab_size else width
     shared: dict[str, Any] = {
-        "student_ptr": student,
-        "teacher_ptr": teacher,
-        "labels_ptr": contiguous(labels),
-        "row_weight_ptr": row_weight,
-        "temperature_ptr": contiguous(student_temperature_rows),
-        "teacher_temperature_ptr": contiguous(teacher_temperature_rows),
-        "param_ptr": contiguous(param_rows),
-        "loss_ptr": loss,
-        "stats_ptr": row_stats if stats else None,
-        "stride_sb": stride_sb,
-        "stride_sl": stride_sl,
-        "stride_tb": stride_tb,
-        "stride_tl": stride_tl,
-        "stride_wn": None if row_weight is None else row_weight.stride(0),
-        "L": None if evenly_spaced(student, *teachers, dstudent) else L,
-        "V": vocab_size,
-        "load_width": aligned_width(vocab_size, student, *teachers),
-        "pad_width": pad_width,
+        **row_arguments(student, teachers, dstudent, vocab_size),
+        "teachers": tuple(logits(teacher) for teacher in teachers),
+        "rows": row_tensors(
+            loss,
+            labels,
+            row_weight,
+            temperature=student_temperature_rows,
+            teacher_temperature=teacher_temperature_rows,
+            param=param_rows,
+            stats=row_stats if stats else None,
+        ),
         "ignore_index": ignore_index,
         "scale": scale,
         "temperature": temperature,
         "teacher_temperature": teacher_temperature,
-        "t_squared": 1.0 if scale_by_t_squared else 0.0,
-        "kd_weight": kd_weight or None,
-        "ce_weight": ce_weight or None,
-        "z_loss_weight": z_loss_weight or None,
-        "label_smoothing": (label_smoothing or None) if ce_weight else None,
+        "weights": term_weights(
+            kd_weight=kd_weight,
+            ce_weight=ce_weight,
+            z_loss_weight=z_loss_weight,
+            label_smoothing=label_smoothing,
+            scale_by_t_squared=scale_by_t_squared,
+        ),
         "student_softcap": student_softcap or None,
         "teacher_softcap": None if probs else teacher_softcap or None,
         "param0": param0,
@@ -748,46 +657,25 @@ def dense_fwd(
     }
 
     def launch(plan: tuning.Plan, rows: int, dstudent: Optional[Tensor]) -> None:
-        stride_db, stride_dl = row_strides(dstudent)
+        arguments = {**shared, "dstudent": logits(dstudent), "TILE": plan.TILE, "num_warps": plan.num_warps}
         if plan.pattern == "cluster":
             dense_cluster_fwd_kernel[(rows,)](
-                **shared,
-                dstudent_ptr=dstudent,
-                stride_db=stride_db,
-                stride_dl=stride_dl,
-                TILE=plan.TILE,
-                num_warps=plan.num_warps,
+                **arguments,
                 num_ctas=plan.num_ctas,
                 maxnreg=128 if fits_twice else None,
             )
             return
         dense_fwd_kernel[(rows,)](
-            **shared,
-            dstudent_ptr=dstudent,
-            stride_db=stride_db,
-            stride_dl=stride_dl,
-            teacher1_ptr=teacher1,
-            teacher2_ptr=teacher2,
-            teacher3_ptr=teacher3,
-            mixture_ptr=mixture_weights if len(teachers) > 1 else None,
-            stride_t1b=stride_t1b,
-            stride_t1l=stride_t1l,
-            stride_t2b=stride_t2b,
-            stride_t2l=stride_t2l,
-            stride_t3b=stride_t3b,
-            stride_t3l=stride_t3l,
-            stride_mn=stride_mn if len(teachers) > 1 else None,
-            stride_mm=stride_mm if len(teachers) > 1 else None,
+            **arguments,
+            mixture=mixture_argument(mixture_weights if len(teachers) > 1 else None),
             MIX_PROBS=mix_probs,
             STANDARDIZE=standardize,
-            TILE=plan.TILE,
-            num_warps=plan.num_warps,
         )
 
     def trial(plan: tuning.Plan) -> None:
-        """The first rows, into a gradient that nobody reads: the real one may be the student."""
+        """The first rows, into a gradient that is thrown away: the real one may be the student."""
         rows = min(N, tuning.TRIAL_ROWS)
-        launch(plan, rows, None if dstudent is None else student.new_empty((rows, width)))
+        launch(plan, rows, None if dstudent is None else student.new_empty((rows, student.shape[-1])))
 
     with on_device_of(student):
         key = (divergence, vocab_size, itemsize, load, resident_load, dstudent is not None)

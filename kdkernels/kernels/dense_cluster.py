@@ -17,37 +17,44 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kdkernels.kernels.arguments import Logits, Rows, Weights
 from kdkernels.kernels.rows import (
     LN2,
     LOG2E,
     NEG_INF,
     add_product,
+    begin_row,
     fast_exp2,
     fast_reciprocal,
     fold_pieces_max,
     log_ratio,
     mix_logs,
     mul0,
-    row_offset,
+    row_pointer,
     soft_cap,
     temper,
     widen,
+    zero_columns,
 )
 from kdkernels.kernels.terms import (
     NOWHERE,
     NUM_STATS,
     both_mean,
+    divergence_scale,
     hard_terms,
+    has_both,
     label_gradient,
     linear_value,
     nonnegative,
     score_of,
+    smoothing_center,
     statistics_of,
     through_cap,
     value_of,
 )
 
 
+# Triton wants a function of 2 n scalars for a reduction of n tensors: no tuples, no defaults, so one for each n.
 @triton.jit
 def _max2(a, b, c, d):
     return tl.maximum(a, c), tl.maximum(b, d)
@@ -170,32 +177,12 @@ def load_pieces(row_ptr, offs_v, V, load_width, softcap, PROBS: tl.constexpr, PI
     return pieces
 
 
-@triton.jit
-def zero_row(row_ptr, offs_v, start, stop):
-    STEP: tl.constexpr = offs_v.shape[0] * offs_v.shape[1]
-    for begin in range(start, stop, STEP):
-        tl.store(row_ptr + begin + offs_v, tl.zeros(offs_v.shape, row_ptr.dtype.element_ty), mask=begin + offs_v < stop)
-
-
 @triton.jit(do_not_specialize=["L", "ignore_index"])
 def dense_cluster_fwd_kernel(
-    student_ptr,  # [B, L, V]
-    teacher_ptr,  # [B, L, V]
-    dstudent_ptr,  # [B, L, pad_width or V]
-    labels_ptr,  # [N]
-    row_weight_ptr,  # [N]
-    temperature_ptr,  # [N]
-    teacher_temperature_ptr,  # [N]
-    param_ptr,  # [N]
-    loss_ptr,  # [N]
-    stats_ptr,  # [N, 9]
-    stride_sb,
-    stride_sl,
-    stride_tb,
-    stride_tl,
-    stride_db,
-    stride_dl,
-    stride_wn,
+    student: Logits,  # [B, L, V]
+    teachers,  # a tuple of one Logits [B, L, V]
+    dstudent: Logits,  # [B, L, pad_width or V]
+    rows: Rows,
     L,
     V,
     load_width,
@@ -204,11 +191,7 @@ def dense_cluster_fwd_kernel(
     scale,
     temperature,
     teacher_temperature,
-    t_squared,
-    kd_weight,
-    ce_weight,
-    z_loss_weight,
-    label_smoothing,
+    weights: Weights,
     student_softcap,
     teacher_softcap,
     param0,
@@ -223,73 +206,55 @@ def dense_cluster_fwd_kernel(
     TEACHER_PROBS: tl.constexpr,
     TILE: tl.constexpr,  # (PIECES, LANES, VEC)
 ):
-    GRAD: tl.constexpr = dstudent_ptr is not None
-    STATS: tl.constexpr = stats_ptr is not None
-    CE: tl.constexpr = ce_weight is not None
-    KD: tl.constexpr = kd_weight is not None
-    HARD: tl.constexpr = CE or STATS or z_loss_weight is not None
-    HARD_GRAD: tl.constexpr = CE or z_loss_weight is not None
+    GRAD: tl.constexpr = dstudent.ptr is not None
+    STATS: tl.constexpr = rows.stats is not None
+    CE: tl.constexpr = weights.ce is not None
+    KD: tl.constexpr = weights.kd is not None
+    HARD: tl.constexpr = CE or STATS or weights.z_loss is not None
+    HARD_GRAD: tl.constexpr = CE or weights.z_loss is not None
     # A term of weight 0 is not computed, and its teacher not read.
     TEACHER: tl.constexpr = KD or STATS
     LINEAR: tl.constexpr = COEFFICIENTS is not None and TEACHER
     PAIR: tl.constexpr = COEFFICIENTS is None and TEACHER
     P_TERMS: tl.constexpr = LINEAR and (COEFFICIENTS[0] != 0 or COEFFICIENTS[1] != 0)
     Q_TERMS: tl.constexpr = LINEAR and (COEFFICIENTS[2] != 0 or COEFFICIENTS[3] != 0)
-    # Both Kullback-Leibler divergences at once: sums of es - et, whose terms of first order cancel one by one.
-    BOTH: tl.constexpr = (
-        LINEAR
-        and COEFFICIENTS[0] == -COEFFICIENTS[1]
-        and COEFFICIENTS[2] == -COEFFICIENTS[3]
-        and COEFFICIENTS[0] != 0
-        and COEFFICIENTS[3] != 0
-    )
-    SMOOTH: tl.constexpr = CE and label_smoothing is not None
+    BOTH: tl.constexpr = LINEAR and has_both(COEFFICIENTS)
+    SMOOTH: tl.constexpr = weights.label_smoothing is not None
     PIECES: tl.constexpr = TILE[0]
     LANES: tl.constexpr = TILE[1]
     VEC: tl.constexpr = TILE[2]
     STEP: tl.constexpr = LANES * VEC
 
-    row = tl.program_id(0)
-    row64 = row.to(tl.int64)
-    student_ptr += row_offset(row, L, stride_sb, stride_sl)
-    teacher_ptr += row_offset(row, L, stride_tb, stride_tl)
-    if GRAD:
-        dstudent_ptr += row_offset(row, L, stride_db, stride_dl)
+    student_ptr = row_pointer(student, L)
+    teacher_ptr = row_pointer(teachers[0], L)
+    dstudent_ptr = row_pointer(dstudent, L) if GRAD else None
     offs_v = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
-
-    if labels_ptr is not None:
-        label = tl.load(labels_ptr + row64)
-        if label == ignore_index:
-            if GRAD:
-                zero_row(dstudent_ptr, offs_v, 0, V if pad_width is None else pad_width)
-            tl.store(loss_ptr + row64, 0.0)
-            if STATS:
-                for k in tl.static_range(NUM_STATS):
-                    tl.store(stats_ptr + row64 * NUM_STATS + k, 0.0)
-            return
-
-    if row_weight_ptr is not None:
-        scale *= tl.load(row_weight_ptr + row64 * stride_wn)
-    if temperature_ptr is not None:
-        temperature = tl.load(temperature_ptr + row64)
-    if teacher_temperature_ptr is not None:
-        teacher_temperature = tl.load(teacher_temperature_ptr + row64)
-    if param_ptr is not None:
-        param0 = tl.load(param_ptr + row64)
-    label_logit = None
+    # The label's logit is read before any block can write in place: the reductions below are barriers.
+    row = begin_row(
+        student_ptr,
+        dstudent_ptr,
+        rows,
+        offs_v=offs_v,
+        V=V,
+        pad_width=pad_width,
+        ignore_index=ignore_index,
+        scale=scale,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        param=param0,
+        softcap=student_softcap,
+        LABEL_LOGIT=CE,
+        NUM_STATS=NUM_STATS,
+    )
+    if row.ignored:
+        return
     if CE:
-        inside = (label >= 0) & (label < V)
-        # A label out of range reads nothing and makes the row's loss NaN. Read before any block can write in place:
-        # the reductions below are barriers.
-        label_logit = tl.load(student_ptr + label, mask=inside, other=float("nan")).to(tl.float32)
-        if student_softcap is not None:
-            label_logit = soft_cap(label_logit, student_softcap)
         # 32 bits: a comparison an element.
-        label_v = tl.where(inside, label, -1).to(tl.int32)
-        if SMOOTH:
-            center = tl.where(tl.abs(label_logit) < float("inf"), label_logit, 0.0)
+        label_v = tl.where((row.label >= 0) & (row.label < V), row.label, -1).to(tl.int32)
+    if SMOOTH:
+        center = smoothing_center(row.label_logit)
 
-    student = load_pieces(student_ptr, offs_v, V, load_width, student_softcap, False, PIECES)
+    student_pieces = load_pieces(student_ptr, offs_v, V, load_width, student_softcap, False, PIECES)
     if BOTH:
         C_P: tl.constexpr = 1
         C_Q: tl.constexpr = -1
@@ -297,12 +262,12 @@ def dense_cluster_fwd_kernel(
         C_P: tl.constexpr = COEFFICIENTS[2]
         C_Q: tl.constexpr = COEFFICIENTS[3]
     if TEACHER:
-        teacher = load_pieces(teacher_ptr, offs_v, V, load_width, teacher_softcap, TEACHER_PROBS, PIECES)
-        top_s, top_t = tl.reduce((fold_pieces_max(student), fold_pieces_max(teacher)), 0, _max2)
+        teacher_pieces = load_pieces(teacher_ptr, offs_v, V, load_width, teacher_softcap, TEACHER_PROBS, PIECES)
+        top_s, top_t = tl.reduce((fold_pieces_max(student_pieces), fold_pieces_max(teacher_pieces)), 0, _max2)
     else:
-        top_s = tl.max(fold_pieces_max(student), axis=0)
+        top_s = tl.max(fold_pieces_max(student_pieces), axis=0)
 
-    unit_s, unit_t, ratio = temper(temperature, teacher_temperature)
+    unit_s, unit_t, ratio = temper(row.temperature, row.teacher_temperature)
     scale_s = LOG2E * unit_s
     scale_t = LOG2E * unit_t
     # Of the sums over logits; without the teacher's logarithms the student's temperature is the better one.
@@ -322,11 +287,11 @@ def dense_cluster_fwd_kernel(
     exps_s = ()
     exps_t = ()
     for k in tl.static_range(PIECES):
-        ds = widen(student[k]) - top_s
+        ds = widen(student_pieces[k]) - top_s
         es = fast_exp2(ds * scale_s)
         exps_s = exps_s + (es,)
         if TEACHER:
-            dt = widen(teacher[k]) - top_t
+            dt = widen(teacher_pieces[k]) - top_t
             et = fast_exp2(dt * scale_t)
             zt = plus(k, zt, et)
             if OVERLAPPING:
@@ -349,9 +314,9 @@ def dense_cluster_fwd_kernel(
             zh = plus(k, zh, fast_exp2(ds * LOG2E))
         if SMOOTH:
             if k < PIECES - 1:
-                centered += widen(student[k]) - center
+                centered += widen(student_pieces[k]) - center
             else:
-                centered += tl.where(offs_v + k * STEP < V, widen(student[k]) - center, 0.0)
+                centered += tl.where(offs_v + k * STEP < V, widen(student_pieces[k]) - center, 0.0)
     wanted = (zs,)
     if TEACHER:
         wanted = wanted + (zt,)
@@ -387,13 +352,11 @@ def dense_cluster_fwd_kernel(
         ce, lse, hard_loss, hard_scale, lse_scale = hard_terms(
             top_s,
             log_ratio(sums[AFTER_Q], 1.0) * LOG2E,
-            label_logit,
+            row.label_logit,
             sums[AFTER_Q + 1] if SMOOTH else 0.0,
             V,
-            scale,
-            ce_weight,
-            z_loss_weight,
-            label_smoothing,
+            row.scale,
+            weights,
         )
         hard_factor = lse_scale * fast_reciprocal(sums[AFTER_Q])
     divergence = 0.0
@@ -436,8 +399,8 @@ def dense_cluster_fwd_kernel(
         at_s = tl.full([LANES, VEC], NOWHERE, tl.int32)
         at_t = tl.full([LANES, VEC], NOWHERE, tl.int32)
         for k in tl.static_range(PIECES):
-            ds = widen(student[k]) - top_s
-            dt = widen(teacher[k]) - top_t
+            ds = widen(student_pieces[k]) - top_s
+            dt = widen(teacher_pieces[k]) - top_t
             logp = dt * unit_t
             logq = tl.fma(ds, unit_s, log_zt_zs)
             if PAIR:
@@ -445,9 +408,9 @@ def dense_cluster_fwd_kernel(
                     p, lp, q, lq = exps_t[k], logp, exps_s[k] * factor_q, logq
                 else:
                     p, lp, q, lq = exps_t[k] * inverse_zt, logp - log_zt, exps_s[k] * factor_q, logq - log_zt
-                value = plus(k, value, value_of(p, lp, q, lq, param0, param1, COEFFICIENTS, VALUE, TOTAL))
+                value = plus(k, value, value_of(p, lp, q, lq, row.param, param1, COEFFICIENTS, VALUE, TOTAL))
                 if GRAD and KD:
-                    score = score_of(p, lp, q, lq, param0, param1, COEFFICIENTS, SCORE, TOTAL)
+                    score = score_of(p, lp, q, lq, row.param, param1, COEFFICIENTS, SCORE, TOTAL)
                     score_total = plus(k, score_total, score)
                     scores = scores + (score,)
             if STATS:
@@ -479,12 +442,12 @@ def dense_cluster_fwd_kernel(
 
     loss = hard_loss
     if KD:
-        kd_scale = scale * kd_weight * tl.where(t_squared != 0, temperature * temperature, 1.0)
+        kd_scale = divergence_scale(row.scale, weights, row.temperature)
         loss += kd_scale * divergence
-    tl.store(loss_ptr + row64, loss)
+    tl.store(rows.loss + row.index, loss)
     if STATS:
         at_s, at_t = tl.reduce((tl.min(at_s, axis=1), tl.min(at_t, axis=1)), 0, _min2)
-        row_ptr = stats_ptr + row64 * NUM_STATS
+        row_ptr = rows.stats + row.index * NUM_STATS
         tl.store(row_ptr, divergence)
         tl.store(row_ptr + 1, ce)
         tl.store(row_ptr + 2, lse)
@@ -513,8 +476,8 @@ def dense_cluster_fwd_kernel(
                     g = tl.fma(exps_t[k], -z_ratio, exps_s[k])
                 g *= -COEFFICIENTS[1] * g_scale * inverse_zs
                 if Q_TERMS:
-                    ds = widen(student[k]) - top_s
-                    dt = widen(teacher[k]) - top_t
+                    ds = widen(student_pieces[k]) - top_s
+                    dt = widen(teacher_pieces[k]) - top_t
                     # The normalisers cancel: what is left of a logarithm is as small as the rows are near.
                     slope = mix_logs(COEFFICIENTS[2], dt, COEFFICIENTS[3], ds, ratio) - mean_q
                     rest = mul0(exps_s[k], slope * (g_scale * unit * inverse_zs))
@@ -522,10 +485,10 @@ def dense_cluster_fwd_kernel(
             else:
                 g = tl.fma(exps_s[k], -(score_sum * factor_q), scores[k]) * (g_scale * post)
             if HARD_GRAD:
-                g += hard_factor * fast_exp2((widen(student[k]) - top_s) * LOG2E)
+                g += hard_factor * fast_exp2((widen(student_pieces[k]) - top_s) * LOG2E)
             if CE:
-                g = label_gradient(g, offs_v + k * STEP, label_v, V, hard_scale, label_smoothing)
-            g = through_cap(g, student[k], student_softcap)
+                g = label_gradient(g, offs_v + k * STEP, label_v, V, hard_scale, weights.label_smoothing)
+            g = through_cap(g, student_pieces[k], student_softcap)
             g = g.to(dstudent_ptr.dtype.element_ty)
             if k < PIECES - 1:
                 tl.store(dstudent_ptr + k * STEP + offs_v, g)
@@ -538,4 +501,4 @@ def dense_cluster_fwd_kernel(
                     mask=offs_v + k * STEP < pad_width,
                 )
         if pad_width is not None:
-            zero_row(dstudent_ptr, offs_v, PIECES * STEP, pad_width)
+            zero_columns(dstudent_ptr, offs_v, PIECES * STEP, pad_width)

@@ -15,19 +15,17 @@ import triton.language as tl
 from torch import Tensor
 
 from kdkernels.kernels import tuning
+from kdkernels.kernels.arguments import Logits, Rows, logits, num_rows, on_device_of, row_arguments, row_tensors
 from kdkernels.kernels.online import linear_sweep
 from kdkernels.kernels.rows import (
     LN2,
     LOG2E,
-    aligned_width,
-    contiguous,
+    begin_row,
+    load_label,
     load_logits,
     log_ratio,
     mul0,
-    num_rows,
-    on_device_of,
-    row_offset,
-    row_strides,
+    row_pointer,
     softmax,
     store_gradient,
     temper,
@@ -52,19 +50,10 @@ def log_sigmoids(x):
 
 @triton.jit(do_not_specialize=["L", "ignore_index"])
 def dkd_fwd_kernel(
-    student_ptr,  # [B, L, V]
-    teacher_ptr,  # [B, L, V]
-    dstudent_ptr,  # [B, L, pad_width or V]
-    labels_ptr,  # [N]
-    row_weight_ptr,  # [N]
-    loss_ptr,  # [N]
-    stride_sb,
-    stride_sl,
-    stride_tb,
-    stride_tl,
-    stride_db,
-    stride_dl,
-    stride_wn,
+    student: Logits,  # [B, L, V]
+    teacher: Logits,  # [B, L, V]
+    dstudent: Logits,  # [B, L, pad_width or V]
+    rows: Rows,
     L,
     V,
     load_width,
@@ -77,26 +66,31 @@ def dkd_fwd_kernel(
     teacher_temperature,
     TILE: tl.constexpr,
 ):
+    GRAD: tl.constexpr = dstudent.ptr is not None
     BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
-    row = tl.program_id(0)
-    row64 = row.to(tl.int64)
-    student_ptr += row_offset(row, L, stride_sb, stride_sl)
-    teacher_ptr += row_offset(row, L, stride_tb, stride_tl)
-    if dstudent_ptr is not None:
-        dstudent_ptr += row_offset(row, L, stride_db, stride_dl)
-    label = tl.load(labels_ptr + row64)
-    if label == ignore_index:
-        if dstudent_ptr is not None:
-            zero_columns(dstudent_ptr, 0, V if pad_width is None else pad_width, TILE)
-        tl.store(loss_ptr + row64, 0.0)
+    student_ptr = row_pointer(student, L)
+    teacher_ptr = row_pointer(teacher, L)
+    dstudent_ptr = row_pointer(dstudent, L) if GRAD else None
+    offs_tile = tile_offsets(TILE)
+    row = begin_row(
+        student_ptr,
+        dstudent_ptr,
+        rows,
+        offs_v=offs_tile,
+        V=V,
+        pad_width=pad_width,
+        ignore_index=ignore_index,
+        scale=scale,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        LABEL_LOGIT=True,
+    )
+    if row.ignored:
         return
-    if row_weight_ptr is not None:
-        scale *= tl.load(row_weight_ptr + row64 * stride_wn)
 
-    # A label out of range reads nothing and makes the row's loss NaN.
-    inside = (label >= 0) & (label < V)
-    label_s = tl.load(student_ptr + label, mask=inside, other=float("nan")).to(tl.float32)
-    label_t = tl.load(teacher_ptr + label, mask=inside, other=float("nan")).to(tl.float32)
+    label = row.label
+    scale = row.scale
+    label_t = load_label(teacher_ptr, label, V, None)
     unit_s, unit_t, ratio = temper(temperature, teacher_temperature)
     student_scale = LOG2E * unit_s
     teacher_scale = LOG2E * unit_t
@@ -104,20 +98,14 @@ def dkd_fwd_kernel(
         student_ptr,
         (teacher_ptr,),
         (1.0,),
-        None,
-        label,
-        V,
-        load_width,
-        None,
-        None,
-        student_scale,
-        teacher_scale,
-        ratio,
-        _REST,
-        False,
-        False,
-        False,
-        TILE,
+        V=V,
+        load_width=load_width,
+        student_scale=student_scale,
+        teacher_scale=teacher_scale,
+        ratio=ratio,
+        COEFFICIENTS=_REST,
+        TILE=TILE,
+        skipped=label,
     )
     rest = linear_value(
         _REST, rest * unit_t, teacher_norm[4], student_norm[4], log_ratio(teacher_norm[4], student_norm[4])
@@ -125,7 +113,7 @@ def dkd_fwd_kernel(
     # With one column there is no rest.
     rest = tl.where(V == 1, 0.0, nonnegative(rest, _REST, False))
     # Log odds of the label against the rest. Of a class and the rest the less likely one is known to its last bits.
-    odds_q = (label_s - student_norm[0]) * unit_s - log_ratio(student_norm[4], 1.0)
+    odds_q = (row.label_logit - student_norm[0]) * unit_s - log_ratio(student_norm[4], 1.0)
     odds_p = (label_t - teacher_norm[0]) * unit_t - log_ratio(teacher_norm[4], 1.0)
     logp_y, logp_n = log_sigmoids(odds_p)
     logq_y, logq_n = log_sigmoids(odds_q)
@@ -134,12 +122,11 @@ def dkd_fwd_kernel(
     p_n = tl.exp2(logp_n * LOG2E)
     q_n = tl.exp2(logq_n * LOG2E)
     target = nonnegative(mul0(p_y, logp_y - logq_y) + mul0(p_n, logp_n - logq_n), _REST, False)
-    tl.store(loss_ptr + row64, (alpha * target + beta * rest) * scale)
+    tl.store(rows.loss + row.index, (alpha * target + beta * rest) * scale)
 
-    if dstudent_ptr is not None:
+    if GRAD:
         scale *= unit_s
         away = scale * alpha * tl.where(odds_p > 0, q_n - p_n, p_y - q_y)
-        offs_tile = tile_offsets(TILE)
         num_tiles = tl.cdiv(V, BLOCK_V)
         for k in range(num_tiles):
             offs_v = (num_tiles - 1 - k) * BLOCK_V + offs_tile
@@ -150,7 +137,7 @@ def dkd_fwd_kernel(
             g = tl.where(offs_v == label, -away, away * q + scale * beta * (q - p))
             store_gradient(dstudent_ptr, offs_v, g, V, pad_width)
         if pad_width is not None:
-            zero_columns(dstudent_ptr, num_tiles * BLOCK_V, pad_width, TILE)
+            zero_columns(dstudent_ptr, offs_tile, num_tiles * BLOCK_V, pad_width)
 
 
 def dkd_fwd(
@@ -179,40 +166,22 @@ def dkd_fwd(
     Returns:
         Loss fp32 [N].
     """
-    L, N = num_rows(student)
+    N = num_rows(student)
     loss = student.new_empty(N, dtype=torch.float32)
     if N == 0:
         return loss
-    width = student.shape[-1]
     shape = tuning.shape(vocab_size, max(student.element_size(), teacher.element_size()))
-    stride_sb, stride_sl = row_strides(student)
-    stride_tb, stride_tl = row_strides(teacher)
-    stride_db, stride_dl = row_strides(dstudent)
     with on_device_of(student):
         dkd_fwd_kernel[(N,)](
-            student,
-            teacher,
-            dstudent,
-            contiguous(labels),
-            row_weight,
-            loss,
-            stride_sb,
-            stride_sl,
-            stride_tb,
-            stride_tl,
-            stride_db,
-            stride_dl,
-            None if row_weight is None else row_weight.stride(0),
-            L,
-            vocab_size,
-            aligned_width(vocab_size, student, teacher),
-            None if width == vocab_size else width,
-            ignore_index,
-            scale * temperature * temperature if scale_by_t_squared else scale,
-            alpha,
-            beta,
-            temperature,
-            teacher_temperature,
+            **row_arguments(student, [teacher], dstudent, vocab_size),
+            teacher=logits(teacher),
+            rows=row_tensors(loss, labels, row_weight),
+            ignore_index=ignore_index,
+            scale=scale * temperature * temperature if scale_by_t_squared else scale,
+            alpha=alpha,
+            beta=beta,
+            temperature=temperature,
+            teacher_temperature=teacher_temperature,
             TILE=shape.TILE,
             num_warps=shape.num_warps,
             # As in the dense pattern: equal logits must give exactly 0.

@@ -14,16 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kdkernels.kernels import tuning
+from kdkernels.kernels.arguments import Logits, Rows, logits, num_rows, on_device_of, row_arguments, row_tensors
 from kdkernels.kernels.rows import (
-    aligned_width,
-    contiguous,
+    begin_row,
     fold_sum,
     lane_zeros,
     load_logits,
-    num_rows,
-    on_device_of,
-    row_offset,
-    row_strides,
+    row_pointer,
     store_gradient,
     tile_offsets,
     zero_columns,
@@ -40,19 +37,10 @@ def load_difference(student_ptr, teacher_ptr, offs_v, V, load_width):
 
 @triton.jit(do_not_specialize=["L", "ignore_index"])
 def mse_fwd_kernel(
-    student_ptr,  # [B, L, V]
-    teacher_ptr,  # [B, L, V]
-    dstudent_ptr,  # [B, L, pad_width or V]
-    labels_ptr,  # [N]
-    row_weight_ptr,  # [N]
-    loss_ptr,  # [N]
-    stride_sb,
-    stride_sl,
-    stride_tb,
-    stride_tl,
-    stride_db,
-    stride_dl,
-    stride_wn,
+    student: Logits,  # [B, L, V]
+    teacher: Logits,  # [B, L, V]
+    dstudent: Logits,  # [B, L, pad_width or V]
+    rows: Rows,
     L,
     V,
     load_width,
@@ -62,26 +50,27 @@ def mse_fwd_kernel(
     CENTERED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    GRAD: tl.constexpr = dstudent_ptr is not None
+    GRAD: tl.constexpr = dstudent.ptr is not None
     BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
-    row = tl.program_id(0)
-    row64 = row.to(tl.int64)
-    student_ptr += row_offset(row, L, stride_sb, stride_sl)
-    teacher_ptr += row_offset(row, L, stride_tb, stride_tl)
-    if GRAD:
-        dstudent_ptr += row_offset(row, L, stride_db, stride_dl)
-    if labels_ptr is not None:
-        if tl.load(labels_ptr + row64) == ignore_index:
-            if GRAD:
-                zero_columns(dstudent_ptr, 0, V if pad_width is None else pad_width, TILE)
-            tl.store(loss_ptr + row64, 0.0)
-            return
-    if row_weight_ptr is not None:
-        scale *= tl.load(row_weight_ptr + row64 * stride_wn)
-
+    student_ptr = row_pointer(student, L)
+    teacher_ptr = row_pointer(teacher, L)
+    dstudent_ptr = row_pointer(dstudent, L) if GRAD else None
     offs_tile = tile_offsets(TILE)
+    row = begin_row(
+        student_ptr,
+        dstudent_ptr,
+        rows,
+        offs_v=offs_tile,
+        V=V,
+        pad_width=pad_width,
+        ignore_index=ignore_index,
+        scale=scale,
+    )
+    if row.ignored:
+        return
+
     num_tiles = tl.cdiv(V, BLOCK_V)
-    slope = 2.0 * scale / V
+    slope = 2.0 * row.scale / V
     pilot = 0.0
     if CENTERED:
         # Deviations from the first tile's mean: a large common shift of the logits cancels before it is squared.
@@ -109,8 +98,8 @@ def mse_fwd_kernel(
                 d = load_difference(student_ptr, teacher_ptr, offs_v, V, load_width)
                 store_gradient(dstudent_ptr, offs_v, (d - pilot - mean) * slope, V, pad_width)
     if GRAD and pad_width is not None:
-        zero_columns(dstudent_ptr, num_tiles * BLOCK_V, pad_width, TILE)
-    tl.store(loss_ptr + row64, loss * scale)
+        zero_columns(dstudent_ptr, offs_tile, num_tiles * BLOCK_V, pad_width)
+    tl.store(rows.loss + row.index, loss * row.scale)
 
 
 def mse_fwd(
@@ -135,38 +124,21 @@ def mse_fwd(
     Returns:
         Loss fp32 [N].
     """
-    L, N = num_rows(student)
+    N = num_rows(student)
     loss = student.new_empty(N, dtype=torch.float32)
     if N == 0:
         return loss
-    width = student.shape[-1]
     shape = tuning.shape(vocab_size, max(student.element_size(), teacher.element_size()))
-    stride_sb, stride_sl = row_strides(student)
-    stride_tb, stride_tl = row_strides(teacher)
-    stride_db, stride_dl = row_strides(dstudent)
     with on_device_of(student):
         mse_fwd_kernel[(N,)](
-            student,
-            teacher,
-            dstudent,
-            contiguous(labels),
-            row_weight,
-            loss,
-            stride_sb,
-            stride_sl,
-            stride_tb,
-            stride_tl,
-            stride_db,
-            stride_dl,
-            None if row_weight is None else row_weight.stride(0),
-            L,
-            vocab_size,
-            aligned_width(vocab_size, student, teacher),
-            None if width == vocab_size else width,
-            ignore_index,
-            scale,
+            **row_arguments(student, [teacher], dstudent, vocab_size),
+            teacher=logits(teacher),
+            rows=row_tensors(loss, labels, row_weight),
+            ignore_index=ignore_index,
+            scale=scale,
             CENTERED=centered,
             TILE=shape.TILE,
             num_warps=shape.num_warps,
+            enable_fp_fusion=True,
         )
     return loss

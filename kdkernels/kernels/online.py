@@ -24,16 +24,24 @@ SMALL = tl.constexpr(2.0**-12)
 
 
 @triton.jit
-def load_teacher(teachers, weights, offs_v, V, load_width, softcap, PROBS: tl.constexpr):
-    """One tile of the teacher's logits; of several teachers the weighted sum."""
-    if len(teachers) == 1:
-        t = load_logits(teachers[0], offs_v, V, load_width, softcap, PROBS)
+def load_mixed(row_ptrs, shares, offs_v, V, load_width, softcap, PROBS: tl.constexpr):
+    """One tile of a row of logits; of several rows the sum, weighted by their shares."""
+    if len(row_ptrs) == 1:
+        x = load_logits(row_ptrs[0], offs_v, V, load_width, softcap, PROBS)
     else:
-        t = tl.zeros(offs_v.shape, tl.float32)
-        for k in tl.static_range(len(teachers)):
-            t += mul0(weights[k], load_logits(teachers[k], offs_v, V, load_width, softcap, PROBS))
-        t = tl.where(offs_v < V, t, NEG_INF)
-    return t
+        x = tl.zeros(offs_v.shape, tl.float32)
+        for k in tl.static_range(len(row_ptrs)):
+            x += mul0(shares[k], load_logits(row_ptrs[k], offs_v, V, load_width, softcap, PROBS))
+        x = tl.where(offs_v < V, x, NEG_INF)
+    return x
+
+
+@triton.jit
+def add_exps(old_max, z, x, scale):
+    """One tile more in the maxima of the lanes and their sums of exponentials."""
+    new_max = tl.maximum(old_max, fold_max(x))
+    z = z * tl.exp2((old_max - new_max) * scale) + fold_sum(tl.exp2((x - spread(new_max)) * scale))
+    return new_max, z
 
 
 @triton.jit
@@ -64,22 +72,22 @@ def defined(norm):
 @triton.jit
 def linear_sweep(
     student_ptr,
-    teachers,
-    weights,
-    center,
-    skipped,
+    teacher_ptrs,
+    shares,
     V,
     load_width,
-    student_softcap,
-    teacher_softcap,
     student_scale,
     teacher_scale,
     ratio,
     COEFFICIENTS: tl.constexpr,
-    BOTH: tl.constexpr,
-    TEACHER_PROBS: tl.constexpr,
-    HARD: tl.constexpr,
     TILE: tl.constexpr,
+    skipped=None,
+    center=None,
+    student_softcap=None,
+    teacher_softcap=None,
+    BOTH: tl.constexpr = False,
+    TEACHER_PROBS: tl.constexpr = False,
+    HARD: tl.constexpr = False,
 ):
     """First sweep of a linear divergence: the norms of both sides, and its means over p and over q.
 
@@ -109,7 +117,7 @@ def linear_sweep(
     for start in range(0, V, BLOCK_V):
         offs_v = start + offs_tile
         s = load_logits(student_ptr, offs_v, V, load_width, student_softcap, False)
-        t = load_teacher(teachers, weights, offs_v, V, load_width, teacher_softcap, TEACHER_PROBS)
+        t = load_mixed(teacher_ptrs, shares, offs_v, V, load_width, teacher_softcap, TEACHER_PROBS)
         if skipped is not None:
             s = tl.where(offs_v == skipped, NEG_INF, s)
             t = tl.where(offs_v == skipped, NEG_INF, t)
@@ -175,18 +183,25 @@ def linear_sweep(
 
 
 @triton.jit
-def student_sweep(
-    student_ptr,
-    center,
+def norm_sweep(
+    row_ptrs,
+    shares,
     V,
     load_width,
     softcap,
-    student_scale,
-    HARD: tl.constexpr,
-    OVERLAPPING: tl.constexpr,
+    scale,
     TILE: tl.constexpr,
+    skipped=None,
+    center=None,
+    PROBS: tl.constexpr = False,
+    HARD: tl.constexpr = False,
+    OVERLAPPING: tl.constexpr = False,
 ):
-    """The student's norm, its norm at temperature 1, its sum (s - center), and where the tile of its largest starts."""
+    """The norm of a row of logits, or of a weighted sum of several; one column, skipped, may be left out.
+
+    With HARD also the norm at temperature 1 and the sum (s - center), with OVERLAPPING where the tile of the largest
+    logit starts.
+    """
     BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
     offs_tile = tile_offsets(TILE)
     m = lane_lowest(TILE)
@@ -195,15 +210,18 @@ def student_sweep(
     tile = tl.zeros(m.shape, tl.int32)
     for start in range(0, V, BLOCK_V):
         offs_v = start + offs_tile
-        s = load_logits(student_ptr, offs_v, V, load_width, softcap, False)
-        n = tl.maximum(m, fold_max(s))
+        s = load_mixed(row_ptrs, shares, offs_v, V, load_width, softcap, PROBS)
+        inside = offs_v < V
+        if skipped is not None:
+            s = tl.where(offs_v == skipped, NEG_INF, s)
+            inside = inside & (offs_v != skipped)
+        n, z = add_exps(m, z, s, scale)
         if OVERLAPPING:
             tile = tl.where(n > m, start, tile)
-        z = z * tl.exp2((m - n) * student_scale) + fold_sum(tl.exp2((s - spread(n)) * student_scale))
         if HARD:
-            hard = add_hard(hard, m, n, s, offs_v < V, center)
+            hard = add_hard(hard, m, n, s, inside, center)
         m = n
-    norm = fold_norm(m, z, student_scale)
+    norm = fold_norm(m, z, scale)
     best_tile = 0
     if OVERLAPPING:
         best_tile = tl.max(tl.where(m == norm[0], tile, 0), axis=0)
@@ -211,24 +229,24 @@ def student_sweep(
 
 
 @triton.jit
-def teacher_sweep(
-    teachers,
-    weights,
+def overlap_of_tile(
+    student_ptr,
+    student_norm,
+    teacher_ptrs,
+    shares,
+    norm,
+    start,
     V,
     load_width,
-    softcap,
-    teacher_scale,
+    student_softcap,
+    teacher_softcap,
     TEACHER_PROBS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The norm of one teacher, or of a weighted sum of teachers' logits."""
-    BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
-    offs_tile = tile_offsets(TILE)
-    m = lane_lowest(TILE)
-    z = lane_zeros(TILE)
-    for start in range(0, V, BLOCK_V):
-        t = load_teacher(teachers, weights, start + offs_tile, V, load_width, softcap, TEACHER_PROBS)
-        n = tl.maximum(m, fold_max(t))
-        z = z * tl.exp2((m - n) * teacher_scale) + fold_sum(tl.exp2((t - spread(n)) * teacher_scale))
-        m = n
-    return fold_norm(m, z, teacher_scale)
+    """Of one tile the sum of the products of both sides' exponentials."""
+    offs_v = start + tile_offsets(TILE)
+    s = load_logits(student_ptr, offs_v, V, load_width, student_softcap, False)
+    t = load_mixed(teacher_ptrs, shares, offs_v, V, load_width, teacher_softcap, TEACHER_PROBS)
+    es = tl.exp2((s - student_norm[0]) * student_norm[1])
+    et = tl.exp2((t - norm[0]) * norm[1])
+    return tl.sum(fold_sum(es * et), axis=0)

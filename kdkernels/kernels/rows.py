@@ -8,13 +8,10 @@ differences to a running maximum, and logarithms are base 2 until they leave the
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Optional
+from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -23,6 +20,19 @@ NEG_INF = tl.constexpr(float("-inf"))
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 # The smallest normal fp32: GPUs flush what is below, some instructions sooner than others.
 TINY = tl.constexpr(1.1754943508222875e-38)
+
+
+class Row(NamedTuple):
+    """The values of one row, see ``begin_row``. Never None: Triton 3.6 cannot return that in a tuple."""
+
+    index: Any
+    ignored: Any
+    label: Any
+    label_logit: Any
+    scale: Any
+    temperature: Any
+    teacher_temperature: Any
+    param: Any
 
 
 if triton.knobs.runtime.interpret:
@@ -186,6 +196,81 @@ def row_offset(row, L, stride_b, stride_l):
 
 
 @triton.jit
+def row_pointer(logits, L):
+    """The first element of this program's row."""
+    return logits.ptr + row_offset(tl.program_id(0), L, logits.stride_b, logits.stride_l)
+
+
+@triton.jit
+def load_label(row_ptr, label, V, softcap):
+    """The label's logit; a label out of range reads nothing and gives NaN."""
+    x = tl.load(row_ptr + label, mask=(label >= 0) & (label < V), other=float("nan")).to(tl.float32)
+    if softcap is not None:
+        x = soft_cap(x, softcap)
+    return x
+
+
+@triton.jit
+def begin_row(
+    student_ptr,
+    dstudent_ptr,
+    rows,
+    offs_v,
+    V,
+    pad_width,
+    ignore_index,
+    scale,
+    temperature=1.0,
+    teacher_temperature=1.0,
+    param=0.0,
+    softcap=None,
+    LABEL_LOGIT: tl.constexpr = False,
+    NUM_STATS: tl.constexpr = 0,
+):
+    """The prologue of every row pattern: this program's row, see ``Row``; zeros in its outputs if its label is ignored.
+
+    The kernel then has to return. dstudent_ptr is None without a gradient; offs_v are the offsets of the first tile.
+    The numbers given are those of all rows, which vectors of one value a row replace.
+    """
+    index = tl.program_id(0).to(tl.int64)
+    label = -1
+    ignored = False
+    if rows.labels is not None:
+        label = tl.load(rows.labels + index)
+        ignored = label == ignore_index
+        if ignored:
+            if dstudent_ptr is not None:
+                zero_columns(dstudent_ptr, offs_v, 0, V if pad_width is None else pad_width)
+            tl.store(rows.loss + index, 0.0)
+            if rows.stats is not None:
+                for k in tl.static_range(NUM_STATS):
+                    tl.store(rows.stats + index * NUM_STATS + k, 0.0)
+    if rows.weight is not None:
+        scale *= tl.load(rows.weight + index * rows.weight_stride)
+    if rows.temperature is not None:
+        temperature = tl.load(rows.temperature + index)
+    if rows.teacher_temperature is not None:
+        teacher_temperature = tl.load(rows.teacher_temperature + index)
+    if rows.param is not None:
+        param = tl.load(rows.param + index)
+    label_logit = 0.0
+    if LABEL_LOGIT:
+        # An ignored row has no label to read: its zeros may lie in the student by now.
+        label = tl.where(ignored, -1, label)
+        label_logit = load_label(student_ptr, label, V, softcap)
+    return Row(
+        index=index,
+        ignored=ignored,
+        label=label,
+        label_logit=label_logit,
+        scale=scale,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        param=param,
+    )
+
+
+@triton.jit
 def softmax(x, norm):
     """Probabilities and their log2; norm = (maximum, scale, log2 z, 1 / z, ...) of exp2((x - maximum) * scale) / z.
 
@@ -294,9 +379,9 @@ def rescale_excess(total, excess, total_s, mass_t, factor_s, factor_t, shift):
     differences are added up; where they do not, each side moves for itself.
     """
     moved_t = total_s - total + mul0(mass_t, shift)
-    alike = mul0(factor_s, total + mul0(excess, shift)) + mul0(factor_s - factor_t, moved_t)
+    together = mul0(factor_s, total + mul0(excess, shift)) + mul0(factor_s - factor_t, moved_t)
     apart = mul0(factor_s, total_s + mul0(mass_t + excess, shift)) - mul0(factor_t, moved_t)
-    moved = tl.where(tl.abs(factor_s - factor_t) < 0.5 * factor_s, alike, apart)
+    moved = tl.where(tl.abs(factor_s - factor_t) < 0.5 * factor_s, together, apart)
     # An infinite logarithm may have made both sums infinite.
     return tl.where(tl.abs(total) == float("inf"), mul0(factor_s + factor_t, total), moved)
 
@@ -337,43 +422,7 @@ def store_gradient(row_ptr, offs_v, g, V, pad_width):
 
 
 @triton.jit
-def zero_columns(row_ptr, start, stop, TILE: tl.constexpr):
-    BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
-    offs_v = tile_offsets(TILE)
-    for begin in range(start, stop, BLOCK_V):
+def zero_columns(row_ptr, offs_v, start, stop):
+    """Zeros in columns start to stop; offs_v are the offsets of a tile of any shape."""
+    for begin in range(start, stop, offs_v.numel):
         tl.store(row_ptr + begin + offs_v, tl.zeros(offs_v.shape, row_ptr.dtype.element_ty), mask=begin + offs_v < stop)
-
-
-def on_device_of(x: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which may be another GPU than the tensors'."""
-    return nullcontext() if x.device.type == "cpu" else torch.get_device_module(x.device).device(x.device)
-
-
-def contiguous(x: Optional[Tensor]) -> Optional[Tensor]:
-    """A vector of one value a row as the kernels index it."""
-    return None if x is None else x.contiguous()
-
-
-def num_rows(x: Tensor) -> tuple[int, int]:
-    """L and N = B * L of a [B, L, V] or [N, V] tensor."""
-    return x.shape[-2], x.shape[:-1].numel()
-
-
-def row_strides(x: Optional[Tensor]) -> tuple[Optional[int], Optional[int]]:
-    """Strides (b, l) of a [B, L, V] or [N, V] tensor, in elements."""
-    if x is None:
-        return None, None
-    if x.dim() == 2 or x.shape[0] == 1:
-        return 0, x.stride(-2)
-    return x.stride(0), x.stride(1)
-
-
-def evenly_spaced(*tensors: Optional[Tensor]) -> bool:
-    """True if the rows of all [B, L, V] or [N, V] tensors lie at one distance each."""
-    return all(x is None or x.dim() == 2 or x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1) for x in tensors)
-
-
-def aligned_width(V: int, *tensors: Tensor) -> Optional[int]:
-    """The next multiple of 16 when V is none and all tensors are that wide: loads up to there stay 16 bytes wide."""
-    width = (V + 15) // 16 * 16
-    return width if width != V and all(x.shape[-1] >= width for x in tensors) else None

@@ -6,19 +6,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdkernels.kernels.rows import num_rows, on_device_of, row_offset, row_strides
+from kdkernels.kernels.arguments import Logits, evenly_spaced, logits, num_rows, on_device_of
+from kdkernels.kernels.rows import row_pointer
 
 BLOCK_V = 4096
 
 
 @triton.jit(do_not_specialize=["L"])
-def scale_grad_kernel(grad_ptr, grad_output_ptr, stride_gb, stride_gl, stride_on, L, V, BLOCK_V: tl.constexpr):
-    row = tl.program_id(0)
-    factor = tl.load(grad_output_ptr + row.to(tl.int64) * stride_on).to(tl.float32)
+def scale_grad_kernel(
+    grad: Logits,  # [B, L, V]
+    grad_output_ptr,  # [N]
+    stride_on,
+    L,
+    V,
+    BLOCK_V: tl.constexpr,
+):
+    factor = tl.load(grad_output_ptr + tl.program_id(0).to(tl.int64) * stride_on).to(tl.float32)
     # The usual end of a loss: backward() hands in 1, and nothing is read or written.
     if factor == 1.0:
         return
-    grad_ptr += row_offset(row, L, stride_gb, stride_gl)
+    grad_ptr = row_pointer(grad, L)
     for start in range(tl.program_id(1) * BLOCK_V, V, tl.num_programs(1) * BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
         g = tl.load(grad_ptr + offs_v, mask=offs_v < V)
@@ -28,21 +35,19 @@ def scale_grad_kernel(grad_ptr, grad_output_ptr, stride_gb, stride_gl, stride_on
 def scale_grad(grad: Tensor, grad_output: Tensor) -> None:
     """Multiply the rows of grad [B, L, V] or [N, V] by grad_output (0-d, or [N]) in place; no host sync."""
     V = grad.shape[-1]
-    L, N = num_rows(grad)
+    N = num_rows(grad)
     if grad.numel() == 0:
         return
-    stride_gb, stride_gl = row_strides(grad)
     # Few rows are cut into pieces, so that they still fill a GPU.
     pieces = max(1, min(triton.cdiv(V, BLOCK_V), 1024 // N))
     with on_device_of(grad):
         scale_grad_kernel[(N, pieces)](
-            grad,
-            grad_output,
-            stride_gb,
-            stride_gl,
-            0 if grad_output.dim() == 0 else grad_output.stride(0),
-            L,
-            V,
+            grad=logits(grad),
+            grad_output_ptr=grad_output,
+            stride_on=0 if grad_output.dim() == 0 else grad_output.stride(0),
+            L=None if evenly_spaced(grad) else grad.shape[-2],
+            V=V,
             BLOCK_V=min(BLOCK_V, max(128, triton.next_power_of_2(V))),
             num_warps=4,
+            enable_fp_fusion=True,
         )

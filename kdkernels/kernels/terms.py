@@ -1,4 +1,4 @@
-"""Computed by every dense pattern from p and q: summands, scores, statistics, and the terms of the hard labels."""
+"""Terms of the objective, from p and q: summands, scores, statistics, and the terms of the hard labels."""
 
 from __future__ import annotations
 
@@ -10,6 +10,18 @@ from kdkernels.kernels.rows import LN2, NEG_INF, combine, log_ratio, mul0
 NUM_STATS = tl.constexpr(9)
 # Above every column.
 NOWHERE = tl.constexpr(2147483647)
+
+
+@triton.constexpr_function
+def is_homogeneous(coefficients):
+    """A linear divergence that is a sum of p (log p - log q) and q (log q - log p), each times a number."""
+    return coefficients[0] == -coefficients[1] and coefficients[2] == -coefficients[3]
+
+
+@triton.constexpr_function
+def has_both(coefficients):
+    """Both Kullback-Leibler divergences at once: in sums of es - et their terms of first order cancel one by one."""
+    return is_homogeneous(coefficients) and coefficients[0] != 0 and coefficients[3] != 0
 
 
 @triton.jit
@@ -56,12 +68,7 @@ def nonnegative(value, COEFFICIENTS: tl.constexpr, SCALABLE: tl.constexpr):
     if COEFFICIENTS is None:
         KIND: tl.constexpr = SCALABLE
     else:
-        KIND: tl.constexpr = (
-            COEFFICIENTS[0] >= 0
-            and COEFFICIENTS[0] == -COEFFICIENTS[1]
-            and COEFFICIENTS[3] >= 0
-            and COEFFICIENTS[3] == -COEFFICIENTS[2]
-        )
+        KIND: tl.constexpr = is_homogeneous(COEFFICIENTS) and COEFFICIENTS[0] >= 0 and COEFFICIENTS[3] >= 0
     if KIND:
         value = tl.where(value < 0, 0.0, value)
     return value
@@ -69,7 +76,7 @@ def nonnegative(value, COEFFICIENTS: tl.constexpr, SCALABLE: tl.constexpr):
 
 @triton.jit
 def overlap_decides(z_t, z_s):
-    """Whether two rows are candidates for being equal, or for having most of their mass on the same few tokens."""
+    """Two rows may be equal, or have most of their mass on the same few tokens."""
     return (z_t == z_s) | ((z_t < 4.0) & (z_s < 4.0))
 
 
@@ -114,22 +121,34 @@ def statistics_of(p, logp, q, logq):
 
 
 @triton.jit
-def hard_terms(top, log2_z, label_logit, centered_sum, V, scale, ce_weight, z_loss_weight, label_smoothing):
-    """Cross entropy, logsumexp, loss of the hard terms, and what scales the label's and the softmax's gradient."""
+def smoothing_center(label_logit):
+    """Subtracted from logits before smoothed labels add them up: their offset is not lost in the sum."""
+    return tl.where(tl.abs(label_logit) < float("inf"), label_logit, 0.0)
+
+
+@triton.jit
+def divergence_scale(scale, weights, temperature):
+    """The factor of the divergence in the loss."""
+    return scale * weights.kd * tl.where(weights.t_squared != 0, temperature * temperature, 1.0)
+
+
+@triton.jit
+def hard_terms(top, log2_z, label_logit, centered_sum, V, scale, weights):
+    """Cross entropy, logsumexp, loss of the hard terms, and the factors of the label's and the softmax's gradient."""
     lse = top + log2_z * LN2
     ce = 0.0
     hard_scale = 0.0
     hard_loss = 0.0
-    if ce_weight is not None:
+    if weights.ce is not None:
         ce = top - label_logit + log2_z * LN2
-        hard_scale = scale * ce_weight
-        if label_smoothing is not None:
-            ce -= label_smoothing * centered_sum / V
+        hard_scale = scale * weights.ce
+        if weights.label_smoothing is not None:
+            ce -= weights.label_smoothing * centered_sum / V
         hard_loss = hard_scale * ce
     lse_scale = hard_scale
-    if z_loss_weight is not None:
-        hard_loss += scale * z_loss_weight * lse * lse
-        lse_scale += 2.0 * scale * z_loss_weight * lse
+    if weights.z_loss is not None:
+        hard_loss += scale * weights.z_loss * lse * lse
+        lse_scale += 2.0 * scale * weights.z_loss * lse
     return ce, lse, hard_loss, hard_scale, lse_scale
 
 

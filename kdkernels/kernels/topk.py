@@ -28,23 +28,29 @@ import triton.language as tl
 from torch import Tensor
 
 from kdkernels.kernels import divergences, tuning
-from kdkernels.kernels.online import add_hard
+from kdkernels.kernels.arguments import (
+    Logits,
+    Rows,
+    Weights,
+    contiguous,
+    num_rows,
+    on_device_of,
+    row_arguments,
+    row_tensors,
+    term_weights,
+)
+from kdkernels.kernels.online import add_exps, fold_norm, norm_sweep
 from kdkernels.kernels.rows import (
     LN2,
     LOG2E,
     NEG_INF,
-    aligned_width,
-    contiguous,
-    fold_max,
+    begin_row,
     fold_sum,
     lane_lowest,
     lane_zeros,
     load_logits,
     mul0,
-    num_rows,
-    on_device_of,
-    row_offset,
-    row_strides,
+    row_pointer,
     soft_cap,
     softmax,
     spread,
@@ -52,7 +58,16 @@ from kdkernels.kernels.rows import (
     tile_offsets,
     zero_columns,
 )
-from kdkernels.kernels.terms import NOWHERE, hard_terms, label_gradient, score_of, through_cap, value_of
+from kdkernels.kernels.terms import (
+    NOWHERE,
+    divergence_scale,
+    hard_terms,
+    label_gradient,
+    score_of,
+    smoothing_center,
+    through_cap,
+    value_of,
+)
 
 NUM_STATS = tl.constexpr(6)
 # As in kdkernels.reference.topk.
@@ -154,31 +169,6 @@ def renormalize(p, log2p, log2_rest, outside, teacher_temperature, UNIFORM: tl.c
 
 
 @triton.jit
-def sweep_but_one(
-    student_ptr, skipped, center, V, load_width, softcap, student_scale, HARD: tl.constexpr, TILE: tl.constexpr
-):
-    """Maximum and sum of exponentials of all columns but one; also the sum at temperature 1, and sum (s - center)."""
-    BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
-    offs_tile = tile_offsets(TILE)
-    m = lane_lowest(TILE)
-    z = lane_zeros(TILE)
-    hard = (lane_zeros(TILE), lane_zeros(TILE))
-    for start in range(0, V, BLOCK_V):
-        offs_v = start + offs_tile
-        s = load_logits(student_ptr, offs_v, V, load_width, softcap, False)
-        s = tl.where(offs_v == skipped, NEG_INF, s)
-        n = tl.maximum(m, fold_max(s))
-        z = z * tl.exp2((m - n) * student_scale) + fold_sum(tl.exp2((s - spread(n)) * student_scale))
-        if HARD:
-            hard = add_hard(hard, m, n, s, (offs_v < V) & (offs_v != skipped), center)
-        m = n
-    top = tl.max(m, axis=0)
-    z = tl.sum(z * tl.exp2((m - top) * student_scale), axis=0)
-    hard_z = tl.sum(hard[0] * tl.exp2((m - top) * LOG2E), axis=0)
-    return top, z, hard_z, tl.sum(hard[1], axis=0)
-
-
-@triton.jit
 def mark_entries(ids_ptr, logprobs_ptr, K, start, TILE: tl.constexpr):
     """For every lane a word with a bit for each of its columns that is an entry, in the tiles from column start on."""
     LANES: tl.constexpr = TILE[1]
@@ -223,11 +213,9 @@ def sweep_outside(student_ptr, ids_ptr, logprobs_ptr, K, V, load_width, softcap,
             tile = tiles - 1 - j
             s = load_logits(student_ptr, first + tile * BLOCK_V + offs_tile, V, load_width, softcap, False)
             s = tl.where(marked(word, tile, TILE), NEG_INF, s)
-            n = tl.maximum(m, fold_max(s))
-            z = z * tl.exp2((m - n) * student_scale) + fold_sum(tl.exp2((s - spread(n)) * student_scale))
-            m = n
-    top = tl.max(m, axis=0)
-    return top, tl.sum(z * tl.exp2((m - top) * student_scale), axis=0)
+            m, z = add_exps(m, z, s, student_scale)
+    norm = fold_norm(m, z, student_scale)
+    return norm[0], norm[4]
 
 
 @triton.jit
@@ -300,23 +288,12 @@ def hard_gradient(s, offs_v, norm, label, V, lse_scale, hard_scale, label_smooth
 
 @triton.jit(do_not_specialize=["K", "L", "ignore_index"])
 def topk_fwd_kernel(
-    student_ptr,  # [B, L, V]
+    student: Logits,  # [B, L, V]
+    dstudent: Logits,  # [B, L, pad_width or V]
     teacher_ids_ptr,  # [N, K]
     teacher_logprobs_ptr,  # [N, K]
-    dstudent_ptr,  # [B, L, pad_width or V]
-    labels_ptr,  # [N]
-    row_weight_ptr,  # [N]
-    temperature_ptr,  # [N]
-    teacher_temperature_ptr,  # [N]
-    param_ptr,  # [N]
     tail_ptr,  # [N]
-    loss_ptr,  # [N]
-    stats_ptr,  # [N, 6]
-    stride_sb,
-    stride_sl,
-    stride_db,
-    stride_dl,
-    stride_wn,
+    rows: Rows,
     K,
     L,
     V,
@@ -326,11 +303,7 @@ def topk_fwd_kernel(
     scale,
     temperature,
     teacher_temperature,
-    t_squared,
-    kd_weight,
-    ce_weight,
-    z_loss_weight,
-    label_smoothing,
+    weights: Weights,
     student_softcap,
     min_tail,
     tail_rounding,
@@ -344,53 +317,45 @@ def topk_fwd_kernel(
     K_TILE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    GRAD: tl.constexpr = dstudent_ptr is not None
-    STATS: tl.constexpr = stats_ptr is not None
-    CE: tl.constexpr = ce_weight is not None
-    HARD_GRAD: tl.constexpr = CE or z_loss_weight is not None
+    GRAD: tl.constexpr = dstudent.ptr is not None
+    STATS: tl.constexpr = rows.stats is not None
+    CE: tl.constexpr = weights.ce is not None
+    HARD_GRAD: tl.constexpr = CE or weights.z_loss is not None
     HARD: tl.constexpr = HARD_GRAD or STATS
     RESTRICTED: tl.constexpr = TAIL == "renormalize_both"
     SWEPT: tl.constexpr = HARD or not RESTRICTED
     BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
 
-    row = tl.program_id(0)
-    row64 = row.to(tl.int64)
-    student_ptr += row_offset(row, L, stride_sb, stride_sl)
-    if GRAD:
-        dstudent_ptr += row_offset(row, L, stride_db, stride_dl)
-
-    label = -1
-    if labels_ptr is not None:
-        label = tl.load(labels_ptr + row64)
-        if label == ignore_index:
-            if GRAD:
-                zero_columns(dstudent_ptr, 0, V if pad_width is None else pad_width, TILE)
-            tl.store(loss_ptr + row64, 0.0)
-            if STATS:
-                for k in tl.static_range(NUM_STATS):
-                    tl.store(stats_ptr + row64 * NUM_STATS + k, 0.0)
-            return
-
-    if row_weight_ptr is not None:
-        scale *= tl.load(row_weight_ptr + row64 * stride_wn)
-    if temperature_ptr is not None:
-        temperature = tl.load(temperature_ptr + row64)
-    if teacher_temperature_ptr is not None:
-        teacher_temperature = tl.load(teacher_temperature_ptr + row64)
-    if param_ptr is not None:
-        param0 = tl.load(param_ptr + row64)
+    student_ptr = row_pointer(student, L)
+    dstudent_ptr = row_pointer(dstudent, L) if GRAD else None
+    offs_tile = tile_offsets(TILE)
+    row = begin_row(
+        student_ptr,
+        dstudent_ptr,
+        rows,
+        offs_v=offs_tile,
+        V=V,
+        pad_width=pad_width,
+        ignore_index=ignore_index,
+        scale=scale,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        param=param0,
+        softcap=student_softcap,
+        LABEL_LOGIT=CE,
+        NUM_STATS=NUM_STATS,
+    )
+    if row.ignored:
+        return
+    label = row.label
+    temperature = row.temperature
     center = None
-    if CE:
-        # A label out of range reads nothing and makes the row's loss NaN.
-        label_logit = tl.load(student_ptr + label, mask=(label >= 0) & (label < V), other=float("nan")).to(tl.float32)
-        if student_softcap is not None:
-            label_logit = soft_cap(label_logit, student_softcap)
-        if label_smoothing is not None:
-            center = tl.where(tl.abs(label_logit) < float("inf"), label_logit, 0.0)
+    if weights.label_smoothing is not None:
+        center = smoothing_center(row.label_logit)
 
     # The teacher.
-    ids_ptr = teacher_ids_ptr + row64 * K
-    logprobs_ptr = teacher_logprobs_ptr + row64 * K
+    ids_ptr = teacher_ids_ptr + row.index * K
+    logprobs_ptr = teacher_logprobs_ptr + row.index * K
     ids, p, log2p, mass, invalid = read_entries(ids_ptr, logprobs_ptr, K, V, K_TILE)
     used = ids != NOWHERE
     count = tl.sum(used.to(tl.int32), axis=0)
@@ -399,7 +364,7 @@ def topk_fwd_kernel(
         rest = tl.maximum(1.0 - mass, 0.0).to(tl.float32)
         log2_rest = tl.log2(rest)
     else:
-        log2_rest = tl.load(tail_ptr + row) * LOG2E
+        log2_rest = tl.load(tail_ptr + row.index) * LOG2E
         rest = tl.exp2(log2_rest)
         invalid = invalid | ((rest != rest) & (count > 0))
     if min_tail is not None:
@@ -414,7 +379,7 @@ def topk_fwd_kernel(
     log2_each = NEG_INF
     if TAIL != "bucket" and TAIL != "drop":
         p, log2p, each, log2_each, known = renormalize(
-            p, log2p, log2_rest, outside, teacher_temperature, TAIL == "uniform"
+            p, log2p, log2_rest, outside, row.teacher_temperature, TAIL == "uniform"
         )
 
     # The student on the entries, before anything is stored: the gradient may overwrite it.
@@ -427,9 +392,21 @@ def topk_fwd_kernel(
     centered_sum = 0.0
     if SWEPT:
         skipped = tl.min(tl.where((s == top) & (s > NEG_INF), ids, NOWHERE), axis=0)
-        out_max, out_z, hard_z, centered_sum = sweep_but_one(
-            student_ptr, skipped, center, V, load_width, student_softcap, student_scale, HARD, TILE
+        out_norm, hard_norm, centered_sum, _ = norm_sweep(
+            (student_ptr,),
+            (1.0,),
+            V=V,
+            load_width=load_width,
+            softcap=student_softcap,
+            scale=student_scale,
+            TILE=TILE,
+            skipped=skipped,
+            center=center,
+            HARD=HARD,
         )
+        out_max = out_norm[0]
+        out_z = out_norm[4]
+        hard_z = hard_norm[4]
         high = tl.maximum(top, out_max)
     a = (s - high) * student_scale
     q = tl.where(used, tl.exp2(a), 0.0)
@@ -449,7 +426,7 @@ def topk_fwd_kernel(
         hard_z = hard_z * tl.exp2((out_max - high) * LOG2E)
         hard_z += tl.where(skipped == NOWHERE, 0.0, tl.exp2((top - high) * LOG2E))
         hard_norm = (high, LOG2E, tl.log2(hard_z), 1.0 / hard_z)
-        if CE and label_smoothing is not None:
+        if center is not None:
             centered_sum += tl.where(skipped == NOWHERE, 0.0, top - center)
     if RESTRICTED:
         a = (s - top) * student_scale
@@ -464,8 +441,8 @@ def topk_fwd_kernel(
     log2q = tl.where(used, a - log2_z, NEG_INF)
 
     # The divergence: sums of values and scores over its outcomes.
-    divergence = tl.sum(value_of(p, log2p * LN2, q, log2q * LN2, param0, param1, COEFFICIENTS, VALUE, False), axis=0)
-    score = score_of(p, log2p * LN2, q, log2q * LN2, param0, param1, COEFFICIENTS, SCORE, False)
+    divergence = tl.sum(value_of(p, log2p * LN2, q, log2q * LN2, row.param, param1, COEFFICIENTS, VALUE, False), axis=0)
+    score = score_of(p, log2p * LN2, q, log2q * LN2, row.param, param1, COEFFICIENTS, SCORE, False)
     score_sum = tl.sum(score, axis=0)
     # Outside the entries the gradient is slope * exp2((s - out_max) * student_scale), unless it is POINTWISE.
     slope = 0.0
@@ -481,7 +458,7 @@ def topk_fwd_kernel(
             V,
             load_width,
             student_softcap,
-            param0,
+            row.param,
             param1,
             COEFFICIENTS,
             VALUE,
@@ -495,7 +472,7 @@ def topk_fwd_kernel(
         q_outside = out_z * tl.exp2(shift) / z
         log2q_outside = shift + tl.log2(out_z) - log2_z
         value_outside, score_outside = evaluate_one(
-            rest, log2_rest, q_outside, log2q_outside, param0, param1, COEFFICIENTS, VALUE, SCORE
+            rest, log2_rest, q_outside, log2q_outside, row.param, param1, COEFFICIENTS, VALUE, SCORE
         )
         # The score times the relative error of the difference is an error of the loss; a NaN is no answer.
         exact = (others_z == 0) | (outside == 0)
@@ -508,14 +485,16 @@ def topk_fwd_kernel(
             q_outside = out_z * tl.exp2(shift) / z
             log2q_outside = shift + tl.log2(out_z) - log2_z
             value_outside, score_outside = evaluate_one(
-                rest, log2_rest, q_outside, log2q_outside, param0, param1, COEFFICIENTS, VALUE, SCORE
+                rest, log2_rest, q_outside, log2q_outside, row.param, param1, COEFFICIENTS, VALUE, SCORE
             )
         divergence += value_outside
         score_sum += score_outside
         slope = tl.where(out_z == 0, 0.0, (score_outside - q_outside * score_sum) / out_z)
     elif not RESTRICTED:
         # Homogeneous: f(0, q) = q f(0, 1), and so is the score.
-        value_outside, score_outside = evaluate_one(0.0, NEG_INF, 1.0, 0.0, param0, param1, COEFFICIENTS, VALUE, SCORE)
+        value_outside, score_outside = evaluate_one(
+            0.0, NEG_INF, 1.0, 0.0, row.param, param1, COEFFICIENTS, VALUE, SCORE
+        )
         factor = tl.exp2((out_max - high) * student_scale) / z
         q_outside = tl.where(out_z < 0, 0.0, out_z) * factor
         divergence += value_outside * q_outside
@@ -523,28 +502,26 @@ def topk_fwd_kernel(
         slope = (score_outside - score_sum) * factor
     divergence = tl.where(known, divergence, 0.0) + spoilt
 
-    if CE and label_smoothing is not None:
+    if center is not None:
         # Passed the largest number, or met a logit of -inf.
         centered_sum = tl.where(centered_sum < float("inf"), centered_sum, NEG_INF)
     ce, lse, loss, hard_scale, lse_scale = hard_terms(
         hard_norm[0],
         hard_norm[2],
-        label_logit if CE else None,
+        row.label_logit,
         centered_sum,
         V,
-        scale,
-        ce_weight,
-        z_loss_weight,
-        label_smoothing,
+        row.scale,
+        weights,
     )
     g_scale = 0.0
-    if kd_weight is not None:
-        kd_scale = scale * kd_weight * tl.where(t_squared != 0, temperature * temperature, 1.0)
+    if weights.kd is not None:
+        kd_scale = divergence_scale(row.scale, weights, temperature)
         loss += kd_scale * divergence
         g_scale = tl.where(known, kd_scale / temperature, 0.0)
-    tl.store(loss_ptr + row64, loss)
+    tl.store(rows.loss + row.index, loss)
     if STATS:
-        stats_ptr += row64 * NUM_STATS
+        stats_ptr = rows.stats + row.index * NUM_STATS
         tl.store(stats_ptr, divergence)
         tl.store(stats_ptr + 1, ce)
         tl.store(stats_ptr + 2, lse)
@@ -556,10 +533,9 @@ def topk_fwd_kernel(
         # Every warp has its entries: what is written from here on may be their logits.
         tl.debug_barrier()
         num_tiles = tl.cdiv(V, BLOCK_V)
-        if (RESTRICTED or kd_weight is None) and not HARD_GRAD:
-            zero_columns(dstudent_ptr, 0, V if pad_width is None else pad_width, TILE)
+        if (RESTRICTED or weights.kd is None) and not HARD_GRAD:
+            zero_columns(dstudent_ptr, offs_tile, 0, V if pad_width is None else pad_width)
         else:
-            offs_tile = tile_offsets(TILE)
             for k in range(num_tiles):
                 offs_v = (k if POINTWISE else num_tiles - 1 - k) * BLOCK_V + offs_tile
                 x = load_logits(student_ptr, offs_v, V, load_width, student_softcap, False)
@@ -567,23 +543,25 @@ def topk_fwd_kernel(
                     q_v, log2q_v = softmax(x, norm)
                     p_v = tl.full(x.shape, each, tl.float32)
                     log2p_v = tl.full(x.shape, log2_each, tl.float32)
-                    g = score_of(p_v, log2p_v * LN2, q_v, log2q_v * LN2, param0, param1, COEFFICIENTS, SCORE, False)
+                    g = score_of(p_v, log2p_v * LN2, q_v, log2q_v * LN2, row.param, param1, COEFFICIENTS, SCORE, False)
                     g = mul0(g_scale, g - q_v * score_sum)
                 elif RESTRICTED:
                     g = tl.zeros(x.shape, tl.float32)
                 else:
                     g = tl.exp2((x - out_max) * student_scale) * mul0(g_scale, slope)
                 if HARD_GRAD:
-                    g += hard_gradient(x, offs_v, hard_norm, label, V, lse_scale, hard_scale, label_smoothing, CE)
+                    g += hard_gradient(
+                        x, offs_v, hard_norm, label, V, lse_scale, hard_scale, weights.label_smoothing, CE
+                    )
                 store_gradient(dstudent_ptr, offs_v, through_cap(g, x, student_softcap), V, pad_width)
             if pad_width is not None:
-                zero_columns(dstudent_ptr, num_tiles * BLOCK_V, pad_width, TILE)
+                zero_columns(dstudent_ptr, offs_tile, num_tiles * BLOCK_V, pad_width)
         tl.debug_barrier()
         g = mul0(g_scale, score - q * score_sum)
         if HARD_GRAD:
-            g += hard_gradient(s, ids, hard_norm, label, V, lse_scale, hard_scale, label_smoothing, CE)
+            g += hard_gradient(s, ids, hard_norm, label, V, lse_scale, hard_scale, weights.label_smoothing, CE)
         g = through_cap(g, s, student_softcap)
-        if kd_weight is not None:
+        if weights.kd is not None:
             g += spoilt
         tl.store(dstudent_ptr + ids, g.to(dstudent_ptr.dtype.element_ty), mask=used)
 
@@ -633,7 +611,7 @@ def topk_fwd(
         Loss fp32 [N], and statistics fp32 [N, 6] in the order of ``kdkernels.ops.TOPK_STATS``, the overlap left at 0
         ([N, 0] unless asked for).
     """
-    L, N = num_rows(student)
+    N = num_rows(student)
     K = teacher_ids.shape[-1]
     loss = student.new_empty(N, dtype=torch.float32)
     row_stats = student.new_empty((N, NUM_STATS.value if stats else 0), dtype=torch.float32)
@@ -642,49 +620,43 @@ def topk_fwd(
     entry = divergences.lookup(divergence)
     pointwise = tail == "uniform" or (tail in ("renormalize", "drop") and not entry.linear_without_teacher)
     floored = min_tail > 0 or tail_rounding > 0
-    plain = not (ce_weight or z_loss_weight or stats or student_softcap or pointwise)
-    shape = tuning.shape(vocab_size, student.element_size(), load=tuning.LIGHT if plain else tuning.MEDIUM)
-    width = student.shape[-1]
-    stride_sb, stride_sl = row_strides(student)
-    stride_db, stride_dl = row_strides(dstudent)
+    alone = not (ce_weight or z_loss_weight or stats or student_softcap or pointwise)
+    shape = tuning.shape(vocab_size, student.element_size(), load=tuning.LIGHT if alone else tuning.MEDIUM)
+    arguments = row_arguments(student, [], dstudent, vocab_size)
+    # Also where L could be None: without the division ptxas aims at 32 registers for renormalize_both, and spills.
+    arguments["L"] = student.shape[-2]
     with on_device_of(student):
         topk_fwd_kernel[(N,)](
-            student,
-            teacher_ids.contiguous(),
-            teacher_logprobs.contiguous(),
-            dstudent,
-            contiguous(labels),
-            row_weight,
-            contiguous(student_temperature_rows),
-            contiguous(teacher_temperature_rows),
-            contiguous(param_rows),
-            contiguous(tail_rows),
-            loss,
-            row_stats if stats else None,
-            stride_sb,
-            stride_sl,
-            stride_db,
-            stride_dl,
-            None if row_weight is None else row_weight.stride(0),
-            K,
-            L,
-            vocab_size,
-            aligned_width(vocab_size, student),
-            None if width == vocab_size else width,
-            ignore_index,
-            scale,
-            temperature,
-            teacher_temperature,
-            1.0 if scale_by_t_squared else 0.0,
-            kd_weight or None,
-            ce_weight or None,
-            z_loss_weight or None,
-            (label_smoothing or None) if ce_weight else None,
-            student_softcap or None,
-            min_tail if floored else None,
-            tail_rounding,
-            param0,
-            param1,
+            **arguments,
+            teacher_ids_ptr=teacher_ids.contiguous(),
+            teacher_logprobs_ptr=teacher_logprobs.contiguous(),
+            tail_ptr=contiguous(tail_rows),
+            rows=row_tensors(
+                loss,
+                labels,
+                row_weight,
+                temperature=student_temperature_rows,
+                teacher_temperature=teacher_temperature_rows,
+                param=param_rows,
+                stats=row_stats if stats else None,
+            ),
+            K=K,
+            ignore_index=ignore_index,
+            scale=scale,
+            temperature=temperature,
+            teacher_temperature=teacher_temperature,
+            weights=term_weights(
+                kd_weight=kd_weight,
+                ce_weight=ce_weight,
+                z_loss_weight=z_loss_weight,
+                label_smoothing=label_smoothing,
+                scale_by_t_squared=scale_by_t_squared,
+            ),
+            student_softcap=student_softcap or None,
+            min_tail=min_tail if floored else None,
+            tail_rounding=tail_rounding,
+            param0=param0,
+            param1=param1,
             COEFFICIENTS=entry.linear,
             VALUE=entry.value,
             SCORE=entry.score,
@@ -693,6 +665,7 @@ def topk_fwd(
             K_TILE=entries_tile(K, shape.TILE[1]),
             TILE=shape.TILE,
             num_warps=shape.num_warps,
+            enable_fp_fusion=True,
         )
     return loss, row_stats
 

@@ -53,7 +53,7 @@ def shape(V: int, itemsize: int, *, load: int = LIGHT, warp: int = WARP) -> Shap
     return Shape((ELEMENTS // vec, num_warps * warp, vec), num_warps)
 
 
-# The cluster pattern. From here on stands the one table that decides whether it runs, and in which shape.
+# The cluster pattern. This table alone decides whether it runs, and in which shape.
 
 # From here on the second sweep's reads no longer hit L1, and keeping the row in registers pays.
 NARROWEST_RESIDENT = 2048
@@ -139,8 +139,8 @@ TRIAL_ROWS = 512
 def fastest(plans: list[Plan], key: tuple, x: Tensor, numel: int, trial: Callable[[Plan], None]) -> Plan:
     """The plan to run: by trial on a GPU, once per key and kind of GPU; else the first.
 
-    What a trial finds is kept in ``kdkernels/dense_plans.json`` in Triton's cache directory. ``KDKERNELS_AUTOTUNE=0``
-    in the environment turns trials off; none is made while a CUDA graph is captured.
+    The result is kept in ``kdkernels/dense_plans.json`` in Triton's cache directory. ``KDKERNELS_AUTOTUNE=0`` in the
+    environment turns trials off; none is made while a CUDA graph is captured.
     """
     if len(plans) == 1 or x.device.type != "cuda" or numel < WORTH_A_TRIAL:
         return plans[0]

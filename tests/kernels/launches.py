@@ -176,6 +176,13 @@ def compile_for(launch, name):
     return Binary(registers, spilled, kernel.metadata.shared, text)
 
 
+def specialisation(launch, capability):
+    """The part of a launch that a CUDA GPU's kernel is compiled for, as text."""
+    backend = make_backend(GPUTarget("cuda", capability, 32))
+    bind = create_function_from_signature(launch.fn.signature, launch.fn.params, backend)
+    return str(bind(*launch.args, debug=False, **launch.kwargs)[1])
+
+
 def sass(cubin):
     """The instructions of a cubin, one a line, predicated ones included and padding not."""
     text = _tool("nvdisasm", "-c", cubin)

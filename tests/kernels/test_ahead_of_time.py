@@ -11,9 +11,10 @@ pytest.importorskip("triton")
 
 import budgets
 from budgets import CASES, CASES_HIP, FORMS, HIP, key, launch_of, measure
-from launches import compile_for, dense, recorded
+from launches import compile_for, dense, dkd, mse, recorded, specialisation, topk
 
 from kdkernels.kernels import tuning
+from kdkernels.kernels.scale import scale_grad
 
 TABLE = budgets.read()
 
@@ -94,10 +95,6 @@ def test_padding_keeps_the_width(target):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_one_binary_for_any_number_of_rows(target):
     """The number of rows, the ignored label and the weights are run-time values: a new batch compiles nothing."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import make_backend
-    from triton.runtime.jit import create_function_from_signature
-
     keys = set()
     for N in (1, 2, 16, 257):
         student = torch.empty(N, 32000, dtype=torch.bfloat16)
@@ -108,10 +105,29 @@ def test_one_binary_for_any_number_of_rows(target):
         ):
             with budgets.on(target), recorded() as launches:
                 dense(student, [student], student, labels, **{"ce_weight": 0.25, **options})
-            fn, args, kwargs = launches[0]
-            backend = make_backend(GPUTarget("cuda", int(target[3:]), 32))
-            bind = create_function_from_signature(fn.signature, fn.params, backend)
-            keys.add(str(bind(*args, debug=False, **kwargs)[1]))
+            keys.add(specialisation(launches[0], int(target[3:])))
+    assert len(keys) == 1
+
+
+@pytest.mark.parametrize("pattern", ["dense", "topk", "dkd", "mse", "scale"])
+def test_one_binary_for_any_length_of_sequences(pattern):
+    """Of rows that are not evenly spaced L is a run-time value, and no integer of a tuple changes with it."""
+    keys = set()
+    for L, ignore_index, weight in ((16, -100, 0.5), (17, 1, 0.25), (1, 16, 1.0)):
+        student = torch.empty(2, L + 8, 1024)[:, :L]
+        labels, row_weight = torch.zeros(2 * L, dtype=torch.int64), torch.empty(2 * L)
+        options = {"ignore_index": ignore_index, "scale": weight}
+        with budgets.on("sm_80"), recorded() as launches:
+            if pattern == "dense":
+                dense(student, [student], student, labels, row_weight, ce_weight=weight, **options)
+            elif pattern == "topk":
+                ids = torch.zeros(2 * L, 16, dtype=torch.int32)
+                topk(student, ids, torch.zeros(2 * L, 16), student, labels, row_weight, ce_weight=weight, **options)
+            elif pattern == "scale":
+                scale_grad(student, row_weight)
+            else:
+                {"dkd": dkd, "mse": mse}[pattern](student, student, student, labels, row_weight, **options)
+        keys.add(specialisation(launches[0], 80))
     assert len(keys) == 1
 
 

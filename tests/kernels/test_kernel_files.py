@@ -36,6 +36,17 @@ def test_every_pattern_has_a_launcher():
     assert set(kdkernels.kernels.launchers()) == set(ops.SCHEMAS) - missing
 
 
+def test_launches_name_every_argument_and_say_what_may_be_fused():
+    """The ahead-of-time tests compile with the options of the launch: they see the code that runs."""
+    pytest.importorskip("triton")
+    import budgets
+
+    for target, form in (("sm_90", "jsd"), *(("sm_80", form) for form in ("jsd", *budgets.OTHERS, "topk-bucket"))):
+        launch = budgets.launch_of(form, target)
+        assert launch.args == (), form
+        assert launch.kwargs["enable_fp_fusion"] is (form in ("mse", "centered-mse", "scale", "topk-bucket")), form
+
+
 @pytest.mark.parametrize("warp", [32, 64])
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_tiles(itemsize, warp):

@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 import budgets
 from budgets import CASES, TOPK_FORMS, key
-from launches import recorded, topk
+from launches import recorded, specialisation, topk
 
 SPARSE = [(target, form) for target, form in CASES if form in TOPK_FORMS]
 
@@ -26,16 +26,6 @@ def test_wide_accesses():
             assert not gradient or "16" in entry["stores"], (target, form)
 
 
-def specialisation(launch):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import make_backend
-    from triton.runtime.jit import create_function_from_signature
-
-    fn, args, kwargs = launch
-    bind = create_function_from_signature(fn.signature, fn.params, make_backend(GPUTarget("cuda", 90, 32)))
-    return str(bind(*args, debug=False, **kwargs)[1])
-
-
 def test_one_binary_for_any_number_of_entries():
     """Up to the next power of two."""
     keys = set()
@@ -43,5 +33,5 @@ def test_one_binary_for_any_number_of_entries():
         student = torch.empty(N, 32000, dtype=torch.bfloat16)
         with recorded() as launches:
             topk(student, torch.zeros(N, K, dtype=torch.int32), torch.zeros(N, K), student)
-        keys.add((specialisation(launches[0]), launches[0].kwargs["K_TILE"]))
+        keys.add((specialisation(launches[0], 90), launches[0].kwargs["K_TILE"]))
     assert len(keys) == 1

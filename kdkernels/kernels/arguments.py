@@ -1,0 +1,143 @@
+"""Arguments that the row patterns' kernels have in common, and how launchers make them of tensors.
+
+Triton specialises a kernel to every integer in a tuple, whatever ``do_not_specialize`` says: a number that changes from
+batch to batch is an argument of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+
+class Logits(NamedTuple):
+    """A tensor [B, L, V]: row b * L + l starts at b * stride_b + l * stride_l, in elements. All None: no tensor."""
+
+    ptr: Any
+    stride_b: Any
+    stride_l: Any
+
+
+class Rows(NamedTuple):
+    """Vectors [N] of one value a row, contiguous but for the weight, and statistics [N, NUM_STATS]. None: no such."""
+
+    loss: Any
+    labels: Any = None
+    weight: Any = None
+    weight_stride: Any = None
+    temperature: Any = None
+    teacher_temperature: Any = None
+    param: Any = None
+    stats: Any = None
+
+
+class Mixture(NamedTuple):
+    """The weights [N, M] of M teachers, in any strides. All None: one teacher."""
+
+    ptr: Any
+    stride_n: Any
+    stride_m: Any
+
+
+class Weights(NamedTuple):
+    """Weights of the objective's terms, None where the weight is 0: the term is not compiled."""
+
+    kd: Any
+    ce: Any
+    z_loss: Any
+    label_smoothing: Any
+    # 1.0 to multiply the divergence by the temperature squared, or 0.0.
+    t_squared: Any
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which may be another GPU than the tensors'."""
+    return nullcontext() if x.device.type == "cpu" else torch.get_device_module(x.device).device(x.device)
+
+
+def contiguous(x: Optional[Tensor]) -> Optional[Tensor]:
+    """A vector of one value a row as the kernels index it."""
+    return None if x is None else x.contiguous()
+
+
+def num_rows(x: Tensor) -> int:
+    """N = B * L of a [B, L, V] or [N, V] tensor."""
+    return x.shape[:-1].numel()
+
+
+def logits(x: Optional[Tensor]) -> Logits:
+    """A [B, L, V] or [N, V] tensor, or none, as the kernels take it."""
+    if x is None:
+        return Logits(None, None, None)
+    if x.dim() == 2 or x.shape[0] == 1:
+        return Logits(x, 0, x.stride(-2))
+    return Logits(x, x.stride(0), x.stride(1))
+
+
+def evenly_spaced(*tensors: Optional[Tensor]) -> bool:
+    """True if the rows of all [B, L, V] or [N, V] tensors lie at one distance each."""
+    return all(x is None or x.dim() == 2 or x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1) for x in tensors)
+
+
+def aligned_width(V: int, *tensors: Tensor) -> Optional[int]:
+    """The next multiple of 16 when V is none and all tensors are that wide: loads up to there stay 16 bytes wide."""
+    width = (V + 15) // 16 * 16
+    return width if width != V and all(x.shape[-1] >= width for x in tensors) else None
+
+
+def row_arguments(
+    student: Tensor, teachers: Sequence[Tensor], dstudent: Optional[Tensor], vocab_size: int
+) -> dict[str, Any]:
+    """Arguments of every row pattern: the student, its gradient, and the extent of a row."""
+    width = student.shape[-1]
+    return {
+        "student": logits(student),
+        "dstudent": logits(dstudent),
+        "L": None if evenly_spaced(student, *teachers, dstudent) else student.shape[-2],
+        "V": vocab_size,
+        "load_width": aligned_width(vocab_size, student, *teachers),
+        "pad_width": None if width == vocab_size else width,
+    }
+
+
+def row_tensors(
+    loss: Tensor,
+    labels: Optional[Tensor],
+    weight: Optional[Tensor],
+    *,
+    temperature: Optional[Tensor] = None,
+    teacher_temperature: Optional[Tensor] = None,
+    param: Optional[Tensor] = None,
+    stats: Optional[Tensor] = None,
+) -> Rows:
+    """The tensors of one value a row as the kernels take them."""
+    return Rows(
+        loss=loss,
+        labels=contiguous(labels),
+        weight=weight,
+        weight_stride=None if weight is None else weight.stride(0),
+        temperature=contiguous(temperature),
+        teacher_temperature=contiguous(teacher_temperature),
+        param=contiguous(param),
+        stats=stats,
+    )
+
+
+def mixture_argument(weights: Optional[Tensor]) -> Mixture:
+    return Mixture(None, None, None) if weights is None else Mixture(weights, *weights.stride())
+
+
+def term_weights(
+    *, kd_weight: float, ce_weight: float, z_loss_weight: float, label_smoothing: float, scale_by_t_squared: bool
+) -> Weights:
+    return Weights(
+        kd=kd_weight or None,
+        ce=ce_weight or None,
+        z_loss=z_loss_weight or None,
+        label_smoothing=(label_smoothing or None) if ce_weight else None,
+        t_squared=1.0 if scale_by_t_squared else 0.0,
+    )
