@@ -11,7 +11,18 @@ import torch
 from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SUITES = ("dense", "divergences", "objective", "topk", "linear", "linear_memory", "gpu", "training")
+SUITES = (
+    "dense",
+    "divergences",
+    "objective",
+    "topk",
+    "tokens",
+    "linear",
+    "linear_tokens",
+    "linear_memory",
+    "gpu",
+    "training",
+)
 
 
 @dataclass(frozen=True)

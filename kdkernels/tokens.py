@@ -147,6 +147,7 @@ def gather_logprobs(
     tokens, logits = first_of_equals(tokens), teacher_logits.detach()
     call = token_call(given, logits, tokens, columns)
     call = call._replace(options={**call.options, "tail_mass": True, "ignore_index": -1})
+    tail: Optional[Tensor]
     if call.backend == "torch":
         logprobs, tail = _gathered_in_blocks(call, flat(logits), tokens)
     else:

@@ -235,6 +235,17 @@ void token_gradient_rows_of(const TokenArgs& args, int64_t begin, int64_t end) {
     // -h q (log q + H) / T of the entropy, in x.
     const double entropy = h != 0 ? double(static_cast<const C*>(args.entropy)[row]) : 0;
     const double a = -per_token * (sum + h * (entropy - kLn2 * log2_z)), b = -per_token * h * kLn2;
+    if (std::isnan(a + b + log2_z)) {
+      // Also where an exponential is 0.
+      with_dtype(args.dlogits.dtype, [&](auto type) {
+        using Out = decltype(type);
+        Out nan;
+        from_compute(typename Io<Out>::C(std::numeric_limits<float>::quiet_NaN()), &nan);
+        Out* out = row_pointer<Out>(args.dlogits, row, args.length);
+        std::fill(out, out + args.columns, nan);
+      });
+      continue;
+    }
     const auto write = [&](auto* out) {
       using Out = std::remove_pointer_t<decltype(out)>;
       if constexpr (std::is_same_v<Out, X>) {
