@@ -1,5 +1,5 @@
 // Torch glue that all devices share, through the LibTorch stable ABI: checks what would break memory safety and turns
-// tensors into plain arguments. What a caller can get wrong was reported by kdkernels.checks before.
+// tensors into plain arguments. Mistakes of a caller were reported by kdkernels.checks before.
 //
 // An op is a template over what a device does with the arguments, so that its long signature stands here once. FIND is
 // int (*)(const char* name, double param0, double param1): the device's index of a divergence, or -1.
@@ -59,7 +59,7 @@ void fill_shape(Args& args, const Tensor& logits) {
   args.width = logits.size(last);
 }
 
-// Whether logits are as many rows as the student's, at least as wide as a number of columns.
+// True where logits have the student's rows, and at least this many columns.
 inline bool has_rows(const Tensor& logits, const RowArgs& args, int64_t columns) {
   const int64_t last = logits.dim() - 1;
   return (last == 2 ? logits.size(0) == args.batch : last == 1 && args.batch == 1) &&
@@ -77,9 +77,9 @@ inline ScalarType sum_dtype(const Tensor& student) {
   return student.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Whether new tensors on the CPU are filled with bytes of ones, NaN in every floating-point dtype: tests then see what
-// a kernel forgets to write. torch's own switch for that (deterministic.fill_uninitialized_memory) is beyond the stable
-// ABI.
+// While it is set, new tensors on the CPU are filled with bytes of ones, NaN in every floating-point dtype: tests then
+// see the elements that a kernel forgets to write. torch's own switch for that
+// (deterministic.fill_uninitialized_memory) is beyond the stable ABI.
 inline std::atomic<bool>& poisons_memory() {
   static std::atomic<bool> on{false};
   return on;

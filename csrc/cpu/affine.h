@@ -25,18 +25,18 @@ struct Affine {
   // The logit that all are relative to.
   double logit() const { return double(m) + double(r) / double(c); }
   double scalar(double x) const { return (x - double(m)) * double(c) - double(r); }
-  // What exp2_of_logit takes.
+  // Scale and bias for exp2_of_logit.
   float scale() const { return float(c) * kUnit; }
   float bias() const { return 2.0f + float(127 - reference()) * kUnit; }
-  // What logit * scale, a rounding of logit c ln 2, is less log 2^x / z. The rounding is made good for at the
-  // reference, where most of the mass is; elsewhere it would set log p against p, 1.3e-8 for every unit of a logit.
+  // logit * scale, a rounding of logit c ln 2, less log 2^x / z. The rounding is compensated at the reference, where
+  // most of the mass is; elsewhere it would set log p against p, 1.3e-8 for every unit of a logit.
   double log_normalizer(double log2_z, C scale) const {
     return kLn2 * (reference() + log2_z) + (double(scale) - kLn2 * double(c)) * logit();
   }
   // A logit whose exponential is exactly 0, without leaving the bounds of exp2_of_logit.
-  float nothing() const { return float((reference() - 127) / double(c)); }
+  float masked_logit() const { return float((reference() - 127) / double(c)); }
   // Differences of logits that are this small lose nothing to rounding, whatever they stand for.
-  bool trusts(const Affine& other) const {
+  bool in_exp_range(const Affine& other) const {
     return std::abs(reference()) <= 126 && std::abs(other.reference()) <= 126 &&
            std::abs(reference() - other.reference()) <= 32;
   }

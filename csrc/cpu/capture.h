@@ -1,10 +1,10 @@
 // Capturing a teacher for one instruction set: the k largest logits of a row, and the mass of the others, in one read.
 //
-// What is below the threshold, a lower bound of the k-th largest logit, goes into the sum of the mass outside; the rest
-// are candidates. After each tile that leaves too many of them all but the k largest join the
-// sum, and the threshold rises. The sum is relative to the threshold: no term of it exceeds 1, however far above the
-// largest logits are, and nothing is ever subtracted. The first threshold is the k-th largest among the maxima of 2k
-// groups of elements at the beginning of the row: at least k logits are no smaller.
+// A logit below the threshold, a lower bound of the k-th largest, goes into the sum of the mass outside; the others are
+// candidates. After each tile that leaves too many of them all but the k largest join the sum, and the threshold rises.
+// The sum is relative to the threshold: no term of it exceeds 1, however far above the largest logits are, and nothing
+// is ever subtracted. The first threshold is the k-th largest among the maxima of 2k groups of elements at the
+// beginning of the row: at least k logits are no smaller.
 //
 // x as in affine.h.
 #pragma once

@@ -1,4 +1,4 @@
-// Whether this build fuses multiplications with additions, which vector.h takes for granted where the machine can.
+// True where this build fuses multiplications with additions, which vector.h takes for granted if the machine can.
 #pragma once
 
 namespace kdk {

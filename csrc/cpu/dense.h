@@ -42,9 +42,8 @@ void dense_direct(const DenseArgs& args, int64_t begin, int64_t end) {
   const bool numbers_differ = PREPARED || args.student_temperature.data != nullptr ||
                               args.teacher_temperature.data != nullptr || args.param.data != nullptr;
   RowNumbers num = row_numbers<C>(args, begin, 1);
-  const auto add = [&](int64_t row, int64_t label, double weight, X* out) {
-    const X* s = row_pointer<X>(args.student, row, args.length);
-    if (out != nullptr && !rows.streamed && out != s) prefetch_for_writing(out, args.width);
+  run_rows<X>(rows, begin, end, [&](int64_t row, int64_t label, double weight, X* out) {
+    const X* s = rows.student(row, out);
     if (numbers_differ) num = row_numbers<C>(args, row, 1);
     num.weight = weight;
     const Y* t;
@@ -60,8 +59,7 @@ void dense_direct(const DenseArgs& args, int64_t begin, int64_t end) {
     const RowResult result = rows.add(num, s, t, label, out, stats == nullptr ? nullptr : stats + 8);
     put_stats<C>(args, row, result);
     return result.loss;
-  };
-  for_rows<X>(args, begin, end, add, [&] { rows.finish(); });
+  });
 }
 
 // Anything else: rows are first brought to logits in C, and the gradient is taken back through what was done to the

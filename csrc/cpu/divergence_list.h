@@ -16,7 +16,7 @@ struct SeriesTerms<Pair<Pair<VecD>>> : SeriesTerms<double> {};
 
 inline namespace KDK_ISA {
 
-// An entry of divergence_table.h before it is known what is made of it: the functor, or the coefficients.
+// An entry of divergence_table.h as any pattern can take it: the functor, or the coefficients.
 template <class F>
 struct General {
   const char* name;
@@ -42,7 +42,7 @@ struct Divergence {
 
 #include "kdkernels/divergence_table.h"
 
-// Whether the gradient has terms in q log p or q log q.
+// True where the gradient has terms in q log p or q log q.
 inline bool has_logs(const Divergence& divergence) {
   return divergence.linear && (divergence.coefficients.c_qp != 0 || divergence.coefficients.c_qq != 0);
 }

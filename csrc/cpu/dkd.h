@@ -11,22 +11,37 @@ inline namespace KDK_ISA {
 // The rows of one call of decoupled distillation, one after the other: forward KL over the other classes, and the
 // two-way KL of the label against them in scalars.
 template <class X>
-struct DkdRows {
+struct DkdRows : CallRows<DkdArgs, X> {
+  using Base = CallRows<DkdArgs, X>;
   using C = typename Io<X>::C;
-  const DkdArgs& args;
-  // As of ObjectiveRows.
-  const bool streamed, deferred;
-  int64_t n = args.columns;
-  Scratch<C>& scratch = Scratch<C>::mine();
-  C* const es_of_body = scratch.get(kEs, n + 2 * Row<X>::kBlock) + Row<X>::kBlock;
-  C* const et_of_body = scratch.get(kEt, n + 2 * Row<X>::kBlock) + Row<X>::kBlock;
-  Pending<X> pending = {};
+  using Base::args, Base::n;
+  C* const es_of_body = Base::place_of_body(kEs);
+  C* const et_of_body = Base::place_of_body(kEt);
 
-  DkdRows(const DkdArgs& arguments, bool streams, bool defers) : args(arguments), streamed(streams), deferred(defers) {}
+  DkdRows(const DkdArgs& arguments, bool streams, bool defers) : Base(arguments, streams, defers, streams) {}
 
   double add(double weight, const X* s, const X* t, int64_t label, X* out);
-  void finish() { pending.finish(); }
 };
+
+// The maxima of both models over the elements of a row that are not left out.
+template <class X>
+Seeds maxima_of_counted(const Row<X>& row) {
+  using C = typename Io<X>::C;
+  constexpr double lowest = -std::numeric_limits<double>::infinity();
+  Seeds high{lowest, lowest};
+  for (int64_t tile = 0; tile < row.tiles(); ++tile)
+    row.pieces(tile, [&](const X* s, const X* t, int64_t blocks, int64_t, int64_t, auto lanes) {
+      const auto largest = [&](const X* x) {
+        if constexpr (!lanes.kEdge) return maximum(x, blocks * Row<X>::kBlock);
+        Vec<C> a, b;
+        load_block(x, lanes, C(lowest), a, b);
+        return double(horizontal_max<C>(max_keep_nan(a, b)));
+      };
+      high.s = std::max(high.s, largest(s));
+      high.t = std::max(high.t, largest(t));
+    });
+  return high;
+}
 
 template <class X>
 double DkdRows<X>::add(double weight, const X* s, const X* t, int64_t label, X* out) {
@@ -34,38 +49,27 @@ double DkdRows<X>::add(double weight, const X* s, const X* t, int64_t label, X* 
     if (out != nullptr) fill_zero(out, 0, n);
     return std::numeric_limits<double>::quiet_NaN();
   }
-  Row<X> row(s, t, n, head_elements(out, streamed));
+  Row<X> row(s, t, n, head_elements(out, Base::aligned));
   row.exclude(label);
   prefetch_edges(row, out);
   const int64_t head_slots = row.head > 0 ? Row<X>::kBlock : 0;
   C *const es = es_of_body - head_slots, *const et = et_of_body - head_slots;
-  double max_s = maximum(s, std::min(n, kSeedElements)), max_t = maximum(t, std::min(n, kSeedElements));
   Affine<C> as, at;
   RowSums sums;
-  for (int attempt = 0;; ++attempt) {
-    as = affine<C>(kLog2e / args.temperature, max_s);
-    at = affine<C>(kLog2e / args.teacher_temperature, max_t);
+  const auto sweep = [&](const Seeds& seeds, bool) KDK_LAMBDA_INLINE {
+    as = affine<C>(kLog2e / args.temperature, seeds.s);
+    at = affine<C>(kLog2e / args.teacher_temperature, seeds.t);
     sums = RowSums();
-    bool trusting = true;
+    bool unclamped = true;
     for (int64_t tile = 0; tile < row.tiles(); ++tile)
-      sweep_tile<kForward>(row, tile, as, at, es, et, es, trusting, true, sums, pending);
-    pending.finish();
+      sweep_tile<kForward>(row, tile, as, at, es, et, es, unclamped, true, sums, Base::pending);
+    Base::pending.finish();
     // The label may have set the reference far above all others, which are alone in these sums.
-    const auto lost = [](double z) { return z > kRedo || z < 1 / kRedo; };
-    if (attempt > 0 || !(lost(sums.zs) || lost(sums.zt))) break;
-    max_s = max_t = -std::numeric_limits<double>::infinity();
-    for (int64_t tile = 0; tile < row.tiles(); ++tile)
-      row.pieces(tile, [&](const X* ps, const X* pt, int64_t blocks, int64_t, int64_t, auto lanes) {
-        const auto largest = [&](const X* x) {
-          if constexpr (!lanes.kEdge) return maximum(x, blocks * Row<X>::kBlock);
-          Vec<C> a, b;
-          load_block(x, lanes, -std::numeric_limits<C>::infinity(), a, b);
-          return double(horizontal_max<C>(max_keep_nan(a, b)));
-        };
-        max_s = std::max(max_s, largest(ps));
-        max_t = std::max(max_t, largest(pt));
-      });
-  }
+    const auto in_range = [](double z) { return !(z > kLargestSum || z < 1 / kLargestSum); };
+    return in_range(sums.zs) && in_range(sums.zt);
+  };
+  const int64_t seen = std::min(n, kSeedElements);
+  sweep_in_range(Seeds{maximum(s, seen), maximum(t, seen)}, sweep, [&] { return maxima_of_counted(row); });
   const double label_s = to_compute(s[label]), label_t = to_compute(t[label]);
   const double xs = as.scalar(label_s), xt = at.scalar(label_t);
   const double log2_zs = std::log2(sums.zs), log2_zt = std::log2(sums.zt);
@@ -90,20 +94,13 @@ double DkdRows<X>::add(double weight, const X* s, const X* t, int64_t label, X* 
     GradientTerms<C> terms;
     terms.es = es;
     terms.et = et;
-    terms.e1 = es;
+    terms.array = es;
     if (others) {
       terms.a = f * (args.beta + args.alpha * difference) / sums.zs;
       terms.b = f * args.beta / sums.zt;
     }
     const double at_label = others ? -f * args.alpha * difference : 0;
-    const bool stores_label = !(streamed && set_gradient(terms, row.slot(label), at_label));
-    if (deferred) {
-      postpone(row, terms, out, streamed, pending);
-      if (stores_label) pending.label = out + label, pending.at_label = C(at_label);
-    } else {
-      write_gradient(row, terms, out, streamed);
-      if (stores_label) from_compute(C(at_label), out + label);
-    }
+    Base::write(row, terms, out, Base::deferred, label, at_label);
   }
   return tau * (args.alpha * tckd + args.beta * nckd);
 }
@@ -113,12 +110,9 @@ template <class X>
 void dkd_direct(const DkdArgs& args, int64_t begin, int64_t end) {
   const bool as_is = args.teacher.dtype == args.student.dtype;
   DkdRows<X> rows(args, streams(args, sizeof(X), kDefers<X>), kDefers<X>);
-  const auto add = [&](int64_t row, int64_t label, double weight, X* out) {
-    const X* s = row_pointer<X>(args.student, row, args.length);
-    if (out != nullptr && !rows.streamed && out != s) prefetch_for_writing(out, args.width);
-    return rows.add(weight, s, row_as<X>(args.teacher, args, row, as_is), label, out);
-  };
-  for_rows<X>(args, begin, end, add, [&] { rows.finish(); });
+  run_rows<X>(rows, begin, end, [&](int64_t row, int64_t label, double weight, X* out) {
+    return rows.add(weight, rows.student(row, out), row_as<X>(args.teacher, args, row, as_is), label, out);
+  });
 }
 // Both are brought to C.
 template <class X>

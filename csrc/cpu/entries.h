@@ -44,7 +44,7 @@ struct Entries {
       slots.resize(room);
       for (auto& column : columns) column.resize(room);
     }
-    // All in variables of its own: what is written could be a member, as far as the compiler knows.
+    // Local variables: the compiler has to assume that the writes below reach members.
     int64_t distinct = 0;
     bool outside = false;
     double* const logp = columns[kLogP].data();
@@ -93,7 +93,7 @@ struct Entries {
   }
 };
 
-// What the teacher says of the outcomes outside its entries.
+// The teacher's word on the outcomes outside its entries.
 struct Outside {
   double log_rest = 0;  // of the probability of all of them, for the bucket
   double each = 0;      // probability of each, for the uniform tail

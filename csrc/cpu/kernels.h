@@ -1,4 +1,4 @@
-// What the dispatcher and the kernels of one instruction set share.
+// The kernels of one instruction set as the dispatcher sees them.
 #pragma once
 
 #include <cstddef>

@@ -214,7 +214,7 @@ KDK_INLINE auto to_float(const Pair<E>& x) {
 }
 // Natural logarithm of a finite number >= 0: log(2^e (1 + f)) = e log 2 + f - f^2 / 2 + f^3 P(f), minimax in absolute
 // error, 1.4e-8. The first two terms are exact: divergences of near models are made of the second alone. Numbers below
-// the normal range, 0 included, give about -88: what multiplies them is 0.
+// the normal range, 0 included, give about -88: their factor is 0.
 template <class V>
 KDK_INLINE V log_of_floats(V x) {
   const auto exponent = exponent_of(x);

@@ -132,8 +132,9 @@ struct Block {
 #endif
   }
 
-  // Lets the kernel take the pages while they are kept; false where it does not know how to. What fills no huge page,
-  // less than one, stays: to find 500 small pages in use again takes the processor longer than all the others.
+  // Lets the kernel take the pages while they are kept; false where it does not know how to. The rest of a
+  // block that fills no huge page stays: to find 500 small pages in use again takes the processor longer than all the
+  // others.
   bool offer_to_system() { return madvise(data, size / kHugePage * kHugePage, MADV_FREE) == 0; }
 
   // A smaller tensor would hold memory that nobody needs.

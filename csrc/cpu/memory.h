@@ -6,8 +6,8 @@
 // rest of a step has made the library give the top of its heap back. So the pages of the last gradient that was freed
 // are kept, or of the last four where they are small, and those of the last chunks of the losses on hidden states.
 //
-// They are not withheld from anyone: what is kept is marked with MADV_FREE, all but less than 2 MiB of a block, and the
-// kernel takes it back when memory gets scarce, without a word to this process and without writing it anywhere.
+// They are not withheld from anyone: kept pages are marked with MADV_FREE, all but less than 2 MiB of a block, and the
+// kernel takes them back when memory gets scarce, without a word to this process and without writing them anywhere.
 //
 // On Linux, with torch 2.11 or newer, whose stable ABI makes tensors that say when they are gone; elsewhere, and where
 // KDKERNELS_CPU_CACHE=0 is in the environment when this library is loaded, tensors are what torch.empty gives.
@@ -32,7 +32,7 @@ Tensor new_gradient(const Tensor& logits);
 Tensor kept_empty(std::vector<int64_t> shape, ScalarType dtype, std::string use);
 // The sizes in bytes of the blocks that are kept for a use and free.
 std::vector<int64_t> kept_blocks(std::string use);
-// Whether all tensors that the library makes from here on are filled with NaN, for tests.
+// Fills all tensors that the library makes from here on with NaN, for tests, or no longer does.
 void poison_memory(bool on);
 // Gives the memory of all free blocks back.
 void kept_release();

@@ -1,4 +1,4 @@
-// Which rows are left to exact_row.h: those of which fp32 keeps too little.
+// The rows that are left to exact_row.h, because fp32 keeps too little of them.
 #pragma once
 
 #include "reduce.h"
@@ -9,9 +9,9 @@
 namespace kdk {
 inline namespace KDK_ISA {
 
-// Rows go to exact_row where what is left of them after cancellation counts: the divergence is below kNearlyEqual, and
-// one token has all but kFairlySure of the student's probability, or the largest has more than kTop and the models
-// agree on those next to it (see agree); or it has all but kSure, and with it vanishes the gradient.
+// Rows go to exact_row where their cancellation shows: the divergence is below kNearlyEqual, and one token has all but
+// kFairlySure of the student's probability, or the largest has more than kTop and the models agree on those next to it
+// (see agree); or it has all but kSure, and with it vanishes the gradient.
 constexpr double kFairlySure = 0.5, kSure = 0x1p-10, kTop = 0x1p-4;
 // Below this models need not be asked on which tokens they agree. And both KLs together, whose errors cancel in plain
 // PyTorch, are asked for up to more.
@@ -39,10 +39,10 @@ struct Peaks {
   }
 };
 
-// Whether a few tokens, the largest with a share of top, have most of the student's mass, and the models agree on them
-// and differ in the others: next to what those few carry their differences are rounded away. distance: a forward KL.
-// Where each token differs by as much as any, the mean square here is twice the distance. A distance that is less than
-// the error of the exponentials may be anything below it.
+// True where a few tokens, the largest with a share of top, have most of the student's mass, and the models agree on
+// them and differ in the others: beside the terms of those few their differences are rounded away. distance: a forward
+// KL. Where each token differs by as much as any, the mean square here is twice the distance. A distance that is less
+// than the error of the exponentials may be anything below it.
 template <class X, class Y, class C>
 __attribute__((noinline)) bool agree(const Row<X, Y>& row, const Peaks<X>& peaks, const Affine<C>& as,
                                      const Affine<C>& at, double log2_zs, double log2_zt, double top, double distance) {

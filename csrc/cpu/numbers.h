@@ -20,7 +20,7 @@ inline double per_row(const PerRow& values, int64_t row, double otherwise, bool 
 // A divergence, or an entropy, is not below 0; what rounds to less is 0.
 inline double at_least_0(double x) { return x < 0 ? 0 : x; }
 
-// What one row of the objective needs, resolved for the row.
+// The numbers of one row of the objective.
 struct RowNumbers {
   double weight;                        // omega
   double student_scale, teacher_scale;  // log2(e) / T

@@ -2,11 +2,10 @@
 // with the next row.
 #pragma once
 
+#include "call.h"
 #include "divergence_list.h"
 #include "near.h"
 #include "numbers.h"
-#include "rows.h"
-#include "scratch.h"
 #include "student.h"
 #include "value.h"
 
@@ -15,11 +14,24 @@
 namespace kdk {
 inline namespace KDK_ISA {
 
+// The exponentials at temperature 1, for cross entropy and z-loss: those at T, which at T = 2, 3 and 4 are powers of
+// them, or their own.
+enum class CeSource { kNone, kSame, kSquare, kCube, kFourth, kOwn };
+constexpr int power_of(CeSource ce) {
+  return ce == CeSource::kSquare ? 2 : ce == CeSource::kCube ? 3 : ce == CeSource::kFourth ? 4 : 1;
+}
+constexpr Extra extra_of(CeSource ce) {
+  return ce == CeSource::kSquare   ? Extra::kSquare
+         : ce == CeSource::kCube   ? Extra::kCube
+         : ce == CeSource::kFourth ? Extra::kFourth
+         : ce == CeSource::kOwn    ? Extra::kArray
+                                   : Extra::kNone;
+}
 inline CeSource ce_source(double student_scale) {
-  for (const CeSource ce : {kCeSame, kCeSquare, kCeCube, kCeFourth}) {
+  for (const CeSource ce : {CeSource::kSame, CeSource::kSquare, CeSource::kCube, CeSource::kFourth}) {
     if (student_scale == kLog2e / power_of(ce)) return ce;
   }
-  return kCeOwn;
+  return CeSource::kOwn;
 }
 
 inline Sums sums_for(const DenseArgs& args) {
@@ -28,7 +40,7 @@ inline Sums sums_for(const DenseArgs& args) {
   const bool entropies = k.c_pp + k.c_pq != 0 || k.c_qp + k.c_qq != 0;
   if (args.stats != nullptr) return divergence.linear && k.c_qp != 0 && !entropies ? kAllKept : kAll;
   if (!divergence.linear) return kNoSums;
-  if (k.c_qp == 0 && k.c_qq == 0) return entropies ? kSoft : kForward;
+  if (k.c_qp == 0 && k.c_qq == 0) return entropies ? kForwardAndTeacher : kForward;
   if (entropies) return kAll;
   return k.c_pq == 0 ? kReverse : kBoth;
 }
@@ -61,32 +73,24 @@ double cross_entropy_of(const X* s, int64_t n, int64_t label, double smoothing, 
 
 // The rows of one call, one after the other.
 template <class X, class Y = X>
-struct ObjectiveRows {
+struct ObjectiveRows : CallRows<DenseArgs, X> {
+  using Base = CallRows<DenseArgs, X>;
   using C = typename Io<X>::C;
-  const DenseArgs& args;
-  // Whether gradients go around the caches, and whether one may be written with the next row or by finish(): its memory
-  // must be there till then.
-  const bool streamed, deferred;
-  // To the gradient's cache lines: across them, rows of 1,000 in place take 15 % longer.
-  const bool aligned = streamed || args.columns * int64_t(sizeof(X)) >= kStreamRowBytes;
-  int64_t n = args.columns;
+  using Base::args, Base::n;
   const Divergence& divergence = kDivergences[args.divergence];
   const Sums sums_needed = sums_for(args);
-  Scratch<C>& scratch = Scratch<C>::mine();
-  // With a block for either edge; what is pending is read where the next row goes, so the body begins in one place.
-  C* const es_of_body = scratch.get(kEs, n + 2 * Row<X>::kBlock) + Row<X>::kBlock;
-  C* const et_of_body = scratch.get(kEt, n + 2 * Row<X>::kBlock) + Row<X>::kBlock;
+  C* const es_of_body = Base::place_of_body(kEs);
+  C* const et_of_body = Base::place_of_body(kEt);
   bool masking = false;  // set where a row needs it
   SeedsAhead<X, Y> ahead = {};
-  Pending<X> pending = {};
 
+  // Aligned to the gradient's cache lines: across them, rows of 1,000 in place take 15 % longer.
   ObjectiveRows(const DenseArgs& arguments, bool streams, bool defers)
-      : args(arguments), streamed(streams), deferred(defers) {}
+      : Base(arguments, streams, defers, streams || arguments.columns * int64_t(sizeof(X)) >= kStreamRowBytes) {}
 
   // Student and teacher of one row; the gradient goes to out (null: none), the acceptance rate to where it is known.
   RowResult add(const RowNumbers& num, const X* s, const Y* t, int64_t label, X* out, C* acceptance);
   RowResult add_exactly(const RowNumbers& num, const X* s, const Y* t, int64_t label, X* out);
-  void finish() { pending.finish(); }
 };
 
 // See exact_row.h.
@@ -108,127 +112,169 @@ __attribute__((noinline)) RowResult ObjectiveRows<X, Y>::add_exactly(const RowNu
   return result;
 }
 
+// One row, in phases.
 template <class X, class Y>
-RowResult ObjectiveRows<X, Y>::add(const RowNumbers& num, const X* s, const Y* t, int64_t label, X* out,
-                                   C* acceptance) {
-  Row<X, Y> row(s, t, n, head_elements(out, aligned));
-  prefetch_edges(row, out);
-  const bool whole_row = out != nullptr || !divergence.linear || args.stats != nullptr;
-  const int64_t head_slots = row.head > 0 ? Row<X>::kBlock : 0;
-  C *es = es_of_body - head_slots, *et = et_of_body - head_slots;
+struct ObjectiveRow {
+  using C = typename Io<X>::C;
+  ObjectiveRows<X, Y>& rows;
+  const RowNumbers& num;
+  const X* s;
+  const Y* t;
+  int64_t label;
+  X* out;
+  C* acceptance;
 
+  const DenseArgs& args = rows.args;
+  const int64_t n = rows.n;
+  const Divergence& divergence = rows.divergence;
+  const Linear& linear = divergence.coefficients;
+  const Sums sums_needed = rows.sums_needed;
+  Row<X, Y> row{s, t, n, head_elements(out, rows.aligned)};
+  const int64_t head_slots = row.head > 0 ? Row<X>::kBlock : 0;
   const bool wants_ce = num.ce != 0 || num.z != 0 || args.stats != nullptr;
-  CeSource ce = kCeNone;
-  if (wants_ce) ce = ce_source(num.student_scale);
+  const CeSource ce = wants_ce ? ce_source(num.student_scale) : CeSource::kNone;
+  const bool own = ce == CeSource::kOwn;
   const int power = power_of(ce);
   const bool keeps_powers = power > 1 && has_logs(divergence) && out != nullptr;
-  C* e1 = es;
-  const auto another = [&](ScratchUse use) {
-    return scratch.get(use, n + 2 * Row<X>::kBlock) + Row<X>::kBlock - head_slots;
-  };
-  if (ce == kCeOwn || keeps_powers) e1 = another(kE1);
-  C* const kept = sums_needed & kKept ? another(kTerms) : es;
 
-  auto [max_s, max_t] = ahead.of(s, t, n);
-  Affine<C> as, at, a1{};
+  // The scratch: exponentials of student and teacher, those of the student at temperature 1, and the terms of a reverse
+  // KL for its gradient.
+  C *const es = rows.es_of_body - head_slots, *const et = rows.et_of_body - head_slots;
+  C* const e1 = own || keeps_powers ? rows.place_of_body(kE1) - head_slots : es;
+  C* const reverse_terms = sums_needed & kKept ? rows.place_of_body(kTerms) - head_slots : es;
+
+  // Of the sweep.
+  Affine<C> as{}, at{}, a1{};
   RowSums sums;
   double z1 = 0;
-  const double limit = power == 1 ? kRedo : std::pow(kRedo, 1.0 / power);
-  bool trusting = false;
-  for (bool from_maximum = false;;) {
-    as = affine<C>(num.student_scale, max_s);
-    at = affine<C>(num.teacher_scale, max_t);
-    if (ce == kCeOwn) a1 = affine<C>(kLog2e, max_s);
+  bool unclamped = false;
+  // Of its sums; the two KLs in nats.
+  double log2_zs = 0, log2_zt = 0, iq = 0, ip = 0, kl_forward = 0, kl_reverse = 0;
+  bool equal = false;
+  double d = 0, distance = 0;
+  bool apart = false;
+  GradientTerms<C> terms;
+  RowResult result;
+
+  KDK_INLINE RowResult run() {
+    prefetch_edges(row, out);
+    sweep();
+    rows.ahead.find(n);
+    take_sums();
+    if (args.stats != nullptr) take_statistics();
+    begin_terms();
+    if (divergence.linear) {
+      take_linear();
+    } else {
+      take_general();
+    }
+    d = equal ? 0 : at_least_0(d);
+    if (needs_double()) return rows.add_exactly(num, s, t, label, out);
+    weigh_divergence();
+    if (wants_ce) add_hard_terms();
+    result.stats[0] = d;
+    if (out != nullptr) {
+      use_reverse_terms();
+      write();
+    }
+    return result;
+  }
+
+  // Exponentials, and their sums relative to references that keep them in range.
+  KDK_INLINE void sweep() {
+    const double limit = power == 1 ? kLargestSum : std::pow(kLargestSum, 1.0 / power);
+    const auto from = [&](const Seeds& seeds, bool from_maxima) KDK_LAMBDA_INLINE {
+      for (;;) {
+        const bool in_range = sweep_tiles(seeds, from_maxima, limit);
+        // The pending gradient goes with the first sweep, from its first block on.
+        rows.pending.finish();
+        // Mass where the other model has none is infinitely far; where neither has any, its logits are masked.
+        const bool kl_is_nan = std::isnan(sums.forward) || std::isnan(sums.reverse);
+        if (!in_range || !kl_is_nan || rows.masking || std::isnan(sums.zs) || std::isnan(sums.zt)) return in_range;
+        rows.masking = true;
+      }
+    };
+    sweep_in_range(rows.ahead.of(s, t, n), from, [&] { return Seeds{maximum(s, n), maximum(t, n)}; });
+    if (ce == CeSource::kSame) z1 = sums.zs;
+  }
+
+  KDK_INLINE bool sweep_tiles(const Seeds& seeds, bool from_maxima, double limit) {
+    as = affine<C>(num.student_scale, seeds.s);
+    at = affine<C>(num.teacher_scale, seeds.t);
+    if (own) a1 = affine<C>(kLog2e, seeds.s);
     sums = RowSums();
     z1 = 0;
-    bool redo = false, own_trusting = true;
-    trusting = true;
-    for (int64_t tile = 0; tile < row.tiles() && !redo; ++tile) {
-      // Without a gradient nothing reads the exponentials again: every tile lands on the first one's place.
-      C* tile_es = whole_row ? es : es - tile * kTileElements;
-      C* tile_et = whole_row ? et : et - tile * kTileElements;
-      C* tile_e1 = whole_row ? e1 : e1 - tile * kTileElements;
-      C* tile_kept = whole_row ? kept : kept - tile * kTileElements;
-      const auto sweep = [&](auto made) {
-        sweep_tile<made>(row, tile, as, at, tile_es, tile_et, tile_kept, trusting, masking, sums, pending);
-      };
-      switch (sums_needed) {
-        case kNoSums: sweep(std::integral_constant<int, kNoSums>()); break;
-        case kForward: sweep(std::integral_constant<int, kForward>()); break;
-        case kReverse: sweep(std::integral_constant<int, kReverse>()); break;
-        case kBoth: sweep(std::integral_constant<int, kBoth>()); break;
-        case kSoft: sweep(std::integral_constant<int, kSoft>()); break;
-        case kAllKept: sweep(std::integral_constant<int, kAllKept>()); break;
-        default: sweep(std::integral_constant<int, kAll>()); break;
-      }
+    unclamped = true;
+    bool own_unclamped = true, in_range = true;
+    // Without a gradient nothing reads the exponentials again: every tile lands on the first one's place.
+    const bool whole_row = out != nullptr || !divergence.linear || args.stats != nullptr;
+    for (int64_t tile = 0; tile < row.tiles() && in_range; ++tile) {
+      const int64_t back = whole_row ? 0 : tile * kTileElements;
+      visit_sums(sums_needed, [&](auto made) {
+        sweep_tile<decltype(made)::value>(row, tile, as, at, es - back, et - back, reverse_terms - back, unclamped,
+                                          rows.masking, sums, rows.pending);
+      });
       if (power > 1) {
         const auto [first, last] = tile_slots(row, tile);
-        z1 += sum_of_powers(power, tile_es + first, keeps_powers ? e1 + first : tile_es + first, last - first);
+        C* const tile_es = es - back + first;
+        z1 += sum_of_powers(power, tile_es, keeps_powers ? e1 + first : tile_es, last - first);
       }
-      if (ce == kCeOwn) {
-        z1 += student_exponentials<false>(row, tile, a1, tile_e1, tile_e1, own_trusting, kNothingPending);
+      if (own) {
+        z1 += student_exponentials<false>(row, tile, a1, e1 - back, e1 - back, own_unclamped, kNothingPending);
       }
-      redo = !from_maximum && (sums.zs > limit || sums.zt > limit || z1 > kRedo);
+      in_range = from_maxima || !(sums.zs > limit || sums.zt > limit || z1 > kLargestSum);
     }
-    const bool broken = std::isnan(sums.forward) || std::isnan(sums.reverse);
-    if (!redo && broken && !masking && !std::isnan(sums.zs) && !std::isnan(sums.zt)) {
-      masking = true;
-      redo = true;
-    } else if (redo) {
-      from_maximum = true;
-      max_s = maximum(s, n);
-      max_t = maximum(t, n);
-    }
-    // What is pending goes with the first sweep, from its first block on.
-    pending.finish();
-    if (!redo) break;
-  }
-  if (ce == kCeSame) z1 = sums.zs;
-  ahead.find(n);
-
-  const double log2_zs = std::log2(sums.zs), log2_zt = std::log2(sums.zt);
-  const double iq = 1 / sums.zs, ip = 1 / sums.zt;
-  // In nats: the two KLs and the sums p logp, q logq.
-  const double kl_forward = kLn2 * (sums.forward * ip - log2_zt + log2_zs);
-  const double kl_reverse = kLn2 * (sums.reverse * iq - log2_zs + log2_zt);
-  const double p_logp = kLn2 * (sums.teacher * ip - log2_zt), q_logq = kLn2 * (sums.student * iq - log2_zs);
-  // Of one model and itself nothing is left but the rounding, unless the entropy is asked for as well.
-  bool equal = false;
-  if constexpr (std::is_same_v<X, Y>) {
-    const Linear& k = divergence.coefficients;
-    equal = num.kd != 0 && args.stats == nullptr && num.student_scale == num.teacher_scale && std::isfinite(sums.zs) &&
-            sums.zs > 0 && std::memcmp(s, t, size_t(n) * sizeof(X)) == 0 &&
-            (!divergence.linear || (k.c_pp + k.c_pq == 0 && k.c_qp + k.c_qq == 0));
+    return in_range;
   }
 
-  RowResult result;
+  KDK_INLINE void take_sums() {
+    log2_zs = std::log2(sums.zs), log2_zt = std::log2(sums.zt);
+    iq = 1 / sums.zs, ip = 1 / sums.zt;
+    kl_forward = kLn2 * (sums.forward * ip - log2_zt + log2_zs);
+    kl_reverse = kLn2 * (sums.reverse * iq - log2_zs + log2_zt);
+    // Of one model and itself nothing is left but the rounding, unless the entropy is asked for as well.
+    if constexpr (std::is_same_v<X, Y>) {
+      equal = num.kd != 0 && args.stats == nullptr && num.student_scale == num.teacher_scale &&
+              std::isfinite(sums.zs) && sums.zs > 0 && std::memcmp(s, t, size_t(n) * sizeof(X)) == 0 &&
+              (!divergence.linear || (linear.c_pp + linear.c_pq == 0 && linear.c_qp + linear.c_qq == 0));
+    }
+  }
+
+  // The sums p logp and q logq in nats.
+  KDK_INLINE double p_logp() const { return kLn2 * (sums.teacher * ip - log2_zt); }
+  KDK_INLINE double q_logq() const { return kLn2 * (sums.student * iq - log2_zs); }
+
   // A general divergence overwrites the teacher's exponentials before the gradient is written.
-  const bool with_gradient = out != nullptr && divergence.linear && num.kd != 0;
-  if (args.stats != nullptr) {
+  KDK_INLINE bool accepts_with_gradient() const { return out != nullptr && divergence.linear && num.kd != 0; }
+
+  KDK_INLINE void take_statistics() {
     result.stats[3] = at_least_0(kl_forward);
     result.stats[4] = at_least_0(kl_reverse);
-    result.stats[5] = at_least_0(-p_logp);
-    result.stats[6] = at_least_0(-q_logq);
+    result.stats[5] = at_least_0(-p_logp());
+    result.stats[6] = at_least_0(-q_logq());
     result.stats[7] = same_maximum(row, sums.best_tile_s, sums.best_tile_t, n);
-    if (!with_gradient) result.stats[8] = accepted(es, et, row.slots(), iq, ip);
+    if (!accepts_with_gradient()) result.stats[8] = accepted(es, et, row.slots(), iq, ip);
   }
 
-  const double f = num.weight * num.kd * num.tau * num.student_scale * kLn2;  // omega kd tau / T
-  GradientTerms<C> terms;
-  terms.as = as;
-  terms.at = at;
-  terms.es = es;
-  terms.et = et;
-  terms.e1 = e1;
-  double d = 0, distance = sums_needed & kForward ? kl_forward : kl_reverse;
-  bool apart = false;
-  if (divergence.linear) {
-    const Linear& k = divergence.coefficients;
+  KDK_INLINE void begin_terms() {
+    terms.as = as;
+    terms.at = at;
+    terms.es = es;
+    terms.et = et;
+    terms.array = e1;
+    distance = sums_needed & kForward ? kl_forward : kl_reverse;
+  }
+  // omega kd tau / T
+  KDK_INLINE double weight_of_divergence() const { return num.weight * num.kd * num.tau * num.student_scale * kLn2; }
+
+  KDK_INLINE void take_linear() {
+    const double f = weight_of_divergence();
+    const Linear& k = linear;
     // Terms whose coefficient is 0 may be infinite.
-    if (k.c_pp + k.c_pq != 0) d += (k.c_pp + k.c_pq) * p_logp;
+    if (k.c_pp + k.c_pq != 0) d += (k.c_pp + k.c_pq) * p_logp();
     if (k.c_pq != 0) d -= k.c_pq * kl_forward;
     double over_q = 0;  // sum q (c_qp logp + c_qq logq)
-    if (k.c_qp + k.c_qq != 0) over_q += (k.c_qp + k.c_qq) * q_logq;
+    if (k.c_qp + k.c_qq != 0) over_q += (k.c_qp + k.c_qq) * q_logq();
     if (k.c_qp != 0) over_q -= k.c_qp * kl_reverse;
     d += over_q;
     const double score_sum = k.c_pq + k.c_qq + over_q;
@@ -240,13 +286,16 @@ RowResult ObjectiveRows<X, Y>::add(const RowNumbers& num, const X* s, const Y* t
       terms.ks = f * iq * kLn2 * k.c_qq;
       terms.kst = f * iq * kLn2 * (k.c_qp + k.c_qq);
     }
-  } else {
-    // A NaN logit has spoilt the whole row, and a row of -inf has no distribution; functors see neither.
+  }
+
+  KDK_INLINE void take_general() {
+    const double f = weight_of_divergence();
+    // A NaN logit makes the whole row NaN, and a row of -inf has no distribution; functors see neither.
     double score_sum = !(sums.zs > 0 && sums.zt > 0) ? std::numeric_limits<double>::quiet_NaN() : 0;
     d = score_sum;
     const Params<Vec<C>> params{Vec<C>{} + C(num.param0), Vec<C>{} + C(args.param1)};
     const auto& tiles = ValueTable<X, Y>::kDivergences[args.divergence];
-    const auto value_of_tile = trusting && as.trusts(at) ? tiles.guarded : tiles.any;
+    const auto value_of_tile = unclamped && as.in_exp_range(at) ? tiles.guarded : tiles.any;
     const bool wanted = (num.kd != 0 || args.stats != nullptr) && !equal;
     for (int64_t tile = 0; tile < row.tiles() && wanted && !std::isnan(score_sum); ++tile)
       value_of_tile(row, tile, as, at, log2_zs, log2_zt, params, es, et, d, score_sum);
@@ -255,11 +304,12 @@ RowResult ObjectiveRows<X, Y>::add(const RowNumbers& num, const X* s, const Y* t
     terms.b = -f;
     terms.a = -f * iq * score_sum;
   }
-  d = equal ? 0 : at_least_0(d);
-  if (num.kd != 0 && sums.zs > 0 && sums.zt > 0 && !equal) {
-    const Linear& k = divergence.coefficients;
+
+  // True where the type of the sums keeps too little of the row; see near.h.
+  KDK_INLINE bool needs_double() const {
+    if (!(num.kd != 0 && sums.zs > 0 && sums.zt > 0 && !equal)) return false;
     const bool near = (divergence.linear ? distance : d) < kNearlyEqual;
-    const bool may_agree = near || (k.c_pq != 0 && k.c_qp != 0 && distance < kNearForBoth);
+    const bool may_agree = near || (linear.c_pq != 0 && linear.c_qp != 0 && distance < kNearForBoth);
     // Of forward KL's gradient the teacher's part stays. Nothing was added up of most there.
     const bool vanishes = sums.most >= (1 - kSure) * sums.zs;
     bool exactly = !std::isfinite(d) || apart;
@@ -271,19 +321,23 @@ RowResult ObjectiveRows<X, Y>::add(const RowNumbers& num, const X* s, const Y* t
         exactly = distance < kAlike || agree(row, peaks, as, at, log2_zs, log2_zt, top * iq, distance);
       }
     }
-    if (exactly && std::isfinite(sums.zs) && std::isfinite(sums.zt)) return add_exactly(num, s, t, label, out);
+    return exactly && std::isfinite(sums.zs) && std::isfinite(sums.zt);
   }
-  if (num.kd != 0) result.loss = num.kd * num.tau * d;
-  if (num.kd == 0 || num.weight == 0 || equal) {
-    terms.a = terms.b = terms.ks = terms.kst = 0;
-    terms.logs = false;
-  }
-  // Left out: 0 times what a NaN of the teacher, or an infinite score, made of et would still be NaN.
-  if (num.kd == 0 && out != nullptr && !(divergence.linear && std::isfinite(sums.zt)))
-    std::fill(et, et + row.slots(), C(0));
 
-  if (wants_ce) {
-    const Affine<C>& base = ce == kCeOwn ? a1 : as;
+  KDK_INLINE void weigh_divergence() {
+    if (num.kd != 0) result.loss = num.kd * num.tau * d;
+    if (num.kd == 0 || num.weight == 0 || equal) {
+      terms.a = terms.b = terms.ks = terms.kst = 0;
+      terms.logs = false;
+    }
+    // Left out: et may be NaN, of the teacher or of an infinite score, and 0 times that would still be NaN.
+    if (num.kd == 0 && out != nullptr && !(divergence.linear && std::isfinite(sums.zt)))
+      std::fill(et, et + row.slots(), C(0));
+  }
+
+  // Cross entropy and z-loss, or their statistics.
+  KDK_INLINE void add_hard_terms() {
+    const Affine<C>& base = own ? a1 : as;
     const double log_z = kLn2 * std::log2(z1), reference = base.logit(), lse = reference + log_z;
     double cross_entropy = 0;
     if (num.ce != 0) {
@@ -295,56 +349,57 @@ RowResult ObjectiveRows<X, Y>::add(const RowNumbers& num, const X* s, const Y* t
     const double c1 = num.weight * (num.ce + (num.z != 0 ? 2 * num.z * lse : 0)) / z1;
     if (num.ce == 0 && num.z == 0) {
       // For the statistics alone.
-    } else if (ce == kCeSame) {
+    } else if (ce == CeSource::kSame) {
       terms.a += c1;
     } else if (c1 != 0) {
-      terms.ce = keeps_powers ? kCeOwn : ce;
+      terms.extra = keeps_powers ? Extra::kArray : extra_of(ce);
       terms.c1 = c1;
     }
     result.stats[1] = cross_entropy;
     result.stats[2] = lse;
   }
-  result.stats[0] = d;
 
-  // es (xs - xt) was kept, but for scale and references: in the place of et, or where cross entropy has no part of its
-  // own.
-  const bool in_et = sums_needed == kReverse, in_kept = (sums_needed & kKept) != 0 && terms.ce == kCeNone;
-  if (kFused && std::is_same_v<C, float> && terms.logs && (in_et || in_kept) && trusting && as.trusts(at)) {
+  // Takes the place of the logarithms where es (xs - xt) is there, but for scale and references: in et, or in an array
+  // of its own where cross entropy has none.
+  KDK_INLINE void use_reverse_terms() {
+    const bool in_et = sums_needed == kReverse;
+    const bool in_array = (sums_needed & kKept) != 0 && terms.extra == Extra::kNone;
+    if (!(kFused && std::is_same_v<C, float> && terms.logs && (in_et || in_array) && unclamped && as.in_exp_range(at)))
+      return;
     terms.a -= terms.ks * (as.reference() - at.reference());
     if (in_et) {
       terms.b = terms.ks * double(as.c);
     } else {
-      terms.ce = kCeOwn;
-      terms.e1 = kept;
+      terms.extra = Extra::kArray;
+      terms.array = reverse_terms;
       terms.c1 = -terms.ks * double(as.c);
     }
     terms.ks = 0;
     terms.logs = false;
   }
 
-  if (out != nullptr) {
+  KDK_INLINE void write() {
     const bool has_label = num.ce != 0 && label >= 0 && label < n;
     // Read before the gradient may overwrite the student.
     const double xs = has_label && terms.logs ? as.scalar(to_compute(s[label])) : 0;
     const double xt = has_label && terms.logs ? at.scalar(to_compute(t[label])) : 0;
     double accepted_sum = 0;
-    if (args.stats != nullptr && with_gradient) {
+    if (args.stats != nullptr && accepts_with_gradient()) {
       terms.accepted = &accepted_sum;
       terms.ratio = ip / iq;
     }
     double at_label = 0;
     if (has_label) at_label = gradient_at(row, terms, label, xs, xt) - num.weight * num.ce * (1 - args.label_smoothing);
-    const bool stores_label = has_label && !(streamed && set_gradient(terms, row.slot(label), at_label));
-    if (deferred && beside_sweep(sums_needed, terms)) {
-      postpone(row, terms, out, streamed, pending, acceptance, iq);
-      if (stores_label) pending.label = out + label, pending.at_label = C(at_label);
-    } else {
-      write_gradient(row, terms, out, streamed);
-      if (terms.accepted != nullptr) result.stats[8] = accepted_sum * iq;
-      if (stores_label) from_compute(C(at_label), out + label);
-    }
+    const bool later = rows.deferred && may_pend_beside(sums_needed, terms);
+    rows.write(row, terms, out, later, has_label ? label : -1, at_label, acceptance, iq);
+    if (!later && terms.accepted != nullptr) result.stats[8] = accepted_sum * iq;
   }
-  return result;
+};
+
+template <class X, class Y>
+RowResult ObjectiveRows<X, Y>::add(const RowNumbers& num, const X* s, const Y* t, int64_t label, X* out,
+                                   C* acceptance) {
+  return ObjectiveRow<X, Y>{*this, num, s, t, label, out, acceptance}.run();
 }
 
 }  // namespace KDK_ISA

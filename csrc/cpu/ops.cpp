@@ -179,10 +179,9 @@ void run_scale(const ScaleArgs& args, const Tensor&) {
                 [&](int64_t begin, int64_t end) { table.scale(args, begin, end); });
 }
 
-// Calls that are made again and again, with what they take for all rows alike packed into one tensor of bytes. Where
-// the caches are cold, as in a step of training, what surrounds the kernel takes as long as its code is long: to hand
-// over and look at 28 arguments, to make the gradient in Python, and to sum the rows by another op cost 0.2 ms
-// together.
+// Calls that are made again and again have the arguments that all rows share packed into one tensor of bytes. Where the
+// caches are cold, as in a step of training, the code around the kernel takes as long as it is long: to hand over and
+// look at 28 arguments, to make the gradient in Python, and to sum the rows by another op cost 0.2 ms together.
 template <class Args>
 Tensor pack(const Args& args, const Tensor& student) {
   static_assert(std::is_trivially_copyable_v<Args>);
@@ -202,7 +201,7 @@ Args unpack(const Tensor& call) {
 }
 
 template <class Args, class Numbers, class Choices>
-Args alike(const std::string& divergence, int64_t vocab_size, const Numbers& numbers, const Choices& choices) {
+Args shared_args(const std::string& divergence, int64_t vocab_size, const Numbers& numbers, const Choices& choices) {
   Args args;
   args.columns = vocab_size;
   args.ignore_index = choices.ignore_index;
@@ -214,7 +213,7 @@ Tensor dense_call(Tensor student, std::string divergence, int64_t vocab_size, st
                   std::vector<int64_t> choices) {
   const auto number = named<DenseNumbers>(numbers);
   const auto chosen = named<DenseChoices>(choices);
-  auto args = alike<DenseArgs>(divergence, vocab_size, number, chosen);
+  auto args = shared_args<DenseArgs>(divergence, vocab_size, number, chosen);
   fill_dense(args, number, chosen);
   return pack(args, student);
 }
@@ -223,7 +222,7 @@ Tensor topk_call(Tensor student, std::string divergence, int64_t vocab_size, std
                  std::vector<int64_t> choices) {
   const auto number = named<TopkNumbers>(numbers);
   const auto chosen = named<TopkChoices>(choices);
-  auto args = alike<TopkArgs>(divergence, vocab_size, number, chosen);
+  auto args = shared_args<TopkArgs>(divergence, vocab_size, number, chosen);
   fill_tail(args, number, chosen);
   return pack(args, student);
 }
@@ -393,7 +392,7 @@ bool all_sound(const I* ids, int64_t count, int64_t columns, Judge judge) {
   return sound;
 }
 
-// Whether the ids of all slots that are used are columns, and their log-probabilities neither NaN nor above highest.
+// True where the ids of all slots that are used are columns, and their log-probabilities neither NaN nor above highest.
 // One call where plain PyTorch takes six, each of them slow when its code has left the caches: 0.25 ms of a step.
 bool sparse_teacher_is_sound(Tensor ids, Tensor logprobs, int64_t columns, double highest) {
   const int64_t count = ids.numel();
@@ -433,7 +432,7 @@ bool sparse_teacher_is_sound(Tensor ids, Tensor logprobs, int64_t columns, doubl
   return false;
 }
 
-// Whether all labels are a column or ignore_index: one call where plain PyTorch takes six.
+// True where all labels are a column or ignore_index: one call where plain PyTorch takes six.
 bool labels_are_sound(Tensor labels, int64_t columns, int64_t ignore_index) {
   STD_TORCH_CHECK(labels.is_contiguous() && labels.scalar_type() == ScalarType::Long,
                   "labels must be contiguous and int64");

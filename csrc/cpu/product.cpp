@@ -115,7 +115,7 @@ void multiply(const Engine& run, const ProductArgs& args) {
   }
 }
 
-// Whether small whole numbers are multiplied right, on both ways through multiply().
+// True where small whole numbers are multiplied right, on both ways through multiply().
 bool is_right(const Engine& run) {
   constexpr int64_t kSmall = 3, kLarge = 70, kK = 41;
   std::vector<uint16_t> a(kLarge * kK), b(kLarge * kK);
@@ -182,7 +182,7 @@ void set_strides(const Tensor& matrix, const char* name, int64_t& row, int64_t& 
   STD_TORCH_CHECK(row == 1 || column == 1, name, " must have a stride of 1");
 }
 
-// Whether bf16_product is there: the processor's instructions, and torch's function.
+// True where bf16_product is there: the processor's instructions, and torch's function.
 bool has_bf16_product() {
 #if defined(KDK_HAVE_AVX512)
   return engine().multiply != nullptr;

@@ -66,7 +66,7 @@ int64_t first_index(const X* x, int64_t begin, int64_t end, double number) {
   return -1;
 }
 
-// Whether the first largest element of both models is the same one; it stands in these tiles.
+// True where the first largest element of both models is the same one; it stands in these tiles.
 template <class X, class Y>
 bool same_maximum(const Row<X, Y>& row, int64_t tile_s, int64_t tile_t, int64_t n) {
   if (tile_s != tile_t) return false;

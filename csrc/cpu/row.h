@@ -17,12 +17,12 @@ constexpr int64_t kPrefetchBytes = 4096;
 
 enum Part { kWhole, kBody, kEdges };
 
-// What load_block is told of blocks of which every lane counts.
+// The lanes of a block, for load_block: all of them count.
 template <class X>
 struct AllLanes {
   static constexpr bool kEdge = false;
 };
-// And of a single block of which only the elements [begin, end) count, less one that may be excluded.
+// Of a single block only the elements [begin, end) count, less one that may be excluded.
 template <class X>
 struct SomeLanes {
   static constexpr bool kEdge = true;
@@ -76,10 +76,10 @@ KDK_INLINE void load_block(const Y* x, const SomeLanes<X>& lanes, C padding, Vec
   b = kdk_where(lanes.second, b, Vec<C>{} + padding);
 }
 
-// One row of both models, cut into blocks, aligned where the gradient is streamed. What fills no block at either end is
-// read in place, in a block of which only a part counts: the first and the last of the row. Copies of them, made when
-// the row was begun, cost a wait for its last line from memory. X is the student's type, and gives the order of
-// elements in a block, Y the teacher's: the same, or that of the sums.
+// One row of both models, cut into blocks, aligned where the gradient is streamed. Elements that fill no
+// block at either end are read in place, in a block of which only a part counts: the first and the last of the row.
+// Copies of them, made when the row was begun, cost a wait for its last line from memory. X is the student's type, and
+// gives the order of elements in a block, Y the teacher's: the same, or that of the sums.
 template <class X, class Y = X>
 struct Row {
   using C = typename Io<X>::C;

@@ -56,7 +56,7 @@ inline bool streams(const RowArgs& args, int64_t element_bytes, bool deferred = 
          args.batch * args.length * args.width * element_bytes > kStreamBytes;
 }
 
-// Whether a row before end is one of those whose logits are read.
+// True where a row stands before end and its logits are read.
 inline bool is_read(const RowArgs& args, int64_t row, int64_t end) {
   return row < end && (args.labels == nullptr || args.labels[row] != args.ignore_index);
 }

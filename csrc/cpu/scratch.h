@@ -10,8 +10,8 @@
 namespace kdk {
 inline namespace KDK_ISA {
 
-// Growing buffers of one thread, kept between calls, each at a place of its own within a page: what a row costs does
-// not depend on where the C library puts them.
+// Growing buffers of one thread, kept between calls, each at a place of its own within a page: the time of a row
+// does not depend on where the C library puts them.
 constexpr size_t kPageBytes = 4096;
 template <class C>
 struct Scratch {

@@ -4,6 +4,7 @@
 #include "io.h"
 
 #include <limits>
+#include <type_traits>
 
 namespace kdk {
 inline namespace KDK_ISA {
@@ -17,12 +18,26 @@ enum Sums {
   kTeacher = 4,
   kStudent = 8,
   kKept = 16,
-  kSoft = kForward | kTeacher,
+  kForwardAndTeacher = kForward | kTeacher,
   kBoth = kForward | kReverse | kKept,
   kAll = kForward | kReverse | kTeacher | kStudent,
   kAllKept = kAll | kKept,
   kOneModel = 32
 };
+
+// Calls visit(integral_constant) with the sums that a row of both models needs.
+template <class Visit>
+KDK_INLINE auto visit_sums(Sums sums, Visit visit) {
+  switch (sums) {
+    case kNoSums: return visit(std::integral_constant<int, kNoSums>());
+    case kForward: return visit(std::integral_constant<int, kForward>());
+    case kReverse: return visit(std::integral_constant<int, kReverse>());
+    case kBoth: return visit(std::integral_constant<int, kBoth>());
+    case kForwardAndTeacher: return visit(std::integral_constant<int, kForwardAndTeacher>());
+    case kAllKept: return visit(std::integral_constant<int, kAllKept>());
+    default: return visit(std::integral_constant<int, kAll>());
+  }
+}
 
 template <class C>
 struct Accumulators {
@@ -32,8 +47,10 @@ struct Accumulators {
 // Sums of a row relative to its references, in double.
 struct RowSums {
   double zs = 0, zt = 0, forward = 0, teacher = 0, reverse = 0, student = 0;
-  double most = 0;  // of zs in one lane of one tile, at least what its largest exponential is
-  double max_s = -std::numeric_limits<double>::infinity(), max_t = max_s;  // of x, under kStudent only
+  double most = 0;  // of zs in one lane of one tile, at least what its largest
+                    // exponential is
+  double max_s = -std::numeric_limits<double>::infinity(),
+         max_t = max_s;  // of x, under kStudent only
   int64_t best_tile_s = 0, best_tile_t = 0;
 
   void see_maximum(int64_t tile, double high_s, double high_t) {

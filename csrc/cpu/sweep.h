@@ -1,7 +1,7 @@
 // Sweeps over a row of both models: the exponentials relative to a running reference go to a row scratch (L2), with the
-// sums that the divergence needs. What follows reads the scratch only, so that every logit costs one exponential and is
-// read from memory once. The reference is the maximum of the first elements of the row; a row whose sums pass kRedo is
-// swept again from its true maximum.
+// sums that the divergence needs. All that follows reads the scratch only, so that every logit costs one exponential
+// and is read from memory once. The reference is the maximum of the first elements of the row; a row whose sums pass
+// kLargestSum is swept again from its true maximum.
 #pragma once
 
 #include "pending.h"
@@ -15,7 +15,7 @@ inline namespace KDK_ISA {
 constexpr int64_t kSeedElements = 128;
 // A sum of 2^x above this sends the row back for its true maximum: sums of 2^x * x stay finite up to it, those of a
 // power of 2^x only up to its root.
-constexpr double kRedo = 0x1p80;
+constexpr double kLargestSum = 0x1p80;
 
 // Adds a block, two vectors of both models, to the sums, and stores its exponentials. A clamped x stands for x wherever
 // its exponential is 0, so that 0 * inf does not arise. Only the other model's x must stay as it is, for mass where the
@@ -54,11 +54,11 @@ KDK_INLINE void accumulate(Vec<C> xs0, Vec<C> xs1, Vec<C> xt0, Vec<C> xt1, C* es
 }
 
 template <int SUMS, bool MASKING, class X, class Y, class C>
-void sweep_tile(const Row<X, Y>& row, int64_t tile, const Affine<C> as, const Affine<C> at, C* es, C* et,
-                RowSums& sums) {
+void sweep_tile_clamped(const Row<X, Y>& row, int64_t tile, const Affine<C> as, const Affine<C> at, C* es, C* et,
+                        RowSums& sums) {
   constexpr int64_t block = Io<X>::kBlock;
   constexpr int degree = kExpDegree<X>;
-  constexpr C nothing = -std::numeric_limits<C>::infinity();
+  constexpr C masked = -std::numeric_limits<C>::infinity();
   Accumulators<C> acc;
   acc.max_s = acc.max_t = Vec<C>{} - std::numeric_limits<C>::infinity();
   row.pieces(tile, [&](const X* s, const Y* t, int64_t blocks, int64_t slot, int64_t, auto lanes) KDK_LAMBDA_INLINE {
@@ -68,15 +68,16 @@ void sweep_tile(const Row<X, Y>& row, int64_t tile, const Affine<C> as, const Af
       prefetch_ahead<block>(s);
       prefetch_ahead<block>(t);
       Vec<C> s0, s1, t0, t1;
-      load_block(s, lanes, nothing, s0, s1);
-      load_block(t, lanes, nothing, t0, t1);
+      load_block(s, lanes, masked, s0, s1);
+      load_block(t, lanes, masked, t0, t1);
       accumulate<SUMS, MASKING, degree, C>(as(s0), as(s1), at(t0), at(t1), es_out, et_out, local);
     }
     acc = local;
   });
   sums.zs += horizontal_sum<C>(acc.zs);
   sums.zt += horizontal_sum<C>(acc.zt);
-  if (SUMS != kForward && SUMS != kSoft) sums.most = std::max<double>(sums.most, horizontal_max<C>(acc.zs));
+  if (SUMS != kForward && SUMS != kForwardAndTeacher)
+    sums.most = std::max<double>(sums.most, horizontal_max<C>(acc.zs));
   if (SUMS & kForward) sums.forward += horizontal_sum<C>(acc.forward);
   if (SUMS & kReverse) sums.reverse += horizontal_sum<C>(acc.reverse);
   if (SUMS & kTeacher) sums.teacher += horizontal_sum<C>(acc.teacher);
@@ -86,51 +87,51 @@ void sweep_tile(const Row<X, Y>& row, int64_t tile, const Affine<C> as, const Af
   }
 }
 
-// What a sweep without clamps takes of a row, and the teacher's scale over the student's.
-struct Trusted {
-  float scale_s, bias_s, nothing_s, middle_s, scale_t, bias_t, nothing_t, middle_t, ratio;
+// The constants of a row for a sweep without clamps; ratio is the teacher's scale over the student's.
+struct UnclampedScales {
+  float scale_s, bias_s, masked_s, middle_s, scale_t, bias_t, masked_t, middle_t, ratio;
 
-  Trusted(const Affine<float>& as, const Affine<float>& at)
+  UnclampedScales(const Affine<float>& as, const Affine<float>& at)
       : scale_s(as.scale()),
         bias_s(as.bias()),
-        nothing_s(as.nothing()),
+        masked_s(as.masked_logit()),
         middle_s(float(as.logit())),
         scale_t(at.scale()),
         bias_t(at.bias()),
-        nothing_t(at.nothing()),
+        masked_t(at.masked_logit()),
         middle_t(float(at.logit())),
         ratio(float(double(at.c) / double(as.c))) {}
 };
 
-// What is summed up of a tile without clamps: sums over logits instead of x, and whether all of them were in bounds.
-// Those of one model are of logits less one near the reference: of a row whose mass lies far from 0 the sum of et t
-// would be a large number that cancels.
+// The sums of a tile without clamps: over logits instead of x, with the bounds that all of them kept. The sums of one
+// model are of logits less one near the reference: of a row whose mass lies far from 0 the sum of et t would be a large
+// number that cancels.
 template <class X, class Y>
-struct TrustedSums {
+struct UnclampedSums {
   Accumulators<float> sums;
   Bounds bounds;
   Peak<X> peak_s;
   Peak<Y> peak_t;
 };
 
-// Sweeps a tile without clamps. A block of what is pending is written for every block of the body. What the sums of
-// kReverse are made of, es (t ratio - s), goes to terms where it is kKept, and for kReverse alone, whose gradient needs
-// no exponential of t, to et.
-template <int SUMS, class X, class Y, class Beside>
-KDK_INLINE void sweep_trusting(const Row<X, Y>& row, int64_t tile, const Trusted& k, float* es, float* et, float* terms,
-                               TrustedSums<X, Y>& all, Beside& beside) {
+// Sweeps a tile without clamps. A block of the pending gradient is written for every block of the body. The terms of
+// kReverse, es (t ratio - s), go to terms with kKept; for kReverse alone, whose gradient needs no exponential of t, to
+// et.
+template <int SUMS, class X, class Y, class Writer>
+KDK_INLINE void sweep_unclamped(const Row<X, Y>& row, int64_t tile, const UnclampedScales& k, float* es, float* et,
+                                float* terms, UnclampedSums<X, Y>& all, Writer& writer) {
   using V = VecF;
   constexpr int64_t block = Io<X>::kBlock;
   constexpr int degree = kExpDegree<X>;
   row.pieces(tile, [&](const X* s, const Y* t, int64_t blocks, int64_t slot, int64_t, auto lanes) KDK_LAMBDA_INLINE {
     float *es_out = es + slot, *et_out = et + slot, *terms_out = terms + slot;
-    TrustedSums<X, Y> local = all;
+    UnclampedSums<X, Y> local = all;
     const auto sweep = [&]() KDK_LAMBDA_INLINE {
       prefetch_ahead<block>(s);
       prefetch_ahead<block>(t);
       V s0, s1, t0, t1;
-      load_block(s, lanes, k.nothing_s, s0, s1);
-      load_block(t, lanes, k.nothing_t, t0, t1);
+      load_block(s, lanes, k.masked_s, s0, s1);
+      load_block(t, lanes, k.masked_t, t0, t1);
       const V es0 = exp2_of_logit<degree>(s0, k.scale_s, k.bias_s, local.bounds);
       const V et0 = exp2_of_logit<degree>(t0, k.scale_t, k.bias_t, local.bounds);
       const V es1 = exp2_of_logit<degree>(s1, k.scale_s, k.bias_s, local.bounds);
@@ -172,20 +173,20 @@ KDK_INLINE void sweep_trusting(const Row<X, Y>& row, int64_t tile, const Trusted
       s += block, t += block, es_out += block, et_out += block;
     };
     int64_t b = 0;
-    if constexpr (Beside::kWrites && decltype(lanes)::kEdge) {
+    if constexpr (Writer::kWrites && decltype(lanes)::kEdge) {
       // The last block of a body may be where the tail of the next row goes, and any where an element is left out.
-      if ((slot > 0 || row.head == 0) && beside.done < beside.blocks) beside.write_block(es_out, et_out);
+      if ((slot > 0 || row.head == 0) && writer.done < writer.blocks) writer.write_block(es_out, et_out);
     }
-    if constexpr (Beside::kWrites && !decltype(lanes)::kEdge) {
-      // What is pending begins where the body does.
-      const int64_t both = std::min(blocks, beside.blocks - beside.done);
-      Beside local_beside = beside;
+    if constexpr (Writer::kWrites && !decltype(lanes)::kEdge) {
+      // The pending gradient begins where the body does.
+      const int64_t both = std::min(blocks, writer.blocks - writer.done);
+      Writer local_writer = writer;
 #pragma GCC unroll 2
       for (; b < both; ++b) {
-        local_beside.write_block(es_out, et_out);
+        local_writer.write_block(es_out, et_out);
         sweep();
       }
-      beside = local_beside;
+      writer = local_writer;
     }
 #pragma GCC unroll 2
     for (; b < blocks; ++b) sweep();
@@ -195,23 +196,24 @@ KDK_INLINE void sweep_trusting(const Row<X, Y>& row, int64_t tile, const Trusted
 
 // A tile without clamps. False when a logit was out of bounds: then nothing was added to the sums.
 template <int SUMS, class X, class Y>
-bool sweep_tile_trusting(const Row<X, Y>& row, int64_t tile, const Affine<float>& as, const Affine<float>& at,
-                         float* es, float* et, float* terms, RowSums& sums, Pending<X>& pending) {
-  TrustedSums<X, Y> all;
-  const Trusted trusted(as, at);
-  with_pending<SUMS>(pending, [&](auto& beside) KDK_LAMBDA_INLINE {
-    sweep_trusting<SUMS>(row, tile, trusted, es, et, terms, all, beside);
+bool sweep_tile_unclamped(const Row<X, Y>& row, int64_t tile, const Affine<float>& as, const Affine<float>& at,
+                          float* es, float* et, float* terms, RowSums& sums, Pending<X>& pending) {
+  UnclampedSums<X, Y> all;
+  const UnclampedScales scales(as, at);
+  with_pending<SUMS>(pending, [&](auto&& writer) KDK_LAMBDA_INLINE {
+    sweep_unclamped<SUMS>(row, tile, scales, es, et, terms, all, writer);
   });
   const auto& [acc, bounds, peak_s, peak_t] = all;
   const double zs = horizontal_sum<float>(acc.zs), zt = horizontal_sum<float>(acc.zt);
   if (!bounds.kept() || std::isnan(zs) || std::isnan(zt)) return false;
   sums.zs += zs;
   sums.zt += zt;
-  if (SUMS != kForward && SUMS != kSoft) sums.most = std::max<double>(sums.most, horizontal_max<float>(acc.zs));
+  if (SUMS != kForward && SUMS != kForwardAndTeacher)
+    sums.most = std::max<double>(sums.most, horizontal_max<float>(acc.zs));
   const double cs = as.c, ct = at.c, rs = as.reference(), rt = at.reference();
   if (SUMS & kForward) sums.forward += cs * double(horizontal_sum<float>(acc.forward)) - (rt - rs) * zt;
   if (SUMS & kReverse) sums.reverse += cs * double(horizontal_sum<float>(acc.reverse)) + (rt - rs) * zs;
-  const double middle_s = trusted.middle_s, middle_t = trusted.middle_t;
+  const double middle_s = scales.middle_s, middle_t = scales.middle_t;
   if (SUMS & kTeacher) sums.teacher += ct * double(horizontal_sum<float>(acc.teacher)) + (ct * middle_t - rt) * zt;
   if (SUMS & kStudent) {
     sums.student += cs * double(horizontal_sum<float>(acc.student)) + (cs * middle_s - rs) * zs;
@@ -226,18 +228,18 @@ bool sweep_tile_trusting(const Row<X, Y>& row, int64_t tile, const Affine<float>
 
 template <int SUMS, class X, class Y, class C>
 void sweep_tile(const Row<X, Y>& row, int64_t tile, const Affine<C>& as, const Affine<C>& at, C* es, C* et, C* terms,
-                bool& trusting, bool masking, RowSums& sums, Pending<X>& pending) {
+                bool& unclamped, bool masking, RowSums& sums, Pending<X>& pending) {
   if constexpr (kFused && std::is_same_v<C, float>) {
-    if (trusting && as.trusts(at)) {
-      if (sweep_tile_trusting<SUMS>(row, tile, as, at, es, et, terms, sums, pending)) return;
-      trusting = false;
+    if (unclamped && as.in_exp_range(at)) {
+      if (sweep_tile_unclamped<SUMS>(row, tile, as, at, es, et, terms, sums, pending)) return;
+      unclamped = false;
     }
   }
   pending.finish();
   if (masking || row.padded(tile)) {
-    sweep_tile<SUMS, true>(row, tile, as, at, es, et, sums);
+    sweep_tile_clamped<SUMS, true>(row, tile, as, at, es, et, sums);
   } else {
-    sweep_tile<SUMS, false>(row, tile, as, at, es, et, sums);
+    sweep_tile_clamped<SUMS, false>(row, tile, as, at, es, et, sums);
   }
 }
 
@@ -282,6 +284,13 @@ template <class X, class Y>
 KDK_INLINE Seeds seeds_of(const X* s, const Y* t, int64_t n) {
   if (n < kSeedElements) return {maximum(s, n), maximum(t, n)};
   return {maximum_of_seed(s), maximum_of_seed(t)};
+}
+
+// Sweeps a row from these references, and again from its maxima where it had elements too far above them: sweep(seeds,
+// from_maxima) is true where its sums kept their range.
+template <class Seed, class Sweep, class FindMaxima>
+KDK_INLINE void sweep_in_range(Seed seeds, Sweep sweep, FindMaxima maxima) {
+  for (bool from_maxima = false; !sweep(seeds, from_maxima) && !from_maxima; from_maxima = true) seeds = maxima();
 }
 
 // Seeds of a row, found while the processor waited for the sums of the row before it; and the row whose seeds are to be

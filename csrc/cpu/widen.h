@@ -21,8 +21,8 @@ KDK_INLINE Vec<C> widened(const X* in) {
 }
 
 // Writes map(j, x) for the vectors x of a row of logits in C, padded with zeros up to whole vectors (the scratch has
-// room), and returns the sum of what it wrote for the row. What can be done on the way is: a pass over a row in C costs
-// half as much as its exponentials.
+// room), and returns the sum of what it wrote for the row. Whatever can be is done on the way: a pass over a row in C
+// costs half as much as its exponentials.
 template <class C, class X, class Map>
 double widen_row(const X* in, int64_t n, C* out, Map map) {
   double total = 0;
@@ -50,7 +50,7 @@ double widen_row(const LogitsView& view, int64_t row, int64_t length, int64_t n,
   return with_dtype(view.dtype,
                     [&](auto x) { return widen_row(row_pointer<decltype(x)>(view, row, length), n, out, map); });
 }
-// What leaves logits as they are.
+// Leaves logits as they are.
 struct AsIs {
   template <class V>
   KDK_INLINE V operator()(int64_t, V x) const {
@@ -85,7 +85,7 @@ double capped_row(const LogitsView& view, int64_t row, int64_t length, int64_t n
   return widen_row(view, row, length, n, out,
                    [=](int64_t j, Vec<C> x) KDK_LAMBDA_INLINE { return map(j, up * tanh_fast(x * down)); });
 }
-// What takes the gradient by a capped logit to that by the logit itself.
+// The factor from the gradient by a capped logit to that by the logit itself.
 template <class C>
 KDK_INLINE Vec<C> slope_of_cap(Vec<C> capped, C inverse_cap) {
   const Vec<C> ratio = capped * inverse_cap;
@@ -106,7 +106,7 @@ const X* row_as(const LogitsView& teacher, const RowArgs& args, int64_t row, boo
   return row_pointer<X>(teacher, row, args.length);
 }
 
-// Whether the student's logits are taken, and its gradient is given, as they are.
+// True where the student's logits are taken, and its gradient is given, as they are.
 template <class X>
 bool is_direct(const RowArgs& args, const LogitsView& teacher) {
   return std::is_same_v<X, typename Io<X>::C> || teacher.dtype == args.student.dtype;

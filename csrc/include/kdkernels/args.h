@@ -8,7 +8,7 @@ namespace kdk {
 enum class DType { kFloat32, kBFloat16, kFloat16, kFloat64 };
 enum class TeacherForm { kLogits, kProbs };
 enum class Mixture { kNone, kProbs, kLogits };
-// What the mass outside a sparse teacher's entries is; in the order of kdkernels.choices.Tail.
+// The treatment of the mass outside a sparse teacher's entries; in the order of kdkernels.choices.Tail.
 enum class Tail { kBucket, kRenormalize, kRenormalizeBoth, kUniform, kDrop };
 
 // A sparse teacher's log-probability that is no larger marks a slot that is unused, as an id of -1 does.

@@ -1,6 +1,6 @@
 // The k largest logits of a row and the log of the mass of the others, one block a row, in one read of the logits.
 //
-// As on the CPU: what is not above the threshold, the k-th largest logit so far, goes into the sum of the mass outside,
+// As on the CPU: a logit not above the threshold, the k-th largest so far, goes into the sum of the mass outside,
 // relative to the threshold, so that no term exceeds 1 and nothing is ever subtracted. The rest are candidates in
 // shared memory; when these get too many, a radix select keeps the k largest, the others join the sum and the threshold
 // rises. Nothing depends on the order in which threads run: candidates find their places by prefix sums. Two more reads
@@ -53,7 +53,7 @@ __device__ __forceinline__ float logit_of(Key key) {
 }
 __device__ __forceinline__ int id_of(Key key) { return int(~uint32_t(key)); }
 
-// What the threads of a block share; keys follow in dynamic shared memory.
+// Shared by the threads of a block; keys follow in dynamic shared memory.
 struct Shared {
   unsigned histogram[256];
   int counts[kWarps];
@@ -159,7 +159,7 @@ __device__ __forceinline__ void sort(Key* keys, int count) {
   }
 }
 
-// What a block knows of its row; alike in all threads but for rest.
+// A block's state of its row; the same in all threads but for rest.
 struct State {
   int count = 0;                  // of candidates
   float threshold = -infinity();  // no logit up to here is among the k largest any more

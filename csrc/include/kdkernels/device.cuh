@@ -1,4 +1,4 @@
-// What all CUDA kernels are made of: numbers, rows as 16-byte vectors, sums over a block and over a cluster of blocks.
+// The parts of all CUDA kernels: numbers, rows as 16-byte vectors, sums over a block and over a cluster of blocks.
 // Framework-free.
 #pragma once
 
@@ -93,8 +93,9 @@ __device__ __forceinline__ uint4 pack(const float (&x)[kLanes<X>]) {
 }
 
 // The 16-byte vectors that a row lies on, counted from the 128 bytes that it begins in, so that a warp's accesses cover
-// whole sectors: vector v holds the elements v L - skew + (0 .. L - 1). Those that lie in the row are moved by one
-// access, the ones at its ends (and rows that lie on other vectors than the row that was chosen) element by element.
+// whole sectors: vector v holds the elements v L - skew + (0 .. L - 1). Vectors that lie in the row are moved by
+// one access, the ones at its ends (and rows that lie on other vectors than the row that was chosen) element by
+// element.
 template <class X>
 struct Grid {
   int skew;
@@ -106,7 +107,7 @@ struct Grid {
   __device__ __forceinline__ bool has(const void* row) const {
     return (uintptr_t(row) - uintptr_t(skew) * sizeof(X)) % 16 == 0;
   }
-  // Whether vector v of the row may be moved at once.
+  // True where vector v of the row may be moved at once.
   __device__ __forceinline__ bool whole(const void* row, int v, int elements) const {
     const int e = first(v);
     return e >= 0 && e + kLanes<X> <= elements && has(row);

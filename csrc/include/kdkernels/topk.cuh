@@ -2,8 +2,8 @@
 // fit into the shared memory of a block or of a cluster of blocks, else from two.
 //
 // The entries of the teacher are computed with in double, by every block of a cluster alike; they are marked in a
-// bitmap over the row. The sweep over the row leaves marked logits out: what it returns is the mass of the outcomes
-// outside the entries relative to their own maximum, so that nothing has to be subtracted and nothing leaves the range
+// bitmap over the row. The sweep over the row leaves marked logits out: it returns the mass of the outcomes outside
+// the entries relative to their own maximum, so that nothing has to be subtracted and nothing leaves the range
 // of fp32, however far the student is ahead or behind on the entries. In most modes that mass and one factor are all
 // that is needed of the outcomes outside, for their gradient is proportional to q. Where it is not (TopkPlan::every),
 // their values and scores are computed in fp32, once for their sums and once for the gradient. The gradients of the
@@ -68,11 +68,11 @@ struct Exponent {
 
   __device__ __forceinline__ Exponent(float high, float scale)
       : high(high), scale(scale), at(high * scale), fused(fabsf(at) < 16777216.0f) {}
-  // Both forms are a loop of their own where there is one: a choice for each logit would be as dear as both.
+  // Both forms are a loop of their own where there is one: a choice for each logit would cost as much as both.
   __device__ __forceinline__ float by_fusing(float x) const { return fmaf(x, scale, -at); }
   __device__ __forceinline__ float by_difference(float x) const { return (x - high) * scale; }
   __device__ __forceinline__ float operator()(float x) const { return fused ? by_fusing(x) : by_difference(x); }
-  // What it is relative to.
+  // The reference that exponents are relative to.
   __device__ __forceinline__ double reference() const { return fused ? double(at) : double(high) * double(scale); }
   // By how much sums relative to this one shrink relative to another.
   __device__ __forceinline__ float to(const Exponent& other) const {
@@ -122,7 +122,7 @@ struct Entries {
   // Open addressing. Which ids displace which depends on the order of arrival, what is found does not: every id comes
   // to name its first slot.
   __device__ __forceinline__ int place(int id) const { return int(unsigned(id) * 2654435769u >> 7) & mask; }
-  // Whether the id was there already.
+  // True where the id was there already.
   __device__ __forceinline__ bool insert(int slot) const {
     const int id = ids[slot];
     for (int at = place(id);; at = (at + 1) & mask) {
@@ -299,7 +299,7 @@ __device__ __forceinline__ void fill_zero(const Team& team, X* row, const Grid<X
     grid.store(row, v, width, zero);
 }
 
-// The numbers of a row, in shared memory: one thread computes them, for arithmetic in double is dear.
+// The numbers of a row, in shared memory: one thread computes them, for arithmetic in double is slow.
 struct RowNumbers {
   Found found;
   Masses masses;

@@ -1,4 +1,4 @@
-// What the host decides about a launch of the sparse top-k kernels: the divergence, the form, the shared memory.
+// The host's decisions about a launch of the sparse top-k kernels: the divergence, the form, the shared memory.
 // Framework-free, and free of CUDA.
 #pragma once
 
@@ -54,7 +54,7 @@ inline int find_divergence(const char* name, double param0, double param1) {
   return -1;
 }
 
-// What a GPU can do.
+// The limits of a GPU.
 struct Limits {
   int shared_per_block, shared_per_multiprocessor;  // bytes
   int cluster;                                      // the largest cluster of blocks; 1 where there are none
