@@ -41,15 +41,15 @@ template <bool ENTROPY, class X, class C = typename Io<X>::C>
 Softmax<C> sweep_tokens(const X* s, int64_t n, double scale, double& weighted) {
   const Row<X> row(s, s, n, 0);
   C* const es = Scratch<C>::mine().get(kEs, kTileElements + 2 * Row<X>::kBlock);
-  double high = maximum(s, std::min(n, kSeedElements));
-  for (bool from_maximum = false;; from_maximum = true) {
-    const Affine<C> as = affine<C>(scale, high);
-    double z = 0;
-    weighted = 0;
-    bool trusting = true;
-    for (int64_t tile = 0; tile < row.tiles() && (from_maximum || !(z > kRedo)); ++tile) {
+  Affine<C> as;
+  double z = 0;
+  const auto sweep = [&](double reference, bool from_maximum) {
+    as = affine<C>(scale, reference);
+    z = weighted = 0;
+    bool unclamped = true;
+    for (int64_t tile = 0; tile < row.tiles() && (from_maximum || !(z > kLargestSum)); ++tile) {
       C* const tile_es = es - tile * kTileElements;
-      z += student_exponentials<false>(row, tile, as, tile_es, tile_es, trusting, kNothingPending);
+      z += student_exponentials<false>(row, tile, as, tile_es, tile_es, unclamped, kNothingPending);
       if (!ENTROPY) continue;
       Vec<C> sum0 = {}, sum1 = {};
       row.pieces(tile, [&](const X* x, const X*, int64_t blocks, int64_t slot, int64_t, auto lanes) KDK_LAMBDA_INLINE {
@@ -65,9 +65,10 @@ Softmax<C> sweep_tokens(const X* s, int64_t n, double scale, double& weighted) {
       });
       weighted += horizontal_sum<C>(sum0 + sum1);
     }
-    if (from_maximum || !(z > kRedo)) return {as, std::log2(z)};
-    high = maximum(s, n);
-  }
+    return !(z > kLargestSum);
+  };
+  sweep_in_range(maximum(s, std::min(n, kSeedElements)), sweep, [&] { return maximum(s, n); });
+  return {as, std::log2(z)};
 }
 
 // A row of logits after its softcap: as it is where there is none.
