@@ -5,4 +5,13 @@ from kdkernels.reference.dense import dense_rows, dkd_rows, mse_rows
 from kdkernels.reference.tokens import token_gradient, token_rows
 from kdkernels.reference.topk import topk_rows
 
-__all__ = ["capture_rows", "dense_rows", "dkd_rows", "mse_rows", "sample_rows", "token_gradient", "token_rows", "topk_rows"]
+__all__ = [
+    "capture_rows",
+    "dense_rows",
+    "dkd_rows",
+    "mse_rows",
+    "sample_rows",
+    "token_gradient",
+    "token_rows",
+    "topk_rows",
+]
