@@ -96,8 +96,8 @@ SCHEMAS = {
     #     lse [N]           m / T + log z                   tail [N]      log of the sum of q outside the row's ids
     #     norm [N, 2]       m and z, for token_bwd
     #
-    # in the dtype of the sums. entropy is [0] unless the choice "entropy" asks for it, tail unless "tail_mass" does. The
-    # difference x - m is made first, so that logits of 1e4 keep their bits and those of 3e38 overflow to -inf alone.
+    # in the dtype of the sums. entropy is [0] unless the choice "entropy" asks for it, tail unless "tail_mass" does.
+    # x - m is made first, so that logits of 1e4 keep their bits and those of 3e38 overflow to -inf alone.
     # ids: int64, contiguous; -1 and ignore_index (which may be a column's number) are slots without an id, whose
     # logprob is 0. A row in which no slot has an id is not read: all its results are 0. The logprob of an id out of
     # range is NaN, without a read. With tail_mass no id stands twice in a row, and the mass outside is summed for
