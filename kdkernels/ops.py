@@ -89,20 +89,21 @@ SCHEMAS = {
         "(Tensor student, Tensor teacher, Tensor(a!)? dstudent, Tensor? labels, Tensor? row_weight, *, "
         f"{_ALIKE}) -> Tensor"
     ),
-    # Log-probabilities of the ids [N, K] of each row, in one read. With x the logits below vocab_size after the softcap (0:
-    # none), m the largest of them, z = sum_v exp((x_v - m) / T), which is at least 1, and q = exp((x - m) / T) / z,
+    # Log-probabilities of the ids [N, K] of each row, in one read. With x the logits below vocab_size after the softcap
+    # (0: none), m the largest of them, z = sum_v exp((x_v - m) / T), which is at least 1, and q = exp((x - m) / T) / z,
     #
     #     logprobs [N, K]   (x_id - m) / T - log z          entropy [N]   log z - sum_v q_v (x_v - m) / T
     #     lse [N]           m / T + log z                   tail [N]      log of the sum of q outside the row's ids
     #     norm [N, 2]       m and z, for token_bwd
     #
-    # in the dtype of the sums; entropy is [0] unless the choice "entropy" asks for it, tail unless "tail_mass" does. The
-    # difference x - m is made first, so that logits of 1e4 keep their bits and those of 3e38 overflow to -inf alone.
+    # in the dtype of the sums. entropy is [0] unless the choice "entropy" asks for it, tail unless "tail_mass" does.
+    # x - m is made first, so that logits of 1e4 keep their bits and those of 3e38 overflow to -inf alone.
     # ids: int64, contiguous; -1 and ignore_index (which may be a column's number) are slots without an id, whose
     # logprob is 0. A row in which no slot has an id is not read: all its results are 0. The logprob of an id out of
-    # range is NaN, without a read. With tail_mass no id stands twice in a row, and the mass outside is summed for itself:
-    # 1 less the others would lose it. A row with NaN or +inf, or of -inf alone, has NaN for logprobs (where there is an
-    # id), entropy, lse, tail and z. An id whose logit is -inf has -inf, and q log q is 0 where q is.
+    # range is NaN, without a read. With tail_mass no id stands twice in a row, and the mass outside is summed for
+    # itself: 1 less the others would lose it; -inf where nothing is outside. A row with NaN or +inf, or of -inf alone,
+    # has NaN for logprobs (where there is an id), entropy, lse, tail and z. An id whose logit is -inf has -inf, and
+    # q log q is 0 where q is.
     # temperature_rows: [N] in the dtype of the sums, of any stride, in place of temperature.
     "token_fwd": (
         f"(Tensor logits, Tensor ids, Tensor? temperature_rows, *, {_ALIKE}) "

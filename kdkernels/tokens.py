@@ -104,7 +104,7 @@ def gather_logprobs(
     softcap: Optional[float] = None,
     backend: str = "auto",
 ) -> TeacherTopK:
-    r"""A teacher's log-probabilities at given ids, and the mass of all others: the ``TeacherTopK`` of somebody's choice.
+    r"""A teacher's log-probabilities at ids of somebody's choice, and the mass of all others, as a ``TeacherTopK``.
 
     With ``p = softmax(cap(t) / T)`` and S the ids of a row::
 
@@ -151,8 +151,9 @@ def gather_logprobs(
     if call.backend == "torch":
         logprobs, tail = _gathered_in_blocks(call, flat(logits), tokens)
     else:
-        logprobs, _, _, tail = token_values(call, logits, tokens)
-    assert tail is not None
+        logprobs, _, _, outside = token_values(call, logits, tokens)
+        assert outside is not None
+        tail = outside
     logprobs = torch.where(tokens == -1, -torch.inf, logprobs)
     return TeacherTopK(
         tokens.to(torch.int32).reshape(ids.shape),

@@ -123,6 +123,17 @@ def test_the_example_of_the_cache_runs(tmp_path, monkeypatch):
     assert len(names["cache"]) == 8 and names["batch"]["ids"].shape == (4, 100, 64)
 
 
+def test_the_examples_of_sampled_tokens_run():
+    sampled, gathered = examples(DOCS / "guide" / "on-policy.md")[:2]
+    names: dict = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(sampled, names)
+        assert names["logits"].grad is not None and not names["logits"].grad[0, 6:].any()
+        exec(gathered, names)
+    assert names["loss"] > 0
+
+
 def test_the_sizes_of_the_cache_are_the_code_s():
     pytest.importorskip("safetensors", reason="the cache writes safetensors")
     from kdkernels.cache.codec import Layout

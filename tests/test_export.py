@@ -39,9 +39,9 @@ LOSSES = {
 if "cpu" not in ops.LACKING["token_fwd"]:
     LOSSES |= {
         "tokens": lambda x, **o: kd.token_logprobs(x["student"], x["labels"], temperature=2.0, **o).logprobs,
-        "tokens-several": lambda x, **o: kd.token_logprobs(
-            x["student"], x["ids"], temperature=x["rows"], entropy=True, **o
-        ).entropy,
+        "tokens-several": lambda x, **o: (
+            kd.token_logprobs(x["student"], x["ids"], temperature=x["rows"], entropy=True, **o).entropy
+        ),
         "gather": lambda x, **o: kd.gather_logprobs(x["teacher"], x["ids"], **o).tail_logprob,
     }
 

@@ -100,8 +100,7 @@ if "cpu" not in ops.LACKING["token_fwd"]:
     LOSSES |= {
         "tokens": lambda: kd.token_logprobs(tensors()[0], tensors()[2], temperature=2.0, softcap=5.0).logprobs,
         "tokens-several": lambda: sum(
-            item.sum()
-            for item in kd.token_logprobs(tensors()[0], tensors()[3], temperature=PER_ROW, entropy=True)[:2]
+            item.sum() for item in kd.token_logprobs(tensors()[0], tensors()[3], temperature=PER_ROW, entropy=True)[:2]
         ),
         "tokens-bf16": lambda: kd.token_logprobs(tensors(torch.bfloat16, (2, 3))[0], tensors(shape=(2, 3))[2]).logprobs,
         "gather": lambda: kd.gather_logprobs(tensors()[1], tensors()[3]).tail_logprob,

@@ -494,7 +494,11 @@ BAD = [
     (TypeError, "ids must be int64 or int32, got float32", {"ids": torch.zeros(N)}),
     (ValueError, r"ids must have shape \(6,\) or \(6, 'K'\) with K >= 1, got \(5,\)", {"ids": torch.zeros(5).long()}),
     (ValueError, r"with K >= 1, got \(6, 0\)", {"ids": torch.zeros(N, 0).long()}),
-    (ValueError, r"ids must be in \[0, 37\), or -1 or ignore_index -100 for none, got 37", {"ids": torch.full((N,), V)}),
+    (
+        ValueError,
+        r"ids must be in \[0, 37\), or -1 or ignore_index -100 for none, got 37",
+        {"ids": torch.full((N,), V)},
+    ),
     (ValueError, r"for none, got -2", {"ids": torch.full((N,), -2)}),
     (ValueError, r"ids must be in \[0, 30\)", {"ids": torch.full((N,), 30), "vocab_size": 30}),
     (ValueError, "vocab_size must be at most logits's width 37, got 38", {"vocab_size": V + 1}),
@@ -671,7 +675,8 @@ def test_reverse_kl_on_the_students_own_top_k(backend):
     top = kd.gather_logprobs(teacher, ids, backend=backend)
     loss = kd.topk_kd_loss(student, *top[:2], tail_logprob=top.tail_logprob, divergence="reverse_kl")
     q, p = student.softmax(-1), teacher.softmax(-1)
-    qs, ps = (torch.cat([x.gather(1, ids.long()), 1 - x.gather(1, ids.long()).sum(-1, keepdim=True)], 1) for x in (q, p))
+    qs, ps = (x.gather(1, ids.long()) for x in (q, p))
+    qs, ps = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], 1) for x in (qs, ps))
     torch.testing.assert_close(loss, F.kl_div(ps.log(), qs, reduction="batchmean"))
 
 

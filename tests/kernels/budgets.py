@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from launches import compile_for, dense, dkd, mse, recorded, sass, topk
+from launches import compile_for, dense, dkd, mse, recorded, sass, tokens, tokens_back, topk
 
 from kdkernels.kernels import divergences, tuning
 from kdkernels.kernels.scale import scale_grad
@@ -103,14 +103,30 @@ TOPK_FORMS = {
     "topk-renormalize_both": (128256, "bf16", 64, True, {"tail": "renormalize_both"}),
     "topk-V50257": (50257, "bf16", 64, True, {}),
 }
+# Of the kernels of token log-probabilities: (V, dtype, K, backward, options).
+TOKEN_FORMS = {
+    "token": (131072, "bf16", 1, False, {}),
+    "token-entropy": (131072, "bf16", 1, False, {"entropy": True}),
+    "token-entropy-fp32": (131072, "fp32", 1, False, {"entropy": True}),
+    "token-back": (131072, "bf16", 1, True, {}),
+    "token-back-entropy": (131072, "bf16", 1, True, {"entropy": True}),
+    "token-back-K64": (131072, "bf16", 64, True, {"entropy": True}),
+    "token-tail": (131072, "bf16", 64, False, {"tail_mass": True}),
+    "token-V50257": (50257, "bf16", 1, False, {"entropy": True}),
+}
+SOME_TOKENS = ("token-entropy", "token-back-entropy")
 # The forms that are compiled for the other targets: their compilers differ, the kernels do not.
 SOME = ("forward_kl", "jsd", "tvd", "alpha_beta", "jeffreys-hard", "forward_kl-V128256-fp32", "dkd", "mse", "scale")
 CASES = [
-    *(("sm_90", form) for form in (*FORMS, *OTHERS, *TOPK_FORMS)),
-    *((target, form) for target in ("sm_80", "sm_100", "sm_120") for form in (*SOME, "topk-bucket", "topk-uniform")),
+    *(("sm_90", form) for form in (*FORMS, *OTHERS, *TOPK_FORMS, *TOKEN_FORMS)),
+    *(
+        (target, form)
+        for target in ("sm_80", "sm_100", "sm_120")
+        for form in (*SOME, "topk-bucket", "topk-uniform", *SOME_TOKENS)
+    ),
 ]
 # Two-sweep kernels are the only ones there.
-AMD_FORMS = ("forward_kl", "jsd", "jeffreys-hard", "dkd", "mse", "topk-bucket", "topk-uniform")
+AMD_FORMS = ("forward_kl", "jsd", "jeffreys-hard", "dkd", "mse", "topk-bucket", "topk-uniform", *SOME_TOKENS)
 CASES_HIP = [(target, form) for target in HIP for form in AMD_FORMS]
 
 
@@ -131,6 +147,8 @@ def launch_of(form, target):
     """The launch of a form as it would be on a target, recorded."""
     if form in TOPK_FORMS:
         return topk_launch_of(form, target)
+    if form in TOKEN_FORMS:
+        return token_launch_of(form, target)
     V, dtype, M, gradient, options = FORMS.get(form, (131072, "bf16", 1, True, {}))
     student, *teachers = (torch.empty(2, V, dtype=DTYPES[dtype]) for _ in range(M + 1))
     grad = torch.empty_like(student) if gradient else None
@@ -155,6 +173,18 @@ def topk_launch_of(form, target):
     labels = torch.zeros(2, dtype=torch.int64) if "ce_weight" in options else None
     with on(target), recorded() as launches:
         topk(student, ids, torch.zeros(2, K), torch.empty_like(student) if gradient else None, labels, **options)
+    return launches[0]
+
+
+def token_launch_of(form, target):
+    V, dtype, K, backward, options = TOKEN_FORMS[form]
+    logits, ids = torch.empty(2, V, dtype=DTYPES[dtype]), torch.zeros(2, K, dtype=torch.int64)
+    of_rows = torch.empty(2) if options.get("entropy") else None
+    with on(target), recorded() as launches:
+        if backward:
+            tokens_back(logits, ids, torch.empty(2, 2), of_rows, torch.empty(2, K), of_rows, logits, **options)
+        else:
+            tokens(logits, ids, **options)
     return launches[0]
 
 

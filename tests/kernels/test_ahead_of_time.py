@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 import budgets
-from budgets import CASES, CASES_HIP, FORMS, HIP, key, launch_of, measure
+from budgets import CASES, CASES_HIP, FORMS, HIP, TOKEN_FORMS, key, launch_of, measure
 from launches import compile_for, dense, dkd, mse, recorded, specialisation, topk
 
 from kdkernels.kernels import tuning
@@ -60,8 +60,8 @@ def test_targets():
 def test_wide_accesses():
     """Where V and the strides are multiples of 16 bytes, what is narrower are scalars of a row."""
     for name, entry in TABLE.items():
-        if name.split("/")[1] in budgets.TOPK_FORMS:
-            continue  # test_topk_ahead_of_time.py: entries of the teacher are narrow
+        if name.split("/")[1] in {**budgets.TOPK_FORMS, **TOKEN_FORMS}:
+            continue  # test_topk_ahead_of_time.py: entries of the teacher are narrow; tokens have a test of their own
         V, _, M, _, options = FORMS.get(name.split("/")[1], (131072, "bf16", 1, True, {}))
         if V % 16:
             continue
@@ -71,6 +71,21 @@ def test_wide_accesses():
         assert narrow["loads"] <= scalars, name
         assert narrow["stores"] <= 2 + 21 * bool(options.get("stats")), name
         assert entry["loads"]["16"] >= 2 or "scale" in name, name
+
+
+def test_tokens():
+    """Few instructions, all columns in 16-byte pieces, and room for several rows beside each other."""
+    for name, entry in TABLE.items():
+        form = name.split("/")[1]
+        if form not in TOKEN_FORMS or form == "token-V50257":
+            continue
+        back, entropy = "back" in form, "entropy" in form
+        # Many ids are compared with each other, and a tail's are marked: those loops count too.
+        if TOKEN_FORMS[form][2] == 1:
+            assert entry["instructions"] <= (6.5 if back else 7) + (3 if entropy else 0), name
+            assert entry["transcendental"] <= 1.1, name
+        assert entry["loads"]["16"] >= 4 and (entry["stores"].get("16", 0) >= 4) == back, name
+        assert entry["resident_blocks"] * entry["num_warps"] * 32 >= 1024, name
 
 
 @pytest.mark.slow
