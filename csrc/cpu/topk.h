@@ -137,9 +137,10 @@ struct SparseRow {
   bool rebased = false;  // es is relative to the maximum outside
 
   // The divergence: the sums of values and scores, and the outside's part of the scores.
-  double d = 0, score_sum = 0, score_outside = 0;
+  double score_outside = 0, score_sum = 0;
   double w = 0;         // omega kd tau / T
   double nan_or_0 = 0;  // added to results of a row that is NaN
+  double d = 0;
   double hard = 0, c0 = 0;
   RowResult result;
   GradientTerms<C> terms;
@@ -367,10 +368,9 @@ struct SparseRow {
     std::fill(one, one + kLanes<double>, 1.0);
     std::fill(log_one, log_one + kLanes<double>, 0.0);
     divergence.f64(linear, num.param0, args.param1, none, log_none, 1, one, log_one, f, df, 1);
-    // Rounded once: the gradient takes it by itself and in the sum.
-    score_outside = unfused(df[0] * q_outside);
-    score_sum += score_outside;
     d += f[0] * q_outside;
+    score_outside = df[0] * q_outside;
+    score_sum += score_outside;
   }
 
   KDK_INLINE void finish_divergence() {
