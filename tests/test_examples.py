@@ -80,5 +80,16 @@ def test_offline_asks_the_teacher_once_and_refuses_a_damaged_cache(folder):
     assert damaged.returncode != 0 and "ChecksumError" in damaged.stderr and "step" not in damaged.stdout
 
 
+@pytest.mark.slow
+def test_on_policy_compares_its_losses_from_one_start(folder):
+    options = ("--steps", 4, "--first-steps", 4, "--teacher-steps", 20, "--batch-size", 4, "--length", 24)
+    done = run("on_policy", *options, "--folder", folder)
+    perplexities, divergences = printed(done, "perplexity"), printed(done, "reverse KL")
+    assert len(perplexities) == len(divergences) == 3 * 5
+    assert len(set(perplexities[::5])) == len(set(divergences[::5])) == 1 and min(divergences) >= 0
+    # Each goes its own way.
+    assert len({perplexities[0], *perplexities[4::5]}) == 4
+
+
 def test_examples_are_short_enough_to_copy():
     assert {path.name: n for path in EXAMPLES.glob("*.py") if (n := len(path.read_text().splitlines())) > 115} == {}
