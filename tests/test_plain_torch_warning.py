@@ -38,6 +38,8 @@ CALLS = {
     "topk_kd_loss": topk,
     "linear_kd_loss": linear,
     "capture_topk": lambda: kd.capture_topk(TEACHER, 4),
+    "token_logprobs": lambda: kd.token_logprobs(STUDENT, torch.zeros(40).long()),
+    "gather_logprobs": lambda: kd.gather_logprobs(TEACHER, torch.zeros(40, 1).long()),
 }
 
 

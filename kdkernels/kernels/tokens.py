@@ -19,23 +19,20 @@ import triton.language as tl
 from torch import Tensor
 
 from kdkernels.kernels import tuning
+from kdkernels.kernels.arguments import aligned_width, contiguous, num_rows, on_device_of
+from kdkernels.kernels.arguments import logits as row_strides_of
 from kdkernels.kernels.rows import (
     LN2,
     LOG2E,
     NEG_INF,
-    aligned_width,
-    contiguous,
     fast_exp2,
     fold_max,
     fold_sum,
     lane_lowest,
     lane_zeros,
     load_logits,
-    num_rows,
-    on_device_of,
     reciprocal,
     row_offset,
-    row_strides,
     soft_cap,
     spread,
     store_gradient,
@@ -345,7 +342,7 @@ def token_bwd_kernel(
         h = tl.load(dentropy_ptr + row64)
         counted = counted | ((h != 0) & any_of(used))
     if counted == 0:
-        zero_columns(dlogits_ptr, 0, V if pad_width is None else pad_width, TILE)
+        zero_columns(dlogits_ptr, tile_offsets(TILE), 0, V if pad_width is None else pad_width)
         return
     logits_ptr += row_offset(row, L, stride_sb, stride_sl)
     unit, scale = of_row(temperature, temperature_ptr, row64, stride_tn)
@@ -375,7 +372,7 @@ def token_bwd_kernel(
         d = q_part(x, top, scale, slope, bend, ENTROPY)
         store_gradient(dlogits_ptr, whole + offs_tile, through_cap(d, x, softcap), V, pad_width)
     if pad_width is not None:
-        zero_columns(dlogits_ptr, tl.cdiv(V, BLOCK_V) * BLOCK_V, pad_width, TILE)
+        zero_columns(dlogits_ptr, tile_offsets(TILE), tl.cdiv(V, BLOCK_V) * BLOCK_V, pad_width)
     tl.debug_barrier()
     total, first = sum_equal(ids, g, known, ids_ptr, dlogprobs_ptr, K, BLOCK_K, CHUNK)
     d = through_cap(total * unit + q_part(picked, top, scale, slope, bend, ENTROPY), picked, softcap)
@@ -424,7 +421,7 @@ def token_fwd(
     Returns:
         Log-probabilities [N, K], entropy [N] or [0], lse [N], tail [N] or [0], norm [N, 2], in fp32.
     """
-    L, N = num_rows(logits)
+    L, N = logits.shape[-2], num_rows(logits)
     K = ids.shape[-1]
     logprobs = logits.new_empty((N, K), dtype=torch.float32)
     of_entropy = logits.new_empty(N if entropy else 0, dtype=torch.float32)
@@ -435,7 +432,7 @@ def token_fwd(
     if N == 0:
         return results
     TILE, num_warps = tile_of(vocab_size, logits.element_size())
-    stride_sb, stride_sl = row_strides(logits)
+    stride_sb, stride_sl = row_strides_of(logits)[1:]
     ids = ids.contiguous()
     stride_tn = None if temperature_rows is None else temperature_rows.stride(0)
     BLOCK_K = triton.next_power_of_2(K)
@@ -509,14 +506,14 @@ def token_bwd(
     **_: bool,
 ) -> None:
     """Write the gradient to dlogits, which may be the logits, as ``kdkernels.ops`` says."""
-    L, N = num_rows(logits)
+    L, N = logits.shape[-2], num_rows(logits)
     K = ids.shape[-1]
     if N == 0:
         return
     width = logits.shape[-1]
     TILE, num_warps = tile_of(vocab_size, logits.element_size())
-    stride_sb, stride_sl = row_strides(logits)
-    stride_db, stride_dl = row_strides(dlogits)
+    stride_sb, stride_sl = row_strides_of(logits)[1:]
+    stride_db, stride_dl = row_strides_of(dlogits)[1:]
     BLOCK_K = triton.next_power_of_2(K)
     with on_device_of(logits):
         token_bwd_kernel[(N,)](
