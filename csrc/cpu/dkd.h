@@ -34,6 +34,11 @@ double DkdRows<X>::add(double weight, const X* s, const X* t, int64_t label, X* 
     if (out != nullptr) fill_zero(out, 0, n);
     return std::numeric_limits<double>::quiet_NaN();
   }
+  if (args.alpha == 0 && args.beta == 0) {
+    // Without any term nothing of the logits counts, be it NaN.
+    if (out != nullptr) fill_zero(out, 0, n);
+    return 0;
+  }
   Row<X> row(s, t, n, head_elements(out, streamed));
   row.exclude(label);
   prefetch_edges(row, out);
@@ -82,6 +87,8 @@ double DkdRows<X>::add(double weight, const X* s, const X* t, int64_t label, X* 
   if (!others) tckd = (label_s - label_s) + (label_t - label_t);
   if (rest_p > 0) tckd += rest_p * (log_rest_p - log_rest_q);
   const double tau = args.scale_by_t_squared ? args.temperature * args.temperature : 1;
+  // A term of weight 0 is none, be it infinite.
+  const auto weighed = [](double factor, double term) { return factor == 0 ? 0 : factor * term; };
   if (out != nullptr) {
     const double f = weight * tau / args.temperature;
     // p - q, from the two small ones of the four probabilities. For another class, dTCKD = q^ (p - q) with q^ its share
@@ -92,10 +99,10 @@ double DkdRows<X>::add(double weight, const X* s, const X* t, int64_t label, X* 
     terms.et = et;
     terms.e1 = es;
     if (others) {
-      terms.a = f * (args.beta + args.alpha * difference) / sums.zs;
-      terms.b = f * args.beta / sums.zt;
+      terms.a = f * (args.beta + weighed(args.alpha, difference)) / sums.zs;
+      terms.b = f * weighed(args.beta, 1 / sums.zt);
     }
-    const double at_label = others ? -f * args.alpha * difference : 0;
+    const double at_label = others ? -f * weighed(args.alpha, difference) : 0;
     const bool stores_label = !(streamed && set_gradient(terms, row.slot(label), at_label));
     if (deferred) {
       postpone(row, terms, out, streamed, pending);
@@ -105,7 +112,7 @@ double DkdRows<X>::add(double weight, const X* s, const X* t, int64_t label, X* 
       if (stores_label) from_compute(C(at_label), out + label);
     }
   }
-  return tau * (args.alpha * tckd + args.beta * nckd);
+  return tau * (weighed(args.alpha, tckd) + weighed(args.beta, nckd));
 }
 
 // The student's logits are read, and its gradient written, as they are.

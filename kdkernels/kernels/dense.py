@@ -76,7 +76,8 @@ def mixed_softmax(teachers, weights, norms, offs_v, V, load_width, softcap, TEAC
     total = tl.zeros(offs_v.shape, tl.float32)
     for k in tl.static_range(len(teachers)):
         t = load_logits(teachers[k], offs_v, V, load_width, softcap, TEACHER_PROBS)
-        log2p = softmax(t, norms[k])[1] + tl.log2(weights[k])
+        # A teacher of weight 0 counts nothing, be it NaN.
+        log2p = tl.where(weights[k] == 0, NEG_INF, softmax(t, norms[k])[1] + tl.log2(weights[k]))
         new_top = tl.maximum(top, log2p)
         total = total * tl.exp2(top - new_top) + tl.exp2(log2p - new_top)
         top = new_top
@@ -348,7 +349,7 @@ def dense_fwd_kernel(
         for k in tl.static_range(len(teachers)):
             deviation_t = row_moments(teachers[k], V, load_width, teacher_softcap, TEACHER_PROBS, TILE)[2]
             teacher_scales = teacher_scales + (LOG2E * unit_t / deviation_t,)
-            mixed_weights = mixed_weights + (weights[k] / deviation_t,)
+            mixed_weights = mixed_weights + (mul0(weights[k], 1.0 / deviation_t),)
         if len(teachers) == 1:
             unit_t /= deviation_t
         elif not MIX_PROBS:
@@ -733,7 +734,7 @@ def dense_fwd(
         "label_smoothing": (label_smoothing or None) if ce_weight else None,
         "student_softcap": student_softcap or None,
         "teacher_softcap": None if probs else teacher_softcap or None,
-        "param0": param0,
+        "param0": divergences.coded(divergence, param0),
         "param1": param1,
         "COEFFICIENTS": entry.linear,
         "VALUE": full.value if full else entry.value,

@@ -134,11 +134,12 @@ def dkd_fwd_kernel(
     p_n = tl.exp2(logp_n * LOG2E)
     q_n = tl.exp2(logq_n * LOG2E)
     target = nonnegative(mul0(p_y, logp_y - logq_y) + mul0(p_n, logp_n - logq_n), _REST, False)
-    tl.store(loss_ptr + row64, (alpha * target + beta * rest) * scale)
+    # A term of weight 0 is none, be it infinite.
+    tl.store(loss_ptr + row64, (mul0(alpha, target) + mul0(beta, rest)) * scale)
 
     if dstudent_ptr is not None:
         scale *= unit_s
-        away = scale * alpha * tl.where(odds_p > 0, q_n - p_n, p_y - q_y)
+        away = mul0(scale * alpha, tl.where(odds_p > 0, q_n - p_n, p_y - q_y))
         offs_tile = tile_offsets(TILE)
         num_tiles = tl.cdiv(V, BLOCK_V)
         for k in range(num_tiles):
@@ -183,6 +184,11 @@ def dkd_fwd(
     loss = student.new_empty(N, dtype=torch.float32)
     if N == 0:
         return loss
+    if not (alpha or beta):
+        # Without any term nothing of the logits counts, be it NaN.
+        if dstudent is not None:
+            dstudent.zero_()
+        return loss.zero_()
     width = student.shape[-1]
     shape = tuning.shape(vocab_size, max(student.element_size(), teacher.element_size()))
     stride_sb, stride_sl = row_strides(student)

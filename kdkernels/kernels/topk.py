@@ -683,7 +683,7 @@ def topk_fwd(
             student_softcap or None,
             min_tail if floored else None,
             tail_rounding,
-            param0,
+            divergences.coded(divergence, param0),
             param1,
             COEFFICIENTS=entry.linear,
             VALUE=entry.value,
