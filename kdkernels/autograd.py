@@ -17,6 +17,8 @@ from kdkernels.objective import RowOptions
 
 # A gradient in fp16 holds 2^-24 to 65504. It is kept as large as leaves this much room above Launch.gradient_size.
 FP16_ROOM = 2.0**8
+# Of the fp32 copy of some rows, where nobody knows how large their gradient is.
+PIECE_BYTES, GPU_PIECE_BYTES = 2**25, 2**28
 
 
 def keeps_constants_out(logits: Tensor) -> bool:
@@ -32,12 +34,13 @@ def without_constants(launch: Launch) -> tuple[Launch, Union[float, Tensor]]:
     ``grad_output``, which has the loss scale of a ``GradScaler``, could bring it back. The factor is a power of two
     wherever its value is known, so that the product of a power of two in backward rounds nothing a second time.
     """
-    scale = launch.options["scale"]
+    scale, size = launch.options["scale"], launch.gradient_size
+    assert size is not None
     if torch.compiler.is_compiling():
         # The numbers may be symbols, of which no logarithm is known.
-        scale, factor = FP16_ROOM / launch.gradient_size, scale * launch.gradient_size / FP16_ROOM
+        scale, factor = FP16_ROOM / size, scale * size / FP16_ROOM
     else:
-        scale, factor = _power_of_two(scale, launch.gradient_size)
+        scale, factor = _power_of_two(scale, size)
     launch = launch._replace(options={**launch.options, "scale": scale})
     weight = launch.rows.row_weight
     if weight is None:
@@ -46,6 +49,73 @@ def without_constants(launch: Launch) -> tuple[Launch, Union[float, Tensor]]:
     mantissa, exponent = torch.frexp(weight)
     launch = launch._replace(rows=launch.rows._replace(row_weight=mantissa))
     return launch, torch.ldexp(_as_tensor(factor, mantissa).expand_as(mantissa), exponent)
+
+
+def run_with_gradient(
+    launch: Launch, logits: Tensor, others: tuple[Tensor, ...], gradient: Tensor
+) -> tuple[Tensor, Optional[Tensor], Union[None, float, Tensor]]:
+    """Losses and statistics of rows, and what the gradient that is written lacks, as ``without_constants`` has it."""
+    if not keeps_constants_out(logits):
+        return *run(launch, logits, others, gradient), None
+    if launch.gradient_size is None:
+        return run_in_pieces(launch, logits, others, gradient)
+    launch, factor = without_constants(launch)
+    rows, stats = run(launch, logits, others, gradient)
+    return rows * factor, stats, factor
+
+
+def run_in_pieces(
+    launch: Launch, logits: Tensor, others: tuple[Tensor, ...], gradient: Tensor
+) -> tuple[Tensor, Optional[Tensor], Tensor]:
+    """As ``run_with_gradient`` of logits in fp16 whose gradient nobody knows the size of.
+
+    It is made in fp32, of some rows at a time, and kept with a power of two of each row: the largest entry then stands
+    just below fp16's largest number, so that whatever fits fp16 with the constants is there without them.
+    """
+    views = as_rows((logits, gradient, *others))
+    found, of_stats, factors = [], [], []
+    for batch, length, rows in _pieces(views[0]):
+        source, target, *rest = (view[batch, length] for view in views)
+        wide = source.float()
+        part = launch._replace(
+            rows=launch.rows.chosen(rows), sparse_teacher=tuple(item[rows] for item in launch.sparse_teacher)
+        )
+        # A graph writes to nothing that it reads.
+        made = torch.empty_like(wide) if torch.compiler.is_compiling() else wide
+        loss, stats = run(part, wide, tuple(rest), made)
+        largest = torch.linalg.vector_norm(made, torch.inf, dim=-1)
+        # An exponent that fp32 has the power of two of, and its inverse.
+        exponent = torch.where(largest.isfinite(), torch.frexp(largest)[1] - 15, 0).clamp(min=-100)
+        one = torch.ones_like(largest)
+        target.copy_(made.mul_(torch.ldexp(one, -exponent)[..., None]))
+        found.append(loss)
+        of_stats.append(stats)
+        factors.append(torch.ldexp(one, exponent).reshape(-1))
+    stats = None if of_stats[0] is None else torch.cat(of_stats)  # type: ignore[arg-type]
+    return torch.cat(found), stats, torch.cat(factors)
+
+
+def _pieces(logits: Tensor) -> list[tuple[slice, slice, slice]]:
+    """Parts of logits ``[B, L, V]`` in order: of B, of L, and of the rows that these are."""
+    everything = slice(None)
+    if torch.compiler.is_compiling() or not symbols.has_values(logits):
+        return [(everything, everything, everything)]
+    batch, length, width = logits.shape
+    budget = PIECE_BYTES if logits.device.type == "cpu" else GPU_PIECE_BYTES
+    count = max(budget // (4 * width), 1)
+    if count >= length:
+        step = count // max(length, 1)
+        starts = range(0, max(batch, 1), step)
+        return [(slice(b, b + step), everything, slice(b * length, (b + step) * length)) for b in starts]
+    return [
+        (
+            slice(b, b + 1),
+            slice(start, start + count),
+            slice(b * length + start, b * length + min(start + count, length)),
+        )
+        for b in range(batch)
+        for start in range(0, length, count)
+    ]
 
 
 class RowLoss(torch.autograd.Function):
@@ -69,25 +139,23 @@ class RowLoss(torch.autograd.Function):
         per_row: bool,
         inplace: bool,
     ) -> Any:
-        dteacher = dteacher_factor = dstudent_factor = None
+        dteacher: Optional[Tensor] = None
+        dteacher_factor: Union[None, float, Tensor] = None
+        dstudent_factor: Union[None, float, Tensor] = None
         if dual is not None and teacher is not None:
             # Before the student's launch, which may overwrite the student.
-            if keeps_constants_out(teacher):
-                dual, dteacher_factor = without_constants(dual)
             if dual.options["kd_weight"] == 0:
                 dteacher = torch.zeros_like(teacher)
             else:
                 dteacher = memory.empty_like(teacher)
-                run(dual, teacher, (student,), dteacher)
+                dteacher_factor = run_with_gradient(dual, teacher, (student,), dteacher)[2]
         dstudent = None
+        teachers = () if teacher is None else (teacher, *more_teachers)
         if ctx.needs_input_grad[0]:
             dstudent = student.detach() if inplace else memory.empty_like(student)
-            if keeps_constants_out(student):
-                launch, dstudent_factor = without_constants(launch)
-        teachers = () if teacher is None else (teacher, *more_teachers)
-        rows, stats = run(launch, student, teachers, dstudent)
-        if dstudent_factor is not None:
-            rows = rows * dstudent_factor
+            rows, stats, dstudent_factor = run_with_gradient(launch, student, teachers, dstudent)
+        else:
+            rows, stats = run(launch, student, teachers, None)
         if inplace and dstudent is not None:
             torch.autograd.graph.increment_version(student)
         factors = (_as_tensor(factor, rows) for factor in (dstudent_factor, dteacher_factor))
@@ -121,7 +189,7 @@ class SummedLoss(torch.autograd.Function):
         dstudent = student.detach() if options.inplace else None  # type: ignore[attr-defined]
         factor = None
         if keeps_constants_out(student):
-            scale, factor = _power_of_two(scale, options.gradient_size)
+            scale, factor = _power_of_two(scale, options.gradient_size)  # type: ignore[arg-type]
         loss, gradient = op(student, dstudent, packed, scale, True, *operands)
         if dstudent is not None:
             gradient = dstudent
@@ -156,6 +224,7 @@ def sums_in_one_op(launch: Launch, options: Any, student: Tensor, teachers: tupl
         and all(type(item) in _PLAIN_TENSORS for item in (student, *teachers))
         and not torch.compiler.is_compiling()
         and not transforms.active()
+        and (options.gradient_size is not None or student.dtype != torch.float16)
     )
 
 

@@ -321,6 +321,8 @@ def probabilities(
     counted = None if labels is None else labels != options.ignore_index
     if weight is not None:
         counted = weight != 0 if counted is None else counted & (weight != 0)
+    if counted is not None and not reads_values(counted):
+        return
     for k, teacher in enumerate(teachers):
         name = "teacher" if len(teachers) == 1 else f"teacher[{k}]"
         teacher_probs(name, teacher, columns, counted, form)
@@ -400,7 +402,7 @@ def sparse_entries(ids: Tensor, logprobs: Tensor, columns: int, tail: str) -> tu
     """The results of ``sparse_teacher``, with the values checked alone."""
     k = ids.shape[-1]
     ids, logprobs = ids.reshape(-1, k).contiguous(), logprobs.detach().reshape(-1, k).contiguous()
-    if reads_values(ids) and ids.numel():
+    if reads_values(ids) and reads_values(logprobs) and ids.numel():
         _values_of_sparse_teacher(ids, logprobs, columns, highest_logprob(logprobs.dtype, tail))
     return ids, logprobs
 
@@ -568,6 +570,11 @@ def head_tensors(side: str, weight: Any, bias: Any) -> tuple[Any, Any]:
     if not isinstance(weight, torch.nn.Module):
         return weight, bias
     name, kind = f"{side}weight", type(weight).__name__
+    if isinstance(weight, torch.jit.ScriptModule):
+        raise TypeError(
+            f"{name} must be an nn.Linear with nn.Linear's own forward, or a tied nn.Embedding, got the scripted module"
+            f" {kind}, whose forward cannot be known: pass its weight and bias as tensors"
+        )
     found = getattr(weight, "weight", None)
     if is_dtensor(found):
         # That is the first thing to be told, and is told with the tensors.
@@ -930,12 +937,88 @@ def inplace_allowed(student: Tensor, option: str = "inplace", name: str = "stude
         extent += (size - 1) * stride
 
 
-def reverse_mode_only(backend: str, *tensors: Tensor) -> None:
+def apart_in_place(options: Any, student: Tensor, others: Mapping[str, Any], teachers: Sequence[Tensor] = ()) -> None:
+    """Where the gradient is written over the student's rows, no other tensor of the call has memory of these.
+
+    A teacher's row may be the student's own row of that number: it is read before it is written.
+    """
+    if not getattr(options, "inplace", False) or not torch.is_grad_enabled():
+        return
+    named = {"teacher" if len(teachers) == 1 else f"teacher[{k}]": item for k, item in enumerate(teachers)}
+    tensors = {**named, **others, **{name: getattr(options, name) for name in options.defaults}}
+    tensors = {name: item for name, item in tensors.items() if isinstance(item, Tensor)}
+    if not all(_has_memory(item) for item in (student, *tensors.values())):
+        return
+    first, last = _bytes_of(student)
+    for name, item in tensors.items():
+        start, end = _bytes_of(item)
+        if (
+            end <= first
+            or last <= start
+            or (name in named and _same_rows(item, student))
+            or _interleaved(item, student)
+        ):
+            continue
+        raise ValueError(
+            f"inplace=True overwrites the student's rows one by one, and {name} may share memory with other rows of "
+            f"it: {name} of shape {tuple(item.shape)} and strides {tuple(item.stride())} has bytes {start} to {end}, "
+            f"the student of shape {tuple(student.shape)} and strides {tuple(student.stride())} has {first} to {last}; "
+            f"pass {name}.clone()"
+        )
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    return symbols.has_values(tensor) and not (transforms.active() and transforms.stands_for_others(tensor))
+
+
+def _bytes_of(tensor: Tensor) -> tuple[int, int]:
+    """The addresses from the first byte of a tensor to past the last one."""
+    start = tensor.data_ptr()
+    return start, start + _extent(tensor) * tensor.element_size()
+
+
+def _extent(tensor: Tensor, below: float = math.inf) -> int:
+    """The elements from the first to past the last one, of the dimensions whose stride is ``below`` a number."""
+    if tensor.numel() == 0:
+        return 0
+    return 1 + sum(
+        (size - 1) * stride
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        if size > 1 and stride < below
+    )
+
+
+def _same_rows(teacher: Tensor, student: Tensor) -> bool:
+    """True if every row of the teacher begins where the student's row of that number does."""
+    leading = zip(teacher.shape[:-1], teacher.stride()[:-1], student.stride()[:-1], strict=True)
+    return (
+        teacher.data_ptr() == student.data_ptr()
+        and teacher.dtype == student.dtype
+        and all(mine == other for size, mine, other in leading if size > 1)
+    )
+
+
+def _interleaved(other: Tensor, student: Tensor) -> bool:
+    """True if both repeat after a common number of bytes, and lie in different parts of it."""
+    size, other_size = student.element_size(), other.element_size()
+    strides = {n * size for length, n in zip(student.shape, student.stride(), strict=True) if length > 1 and n > 1}
+    others = {n * other_size for length, n in zip(other.shape, other.stride(), strict=True) if length > 1 and n > 1}
+    for period in strides & others:
+        if any(n > period and n % period for n in strides | others):
+            continue
+        ahead = (other.data_ptr() - student.data_ptr()) % period
+        width = _extent(student, period / size) * size
+        if ahead >= width and ahead + _extent(other, period / other_size) * other_size <= period:
+            return True
+    return False
+
+
+def reverse_mode_only(backend: str, *tensors: Optional[Tensor]) -> None:
     """The kernels give a gradient in reverse mode: no tangents, and no tensors that stand for others."""
     if backend == "torch" or torch.compiler.is_compiling() or not transforms.active():
         return
     for tensor in tensors:
-        if transforms.stands_for_others(tensor) or transforms.has_tangent(tensor):
+        if tensor is not None and transforms.takes_part(tensor):
             raise RuntimeError(
                 f"backend {backend!r} has a gradient in reverse mode only, outside torch.func (grad, vmap, jvp, ...) "
                 'and forward-mode differentiation; there, backend="torch" works'

@@ -534,7 +534,9 @@ def _objective(launch: Launch, logits: Tensor, teachers: list[Tensor], with_grad
         loss, stats = run(launch, logits, tuple(teachers), logits if with_grad else None)
     else:
         with torch.set_grad_enabled(with_grad):
-            leaf = logits.detach().requires_grad_(with_grad)
+            leaf = logits.detach()
+            if with_grad:
+                leaf.requires_grad_()
             loss, stats = run_reference(launch, leaf, teachers)
             total = loss.sum()
         if with_grad:

@@ -44,7 +44,7 @@ class Divergence:
     # Sweeps over the logits of a two-sweep kernel: (reads of each logits tensor) when the row is not resident on chip.
     sweeps: ClassVar[int] = 3
     # True if an entry of the gradient by the student's tempered logits stays near 1 however far apart the models are.
-    # Others grow with the difference of log-probabilities, and a gradient in fp16 leaves them more room.
+    # Others grow with the difference of log-probabilities: a gradient in fp16 is kept at a scale of each row's own.
     bounded_gradient: ClassVar[bool] = False
     # True where ``f(c p, c q) = c f(p, q)``.
     homogeneous: ClassVar[bool] = False

@@ -382,7 +382,8 @@ def dense(objective: Objective, student: Any, teacher: Any, labels: Any = None) 
     columns = checks.student_of(objective, student)
     teachers = checks.teachers_of(objective, teacher, student)
     weights = checks.mixture_weights(objective, len(teachers), student, single=not isinstance(teacher, (list, tuple)))
-    return _dense(objective, student, teachers, labels, columns, weights, objective.mixture)
+    checks.apart_in_place(objective, student, {"labels": labels}, teachers)
+    return _dense(objective, student, teachers, labels, columns, weights, objective.mixture, teachers)
 
 
 def taid(objective: TAIDObjective, student: Any, teacher: Any, labels: Any = None) -> Any:
@@ -395,7 +396,9 @@ def taid(objective: TAIDObjective, student: Any, teacher: Any, labels: Any = Non
     if not isinstance(share, Tensor):
         share = symbols.as_tensor(share, checks.sum_dtype(student), student.device)
     weights = torch.stack([1 - share, share], -1).expand(num_rows(student), 2)
-    return _dense(objective, student, (student.detach(), teacher), labels, columns, weights, "logits")
+    checks.apart_in_place(objective, student, {"labels": labels}, (teacher,))
+    teachers = (student.detach(), teacher)
+    return _dense(objective, student, teachers, labels, columns, weights, "logits", (teacher,))
 
 
 def _dense(
@@ -406,11 +409,13 @@ def _dense(
     columns: int,
     weights: Optional[Tensor],
     mixture: str,
+    given: tuple[Tensor, ...],
 ) -> Any:
+    """``given`` are the teachers of the call itself."""
     teacher_grad = torch.is_grad_enabled() and any(teacher.requires_grad for teacher in teachers)
     torch_only = checks.why_no_teacher_grad(objective, mixed=weights is not None) if teacher_grad else None
     backend = backends.choose(objective.backend, student, divergence=objective.resolved.name, torch_only=torch_only)
-    checks.reverse_mode_only(backend, student, *teachers)
+    checks.reverse_mode_only(backend, student, *given, labels, *objective.tensors)
     launch = dense_launch(objective, student, labels, columns, backend, weights, mixture)
     checks.probabilities(objective, teachers, columns, launch.rows.labels, launch.rows.row_weight)
     swapped = dual(launch, objective, teachers[0]) if teacher_grad and backend != "torch" else None
@@ -426,7 +431,9 @@ def topk(
         return distributed.of_all_ranks(topk_kd_loss, student, {**tensors, **objective.given()})
     columns = checks.student_of(objective, student)
     launch = topk_launch(objective, student, (ids, logprobs), labels, tail_logprob, columns)
-    checks.reverse_mode_only(launch.backend, student)
+    checks.reverse_mode_only(launch.backend, student, ids, logprobs, labels, tail_logprob, *objective.tensors)
+    others = {"teacher_ids": ids, "teacher_logprobs": logprobs, "labels": labels, "tail_logprob": tail_logprob}
+    checks.apart_in_place(objective, student, others)
     return with_stats(*evaluate(launch, objective, student, ()), student, TopKStats)
 
 
@@ -439,10 +446,11 @@ def pair(pattern: str, options: Any, student: Any, teacher: Any, labels: Any) ->
     checks.teacher_like("teacher", teacher, student, options.vocab_size)
     if teacher.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"teacher must not require grad in {options.function}: it gets no gradient; detach it")
+    checks.apart_in_place(options, student, {"labels": labels}, (teacher,))
+    backend = backends.choose(options.backend, student)
+    checks.reverse_mode_only(backend, student, teacher, labels, *options.tensors)
     labels = checks.labels_like(labels, student, columns, options.ignore_index)
     scale, rows = row_tensors(options, student, labels)
-    backend = backends.choose(options.backend, student)
-    checks.reverse_mode_only(backend, student, teacher)
     scalars = {**options.scalars, "scale": scale, "vocab_size": columns}
     # 2 (s - t) / V: half of s - t is kept, which fits fp16 however far apart two of its numbers are.
     size = 1024.0 / columns if pattern == "mse_fwd" else options.gradient_size

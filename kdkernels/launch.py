@@ -38,8 +38,8 @@ class Launch(NamedTuple):
     options: dict[str, Any]  # keyword arguments
     # Ids and log-probabilities [N, K], where they stand for the teacher's logits.
     sparse_teacher: tuple[Tensor, ...] = ()
-    # About the largest entry of a row's gradient before ``scale`` and the row's weight.
-    gradient_size: float = 1.0
+    # About the largest entry of a row's gradient before ``scale`` and the row's weight; None where nobody knows.
+    gradient_size: Optional[float] = 1.0
 
     def operands(self) -> list[Optional[Tensor]]:
         """The tensors that the op takes after ``dstudent``."""
@@ -169,7 +169,8 @@ def dual(launch: Launch, options: Any, teacher: Tensor) -> Launch:
         "stats": False,
     }
     rows = RowTensors(rows.labels, weight, rows.teacher_temperature_rows, temperatures, param)
-    return launch._replace(rows=rows, options=scalars, gradient_size=objective.gradient_size(swapped, scalars))
+    size = objective.gradient_size(swapped, scalars, rows=rows.student_temperature_rows is not None)
+    return launch._replace(rows=rows, options=scalars, gradient_size=size)
 
 
 def run(

@@ -271,7 +271,8 @@ def dense(
         count,
         objective.teacher_form == "probs",
     )
-    return _result(objective, call, hidden, head, bias, KDStats)
+    given = [item for teacher in teachers for item in teacher]
+    return _result(objective, call, hidden, head, bias, [*given, labels], KDStats)
 
 
 def topk(
@@ -291,7 +292,7 @@ def topk(
     launch = topk_launch(objective, logits, (ids, logprobs), labels, tail_logprob, columns)
     checks.sparse_grad_allowed(objective.sparse_grad, projects_columns(launch))
     call = Call(launch, objective.chunk_bytes, product_dtype, objective.logits_dtype, sparse_grad=objective.sparse_grad)
-    return _result(objective, call, hidden, head, bias, TopKStats)
+    return _result(objective, call, hidden, head, bias, [ids, logprobs, labels, tail_logprob], TopKStats)
 
 
 def as_student(
@@ -340,10 +341,20 @@ def _count(teacher_weights: Any) -> int:
     return teacher_weights.shape[-1] if isinstance(teacher_weights, Tensor) else len(teacher_weights)
 
 
-def _result(objective: Any, call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], kind: Any) -> Any:
+def _result(
+    objective: Any,
+    call: Call,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    others: Sequence[Optional[Tensor]],
+    kind: Any,
+) -> Any:
+    """The result of a call whose ``others`` are the tensors beside the student's."""
     inputs = tuple(item for item in (hidden, weight, bias) if item is not None)
-    checks.reverse_mode_only(call.launch.backend, *inputs)
-    transformed = call.launch.backend == "torch" and _is_transformed(inputs)
+    given = (*inputs, *(item for item in (*others, *objective.tensors) if item is not None))
+    checks.reverse_mode_only(call.launch.backend, *given)
+    transformed = call.launch.backend == "torch" and _is_transformed(given)
     needs_grad = torch.is_grad_enabled() and any(item.requires_grad for item in inputs)
     needs_grad = needs_grad and not symbols.traces_ops()  # as autograd.evaluate
     checks.linear_mode_allowed(call.teacher_logits is not None, call.sparse_grad, transformed)
@@ -364,7 +375,5 @@ def _result(objective: Any, call: Call, hidden: Tensor, weight: Tensor, bias: Op
 
 
 def _is_transformed(tensors: tuple[Tensor, ...]) -> bool:
-    """True if ``torch.func`` or forward mode has a tensor of these."""
-    if torch.compiler.is_compiling() or not transforms.active():
-        return False
-    return any(transforms.stands_for_others(item) or transforms.has_tangent(item) for item in tensors)
+    """True if ``torch.func`` or forward mode has a tensor of these, or a Function of theirs would be in it."""
+    return not torch.compiler.is_compiling() and any(map(transforms.takes_part, tensors))

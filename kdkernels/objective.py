@@ -22,9 +22,8 @@ from kdkernels.divergences import Divergence, DivergenceName
 
 PerRow = Union[float, Tensor]
 
-# A z-loss has a gradient of 2 lse q, which fits fp16 at any lse so; an unbounded divergence has one that grows as the
-# difference of log-probabilities.
-Z_LOSS_SIZE, UNBOUNDED_SIZE = 512.0, 16.0
+# A z-loss has a gradient of 2 lse q, which fits fp16 at any lse so.
+Z_LOSS_SIZE = 512.0
 
 _SelfT = TypeVar("_SelfT", bound="Options")
 _FunctionT = TypeVar("_FunctionT", bound=Callable[..., Any])
@@ -54,8 +53,8 @@ class Options:
     tensors: tuple[Tensor, ...] = dataclasses.field(init=False)
     # The op's numbers and choices, but for the width and what depends on the number of rows.
     scalars: dict[str, Any] = dataclasses.field(init=False)
-    # About the largest entry of a row's gradient before ``scale`` and the row's weight.
-    gradient_size: float = dataclasses.field(init=False)
+    # About the largest entry of a row's gradient before ``scale`` and the row's weight; None where that has no bound.
+    gradient_size: Optional[float] = dataclasses.field(init=False)
     # ``scalars`` as the CPU's ops for whole losses take them, by all that a call adds.
     packed: dict[Any, Tensor] = dataclasses.field(init=False)
 
@@ -102,7 +101,7 @@ class Options:
     def _scalars(self) -> dict[str, Any]:
         return {}
 
-    def _gradient_size(self) -> float:
+    def _gradient_size(self) -> Optional[float]:
         return 1.0
 
     def _key(self) -> tuple[Any, ...]:
@@ -258,8 +257,8 @@ class _Terms(_Tempered, _Divergence):
             "stats": self.return_stats,
         }
 
-    def _gradient_size(self) -> float:
-        return gradient_size(self.resolved, self.scalars)
+    def _gradient_size(self) -> Optional[float]:
+        return gradient_size(self.resolved, self.scalars, rows=isinstance(self.temperature, Tensor))
 
 
 @_options
@@ -459,7 +458,7 @@ class DKDObjective(_OnLogits, RowOptions, _Tempered):
             "beta": symbols.as_float(self.beta),
         }
 
-    def _gradient_size(self) -> float:
+    def _gradient_size(self) -> Optional[float]:
         # With no term at all there is still something to divide by.
         return (self.alpha + self.beta) * _tempered(self.scalars) + 2.0**-100
 
@@ -480,10 +479,15 @@ class MSEObjective(_OnLogits, RowOptions):
         return {**super()._scalars(), "centered": self.centered}
 
 
-def gradient_size(divergence: Divergence, scalars: dict[str, Any]) -> float:
-    """``Options.gradient_size`` of a divergence beside its terms."""
-    size = 1.0 if divergence.bounded_gradient else UNBOUNDED_SIZE
-    size = scalars["kd_weight"] * size * _tempered(scalars)
+def gradient_size(divergence: Divergence, scalars: dict[str, Any], *, rows: bool) -> Optional[float]:
+    """``Options.gradient_size`` of a divergence beside its terms; ``rows`` have temperatures of their own.
+
+    An unbounded divergence has a gradient that grows with the distance of the models, and the standard deviation of a
+    row divides it.
+    """
+    if not divergence.bounded_gradient or scalars.get("standardize") or rows:
+        return None
+    size = scalars["kd_weight"] * _tempered(scalars)
     # With no term at all there is still something to divide by.
     return size + scalars["ce_weight"] + Z_LOSS_SIZE * scalars["z_loss_weight"] + 2.0**-100
 

@@ -7,7 +7,7 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
-from kdkernels import symbols
+from kdkernels import symbols, transforms
 
 
 def row_weights(
@@ -56,7 +56,7 @@ def row_weights(
             # No counted row gives a loss of 0, not 0/0. On a CPU the number is there at once, and one number is less
             # work than a weight for every row.
             count = (labels != ignore_index).sum()
-            if labels.device.type == "cpu" and not torch.compiler.is_compiling() and symbols.has_values(labels):
+            if labels.device.type == "cpu" and _is_known(labels):
                 scale = 1.0 / max(int(count), 1)
             else:
                 divisor = count.clamp(min=1).to(dtype)
@@ -65,3 +65,10 @@ def row_weights(
     if row_weight is None:
         return scale, divisor.reciprocal().expand(num_rows)
     return scale, row_weight / divisor
+
+
+def _is_known(labels: Tensor) -> bool:
+    """True if the labels have values, and not one per sample of ``torch.func.vmap``."""
+    if torch.compiler.is_compiling() or not symbols.has_values(labels):
+        return False
+    return not (transforms.active() and transforms.stands_for_others(labels))

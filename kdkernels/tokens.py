@@ -87,7 +87,7 @@ def token_logprobs(logits: Tensor, ids: Tensor, **options: Unpack[keywords.Token
     columns = checks.vocabulary(given.vocab_size, logits, "logits")
     tokens = checks.token_ids(ids, logits, columns, given.ignore_index)
     call = token_call(given, logits, tokens, columns)
-    checks.reverse_mode_only(call.backend, logits)
+    checks.reverse_mode_only(call.backend, logits, ids, *given.tensors)
     logprobs, entropy, lse, _ = token_values(call, logits, tokens, inplace=given.inplace_backward)
     rows = logits.shape[:-1]
     return TokenLogprobs(

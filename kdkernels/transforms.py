@@ -25,6 +25,22 @@ _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
+def takes_part(tensor: Tensor) -> bool:
+    """True if a transform sees a tensor: as one of its own, by its direction, or by the graph that it asks for."""
+    if not active():
+        return False
+    return stands_for_others(tensor) or has_tangent(tensor) or (_in_functorch() and _wants_graph(tensor))
+
+
+def _wants_graph(tensor: Tensor) -> bool:
+    # torch.func runs no autograd.Function of the kind that the losses are, whatever it transforms.
+    return tensor.requires_grad and torch.is_grad_enabled()
+
+
+def _in_functorch() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def has_tangent(tensor: Tensor) -> bool:
     """True if forward-mode differentiation wants the derivative along a tensor's direction."""
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None

@@ -1155,3 +1155,36 @@ if __name__ == "__main__":
         die_at_every_point(sys.argv[2])
     else:
         die(-1, *sys.argv[2:])
+
+
+def test_a_close_that_fails_keeps_the_lock_and_what_was_appended(tmp_path, monkeypatch, whole):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    writer = kd_cache.TeacherCacheWriter(tmp_path, **WRITER)
+    append(writer, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        for _ in range(2):
+            with pytest.raises(OSError, match="No space"):
+                writer.close()
+        with pytest.raises(kd_cache.CacheLockedError):
+            kd_cache.TeacherCacheWriter(tmp_path, **WRITER)
+    assert (len(writer), writer.closed) == (1, 0)
+    for number in range(1, NUM_SEQUENCES):
+        append(writer, number)
+    writer.close()
+    assert files(tmp_path) == files(whole)
+    kd_cache.TeacherCacheWriter(tmp_path, **WRITER).close()
+
+
+def test_a_with_block_that_fails_to_close_can_be_closed_later(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        with kd_cache.TeacherCacheWriter(tmp_path, **WRITER) as writer:
+            append(writer, 0)
+            patch.setattr(os, "fsync", full)
+    writer.close()
+    check_sequence(kd_cache.TeacherCache(tmp_path, **IDENTITY)[0], 0)

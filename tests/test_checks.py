@@ -710,3 +710,59 @@ def test_every_argument_arrives_where_it_is_checked(loss, name):
     loss(*CALLS[loss])
     with pytest.raises((TypeError, ValueError), match=name):
         loss(*CALLS[loss], **{name: Nonsense()})
+
+
+OVERLAPPING = {
+    "the-row-before": lambda x: (x[1:4], x[0:3]),
+    "the-row-after": lambda x: (x[0:3], x[1:4]),
+    "shifted-columns": lambda x: (x[:3, :-1], x[:3, 1:]),
+    "another-stride": lambda x: (x[0:3], x[::2][:3]),
+    "positions": lambda x: (x.view(2, 4, -1)[:, 1:], x.view(2, 4, -1)[:, :-1]),
+}
+APART = {
+    "the-same-rows": lambda x: (x[1:4], x[1:4]),
+    "other-rows": lambda x: (x[:4], x[4:]),
+    "every-other-row": lambda x: (x[::2], x[1::2]),
+    "halves-of-rows": lambda x: (x[:, :8], x[:, 8:]),
+    "halves-of-a-batch": lambda x: (x.view(2, 4, -1)[:, :2], x.view(2, 4, -1)[:, 2:]),
+}
+IN_PLACE = {
+    "kd_loss": lambda s, t, **o: kd.kd_loss(s, t, **o),
+    "kd_loss-mixture": lambda s, t, **o: kd.kd_loss(s, [t.clone(), t], **o),
+    "kd_loss-probs": lambda s, t, **o: kd.kd_loss(s, t, teacher_form="unnormalized_probs", **o),
+    "taid_loss": lambda s, t, **o: kd.taid_loss(s, t, interpolation=0.3, **o),
+    "dkd_loss": lambda s, t, **o: kd.dkd_loss(s, t, torch.zeros(s.shape[:-1], dtype=torch.int64), **o),
+    "logit_mse_loss": lambda s, t, **o: kd.logit_mse_loss(s, t, **o),
+}
+
+
+@pytest.mark.parametrize("loss", IN_PLACE)
+@pytest.mark.parametrize("views", OVERLAPPING)
+def test_in_place_over_a_teacher_in_other_rows_is_refused(views, loss, backend):
+    whole = torch.rand(8, 16).requires_grad_() * 1
+    student, teacher = OVERLAPPING[views](whole)
+    before = whole.detach().clone()
+    with pytest.raises(ValueError, match=r"teacher(\[1\])? may share memory with other rows"):
+        IN_PLACE[loss](student, teacher.detach(), inplace=True, backend=backend)
+    assert torch.equal(whole, before)
+
+
+@pytest.mark.parametrize("loss", IN_PLACE)
+@pytest.mark.parametrize("views", APART)
+def test_in_place_beside_a_teacher_in_the_same_rows_or_none_of_them_is_right(views, loss, compiled_cpu):
+    leaf = torch.rand(8, 16).requires_grad_()
+    grads = []
+    for inplace in (False, True):
+        student, teacher = APART[views](leaf * 1)
+        teacher = teacher.detach() if inplace else teacher.detach().clone()
+        grads += torch.autograd.grad(IN_PLACE[loss](student, teacher, inplace=inplace, backend="cpu"), leaf)
+    torch.testing.assert_close(*grads)
+
+
+def test_in_place_over_what_a_sparse_teacher_is_read_from_is_refused(backend):
+    whole = torch.randn(4, 16).requires_grad_() * 1
+    ids, logprobs = torch.arange(3).expand(3, 3), whole.detach()[1:, :3]
+    with pytest.raises(ValueError, match="teacher_logprobs may share memory"):
+        kd.topk_kd_loss(whole[:3], ids, logprobs, tail="drop", inplace=True, backend=backend)
+    with pytest.raises(ValueError, match="row_weight may share memory"):
+        kd.kd_loss(whole[:3], whole.detach()[:3] * 2, row_weight=whole.detach()[:3, 0], inplace=True, backend=backend)

@@ -504,3 +504,11 @@ class TestTransforms:
         assert seen
         for kept, copy in seen:
             assert torch.equal(kept, copy)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_scripted_head_is_refused_by_name():
+    hidden, head = torch.randn(3, D).requires_grad_(), nn.Linear(D, V)
+    for scripted in (torch.jit.script(head), torch.jit.trace(head, hidden)):
+        with pytest.raises(TypeError, match="student_weight must be an nn.Linear .* got the scripted module"):
+            kd.linear_kd_loss(hidden, scripted, torch.randn(3, D), torch.randn(V, D))

@@ -152,3 +152,69 @@ def test_autocast_to_fp16(backend):
     eager = gradient(lambda x: kd.kd_loss(x.float(), teacher, normalizer=1e5, backend="torch"), torch.float32)
     found = gradient(lambda x: kd.kd_loss(x, teacher, normalizer=1e5, backend=backend), torch.float32)
     assert error(found, truth) <= 1.5 * error(eager, truth)
+
+
+def far(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(64, 3200, generator=generator) * 3).half() for _ in range(2)]
+
+
+def sure():
+    student, teacher = torch.full((64, 3200), -20.0).half(), torch.full((64, 3200), -20.0).half()
+    student[:, :2], teacher[:, 0], teacher[:, 1] = 0.0, 30000.0, 0.0
+    return student, teacher
+
+
+# Gradients far above 1 that fit fp16 with the constants of the loss, and not without them.
+LARGE = {
+    "alpha_beta-1": (far, {"divergence": kd.AlphaBeta(1.0, -0.5)}),
+    "alpha_beta-2": (far, {"divergence": kd.AlphaBeta(0.5, -0.5)}),
+    "reverse_kl": (sure, {"divergence": "reverse_kl"}),
+    "jeffreys": (sure, {"divergence": "jeffreys"}),
+    "jeffreys-tensor": (sure, {"divergence": "jeffreys", "row_weight": torch.linspace(0.1, 1.0, 64)}),
+    "temperatures": (far, {"temperature": torch.full((64,), 2000.0), "teacher_temperature": 1.0}),
+    "standardize": (lambda: [x * 1e-4 for x in far()], {"standardize": True}),
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("name", LARGE)
+def test_a_gradient_that_fits_fp16_fits_it_without_constants(name, inplace, compiled_cpu):
+    rows, options = LARGE[name]
+    student, teacher = rows()
+    leaf = student.clone().requires_grad_()
+    kd.kd_loss(leaf * 1, teacher, inplace=inplace, backend="cpu", **options).backward()
+    exact = student.double().requires_grad_()
+    kd.kd_loss(exact, teacher.double(), backend="torch", **options).backward()
+    assert exact.grad.abs().max() < 65504
+    assert torch.isfinite(leaf.grad).all()
+    assert error(leaf.grad, exact.grad) < 1e-3
+
+
+@pytest.mark.parametrize("rows", [slice(None), (slice(None), slice(1, None))])
+def test_pieces_of_rows_give_what_all_rows_give(rows, compiled_cpu, monkeypatch):
+    """Of a batch, of positions, and of a view of them; a loss scale brings small entries back."""
+    student, teacher = (x.reshape(4, 16, 3200)[rows] for x in far())
+    labels, weight = torch.zeros(student.shape[:-1], dtype=torch.int64), torch.rand(student.shape[:-1]) * 1e-5
+    found = []
+    for size in (2**25, 3 * 4 * 3200, 40 * 4 * 3200):
+        monkeypatch.setattr("kdkernels.autograd.PIECE_BYTES", size)
+        leaf = student.clone().requires_grad_()
+        loss, stats = kd.kd_loss(
+            leaf, teacher, labels, divergence="reverse_kl", row_weight=weight, return_stats=True, backend="cpu"
+        )
+        (loss * 65536).backward()
+        found.append((loss.detach(), stats.divergence, leaf.grad))
+    assert all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True))
+    exact = student.double().requires_grad_()
+    options = {"divergence": "reverse_kl", "row_weight": weight.double(), "backend": "torch"}
+    (kd.kd_loss(exact, teacher.double(), labels, **options) * 65536).backward()
+    assert error(found[0][2], exact.grad) < 1e-3
+
+
+def test_a_teacher_in_fp16_gets_its_large_gradient(compiled_cpu):
+    teacher, student = sure()
+    leaf, exact = teacher.clone().requires_grad_(), teacher.double().requires_grad_()
+    kd.kd_loss(student, leaf, backend="cpu").backward()
+    kd.kd_loss(student.double(), exact, backend="torch").backward()
+    assert torch.isfinite(leaf.grad).all() and error(leaf.grad, exact.grad) < 1e-3

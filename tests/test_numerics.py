@@ -450,3 +450,112 @@ def test_probabilities_of_a_batch_of_calls_are_not_read():
 
         expected = torch.stack([loss(x, y) for x, y in zip(s, t, strict=True)])
         torch.testing.assert_close(torch.func.vmap(loss)(s, t), expected)
+
+
+def standardised(student, teacher, factor, backend, **options):
+    """Losses, and the gradient times the factor, of rows that many times as large."""
+    student = (student * factor).requires_grad_()
+    loss = kd.kd_loss(student, teacher * factor, reduction="none", standardize=True, backend=backend, **options)
+    return loss.detach().double(), torch.autograd.grad(loss.sum(), student)[0].double() * factor
+
+
+@pytest.mark.parametrize("columns", [4, 40, 3000])
+@pytest.mark.parametrize("factor", [1e-35, 1e-25, 1e-19, 1e15, 1e19, 1e30, 6e37])
+def test_standardised_logits_of_any_size(factor, columns, backend):
+    """Squares of 1e19 and more pass fp32's range, and those of 1e-19 and less fall below it."""
+    student, teacher = torch.randn(3, columns), torch.randn(3, columns)
+    options = {"teacher_softcap": None, "temperature": 2.0}
+    found = standardised(student, teacher, factor, backend, **options)
+    for value, truth in zip(
+        found, standardised(student.double(), teacher.double(), 1.0, "torch", **options), strict=True
+    ):
+        # A gradient of less than 1e-38 has fewer bits.
+        atol = 1e-6 * truth.abs().max().item() + 8 * 2.0**-149 * factor
+        torch.testing.assert_close(value, truth, rtol=2e-5, atol=atol)
+
+
+def test_standardised_logits_of_any_size_beside_cross_entropy_and_in_mixtures(backend):
+    student, teachers, factor = torch.randn(3, 40), [torch.randn(3, 40), torch.randn(3, 40)], 1e25
+    labels = torch.tensor([1, 5, 39])
+    for mixture in ("probs", "logits"):
+        leaf, exact = (student * factor).requires_grad_(), (student.double() * factor).requires_grad_()
+        options = {"standardize": True, "mixture": mixture, "ce_weight": 1e-25}
+        loss = kd.kd_loss(leaf, [t * factor for t in teachers], labels, backend=backend, **options)
+        truth = kd.kd_loss(exact, [t.double() * factor for t in teachers], labels, backend="torch", **options)
+        torch.testing.assert_close(loss.double(), truth, rtol=2e-5, atol=0)
+        grads = torch.autograd.grad(loss, leaf)[0].double(), torch.autograd.grad(truth, exact)[0]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5 * grads[1].abs().max().item())
+
+
+def test_standardised_logits_of_fp64_of_any_size(compiled_cpu):
+    student, teacher = torch.randn(3, 40, dtype=torch.float64), torch.randn(3, 40, dtype=torch.float64)
+    truth = standardised(student, teacher, 1.0, "torch")
+    for factor in (1e-200, 1e200, 1e300):
+        for value, exact in zip(standardised(student, teacher, factor, "cpu"), truth, strict=True):
+            torch.testing.assert_close(value, exact, rtol=1e-9, atol=1e-12)
+
+
+FRACTIONS = {
+    "skew_kl": lambda x: kd.SkewKL(x),
+    "skew_reverse_kl": lambda x: kd.SkewReverseKL(x),
+    "jsd": lambda x: kd.JSD(x),
+}
+
+
+@pytest.mark.parametrize("fraction", [0.9, 0.99, 0.999])
+@pytest.mark.parametrize("name", FRACTIONS)
+def test_the_other_fraction_is_not_that_of_a_rounded_one(name, fraction, backend):
+    """1 less alpha in fp32 is off by 3e-5 of itself at 0.999, and so was the gradient by half of that."""
+    student, teacher = torch.randn(4, 17) * 0.01, torch.zeros(4, 17)
+    teacher[:, 3] = 50.0
+    divergence = FRACTIONS[name](fraction)
+    truth = rows(student.double(), teacher.double(), "torch", divergence=divergence)[1]
+    grad = rows(student, teacher, backend, divergence=divergence)[1]
+    # The gradient of skew reverse KL is a difference of numbers up to a thousand times as large, mostly.
+    bar = 5e-5 if name == "skew_reverse_kl" else 2e-6
+    assert (grad.double() - truth).abs().max() < bar * truth.abs().max()
+
+
+@pytest.mark.parametrize("parameters", [(-0.5, -0.5), (-0.3, -0.3), (-0.2, -0.7), (-1.0, 0.4), (0.4, -1.0)])
+def test_alpha_beta_of_negative_parameters_far_apart(parameters, backend):
+    """Where a slope was taken of an exponential's difference from 1, which is all rounding there, half was lost."""
+    divergence = kd.AlphaBeta(*parameters)
+    student, teacher = torch.tensor([[0.01, -0.02]]), torch.tensor([[50.0, 0.0]])
+    truth = rows(student.double(), teacher.double(), "torch", divergence=divergence)
+    exact = rows(student.double(), teacher.double(), "cpu", divergence=divergence) if backend == "cpu" else truth
+    found = rows(student, teacher, backend, divergence=divergence)
+    for value, close, other in zip(found, truth, exact, strict=True):
+        torch.testing.assert_close(value.double(), close, rtol=1e-4, atol=0)
+        torch.testing.assert_close(other, close, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), INF])
+@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize("mixture", ["probs", "logits"])
+def test_a_teacher_of_weight_0_counts_nothing(mixture, standardize, bad, backend):
+    student, teacher, none = torch.randn(3, 30), torch.randn(3, 30), torch.full((3, 30), bad)
+    options = {"mixture": mixture, "standardize": standardize}
+    found = rows(student, [teacher, none], backend, teacher_weights=[1.0, 0.0], **options)
+    for value, expected in zip(found, rows(student, teacher, "torch", standardize=standardize), strict=True):
+        torch.testing.assert_close(value, expected)
+
+
+def test_decoupled_distillation_without_a_term_reads_nothing(backend):
+    labels = torch.tensor([0, 3, 29])
+    student, teacher = torch.randn(3, 30).requires_grad_(), torch.full((3, 30), float("nan"))
+    loss = kd.dkd_loss(student, teacher, labels, alpha=0.0, beta=0.0, backend=backend)
+    assert loss == 0 and not torch.autograd.grad(loss, student)[0].any()
+    # One of two that is infinite.
+    student = torch.randn(3, 30)
+    student[:, 5] = -INF
+    leaf, teacher = student.requires_grad_(), torch.randn(3, 30)
+    loss = kd.dkd_loss(leaf, teacher, labels, alpha=1.0, beta=0.0, backend=backend)
+    assert torch.isfinite(loss) and torch.isfinite(torch.autograd.grad(loss, leaf)[0]).all()
+
+
+@pytest.mark.parametrize("divergence", [kd.SkewKL(1.0), kd.SkewReverseKL(1.0)])
+def test_a_skew_of_1_is_0_beside_columns_that_are_ruled_out(divergence, backend):
+    student, teacher = torch.randn(3, 9), torch.randn(3, 9)
+    student[:, 2], teacher[:, 2], student[0, 4], teacher[1, 5] = -INF, -INF, -INF, -INF
+    loss, grad = rows(student, teacher, backend, divergence=divergence)
+    assert loss.abs().max() < 1e-7 and grad.abs().max() < 1e-7

@@ -1152,3 +1152,31 @@ def test_the_largest_logits_of_each_dtype(dtype, backend):
             )
             torch.testing.assert_close(loss.double(), want, atol=2e-6, rtol=2e-6)
             assert bool(torch.isfinite(grad).all())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("ce_weight", [0.0, 1e18])
+def test_a_bucket_far_below_the_range_of_its_factor(ce_weight, backend):
+    """The factor of exponentials of 1e-22 passes fp32's range, and its product with them does not."""
+    student = torch.zeros(1, 11)
+    student[:, :4] = 50.0
+    ids, logprobs = torch.arange(4)[None], torch.tensor([[0.4, 0.2, 0.1, 0.1]]).log()
+    found = []
+    for dtype, where in ((torch.float64, "torch"), (torch.float32, backend)):
+        leaf = student.to(dtype).requires_grad_()
+        options = {"divergence": kd.AlphaBeta(2.0, -1.0), "ce_weight": ce_weight, "backend": where}
+        loss = kd.topk_kd_loss(leaf, ids, logprobs, torch.tensor([7]), **options)
+        found.append((loss.detach().double(), torch.autograd.grad(loss, leaf)[0].double()))
+    for value, truth in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(value, truth, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "alpha_beta"])
+def test_a_row_without_entries_has_a_gradient_of_exactly_0(divergence, backend):
+    student = (torch.randn(5, 40) * 4).requires_grad_()
+    loss = kd.topk_kd_loss(student, torch.full((5, 3), -1), torch.zeros(5, 3), divergence=divergence, backend=backend)
+    assert loss == 0 and not torch.autograd.grad(loss, student)[0].any()
+    spoilt = torch.randn(1, 40)
+    spoilt[0, 7] = float("nan")
+    assert kd.topk_kd_loss(spoilt, torch.full((1, 3), -1), torch.zeros(1, 3), backend=backend).isnan()

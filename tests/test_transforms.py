@@ -241,3 +241,99 @@ def test_in_place_needs_a_student_that_requires_grad(loss):
         LOSSES[loss](student, teacher, inplace=True)
         LOSSES[loss](student.requires_grad_(), teacher, inplace=True)
     assert torch.equal(student, before)
+
+
+BATCH = 3
+BATCHED = torch.Generator().manual_seed(3)
+
+
+def batch(*shape):
+    return torch.randn(BATCH, N, *shape, generator=BATCHED, dtype=torch.float64)
+
+
+def entries(logits):
+    return logits.log_softmax(-1).topk(K)[::-1]
+
+
+HEADS = [torch.randn(V, 5, generator=BATCHED, dtype=torch.float64) for _ in range(2)]
+MASK = torch.randint(0, V, (BATCH, N), generator=BATCHED)
+WITH_LABELS = MASK.masked_fill(torch.arange(N) == 1, -100)
+# A call on tensors of one sample each, and these tensors.
+PER_SAMPLE = {
+    "labels": (lambda s, t, y, **o: kd.kd_loss(s, t, y, ce_weight=0.5, **o), [batch(V), batch(V), WITH_LABELS]),
+    "row_weight": (lambda s, t, w, **o: kd.kd_loss(s, t, row_weight=w.sigmoid(), **o), [batch(V), batch(V), batch()]),
+    "temperature": (lambda s, t, w, **o: kd.kd_loss(s, t, temperature=w.exp(), **o), [batch(V), batch(V), batch()]),
+    "probs": (
+        lambda s, t, y, **o: kd.kd_loss(s, t.softmax(-1), y, teacher_form="probs", **o),
+        [batch(V), batch(V), WITH_LABELS],
+    ),
+    "mixture": (
+        lambda s, t, w, **o: kd.kd_loss(s, [t, 2 * t], teacher_weights=w.sigmoid(), **o),
+        [batch(V), batch(V), batch(2)],
+    ),
+    "taid_loss": (
+        lambda s, t, w, **o: kd.taid_loss(s, t, interpolation=w.sigmoid(), **o),
+        [batch(V), batch(V), batch()],
+    ),
+    "dkd_loss": (kd.dkd_loss, [batch(V), batch(V), MASK]),
+    "logit_mse_loss": (kd.logit_mse_loss, [batch(V), batch(V), WITH_LABELS]),
+    "topk_kd_loss": (lambda s, i, p, **o: kd.topk_kd_loss(s, i, p, **o), [batch(V), *entries(batch(V))]),
+    "linear_kd_loss": (
+        lambda h, t, y, **o: kd.linear_kd_loss(h, HEADS[0], t, HEADS[1], y, **o),
+        [batch(5), batch(5), WITH_LABELS],
+    ),
+    "linear_kd_loss-row_weight": (
+        lambda h, t, w, **o: kd.linear_kd_loss(h, HEADS[0], t, HEADS[1], row_weight=w.sigmoid(), **o),
+        [batch(5), batch(5), batch()],
+    ),
+    "linear_topk_kd_loss": (
+        lambda h, i, p, y, **o: kd.linear_topk_kd_loss(h, HEADS[0], i, p, y, **o),
+        [batch(5), *entries(batch(V)), WITH_LABELS],
+    ),
+    "token_logprobs": (lambda s, i, **o: kd.token_logprobs(s, i, **o).logprobs.sum(), [batch(V), MASK]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("wants_grad", [False, True])
+@pytest.mark.parametrize("name", PER_SAMPLE)
+def test_vmap_over_any_of_the_tensors_is_right_or_refused(name, wants_grad, backend):
+    """Over each alone, over all but each, and over all: the student's among them or not."""
+    loss, tensors = PER_SAMPLE[name]
+
+    def of_sample(student, *others):
+        def value(student):
+            return loss(student, *others, backend=backend)
+
+        return torch.func.grad(value)(student) if wants_grad else value(student)
+
+    count = len(tensors)
+    masks = [[k == j for k in range(count)] for j in range(count)]
+    for mask in [*masks, *([not batched for batched in mask] for mask in masks), [True] * count]:
+        given = [item if batched else item[0] for item, batched in zip(tensors, mask, strict=True)]
+        mapped = torch.func.vmap(of_sample, in_dims=tuple(0 if batched else None for batched in mask))
+        if backend != "torch":
+            with pytest.raises(RuntimeError, match=NAMES_THE_WAY_OUT):
+                mapped(*given)
+            continue
+        each = [of_sample(*(t[k] if b else t for t, b in zip(given, mask, strict=True))) for k in range(BATCH)]
+        torch.testing.assert_close(mapped(*given), torch.stack(each))
+
+
+def test_a_loss_that_a_transform_has_nothing_to_do_with_is_a_number_there(backend):
+    """Metrics within a function that is transformed; a student that wants a gradient cannot have it there."""
+    student, teacher, head = torch.randn(N, V), torch.randn(N, V), torch.randn(V, V)
+    losses = {
+        "kd_loss": lambda s: kd.kd_loss(s, teacher, LABELS, backend=backend),
+        "mixture": lambda s: kd.kd_loss(s, [teacher, student], backend=backend),
+        "taid_loss": lambda s: kd.taid_loss(s, teacher, interpolation=0.3, backend=backend),
+        "linear_kd_loss": lambda s: kd.linear_kd_loss(s, head, teacher, head, backend=backend),
+    }
+    for loss in losses.values():
+        want = loss(student)
+        found = torch.func.grad(lambda w, loss=loss: (w * loss(student)).sum())(torch.ones(()))
+        torch.testing.assert_close(found, want)
+        if backend != "torch":
+            leaf = student.clone().requires_grad_()
+            with pytest.raises(RuntimeError, match=NAMES_THE_WAY_OUT):
+                torch.func.grad(lambda w, loss=loss, leaf=leaf: (w * loss(leaf)).sum())(torch.ones(()))

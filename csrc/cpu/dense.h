@@ -84,7 +84,8 @@ void dense_generic(const DenseArgs& args, int64_t begin, int64_t end) {
       // that is large beside std would be most of every s: it is taken off before anything is multiplied.
       const Moments<C> m = moments(s, n, sum);
       centre = m.centre, mean = C(m.rest);
-      for (int64_t j = 0; j < n; j += kLanes<C>) store(s + j, load<Vec<C>>(s + j) - centre);
+      if (m.unit == 1)
+        for (int64_t j = 0; j < n; j += kLanes<C>) store(s + j, load<Vec<C>>(s + j) - centre);
       RowNumbers soft = num;
       soft.student_scale = tempered / m.std;
       soft.ce = soft.z = 0;
@@ -97,13 +98,19 @@ void dense_generic(const DenseArgs& args, int64_t begin, int64_t end) {
         for (int64_t j = whole; j < n; ++j) along += double(g[j]) * double(s[j] - mean);
         slope = C(along / (m.std * m.std * double(std::max<int64_t>(n - 1, 1))));
       }
-      if (num.ce != 0 || num.z != 0 || args.stats != nullptr) {
+      const bool hard = num.ce != 0 || num.z != 0 || args.stats != nullptr;
+      if (hard || m.unit != 1) {
         // Their gradient is that by the raw logits already.
+        const C inverse_unit = C(1 / m.unit);
         for (int64_t j = 0; g != nullptr && j < n; j += kLanes<C>)
-          store(g + j, load<Vec<C>>(g + j) - (load<Vec<C>>(s + j) - mean) * slope);
+          store(g + j, (load<Vec<C>>(g + j) - (load<Vec<C>>(s + j) - mean) * slope) * inverse_unit);
         slope = 0;
-        add_hard_terms(args, num, s, centre, label, g, result);
       }
+      if (m.unit != 1) {
+        capped_row(args.student, row, args.length, n, args.student_softcap, s, AsIs());
+        centre = 0;
+      }
+      if (hard) add_hard_terms(args, num, s, centre, label, g, result);
     } else {
       result = rows.add(num, s, t, label, g, nullptr);
     }

@@ -49,6 +49,11 @@ double DkdRows<X>::add(double weight, const X* s, const X* t, int64_t label, X* 
     if (out != nullptr) fill_zero(out, 0, n);
     return std::numeric_limits<double>::quiet_NaN();
   }
+  if (args.alpha == 0 && args.beta == 0) {
+    // Without any term nothing of the logits counts, be it NaN.
+    if (out != nullptr) fill_zero(out, 0, n);
+    return 0;
+  }
   Row<X> row(s, t, n, head_elements(out, Base::aligned));
   row.exclude(label);
   prefetch_edges(row, out);
@@ -86,6 +91,8 @@ double DkdRows<X>::add(double weight, const X* s, const X* t, int64_t label, X* 
   if (!others) tckd = (label_s - label_s) + (label_t - label_t);
   if (rest_p > 0) tckd += rest_p * (log_rest_p - log_rest_q);
   const double tau = args.scale_by_t_squared ? args.temperature * args.temperature : 1;
+  // A term of weight 0 is none, be it infinite.
+  const auto weighed = [](double factor, double term) { return factor == 0 ? 0 : factor * term; };
   if (out != nullptr) {
     const double f = weight * tau / args.temperature;
     // p - q, from the two small ones of the four probabilities. For another class, dTCKD = q^ (p - q) with q^ its share
@@ -96,13 +103,13 @@ double DkdRows<X>::add(double weight, const X* s, const X* t, int64_t label, X* 
     terms.et = et;
     terms.array = es;
     if (others) {
-      terms.a = f * (args.beta + args.alpha * difference) / sums.zs;
-      terms.b = f * args.beta / sums.zt;
+      terms.a = f * (args.beta + weighed(args.alpha, difference)) / sums.zs;
+      terms.b = f * weighed(args.beta, 1 / sums.zt);
     }
-    const double at_label = others ? -f * args.alpha * difference : 0;
+    const double at_label = others ? -f * weighed(args.alpha, difference) : 0;
     Base::write(row, terms, out, Base::deferred, label, at_label);
   }
-  return tau * (args.alpha * tckd + args.beta * nckd);
+  return tau * (weighed(args.alpha, tckd) + weighed(args.beta, nckd));
 }
 
 // The student's logits are read, and its gradient written, as they are.

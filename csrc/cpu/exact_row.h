@@ -94,7 +94,7 @@ struct Found {
 // Values and scores of a row by a functor; of the forms of a score see divergences.h.
 template <class F>
 Found evaluate(const Differences& models, double x0, double x1, int64_t n, double* scores) {
-  const Params<VecD> params{VecD{} + x0, VecD{} + x1};
+  const Params<VecD> params{VecD{} + x0, VecD{} + x1, VecD{} + (1 - x0)};
   const auto row = [&](auto form) {
     VecD values = {}, sum = {};
     for (int64_t j = 0; j < n; j += kStep) {

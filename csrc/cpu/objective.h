@@ -293,7 +293,8 @@ struct ObjectiveRow {
     // A NaN logit makes the whole row NaN, and a row of -inf has no distribution; functors see neither.
     double score_sum = !(sums.zs > 0 && sums.zt > 0) ? std::numeric_limits<double>::quiet_NaN() : 0;
     d = score_sum;
-    const Params<Vec<C>> params{Vec<C>{} + C(num.param0), Vec<C>{} + C(args.param1)};
+    const Vec<C> zero = {};
+    const Params<Vec<C>> params{zero + C(num.param0), zero + C(args.param1), zero + C(1 - num.param0)};
     const auto& tiles = ValueTable<X, Y>::kDivergences[args.divergence];
     const auto value_of_tile = unclamped && as.in_exp_range(at) ? tiles.guarded : tiles.any;
     const bool wanted = (num.kd != 0 || args.stats != nullptr) && !equal;

@@ -41,7 +41,7 @@ template <class F, class C>
 void evaluate(const Linear& linear, double x0, double x1, const C* p, const C* logp, int64_t step, const C* q,
               const C* logq, C* value, C* score, int64_t n) {
   using V = Vec<C>;
-  const Params<V> params{V{} + C(x0), V{} + C(x1)};
+  const Params<V> params{V{} + C(x0), V{} + C(x1), V{} + C(1 - x0)};
   (void)linear, (void)params;
   for (int64_t j = 0; j < n; j += kLanes<C>) {
     const V vp = step ? load<V>(p + j) : V{} + *p, vlogp = step ? load<V>(logp + j) : V{} + *logp;

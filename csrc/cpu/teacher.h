@@ -7,16 +7,46 @@
 namespace kdk {
 inline namespace KDK_ISA {
 
-// The mean of a row is centre + rest, where x - centre is exact as far as C can be.
+// The mean of a row is centre + rest, where x - centre is exact as far as C can be. Where unit is not 1, the row was
+// replaced by what it is over that power of two.
 template <class C>
 struct Moments {
   C centre;
-  double rest, std;
+  double rest, std, unit = 1;
 };
+
+// Those of a row whose squares, or whose sum, leave the range of C, or which next to its mean is hardly anything:
+// replaced by its deviations from the mean over a power of two. Halves, for the range of a row may pass the largest
+// number.
+template <class C>
+__attribute__((noinline)) Moments<C> rescaled_moments(C* x, int64_t n) {
+  double low = x[0], high = x[0], nan = 0;
+  for (int64_t j = 0; j < n; ++j) {
+    const double value = x[j];
+    low = std::min(low, value), high = std::max(high, value);
+    // Of an infinite number too.
+    nan += value - value;
+  }
+  const double extent = high / 2 - low / 2;
+  if (nan != 0 || !(extent > 0)) return {C(low), 0, nan + 1};
+  int exponent;
+  std::frexp(extent, &exponent);
+  const auto above = [&](int64_t j) { return std::ldexp(double(x[j]) / 2 - low / 2, -exponent); };
+  double mean = 0, squares = 0;
+  for (int64_t j = 0; j < n; ++j) mean += above(j);
+  mean /= double(n);
+  for (int64_t j = 0; j < n; ++j) {
+    const double deviation = above(j) - mean;
+    squares += deviation * deviation;
+    x[j] = C(deviation);
+  }
+  return {C(0), 0, std::sqrt(squares / double(std::max<int64_t>(n - 1, 1))), std::ldexp(1.0, exponent + 1)};
+}
+
 // Mean and standard deviation, of n - 1 degrees of freedom, of n numbers with about this sum; a constant row counts as
 // having deviation 1.
 template <class C>
-Moments<C> moments(const C* x, int64_t n, double sum) {
+Moments<C> moments(C* x, int64_t n, double sum) {
   const C centre = C(sum / double(n));
   const int64_t whole = n - n % kLanes<C>;
   const auto deviation = [&](int64_t j) KDK_LAMBDA_INLINE { return load<Vec<C>>(x + j) - centre; };
@@ -31,7 +61,12 @@ Moments<C> moments(const C* x, int64_t n, double sum) {
   }
   rest /= double(n);
   const double variance = (squares - double(n) * rest * rest) / double(std::max<int64_t>(n - 1, 1));
-  return {centre, rest, variance > 0 ? std::sqrt(variance) : (variance != variance ? variance : 1.0)};
+  // Far from where squares in C leave its range, and no difference of numbers that are nearly the same.
+  constexpr double smallest = double(std::numeric_limits<C>::min()) * 0x1p40;
+  constexpr double largest = double(std::numeric_limits<C>::max()) * 0x1p-40;
+  if (!(variance > smallest && variance < largest && variance * double(n) > 0x1p-10 * squares))
+    return rescaled_moments(x, n);
+  return {centre, rest, std::sqrt(variance)};
 }
 
 // A teacher's row as logits in C, seen by map; returns their sum.

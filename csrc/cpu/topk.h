@@ -410,6 +410,15 @@ struct SparseRow {
   }
 
   KDK_INLINE void begin_terms() {
+    const double of_outside = w * (score_outside - q_outside * score_sum);
+    if (w != 0 && !restricted && !pointwise && !summed && z_outside > 0 && std::abs(of_outside) > 1e30 * z_outside) {
+      // A factor that passes the range of C, for exponentials far below 1: they take a power of two of it.
+      const double unit = std::exp2(std::nearbyint(std::log2(z_outside)));
+      const C over_unit = C(1 / unit);
+      for (int64_t j = 0; j < slots; j += kLanes<C>) store(es + j, load<Vec<C>>(es + j) * over_unit);
+      iq *= unit, z_outside /= unit;
+      rebased = true;
+    }
     terms.es = es;
     terms.et = xs;
     terms.array = e1;
@@ -425,7 +434,7 @@ struct SparseRow {
         terms.c0 += w * linear.c_pq * outside.each;
         terms.a = -w * iq * score_sum;
       } else if (!(z_outside <= 0)) {
-        terms.a = w * (score_outside - q_outside * score_sum) / z_outside;
+        terms.a = of_outside / z_outside;
       }
     }
     if (hard == 0) return;

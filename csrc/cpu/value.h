@@ -37,7 +37,7 @@ void value_tile(const Row<X, Y>& row, int64_t tile, const Affine<typename Io<X>:
         const C* es_in = es + slot;
         C* et_io = et + slot;
         const Affine<C> as = student, at = teacher;
-        const Params<Quad> params4{quad(parameters.x0), quad(parameters.x1)};
+        const Params<Quad> params4{quad(parameters.x0), quad(parameters.x1), quad(parameters.rest)};
         V local_values = values, local_scores = scores;
         // Where the guard bounds the logits, one multiplication is exact enough.
         const auto log_p = [&](V x) KDK_LAMBDA_INLINE { return GUARDED ? x * ct - rt : at(x) * ln2 - lzt; };

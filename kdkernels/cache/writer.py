@@ -213,13 +213,16 @@ class TeacherCacheWriter:
             self._durable = self._sequences
 
     def close(self) -> None:
-        """Close the last shard and let the folder go; further calls do nothing, nor does one in a forked process."""
+        """Close the last shard and let the folder go; further calls do nothing, nor does one in a forked process.
+
+        Raises:
+            OSError: the disk is full, say. The writer is still open then, with all that was appended and with the lock:
+                a later call tries again. To give up, drop the writer.
+        """
         if self._lock is None or self._process != os.getpid():
             return
-        try:
-            self.flush()
-        finally:
-            self._unlock()
+        self.flush()
+        self._unlock()
 
     def __enter__(self) -> TeacherCacheWriter:
         return self

@@ -87,7 +87,8 @@ def mixed_softmax(teacher_ptrs, shares, norms, offs_v, V, load_width, softcap, T
     total = tl.zeros(offs_v.shape, tl.float32)
     for k in tl.static_range(len(teacher_ptrs)):
         t = load_logits(teacher_ptrs[k], offs_v, V, load_width, softcap, TEACHER_PROBS)
-        log2p = softmax(t, norms[k])[1] + tl.log2(shares[k])
+        # A teacher of weight 0 counts nothing, be it NaN.
+        log2p = tl.where(shares[k] == 0, NEG_INF, softmax(t, norms[k])[1] + tl.log2(shares[k]))
         new_top = tl.maximum(top, log2p)
         total = total * tl.exp2(top - new_top) + tl.exp2(log2p - new_top)
         top = new_top
@@ -284,7 +285,7 @@ def dense_fwd_kernel(
         for k in tl.static_range(len(teacher_ptrs)):
             deviation_t = row_moments(teacher_ptrs[k], V, load_width, teacher_softcap, TEACHER_PROBS, TILE)[2]
             teacher_scales = teacher_scales + (LOG2E * unit_t / deviation_t,)
-            mixed_weights = mixed_weights + (shares[k] / deviation_t,)
+            mixed_weights = mixed_weights + (mul0(shares[k], 1.0 / deviation_t),)
         if len(teacher_ptrs) == 1:
             unit_t /= deviation_t
         elif not MIX_PROBS:
@@ -642,7 +643,7 @@ def dense_fwd(
         ),
         "student_softcap": student_softcap or None,
         "teacher_softcap": None if probs else teacher_softcap or None,
-        "param0": param0,
+        "param0": divergences.coded(divergence, param0),
         "param1": param1,
         "COEFFICIENTS": entry.linear,
         "VALUE": full.value if full else entry.value,

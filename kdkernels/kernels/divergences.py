@@ -58,6 +58,8 @@ class TritonDivergence(NamedTuple):
 
 
 _TABLE: dict[str, TritonDivergence] = {}
+# Those whose functions ask ``_fractions``.
+_FRACTIONS = frozenset({"jsd", "skew_kl", "skew_reverse_kl"})
 
 
 def register(
@@ -114,6 +116,22 @@ def names() -> tuple[str, ...]:
     return tuple(_TABLE)
 
 
+def coded(name: str, param0: float) -> float:
+    """A divergence's first number as its functions take it.
+
+    Of a fraction above 1/2 the kernels are told the other one with a minus sign: next to 1, ``1 - param0`` of a number
+    in fp32 would be little but its rounding.
+    """
+    rest = 1.0 - param0
+    return -rest if name in _FRACTIONS and param0 > 0.5 and rest > 0 else param0
+
+
+@triton.jit
+def _fractions(code):
+    """A fraction and 1 less it, from what ``coded`` gave, or from the fraction itself."""
+    return tl.where(code < 0, 1.0 + code, code), tl.where(code < 0, -code, 1.0 - code)
+
+
 @triton.jit
 def _over_mixture(wp, p, wq, q):
     """1 / m of m = wp p + wq q, finite where m underflows."""
@@ -130,8 +148,8 @@ def _log_share(x, inverse_m):
 # terms of first order, whose sum is 0, are left out of every element. Of the series the first four terms are
 # right to 1e-6 for |h| < 1/8 and beta = 1/2; beyond that the logarithms of p / m and q / m are large enough themselves.
 @triton.jit
-def _jsd_value(p, logp, q, logq, beta, _):
-    w = 1.0 - beta
+def _jsd_value(p, logp, q, logq, code, _):
+    beta, w = _fractions(code)
     inverse_m = _over_mixture(beta, p, w, q)
     difference = q - p
     h = difference * inverse_m
@@ -147,8 +165,8 @@ def _jsd_value(p, logp, q, logq, beta, _):
 
 
 @triton.jit
-def _jsd_score(p, logp, q, logq, beta, _):
-    w = 1.0 - beta
+def _jsd_score(p, logp, q, logq, code, _):
+    beta, w = _fractions(code)
     return q * (w * LN2) * _log_share(q, _over_mixture(beta, p, w, q))
 
 
@@ -172,26 +190,30 @@ def _tvd_offset(z_t, z_s, _):
 
 
 @triton.jit
-def _skew_kl_value(p, logp, q, logq, alpha, _):
-    return mul0(p, logp - fast_log(alpha * p + (1.0 - alpha) * q))
+def _skew_kl_value(p, logp, q, logq, code, _):
+    alpha, w = _fractions(code)
+    return mul0(p, logp - fast_log(alpha * p + w * q))
 
 
 @triton.jit
-def _skew_kl_score(p, logp, q, logq, alpha, _):
-    wq = (1.0 - alpha) * q
+def _skew_kl_score(p, logp, q, logq, code, _):
+    alpha, w = _fractions(code)
+    wq = w * q
     m = alpha * p + wq
     return -p * tl.where(m < TINY, 0.0, wq / m)
 
 
 @triton.jit
-def _skew_reverse_kl_value(p, logp, q, logq, alpha, _):
-    return mul0(q, logq - fast_log(alpha * q + (1.0 - alpha) * p))
+def _skew_reverse_kl_value(p, logp, q, logq, code, _):
+    alpha, w = _fractions(code)
+    return mul0(q, logq - fast_log(alpha * q + w * p))
 
 
 @triton.jit
-def _skew_reverse_kl_score(p, logp, q, logq, alpha, _):
+def _skew_reverse_kl_score(p, logp, q, logq, code, _):
+    alpha, w = _fractions(code)
     wq = alpha * q
-    m = wq + (1.0 - alpha) * p
+    m = wq + w * p
     return mul0(q, logq - fast_log(m) + 1.0 - tl.where(m < TINY, 0.0, wq / m))
 
 
@@ -206,17 +228,17 @@ def _less_first_order(weight, log2_share, x, first):
 
 
 @triton.jit
-def _skew_kl_full_value(p, logp, q, logq, alpha, _):
-    w = 1.0 - alpha
+def _skew_kl_full_value(p, logp, q, logq, code, _):
+    alpha, w = _fractions(code)
     inverse_m = _over_mixture(alpha, p, w, q)
     first = (p - q) * w
     return _less_first_order(p * LN2, _log_share(p, inverse_m), first * inverse_m, first)
 
 
 @triton.jit
-def _skew_kl_full_score(p, logp, q, logq, alpha, offset):
+def _skew_kl_full_score(p, logp, q, logq, code, offset):
     """-w p q / m, and where the offset is 1 that and w q: w^2 (q - p) q / m."""
-    w = 1.0 - alpha
+    alpha, w = _fractions(code)
     numerator = tl.fma((p - q) * w, -w * offset, p * (w * (offset - 1.0)))
     return q * _over_mixture(alpha, p, w, q) * numerator
 
@@ -229,17 +251,17 @@ def _skew_kl_offset(z_t, z_s, overlap):
 
 
 @triton.jit
-def _skew_reverse_kl_full_value(p, logp, q, logq, alpha, _):
-    w = 1.0 - alpha
+def _skew_reverse_kl_full_value(p, logp, q, logq, code, _):
+    alpha, w = _fractions(code)
     inverse_m = _over_mixture(w, p, alpha, q)
     first = (q - p) * w
     return _less_first_order(q * LN2, _log_share(q, inverse_m), first * inverse_m, first)
 
 
 @triton.jit
-def _skew_reverse_kl_full_score(p, logp, q, logq, alpha, _):
+def _skew_reverse_kl_full_score(p, logp, q, logq, code, _):
     """Less w q: where p and q are near each other nothing is left of first order but the difference."""
-    w = 1.0 - alpha
+    alpha, w = _fractions(code)
     inverse_m = _over_mixture(w, p, alpha, q)
     x = (q - p) * w * inverse_m
     return (q * LN2) * tl.fma(x, -alpha * LOG2E, _log_share(q, inverse_m))

@@ -122,11 +122,12 @@ def dkd_fwd_kernel(
     p_n = tl.exp2(logp_n * LOG2E)
     q_n = tl.exp2(logq_n * LOG2E)
     target = nonnegative(mul0(p_y, logp_y - logq_y) + mul0(p_n, logp_n - logq_n), _REST, False)
-    tl.store(rows.loss + row.index, (alpha * target + beta * rest) * scale)
+    # A term of weight 0 is none, be it infinite.
+    tl.store(rows.loss + row.index, (mul0(alpha, target) + mul0(beta, rest)) * scale)
 
     if GRAD:
         scale *= unit_s
-        away = scale * alpha * tl.where(odds_p > 0, q_n - p_n, p_y - q_y)
+        away = mul0(scale * alpha, tl.where(odds_p > 0, q_n - p_n, p_y - q_y))
         num_tiles = tl.cdiv(V, BLOCK_V)
         for k in range(num_tiles):
             offs_v = (num_tiles - 1 - k) * BLOCK_V + offs_tile
@@ -170,6 +171,11 @@ def dkd_fwd(
     loss = student.new_empty(N, dtype=torch.float32)
     if N == 0:
         return loss
+    if not (alpha or beta):
+        # Without any term nothing of the logits counts, be it NaN.
+        if dstudent is not None:
+            dstudent.zero_()
+        return loss.zero_()
     shape = tuning.shape(vocab_size, max(student.element_size(), teacher.element_size()))
     with on_device_of(student):
         dkd_fwd_kernel[(N,)](

@@ -388,27 +388,41 @@ def rescale_excess(total, excess, total_s, mass_t, factor_s, factor_t, shift):
 
 @triton.jit
 def row_moments(row_ptr, V, load_width, softcap, PROBS: tl.constexpr, TILE: tl.constexpr):
-    """Mean of a row and its standard deviation, the unbiased one of torch.std; a deviation of 0 counts as 1. One sweep.
+    """Mean of a row and its standard deviation, that of torch.std; a deviation of 0 counts as 1. Two sweeps.
 
     The mean comes in two parts whose sum would be rounded: (x - pilot) - rest keeps what a large offset would eat.
+    Deviations are squared over a power of two of the row's range: squares of 1e19 and more would pass that of fp32.
     """
     BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
     offs_v = tile_offsets(TILE)
     # Deviations from the first tile's mean: the sum of squares cannot cancel, and a constant row gives exactly 0.
+    lane_top = lane_lowest(TILE)
+    lane_fall = lane_lowest(TILE)
+    for start in range(0, V, BLOCK_V):
+        x = load_logits(row_ptr, start + offs_v, V, load_width, softcap, PROBS)
+        lane_top = tl.maximum(lane_top, fold_max(x))
+        lane_fall = tl.maximum(lane_fall, fold_max(tl.where(start + offs_v < V, -x, NEG_INF)))
+    half_top = tl.max(lane_top, axis=0) * 0.5
+    extent = half_top + tl.max(lane_fall, axis=0) * 0.5
+    # The power of two below half of the range, and no farther from 1 than its inverse may be.
+    unit = (extent.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    unit = tl.minimum(tl.maximum(unit, 2.0**-126), 2.0**126)
+    inverse = 1.0 / unit
     x = load_logits(row_ptr, offs_v, V, load_width, softcap, PROBS)
-    top = tl.max(fold_max(x), axis=0)
-    pilot = top + tl.sum(fold_sum(tl.where(offs_v < V, x - top, 0.0)), axis=0) / tl.minimum(V, BLOCK_V)
+    below = tl.where(offs_v < V, (x * 0.5 - half_top) * inverse, 0.0)
+    half_pilot = half_top + tl.sum(fold_sum(below), axis=0) / tl.minimum(V, BLOCK_V) * unit
     total = lane_zeros(TILE)
     squares = lane_zeros(TILE)
     for start in range(0, V, BLOCK_V):
         x = load_logits(row_ptr, start + offs_v, V, load_width, softcap, PROBS)
-        d = tl.where(start + offs_v < V, x - pilot, 0.0)
+        d = tl.where(start + offs_v < V, (x * 0.5 - half_pilot) * inverse, 0.0)
         total += fold_sum(d)
         squares += fold_sum(d * d)
     rest = tl.sum(total, axis=0) / V
     variance = (tl.sum(squares, axis=0) - rest * rest * V) / tl.maximum(V - 1, 1)
     # Compared this way round a NaN stays NaN.
-    return pilot, rest, tl.where(variance <= 0, 1.0, tl.sqrt(variance))
+    deviation = tl.where(variance <= 0, 1.0, tl.sqrt(variance) * unit * 2.0)
+    return half_pilot * 2.0, rest * unit * 2.0, deviation
 
 
 @triton.jit

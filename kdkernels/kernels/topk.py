@@ -655,7 +655,7 @@ def topk_fwd(
             student_softcap=student_softcap or None,
             min_tail=min_tail if floored else None,
             tail_rounding=tail_rounding,
-            param0=param0,
+            param0=divergences.coded(divergence, param0),
             param1=param1,
             COEFFICIENTS=entry.linear,
             VALUE=entry.value,

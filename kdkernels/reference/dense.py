@@ -99,7 +99,9 @@ def _teacher_log_probs(
         )
         assert isinstance(mixed, Tensor)
         return log_softmax(mixed, temperature / 2)
-    terms = [w.log() + log_softmax(item, temperature) for w, item in zip(columns, logits, strict=True)]
+    # A teacher of weight 0 counts nothing, be it NaN.
+    rows = [torch.where(w != 0, item, torch.zeros_like(item)) for w, item in zip(columns, logits, strict=True)]
+    terms = [w.log() + log_softmax(item, temperature) for w, item in zip(columns, rows, strict=True)]
     return torch.logsumexp(torch.stack(terms), 0)
 
 
@@ -245,12 +247,15 @@ def dkd_rows(
         rest = torch.logsumexp(torch.where(target, minus_inf, log_probs), -1)
         return torch.stack([log_probs.masked_fill(~target, 0.0).sum(-1), rest], -1)
 
-    tckd = divergences.TABLE["forward_kl"](binary(logp), binary(logq), 0, 0)
     hat_q = log_softmax(torch.where(target, minus_inf, s), temperature) if columns > 1 else torch.zeros_like(s)
     hat_p = log_softmax(torch.where(target, minus_inf, t), teacher_temperature) if columns > 1 else torch.zeros_like(s)
-    nckd = divergences.TABLE["forward_kl"](hat_p, hat_q, 0, 0)
     scale = temperature**2 if scale_by_t_squared else 1.0
-    loss = scale * (alpha * tckd + beta * nckd)
+    # A loss without any term is 0, and so is its gradient, which is there.
+    loss = s[:, :0].sum(-1)
+    if alpha:
+        loss = loss + scale * alpha * divergences.TABLE["forward_kl"](binary(logp), binary(logq), 0, 0)
+    if beta:
+        loss = loss + scale * beta * divergences.TABLE["forward_kl"](hat_p, hat_q, 0, 0)
     return torch.where(counted, loss, torch.zeros_like(loss))
 
 

@@ -23,22 +23,25 @@ def weighted(weight: Tensor, value: Tensor) -> Tensor:
     return weight * torch.where(weight == 0, torch.zeros_like(value), value)
 
 
-def log_mix(logp: Tensor, logq: Tensor, weight_p: Param) -> Tensor:
-    """``log(w p + (1 - w) q)`` for ``w`` in [0, 1]; -inf where both are 0, with gradient 0 there."""
-    weight = weight_p.to(logp) if isinstance(weight_p, Tensor) else symbols.as_tensor(weight_p, logp.dtype, logp.device)
-    dead = torch.isneginf(logp) & torch.isneginf(logq)
-    zero = torch.zeros_like(logp)
-    mixed = torch.logaddexp(
-        torch.where(dead, zero, logp) + weight.log(), torch.where(dead, zero, logq) + (1 - weight).log()
+def over_mix(logp: Tensor, logq: Tensor, weight_p: Param, weight_q: Param) -> Tensor:
+    """``log p - log m`` with ``m = weight_p p + weight_q q`` of weights that sum to 1; 0 where p is 0.
+
+    It is ``-log(m / p)``, made of ``q / p`` alone, and so has its last bits where p and q are nearly the same, where
+    one is far above the other, and where a weight is next to 0 or 1.
+    """
+    p, q = (
+        weight.to(logp) if isinstance(weight, Tensor) else symbols.as_tensor(weight, logp.dtype, logp.device)
+        for weight in (weight_p, weight_q)
     )
-    return torch.where(dead, logp, mixed)
-
-
-def over_mix(logp: Tensor, logq: Tensor, weight_p: Param) -> Tensor:
-    """``log p - log(w p + (1 - w) q)``, to the last bits also where p and q are nearly the same."""
-    close = (logp - logq).detach().abs() < 1
-    change = torch.expm1(torch.where(close, logq - logp, torch.zeros_like(logp)))
-    return torch.where(close, -torch.log1p((1 - weight_p) * change), logp - log_mix(logp, logq, weight_p))
+    d = torch.where(logp.exp() == 0, torch.zeros_like(logp), logq - logp)
+    near = (q * torch.expm1(d)).detach().abs() < 0.5
+    log_near = torch.log1p(q * torch.expm1(torch.where(near, d, torch.zeros_like(d))))
+    q_is_less = d.detach() <= 0
+    # Of the greater of both, so that no exponential overflows and no logarithm is that of 0.
+    own, other = torch.where(q_is_less, p, q), torch.where(q_is_less, q, p)
+    greater, fall = torch.where(q_is_less, torch.zeros_like(d), d), torch.where(q_is_less, d, -d)
+    log_far = greater + (own + other * fall.exp()).log()
+    return -torch.where(near, log_near, log_far)
 
 
 def _forward_kl(logp: Tensor, logq: Tensor, _0: Param, _1: Param) -> Tensor:
@@ -50,8 +53,9 @@ def _reverse_kl(logp: Tensor, logq: Tensor, _0: Param, _1: Param) -> Tensor:
 
 
 def _jsd(logp: Tensor, logq: Tensor, beta: Param, _1: Param) -> Tensor:
-    of_p, of_q = over_mix(logp, logq, beta), over_mix(logq, logp, 1 - beta)
-    return (beta * weighted(logp.exp(), of_p) + (1 - beta) * weighted(logq.exp(), of_q)).sum(-1)
+    rest = 1 - beta
+    of_p, of_q = over_mix(logp, logq, beta, rest), over_mix(logq, logp, rest, beta)
+    return (beta * weighted(logp.exp(), of_p) + rest * weighted(logq.exp(), of_q)).sum(-1)
 
 
 def _tvd(logp: Tensor, logq: Tensor, _0: Param, _1: Param) -> Tensor:
@@ -59,17 +63,23 @@ def _tvd(logp: Tensor, logq: Tensor, _0: Param, _1: Param) -> Tensor:
 
 
 def _skew_kl(logp: Tensor, logq: Tensor, alpha: Param, _1: Param) -> Tensor:
-    return weighted(logp.exp(), over_mix(logp, logq, alpha)).sum(-1)
+    return weighted(logp.exp(), over_mix(logp, logq, alpha, 1 - alpha)).sum(-1)
 
 
 def _skew_reverse_kl(logp: Tensor, logq: Tensor, alpha: Param, _1: Param) -> Tensor:
-    return weighted(logq.exp(), over_mix(logq, logp, alpha)).sum(-1)
+    return weighted(logq.exp(), over_mix(logq, logp, alpha, 1 - alpha)).sum(-1)
 
 
 def _rise(low: Tensor, high: Tensor, gap: float, size: Tensor) -> Tensor:
     """``|high - low| / gap`` of exponentials whose logarithms are ``gap * size`` apart, ``size >= 0``."""
     larger = torch.maximum(low, high)
-    return weighted(larger, size) if gap == 0 else larger * -torch.expm1(-gap * size) / gap
+    if gap == 0:
+        return weighted(larger, size)
+    apart = gap * size
+    close = apart.detach() < 1
+    # Autograd takes the slope of expm1 from its result, of which far below 0 nothing but -1 is left.
+    near, far = -torch.expm1(-torch.where(close, apart, torch.zeros_like(apart))), 1 - torch.exp(-apart)
+    return larger * torch.where(close, near, far) / gap
 
 
 def _alpha_beta(logp: Tensor, logq: Tensor, alpha: Param, beta: Param) -> Tensor:

@@ -28,7 +28,7 @@ class Teacher(NamedTuple):
     logp: Tensor  # [N, K]
     log_rest: Optional[Tensor]  # [N], of all other ids together; only for the bucket
     log_each: Optional[Tensor]  # [N], of each other id; only for the uniform tail
-    known: Tensor  # [N], whether there is any probability
+    known: Tensor  # [N], whether there is any to learn from
 
 
 def finite_without_teacher(divergence: Divergence) -> bool:
@@ -106,7 +106,8 @@ def resolve_teacher(
     if tail == "drop":
         return Teacher(logp, None, None, known)
     if tail == "bucket":
-        return Teacher(logp, log_rest, None, known)
+        # All of both is in the bucket of a row without entries.
+        return Teacher(logp, log_rest, None, used.any(-1))
     scores = logp / column(teacher_temperature)
     log_z, log_each = torch.logsumexp(scores, -1), None
     if tail == "uniform":
@@ -203,6 +204,8 @@ def topk_rows(
     picked = logq.gather(1, ids.clamp(max=columns - 1))  # [N, K]
     student_mass = torch.where(used, picked, -torch.inf).exp().sum(-1)
     d = _divergence(logq, picked, ids, used, outside, teacher, tail, divergence, params)
+    if tail == "bucket":
+        spoilt = spoilt | (logq[:, 0].isnan() & ~teacher.known)
     d = torch.where(teacher.known, d, 0.0) + torch.where(spoilt, torch.nan, 0.0)
     # As in dense_rows: the derivative of a NaN need not be NaN.
     d = d * torch.where(torch.isnan(d), d.detach(), torch.ones_like(d))

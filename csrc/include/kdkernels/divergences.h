@@ -23,10 +23,11 @@ struct Linear {
   double c_pp, c_pq, c_qp, c_qq;
 };
 
-// The two run-time numbers of a divergence, param0 possibly different for every row.
+// The two run-time numbers of a divergence, param0 possibly different for every row, and 1 - param0: taken before
+// param0 is rounded, which next to 1 would take most of it.
 template <class V>
 struct Params {
-  V x0, x1;
+  V x0, x1, rest;
 };
 
 // GUARDED: the logits are 16-bit numbers within known bounds, so that no logarithm is infinite, and one to 3e-7 adds no
@@ -100,7 +101,7 @@ struct Jsd {
   static double as_forward_kl(double value, double beta) { return value / (beta * (1 - beta)); }
   template <Score FORM, class V>
   KDK_HD static void of_difference(const Params<V>& k, V p, V q, V p_less_q, V& value_less_score, V& score) {
-    const V one = V{} + 1.0f, rest = one - k.x0, wp = k.x0 * p, wq = rest * q;
+    const V rest = k.rest, wp = k.x0 * p, wq = rest * q;
     const V over_m = kdk_inverse(wp + (wq + kTiny)), difference = p_less_q * over_m;
     value_less_score = wp * kdk_log_ratio(p * over_m, rest * difference);
     score = FORM == Score::kApart ? wq * kdk_log_ratio(wq * over_m, -wp * over_m)
@@ -112,7 +113,7 @@ struct Jsd {
   }
   template <bool GUARDED = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V logq, V& value, V& score) {
-    const V wp = k.x0 * p, wq = (V{} + 1.0f - k.x0) * q, logm = kdk_log(wp + wq);
+    const V wp = k.x0 * p, wq = k.rest * q, logm = kdk_log(wp + wq);
     score = kdk_weigh(wq, logq - logm);
     value = kdk_weigh(wp, logp - logm) + score;
   }
@@ -157,7 +158,7 @@ struct SkewKl {
   // 1 - p / m is (1 - alpha) (q - p) / m.
   template <Score FORM, class V>
   KDK_HD static void of_difference(const Params<V>& k, V p, V q, V p_less_q, V& value, V& score) {
-    const V one = V{} + 1.0f, rest = one - k.x0, difference = rest * p_less_q;
+    const V rest = k.rest, difference = rest * p_less_q;
     const V over_m = kdk_inverse(k.x0 * p + (rest * q + kTiny));
     value = p * kdk_log_ratio(p * over_m, difference * over_m) - difference;
     score = -(rest * (FORM == Score::kNear ? difference : p)) * (q * over_m);
@@ -168,7 +169,7 @@ struct SkewKl {
   }
   template <bool GUARDED = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V, V& value, V& score) {
-    const V zero = V{}, rest = zero + 1.0f - k.x0;
+    const V zero = V{}, rest = k.rest;
     const V m = k.x0 * p + rest * q;
     // m may be 0 where the weight is not: alpha times it rounds to 0 for the smallest numbers.
     const auto some = (m > zero) & (p > zero);
@@ -187,7 +188,7 @@ struct SkewReverseKl {
   // 1 - alpha q / m is (1 - alpha) p / m, and that less 1 - alpha is alpha (1 - alpha) (p - q) / m.
   template <Score FORM, class V>
   KDK_HD static void of_difference(const Params<V>& k, V p, V q, V p_less_q, V& value, V& score) {
-    const V one = V{} + 1.0f, rest = one - k.x0, wp = rest * p;
+    const V rest = k.rest, wp = rest * p;
     const V over_m = kdk_inverse(k.x0 * q + (wp + kTiny)), share = wp * over_m, difference = -(rest * p_less_q);
     const V term = q * kdk_log_ratio(q * over_m, difference * over_m);
     value = term - difference;
@@ -201,7 +202,7 @@ struct SkewReverseKl {
   template <bool GUARDED = false, class V>
   KDK_HD static void eval(const Params<V>& k, V p, V, V q, V logq, V& value, V& score) {
     const V zero = V{};
-    const V m = k.x0 * q + (zero + 1.0f - k.x0) * p;
+    const V m = k.x0 * q + k.rest * p;
     const auto some = (m > zero) & (q > zero);
     value = kdk_where(some, q * (logq - kdk_log(m)), zero);
     score = kdk_where(some, value + q * (zero + 1.0f - k.x0 * (q / m)), zero);

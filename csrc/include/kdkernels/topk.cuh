@@ -41,9 +41,9 @@ struct Scored {
 };
 
 template <class V, class... Fs>
-__device__ __forceinline__ Scored<V> eval_functor(Functors<Fs...>, int functor, V x0, V x1, V p, V logp, V q, V logq) {
+__device__ __forceinline__ Scored<V> eval_functor(Functors<Fs...>, int functor, const Params<V>& params, V p, V logp,
+                                                  V q, V logq) {
   Scored<V> out{V(), V()};
-  const Params<V> params{x0, x1};
   int i = 0;
   (void)((functor == i++ ? (Fs::eval(params, p, logp, q, logq, out.value, out.score), true) : false) || ...);
   return out;
@@ -51,8 +51,9 @@ __device__ __forceinline__ Scored<V> eval_functor(Functors<Fs...>, int functor, 
 
 // f and df/dlogq of one outcome. It is large where it is inlined: call it in loops that are not unrolled.
 template <class V>
-__device__ __forceinline__ Scored<V> eval(const Linear& c, int functor, V x0, V x1, V p, V logp, V q, V logq) {
-  if (functor != kNoFunctor) return eval_functor<V>(AllFunctors(), functor, x0, x1, p, logp, q, logq);
+__device__ __forceinline__ Scored<V> eval(const Linear& c, int functor, const Params<V>& params, V p, V logp, V q,
+                                          V logq) {
+  if (functor != kNoFunctor) return eval_functor<V>(AllFunctors(), functor, params, p, logp, q, logq);
   // A coefficient of 0 silences an infinite logarithm, and so does a probability of 0.
   const auto term = [](double coefficient, V log) { return coefficient != 0 ? V(coefficient) * log : V(); };
   const V over_p = p > V() ? p * (term(c.c_pp, logp) + term(c.c_pq, logq)) : V();
@@ -532,7 +533,8 @@ struct TopkRow {
       } else {
         continue;
       }
-      const Scored<double> f = eval<double>(launch.coefficients, launch.functor, n.x0, args.param1, p, logp, q, logq);
+      const Params<double> params{n.x0, args.param1, 1 - n.x0};
+      const Scored<double> f = eval<double>(launch.coefficients, launch.functor, params, p, logp, q, logq);
       sums.value += f.value * times;
       sums.score += f.score * times;
       if (j == entries.slots) {
@@ -550,7 +552,7 @@ struct TopkRow {
   template <class Visit>
   __device__ __forceinline__ void eval_lanes(const float (&x)[kL], uint32_t dead, Visit visit) const {
     const int functor = args.tail == Tail::kUniform ? launch.functor : launch.without_teacher;
-    const float x0 = float(n.x0), x1 = float(args.param1);
+    const Params<float> params{float(n.x0), float(args.param1), float(1 - n.x0)};
     const Exponent exponent(n.outside.high, n.scale);
 #pragma unroll 1
     for (int lane = 0; lane < kL; ++lane) {
@@ -563,7 +565,7 @@ struct TopkRow {
       const float log_q =
           exponent.fused ? fmaf(y, float(kLn2), n.log_share) : fmaf(mine - n.outside.high, float(n.nats), n.log_share);
       visit(lane,
-            eval<float>(launch.coefficients, functor, x0, x1, n.p_each, n.log_p_each, exp2_fast(y) * n.share, log_q));
+            eval<float>(launch.coefficients, functor, params, n.p_each, n.log_p_each, exp2_fast(y) * n.share, log_q));
     }
   }
 
