@@ -292,6 +292,11 @@ own exponential, logarithm and reciprocal add an ulp or two. Two kinds of rows s
   exponential, 10 to 20 % of a kernel.
 - The gradient of JSD and of skewed reverse KL is q times what two equal constants leave of each other where the models
   hardly overlap: some ulp of q, as in eager, up to 1e-7. The CPU computes such rows in double.
+
+A fraction is known to the divergences as itself and as 1 less it, the second taken in double: `SkewKL(0.999)` and
+`JSD(0.999)` have gradients as exact as those of 0.1. Their losses, and the gradient of skewed reverse KL, are
+differences of numbers up to a thousand times as large there, and have the error of these, as in eager. One value per
+row is a number in fp32, and so is 1 less it.
 """
 
 

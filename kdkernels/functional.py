@@ -111,8 +111,9 @@ def kd_loss(
         row_param: one value per row for the divergence's parameter (JSD's ``beta``, the skew forms' ``alpha``),
             strictly between 0 and 1; overrides the instance's.
         inplace: write the gradient over the student's logits: no ``[N, V]`` allocation at all, and the logits are gone
-            after the call. Eager only; needs a student that requires grad, whose rows share no memory. Under
-            ``torch.no_grad()`` there is no gradient, and the logits stay.
+            after the call. Eager only; needs a student that requires grad, whose rows share no memory. A teacher may
+            be the student's own rows, one for one; any other memory in common with a tensor of the call is an error.
+            Under ``torch.no_grad()`` there is no gradient, and the logits stay.
         return_stats: also return ``KDStats``.
         backend: "auto", "triton", "cpu" (C++) or "torch" (plain PyTorch, the reference).
 
