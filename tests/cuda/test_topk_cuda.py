@@ -56,7 +56,11 @@ def limits_for(form, columns, k, dtype):
 
 
 def run(form, arch, s, ids, logprobs, labels=None, **options):
-    limits = limits_for(form, options.get("vocab_size") or s.shape[-1], ids.shape[-1], s.dtype)
+    divergence = kd.divergences.resolve(options.get("divergence", "forward_kl"))
+    # A gradient without a bound is made in fp32 where the logits are fp16, as is one of temperatures per row.
+    wide = not divergence.bounded_gradient or isinstance(options.get("temperature"), torch.Tensor)
+    dtype = torch.float32 if s.dtype == torch.float16 and wide else s.dtype
+    limits = limits_for(form, options.get("vocab_size") or s.shape[-1], ids.shape[-1], dtype)
     with Emulator(arch, limits).registered() as emulator:
         check(s, ids, logprobs, labels, backend="cuda", **options)
     taken = emulator.plans[0].resident, emulator.plans[0].plan_cluster
