@@ -240,7 +240,7 @@ def student_of(options: Any, student: Any) -> int:
     """The student's logits suit options; the number of columns that count."""
     logits("student", student)
     if options.reduction == "batchmean":
-        reduction_name("batchmean", student)
+        batch_dimension(student)
     if getattr(options, "inplace", False):
         inplace_allowed(student)
     return vocabulary(options.vocab_size, student)
@@ -1028,7 +1028,13 @@ def reverse_mode_only(backend: str, *tensors: Optional[Tensor]) -> None:
 def reduction_name(reduction: Any, student: Optional[Tensor] = None) -> None:
     """One of the four reductions; "batchmean" needs a batch dimension."""
     choice("reduction", reduction, get_args(Reduction))
-    if reduction == "batchmean" and student is not None and student.dim() < 2:
+    if reduction == "batchmean" and student is not None:
+        batch_dimension(student)
+
+
+def batch_dimension(student: Tensor) -> None:
+    """Logits that "batchmean" can divide by the first dimension of."""
+    if student.dim() < 2:
         raise ValueError(f"reduction 'batchmean' needs a batch dimension, got student of shape {tuple(student.shape)}")
 
 

@@ -366,7 +366,7 @@ def _logits_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tens
 
 
 def _teacher_chunk(call: Call, launch: Launch, rows: Rows, count: int, device: torch.device) -> list[Tensor]:
-    """What ``teacher_logits`` gives for ``count`` rows, whose launch this is."""
+    """The logits that ``teacher_logits`` gives for ``count`` rows, whose launch this is."""
     assert call.teacher_logits is not None
     get, labels, weight = launch.options, launch.rows.labels, launch.rows.row_weight
     targets = checks.teacher_chunks(call.teacher_logits(rows), count, get["vocab_size"], call.num_teachers, device)

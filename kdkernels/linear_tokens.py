@@ -294,7 +294,7 @@ def _kept(counts: Tensor) -> Optional[Tensor]:
 
 
 class _Loop(NamedTuple):
-    """What forward and backward have in common."""
+    """The parts that forward and backward have in common."""
 
     head: Head
     inputs: Tensor

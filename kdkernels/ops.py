@@ -337,7 +337,7 @@ def _linear_token_fake(
     bias: Optional[Tensor],
     ids: Tensor,
     temperature_rows: Optional[Tensor],
-    *,
+    *_: object,
     choices: Sequence[int],
     **kwargs: object,
 ) -> tuple[Tensor, ...]:

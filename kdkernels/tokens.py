@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class TokenLogprobs(NamedTuple):
-    """What ``token_logprobs`` returns.
+    """The results of ``token_logprobs``.
 
     logprobs: natural log-probabilities of the shape of the ids. entropy: in nats, of the shape of the rows, or None.
     lse: ``logsumexp(logits / T)`` of the shape of the rows; it passes no gradient.

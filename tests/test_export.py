@@ -6,7 +6,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, export
 
 import kdkernels as kd
-from kdkernels import ops
 
 VOCAB, WIDTH, K = 23, 8, 4
 
@@ -35,15 +34,12 @@ LOSSES = {
         x["hidden"], x["head"], x["ids"], x["logprobs"], x["labels"], tail="renormalize_both", **o
     ),
     "capture": lambda x, **o: kd.capture_topk(x["teacher"], K, **o).logprobs,
+    "tokens": lambda x, **o: kd.token_logprobs(x["student"], x["labels"], temperature=2.0, **o).logprobs,
+    "tokens-several": lambda x, **o: (
+        kd.token_logprobs(x["student"], x["ids"], temperature=x["rows"], entropy=True, **o).entropy
+    ),
+    "gather": lambda x, **o: kd.gather_logprobs(x["teacher"], x["ids"], **o).tail_logprob,
 }
-if "cpu" not in ops.LACKING["token_fwd"]:
-    LOSSES |= {
-        "tokens": lambda x, **o: kd.token_logprobs(x["student"], x["labels"], temperature=2.0, **o).logprobs,
-        "tokens-several": lambda x, **o: (
-            kd.token_logprobs(x["student"], x["ids"], temperature=x["rows"], entropy=True, **o).entropy
-        ),
-        "gather": lambda x, **o: kd.gather_logprobs(x["teacher"], x["ids"], **o).tail_logprob,
-    }
 
 
 def inputs(batch=2, length=3):

@@ -143,7 +143,7 @@ def distilled(divergence, logp, s, temperature):
     )
     terms = np.abs(score)
     if divergence.name == "alpha_beta":
-        # What cancels in a score: powers below 1 make more of a probability than it is.
+        # Cancelling parts of a score: powers below 1 make more of a probability than it is.
         a, b = divergence.params()
         terms = terms + (p**a * q**b + q ** (a + b)) / a
     unit = (p + q + terms + q * terms.sum(-1, keepdims=True)) / temperature[:, None]

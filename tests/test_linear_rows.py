@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
     backends.BACKENDS["cpu"].why_not("cpu") is not None, reason="the C++ extension was not built: the loop runs on it"
 )
 
-# What multiplies the gradients of the rows: of both signs, and 0 for some.
+# Factors of the gradients of the rows: of both signs, and 0 for some.
 FACTORS = torch.linspace(-2, 3, N, dtype=torch.float64) * (torch.arange(N) % 4 != 2)
 
 

@@ -248,7 +248,7 @@ def test_opcheck(pattern):
 
 
 def test_memory_does_not_grow_with_the_rows():
-    """What stays from forward to backward is a few numbers a row; nothing of size [N, V] is among it."""
+    """A few numbers a row stay from forward to backward; nothing of size [N, V] is among it."""
     hidden, weight, bias, ids = operands()
     sizes = []
 

@@ -83,7 +83,7 @@ def test_tokens_5_and_6_far_above_the_rest(dtype, columns, compiled_cpu):
     generator = torch.Generator().manual_seed(0)
     teacher = torch.randn(2, columns, generator=generator)
     student = teacher + 0.1 * torch.randn(2, columns, generator=generator)
-    # What the exponentials of 16-bit logits may be off by.
+    # The error that exponentials of 16-bit logits may have.
     shorter = 0.0 if dtype == "fp32" else 4e-6
     for height in (5.0, 10.0, 20.0, 40.0):
         s, t = student.to(DTYPES[dtype]), teacher.to(DTYPES[dtype])

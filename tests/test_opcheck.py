@@ -74,6 +74,11 @@ def linear_topk(**options):
     return kd.linear_topk_kd_loss(*hidden(), ids, logprobs, labels, **options)
 
 
+def linear_tokens(of_rows=False, **options):
+    found = kd.linear_token_logprobs(*hidden(), tensors()[2], **options)
+    return found if of_rows else found.logprobs
+
+
 PER_ROW = torch.linspace(0.5, 2.0, ROWS)
 TERMS = {"ce_weight": 0.5, "z_loss_weight": 0.1, "label_smoothing": 0.1, "divergence": kd.JSD(0.3)}
 LOSSES = {
@@ -95,16 +100,17 @@ LOSSES = {
     "linear-columns": lambda: linear_topk(tail="renormalize_both"),
     "capture": lambda: kd.capture_topk(tensors()[1], K, temperature=2.0).logprobs,
     "capture-rows": lambda: kd.capture_topk(tensors()[1], K, temperature=PER_ROW).logprobs,
+    "tokens": lambda: kd.token_logprobs(tensors()[0], tensors()[2], temperature=2.0, softcap=5.0).logprobs,
+    "tokens-several": lambda: sum(
+        item.sum() for item in kd.token_logprobs(tensors()[0], tensors()[3], temperature=PER_ROW, entropy=True)[:2]
+    ),
+    "tokens-bf16": lambda: kd.token_logprobs(tensors(torch.bfloat16, (2, 3))[0], tensors(shape=(2, 3))[2]).logprobs,
+    "gather": lambda: kd.gather_logprobs(tensors()[1], tensors()[3]).tail_logprob,
+    "linear-tokens": lambda: linear_tokens(temperature=2.0),
+    "linear-tokens-entropy": lambda: sum(
+        item.sum() for item in linear_tokens(of_rows=True, temperature=PER_ROW, entropy=True)[:2]
+    ),
 }
-if "cpu" not in ops.LACKING["token_fwd"]:
-    LOSSES |= {
-        "tokens": lambda: kd.token_logprobs(tensors()[0], tensors()[2], temperature=2.0, softcap=5.0).logprobs,
-        "tokens-several": lambda: sum(
-            item.sum() for item in kd.token_logprobs(tensors()[0], tensors()[3], temperature=PER_ROW, entropy=True)[:2]
-        ),
-        "tokens-bf16": lambda: kd.token_logprobs(tensors(torch.bfloat16, (2, 3))[0], tensors(shape=(2, 3))[2]).logprobs,
-        "gather": lambda: kd.gather_logprobs(tensors()[1], tensors()[3]).tail_logprob,
-    }
 
 
 def calls_of(loss):

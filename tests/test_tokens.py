@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import kdkernels as kd
-from kdkernels import backends, ops, testing
+from kdkernels import backends, testing
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INF = math.inf
 N, V = 6, 37
 PER_ROW = torch.linspace(0.5, 3.0, N)
-# Those with an op for tokens that take tensors of the CPU; the Triton one has tests of its own, in the interpreter.
-BACKENDS = [name for name in ("cpu", "torch") if name not in ops.LACKING["token_fwd"]]
+# The Triton kernels have tests of their own, in the interpreter.
+BACKENDS = ["cpu", "torch"]
 FUSED = [name for name in BACKENDS if name != "torch"]
 fused = pytest.mark.parametrize("backend", FUSED)
 
@@ -78,7 +78,7 @@ def truth(logits, ids, with_entropy=True, scale=1.0, **options):
 
 
 def evaluate(logits, ids, *, with_entropy=True, scale=1.0, **options):
-    """What token_logprobs returns, and the gradient for the same upstream gradients."""
+    """The results of token_logprobs, and the gradient for the same upstream gradients."""
     leaf = logits.detach().requires_grad_()
     found = kd.token_logprobs(leaf, ids, entropy=with_entropy, **options)
     slots = ids if ids.dim() == logits.dim() else ids[..., None]

@@ -20,7 +20,7 @@ Values = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def loss_of(logprobs: Tensor, entropy: Any) -> Tensor:
-    """What stands for a loss on samples: its gradient differs from row to row."""
+    """A stand-in for a loss on samples: its gradient differs from row to row."""
     loss = -(logprobs * torch.linspace(-1, 1, len(logprobs), dtype=logprobs.dtype, device=logprobs.device)).mean()
     return loss if entropy is None else loss - 0.1 * entropy.mean()
 

@@ -15,7 +15,7 @@ struct Moments {
   double rest, std, unit = 1;
 };
 
-// Those of a row whose squares, or whose sum, leave the range of C, or which next to its mean is hardly anything:
+// Moments of a row whose squares, or whose sum, leave the range of C, or which next to its mean is hardly anything:
 // replaced by its deviations from the mean over a power of two. Halves, for the range of a row may pass the largest
 // number.
 template <class C>

@@ -58,7 +58,7 @@ class TritonDivergence(NamedTuple):
 
 
 _TABLE: dict[str, TritonDivergence] = {}
-# Those whose functions ask ``_fractions``.
+# Divergences whose functions ask ``_fractions``.
 _FRACTIONS = frozenset({"jsd", "skew_kl", "skew_reverse_kl"})
 
 

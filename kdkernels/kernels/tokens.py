@@ -358,7 +358,7 @@ def token_bwd_kernel(
     if ENTROPY:
         bend = -h * LN2 * unit / z
     picked = gather_logits(logits_ptr, ids, known, softcap)
-    # What is written from here on may be the logits.
+    # The stores from here on may go to the logits.
     tl.debug_barrier()
 
     offs_tile = tile_offsets(TILE)
