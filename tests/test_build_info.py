@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import torch
 
 from kdkernels import build_info
 from kdkernels.backends import cpu, cuda
@@ -140,6 +141,21 @@ def test_a_library_that_does_not_load_is_reported_with_both_torches_and_the_cure
     said = cpu.load(path, "cpu")
     assert said.startswith(f"{path} does not load (built against torch 9.9, this is ")
     assert "To build it again: run `KDKERNELS_BUILD=cpu " in said
+
+
+def test_a_library_that_lacks_an_op_is_older_than_the_python_that_calls_it():
+    """As after a pull without a build: the first call would be an error of torch's dispatcher."""
+    path = cpu.library_path()
+    if path is None:
+        pytest.skip(build_info.why_missing("cpu"))
+    library = torch.library.Library("kdkernels", "FRAGMENT")
+    library.define("of_tomorrow_cpu(Tensor x) -> Tensor")
+    try:
+        said = cpu.load(path, "cpu")
+    finally:
+        library._destroy()
+    assert said.startswith(f"{path} is older than kdkernels' Python, which calls kdkernels::of_tomorrow_cpu too.")
+    assert "To build it again: run `KDKERNELS_BUILD=cpu " in said and cpu.load(path, "cpu") is None
 
 
 @pytest.mark.parametrize("backend", [cpu, cuda], ids=["cpu", "cuda"])

@@ -12,15 +12,25 @@ from kdkernels import build_info
 
 
 def load(path: Path, backend: str) -> Optional[str]:
-    """Load a library that registers ops; None on success, else why it does not load, and the cure."""
+    """Load a library that registers ops; None on success, else why it is of no use, and the cure."""
+    cure = build_info.rebuild_command(backend)
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
         part = build_info.read(path.parent).get(backend, {})
         made_for = f" (built against torch {part['torch']}, this is {torch.__version__})" if part.get("built") else ""
-        cure = build_info.rebuild_command(backend)
         return f"{path} does not load{made_for}: {error.__cause__ or error}. To build it again: {cure}"
+    missing = _without_kernel(backend)
+    if missing:
+        return f"{path} is older than kdkernels' Python, which calls {missing[0]} too. To build it again: {cure}"
     return None
+
+
+def _without_kernel(backend: str) -> list[str]:
+    """The ops of a backend that its library did not register."""
+    names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("kdkernels::"))
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return sorted(name for name in names if name.endswith(f"_{backend}") and not has(name, backend.upper()))
 
 
 def library_path() -> Optional[Path]:
