@@ -22,7 +22,7 @@ PER_ROW = torch.linspace(0.5, 3.0, N)
 # The Triton kernels have tests of their own, in the interpreter.
 BACKENDS = ["cpu", "torch"]
 FUSED = [name for name in BACKENDS if name != "torch"]
-fused = pytest.mark.parametrize("backend", FUSED)
+fused = pytest.mark.parametrize("backend", FUSED, indirect=True)
 
 
 @pytest.fixture(params=BACKENDS)

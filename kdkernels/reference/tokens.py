@@ -56,7 +56,7 @@ def token_rows(
         finite = logp.masked_fill(torch.isneginf(logp), 0.0)
         of_entropy = torch.where(counted, -(logp.exp() * finite).sum(-1), 0.0)
     if tail_mass:
-        outside = torch.ones(len(x), columns + 1, dtype=torch.bool, device=x.device)
+        outside = torch.ones(x.shape[0], columns + 1, dtype=torch.bool, device=x.device)
         outside = outside.scatter(1, torch.where(used & inside, ids, columns), False)[:, :columns]
         tail = torch.logsumexp(logp.masked_fill(~outside, -torch.inf), -1).clamp(max=0.0)
     top = x.detach().argmax(-1, keepdim=True)
