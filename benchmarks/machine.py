@@ -18,6 +18,7 @@ from typing import Any, Optional
 
 import torch
 
+import kdkernels
 from benchmarks import measure
 from kdkernels import build_info
 from kdkernels.backends import cpu
@@ -35,6 +36,8 @@ def versions() -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = getattr(sys.modules.get(package), "__version__", "not installed")
+    # Not what a build in place once left beside the sources.
+    found["kdkernels"] = build_info.installed_version() or kdkernels.__version__
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler:
         found["c++"] = _first_line([compiler, "--version"])
