@@ -489,8 +489,11 @@ def budget(chunk_bytes: Optional[int], device: torch.device) -> int:
 
 
 def _chunks(launch: Launch, num_rows: int, size: int) -> Iterator[tuple[Rows, int]]:
-    """Index and length of chunks of at most ``size`` of the rows that count, even, and none longer than the first."""
-    kept = _kept_rows(launch)
+    return even_chunks(_kept_rows(launch), num_rows, size)
+
+
+def even_chunks(kept: Optional[Tensor], num_rows: int, size: int) -> Iterator[tuple[Rows, int]]:
+    """Index and length of chunks of at most ``size`` of the rows ``kept`` (None: all), none longer than the first."""
     total = num_rows if kept is None else len(kept)
     count = -(-total // max(size, 1))
     for k in range(count):
@@ -513,9 +516,12 @@ def _kept_rows(launch: Launch) -> Optional[Tensor]:
     # One weight for all rows is a normaliser; statistics are taken of rows of weight 0 too.
     if weight is not None and (weight.stride(0) or len(weight) == 1) and not launch.options["stats"]:
         counts = weight != 0 if counts is None else counts & (weight != 0)
-    if counts is None or not symbols.has_values(counts):
-        return None
-    if counts.is_cuda and torch.cuda.is_current_stream_capturing():
+    return None if counts is None else indices(counts)
+
+
+def indices(counts: Tensor) -> Optional[Tensor]:
+    """The rows that count; None for all, and where their number cannot be asked for."""
+    if not symbols.has_values(counts) or (counts.is_cuda and torch.cuda.is_current_stream_capturing()):
         return None
     kept = counts.nonzero().squeeze(1)
     return None if len(kept) == len(counts) else kept

@@ -354,7 +354,7 @@ def _result(
     inputs = tuple(item for item in (hidden, weight, bias) if item is not None)
     given = (*inputs, *(item for item in (*others, *objective.tensors) if item is not None))
     checks.reverse_mode_only(call.launch.backend, *given)
-    transformed = call.launch.backend == "torch" and _is_transformed(given)
+    transformed = call.launch.backend == "torch" and is_transformed(given)
     needs_grad = torch.is_grad_enabled() and any(item.requires_grad for item in inputs)
     needs_grad = needs_grad and not symbols.traces_ops()  # as autograd.evaluate
     checks.linear_mode_allowed(call.teacher_logits is not None, call.sparse_grad, transformed)
@@ -374,6 +374,6 @@ def _result(
     return with_stats(loss, stats, hidden, kind) if objective.return_stats else loss
 
 
-def _is_transformed(tensors: tuple[Tensor, ...]) -> bool:
+def is_transformed(tensors: tuple[Tensor, ...]) -> bool:
     """True if ``torch.func`` or forward mode has a tensor of these, or a Function of theirs would be in it."""
     return not torch.compiler.is_compiling() and any(map(transforms.takes_part, tensors))

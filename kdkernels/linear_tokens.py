@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
 import torch
@@ -11,10 +11,10 @@ from torch import Tensor
 from kdkernels import checks, ops, reference, symbols, transforms
 from kdkernels.autograd import TokenCall, refuse_second_derivative, scaled
 from kdkernels.capture import TeacherTopK
-from kdkernels.chunked import budget, logits_of_whole, no_autocast, product_dtypes
+from kdkernels.chunked import Rows, budget, even_chunks, indices, logits_of_whole, no_autocast, product_dtypes
 from kdkernels.heads import Fp16Range, Head, HeadGrad, Scratch, sum_dtype
 from kdkernels.launch import flat
-from kdkernels.linear import as_student
+from kdkernels.linear import as_student, is_transformed
 from kdkernels.objective import LinearTokenOptions, PerRow, takes
 from kdkernels.reference.tokens import TokenRows
 from kdkernels.tokens import TokenLogprobs, first_of_equals, token_call
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from kdkernels import options as keywords
-
-Rows = Union[slice, Tensor]
 
 
 @takes(LinearTokenOptions)
@@ -72,7 +70,7 @@ def linear_token_logprobs(
     checks.reverse_mode_only(call.tokens.backend, *inputs)
     needs_grad = torch.is_grad_enabled() and any(item.requires_grad for item in inputs)
     entropy: Optional[Tensor]
-    if call.tokens.backend == "torch" and (torch.compiler.is_compiling() or _is_transformed(inputs)):
+    if call.tokens.backend == "torch" and (torch.compiler.is_compiling() or is_transformed(inputs)):
         # No graph and no transform holds the autograd within the loop.
         logprobs, entropy, lse, _ = _whole(call, hidden, head, offset, tokens)
     elif needs_grad and not symbols.traces_ops():
@@ -236,12 +234,6 @@ def _prepared(
     return call, head, offset, tokens, logits
 
 
-def _is_transformed(tensors: tuple[Tensor, ...]) -> bool:
-    return transforms.active() and any(
-        transforms.stands_for_others(item) or transforms.has_tangent(item) for item in tensors
-    )
-
-
 def _whole(call: LinearTokenCall, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], ids: Tensor) -> TokenRows:
     """All logits at once, in plain PyTorch: autograd sees all of it."""
     dtypes = product_dtypes(hidden, call.product_dtype, call.logits_dtype)
@@ -274,23 +266,6 @@ def _differentiable(
 
 def _forward(call: LinearTokenCall, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], ids: Tensor) -> Any:
     return ops.call_linear("token_fwd", (hidden, weight, bias, ids, call.tokens.temperature_rows), call.op_options())
-
-
-def _chunks(kept: Optional[Tensor], num_rows: int, size: int) -> Iterator[tuple[Rows, int]]:
-    """Index and length of even chunks of at most ``size`` rows."""
-    total = num_rows if kept is None else len(kept)
-    count = -(-total // max(size, 1))
-    for k in range(count):
-        start, stop = -(-k * total // count), -(-(k + 1) * total // count)
-        yield (slice(start, stop) if kept is None else kept[start:stop]), stop - start
-
-
-def _kept(counts: Tensor) -> Optional[Tensor]:
-    """The rows that count, or None for all. Their number is known to the host: a GPU is waited for once."""
-    if not symbols.has_values(counts) or (counts.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return None
-    kept = counts.nonzero().squeeze(1)
-    return None if len(kept) == len(counts) else kept
 
 
 class _Loop(NamedTuple):
@@ -342,8 +317,8 @@ def _forward_loop(
     logprobs, lse, norm = zeros(*ids.shape), zeros(num), zeros(num, 2)
     entropy, tail = zeros(num if options["entropy"] else 0), zeros(num if options["tail_mass"] else 0)
     loop = _Loop.of(call, hidden, weight, bias)
-    kept = _kept(_counted(ids, options["ignore_index"]).any(-1))
-    for rows, count in _chunks(kept, num, loop.size):
+    kept = indices(_counted(ids, options["ignore_index"]).any(-1))
+    for rows, count in even_chunks(kept, num, loop.size):
         logits = loop.project(rows, count)
         some_ids, temperature = _of_rows(rows, ids, call.tokens.temperature_rows)
         part = call.tokens._replace(temperature_rows=temperature)
@@ -391,7 +366,7 @@ def _backward_loop(
         dlogprobs = dlogprobs * power
         dentropy = None if dentropy is None else dentropy * power
         fp16_range, rest = Fp16Range(power, True), power.reciprocal()
-    for rows, count in _chunks(_kept(counts), len(hidden), loop.size):
+    for rows, count in even_chunks(indices(counts), len(hidden), loop.size):
         logits = loop.project(rows, count)
         some = _of_rows(rows, ids, norm, entropy, dlogprobs, dentropy)
         (temperature,) = _of_rows(rows, call.tokens.temperature_rows)
