@@ -216,13 +216,15 @@ _apply_summed = super(torch.autograd.Function, SummedLoss).apply
 
 def sums_in_one_op(launch: Launch, options: Any, student: Tensor, teachers: tuple[Tensor, ...]) -> bool:
     """True if an op of the CPU makes all of a loss: its rows are summed, and have no tensor but labels and a tail."""
+    rows = launch.rows
     return (
         launch.backend == "cpu"
-        and options.reduction != "none"
-        and not launch.options["stats"]
-        and not any(item is not None for item in launch.rows[1:-1])
+        and options.sums_alike
+        and rows.row_weight is None
+        and rows.mixture_weights is None
         and student.dim() in (2, 3)
-        and all(type(item) in _PLAIN_TENSORS for item in (student, *teachers))
+        and type(student) in _PLAIN_TENSORS
+        and (not teachers or type(teachers[0]) in _PLAIN_TENSORS)
         and not torch.compiler.is_compiling()
         and not transforms.active()
         and (options.gradient_size is not None or student.dtype != torch.float16)

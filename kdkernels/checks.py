@@ -111,15 +111,17 @@ def logits(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     plain(name, value)
-    if value.dtype not in FLOATING:
+    dtype = value.dtype
+    if dtype not in FLOATING:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {_dtype(value)}")
-    if value.dtype == torch.float64 and value.device.type != "cpu":
+    if dtype == torch.float64 and value.device.type != "cpu":
         raise TypeError(f"{name} may be float64 on the CPU only, got a tensor on {value.device}")
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
-    if value.dim() == 0 or value.shape[-1] == 0:
-        raise ValueError(f"{name} must have shape (..., V) with V >= 1, got {tuple(value.shape)}")
-    if value.shape[-1] > 1 and value.stride(-1) != 1:
+    shape = value.shape
+    if not shape or shape[-1] == 0:
+        raise ValueError(f"{name} must have shape (..., V) with V >= 1, got {tuple(shape)}")
+    if shape[-1] > 1 and value.stride(-1) != 1:
         raise ValueError(f"{name} must have stride 1 in the last dimension, got strides {tuple(value.stride())}")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kdkernels import backends, checks, distributed, symbols
 from kdkernels.autograd import evaluate
-from kdkernels.launch import Launch, dense_launch, dual, num_rows, row_tensors, topk_launch, with_stats
+from kdkernels.launch import Launch, dense_launch, dual, row_tensors, topk_launch, with_stats
 from kdkernels.objective import (
     DKDObjective,
     MSEObjective,
@@ -19,6 +19,7 @@ from kdkernels.objective import (
     TopKObjective,
     takes,
 )
+from kdkernels.reduction import num_rows
 from kdkernels.stats import KDStats, TopKStats
 
 if TYPE_CHECKING:

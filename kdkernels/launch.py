@@ -9,8 +9,9 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from kdkernels import backends, checks, objective, ops, reduction, reference, symbols
+from kdkernels import backends, checks, objective, ops, reference, symbols
 from kdkernels.objective import RowOptions
+from kdkernels.reduction import num_rows, row_weights
 
 
 class RowTensors(NamedTuple):
@@ -46,11 +47,6 @@ class Launch(NamedTuple):
         return [getattr(self.rows, name) for name in ops.ROW_TENSORS[self.pattern]]
 
 
-def num_rows(student: Tensor) -> int:
-    # Not Size.numel(), which would pin symbols to the sizes of the moment.
-    return math.prod(student.shape[:-1])
-
-
 def row_tensors(options: RowOptions, student: Tensor, labels: Optional[Tensor]) -> tuple[float, RowTensors]:
     """The tensors of a call with a number per row, checked, and what multiplies the loss of every row.
 
@@ -71,17 +67,8 @@ def row_tensors(options: RowOptions, student: Tensor, labels: Optional[Tensor]) 
         normalizer = checks.normalizer_like(normalizer, options.reduction, student)
         if isinstance(weight, Tensor):
             weight = checks.per_row("row_weight", weight, student)
-    scale, weights = reduction.row_weights(
-        options.reduction,
-        num_rows=num_rows(student),
-        batch_size=student.shape[0] if student.dim() > 1 else 1,
-        labels=labels,
-        ignore_index=options.ignore_index,
-        row_weight=weight if isinstance(weight, Tensor) else None,
-        normalizer=normalizer,
-        dtype=checks.sum_dtype(student),
-        device=student.device,
-    )
+    of_rows = weight if isinstance(weight, Tensor) else None
+    scale, weights = row_weights(options.reduction, student, labels, options.ignore_index, of_rows, normalizer)
     if weight is not None and not isinstance(weight, Tensor):
         if symbols.is_symbol(weight):
             factor = symbols.as_tensor(weight, checks.sum_dtype(student), student.device)

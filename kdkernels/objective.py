@@ -55,6 +55,8 @@ class Options:
     scalars: dict[str, Any] = dataclasses.field(init=False)
     # About the largest entry of a row's gradient before ``scale`` and the row's weight; None where that has no bound.
     gradient_size: Optional[float] = dataclasses.field(init=False)
+    # The loss is a sum of rows that differ in nothing but logits, labels and a sparse teacher.
+    sums_alike: bool = dataclasses.field(init=False)
     # ``scalars`` as the CPU's ops for whole losses take them, by all that a call adds.
     packed: dict[Any, Tensor] = dataclasses.field(init=False)
 
@@ -69,6 +71,8 @@ class Options:
         object.__setattr__(self, "tensors", tuple(value for value in values if isinstance(value, Tensor)))
         object.__setattr__(self, "scalars", self._scalars())
         object.__setattr__(self, "gradient_size", self._gradient_size())
+        reduced = getattr(self, "reduction", "none") != "none"
+        object.__setattr__(self, "sums_alike", reduced and not self.tensors and not self.scalars.get("stats"))
         object.__setattr__(self, "packed", {})
 
     @classmethod

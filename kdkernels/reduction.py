@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from typing import Optional, Union
 
 import torch
 from torch import Tensor
 
-from kdkernels import symbols, transforms
+from kdkernels import checks, symbols, transforms
+
+
+def num_rows(student: Tensor) -> int:
+    # Not Size.numel(), which would pin symbols to the sizes of the moment.
+    return math.prod(student.shape[:-1])
 
 
 def row_weights(
     reduction: str,
-    *,
-    num_rows: int,
-    batch_size: int,
+    student: Tensor,
     labels: Optional[Tensor],
     ignore_index: int,
     row_weight: Optional[Tensor],
     normalizer: Optional[Union[int, float, Tensor]],
-    dtype: torch.dtype,
-    device: torch.device,
 ) -> tuple[float, Optional[Tensor]]:
     """Return ``(scale, weight)`` such that the reduced loss is ``sum_i scale * weight_i * loss_i``.
 
     Args:
         reduction: one of ``kdkernels.choices.Reduction``.
-        num_rows: N. batch_size: ``student.shape[0]``.
+        student: the logits of the N rows; weights are in the dtype of their sums.
         labels: ``[N]`` or None; rows equal to ``ignore_index`` do not count (the kernels drop them).
-        row_weight: ``[N]`` in ``dtype`` or None.
+        row_weight: ``[N]`` or None.
         normalizer: replaces the denominator of "mean"; divides the "sum".
-        dtype: of the weights, the dtype in which sums are made. device: theirs.
 
     Returns:
         A Python float, and None or a tensor ``[N]`` that may have stride 0. The float is never a symbol: what a
@@ -40,16 +41,16 @@ def row_weights(
     divisor: Optional[Tensor] = None
     if normalizer is not None:
         if isinstance(normalizer, Tensor):
-            divisor = normalizer.to(dtype).reshape(())
+            divisor = normalizer.to(checks.sum_dtype(student)).reshape(())
         elif symbols.is_symbol(normalizer):
-            divisor = symbols.as_tensor(normalizer, dtype, device)
+            divisor = symbols.as_tensor(normalizer, checks.sum_dtype(student), student.device)
         else:
             scale = 1.0 / float(normalizer)
     elif reduction in ("mean", "batchmean"):
         if reduction == "batchmean" or labels is None:
-            number = batch_size if reduction == "batchmean" else num_rows
+            number = num_rows(student) if reduction == "mean" else student.shape[0] if student.dim() > 1 else 1
             if symbols.is_symbol(number):
-                divisor = symbols.as_tensor(number, dtype, device).clamp(min=1)
+                divisor = symbols.as_tensor(number, checks.sum_dtype(student), student.device).clamp(min=1)
             else:
                 scale = 1.0 / max(number, 1)
         else:
@@ -59,11 +60,11 @@ def row_weights(
             if labels.device.type == "cpu" and _is_known(labels):
                 scale = 1.0 / max(int(count), 1)
             else:
-                divisor = count.clamp(min=1).to(dtype)
+                divisor = count.clamp(min=1).to(checks.sum_dtype(student))
     if divisor is None:
         return scale, row_weight
     if row_weight is None:
-        return scale, divisor.reciprocal().expand(num_rows)
+        return scale, divisor.reciprocal().expand(num_rows(student))
     return scale, row_weight / divisor
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from kdkernels import backends, checks, reference, symbols
 from kdkernels.autograd import TokenCall, token_values
 from kdkernels.capture import MAX_K_ON_GPU, SAMPLE_BLOCK, TeacherTopK
-from kdkernels.launch import flat, num_rows
+from kdkernels.launch import flat
 from kdkernels.objective import PerRow, TokenOptions, takes
+from kdkernels.reduction import num_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

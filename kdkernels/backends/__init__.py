@@ -16,9 +16,8 @@ from torch import Tensor
 from kdkernels import divergences, ops
 from kdkernels.backends import cpu, cuda, eager, triton
 
-# In the order in which "auto" tries them.
 BACKENDS = {"cuda": cuda, "triton": triton, "cpu": cpu, "torch": eager}
-# The backends with kernels, by the device type of the tensors.
+# The backends with kernels, by the device type of the tensors, in the order in which "auto" tries them.
 KERNELS = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
 # Logits of which plain PyTorch is worth a warning.
 LARGE = 1_000_000
@@ -66,7 +65,10 @@ def select(
         ValueError: when the backend that was asked for cannot run the call, with its reason.
     """
     if requested == "auto":
-        return next(name for name in BACKENDS if _refusal(name, device_type, divergence, torch_only, pattern) is None)
+        for name in KERNELS.get(device_type, ()):
+            if _refusal(name, device_type, divergence, torch_only, pattern) is None:
+                return name
+        return "torch"
     reason = _refusal(requested, device_type, divergence, torch_only, pattern)
     if reason is not None:
         raise ValueError(f"backend {requested!r} cannot run this call: {reason}")
