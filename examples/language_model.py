@@ -1,4 +1,4 @@
-"""The language models of distill_lm.py and offline.py, and their text.
+"""The language models of distill_lm.py, offline.py and on_policy.py, and their text.
 
 The text is the English prose that ships with Python (language reference and docstrings), cut into the tokens of a BPE
 vocabulary trained on it; no download.
@@ -81,8 +81,7 @@ def windows(tokens: Tensor, length: int, batch_size: int) -> Tensor:
 
 @torch.no_grad()
 def perplexity(model: nn.Module, tokens: Tensor) -> float:
-    rows = tokens[: len(tokens) // (LENGTH + 1) * (LENGTH + 1)].view(-1, LENGTH + 1).split(4)
-    nats = 0.0
+    nats, rows = 0.0, tokens[: len(tokens) // (LENGTH + 1) * (LENGTH + 1)].view(-1, LENGTH + 1).split(4)
     for x in rows:
         nats += F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten(), reduction="sum").item()
     return math.exp(nats / sum(x[:, 1:].numel() for x in rows))
@@ -101,7 +100,7 @@ def load_teacher(folder: Path, steps: int, device: str) -> tuple[LanguageModel, 
     teacher = LanguageModel(training, **TEACHER)
     optimizer = torch.optim.AdamW(teacher.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps, pct_start=0.1)
-    for _ in range(steps):
+    for step in range(steps):
         batch = windows(training, LENGTH + 1, 4)
         loss = F.cross_entropy(teacher(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
         optimizer.zero_grad()
@@ -109,6 +108,8 @@ def load_teacher(folder: Path, steps: int, device: str) -> tuple[LanguageModel, 
         nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        if step % 70 == 0:
+            print(f"teacher, step {step}: loss {loss.item():.2f}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     torch.save({"weights": teacher.state_dict(), "training": training, "held_out": held_out}, path)
     return teacher.requires_grad_(False), training, held_out

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
+from kdkernels import __version__
+
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run a command; return the exit status: 0, 1 for a cache that is damaged or none, 2 for wrong usage."""
@@ -17,6 +19,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kdkernels", description="Fused distillation losses for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"kdkernels {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     environment = commands.add_parser("env", help="say what is installed and which backend runs what")

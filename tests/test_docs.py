@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 from kdkernels import divergences
 
@@ -108,6 +109,19 @@ def test_the_line_of_the_installation_page_makes_a_slow_fallback_an_error():
         exec(code, names)
         with pytest.raises(names["kd"].backends.PlainTorchWarning):
             warnings.warn("slow", names["kd"].backends.PlainTorchWarning, stacklevel=1)
+
+
+def test_the_examples_of_a_training_loop_run():
+    names: dict = {}
+    *others, accumulation = examples(DOCS / "guide" / "training.md")
+    for code in others:
+        exec(code, names)
+    weight, loss = names["student"].weight, names["kd"].kd_loss
+    weight.grad = None
+    exec(accumulation, names)
+    accumulated, weight.grad = weight.grad, None
+    loss(names["student"](names["inputs"]), names["teacher_logits"], names["labels"]).backward()
+    torch.testing.assert_close(accumulated, weight.grad)
 
 
 def test_the_examples_of_hidden_states_run():

@@ -10,9 +10,15 @@ import pytest
 import torch
 
 import kdkernels
-from kdkernels import backends, build_info, env
+from kdkernels import backends, build_info, cli, env
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_command_has_a_version(capsys):
+    with pytest.raises(SystemExit, match="^0$"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"kdkernels {kdkernels.__version__}\n"
 
 
 @pytest.mark.parametrize("command", ["kdkernels env", "kdkernels.env"])
