@@ -183,13 +183,18 @@ inline void check_labels(const ObjectiveArgs& args) {
 inline void fill_objective_rows(ObjectiveArgs& args, const Tensor& student,
                                 const std::optional<Tensor>& student_temperature_rows,
                                 const std::optional<Tensor>& teacher_temperature_rows,
-                                const std::optional<Tensor>& param_rows) {
+                                const std::optional<Tensor>& param_rows, const std::optional<Tensor>& kd_weight_rows,
+                                const std::optional<Tensor>& ce_weight_rows,
+                                const std::optional<Tensor>& z_loss_weight_rows) {
   check_labels(args);
   const ScalarType dtype = sum_dtype(student);
   const int64_t rows = args.batch * args.length;
   args.student_temperature = per_row(student_temperature_rows, dtype, rows, "student_temperature_rows");
   args.teacher_temperature = per_row(teacher_temperature_rows, dtype, rows, "teacher_temperature_rows");
   args.param = per_row(param_rows, dtype, rows, "param_rows");
+  args.kd_weights = per_row(kd_weight_rows, dtype, rows, "kd_weight_rows");
+  args.ce_weights = per_row(ce_weight_rows, dtype, rows, "ce_weight_rows");
+  args.z_loss_weights = per_row(z_loss_weight_rows, dtype, rows, "z_loss_weight_rows");
 }
 
 // Fills what the objectives with a divergence take for all rows alike. FIND is int (*)(const char*, double, double).
@@ -246,14 +251,17 @@ std::tuple<Tensor, Tensor> topk_fwd(Tensor student, Tensor teacher_ids, Tensor t
                                     std::optional<Tensor> dstudent, std::optional<Tensor> labels,
                                     std::optional<Tensor> row_weight, std::optional<Tensor> student_temperature_rows,
                                     std::optional<Tensor> teacher_temperature_rows, std::optional<Tensor> param_rows,
-                                    std::optional<Tensor> tail_rows, std::string divergence, int64_t vocab_size,
-                                    std::vector<double> numbers, std::vector<int64_t> choices, bool stats) {
+                                    std::optional<Tensor> kd_weight_rows, std::optional<Tensor> ce_weight_rows,
+                                    std::optional<Tensor> z_loss_weight_rows, std::optional<Tensor> tail_rows,
+                                    std::string divergence, int64_t vocab_size, std::vector<double> numbers,
+                                    std::vector<int64_t> choices, bool stats) {
   const auto number = named<TopkNumbers>(numbers);
   const auto chosen = named<TopkChoices>(choices);
   TopkArgs args;
   Tensor loss = fill_rows(args, student, dstudent, labels, row_weight, vocab_size, chosen.ignore_index, number.scale);
   fill_objective(args, FIND, divergence, number, chosen);
-  fill_objective_rows(args, student, student_temperature_rows, teacher_temperature_rows, param_rows);
+  fill_objective_rows(args, student, student_temperature_rows, teacher_temperature_rows, param_rows, kd_weight_rows,
+                      ce_weight_rows, z_loss_weight_rows);
   fill_entries(args, student, teacher_ids, teacher_logprobs, tail_rows);
   fill_tail(args, number, chosen);
   const int64_t rows = args.batch * args.length;

@@ -259,6 +259,15 @@ def teachers_of(options: Any, teacher: Any, student: Tensor) -> tuple[Tensor, ..
     return tuple(teacher)
 
 
+def without_teacher(options: Any) -> None:
+    """A loss in which no teacher has a say."""
+    if options.scalars["kd_weight"] != 0:
+        raise TypeError("teacher is required unless kd_weight is the number 0")
+    for name in ("teacher_weights", "teacher_form"):
+        if getattr(options, name) not in (None, "logits"):
+            raise ValueError(f"{name} has no meaning without a teacher")
+
+
 def several(teachers: Sequence[Any]) -> None:
     """A mixture of as many teachers as the kernels take."""
     if not 1 <= len(teachers) <= MAX_TEACHERS:
@@ -318,7 +327,7 @@ def probabilities(
 ) -> None:
     """The values of teachers that are probabilities, in the rows that count; ``labels`` and ``weight`` are ``[N]``."""
     form = options.teacher_form
-    if form in ("logits", "log_probs") or torch.compiler.is_compiling() or not options.kd_weight:
+    if form in ("logits", "log_probs") or torch.compiler.is_compiling() or not options.scalars["kd_weight"]:
         return
     counted = None if labels is None else labels != options.ignore_index
     if weight is not None:
@@ -800,7 +809,7 @@ def labels_of(options: Any, value: Any, student: Tensor, columns: int) -> Option
     """As ``labels_like``, of an objective that may need them."""
     flat = labels_like(value, student, columns, options.ignore_index)
     # This way round a graph with labels serves a weight of 0 too.
-    if flat is None and options.ce_weight:
+    if flat is None and options.scalars["ce_weight"]:
         raise ValueError("labels are required when ce_weight is not 0")
     return flat
 

@@ -248,6 +248,8 @@ def whole(
         if call.teacher_logits is not None:
             asked = slice(0, len(logits)) if rows is None else rows
             teachers = _teacher_chunk(call, call.launch, asked, len(logits), logits.device)
+        if call.launch.pattern == "dense_fwd" and not teachers:
+            teachers = [logits.detach()]
         return run_reference(call.launch, logits, teachers)
 
 
@@ -352,6 +354,9 @@ def _logits_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tens
             teacher.project(states[rows], targets[k])
         if call.teacher_logits is not None:
             targets = _teacher_chunk(call, part, rows, count, device)
+        if launch.pattern == "dense_fwd" and not targets:
+            # Of no weight, and read where the student is.
+            targets = [logits]
         loss[rows], stats[rows] = _objective(part, logits, targets, any(needs))
         if any(needs):
             dh = head.backward(logits, h, wants_dhidden=needs[0], dweight=dweight, dbias=dbias, fp16_range=fp16_range)
@@ -390,9 +395,14 @@ def _fp16_range(launch: Launch, loss: Tensor, head: Head) -> tuple[Optional[Fp16
     terms = max(get["kd_weight"] * tempered, get["ce_weight"], get["z_loss_weight"])
     power = 2.0 ** min(max(8 - math.frexp(get["scale"] * terms)[1], -60), 60)
     sums = loss.new_tensor(power)
+    of_terms = launch.rows.weights_of_terms()
+    if weight is None and of_terms:
+        weight = torch.ones_like(loss)
     if weight is not None:
-        # Its size is known to the device alone.
+        # Their size is known to the device alone.
         size = torch.linalg.vector_norm(weight, torch.inf)
+        if of_terms:
+            size = size * torch.stack([torch.linalg.vector_norm(item, torch.inf) for item in of_terms]).amax()
         of_weight = torch.ldexp(torch.ones_like(size), -torch.frexp(size)[1].clamp(-60, 60))
         sums, weight = sums * of_weight, weight * of_weight
     if in_chunk:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kdkernels import backends, checks, distributed, symbols
 from kdkernels.autograd import evaluate
-from kdkernels.launch import Launch, dense_launch, dual, row_tensors, topk_launch, with_stats
+from kdkernels.launch import Launch, dense_launch, dual, row_tensors, topk_launch, with_stats, without_teacher
 from kdkernels.objective import (
     DKDObjective,
     MSEObjective,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from kdkernels.options import DKDOptions, MSEOptions, ObjectiveOptions, TAIDOptions, TopKOptions
 
-Teachers = Union[Tensor, Sequence[Tensor]]
+Teachers = Union[Tensor, Sequence[Tensor], None]
 
 
 @overload
@@ -78,7 +78,8 @@ def kd_loss(
         student: logits ``(..., V)``, float32, bfloat16 or float16 (float64 on the CPU). Any strides with stride 1 in
             the last dimension; nothing is copied.
         teacher: logits of the same leading shape, device and width; its dtype may differ. When it requires grad it gets
-            its gradient too. A sequence of 1 to 4 tensors is a mixture of teachers, see ``teacher_weights``.
+            its gradient too. A sequence of 1 to 4 tensors is a mixture of teachers, see ``teacher_weights``. None where
+            ``kd_weight`` is the number 0: cross entropy and z-loss alone.
         labels: int64 or int32 of the leading shape: the classes for ``ce_weight``, and the mask: rows equal to
             ``ignore_index`` give loss 0 and gradient 0, and their logits are not read.
         divergence: a name from ``kdkernels.divergences.names()`` (its default parameters) or an instance such as
@@ -86,8 +87,9 @@ def kd_loss(
         temperature: T of the student, > 0, a number or one value per row.
         teacher_temperature: T_t, by default ``temperature``.
         scale_by_t_squared: multiply the divergence by ``temperature**2`` (Hinton et al. 2015), in loss and gradient.
-        kd_weight, ce_weight, z_loss_weight: weights of the three terms, >= 0. Cross entropy and z-loss (PaLM,
-            Chowdhery et al. 2022) are taken at temperature 1.
+        kd_weight, ce_weight, z_loss_weight: weights of the three terms, >= 0, each a number or one value per row: a
+            row's term of weight 0 counts nothing. Cross entropy and z-loss (PaLM, Chowdhery et al. 2022) are taken at
+            temperature 1.
         label_smoothing: in [0, 1], as in ``F.cross_entropy``.
         ignore_index: the label of rows that do not count.
         row_weight: a number or one value per row that multiplies the row's loss; it does not enter the denominator.
@@ -382,6 +384,11 @@ def dense(objective: Objective, student: Any, teacher: Any, labels: Any = None) 
         options = {"teacher": teacher, "labels": labels, **objective.given()}
         return distributed.of_all_ranks(kd_loss, student, options)
     columns = checks.student_of(objective, student)
+    if teacher is None:
+        checks.without_teacher(objective)
+        alone = (student.detach(),)
+        checks.apart_in_place(objective, student, {"labels": labels}, alone)
+        return without_teacher(_dense(objective, student, alone, labels, columns, None, objective.mixture, alone))
     teachers = checks.teachers_of(objective, teacher, student)
     weights = checks.mixture_weights(objective, len(teachers), student, single=not isinstance(teacher, (list, tuple)))
     checks.apart_in_place(objective, student, {"labels": labels}, teachers)

@@ -22,8 +22,16 @@ class RowTensors(NamedTuple):
     student_temperature_rows: Optional[Tensor] = None
     teacher_temperature_rows: Optional[Tensor] = None
     param_rows: Optional[Tensor] = None
+    kd_weight_rows: Optional[Tensor] = None
+    ce_weight_rows: Optional[Tensor] = None
+    z_loss_weight_rows: Optional[Tensor] = None
     mixture_weights: Optional[Tensor] = None
     tail_rows: Optional[Tensor] = None
+
+    def weights_of_terms(self) -> list[Tensor]:
+        """The weights of terms that are tensors."""
+        given = (self.kd_weight_rows, self.ce_weight_rows, self.z_loss_weight_rows)
+        return [item for item in given if item is not None]
 
     def chosen(self, rows: Any) -> RowTensors:
         """The tensors of some rows, which are an index."""
@@ -56,19 +64,20 @@ def row_tensors(options: RowOptions, student: Tensor, labels: Optional[Tensor]) 
     rows = RowTensors(labels)
     if options.tensors:
         given: dict[str, Any] = {}
-        for name in ("temperature", "teacher_temperature", "row_param"):
+        for name, of_rows in _ROWS.items():
             value = getattr(options, name, None)
             if isinstance(value, Tensor):
                 high = 1.0 if name == "row_param" else math.inf
-                given[_ROWS[name]] = checks.per_row(name, value, student, low=0.0, high=high)
+                may_be_0 = name in objective.TERMS
+                given[of_rows] = checks.per_row(name, value, student, low=0.0, high=high, exclusive=not may_be_0)
         rows = rows._replace(**given)
         if getattr(options, "teacher_temperature", 0.0) is None:
             rows = rows._replace(teacher_temperature_rows=rows.student_temperature_rows)
         normalizer = checks.normalizer_like(normalizer, options.reduction, student)
         if isinstance(weight, Tensor):
             weight = checks.per_row("row_weight", weight, student)
-    of_rows = weight if isinstance(weight, Tensor) else None
-    scale, weights = row_weights(options.reduction, student, labels, options.ignore_index, of_rows, normalizer)
+    own = weight if isinstance(weight, Tensor) else None
+    scale, weights = row_weights(options.reduction, student, labels, options.ignore_index, own, normalizer)
     if weight is not None and not isinstance(weight, Tensor):
         if symbols.is_symbol(weight):
             factor = symbols.as_tensor(weight, checks.sum_dtype(student), student.device)
@@ -115,10 +124,21 @@ def with_stats(loss: Tensor, stats: Optional[Tensor], student: Tensor, kind: Any
     return loss, kind(*(column.reshape(student.shape[:-1]) for column in stats.unbind(-1)))
 
 
+def without_teacher(result: Any) -> Any:
+    """A loss, with or without ``KDStats``, of a student that stood for its own teacher: of that nothing is told."""
+    if not isinstance(result, tuple):
+        return result
+    loss, stats = result
+    nothing = torch.full_like(stats.lse, torch.nan)
+    told = {"ce": stats.ce, "lse": stats.lse, "student_entropy": stats.student_entropy}
+    return loss, stats._replace(**{name: told.get(name, nothing) for name in stats._fields})
+
+
 _ROWS = {
     "temperature": "student_temperature_rows",
     "teacher_temperature": "teacher_temperature_rows",
     "row_param": "param_rows",
+    **{name: f"{name}_rows" for name in objective.TERMS},
 }
 
 
@@ -130,6 +150,8 @@ def dual(launch: Launch, options: Any, teacher: Tensor) -> Launch:
     dtype = checks.sum_dtype(teacher)
     rows = RowTensors(*(item if item is None or k == 0 else item.to(dtype) for k, item in enumerate(launch.rows)))
     weight, temperatures, param = rows.row_weight, rows.student_temperature_rows, rows.param_rows
+    if rows.kd_weight_rows is not None:
+        weight = rows.kd_weight_rows if weight is None else weight * rows.kd_weight_rows
     scale = launch.options["scale"]
     if param is not None and swapped.name == options.resolved.name:
         param = 1 - param  # JSD's beta weighs the teacher
@@ -156,7 +178,8 @@ def dual(launch: Launch, options: Any, teacher: Tensor) -> Launch:
         "stats": False,
     }
     rows = RowTensors(rows.labels, weight, rows.teacher_temperature_rows, temperatures, param)
-    size = objective.gradient_size(swapped, scalars, rows=rows.student_temperature_rows is not None)
+    of_rows = rows.student_temperature_rows is not None or launch.rows.kd_weight_rows is not None
+    size = objective.gradient_size(swapped, scalars, rows=of_rows)
     return launch._replace(rows=rows, options=scalars, gradient_size=size)
 
 
@@ -196,6 +219,10 @@ def run_reference(launch: Launch, student: Tensor, teachers: Sequence[Tensor]) -
         options["temperature"] = rows.student_temperature_rows
     if rows.teacher_temperature_rows is not None:
         options["teacher_temperature"] = rows.teacher_temperature_rows
+    for term in objective.TERMS:
+        of_rows = getattr(rows, f"{term}_rows")
+        if of_rows is not None:
+            options[term] = of_rows
     stats: Optional[Tensor] = None
     if launch.pattern == "topk_fwd":
         ids, logprobs = launch.sparse_teacher

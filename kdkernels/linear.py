@@ -11,7 +11,7 @@ from torch import Tensor
 from kdkernels import backends, checks, symbols, transforms
 from kdkernels.autograd import reduced
 from kdkernels.chunked import Call, LinearLoss, LinearRows, Rows, execute, projects_columns, whole
-from kdkernels.launch import dense_launch, flat, topk_launch, with_stats
+from kdkernels.launch import dense_launch, flat, topk_launch, with_stats, without_teacher
 from kdkernels.objective import LinearObjective, LinearTopKObjective, takes
 from kdkernels.stats import KDStats, TopKStats
 
@@ -95,7 +95,7 @@ def linear_kd_loss(
             (``weight + scale * B @ A``) and gets its gradient through that sum; a scale of logits is multiplied in.
         teacher_hidden, teacher_weight: the same of the teacher, ``(..., D')`` and ``[V, D']``; or sequences of up to 4
             for a mixture, see ``teacher_weights``. They get no gradient, whether they require one or not: they are
-            detached.
+            detached. Neither is given where ``kd_weight`` is the number 0: cross entropy and z-loss alone.
         labels: as in ``kd_loss``. Rows equal to ``ignore_index``, and rows of ``row_weight`` 0 unless ``return_stats``,
             are left out of the products. On a GPU the number of the others is waited for, once.
         student_bias, teacher_bias: ``[V]`` or None.
@@ -245,7 +245,11 @@ def dense(
     head, bias, product_dtype, logits = as_student(objective, hidden, weight, student_bias)
     columns = checks.student_of(objective, logits)
     single = objective.teacher_weights is None and not isinstance(teacher_hidden, (list, tuple))
-    if teacher_logits is None:
+    alone = all(item is None for item in (teacher_hidden, teacher_weight, teacher_bias, teacher_logits))
+    if alone:
+        checks.without_teacher(objective)
+        teachers, count = [], 0
+    elif teacher_logits is None:
         teachers = _teachers(teacher_hidden, teacher_weight, teacher_bias)
         for teacher in teachers:
             checks.head("teacher_", *teacher, product_dtype is not None)
@@ -272,7 +276,8 @@ def dense(
         objective.teacher_form == "probs",
     )
     given = [item for teacher in teachers for item in teacher]
-    return _result(objective, call, hidden, head, bias, [*given, labels], KDStats)
+    result = _result(objective, call, hidden, head, bias, [*given, labels], KDStats)
+    return without_teacher(result) if alone else result
 
 
 def topk(

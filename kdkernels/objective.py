@@ -22,6 +22,8 @@ from kdkernels.divergences import Divergence, DivergenceName
 
 PerRow = Union[float, Tensor]
 
+# The weights of a loss's terms.
+TERMS = ("kd_weight", "ce_weight", "z_loss_weight")
 # A z-loss has a gradient of 2 lse q, which fits fp16 at any lse so.
 Z_LOSS_SIZE = 512.0
 
@@ -226,9 +228,9 @@ class _Divergence(Options):
 class _Terms(_Tempered, _Divergence):
     """Options of a divergence beside cross entropy and z-loss."""
 
-    kd_weight: float = 1.0
-    ce_weight: float = 0.0
-    z_loss_weight: float = 0.0
+    kd_weight: PerRow = 1.0
+    ce_weight: PerRow = 0.0
+    z_loss_weight: PerRow = 0.0
     label_smoothing: float = 0.0
     student_softcap: Optional[float] = None
     row_param: Optional[Tensor] = None
@@ -236,8 +238,9 @@ class _Terms(_Tempered, _Divergence):
 
     def _check(self) -> None:
         super()._check()
-        for name in ("kd_weight", "ce_weight", "z_loss_weight"):
-            checks.number(name, getattr(self, name), low=0.0)
+        for name in TERMS:
+            if not isinstance(getattr(self, name), Tensor):
+                checks.number(name, getattr(self, name), low=0.0)
         checks.number("label_smoothing", self.label_smoothing, low=0.0, high=1.0)
         checks.softcap("student_softcap", self.student_softcap)
         checks.flag("return_stats", self.return_stats)
@@ -253,16 +256,16 @@ class _Terms(_Tempered, _Divergence):
             "divergence": self.resolved.name,
             "param0": param0,
             "param1": param1,
-            "kd_weight": symbols.as_float(self.kd_weight),
-            "ce_weight": symbols.as_float(self.ce_weight),
-            "z_loss_weight": symbols.as_float(self.z_loss_weight),
+            # A tensor has 1 here, for a term that is there, and its numbers in the call's tensors.
+            **{name: _number(getattr(self, name)) for name in TERMS},
             "label_smoothing": symbols.as_float(self.label_smoothing),
             "student_softcap": checks.softcap("student_softcap", self.student_softcap),
             "stats": self.return_stats,
         }
 
     def _gradient_size(self) -> Optional[float]:
-        return gradient_size(self.resolved, self.scalars, rows=isinstance(self.temperature, Tensor))
+        given = (self.temperature, *(getattr(self, name) for name in TERMS))
+        return gradient_size(self.resolved, self.scalars, rows=any(isinstance(value, Tensor) for value in given))
 
 
 @_options
@@ -484,10 +487,10 @@ class MSEObjective(_OnLogits, RowOptions):
 
 
 def gradient_size(divergence: Divergence, scalars: dict[str, Any], *, rows: bool) -> Optional[float]:
-    """``Options.gradient_size`` of a divergence beside its terms; ``rows`` have temperatures of their own.
+    """``Options.gradient_size`` of a divergence beside its terms.
 
     An unbounded divergence has a gradient that grows with the distance of the models, and the standard deviation of a
-    row divides it.
+    row divides it; ``rows`` have temperatures or weights of terms of their own.
     """
     if not divergence.bounded_gradient or scalars.get("standardize") or rows:
         return None

@@ -60,7 +60,8 @@ CHOICES = {
 }
 _ROWS = (
     "Tensor(a!)? dstudent, Tensor? labels, Tensor? row_weight, Tensor? student_temperature_rows, "
-    "Tensor? teacher_temperature_rows, Tensor? param_rows"
+    "Tensor? teacher_temperature_rows, Tensor? param_rows, Tensor? kd_weight_rows, Tensor? ce_weight_rows, "
+    "Tensor? z_loss_weight_rows"
 )
 _ALIKE = "int vocab_size, float[] numbers, int[] choices"
 

@@ -39,9 +39,9 @@ class _Terms(RowOptions, total=False):
     temperature: PerRow
     scale_by_t_squared: bool
     divergence: Union[DivergenceName, Divergence]
-    kd_weight: float
-    ce_weight: float
-    z_loss_weight: float
+    kd_weight: PerRow
+    ce_weight: PerRow
+    z_loss_weight: PerRow
     label_smoothing: float
     student_softcap: Optional[float]
     row_param: Optional[Tensor]

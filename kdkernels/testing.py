@@ -236,7 +236,7 @@ def textbook_objective(
         None if get("row_param") is None else rows(get("row_param")),
     )
     ce = torch.zeros_like(d)
-    if get("ce_weight"):
+    if _weighs(get("ce_weight")):
         assert labels is not None
         smoothing = get("label_smoothing", 0.0)
         ce = F.cross_entropy(s, labels.reshape(-1)[counts].long(), label_smoothing=smoothing, reduction="none")
@@ -251,6 +251,16 @@ def _weighted_rows(value: Tensor, counts: Tensor, row_weight: Any) -> Tensor:
     return rows * torch.as_tensor(row_weight, dtype=value.dtype, device=value.device).reshape(-1)
 
 
+def _term_weight(options: Any, name: str, counts: Tensor) -> Any:
+    """A number, or one value for every row that counts."""
+    weight = options.get(name, 1.0 if name == "kd_weight" else 0.0)
+    return weight.reshape(-1).double().expand(len(counts))[counts] if isinstance(weight, Tensor) else weight
+
+
+def _weighs(weight: Any) -> bool:
+    return isinstance(weight, Tensor) or bool(weight)
+
+
 def textbook_loss(student: Tensor, teacher: Teacher, labels: Optional[Tensor] = None, **options: Any) -> Tensor:
     """``kdkernels.kd_loss(student, teacher, labels, **options)`` by the book, computed in the student's dtype.
 
@@ -258,12 +268,14 @@ def textbook_loss(student: Tensor, teacher: Teacher, labels: Optional[Tensor] = 
     """
     parts = textbook_objective(student, teacher, labels, **options)
     rows = torch.zeros_like(parts.divergence)
-    if options.get("kd_weight", 1.0):
-        rows = rows + options.get("kd_weight", 1.0) * parts.tau * parts.divergence
-    if options.get("ce_weight"):
-        rows = rows + options["ce_weight"] * parts.ce
-    if options.get("z_loss_weight"):
-        rows = rows + options["z_loss_weight"] * parts.lse**2
+    for name, value in (
+        ("kd_weight", parts.tau * parts.divergence),
+        ("ce_weight", parts.ce),
+        ("z_loss_weight", parts.lse**2),
+    ):
+        weight = _term_weight(options, name, parts.counts)
+        if _weighs(weight):
+            rows = rows + weight * value
     return reduce_rows(_weighted_rows(rows, parts.counts, options.get("row_weight")), parts.counts, student, **options)
 
 
@@ -342,7 +354,7 @@ def rounding_unit(
         undecided = (logp - logq).abs() <= 2 * epsilon * (far_p + far_q)
         in_s, in_t = in_s + (q * undecided).sum(-1) / epsilon, in_t + (p * undecided).sum(-1) / epsilon
 
-    scale = get("kd_weight", 1.0) * parts.tau
+    scale = _term_weight(options, "kd_weight", parts.counts) * parts.tau
     loss = scale * (size.sum(-1) / cancelled + _finite(d.detach()).abs())
     dstudent, dteacher = scale / parts.temperature * in_s, scale / parts.teacher_temperature * in_t
     width = get("vocab_size") or student.shape[-1]
@@ -352,7 +364,8 @@ def rounding_unit(
         if isinstance(teacher, Tensor):
             t = teacher.reshape(-1, teacher.shape[-1])[parts.counts, :width]
             dteacher = dteacher * _deviation(s) / _deviation(t)
-    hard = get("ce_weight", 0.0) + 2 * get("z_loss_weight", 0.0) * parts.lse.abs()
+    ce, z_loss = (_term_weight(options, name, parts.counts) for name in ("ce_weight", "z_loss_weight"))
+    hard = ce + 2 * z_loss * parts.lse.abs()
     loss = loss + hard * (1 + parts.lse.abs() + parts.ce.abs() + _finite(s).abs().mean(-1))
     rows = (_weighted_rows(_finite(x), parts.counts, get("row_weight")) for x in (loss, dstudent + hard, dteacher))
     return Unit(*(row.abs() for row in rows))

@@ -17,8 +17,8 @@ void add_hard_terms(const DenseArgs& args, const RowNumbers& num, const C* s, C 
   const Affine<C> a = affine<C>(kLog2e, maximum(s, n));
   const double log2_z = log2_sum_exp(s, n, a), reference = a.logit(), lse = double(centre) + reference + kLn2 * log2_z;
   const double cross_entropy =
-      num.ce != 0 ? cross_entropy_of(s, n, label, args.label_smoothing, reference, kLn2 * log2_z) : 0;
-  result.loss += num.ce * cross_entropy + num.z * lse * lse;
+      args.values_ce(num.ce) ? cross_entropy_of(s, n, label, args.label_smoothing, reference, kLn2 * log2_z) : 0;
+  result.loss += (num.ce != 0 ? num.ce * cross_entropy : 0) + num.z * lse * lse;
   result.stats[1] = cross_entropy;
   result.stats[2] = lse;
   if (g == nullptr || (num.ce == 0 && num.z == 0)) return;
@@ -39,8 +39,7 @@ void dense_direct(const DenseArgs& args, int64_t begin, int64_t end) {
   const bool needs_logits = has_logs(kDivergences[args.divergence]) && sums != kReverse && (sums & kKept) == 0;
   const bool deferred = kDefers<X> && !needs_logits;
   ObjectiveRows<X, Y> rows(args, streams(args, sizeof(X), deferred), deferred);
-  const bool numbers_differ = PREPARED || args.student_temperature.data != nullptr ||
-                              args.teacher_temperature.data != nullptr || args.param.data != nullptr;
+  const bool numbers_differ = PREPARED || args.numbers_differ();
   RowNumbers num = row_numbers<C>(args, begin, 1);
   run_rows<X>(rows, begin, end, [&](int64_t row, int64_t label, double weight, X* out) {
     const X* s = rows.student(row, out);

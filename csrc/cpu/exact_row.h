@@ -220,7 +220,7 @@ RowResult exact_row(const DenseArgs& args, const RowNumbers& num, double* s, dou
   hard.sweep(n);
   const double lse = top_logit + hard.log_z;
   double cross_entropy = 0;
-  if (num.ce != 0) cross_entropy = cross_entropy_of(s, n, label, args.label_smoothing, 0, hard.log_z);
+  if (args.values_ce(num.ce)) cross_entropy = cross_entropy_of(s, n, label, args.label_smoothing, 0, hard.log_z);
   result.loss += (num.ce != 0 ? num.ce * cross_entropy : 0) + (num.z != 0 ? num.z * lse * lse : 0);
   result.stats[1] = cross_entropy;
   result.stats[2] = lse;

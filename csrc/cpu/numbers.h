@@ -42,10 +42,10 @@ RowNumbers row_numbers(const ObjectiveArgs& args, int64_t row, double weight) {
   return {weight,
           kLog2e / temperature,
           kLog2e / teacher_temperature,
-          args.kd_weight,
+          args.kd_weight * per_row(args.kd_weights, row, 1.0, fp64),
           args.scale_by_t_squared ? temperature * temperature : 1.0,
-          args.ce_weight,
-          args.z_loss_weight,
+          args.ce_weight * per_row(args.ce_weights, row, 1.0, fp64),
+          args.z_loss_weight * per_row(args.z_loss_weights, row, 1.0, fp64),
           per_row(args.param, row, args.param0, fp64)};
 }
 

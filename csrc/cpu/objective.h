@@ -341,8 +341,8 @@ struct ObjectiveRow {
     const Affine<C>& base = own ? a1 : as;
     const double log_z = kLn2 * std::log2(z1), reference = base.logit(), lse = reference + log_z;
     double cross_entropy = 0;
+    if (args.values_ce(num.ce)) cross_entropy = cross_entropy_of(s, n, label, args.label_smoothing, reference, log_z);
     if (num.ce != 0) {
-      cross_entropy = cross_entropy_of(s, n, label, args.label_smoothing, reference, log_z);
       result.loss += num.ce * cross_entropy;
       terms.c0 = -num.weight * num.ce * args.label_smoothing / double(n);
     }

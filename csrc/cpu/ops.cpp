@@ -128,14 +128,17 @@ std::tuple<Tensor, Tensor> dense_fwd(Tensor student, std::vector<Tensor> teacher
                                      std::optional<Tensor> labels, std::optional<Tensor> row_weight,
                                      std::optional<Tensor> student_temperature_rows,
                                      std::optional<Tensor> teacher_temperature_rows, std::optional<Tensor> param_rows,
-                                     std::optional<Tensor> mixture_weights, std::string divergence, int64_t vocab_size,
-                                     std::vector<double> numbers, std::vector<int64_t> choices, bool stats) {
+                                     std::optional<Tensor> kd_weight_rows, std::optional<Tensor> ce_weight_rows,
+                                     std::optional<Tensor> z_loss_weight_rows, std::optional<Tensor> mixture_weights,
+                                     std::string divergence, int64_t vocab_size, std::vector<double> numbers,
+                                     std::vector<int64_t> choices, bool stats) {
   const auto number = named<DenseNumbers>(numbers);
   const auto chosen = named<DenseChoices>(choices);
   DenseArgs args;
   Tensor loss = fill_rows(args, student, dstudent, labels, row_weight, vocab_size, chosen.ignore_index, number.scale);
   fill_objective(args, find_divergence, divergence, number, chosen);
-  fill_objective_rows(args, student, student_temperature_rows, teacher_temperature_rows, param_rows);
+  fill_objective_rows(args, student, student_temperature_rows, teacher_temperature_rows, param_rows, kd_weight_rows,
+                      ce_weight_rows, z_loss_weight_rows);
   fill_dense(args, number, chosen);
   const int64_t rows = args.batch * args.length;
   STD_TORCH_CHECK(!teachers.empty() && teachers.size() <= size_t(kMaxTeachers), "1 to 4 teachers, got ",

@@ -108,7 +108,7 @@ struct SparseRow {
   const bool restricted = tail == Tail::kRenormalizeBoth;
   const bool no_teacher = tail == Tail::kRenormalize || tail == Tail::kDrop;
   const bool swept = !restricted || wants_ce;
-  const bool has_label = num.ce != 0 && label >= 0 && label < n;
+  const bool has_label = args.values_ce(num.ce) && label >= 0 && label < n;
   const double picked = has_label ? double(to_compute(s[label])) : std::numeric_limits<double>::quiet_NaN();
   Row<X> row{s, s, n, head_elements(out, rows.aligned)};
   const int64_t slots = row.slots(), head_slots = row.head > 0 ? Row<X>::kBlock : 0;
@@ -386,13 +386,15 @@ struct SparseRow {
   KDK_INLINE void add_hard_terms() {
     const double unit = kLn2 * double(a1.c), top = a1.logit(), lse_above = std::log(z1), lse = top + lse_above / unit;
     double cross_entropy = 0;
-    if (num.ce != 0) {
+    if (args.values_ce(num.ce)) {
       const double smoothing = args.label_smoothing;
       const double hard_label = e_label > others1 ? std::log1p(others1 / e_label) : lse_above - unit * (picked - top);
       if (smoothing != 1) cross_entropy = (1 - smoothing) * hard_label;
       if (smoothing != 0) cross_entropy += smoothing * (lse_above - unit * sum_of_logits(s, n, top) / double(n));
       cross_entropy /= unit;
       if (cross_entropy < 0) cross_entropy = 0;  // by rounding
+    }
+    if (num.ce != 0) {
       result.loss += num.ce * cross_entropy;
       c0 = -num.weight * num.ce * args.label_smoothing / double(n);
     }

@@ -7,11 +7,11 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from kdkernels.reference.dense import Temperature, column
+from kdkernels.reference.dense import PerRow, column
 
 
 def capture_rows(
-    teacher: Tensor, *, k: int, temperature: Temperature = 1.0, vocab_size: Optional[int] = None
+    teacher: Tensor, *, k: int, temperature: PerRow = 1.0, vocab_size: Optional[int] = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Ids, log-probabilities and the log of the mass outside them, as ``kdkernels.capture_topk`` says.
 
@@ -41,7 +41,7 @@ def sample_rows(
     *,
     n: int,
     proposal_power: float = 1.0,
-    temperature: Temperature = 1.0,
+    temperature: PerRow = 1.0,
     vocab_size: Optional[int] = None,
     generator: Optional[torch.Generator] = None,
 ) -> tuple[Tensor, Tensor]:

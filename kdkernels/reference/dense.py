@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kdkernels.reference import divergences
 
-Temperature = Union[float, Tensor]
+PerRow = Union[float, Tensor]
 
 
 class DenseRows(NamedTuple):
@@ -28,7 +28,7 @@ class DenseRows(NamedTuple):
     acceptance: Optional[Tensor] = None
 
 
-def column(value: Temperature) -> Temperature:
+def column(value: PerRow) -> PerRow:
     return value.unsqueeze(-1) if isinstance(value, Tensor) and value.dim() == 1 else value
 
 
@@ -45,7 +45,7 @@ def half_less(logits: Tensor, common: Tensor) -> Tensor:
     return logits / 2 - common / 2
 
 
-def log_softmax(logits: Tensor, temperature: Temperature = 1.0, *, steep: bool = False) -> Tensor:
+def log_softmax(logits: Tensor, temperature: PerRow = 1.0, *, steep: bool = False) -> Tensor:
     """Of ``logits / temperature``.
 
     A large common part is taken off before anything is rounded: a multiple of 64, whose difference is exact.
@@ -80,7 +80,7 @@ def _teacher_log_probs(
     weights: Optional[Tensor],
     *,
     mixture: str,
-    temperature: Temperature,
+    temperature: PerRow,
     form: str,
     softcap: float,
     standardize: bool,
@@ -125,12 +125,12 @@ def dense_rows(
     *,
     divergence: str,
     params: tuple[Union[float, Tensor], float] = (0.0, 0.0),
-    temperature: Temperature = 1.0,
-    teacher_temperature: Temperature = 1.0,
+    temperature: PerRow = 1.0,
+    teacher_temperature: PerRow = 1.0,
     scale_by_t_squared: bool = True,
-    kd_weight: float = 1.0,
-    ce_weight: float = 0.0,
-    z_loss_weight: float = 0.0,
+    kd_weight: PerRow = 1.0,
+    ce_weight: PerRow = 0.0,
+    z_loss_weight: PerRow = 0.0,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     teacher_form: str = "logits",
@@ -147,7 +147,7 @@ def dense_rows(
     Args:
         student: logits ``[N, V]``. teachers: tensors ``[N, V']``; more than one needs ``mixture_weights [N, M]``.
         labels: ``[N]`` int64; rows equal to ``ignore_index`` give 0 everywhere and pass no gradient.
-        temperature, teacher_temperature, params[0]: a float or ``[N]``.
+        temperature, teacher_temperature, params[0], the weights of terms: a float or ``[N]``.
 
     Returns:
         ``DenseRows``; statistics are detached, and None unless ``stats``.
@@ -178,23 +178,26 @@ def dense_rows(
 
     # A loss without any term is 0, and so is its gradient, which is there.
     loss = capped[:, :0].sum(-1)
-    if kd_weight:
+    if is_there(kd_weight):
         scale = squared(temperature) if scale_by_t_squared else 1.0
-        d = divergences.TABLE[divergence](logp, logq, column(params[0]), params[1])
+        # In a row of weight 0 the teacher may be anything; a copy of the student has no derivative that is none.
+        weighed = torch.where(kd_weight[:, None] != 0, logp, logq.detach()) if isinstance(kd_weight, Tensor) else logp
+        d = divergences.TABLE[divergence](weighed, logq, column(params[0]), params[1])
         if divergence in divergences.BUILT_IN:
             # Of two distributions none is negative: that is rounding, and has no gradient of its own.
             d = d - d.detach().clamp(max=0)
         # The derivative of a NaN need not be NaN (that of abs is 0): the gradient must show what the loss shows.
         d = d * torch.where(torch.isnan(d), d.detach(), torch.ones_like(d))
-        loss = kd_weight * scale * d
+        loss = term(kd_weight, scale * d)
     # torch.logsumexp asks whether there are rows, which a graph of rows that a mask picks cannot say.
-    lse = torch.logsumexp(capped, -1) if z_loss_weight or stats else torch.zeros_like(loss)
+    lse = torch.logsumexp(capped, -1) if is_there(z_loss_weight) or stats else torch.zeros_like(loss)
     ce = torch.zeros_like(loss)
-    if ce_weight and labels is not None:
+    if labels is not None and (is_there(ce_weight) or stats):
         ce = cross_entropy(capped, labels, counted, label_smoothing)
-        loss = loss + ce_weight * ce
-    if z_loss_weight:
-        loss = loss + z_loss_weight * lse.square()
+    if is_there(ce_weight) and labels is not None:
+        loss = loss + term(ce_weight, ce)
+    if is_there(z_loss_weight):
+        loss = loss + term(z_loss_weight, lse.square())
     zero = torch.zeros_like(loss)
     if not stats:
         return DenseRows(torch.where(counted, loss, zero))
@@ -216,7 +219,20 @@ def dense_rows(
     return DenseRows(torch.where(counted, loss, zero), *found)
 
 
-def squared(temperature: Temperature) -> Temperature:
+def is_there(weight: PerRow) -> bool:
+    """True if a term has a weight: not the number 0."""
+    return isinstance(weight, Tensor) or bool(weight)
+
+
+def term(weight: PerRow, values: Tensor) -> Tensor:
+    """A term's part of the losses of rows; of weight 0 it counts nothing, be it NaN."""
+    if not isinstance(weight, Tensor):
+        return weight * values
+    counts = weight != 0
+    return weight * torch.where(counts, values, torch.zeros_like(values))
+
+
+def squared(temperature: PerRow) -> PerRow:
     return temperature * temperature
 
 

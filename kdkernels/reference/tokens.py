@@ -10,7 +10,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from kdkernels.reference.dense import Temperature, apply_softcap, column, log_softmax
+from kdkernels.reference.dense import PerRow, apply_softcap, column, log_softmax
 
 
 class TokenRows(NamedTuple):
@@ -26,7 +26,7 @@ def token_rows(
     logits: Tensor,
     ids: Tensor,
     *,
-    temperature: Temperature = 1.0,
+    temperature: PerRow = 1.0,
     softcap: float = 0.0,
     vocab_size: Optional[int] = None,
     ignore_index: int = -100,
@@ -72,7 +72,7 @@ def token_gradient(
     dlogprobs: Tensor,
     dentropy: Optional[Tensor],
     *,
-    temperature: Temperature,
+    temperature: PerRow,
     softcap: float,
     vocab_size: int,
     ignore_index: int,

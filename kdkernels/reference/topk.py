@@ -9,7 +9,16 @@ from torch import Tensor
 
 from kdkernels.divergences import Divergence, by_name
 from kdkernels.reference import divergences
-from kdkernels.reference.dense import Temperature, apply_softcap, column, cross_entropy, log_softmax, squared
+from kdkernels.reference.dense import (
+    PerRow,
+    apply_softcap,
+    column,
+    cross_entropy,
+    is_there,
+    log_softmax,
+    squared,
+    term,
+)
 
 # Collators and servers put -inf, -1e9 or -9999 where they have no log-probability; no teacher gives as little.
 NO_ENTRY = -9000.0
@@ -82,7 +91,7 @@ def resolve_teacher(
     used: Tensor,
     outside: Tensor,
     tail: str,
-    teacher_temperature: Temperature,
+    teacher_temperature: PerRow,
     log_rest: Optional[Tensor] = None,
     min_tail: float = 0.0,
     tail_rounding: float = 0.0,
@@ -158,12 +167,12 @@ def topk_rows(
     min_tail: float = 0.0,
     tail_rounding: float = 0.0,
     params: tuple[Union[float, Tensor], float] = (0.0, 0.0),
-    temperature: Temperature = 1.0,
-    teacher_temperature: Temperature = 1.0,
+    temperature: PerRow = 1.0,
+    teacher_temperature: PerRow = 1.0,
     scale_by_t_squared: bool = True,
-    kd_weight: float = 1.0,
-    ce_weight: float = 0.0,
-    z_loss_weight: float = 0.0,
+    kd_weight: PerRow = 1.0,
+    ce_weight: PerRow = 0.0,
+    z_loss_weight: PerRow = 0.0,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     vocab_size: Optional[int] = None,
@@ -177,7 +186,7 @@ def topk_rows(
         labels: ``[N]`` int64; rows equal to ``ignore_index`` give 0 everywhere and pass no gradient.
         tail_rows: ``[N]``, the log of the teacher's mass outside the ids, where it is known. min_tail, tail_rounding:
             as in ``resolve_teacher``.
-        temperature, teacher_temperature, params[0]: a float or ``[N]``.
+        temperature, teacher_temperature, params[0], the weights of terms: a float or ``[N]``.
 
     Returns:
         ``TopKRows``; statistics are detached, and None unless ``stats``.
@@ -213,15 +222,16 @@ def topk_rows(
     zero = torch.zeros_like(d)
     # A loss without any term is 0, and so is its gradient, which is there.
     loss = capped[:, :0].sum(-1)
-    if kd_weight:
-        loss = kd_weight * (squared(temperature) if scale_by_t_squared else 1.0) * d
-    lse = torch.logsumexp(capped, -1) if z_loss_weight or stats else zero
+    if is_there(kd_weight):
+        loss = term(kd_weight, (squared(temperature) if scale_by_t_squared else 1.0) * d)
+    lse = torch.logsumexp(capped, -1) if is_there(z_loss_weight) or stats else zero
     ce = zero
-    if ce_weight and labels is not None:
+    if labels is not None and (is_there(ce_weight) or stats):
         ce = cross_entropy(capped, labels, counted, label_smoothing)
-        loss = loss + ce_weight * ce
-    if z_loss_weight:
-        loss = loss + z_loss_weight * lse.square()
+    if is_there(ce_weight) and labels is not None:
+        loss = loss + term(ce_weight, ce)
+    if is_there(z_loss_weight):
+        loss = loss + term(z_loss_weight, lse.square())
     loss = torch.where(counted, loss, zero)
     if not stats:
         return TopKRows(loss)

@@ -46,13 +46,22 @@ struct RowArgs {
 // A divergence with cross entropy and z-loss.
 struct ObjectiveArgs : RowArgs {
   PerRow student_temperature, teacher_temperature, param;
-  int divergence = 0;  // index into divergence_table.h
+  PerRow kd_weights, ce_weights, z_loss_weights;  // times the weight of all rows
+  int divergence = 0;                             // index into divergence_table.h
   double param0 = 0, param1 = 0;
   double temperature = 1, teacher_temperature_value = 1;
   double kd_weight = 1, ce_weight = 0, z_loss_weight = 0, label_smoothing = 0;
   bool scale_by_t_squared = true;
   double student_softcap = 0;
   void* stats = nullptr;  // [N, columns] or null
+
+  // True if the cross entropy is asked for: by its weight, or by statistics where there are labels.
+  bool values_ce(double weight) const { return weight != 0 || (stats != nullptr && labels != nullptr); }
+  // True if a number that is not the weight of the whole row may be another one in the next row.
+  bool numbers_differ() const {
+    return student_temperature.data != nullptr || teacher_temperature.data != nullptr || param.data != nullptr ||
+           kd_weights.data != nullptr || ce_weights.data != nullptr || z_loss_weights.data != nullptr;
+  }
 };
 
 struct DenseArgs : ObjectiveArgs {

@@ -305,7 +305,8 @@ struct RowNumbers {
   Found found;
   Masses masses;
   Outside outside;
-  double weight, tau, nats, inverse_t, x0, picked, center;  // y = (x - top) nats
+  double weight, kd, ce, z_loss;                            // of the row and of its terms
+  double tau, nats, inverse_t, x0, picked, center;          // y = (x - top) nats
   double rest, log_rest, log_each, teacher_high, log_norm;  // log p = logp inverse_t - log_norm
   double top, log_z, lse_above, q_outside, log_q_outside;   // log q = y - log_z; the logsumexp is top + lse_above
   double y_outside, x_outside;                              // what the exponentials outside are relative to, less top
@@ -337,12 +338,15 @@ struct TopkRow {
   __device__ __forceinline__ bool wants_ce() const {
     return args.ce_weight != 0 || args.z_loss_weight != 0 || args.stats != nullptr;
   }
-  __device__ __forceinline__ bool smooths() const { return args.ce_weight != 0 && args.label_smoothing != 0; }
+  __device__ __forceinline__ bool values_ce() const {
+    return args.ce_weight != 0 || (args.stats != nullptr && args.labels != nullptr);
+  }
+  __device__ __forceinline__ bool smooths() const { return values_ce() && args.label_smoothing != 0; }
   __device__ __forceinline__ bool restricted() const { return args.tail == Tail::kRenormalizeBoth; }
   __device__ __forceinline__ bool swept() const { return !restricted() || wants_ce(); }
   __device__ __forceinline__ bool tempered() const { return args.tail != Tail::kBucket && args.tail != Tail::kDrop; }
   __device__ __forceinline__ bool has_label(int64_t label) const {
-    return args.ce_weight != 0 && label >= 0 && label < args.columns;
+    return values_ce() && label >= 0 && label < args.columns;
   }
 
   template <class Visit>
@@ -354,6 +358,9 @@ struct TopkRow {
   __device__ __forceinline__ void set_up(int64_t label) const {
     const double temperature = per_row(args.student_temperature, row, args.temperature);
     n.weight = args.scale * per_row(args.row_weight, row, 1.0);
+    n.kd = args.kd_weight * per_row(args.kd_weights, row, 1.0);
+    n.ce = args.ce_weight * per_row(args.ce_weights, row, 1.0);
+    n.z_loss = args.z_loss_weight * per_row(args.z_loss_weights, row, 1.0);
     n.tau = args.scale_by_t_squared ? temperature * temperature : 1.0;
     n.scale = float(1.4426950408889634 / temperature);
     n.nats = double(n.scale) * kLn2;
@@ -592,7 +599,7 @@ struct TopkRow {
     const double smoothing = args.label_smoothing;
     double cross_entropy = 0;
     const double lse = n.top + n.lse_above;
-    if (args.ce_weight != 0) {
+    if (values_ce()) {
       cross_entropy = n.lse_above;
       if (smoothing != 1) cross_entropy -= (1 - smoothing) * (n.picked - n.top);
       if (smoothing != 0) {
@@ -603,18 +610,18 @@ struct TopkRow {
       if (cross_entropy < 0) cross_entropy = 0;  // by rounding
     }
     if (team.block == 0) {
-      double loss = args.kd_weight != 0 ? args.kd_weight * n.tau * d : 0.0;
-      if (args.ce_weight != 0) loss += args.ce_weight * cross_entropy;
-      if (args.z_loss_weight != 0) loss += args.z_loss_weight * lse * lse;
+      double loss = n.kd != 0 ? n.kd * n.tau * d : 0.0;
+      if (n.ce != 0) loss += n.ce * cross_entropy;
+      if (n.z_loss != 0) loss += n.z_loss * lse * lse;
       write(loss * n.weight, d, cross_entropy, wants_ce() ? lse : 0.0, found.mass + spoilt, n.student_mass);
     }
 
-    n.w = n.known ? n.weight * args.kd_weight * n.tau * n.nats : 0.0;
+    n.w = n.known ? n.weight * n.kd * n.tau * n.nats : 0.0;
     n.score = sums.score;
-    n.hard = wants_ce() ? n.weight * (args.ce_weight + 2 * args.z_loss_weight * lse) : 0.0;
-    n.c0 = smooths() ? -n.weight * args.ce_weight * smoothing / double(args.columns) : 0.0;
-    if (args.kd_weight != 0) n.c0 += spoilt;
-    n.step = has_label(label) ? n.weight * args.ce_weight * (1 - smoothing) : 0.0;
+    n.hard = wants_ce() ? n.weight * (n.ce + 2 * n.z_loss * lse) : 0.0;
+    n.c0 = smooths() ? -n.weight * n.ce * smoothing / double(args.columns) : 0.0;
+    if (n.kd != 0) n.c0 += spoilt;
+    n.step = has_label(label) ? n.weight * n.ce * (1 - smoothing) : 0.0;
     double a = 0;
     if (n.w != 0 && !restricted()) {
       if (launch.plan.every) {
