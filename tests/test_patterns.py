@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import kdkernels as kd
-from kdkernels import checks, testing
+from kdkernels import testing
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 ROWS = 6
@@ -430,7 +430,7 @@ def test_probabilities_below_the_normal_range_have_their_logarithms(divergence, 
 @dtypes
 def test_a_nan_of_the_teacher_spoils_its_row_only(form, dtype, backend, monkeypatch):
     """Among probabilities too, where their values are not read."""
-    monkeypatch.setattr(checks, "reads_values", lambda value: False)
+    monkeypatch.setattr("kdkernels.checks.dense.reads_values", lambda value: False)
     student, teacher, _ = inputs("normal", 300, dtype)
     other = testing.make_inputs("normal", ROWS, 300, DTYPES[dtype], 1)[1]
     options = {

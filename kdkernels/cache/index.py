@@ -27,6 +27,7 @@ from kdkernels.cache.errors import (
     TruncatedShardError,
     VocabularyMismatchError,
 )
+from kdkernels.checks import sequences
 
 FORMAT, VERSION = "kdkernels-teacher-cache", 1
 INDEX_NAME = "index.json"
@@ -142,10 +143,10 @@ class Index:
         checks.flag("tail", content["tail"])
         if not isinstance(content["extras"], dict):
             raise TypeError(f"extras must be an object, got {type(content['extras']).__name__}")
-        dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in checks.EXTRA_DTYPES}
+        dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in sequences.EXTRA_DTYPES}
         for name, dtype in content["extras"].items():
             checks.choice(f"extras[{name!r}]", dtype, tuple(dtypes))
-        checks.extras_of_tokens({name: dtypes[dtype] for name, dtype in content["extras"].items()})
+        sequences.extras_of_tokens({name: dtypes[dtype] for name, dtype in content["extras"].items()})
         if not isinstance(shards, list):
             raise TypeError(f"shards must be a list, got {type(shards).__name__}")
         for number, shard in enumerate(shards):
