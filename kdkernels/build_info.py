@@ -126,7 +126,7 @@ def rebuild_command(backend: str, package: Path = PACKAGE) -> str:
 
 
 def _source(package: Path) -> Optional[str]:
-    """From where pip installed the package, as it wants to be told; None for a wheel, or where nobody knows."""
+    """The place that pip installed the package from, as pip wants to be told; None for a wheel, or an unknown place."""
     for distribution in importlib.metadata.distributions(name="kdkernels", path=[str(package.parent)]):
         origin = _origin(distribution)
         url = origin.get("url", "")

@@ -252,7 +252,7 @@ def _token_fake(
     )
 
 
-def _call_fake(student: Tensor, **alike: object) -> Tensor:
+def _call_fake(student: Tensor, **shared: object) -> Tensor:
     size = torch.library.get_ctx().new_dynamic_size()
     return student.new_empty(size, dtype=torch.uint8)
 

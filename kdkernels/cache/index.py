@@ -88,7 +88,7 @@ class Index:
     def shard_metadata(self, number: int) -> dict[str, str]:
         """A shard's name for itself, so that it cannot stand in for another.
 
-        One entry, for safetensors writes several in an order of chance: equal content is to give equal files.
+        One entry, for safetensors writes several in random order, and equal content gives equal files.
         """
         content = {"version": VERSION, "shard": number, "identity": dataclasses.asdict(self.identity)}
         return {FORMAT: canonical_json(content)}
@@ -267,7 +267,7 @@ def replace_file(path: Path, content: Union[bytes, memoryview]) -> None:
 
 
 def open_no_link(path: Any, flags: int) -> int:
-    """An opener of files to write to: a link that stands in a cache's folder leads nobody to overwrite something."""
+    """An opener of files to write to, which follows no link: one in a cache's folder may point to another's file."""
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
