@@ -60,7 +60,7 @@ def head_tensors(side: str, weight: Any, bias: Any) -> tuple[Any, Any]:
         )
     found = getattr(weight, "weight", None)
     if is_dtensor(found):
-        # That is the first thing to be told, and is told with the tensors.
+        # ``head`` refuses it, and says what to pass.
         return found, bias
     _no_adapters(name, weight)
     _no_hooks(name, weight)
