@@ -36,7 +36,7 @@ def linear_token_logprobs(
 ) -> TokenLogprobs:
     r"""``token_logprobs`` of the logits ``hidden @ weight.T + bias``, which are never stored whole.
 
-    Forward projects a chunk of rows, takes from its logits what is asked for, and drops them. Backward projects the
+    Forward projects a chunk of rows, takes the values from its logits, and drops these. Backward projects the
     chunk again, writes the gradient over its logits, and multiplies it back: four products, and nothing of size
     ``[N, V]`` at any time.
 

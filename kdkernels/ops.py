@@ -10,7 +10,6 @@ Tensors of logits are ``[B, L, V]`` views (rows ``i = b * L + l``), so that ``lo
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional
 
@@ -131,7 +130,11 @@ SCHEMAS = {
 
 # The tensors of a pattern after dstudent.
 ROW_TENSORS = {
-    pattern: tuple(re.findall(r"Tensor\?? (\w+)", schema.partition("dstudent")[2]))
+    pattern: tuple(
+        item.split()[1]
+        for item in schema.partition("dstudent")[2].partition(" *,")[0].split(",")
+        if item.strip().startswith("Tensor")
+    )
     for pattern, schema in SCHEMAS.items()
 }
 
@@ -249,7 +252,7 @@ def _token_fake(
     )
 
 
-def _call_fake(student: Tensor, **alike: object) -> Tensor:
+def _call_fake(student: Tensor, **shared: object) -> Tensor:
     size = torch.library.get_ctx().new_dynamic_size()
     return student.new_empty(size, dtype=torch.uint8)
 

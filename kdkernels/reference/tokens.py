@@ -39,7 +39,7 @@ def token_rows(
         logits: ``[N, V]``.
         ids: int64 ``[N, K]``.
         temperature: a float or ``[N]``.
-        entropy, tail_mass: what is asked for besides; for the tail no id stands twice in a row.
+        entropy, tail_mass: the further results; for the tail no id stands twice in a row.
     """
     columns = vocab_size or logits.shape[-1]
     used = _used(ids, ignore_index)
