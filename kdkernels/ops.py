@@ -161,14 +161,12 @@ LINEAR_TEACHERS = {
 }
 
 # Patterns that a backend lacks, and why.
-_NOT_IN_CUDA = {"cuda": "the CUDA extension has the sparse top-k losses only"}
+_NOT_IN_CUDA = {"cuda": "the CUDA extension has the kernels of sparse teachers and of tokens only"}
 LACKING = {
     "dense_fwd": _NOT_IN_CUDA,
     "dkd_fwd": _NOT_IN_CUDA,
     "mse_fwd": _NOT_IN_CUDA,
     "capture_topk": {"triton": "capture_topk has no Triton kernel"},
-    "token_fwd": _NOT_IN_CUDA,
-    "token_bwd": _NOT_IN_CUDA,
 }
 
 _library = torch.library.Library(NAMESPACE, "DEF")

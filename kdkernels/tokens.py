@@ -65,7 +65,7 @@ def token_logprobs(logits: Tensor, ids: Tensor, **options: Unpack[keywords.Token
         inplace_backward: backward writes the gradient over the logits: it allocates no ``[N, V]``, and the logits are
             gone then. Eager only; needs logits that require grad, whose rows share no memory. Where their values are
             still needed, for ``retain_graph=True`` or hooks on saved tensors have them, backward allocates as usual.
-        backend: "auto", "triton" (K up to 2048), "cpu" (C++) or "torch" (plain PyTorch, the reference).
+        backend: "auto", "cuda" or "triton" (K up to 2048), "cpu" (C++) or "torch" (plain PyTorch, the reference).
 
     Returns:
         ``TokenLogprobs(logprobs, entropy, lse, stats)``, float32 (float64 for float64). A token of logit -inf has
@@ -138,7 +138,7 @@ def gather_logprobs(
         temperature: T > 0, a number or one value per row; for the tail "bucket", that of the loss.
         vocab_size: columns from there on are padding: no probability.
         softcap: cap > 0 of ``cap * tanh(logits / cap)``, applied first.
-        backend: "auto", "triton" (K up to 2048), "cpu" (C++) or "torch" (plain PyTorch, some rows at a time).
+        backend: "auto", "cuda" or "triton" (K up to 2048), "cpu" (C++) or "torch" (plain PyTorch, some rows at a time).
 
     Returns:
         ``TeacherTopK`` of ids int32 ``(..., K)``, logprobs ``(..., K)`` and tail_logprob ``(...)``, float32 (float64
