@@ -200,3 +200,17 @@ def test_it_is_asked_for_by_name_and_by_auto():
         assert backends.select("cuda", "cpu", pattern="token_fwd") == "cuda"
         kd.token_logprobs(torch.randn(2, 50), torch.tensor([1, 2]), backend="cuda")
     assert len(emulator.reports) == 1
+
+
+@pytest.mark.parametrize("k", [None, 3])
+def test_from_hidden_states(k, emulator):
+    """Chunks of logits through both kernels, the gradient over the logits; rows without a token are left out."""
+    hidden, weight = torch.randn(N, 16, requires_grad=True), torch.randn(V, 16, requires_grad=True)
+    ids, results = tokens(k), {}
+    for backend in ("cuda", "torch"):
+        options = {"entropy": True, "stats": True, "temperature": 0.7, "chunk_bytes": 4 * V * 4, "backend": backend}
+        found = kd.linear_token_logprobs(hidden, weight, ids, **options)
+        grads = torch.autograd.grad(found.logprobs.sum() + found.entropy.sum(), (hidden, weight))
+        results[backend] = (*(item.detach() for item in (*found[:3], *found.stats)), *grads)
+    torch.testing.assert_close(results["cuda"], results["torch"], rtol=1e-5, atol=2e-5)
+    assert len(emulator.reports) == (2 if k is None else 4)  # of one chunk, or two
