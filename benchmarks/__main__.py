@@ -95,7 +95,7 @@ def why_only_plain_torch(device: str) -> Optional[str]:
 def _run_suite(name: str, suite: Suite, device: str, options: argparse.Namespace) -> Report:
     cases, threads, rounds = _plan(suite, device, options)
     listed = [{"shape": case.shape, "dtype": case.dtype} for case in cases]
-    about = machine.describe(device)
+    about, asked = machine.describe(device), {"rounds": rounds, "processes": options.processes, "threads": threads}
     job: dict[str, Any] = {"suite": name, "device": device, "seed": SEED}
     timed = {}
     for count in threads:
@@ -109,13 +109,7 @@ def _run_suite(name: str, suite: Suite, device: str, options: argparse.Namespace
         suite=suite,
         machine=about,
         versions=machine.versions(),
-        options={
-            "rounds": rounds,
-            "processes": options.processes,
-            "threads": threads,
-            "seed": SEED,
-            "device": device,
-        },
+        options={**asked, "seed": SEED, "device": device},
         cases=cases,
         timed=timed,
         memory=memory,
@@ -177,51 +171,29 @@ def _memory(suite: Suite, cases: list[Case], job: dict[str, Any], threads: int) 
 
 
 def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "python -m benchmarks", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw
     )
-    parser.add_argument(
-        "--suite",
-        nargs="+",
-        type=_suite,
-        default=[_suite("dense")],
-        metavar="NAME",
-        help=f"{', '.join(SUITES)}, or the dotted path of a module with a SUITE of your own (default: dense)",
-    )
-    parser.add_argument(
-        "--shapes", type=shapes, metavar="NxV,...", help="rows x vocabulary, comma separated (default: the suite's)"
-    )
-    parser.add_argument(
-        "--dtypes", type=dtypes, metavar="NAME,...", help=f"of {', '.join(DTYPES)} (default: the suite's)"
-    )
-    parser.add_argument("--threads", type=_counts, metavar="N,...", help="CPU threads (default: 1 and all; quick: all)")
-    parser.add_argument(
-        "--rounds", type=_count, metavar="N", help="timed rounds (default: 15; quick: 5; training: 60 and 12 steps)"
-    )
-    parser.add_argument(
-        "--processes",
-        type=_count,
-        default=1,
-        metavar="N",
-        help="take the rounds in each of N processes: what allocates may be 4 times slower in one than in the next "
-        "(default: %(default)s)",
-    )
+
+    def add(name: str, of: Any, metavar: str, help: str, **more: Any) -> None:
+        parser.add_argument(name, type=of, metavar=metavar, help=help, **more)
+
+    listed = f"{', '.join(SUITES)}, or the dotted path of a module with a SUITE of your own (default: dense)"
+    add("--suite", _suite, "NAME", listed, nargs="+", default=[_suite("dense")])
+    add("--shapes", shapes, "NxV,...", "rows x vocabulary, comma separated (default: the suite's)")
+    add("--dtypes", dtypes, "NAME,...", f"of {', '.join(DTYPES)} (default: the suite's)")
+    add("--threads", _counts, "N,...", "CPU threads (default: 1 and all; quick: all)")
+    add("--rounds", _count, "N", "timed rounds (default: 15; quick: 5; training: 60 and 12 steps)")
+    apart = "take the rounds in each of N processes: what allocates may be 4 times slower in one than in the next"
+    add("--processes", _count, "N", f"{apart} (default: %(default)s)", default=1)
+    results = "for SUITE.json, SUITE.md and SUITE.png (default: %(default)s)"
+    add("--output-dir", Path, "DIR", results, default=Path("out/benchmarks"))
     parser.add_argument("--quick", action="store_true", help="one small shape, one dtype, few rounds")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out the peak memory")
-    parser.add_argument(
-        "--allow-plain-torch", action="store_true", help="measure also where no kernel of kdkernels runs on the device"
-    )
-    parser.add_argument(
-        "--output-dir",
-        type=Path,
-        default=Path("out/benchmarks"),
-        metavar="DIR",
-        help="for SUITE.json, SUITE.md and SUITE.png (default: %(default)s)",
-    )
+    plain = "measure also where no kernel of kdkernels runs on the device"
+    parser.add_argument("--allow-plain-torch", action="store_true", help=plain)
     return parser
 
 

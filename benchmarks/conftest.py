@@ -1,48 +1,25 @@
-"""Options of ``pytest benchmarks``: which suites, shapes and dtypes."""
+"""The option of ``pytest benchmarks``: which suites. ``-k`` chooses among their quick shapes, dtypes and candidates."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 
-from benchmarks import __main__ as command_line
-from benchmarks.model import Absent, Case, load_suite
+from benchmarks.__main__ import resolve_device
+from benchmarks.model import SUITES, Absent, Case, load_suite
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("kdkernels benchmarks")
-    group.addoption("--suite", action="append", default=[], help="a suite, may be repeated (default: dense)")
-    group.addoption("--shapes", type=_usage(command_line.shapes), help="NxV,... (default: the suite's quick shapes)")
-    group.addoption("--dtypes", type=_usage(command_line.dtypes), help="NAME,... (default: the suite's)")
-    group.addoption("--device", choices=("auto", "cpu", "cuda"), default="auto")
-
-
-def _usage(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    def parse_or_usage_error(text: str) -> Any:
-        try:
-            return parse(text)
-        except argparse.ArgumentTypeError as error:
-            raise pytest.UsageError(str(error)) from error
-
-    return parse_or_usage_error
+    parser.addoption("--suite", action="append", choices=SUITES, help="may be repeated (default: dense)")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "candidate" not in metafunc.fixturenames:
         return
-    option = metafunc.config.getoption
-    device = command_line.resolve_device(option("--device"))
-    parameters = []
-    for name in option("--suite") or ["dense"]:
-        suite = load_suite(name)
-        for shape in option("--shapes") or suite.quick_shapes:
-            for dtype in option("--dtypes") or suite.dtypes:
-                case = Case(shape, dtype, device)
-                for item in suite.make_candidates(case):
-                    marks = [pytest.mark.skip(reason=item.reason)] if isinstance(item, Absent) else []
-                    label = f"{suite.name}-{case}-{item.group}-{item.name}".replace(" ", "_")
-                    parameters.append(pytest.param(suite, case, item, id=label, marks=marks))
+    parameters, device = [], resolve_device("auto")
+    for suite in map(load_suite, metafunc.config.getoption("--suite") or ["dense"]):
+        for case in [Case(shape, dtype, device) for shape in suite.quick_shapes for dtype in suite.dtypes]:
+            for item in suite.make_candidates(case):
+                marks = [pytest.mark.skip(reason=item.reason)] if isinstance(item, Absent) else []
+                label = f"{suite.name}-{case}-{item.group}-{item.name}".replace(" ", "_")
+                parameters.append(pytest.param(suite, case, item, id=label, marks=marks))
     metafunc.parametrize("suite, case, candidate", parameters)

@@ -8,7 +8,7 @@ Every one is a function of its own, because torch.compile caches by code object.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +17,16 @@ from torch import Tensor
 Loss = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
-def kl_as_written(student: Tensor, teacher: Tensor, labels: Tensor, T: float) -> Tensor:
+def _named(suffix: str) -> dict[str, Loss]:
+    """The functions of this file whose names end so, by what comes before."""
+    return {name.removesuffix(suffix): item for name, item in globals().items() if name.endswith(suffix)}
+
+
+def forward_kl_as_written(student: Tensor, teacher: Tensor, labels: Tensor, T: float) -> Tensor:
     return F.kl_div(F.log_softmax(student / T, -1), F.softmax(teacher / T, -1), reduction="batchmean") * T * T
 
 
-def kl_log_target(student: Tensor, teacher: Tensor, labels: Tensor, T: float) -> Tensor:
+def forward_kl_best(student: Tensor, teacher: Tensor, labels: Tensor, T: float) -> Tensor:
     logq, logp = F.log_softmax(student / T, -1), F.log_softmax(teacher / T, -1)
     return F.kl_div(logq, logp, log_target=True, reduction="batchmean") * T * T
 
@@ -128,26 +133,26 @@ def soft_ce_best(student: Tensor, teacher: Tensor, labels: Tensor, T: float) -> 
 
 
 def kl_ce(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    return kl_log_target(student, teacher, labels, temperature) + 0.5 * F.cross_entropy(student, labels)
+    return forward_kl_best(student, teacher, labels, temperature) + 0.5 * F.cross_entropy(student, labels)
 
 
 def kl_ce_smoothed(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
     # Its sum over the vocabulary overflows fp16.
     ce = F.cross_entropy(student.float() if student.dtype == torch.float16 else student, labels, label_smoothing=0.1)
-    return kl_log_target(student, teacher, labels, temperature) + 0.5 * ce
+    return forward_kl_best(student, teacher, labels, temperature) + 0.5 * ce
 
 
 def kl_ce_z(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
     # One logsumexp serves both terms.
     lse = torch.logsumexp(student, -1)
     ce = (lse - student.gather(1, labels.unsqueeze(1)).squeeze(1)).mean()
-    return kl_log_target(student, teacher, labels, temperature) + 0.5 * ce + 1e-4 * lse.square().mean()
+    return forward_kl_best(student, teacher, labels, temperature) + 0.5 * ce + 1e-4 * lse.square().mean()
 
 
 def kl_softcapped(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
     cap = 30.0
     capped = cap * torch.tanh(student / cap), cap * torch.tanh(teacher / cap)
-    return kl_log_target(*capped, labels, temperature)
+    return forward_kl_best(*capped, labels, temperature)
 
 
 def kl_statistics(student: Tensor, teacher: Tensor, labels: Tensor, T: float) -> Tensor:
@@ -200,11 +205,11 @@ def kl_standardized(student: Tensor, teacher: Tensor, labels: Tensor, temperatur
     # layer_norm divides by the population's deviation, and the method by torch.std.
     V = student.shape[-1]
     s, t = (x * ((V - 1) / V) ** 0.5 for x in scaled)
-    return kl_log_target(s, t, labels, temperature)
+    return forward_kl_best(s, t, labels, temperature)
 
 
 def taid(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    return kl_log_target(student, torch.lerp(student.detach(), teacher, 0.4), labels, temperature)
+    return forward_kl_best(student, torch.lerp(student.detach(), teacher, 0.4), labels, temperature)
 
 
 def dkd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
@@ -221,30 +226,6 @@ def dkd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) ->
 
 def logit_mse(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
     return F.mse_loss(student, teacher)
-
-
-AS_WRITTEN: Mapping[str, Loss] = {
-    "forward_kl": kl_as_written,
-    "reverse_kl": reverse_kl_as_written,
-    "jsd": jsd_as_written,
-    "tvd": tvd_as_written,
-    "skew_kl": skew_kl_as_written,
-    "skew_reverse_kl": skew_reverse_kl_as_written,
-    "alpha_beta": alpha_beta_as_written,
-    "jeffreys": jeffreys_as_written,
-    "soft_ce": soft_ce_as_written,
-}
-BEST: Mapping[str, Loss] = {
-    "forward_kl": kl_log_target,
-    "reverse_kl": reverse_kl_best,
-    "jsd": jsd_best,
-    "tvd": tvd_best,
-    "skew_kl": skew_kl_best,
-    "skew_reverse_kl": skew_reverse_kl_best,
-    "alpha_beta": alpha_beta_best,
-    "jeffreys": jeffreys_best,
-    "soft_ce": soft_ce_best,
-}
 
 
 def topk_kl(student: Tensor, ids: Tensor, logprobs: Tensor, tail: Tensor) -> Tensor:
@@ -270,3 +251,7 @@ def capture(teacher: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def capture_fp32(teacher: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values, ids = teacher.topk(k, -1)
     return ids, values.float() - torch.logsumexp(teacher.float(), -1, keepdim=True)
+
+
+AS_WRITTEN: dict[str, Loss] = _named("_as_written")
+BEST: dict[str, Loss] = _named("_best")

@@ -23,7 +23,6 @@ from benchmarks import measure
 from kdkernels import build_info
 from kdkernels.backends import cpu
 
-STREAMS_SOURCE = Path(__file__).with_name("streams.c")
 STREAM_BYTES = 128 * 2**20
 STREAM_REPEATS = 7
 
@@ -76,23 +75,31 @@ def usable_cpus() -> int:
 
 def limits(device: str, threads: int) -> dict[str, Any]:
     """Bandwidths in GB/s (1e9 bytes, each stream counted once): the best of a few runs, for they are limits."""
-    return _cuda_limits() if device == "cuda" else _cpu_limits(threads)
+    if device == "cpu":
+        with tempfile.TemporaryDirectory() as folder:
+            library = _build_streams(folder)
+            if library is not None:
+                return _stream_limits(library, threads)
+    count = (STREAM_BYTES if device == "cpu" else 2**30) // 4
+    a, b, c = (torch.ones(count, device=device) for _ in range(3))
 
+    def rate(streams: int, function: Callable[[], Any]) -> float:
+        return round(streams * 4 * count / measure.least_seconds(device, function, STREAM_REPEATS) / 1e9, 2)
 
-def _cpu_limits(threads: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        library = _build_streams(folder)
-        return _torch_limits() if library is None else _stream_limits(library, threads)
+    return {
+        "measured_by": f"torch operations on {4 * count >> 20} MiB",
+        "read": rate(1, b.sum),
+        "copy": rate(2, lambda: a.copy_(b)),
+        "triad": rate(3, lambda: torch.add(b, c, alpha=3.0, out=a)),
+    }
 
 
 def _build_streams(folder: str) -> Optional[ctypes.CDLL]:
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
-    if not compiler:
-        return None
-    target = os.path.join(folder, "streams.so")
     native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-    command = [compiler, "-O3", "-ffast-math", native, "-shared", "-fPIC", str(STREAMS_SOURCE), "-o", target]
-    if subprocess.run(command, capture_output=True, check=False).returncode:
+    source, target = Path(__file__).with_name("streams.c"), f"{folder}/streams.so"
+    command = [compiler or "cc", "-O3", "-ffast-math", native, "-shared", "-fPIC", str(source), "-o", target]
+    if compiler is None or subprocess.run(command, capture_output=True, check=False).returncode:
         return None
     library = ctypes.CDLL(target)
     library.read_stream.restype = ctypes.c_float
@@ -100,82 +107,46 @@ def _build_streams(folder: str) -> Optional[ctypes.CDLL]:
 
 
 def _stream_limits(library: ctypes.CDLL, threads: int) -> dict[str, Any]:
-    count = STREAM_BYTES // 4
-    share = count // threads // 64 * 64
-    huge = getattr(mmap, "MADV_HUGEPAGE", None)
+    share = STREAM_BYTES // 4 // threads // 64 * 64
+    huge, small = (getattr(mmap, name, None) for name in ("MADV_HUGEPAGE", "MADV_NOHUGEPAGE"))
 
-    def fresh(advice: Optional[int]) -> tuple[mmap.mmap, int]:
+    def fresh(advice: Optional[int]) -> mmap.mmap:
         # Private: the default is shared memory, which faults differently and takes no advice about huge pages.
         block = mmap.mmap(-1, STREAM_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if advice is not None:
             block.madvise(advice)
-        return block, ctypes.addressof(ctypes.c_char.from_buffer(block))
+        return block
 
-    blocks = [fresh(huge) for _ in range(3)]
-    a, b, c = (address for _, address in blocks)
-    ctypes.memset(b, 1, STREAM_BYTES)
-    ctypes.memset(c, 1, STREAM_BYTES)
     with ThreadPoolExecutor(threads) as pool:
 
-        def parallel(function: Any, *addresses: int) -> None:
+        def parallel(function: Any, *blocks: mmap.mmap) -> None:
+            starts = [ctypes.addressof(ctypes.c_char.from_buffer(block)) for block in blocks]
+
             def part(index: int) -> None:
-                function(*(ctypes.c_void_p(x + 4 * share * index) for x in addresses), ctypes.c_size_t(share))
+                function(*(ctypes.c_void_p(x + 4 * share * index) for x in starts), ctypes.c_size_t(share))
 
             list(pool.map(part, range(threads)))
 
-        def rate(streams: int, function: Any, *addresses: int) -> float:
-            seconds = measure.least_seconds("cpu", lambda: parallel(function, *addresses), STREAM_REPEATS)
+        def rate(streams: int, seconds: float) -> float:
             return round(streams * 4 * share * threads / seconds / 1e9, 2)
 
+        def stream(function: Any, *blocks: mmap.mmap) -> float:
+            return rate(len(blocks), measure.least_seconds("cpu", lambda: parallel(function, *blocks), STREAM_REPEATS))
+
         def first_touch(advice: Optional[int]) -> float:
-            seconds = []
-            for _ in range(3):
-                block, address = fresh(advice)
-                seconds.append(measure.seconds("cpu", parallel, library.fill_stream, address))
-                del block
-            return round(4 * share * threads / min(seconds) / 1e9, 2)
+            return rate(1, min(measure.seconds("cpu", parallel, library.fill_stream, fresh(advice)) for _ in range(3)))
 
-        measured = {
+        a, b, c = blocks = [fresh(huge) for _ in range(3)]
+        for block in blocks:
+            parallel(library.fill_stream, block)
+        return {
             "measured_by": "C, non-temporal stores where the processor has them, huge pages",
-            "read": rate(1, library.read_stream, b),
-            "copy": rate(2, library.copy_stream, a, b),
-            "triad": rate(3, library.triad_stream, a, b, c),
-            "first_touch": first_touch(getattr(mmap, "MADV_NOHUGEPAGE", None)),
+            "read": stream(library.read_stream, b),
+            "copy": stream(library.copy_stream, a, b),
+            "triad": stream(library.triad_stream, a, b, c),
+            "first_touch": first_touch(small),
+            **({} if huge is None else {"first_touch_huge_pages": first_touch(huge)}),
         }
-        if huge is not None:
-            measured["first_touch_huge_pages"] = first_touch(huge)
-    return measured
-
-
-def _torch_limits() -> dict[str, Any]:
-    count = STREAM_BYTES // 4
-    a, b, c = torch.zeros(count), torch.ones(count), torch.ones(count)
-
-    def rate(streams: int, function: Callable[[], Any], repeats: int = STREAM_REPEATS) -> float:
-        return round(streams * STREAM_BYTES / measure.least_seconds("cpu", function, repeats) / 1e9, 2)
-
-    return {
-        "measured_by": "torch operations (no C compiler found)",
-        "read": rate(1, lambda: torch.dot(b, b)),
-        "copy": rate(2, lambda: a.copy_(b)),
-        "triad": rate(3, lambda: torch.add(b, c, alpha=3.0, out=a)),
-        "first_touch": rate(1, lambda: torch.empty(count).fill_(1.0), repeats=3),
-    }
-
-
-def _cuda_limits() -> dict[str, Any]:
-    count = 2**28
-    a, b, c = (torch.ones(count, device="cuda") for _ in range(3))
-
-    def rate(streams: int, function: Callable[[], Any]) -> float:
-        return round(streams * 4 * count / measure.least_seconds("cuda", function, 2 * STREAM_REPEATS) / 1e9, 1)
-
-    return {
-        "measured_by": "torch operations on 1 GiB tensors",
-        "read": rate(1, b.sum),
-        "copy": rate(2, lambda: a.copy_(b)),
-        "triad": rate(3, lambda: torch.add(b, c, alpha=3.0, out=a)),
-    }
 
 
 def _first_line(command: list[str]) -> str:

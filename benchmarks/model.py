@@ -99,6 +99,19 @@ class Absent:
     reason: str
 
 
+Candidates = list[Union[Candidate, Absent]]
+
+
+def unit_bytes(case: Case) -> int:
+    """One ``[N, V]`` gradient."""
+    return case.shape[0] * case.shape[1] * case.torch_dtype.itemsize
+
+
+def floor_bytes(case: Case) -> int:
+    """Two reads and one write of ``[N, V]``."""
+    return 3 * unit_bytes(case)
+
+
 @dataclass(frozen=True)
 class Suite:
     """A set of candidates over cases.
@@ -123,12 +136,12 @@ class Suite:
     title: str
     shapes: Sequence[tuple[int, ...]]
     dtypes: Sequence[str]
-    quick_shapes: Sequence[tuple[int, ...]]
     make_inputs: Callable[[Case, int], Inputs]
-    make_candidates: Callable[[Case], Sequence[Union[Candidate, Absent]]]
+    make_candidates: Callable[[Case], Candidates]
     expected: Optional[Callable[[Any, str], Outcome]]
-    unit_bytes: Callable[[Case], int]
-    floor_bytes: Optional[Callable[[Case], int]]
+    quick_shapes: Sequence[tuple[int, ...]] = ((256, 8192),)
+    unit_bytes: Callable[[Case], int] = unit_bytes
+    floor_bytes: Optional[Callable[[Case], int]] = floor_bytes
     unit: str = "[N, V] gradient"
     probe: str = "add"
     yardstick: str = "torch.add(s, t, out=g) on the same tensors"

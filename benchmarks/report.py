@@ -13,39 +13,9 @@ from tabulate import tabulate
 
 from benchmarks import plots
 from benchmarks.model import Case
-from benchmarks.summary import Report, Spread, bound, rows, where
+from benchmarks.summary import Report, Spread, bound, processor, rows, where
 
 SCHEMA = 1
-
-
-def text(report: Report, *, tablefmt: str) -> str:
-    """Every table, with the machine and the limits it was measured against."""
-    parts = [heading(report)]
-    several = len({item["group"] for item in _measured(report)}) > 1
-    for case in report.cases:
-        for threads in report.options["threads"]:
-            table = _table(report, case, threads, several, tablefmt)
-            parts.append(f"{report.suite.title}: {case}, {where(report, threads)}\n\n{table}")
-            least = bound(report, case, threads)
-            if least is not None:
-                eager, compiled = (_ratio(x) or "-" for x in (least.faster_than_eager, least.faster_than_compile))
-                parts.append(
-                    f"The limit, {least.floor_seconds * 1e3:.2f} ms, and an autograd.Function that does nothing "
-                    f"together: {least.seconds.median * 1e3:.2f} ms, {eager} x eager, {compiled} x compile."
-                )
-    absent = _absent(report)
-    if absent:
-        parts.append("Not run here:\n" + "\n".join(f"- {line}" for line in absent))
-    if report.memory_note:
-        parts.append(f"Peak memory was not measured: {report.memory_note}.")
-    suite = report.suite
-    legend = LEGEND.format(unit=suite.unit, probe=suite.probe, yardstick=suite.yardstick)
-    if suite.floor_bytes is not None:
-        legend += LIMIT.format(bandwidth=suite.bandwidth)
-    parts.append(textwrap.fill(legend, 120))
-    return "\n\n".join(parts) + "\n"
-
-
 LEGEND = (
     '"ms": median of the rounds, then the quartiles. "x eager", "x compile": how many times faster than the fastest '
     'eager and the fastest compiled formulation of the same loss. "of {probe}": time beside {yardstick}. "memory": '
@@ -58,12 +28,40 @@ LIMIT = (
 )
 
 
+def text(report: Report, *, tablefmt: str) -> str:
+    """Every table, with the machine and the limits it was measured against."""
+    suite, parts = report.suite, [heading(report)]
+    for case in report.cases:
+        for threads in report.options["threads"]:
+            parts.append(
+                f"{suite.title}: {case}, {where(report, threads)}\n\n{_table(report, case, threads, tablefmt)}"
+            )
+            least = bound(report, case, threads)
+            if least is not None:
+                eager, compiled = (_ratio(x) or "-" for x in (least.faster_than_eager, least.faster_than_compile))
+                parts.append(
+                    f"The limit, {least.floor_seconds * 1e3:.2f} ms, and an autograd.Function that does nothing "
+                    f"together: {least.seconds.median * 1e3:.2f} ms, {eager} x eager, {compiled} x compile."
+                )
+    absent: dict[str, dict[str, None]] = {}
+    for answer in report.timed.values():
+        for result in answer["results"]:
+            for item in result["absent"]:
+                absent.setdefault(item["reason"], {})[item["name"]] = None
+    if absent:
+        parts.append("Not run here:\n" + "\n".join(f"- {', '.join(names)}: {why}" for why, names in absent.items()))
+    if report.memory_note:
+        parts.append(f"Peak memory was not measured: {report.memory_note}.")
+    legend = LEGEND + ("" if suite.floor_bytes is None else LIMIT)
+    parts.append(textwrap.fill(legend.format(**vars(suite)), 120))
+    return "\n\n".join(parts) + "\n"
+
+
 def heading(report: Report) -> str:
     """Versions, machine and bandwidths in a few lines."""
     about = report.machine
-    processor = about.get("gpu") or f"{about['processor']} ({about['vector_isa']}), {about['cpus']} CPUs"
     lines = [
-        f"{processor}; {about['system']}; transparent huge pages: {about['transparent_huge_pages']}; "
+        f"{processor(report)}; {about['system']}; transparent huge pages: {about['transparent_huge_pages']}; "
         f"load before the run {about['load_average_before']}",
         ", ".join(f"{name} {version}" for name, version in report.versions.items()),
     ]
@@ -73,12 +71,14 @@ def heading(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _table(report: Report, case: Case, threads: int, several: bool, tablefmt: str) -> str:
+def _table(report: Report, case: Case, threads: int, tablefmt: str) -> str:
     """A column for each figure that any candidate has."""
+    found = rows(report, case, threads)
+    several = len({row.group for row in found}) > 1
     lines = []
-    for row in rows(report, case, threads):
-        line = {"of": row.group} if several else {}
-        line |= {
+    for row in found:
+        line = {
+            "of": row.group if several else "",
             "candidate": row.name,
             "ms": f"{row.seconds.median * 1e3:.2f}",
             "quartiles": f"{row.seconds.q1 * 1e3:.2f} - {row.seconds.q3 * 1e3:.2f}",
@@ -86,12 +86,10 @@ def _table(report: Report, case: Case, threads: int, several: bool, tablefmt: st
             "x compile": _ratio(row.faster_than_compile),
             f"of {report.suite.probe}": _ratio(row.of_probe),
             "of limit": "" if row.of_bandwidth is None else f"{row.of_bandwidth:.0%}",
+            f"of {report.suite.baseline_group}": _ratio(row.of_baseline) if several else "",
+            "memory": "" if row.peak_units is None else f"{row.peak_units:.2f}",
         }
-        if several and report.suite.baseline_group:
-            line[f"of {report.suite.baseline_group}"] = _ratio(row.of_baseline)
-        line["memory"] = "" if row.peak_units is None else f"{row.peak_units:.2f}"
-        line |= {name: f"{value:.4g}" for name, value in row.figures.items() if isinstance(value, float)}
-        lines.append(line)
+        lines.append(line | {name: f"{value:.4g}" for name, value in row.figures.items() if isinstance(value, float)})
     columns = [name for name in dict.fromkeys(key for line in lines for key in line) if any(x.get(name) for x in lines)]
     cells = [[line.get(name, "") for name in columns] for line in lines]
     align = ["left" if name in ("of", "candidate") else "right" for name in columns]
@@ -101,44 +99,37 @@ def _table(report: Report, case: Case, threads: int, several: bool, tablefmt: st
 def write(report: Report, folder: Path) -> list[Path]:
     """Write SUITE.json, SUITE.md and SUITE.png and return their paths; on a GPU its name follows SUITE."""
     folder.mkdir(parents=True, exist_ok=True)
-    base = folder / "-".join([report.suite.name, *_card(report)])
-    data, table, plot = (base.parent / (base.name + suffix) for suffix in (".json", ".md", ".png"))
+    card = re.sub(r"[^a-z0-9]+", "-", report.machine.get("gpu", "").lower()).strip("-")
+    base = "-".join(filter(None, [report.suite.name, card]))
+    data, table, plot = (folder / f"{base}.{kind}" for kind in ("json", "md", "png"))
     data.write_text(json.dumps(as_json(report), indent=1, allow_nan=False) + "\n")
     table.write_text(text(report, tablefmt="github"))
     plots.draw(report, plot)
     return [data, table, plot]
 
 
-def _card(report: Report) -> list[str]:
-    """The GPU's name as part of a file's."""
-    gpu = report.machine.get("gpu")
-    return [re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")] if gpu else []
-
-
 def as_json(report: Report) -> dict[str, Any]:
     """Everything, raw rounds included."""
-    results = []
-    for index, case in enumerate(report.cases):
+    suite, results = report.suite, []
+    for case in report.cases:
         for threads in report.options["threads"]:
             least = bound(report, case, threads)
             results.append(
                 {
                     "case": str(case),
-                    "shape": list(case.shape),
-                    "dtype": case.dtype,
-                    "device": case.device,
+                    **asdict(case),
                     "threads": threads,
-                    "unit_bytes": report.suite.unit_bytes(case),
-                    "floor_bytes": report.suite.floor_bytes and report.suite.floor_bytes(case),
+                    "unit_bytes": suite.unit_bytes(case),
+                    "floor_bytes": suite.floor_bytes and suite.floor_bytes(case),
                     "candidates": [asdict(row) for row in rows(report, case, threads)],
                     "bound": None if least is None else asdict(least),
-                    "absent": report.timed[threads]["results"][index]["absent"],
+                    "absent": report.result(case, threads)["absent"],
                 }
             )
     return {
         "schema": SCHEMA,
-        "suite": report.suite.name,
-        "title": report.suite.title,
+        "suite": suite.name,
+        "title": suite.title,
         "options": report.options,
         "memory_note": report.memory_note,
         "versions": report.versions,
@@ -146,22 +137,6 @@ def as_json(report: Report) -> dict[str, Any]:
         "limits_gb_per_s": {str(threads): answer["limits"] for threads, answer in report.timed.items()},
         "results": results,
     }
-
-
-def _measured(report: Report) -> list[dict[str, Any]]:
-    return [item for answer in report.timed.values() for result in answer["results"] for item in result["candidates"]]
-
-
-def _absent(report: Report) -> list[str]:
-    """One line per reason."""
-    by_reason: dict[str, list[str]] = {}
-    for answer in report.timed.values():
-        for result in answer["results"]:
-            for item in result["absent"]:
-                names = by_reason.setdefault(item["reason"], [])
-                if item["name"] not in names:
-                    names.append(item["name"])
-    return [f"{', '.join(names)}: {reason}" for reason, names in by_reason.items()]
 
 
 def _ratio(value: Optional[Spread]) -> str:

@@ -24,6 +24,11 @@ class Report:
     memory: dict[str, dict[str, int]]
     memory_note: Optional[str]  # why there is none
 
+    def result(self, case: Case, threads: int) -> dict[str, Any]:
+        """The candidates of a case that were measured, and those that were absent."""
+        found: dict[str, Any] = self.timed[threads]["results"][self.cases.index(case)]
+        return found
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -35,8 +40,8 @@ class Spread:
 
     @classmethod
     def of(cls, values: np.ndarray) -> Spread:
-        q1, median, q3 = np.percentile(values, (25, 50, 75))
-        return cls(float(median), float(q1), float(q3))
+        q1, median, q3 = np.percentile(values, (25, 50, 75)).tolist()
+        return cls(median, q1, q3)
 
 
 @dataclass(frozen=True)
@@ -86,60 +91,53 @@ def floor_seconds(report: Report, case: Case, threads: int) -> Optional[float]:
 
 def bound(report: Report, case: Case, threads: int) -> Optional[Bound]:
     """The bound of a case whose suite measures the fixed cost (a candidate of the family "fixed"); else None."""
-    measured = report.timed[threads]["results"][report.cases.index(case)]["candidates"]
+    measured = report.result(case, threads)["candidates"]
     fixed = next((item for item in measured if item["family"] == "fixed"), None)
     floor = floor_seconds(report, case, threads)
     if fixed is None or floor is None:
         return None
     least = floor + np.asarray(fixed["seconds"])
-    eager, compiled = (_fastest(measured, fixed["group"], family) for family in ("eager", "compile"))
-    return Bound(
-        seconds=Spread.of(least),
-        floor_seconds=floor,
-        faster_than_eager=None if eager is None else Spread.of(eager / least),
-        faster_than_compile=None if compiled is None else Spread.of(compiled / least),
-    )
+    eager, compiled = (_ratio(_fastest(measured, family, fixed["group"]), least) for family in ("eager", "compile"))
+    return Bound(Spread.of(least), floor, eager, compiled)
 
 
-def _fastest(measured: Sequence[dict[str, Any]], group: str, family: str) -> Optional[np.ndarray]:
-    members = [np.asarray(item["seconds"]) for item in measured if (item["group"], item["family"]) == (group, family)]
-    return min(members, key=lambda values: float(np.median(values)), default=None)
+def _fastest(measured: Sequence[dict[str, Any]], family: str, group: Optional[str] = None) -> Optional[np.ndarray]:
+    members = [item for item in measured if item["family"] == family and group in (None, item["group"])]
+    return min((np.asarray(item["seconds"]) for item in members), key=np.median, default=None)
+
+
+def _ratio(above: Optional[np.ndarray], below: Optional[np.ndarray]) -> Optional[Spread]:
+    return None if above is None or below is None else Spread.of(above / below)
 
 
 def rows(report: Report, case: Case, threads: int) -> list[Row]:
     """The candidates of a case, in the order in which the suite lists them."""
-    answer = report.timed[threads]
-    measured = answer["results"][report.cases.index(case)]["candidates"]
+    measured, suite = report.result(case, threads)["candidates"], report.suite
     seconds = {(item["group"], item["name"]): np.asarray(item["seconds"]) for item in measured}
-    probe = next((seconds[item["group"], item["name"]] for item in measured if item["family"] == "probe"), None)
-    floor = floor_seconds(report, case, threads)
-    peaks = report.memory.get(str(case), {})
-
+    probe, floor = _fastest(measured, "probe"), floor_seconds(report, case, threads)
     found = []
     for item in measured:
-        own = seconds[item["group"], item["name"]]
-        loss = item["family"] != "probe"
-        eager, compiled = (
-            _fastest(measured, item["group"], family) if loss else None for family in ("eager", "compile")
-        )
-        baseline = seconds.get((report.suite.baseline_group or "", item["name"])) if loss else None
-        peak = peaks.get(f"{item['group']} / {item['name']}")
-        share = report.suite.floor_share.get(item["group"], 1.0)
+        name, group, family = item["name"], item["group"], item["family"]
+        own, spread = seconds[group, name], Spread.of(seconds[group, name])
+        eager, compiled = (_ratio(_fastest(measured, kind, group), own) for kind in ("eager", "compile"))
+        baseline = _ratio(own, seconds.get((suite.baseline_group or "", name)))
+        if family == "probe":
+            eager = compiled = baseline = None
+        peak = report.memory.get(str(case), {}).get(f"{group} / {name}")
+        share = None if floor is None or family == "fixed" else floor * suite.floor_share.get(group, 1) / spread.median
         found.append(
             Row(
-                name=item["name"],
-                group=item["group"],
-                family=item["family"],
-                seconds=Spread.of(own),
-                faster_than_eager=None if eager is None else Spread.of(eager / own),
-                faster_than_compile=None if compiled is None else Spread.of(compiled / own),
-                of_probe=None if probe is None else Spread.of(own / probe),
-                of_baseline=None if baseline is None else Spread.of(own / baseline),
-                of_bandwidth=None
-                if floor is None or item["family"] == "fixed"
-                else floor * share / float(np.median(own)),
+                name=name,
+                group=group,
+                family=family,
+                seconds=spread,
+                faster_than_eager=eager,
+                faster_than_compile=compiled,
+                of_probe=_ratio(own, probe),
+                of_baseline=baseline,
+                of_bandwidth=share,
                 peak_bytes=peak,
-                peak_units=None if peak is None else peak / report.suite.unit_bytes(case),
+                peak_units=None if peak is None else peak / suite.unit_bytes(case),
                 errors=item["errors"],
                 rounds=item["seconds"],
                 first_run_seconds=item["first_run_seconds"],
@@ -152,3 +150,9 @@ def rows(report: Report, case: Case, threads: int) -> list[Row]:
 def where(report: Report, threads: int) -> str:
     """The thread count in words; a GPU has none."""
     return "GPU" if report.options["device"] == "cuda" else f"{threads} thread{'s' if threads > 1 else ''}"
+
+
+def processor(report: Report) -> str:
+    """The processor in words."""
+    about = report.machine
+    return about.get("gpu") or f"{about['processor']} ({about['vector_isa']}), {about['cpus']} CPUs"

@@ -59,8 +59,9 @@ void fill_shape(Args& args, const Tensor& logits) {
   args.width = logits.size(last);
 }
 
-// True where logits have the student's rows, and at least this many columns.
-inline bool has_rows(const Tensor& logits, const RowArgs& args, int64_t columns) {
+// True where logits have the rows of others, and at least this many columns.
+template <class Args>
+bool has_rows(const Tensor& logits, const Args& args, int64_t columns) {
   const int64_t last = logits.dim() - 1;
   return (last == 2 ? logits.size(0) == args.batch : last == 1 && args.batch == 1) &&
          logits.size(last - 1) == args.length && logits.size(last) >= columns;
@@ -268,6 +269,78 @@ std::tuple<Tensor, Tensor> topk_fwd(Tensor student, Tensor teacher_ids, Tensor t
   Tensor out_stats = new_stats(args, student, stats ? kTopkStats : 0);
   if (rows > 0) RUN(args, student);
   return {loss, out_stats};
+}
+
+// Fills what both ops on tokens take, and checks it.
+inline TokenArgs token_args(const Tensor& logits, const Tensor& ids, const std::optional<Tensor>& temperature_rows,
+                            int64_t vocab_size, const std::vector<double>& numbers,
+                            const std::vector<int64_t>& choices) {
+  const auto number = named<TokenNumbers>(numbers);
+  TokenArgs args;
+  args.logits = view(logits, "logits", false);
+  fill_shape(args, logits);
+  args.columns = vocab_size;
+  const int64_t rows = args.batch * args.length;
+  STD_TORCH_CHECK(vocab_size >= 1 && vocab_size <= args.width && vocab_size <= INT32_MAX, "vocab_size must be in [1, ",
+                  args.width, "], got ", vocab_size);
+  STD_TORCH_CHECK(ids.dim() == 2 && ids.size(0) == rows && ids.is_contiguous() && ids.scalar_type() == ScalarType::Long,
+                  "ids must be contiguous int64 [N, K]");
+  args.ids = static_cast<const int64_t*>(ids.const_data_ptr());
+  args.entries = ids.size(1);
+  args.ignore_index = named<TokenChoices>(choices).ignore_index;
+  args.temperature_rows = per_row(temperature_rows, sum_dtype(logits), rows, "temperature_rows");
+  args.temperature = number.temperature;
+  args.softcap = number.softcap;
+  return args;
+}
+
+// RUN is void (*)(const TokenArgs&, const Tensor& logits).
+template <auto RUN>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_fwd(Tensor logits, Tensor ids,
+                                                                     std::optional<Tensor> temperature_rows,
+                                                                     int64_t vocab_size, std::vector<double> numbers,
+                                                                     std::vector<int64_t> choices) {
+  TokenArgs args = token_args(logits, ids, temperature_rows, vocab_size, numbers, choices);
+  const auto chosen = named<TokenChoices>(choices);
+  const int64_t rows = args.batch * args.length;
+  Tensor logprobs = new_rows(logits, {rows, args.entries}), lse = new_rows(logits, {rows});
+  Tensor entropy = new_rows(logits, {chosen.entropy != 0 ? rows : 0});
+  Tensor tail = new_rows(logits, {chosen.tail_mass != 0 ? rows : 0}), norm = new_rows(logits, {rows, 2});
+  Tensor stats = chosen.stats != 0 ? new_rows(logits, {rows, 2 + args.entries}) : new_rows(logits, {0});
+  args.logprobs = logprobs.mutable_data_ptr();
+  args.lse = lse.mutable_data_ptr();
+  args.norm = norm.mutable_data_ptr();
+  if (chosen.entropy != 0) args.entropy = entropy.mutable_data_ptr();
+  if (chosen.tail_mass != 0) args.tail = tail.mutable_data_ptr();
+  if (chosen.stats != 0) args.stats = stats.mutable_data_ptr();
+  if (rows > 0) RUN(args, logits);
+  return {logprobs, entropy, lse, tail, norm, stats};
+}
+
+template <auto RUN>
+void token_bwd(Tensor logits, Tensor ids, Tensor norm, std::optional<Tensor> entropy, Tensor dlogprobs,
+               std::optional<Tensor> dentropy, Tensor dlogits, std::optional<Tensor> temperature_rows,
+               int64_t vocab_size, std::vector<double> numbers, std::vector<int64_t> choices) {
+  TokenArgs args = token_args(logits, ids, temperature_rows, vocab_size, numbers, choices);
+  const int64_t rows = args.batch * args.length;
+  const auto of_rows = [&](const Tensor& tensor, int64_t columns) {
+    return tensor.numel() == rows * columns && tensor.is_contiguous() && tensor.scalar_type() == sum_dtype(logits);
+  };
+  STD_TORCH_CHECK(
+      of_rows(norm, 2) && of_rows(dlogprobs, args.entries) && entropy.has_value() == dentropy.has_value() &&
+          (!dentropy || (of_rows(*dentropy, 1) && of_rows(*entropy, 1))),
+      "norm, dlogprobs, entropy and dentropy must be contiguous, of the rows, and in the dtype of the sums");
+  args.dlogits = view(dlogits, "dlogits", true);
+  STD_TORCH_CHECK(has_rows(dlogits, args, args.width) && dlogits.size(dlogits.dim() - 1) == args.width &&
+                      args.dlogits.dtype == args.logits.dtype,
+                  "dlogits must have the shape and dtype of logits");
+  args.norm = const_cast<void*>(norm.const_data_ptr());
+  args.dlogprobs = dlogprobs.const_data_ptr();
+  if (dentropy) {
+    args.entropy = const_cast<void*>(entropy->const_data_ptr());
+    args.dentropy = dentropy->const_data_ptr();
+  }
+  if (rows > 0) RUN(args, logits);
 }
 
 // RUN is void (*)(const ScaleArgs&, const Tensor& grad).

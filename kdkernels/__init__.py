@@ -8,7 +8,7 @@ from kdkernels.linear import linear_kd_loss, linear_topk_kd_loss
 from kdkernels.linear_tokens import linear_gather_logprobs, linear_token_logprobs
 from kdkernels.losses import KDLoss, LinearKDLoss, LinearTopKKDLoss, TopKKDLoss
 from kdkernels.registry import register_divergence, unregister_divergence
-from kdkernels.stats import KDStats, TopKStats
+from kdkernels.stats import KDStats, TokenStats, TopKStats
 from kdkernels.tokens import TokenLogprobs, gather_logprobs, token_logprobs
 
 __version__ = "0.1.0"
@@ -20,6 +20,7 @@ __all__ = [
     "LinearTopKKDLoss",
     "TeacherTopK",
     "TokenLogprobs",
+    "TokenStats",
     "TopKKDLoss",
     "TopKStats",
     "capture_samples",

@@ -293,9 +293,14 @@ class TokenCall(NamedTuple):
         rows = self.temperature_rows
         return self.options if rows is None else {**self.options, "temperature": rows}
 
+    def gradient_options(self) -> dict[str, Any]:
+        """The options of ``reference.token_gradient``."""
+        asked_for = ("entropy", "tail_mass", "stats")
+        return {name: value for name, value in self.reference_options().items() if name not in asked_for}
+
 
 class TokenValues(torch.autograd.Function):
-    """Log-probabilities ``[N, K]``, entropy ``[N]`` or ``[0]``, and lse ``[N]``, which passes no gradient.
+    """Log-probabilities ``[N, K]``, entropy ``[N]`` or ``[0]``, and lse and statistics, which pass no gradient.
 
     Kept for backward are the logits themselves, and of a row its ids, its norm and its entropy.
     """
@@ -309,18 +314,18 @@ class TokenValues(torch.autograd.Function):
         backend: str,
         options: dict[str, Any],
         inplace: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         call = TokenCall(backend, temperature_rows, options)
-        logprobs, entropy, lse, _, norm = _run_token_fwd(call, logits, ids)
+        logprobs, entropy, lse, _, norm, stats = _run_token_fwd(call, logits, ids)
         ctx.save_for_backward(logits, ids, norm, entropy if options["entropy"] else None, temperature_rows)
         ctx.backend, ctx.options = backend, options
         ctx.inplace, ctx.shared = inplace, has_saved_tensor_hooks()
         if options["entropy"]:
-            ctx.mark_non_differentiable(lse)
+            ctx.mark_non_differentiable(lse, stats)
         else:
-            ctx.mark_non_differentiable(lse, entropy)
+            ctx.mark_non_differentiable(lse, stats, entropy)
         ctx.set_materialize_grads(False)
-        return logprobs, entropy, lse
+        return logprobs, entropy, lse, stats
 
     @staticmethod
     def backward(ctx: Any, dlogprobs: Optional[Tensor], dentropy: Optional[Tensor], *_: Any) -> tuple[Any, ...]:
@@ -336,7 +341,7 @@ class TokenValues(torch.autograd.Function):
         given = (dlogprobs,) if dentropy is None else (dlogprobs, dentropy)
         if not torch.compiler.is_compiling() and any(map(transforms.stands_for_others, given)):
             # A batch of gradients: transforms see no kernel.
-            options = {k: v for k, v in call.reference_options().items() if k not in ("entropy", "tail_mass")}
+            options = call.gradient_options()
             grad = reference.token_gradient(flat(logits), ids, norm, entropy, dlogprobs, dentropy, **options)
             return grad.reshape(logits.shape), *nothing
         # Whoever may look at the logits again finds them as they were.
@@ -351,19 +356,24 @@ class TokenValues(torch.autograd.Function):
         return grad, *nothing
 
 
-def token_values(
-    call: TokenCall, logits: Tensor, ids: Tensor, *, inplace: bool = False
-) -> tuple[Tensor, Optional[Tensor], Tensor, Optional[Tensor]]:
-    """Log-probabilities ``[N, K]``, entropy ``[N]``, lse ``[N]`` and the log of the mass outside the ids ``[N]``."""
+def token_values(call: TokenCall, logits: Tensor, ids: Tensor, *, inplace: bool = False) -> reference.TokenRows:
+    """The results of rows, those that were asked for."""
     options = call.options
     if call.backend == "torch":
-        return tuple(reference.token_rows(flat(logits), ids, **call.reference_options()))  # type: ignore[return-value]
+        return reference.token_rows(flat(logits), ids, **call.reference_options())
     tail = None
     if torch.is_grad_enabled() and logits.requires_grad and not symbols.traces_ops():
-        logprobs, entropy, lse = TokenValues.apply(logits, ids, call.temperature_rows, call.backend, options, inplace)
+        operands = (logits, ids, call.temperature_rows, call.backend, options, inplace)
+        logprobs, entropy, lse, stats = TokenValues.apply(*operands)
     else:
-        logprobs, entropy, lse, tail, _ = _run_token_fwd(call, logits.detach(), ids)
-    return logprobs, entropy if options["entropy"] else None, lse, tail if options["tail_mass"] else None
+        logprobs, entropy, lse, tail, _, stats = _run_token_fwd(call, logits.detach(), ids)
+    return reference.TokenRows(
+        logprobs,
+        entropy if options["entropy"] else None,
+        lse,
+        tail if options["tail_mass"] else None,
+        stats if options["stats"] else None,
+    )
 
 
 def _run_token_fwd(call: TokenCall, logits: Tensor, ids: Tensor) -> tuple[Tensor, ...]:

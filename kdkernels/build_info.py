@@ -11,7 +11,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import shlex
 import sys
 import urllib.parse
 import urllib.request
@@ -114,6 +113,8 @@ def why_missing(backend: str, package: Path = PACKAGE) -> str:
 
 def rebuild_command(backend: str, package: Path = PACKAGE) -> str:
     """A sentence's end with the command line that builds the library of a backend, or fails and says why."""
+    import shlex  # of use in this sentence alone, and not where the library loads
+
     command = f"KDKERNELS_BUILD={backend} {shlex.quote(os.path.normpath(sys.executable))} -m pip install --no-deps"
     root = source_tree(package)
     if root is not None:
@@ -125,7 +126,7 @@ def rebuild_command(backend: str, package: Path = PACKAGE) -> str:
 
 
 def _source(package: Path) -> Optional[str]:
-    """From where pip installed the package, as it wants to be told; None for a wheel, or where nobody knows."""
+    """The place that pip installed the package from, as pip wants to be told; None for a wheel, or an unknown place."""
     for distribution in importlib.metadata.distributions(name="kdkernels", path=[str(package.parent)]):
         origin = _origin(distribution)
         url = origin.get("url", "")

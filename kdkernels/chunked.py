@@ -1,7 +1,7 @@
 """The loop of the linear losses: project a chunk of rows, run the objective in place over it, multiply back.
 
-The gradients of a reduced loss are complete when ``forward`` ends; ``backward`` scales them. Those of the rows' losses
-are made in ``backward``, by the same loop. It is one op, ``kdkernels::linear_dense_fwd`` or
+The gradients of a reduced loss are complete when ``forward`` ends; ``backward`` scales them. ``backward`` makes the
+gradients of the rows' losses, by the same loop. The loop is one op, ``kdkernels::linear_dense_fwd`` or
 ``kdkernels::linear_topk_fwd``, so that no compiler has to see into it.
 """
 
@@ -290,8 +290,9 @@ def execute(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], 
 
 def projects_columns(launch: Launch) -> bool:
     """True if the objective sees the K columns of the teacher only."""
-    get = launch.options
-    return get.get("tail") == "renormalize_both" and not (get["ce_weight"] or get["z_loss_weight"] or get["stats"])
+    options = launch.options
+    every_column = options["ce_weight"] or options["z_loss_weight"] or options["stats"]
+    return options.get("tail") == "renormalize_both" and not every_column
 
 
 def _run(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], needs: Sequence[bool]) -> Result:
@@ -373,15 +374,16 @@ def _logits_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tens
 def _teacher_chunk(call: Call, launch: Launch, rows: Rows, count: int, device: torch.device) -> list[Tensor]:
     """The logits that ``teacher_logits`` gives for ``count`` rows, whose launch this is."""
     assert call.teacher_logits is not None
-    get, labels, weight = launch.options, launch.rows.labels, launch.rows.row_weight
-    targets = checks.teacher_chunks(call.teacher_logits(rows), count, get["vocab_size"], call.num_teachers, device)
-    if get["teacher_form"] == "probs" and get["kd_weight"]:
-        counted = None if labels is None else labels != get["ignore_index"]
+    options, labels, weight = launch.options, launch.rows.labels, launch.rows.row_weight
+    columns = options["vocab_size"]
+    targets = checks.teacher_chunks(call.teacher_logits(rows), count, columns, call.num_teachers, device)
+    if options["teacher_form"] == "probs" and options["kd_weight"]:
+        counted = None if labels is None else labels != options["ignore_index"]
         if weight is not None:
             counted = weight != 0 if counted is None else counted & (weight != 0)
         for target in targets:
             form = "probs" if call.teacher_probs else "unnormalized_probs"
-            checks.teacher_probs("teacher_logits(rows)", target, get["vocab_size"], counted, form)
+            checks.teacher_probs("teacher_logits(rows)", target, columns, counted, form)
     return targets
 
 

@@ -48,7 +48,7 @@ class Divergence:
     bounded_gradient: ClassVar[bool] = False
     # True where ``f(c p, c q) = c f(p, q)``.
     homogeneous: ClassVar[bool] = False
-    # True where f is finite at p = 0; None where that depends on the parameters, and the formula is asked.
+    # True where f is finite at p = 0; None where the parameters decide, by the formula.
     finite_without_teacher: ClassVar[Optional[bool]] = None
     # True where ``f(0, q) = q f(0, 1)``, so that outcomes without a teacher are known by their mass.
     linear_without_teacher: ClassVar[bool] = False

@@ -49,7 +49,7 @@ class Scratch:
         """As ``empty``, of a chunk. On a CPU rows are an odd number of cache lines apart: the product writes a few
         columns of many rows at a time, which then do not fall on the same few places of the cache.
 
-        What lies between rows is 0. A product of 16-bit matrices may read it, up to a whole tile, and multiply it by 0.
+        Memory between rows is 0. A product of 16-bit matrices may read it, up to a whole tile, and multiply it by 0.
         """
         stride = columns
         if self._like.device.type == "cpu":

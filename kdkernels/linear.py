@@ -102,7 +102,7 @@ def linear_kd_loss(
         teacher_logits: in place of the teacher's hidden states and head, a function called as ``teacher_logits(rows)``
             that returns logits ``[R, V]`` on any device (a sequence of them for a mixture). ``rows`` counts the
             flattened rows: a ``slice``, or an int64 tensor where rows are left out; it indexes a tensor ``[N, ...]``.
-            With reduction "none" it is asked again in ``backward``, and must answer the same. Eager only.
+            With reduction "none" ``backward`` calls it again, and needs the same logits. Eager only.
         chunk_bytes: of the logits of a chunk, student's and teachers' together; by default 96 MiB on a CPU and 512 MiB
             on a GPU. It bounds the memory, whatever N is, down to one row.
         logits_dtype: for products of 16-bit operands, their dtype asks for logits rounded to it, in chunks of twice as

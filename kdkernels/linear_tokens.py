@@ -17,7 +17,7 @@ from kdkernels.launch import flat
 from kdkernels.linear import as_student, is_transformed
 from kdkernels.objective import LinearTokenOptions, PerRow, takes
 from kdkernels.reference.tokens import TokenRows
-from kdkernels.tokens import TokenLogprobs, first_of_equals, token_call
+from kdkernels.tokens import TokenLogprobs, first_of_equals, shaped, token_call
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -36,7 +36,7 @@ def linear_token_logprobs(
 ) -> TokenLogprobs:
     r"""``token_logprobs`` of the logits ``hidden @ weight.T + bias``, which are never stored whole.
 
-    Forward projects a chunk of rows, takes from its logits what is asked for, and drops them. Backward projects the
+    Forward projects a chunk of rows, takes the values from its logits, and drops these. Backward projects the
     chunk again, writes the gradient over its logits, and multiplies it back: four products, and nothing of size
     ``[N, V]`` at any time.
 
@@ -49,10 +49,10 @@ def linear_token_logprobs(
         bias: ``[V]``.
         chunk_bytes: of the logits of a chunk; by default 96 MiB on a CPU and 512 MiB on a GPU.
         logits_dtype: as in ``linear_kd_loss``: float32 unless 16 bits are asked for by name.
-        temperature, entropy, softcap, vocab_size, ignore_index, backend: as in ``token_logprobs``.
+        temperature, entropy, stats, softcap, vocab_size, ignore_index, backend: as in ``token_logprobs``.
 
     Returns:
-        ``TokenLogprobs(logprobs, entropy, lse)``, float32 (float64 for float64).
+        ``TokenLogprobs(logprobs, entropy, lse, stats)``, float32 (float64 for float64).
 
     Raises:
         TypeError, ValueError: naming the argument, before anything is launched.
@@ -70,22 +70,19 @@ def linear_token_logprobs(
     checks.reverse_mode_only(call.tokens.backend, *inputs)
     needs_grad = torch.is_grad_enabled() and any(item.requires_grad for item in inputs)
     entropy: Optional[Tensor]
+    stats: Optional[Tensor]
     if call.tokens.backend == "torch" and (torch.compiler.is_compiling() or is_transformed(inputs)):
         # No graph and no transform holds the autograd within the loop.
-        logprobs, entropy, lse, _ = _whole(call, hidden, head, offset, tokens)
+        logprobs, entropy, lse, _, stats = _whole(call, hidden, head, offset, tokens)
     elif needs_grad and not symbols.traces_ops():
-        logprobs, entropy, lse = LinearTokens.apply(
+        logprobs, entropy, lse, stats = LinearTokens.apply(
             flat(hidden), head, offset, tokens, call.tokens.temperature_rows, call
         )
     else:
         offset = None if offset is None else offset.detach()
-        logprobs, entropy, lse, _, _ = _forward(call, flat(hidden.detach()), head.detach(), offset, tokens)
-    rows = hidden.shape[:-1]
-    return TokenLogprobs(
-        logprobs.reshape(ids.shape),
-        entropy.reshape(rows) if given.entropy and entropy is not None else None,
-        lse.reshape(rows),
-    )
+        logprobs, entropy, lse, _, _, stats = _forward(call, flat(hidden.detach()), head.detach(), offset, tokens)
+    entropy, stats = entropy if given.entropy else None, stats if given.stats else None
+    return shaped(logprobs, entropy, lse, stats, hidden.shape[:-1], ids.shape)
 
 
 def linear_gather_logprobs(
@@ -127,7 +124,7 @@ def linear_gather_logprobs(
     tokens = first_of_equals(tokens)
     of_tokens = call.tokens._replace(options={**call.tokens.options, "tail_mass": True})
     offset = None if offset is None else offset.detach()
-    logprobs, _, _, tail, _ = _forward(
+    logprobs, _, _, tail, _, _ = _forward(
         call._replace(tokens=of_tokens), flat(teacher_hidden.detach()), head.detach(), offset, tokens
     )
     return TeacherTopK(
@@ -167,14 +164,14 @@ class LinearTokens(torch.autograd.Function):
         ids: Tensor,
         temperature_rows: Optional[Tensor],
         call: LinearTokenCall,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        logprobs, entropy, lse, _, norm = _forward(call, hidden, weight, bias, ids)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        logprobs, entropy, lse, _, norm, stats = _forward(call, hidden, weight, bias, ids)
         with_entropy = call.tokens.options["entropy"]
         ctx.save_for_backward(hidden, weight, bias, ids, norm, entropy if with_entropy else None, temperature_rows)
         ctx.call = call._replace(tokens=call.tokens._replace(temperature_rows=None))
-        ctx.mark_non_differentiable(*((lse,) if with_entropy else (lse, entropy)))
+        ctx.mark_non_differentiable(*((lse, stats) if with_entropy else (lse, stats, entropy)))
         ctx.set_materialize_grads(False)
-        return logprobs, entropy, lse
+        return logprobs, entropy, lse, stats
 
     @staticmethod
     def backward(ctx: Any, dlogprobs: Optional[Tensor], dentropy: Optional[Tensor], *_: Any) -> tuple[Any, ...]:
@@ -316,6 +313,7 @@ def _forward_loop(
     num = len(hidden)
     logprobs, lse, norm = zeros(*ids.shape), zeros(num), zeros(num, 2)
     entropy, tail = zeros(num if options["entropy"] else 0), zeros(num if options["tail_mass"] else 0)
+    stats = zeros(num, 2 + ids.shape[1]) if options["stats"] else zeros(0)
     loop = _Loop.of(call, hidden, weight, bias)
     kept = indices(_counted(ids, options["ignore_index"]).any(-1))
     for rows, count in even_chunks(kept, num, loop.size):
@@ -324,16 +322,19 @@ def _forward_loop(
         part = call.tokens._replace(temperature_rows=temperature)
         if backend == "torch":
             found = reference.token_rows(logits, some_ids, **part.reference_options())
-            results: Any = (found.logprobs, found.entropy, found.lse, found.tail)
+            results: Any = found
             by = part.reference_options()["temperature"]
             norm_rows = torch.stack([found.lse * by, torch.ones_like(found.lse)], -1)
         else:
-            *results, norm_rows = ops.call("token_fwd", backend, (logits[None], some_ids, temperature), options)
-        for whole, some in zip((logprobs, entropy, lse, tail), results, strict=True):
+            *results, norm_rows, of_stats = ops.call(
+                "token_fwd", backend, (logits[None], some_ids, temperature), options
+            )
+            results.append(of_stats)
+        for whole, some in zip((logprobs, entropy, lse, tail, stats), results, strict=True):
             if some is not None and len(whole):
                 whole[rows] = some
         norm[rows] = norm_rows
-    return logprobs, entropy, lse, tail, norm
+    return logprobs, entropy, lse, tail, norm, stats
 
 
 def _backward_loop(
@@ -371,8 +372,7 @@ def _backward_loop(
         some = _of_rows(rows, ids, norm, entropy, dlogprobs, dentropy)
         (temperature,) = _of_rows(rows, call.tokens.temperature_rows)
         if backend == "torch":
-            part = call.tokens._replace(temperature_rows=temperature).reference_options()
-            part = {name: value for name, value in part.items() if name not in ("entropy", "tail_mass")}
+            part = call.tokens._replace(temperature_rows=temperature).gradient_options()
             logits.copy_(reference.token_gradient(logits, *some, **part))
         else:
             ops.call("token_bwd", backend, (logits[None], *some, logits[None], temperature), options)

@@ -1,16 +1,17 @@
 """Memory of the CPU for gradients and chunks of logits, kept from one step to the next.
 
-A C library maps a large block anew whenever it is asked for, and the system then finds, clears and maps every page of
-it while the gradient is written. That takes as long as the loss itself, and several times as long on a virtual machine
+A C library maps every large block anew, and the system then finds, clears and maps every page of it while the kernel
+writes the gradient. That takes as long as the loss itself, and several times as long on a virtual machine
 that gives freed pages back to its host (docs/internals/cpu.md). A smaller block fares the same whenever the rest of a
-step has made the library give the top of its heap back. So the pages of the last gradient that was freed are kept, or
-of the last four where they are small, and those of the last chunks of the losses on hidden states.
+step has made the library give the top of its heap back. So the compiled backend (csrc/cpu/memory.cpp) keeps the
+pages of the last gradient that was freed, or of the last four where they are small, and those of the last chunks of the
+losses on hidden states.
 
-They are not withheld from anyone: what is kept is marked with ``MADV_FREE``, all but less than 2 MiB of a block, and
-the kernel takes it back when memory gets scarce, without a word to this process and without writing it anywhere. Until
-then it counts as resident. ``empty_cache()`` gives it back at once; where ``KDKERNELS_CPU_CACHE=0`` is in the
-environment when the compiled backend is loaded, nothing is kept. It is that backend's work (csrc/cpu/memory.cpp), on
-Linux, with torch 2.11 or newer; elsewhere gradients are what ``torch.empty`` gives.
+Other processes can have these pages: the backend marks them with ``MADV_FREE``, all but less than 2 MiB of a block, and
+the system takes them back when memory gets scarce, without telling this process and without writing them anywhere.
+Until then they count as resident. ``empty_cache()`` gives them back at once; ``KDKERNELS_CPU_CACHE=0`` in the
+environment, when the backend loads, keeps none. Linux with torch 2.11 or newer has this cache; elsewhere gradients are
+what ``torch.empty`` gives.
 
 Such a gradient is a tensor as others are but for this: its storage cannot be resized, for torch's stable ABI lends
 memory to storages of a fixed size only. ``grad.resize_`` to more elements and ``grad.untyped_storage().resize_``, with

@@ -10,7 +10,6 @@ Tensors of logits are ``[B, L, V]`` views (rows ``i = b * L + l``), so that ``lo
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional
 
@@ -55,8 +54,8 @@ CHOICES = {
     "dkd_fwd": ("ignore_index", "scale_by_t_squared"),
     "mse_fwd": ("ignore_index", "centered"),
     "capture_topk": (),
-    "token_fwd": ("ignore_index", "entropy", "tail_mass"),
-    "token_bwd": ("ignore_index", "entropy", "tail_mass"),
+    "token_fwd": ("ignore_index", "entropy", "tail_mass", "stats"),
+    "token_bwd": ("ignore_index", "entropy", "tail_mass", "stats"),
 }
 _ROWS = (
     "Tensor(a!)? dstudent, Tensor? labels, Tensor? row_weight, Tensor? student_temperature_rows, "
@@ -95,20 +94,23 @@ SCHEMAS = {
     #
     #     logprobs [N, K]   (x_id - m) / T - log z          entropy [N]   log z - sum_v q_v (x_v - m) / T
     #     lse [N]           m / T + log z                   tail [N]      log of the sum of q outside the row's ids
-    #     norm [N, 2]       m and z, for token_bwd
+    #     norm [N, 2]       m and z, for token_bwd          stats [N, 2 + K]  log sum_v q_v^2, mean_v x_v, and for each
+    #                                                       slot 1 where x_id is m, 0 where not or without an id
     #
-    # in the dtype of the sums. entropy is [0] unless the choice "entropy" asks for it, tail unless "tail_mass" does.
+    # in the dtype of the sums. entropy is [0] unless the choice "entropy" asks for it, tail unless "tail_mass" does,
+    # and stats unless "stats" does.
     # x - m is made first, so that logits of 1e4 keep their bits and those of 3e38 overflow to -inf alone.
     # ids: int64, contiguous; -1 and ignore_index (which may be a column's number) are slots without an id, whose
     # logprob is 0. A row in which no slot has an id is not read: all its results are 0. The logprob of an id out of
     # range is NaN, without a read. With tail_mass no id stands twice in a row, and the mass outside is summed for
     # itself: 1 less the others would lose it; -inf where nothing is outside. A row with NaN or +inf, or of -inf alone,
-    # has NaN for logprobs (where there is an id), entropy, lse, tail and z. An id whose logit is -inf has -inf, and
+    # has NaN for logprobs (where there is an id), entropy, lse, tail, z and stats, which say of no id that it is the
+    # largest. An id whose logit is -inf has -inf, and
     # q log q is 0 where q is.
     # temperature_rows: [N] in the dtype of the sums, of any stride, in place of temperature.
     "token_fwd": (
         f"(Tensor logits, Tensor ids, Tensor? temperature_rows, *, {_ALIKE}) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     # Writes the gradient of sum dlogprobs logprobs + sum dentropy entropy in one read and one write of [N, V]:
     #
@@ -118,10 +120,10 @@ SCHEMAS = {
     # dlogprobs. dlogits has the shape and dtype of the logits, may be the logits themselves, and is rounded once; its
     # columns from vocab_size on get 0. norm and entropy [N] are those of token_fwd, dlogprobs [N, K] and dentropy [N]
     # contiguous in the dtype of the sums. entropy and dentropy are both there where the choice "entropy" says so, or
-    # neither is; "tail_mass" says nothing here. A row without an id, or with nothing but zeros in dentropy and in the
-    # dlogprobs of its ids, gets 0 in all columns and is not read. A row whose z is NaN, or with an id out of range,
-    # gets NaN below vocab_size. Where q_v is 0 the last term is 0, though log q_v is -inf: the gradient is finite
-    # beside a logit of -inf, and at its id.
+    # neither is; "tail_mass" and "stats" say nothing here. A row without an id, or with nothing but zeros in dentropy
+    # and in the dlogprobs of its ids, gets 0 in all columns and is not read. A row whose z is NaN, or with an id out of
+    # range, gets NaN below vocab_size. Where q_v is 0 the last term is 0, though log q_v is -inf: the gradient is
+    # finite beside a logit of -inf, and at its id.
     "token_bwd": (
         "(Tensor logits, Tensor ids, Tensor norm, Tensor? entropy, Tensor dlogprobs, Tensor? dentropy, "
         f"Tensor(a!) dlogits, Tensor? temperature_rows, *, {_ALIKE}) -> ()"
@@ -132,7 +134,11 @@ SCHEMAS = {
 
 # The tensors of a pattern after dstudent.
 ROW_TENSORS = {
-    pattern: tuple(re.findall(r"Tensor\?? (\w+)", schema.partition("dstudent")[2]))
+    pattern: tuple(
+        item.split()[1]
+        for item in schema.partition("dstudent")[2].partition(" *,")[0].split(",")
+        if item.strip().startswith("Tensor")
+    )
     for pattern, schema in SCHEMAS.items()
 }
 
@@ -159,14 +165,12 @@ LINEAR_TEACHERS = {
 }
 
 # Patterns that a backend lacks, and why.
-_NOT_IN_CUDA = {"cuda": "the CUDA extension has the sparse top-k losses only"}
+_NOT_IN_CUDA = {"cuda": "the CUDA extension has the kernels of sparse teachers and of tokens only"}
 LACKING = {
     "dense_fwd": _NOT_IN_CUDA,
     "dkd_fwd": _NOT_IN_CUDA,
     "mse_fwd": _NOT_IN_CUDA,
     "capture_topk": {"triton": "capture_topk has no Triton kernel"},
-    "token_fwd": _NOT_IN_CUDA,
-    "token_bwd": _NOT_IN_CUDA,
 }
 
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -239,18 +243,19 @@ def _capture_fake(teacher: Tensor, *args: object, k: int, **kwargs: object) -> t
 def _token_fake(
     logits: Tensor, ids: Tensor, *args: object, choices: Sequence[int], **kwargs: object
 ) -> tuple[Tensor, ...]:
-    _, entropy, tail_mass = choices
-    none = _sums(logits, 0)
+    _, entropy, tail_mass, stats = choices
+    none, K = _sums(logits, 0), ids.shape[1]
     return (
-        _rows(logits, ids.shape[1]),
+        _rows(logits, K),
         _rows(logits) if entropy else none,
         _rows(logits),
         _rows(logits) if tail_mass else none.clone(),
         _rows(logits, 2),
+        _rows(logits, 2 + K) if stats else none.clone(),
     )
 
 
-def _call_fake(student: Tensor, **alike: object) -> Tensor:
+def _call_fake(student: Tensor, **shared: object) -> Tensor:
     size = torch.library.get_ctx().new_dynamic_size()
     return student.new_empty(size, dtype=torch.uint8)
 
@@ -323,7 +328,7 @@ _LOOP = (
 LINEAR_TOKENS = {
     "token_fwd": (
         f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, Tensor? temperature_rows, *, {_LOOP}) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     "token_bwd": (
         "(Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, Tensor norm, Tensor? entropy, Tensor dlogprobs, "

@@ -42,3 +42,17 @@ class TopKStats(NamedTuple):
     teacher_mass: Tensor
     student_mass: Tensor
     overlap: Tensor
+
+
+class TokenStats(NamedTuple):
+    """Statistics of ``token_logprobs``, detached; rows without a token are 0.
+
+    With ``x = cap(logits)`` and ``q = softmax(x / T)`` over ``vocab_size`` columns: ``log_sum_squares`` is
+    ``log sum_v q_v^2`` of the shape of the rows, less the Renyi entropy of order 2; ``mean_logit`` is the mean of x, so
+    that ``mean_logit / T - lse`` is the mean log-probability. ``is_argmax`` is a bool of the shape of the ids: no logit
+    of the row is larger than the id's; of several largest ones each is.
+    """
+
+    log_sum_squares: Tensor
+    mean_logit: Tensor
+    is_argmax: Tensor

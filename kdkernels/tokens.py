@@ -13,6 +13,7 @@ from kdkernels.capture import MAX_K_ON_GPU, SAMPLE_BLOCK, TeacherTopK
 from kdkernels.launch import flat
 from kdkernels.objective import PerRow, TokenOptions, takes
 from kdkernels.reduction import num_rows
+from kdkernels.stats import TokenStats
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -24,12 +25,13 @@ class TokenLogprobs(NamedTuple):
     """The results of ``token_logprobs``.
 
     logprobs: natural log-probabilities of the shape of the ids. entropy: in nats, of the shape of the rows, or None.
-    lse: ``logsumexp(logits / T)`` of the shape of the rows; it passes no gradient.
+    lse: ``logsumexp(logits / T)`` of the shape of the rows; it passes no gradient. stats: ``TokenStats``, or None.
     """
 
     logprobs: Tensor
     entropy: Optional[Tensor]
     lse: Tensor
+    stats: Optional[TokenStats] = None
 
 
 @takes(TokenOptions)
@@ -56,16 +58,18 @@ def token_logprobs(logits: Tensor, ids: Tensor, **options: Unpack[keywords.Token
             lse 0 too, and its logits are not read.
         temperature: T > 0, a number or one value per row.
         entropy: also return the entropy of q, with its gradient.
+        stats: also return ``TokenStats``, from the same read: ``log sum_v q_v^2``, the mean logit, and whether an id
+            has the largest logit of its row. They pass no gradient.
         softcap: cap > 0 of ``cap * tanh(logits / cap)``, applied first (Gemma 2).
         vocab_size: columns from there on are padding: no probability, gradient 0.
         ignore_index: an id that is no token, besides -1.
         inplace_backward: backward writes the gradient over the logits: it allocates no ``[N, V]``, and the logits are
             gone then. Eager only; needs logits that require grad, whose rows share no memory. Where their values are
             still needed, for ``retain_graph=True`` or hooks on saved tensors have them, backward allocates as usual.
-        backend: "auto", "triton" (K up to 2048), "cpu" (C++) or "torch" (plain PyTorch, the reference).
+        backend: "auto", "cuda" or "triton" (K up to 2048), "cpu" (C++) or "torch" (plain PyTorch, the reference).
 
     Returns:
-        ``TokenLogprobs(logprobs, entropy, lse)``, float32 (float64 for float64). A token of logit -inf has
+        ``TokenLogprobs(logprobs, entropy, lse, stats)``, float32 (float64 for float64). A token of logit -inf has
         log-probability -inf and a finite gradient. A row with NaN or +inf, or of -inf only, is NaN in all results and
         in its gradient. A row whose upstream gradients are all 0 gets a gradient of 0 without being read.
 
@@ -89,10 +93,26 @@ def token_logprobs(logits: Tensor, ids: Tensor, **options: Unpack[keywords.Token
     tokens = checks.token_ids(ids, logits, columns, given.ignore_index)
     call = token_call(given, logits, tokens, columns)
     checks.reverse_mode_only(call.backend, logits, ids, *given.tensors)
-    logprobs, entropy, lse, _ = token_values(call, logits, tokens, inplace=given.inplace_backward)
-    rows = logits.shape[:-1]
+    found = token_values(call, logits, tokens, inplace=given.inplace_backward)
+    return shaped(found.logprobs, found.entropy, found.lse, found.stats, logits.shape[:-1], ids.shape)
+
+
+def shaped(
+    logprobs: Tensor,
+    entropy: Optional[Tensor],
+    lse: Tensor,
+    stats: Optional[Tensor],
+    rows: torch.Size,
+    ids: torch.Size,
+) -> TokenLogprobs:
+    """Results of rows ``[N]`` and slots ``[N, K]`` in the shapes of the rows and of the ids."""
     return TokenLogprobs(
-        logprobs.reshape(ids.shape), entropy.reshape(rows) if entropy is not None else None, lse.reshape(rows)
+        logprobs.reshape(ids),
+        None if entropy is None else entropy.reshape(rows),
+        lse.reshape(rows),
+        None
+        if stats is None
+        else TokenStats(stats[:, 0].reshape(rows), stats[:, 1].reshape(rows), (stats[:, 2:] != 0).reshape(ids)),
     )
 
 
@@ -119,7 +139,7 @@ def gather_logprobs(
         temperature: T > 0, a number or one value per row; for the tail "bucket", that of the loss.
         vocab_size: columns from there on are padding: no probability.
         softcap: cap > 0 of ``cap * tanh(logits / cap)``, applied first.
-        backend: "auto", "triton" (K up to 2048), "cpu" (C++) or "torch" (plain PyTorch, some rows at a time).
+        backend: "auto", "cuda" or "triton" (K up to 2048), "cpu" (C++) or "torch" (plain PyTorch, some rows at a time).
 
     Returns:
         ``TeacherTopK`` of ids int32 ``(..., K)``, logprobs ``(..., K)`` and tail_logprob ``(...)``, float32 (float64
@@ -152,7 +172,7 @@ def gather_logprobs(
     if call.backend == "torch":
         logprobs, tail = _gathered_in_blocks(call, flat(logits), tokens)
     else:
-        logprobs, _, _, outside = token_values(call, logits, tokens)
+        logprobs, _, _, outside, _ = token_values(call, logits, tokens)
         assert outside is not None
         tail = outside
     logprobs = torch.where(tokens == -1, -torch.inf, logprobs)

@@ -203,7 +203,7 @@ def test_error_of_the_loss(tmp_path, divergence, lead):
 def test_wrong_input_adds_nothing(tmp_path):
     ids, logprobs, tail, input_ids = captured(0)
     wrong = [
-        (TypeError, "ids must be int32 or int64", (ids.float(), logprobs, tail), {"input_ids": input_ids}),
+        (TypeError, "ids must be int64 or int32", (ids.float(), logprobs, tail), {"input_ids": input_ids}),
         (ValueError, "ids must have shape", (ids[:, :-1], logprobs, tail), {"input_ids": input_ids}),
         (ValueError, "ids must be in", (ids + V, logprobs, tail), {"input_ids": input_ids}),
         (ValueError, "logprobs must have the shape", (ids, logprobs[:-1], tail), {"input_ids": input_ids}),

@@ -283,6 +283,15 @@ def test_samples_and_their_slots():
     assert kd.capture_samples(logits[:0], 6).ids.shape == (0, 4, 6)
 
 
+def test_samples_of_every_block_of_rows_have_their_own_temperatures(monkeypatch):
+    monkeypatch.setattr("kdkernels.capture.SAMPLE_BLOCK", 100)
+    logits, cold = torch.randn(6, 50), torch.tensor([True, False, False, False, True, True])
+    samples = kd.capture_samples(logits, 20, temperature=torch.where(cold, 1e-4, 100.0))
+    used = (samples.ids >= 0).sum(-1)
+    assert bool((samples.ids[cold].amax(-1) == logits[cold].argmax(-1)).all())
+    assert bool((used[cold] == 1).all()) and bool((used[~cold] > 8).all())
+
+
 def test_rare_tokens_are_drawn_at_their_rate():
     """262144 alike: an fp32 running sum would round most of their shares away."""
     samples = kd.capture_samples(torch.zeros(1, 262144), 20000, generator=torch.Generator().manual_seed(0))

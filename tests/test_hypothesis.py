@@ -182,7 +182,7 @@ def added(*terms):
 def laid_out(draw, x):
     """The same numbers as a view of another layout: rows that lie apart, in steps, transposed, or off by a few numbers.
 
-    What lies between them is NaN.
+    Memory between them is NaN.
     """
     kind = draw(st.sampled_from(["contiguous", "padded", "shifted", "stepped", "transposed"]))
     if kind == "padded" and x.dim() > 1:

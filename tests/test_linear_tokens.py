@@ -89,6 +89,27 @@ def test_values_and_gradients(name, k, dtype, backend):
         assert got.dtype == item.dtype and off(got, exact) < ROUNDING[dtype]
 
 
+@pytest.mark.parametrize("k", [None, 3])
+def test_statistics_are_those_of_the_logits(k, backend):
+    hidden, weight, bias, ids = operands(k=k)
+    options = {"temperature": torch.linspace(0.5, 2.0, N), "vocab_size": V - 45, "stats": True}
+    logits = hidden.detach() @ weight.detach().t() + bias.detach()
+    ids = ids.clamp(max=V - 46)
+    ids.view(N, -1)[::2, 0] = logits[::2, : V - 45].argmax(-1)
+    found = kd.linear_token_logprobs(hidden, weight, ids, bias=bias, chunk_bytes=5 * V * 4, backend=backend, **options)
+    with torch.no_grad():
+        again = kd.linear_token_logprobs(hidden, weight, ids, bias=bias, backend=backend, **options)
+    expected = kd.token_logprobs(logits, ids, backend="torch", **options).stats
+    for stats in (found.stats, again.stats):
+        torch.testing.assert_close(stats, expected, rtol=1e-5, atol=1e-5)
+        assert not stats.log_sum_squares.requires_grad and stats.is_argmax.any()
+    (grad,) = torch.autograd.grad(found.logprobs.sum(), hidden)
+    plain = kd.linear_token_logprobs(
+        hidden, weight, ids, bias=bias, chunk_bytes=5 * V * 4, backend=backend, **{**options, "stats": False}
+    )
+    torch.testing.assert_close(grad, torch.autograd.grad(plain.logprobs.sum(), hidden)[0])
+
+
 def test_only_what_requires_grad_gets_one(backend):
     hidden, weight, bias, ids = operands()
     for part in ((hidden,), (weight,), (bias,), (hidden, bias)):
@@ -235,12 +256,12 @@ def test_opcheck(pattern):
         "logits_dtype": None,
         "vocab_size": V,
         "numbers": [1.0, 0.0],
-        "choices": [-100, 1, 0],
+        "choices": [-100, 1, 0, 1],
     }
     namespace = torch.ops.kdkernels
     operands_of_op = (hidden, weight, bias, ids, None)
     if pattern == "token_bwd":
-        logprobs, entropy, _, _, norm = namespace.linear_token_fwd(*operands_of_op, **options)
+        logprobs, entropy, _, _, norm, _ = namespace.linear_token_fwd(*operands_of_op, **options)
         given = (torch.randn_like(logprobs), torch.randn_like(entropy))
         operands_of_op = (hidden, weight, bias, ids, norm, entropy, *given, None)
         options["needs"] = [True, True, True]

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import kdkernels as kd
-from kdkernels import checks, testing
+from kdkernels import testing
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 ROWS = 6
@@ -137,8 +137,7 @@ DKD = {
 }
 
 
-def check_dkd(kind, dtype, vocab_size, options, backend):
-    student, teacher, labels = inputs(kind, vocab_size, dtype)
+def check_dkd(student, teacher, labels, dtype, options, backend):
     unit = dkd_unit(student, teacher, labels, dtype, **options)
     with testing.poisoned_memory():
         oracle(lambda s, t: textbook_dkd(s, t, labels, **options), student, teacher, unit).check(
@@ -150,14 +149,26 @@ def check_dkd(kind, dtype, vocab_size, options, backend):
 @dtypes
 @pytest.mark.parametrize("options", DKD.values(), ids=DKD)
 def test_dkd(kind, dtype, options, backend):
-    check_dkd(kind, dtype, 1000, options, backend)
+    check_dkd(*inputs(kind, 1000, dtype), dtype, options, backend)
 
 
 @vocabularies
 @dtypes
 @pytest.mark.parametrize("options", DKD.values(), ids=DKD)
 def test_dkd_of_any_number_of_classes(vocab_size, dtype, options, backend):
-    check_dkd("normal", dtype, vocab_size, options, backend)
+    check_dkd(*inputs("normal", vocab_size, dtype), dtype, options, backend)
+
+
+@dtypes
+@pytest.mark.parametrize("lead", [60.0, 95.0, 300.0])
+@pytest.mark.parametrize("options", DKD.values(), ids=DKD)
+def test_dkd_beside_a_label_far_ahead(options, lead, dtype, backend):
+    """The others' exponentials are 0 beside the label's, and the KL over them is as exact as without it."""
+    student, teacher, labels = inputs("normal", 1000, dtype)
+    rows = (labels != -100).nonzero().squeeze(1)
+    for logits in (student, teacher):
+        logits[rows, labels[rows]] = lead
+    check_dkd(student, teacher, labels, dtype, options, backend)
 
 
 def test_dkd_puts_the_kl_together_again(backend):
@@ -430,7 +441,7 @@ def test_probabilities_below_the_normal_range_have_their_logarithms(divergence, 
 @dtypes
 def test_a_nan_of_the_teacher_spoils_its_row_only(form, dtype, backend, monkeypatch):
     """Among probabilities too, where their values are not read."""
-    monkeypatch.setattr(checks, "reads_values", lambda value: False)
+    monkeypatch.setattr("kdkernels.checks.dense.reads_values", lambda value: False)
     student, teacher, _ = inputs("normal", 300, dtype)
     other = testing.make_inputs("normal", ROWS, 300, DTYPES[dtype], 1)[1]
     options = {

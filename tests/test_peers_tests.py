@@ -402,3 +402,84 @@ def test_columns_that_both_models_rule_out_in_the_other_losses(dtype, backend):
         torch.testing.assert_close(got.loss, truth.loss, rtol=1e-5, atol=2e-6, msg=name)
         torch.testing.assert_close(got.dstudent[:, ~out], truth.dstudent, rtol=2 * rounding, atol=2e-6, msg=name)
         assert not got.dstudent[:, out].any(), name
+
+
+# Log-probabilities of tokens, as TRL tests its `selective_log_softmax` and its chunked head.
+
+
+@dtypes
+@pytest.mark.parametrize("k", [None, 1, 8])
+def test_selected_log_probabilities(k, dtype, backend):
+    """Those of the softmax in fp64 to 1e-6, of 16-bit logits too, where TRL's are rounded to 16 bits."""
+    x = torch.randn(4, 32, 1024).to(DTYPES[dtype])
+    ids = torch.randint(0, 1024, (4, 32) if k is None else (4, 32, k))
+    found = kd.token_logprobs(x, ids, backend=backend).logprobs
+    expected = x.double().log_softmax(-1).gather(-1, ids if k else ids[..., None]).reshape(ids.shape)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
+def test_log_probabilities_from_hidden_states_in_chunks(dtype, temperature, backend):
+    """Values, entropy and both gradients; of the entropy too, which in TRL's chunks has none."""
+    hidden = torch.randn(64, 32).to(DTYPES[dtype]).requires_grad_()
+    weight = torch.randn(128, 32).to(DTYPES[dtype]).requires_grad_()
+    ids = torch.randint(0, 128, (64,))
+    found = kd.linear_token_logprobs(
+        hidden, weight, ids, temperature=temperature, entropy=True, chunk_bytes=20 * 128 * 4, backend=backend
+    )
+    logp = (hidden.double() @ weight.double().t() / temperature).log_softmax(-1)
+    expected = logp.gather(1, ids[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+    margin = {"fp64": 1e-9, "fp32": 1e-5, "bf16": 1e-2}[dtype]
+    for value, exact in zip(found[:2], expected, strict=True):
+        torch.testing.assert_close(value.double(), exact, rtol=min(margin, 1e-6), atol=min(margin, 1e-5))
+    for results in ((found.logprobs, expected[0]), (found.entropy, expected[1])):
+        grads = [torch.autograd.grad(item.sum(), (hidden, weight), retain_graph=True) for item in results]
+        for grad, exact in zip(*grads, strict=True):
+            assert (grad.double() - exact.double()).norm() < margin * exact.double().norm()
+
+
+def over_support(student, teacher, k, beta, tail):
+    """The loss of TRL's IW-OPD trainer, a row at a time, on the top k of the teacher, the student, or of both."""
+    losses = []
+    for q, p in zip(student.softmax(-1), teacher.softmax(-1), strict=True):
+        tops = [set(x.topk(k).indices.tolist()) for x, used in ((p, beta < 1), (q, beta > 0)) if used]
+        support = sorted(set.union(*tops))
+        q, p = q[support], p[support]
+        if tail:
+            q, p = (torch.cat([x, 1 - x.sum(0, keepdim=True)]) for x in (q, p))
+        else:
+            q, p = q / q.sum(), p / p.sum()
+        m = p if beta == 1 else q if beta == 0 else beta * p + (1 - beta) * q
+        kl_p, kl_q = (p * (p / m).log()).sum(), (q * (q / m).log()).sum()
+        losses.append(kl_p if beta == 0 else kl_q if beta == 1 else beta * kl_p + (1 - beta) * kl_q)
+    return torch.stack(losses)
+
+
+def teachers_top(student, teacher, k, backend):
+    return kd.capture_topk(teacher, k, backend=backend)
+
+
+def students_top(student, teacher, k, backend):
+    ids = kd.capture_topk(student, k, backend=backend).ids
+    return kd.gather_logprobs(teacher, ids, backend=backend)
+
+
+def union_of_tops(student, teacher, k, backend):
+    ids = torch.cat([kd.capture_topk(logits, k, backend=backend).ids for logits in (teacher, student)], -1)
+    return kd.gather_logprobs(teacher, ids, backend=backend)  # an id of both counts once
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize_both"])
+@pytest.mark.parametrize("support, beta", [(teachers_top, 0.0), (students_top, 1.0), (union_of_tops, 0.3)])
+def test_supports_of_the_teacher_the_student_and_both(support, beta, tail, backend):
+    """As docs/guide/on-policy.md has them."""
+    student, teacher = (x.double().requires_grad_() for x in testing.make_inputs("normal", N, V, torch.float32))
+    top = support(student.detach(), teacher.detach(), K, backend)
+    given = {"tail_logprob": top.tail_logprob} if tail == "bucket" else {}
+    options = {"divergence": kd.JSD(beta), "tail": tail, "reduction": "none", "backend": backend, **given}
+    loss = kd.topk_kd_loss(student, top.ids, top.logprobs, **options)
+    expected = over_support(student, teacher, K, beta, tail == "bucket")
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-9)
+    grads = [torch.autograd.grad(item.sum(), student, retain_graph=True)[0] for item in (loss, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-9)

@@ -184,13 +184,13 @@ def test_any_shape_and_strides(backend):
     several = kd.token_logprobs(shifted[:, :-1], torch.randint(0, 9, (2, 5, 4), dtype=torch.int32), backend=backend)
     assert several.logprobs.shape == (2, 5, 4) and several.lse.shape == (2, 5)
     one = kd.token_logprobs(torch.randn(9), torch.tensor(3), entropy=True, backend=backend)
-    assert [tuple(item.shape) for item in one] == [(), (), ()]
+    assert [tuple(item.shape) for item in one[:3]] == [(), (), ()]
 
 
 def test_no_rows(backend):
     logits = torch.randn(0, 3, V, requires_grad=True)
     found = kd.token_logprobs(logits, torch.zeros(0, 3, dtype=torch.int64), entropy=True, backend=backend)
-    assert [tuple(item.shape) for item in found] == [(0, 3)] * 3
+    assert [tuple(item.shape) for item in found[:3]] == [(0, 3)] * 3
     (found.logprobs.sum() + found.entropy.sum()).backward()
     assert logits.grad.shape == logits.shape
 
@@ -200,7 +200,7 @@ def test_rows_without_a_token_are_not_read(backend):
     logits[[1, 4]] = torch.tensor([torch.nan, INF])[:, None]
     ids = torch.tensor([[3, 5], [-1, -100], [2, -1], [7, 7], [-100, -100], [1, 0]])
     found, grad = evaluate(logits, ids, backend=backend)
-    for item in found:
+    for item in found[:3]:
         assert not item[[1, 4]].any() and torch.isfinite(item).all()
     assert not grad[[1, 4]].any() and torch.isfinite(grad).all()
     assert found.logprobs[2, 1] == 0
@@ -477,6 +477,134 @@ def test_in_place_backward_is_refused_where_it_cannot_be(backend):
         kd.token_logprobs(torch.randn(3, V), ids, inplace_backward=True, backend=backend)
 
 
+def expected_stats(logits, ids, *, temperature=1.0, softcap=None, vocab_size=None, ignore_index=-100):
+    """Of the formulas, a row at a time in fp64; equal logits all count as the largest."""
+    squares, means, largest = [], [], []
+    for i, row in enumerate(logits[:, : vocab_size or logits.shape[1]].double()):
+        x = softcap * torch.tanh(row / softcap) if softcap else row
+        q = (x / (temperature[i] if isinstance(temperature, torch.Tensor) else temperature)).softmax(-1)
+        used = [int(v) not in (-1, ignore_index) for v in ids[i]]
+        zero = x.new_zeros(())
+        squares.append(q.square().sum().log() if any(used) else zero)
+        means.append(x.mean() if any(used) else zero)
+        # The softcap in the dtype of the sums may make two logits equal: by the logits themselves.
+        first = logits[i, : len(x)]
+        largest.append([u and bool(first[int(v)] == first.max()) for u, v in zip(used, ids[i], strict=True)])
+    return torch.stack(squares), torch.stack(means), torch.tensor(largest)
+
+
+def check_stats(logits, ids, backend, atol=4e-6, **options):
+    found = kd.token_logprobs(logits, ids, stats=True, backend=backend, **options)
+    squares, means, largest = expected_stats(logits, ids, **options)
+    sums = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    near = {"rtol": 4e-6, "atol": atol}
+    assert found.entropy is None and found.stats.log_sum_squares.dtype == found.stats.mean_logit.dtype == sums
+    torch.testing.assert_close(found.stats.log_sum_squares.double(), squares, **near)
+    torch.testing.assert_close(found.stats.mean_logit.double(), means, **near)
+    assert torch.equal(found.stats.is_argmax, largest)
+    # The same values as without them.
+    plain = kd.token_logprobs(logits, ids, entropy=True, backend=backend, **options)
+    again = kd.token_logprobs(logits, ids, entropy=True, stats=True, backend=backend, **options)
+    assert plain.stats is None
+    torch.testing.assert_close(again[:3], plain[:3], rtol=1e-5, atol=4e-6)
+    return found
+
+
+def with_the_largest(ids, logits, vocab_size=None):
+    """Every other row's first slot is its likeliest token."""
+    ids = ids.clone()
+    ids[::2, 0] = logits[::2, :vocab_size].argmax(-1)
+    return ids
+
+
+@pytest.mark.parametrize("columns", [1, 2, 17, 1000, 4101])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_statistics(dtype, columns, backend):
+    logits = (torch.randn(N, columns) * 3).to(DTYPES[dtype])
+    found = check_stats(logits, with_the_largest(tokens(3, columns=columns), logits), backend)
+    if columns == 1:
+        assert not found.stats.log_sum_squares.any()
+    assert (found.stats.log_sum_squares <= 0).all()
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "no-entropy"])
+def test_statistics_with_options(name, backend):
+    logits, ids = torch.randn(N, V) * 3, tokens(3, columns=V - 5)
+    ignored = OPTIONS[name].get("ignore_index", -100)
+    ids[ids == -100] = ignored
+    ids = with_the_largest(ids, logits, OPTIONS[name].get("vocab_size"))
+    check_stats(logits, ids, backend, atol=1e-4 if name == "cold" else 4e-6, **OPTIONS[name])
+
+
+def test_statistics_of_ties_and_of_logits_of_minus_infinity(backend):
+    """Of several largest logits each counts, so that no order of columns matters; a mean with -inf in it is -inf."""
+    logits = torch.tensor([[1.0, 5.0, 5.0, -INF], [7.0, 7.0, 7.0, 7.0], [-INF, -INF, 2.0, 1.0]])
+    ids = torch.tensor([[0, 1, 2], [3, 0, -1], [0, 2, 2]])
+    stats = check_stats(logits, ids, backend).stats
+    assert stats.is_argmax.tolist() == [[False, True, True], [True, True, False], [False, True, True]]
+    assert stats.mean_logit.tolist() == [-INF, 7.0, -INF]
+    # The last bit decides.
+    near = torch.full((2, 40), 1.0)
+    near[:, 30] = 1.0 + 2**-23
+    assert check_stats(near, torch.tensor([[30, 29], [0, 30]]), backend).stats.is_argmax.tolist() == [
+        [True, False],
+        [False, True],
+    ]
+
+
+def test_statistics_of_rows_without_a_token_or_a_distribution(backend):
+    logits = torch.randn(5, V)
+    logits[0, 7], logits[1, 3], logits[2], logits[3] = torch.nan, INF, -INF, torch.nan
+    ids = torch.tensor([[7, 2], [3, 1], [0, 1], [-1, -100], [4, 2]])
+    stats = kd.token_logprobs(logits, ids, stats=True, backend=backend).stats
+    assert stats.log_sum_squares[:3].isnan().all() and stats.mean_logit[:3].isnan().all()
+    assert not stats.is_argmax[:4].any() and not stats.log_sum_squares[3] and not stats.mean_logit[3]
+    assert torch.isfinite(stats.log_sum_squares[4]) and torch.isfinite(stats.mean_logit[4])
+    empty = kd.token_logprobs(torch.randn(0, 3, V), torch.zeros(0, 3, 2).long(), stats=True, backend=backend).stats
+    assert [tuple(item.shape) for item in empty] == [(0, 3), (0, 3), (0, 3, 2)]
+
+
+@pytest.mark.parametrize("kind", ["late", "huge", "peaked", "spread"])
+def test_statistics_of_extreme_rows(kind, backend):
+    """The likeliest tokens stand last, or far ahead of the first ones; the largest finite logits have a mean."""
+    logits, _ = testing.make_inputs(kind, 8, 5003, torch.float32)
+    check_stats(logits, with_the_largest(torch.randint(0, 5003, (8, 2)), logits), backend, atol=2e-3)
+    late = torch.zeros(2, 5003)
+    late[0, 4000:], late[1, 5002] = 80.0, 1e4
+    check_stats(late, torch.tensor([[4000, 0], [5002, 1]]), backend)
+    extreme = torch.full((1, 5), torch.finfo(torch.float32).max)
+    stats = kd.token_logprobs(extreme, torch.tensor([3]), stats=True, backend=backend).stats
+    assert float(stats.mean_logit) == pytest.approx(float(extreme[0, 0]), rel=1e-6)
+    assert float(stats.log_sum_squares) == pytest.approx(-math.log(5), abs=1e-6) and bool(stats.is_argmax)
+
+
+def test_statistics_pass_no_gradient_and_change_none(backend):
+    logits, ids = torch.randn(N, V), tokens(2)
+    leaf = logits.clone().requires_grad_()
+    found = kd.token_logprobs(leaf, ids, entropy=True, stats=True, backend=backend)
+    assert not any(item.requires_grad for item in found.stats)
+    (grad,) = torch.autograd.grad(found.logprobs.sum() + found.entropy.sum(), leaf)
+    plain = kd.token_logprobs(leaf, ids, entropy=True, backend=backend)
+    (expected,) = torch.autograd.grad(plain.logprobs.sum() + plain.entropy.sum(), leaf)
+    torch.testing.assert_close(grad, expected)
+
+
+def test_statistics_compile(backend, forget):
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def loss(x, ids):
+        found = kd.token_logprobs(x, ids, stats=True, backend=backend)
+        return (found.logprobs * found.stats.is_argmax).sum() + found.stats.mean_logit.sum(), found.stats
+
+    compiled = torch.compile(loss, backend=counter, fullgraph=True)
+    for rows in range(N, N + 4):
+        logits, ids = torch.randn(rows, V), tokens(3, rows=rows)
+        torch.testing.assert_close(compiled(logits, ids), loss(logits, ids), rtol=1e-5, atol=1e-5)
+        leaf = logits.requires_grad_()
+        torch.testing.assert_close(compiled(leaf, ids), loss(leaf, ids), rtol=1e-5, atol=1e-5)
+    assert counter.frame_count <= 4
+
+
 BAD = [
     (TypeError, "logits must be a torch.Tensor", {"logits": [1.0]}),
     (TypeError, "ids must be a torch.Tensor, got list", {"ids": [1, 2]}),
@@ -495,6 +623,7 @@ BAD = [
     (ValueError, "temperature must be finite and > 0, got 0.0", {"temperature": torch.zeros(N)}),
     (ValueError, r"temperature must be a number or have one value per row", {"temperature": torch.ones(N + 1)}),
     (TypeError, "entropy must be a bool", {"entropy": 1}),
+    (TypeError, "stats must be a bool", {"stats": None}),
     (ValueError, "softcap must be > 0", {"softcap": 0.0}),
     (TypeError, "ignore_index must be an int", {"ignore_index": None}),
     (TypeError, "did you mean 'temperature'", {"temprature": 2.0}),

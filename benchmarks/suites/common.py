@@ -13,7 +13,8 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor
 
-from benchmarks.model import Absent, Candidate, Case, Outcome, Run
+import kdkernels as kd
+from benchmarks.model import Absent, Candidate, Candidates, Case, Outcome, Run
 from kdkernels import memory, ops
 from kdkernels.backends import Availability, available
 from kdkernels.objective import Objective
@@ -66,14 +67,14 @@ class LogitInputs:
         return SimpleNamespace(**block, student=block["pristine"].clone().requires_grad_())
 
 
-def unit_bytes(case: Case) -> int:
-    """One ``[N, V]`` gradient."""
-    return case.shape[0] * case.shape[1] * case.torch_dtype.itemsize
+def kd_loss(name: Any) -> Ours:
+    """``kd_loss`` with a divergence, at the temperature of all suites."""
 
+    def loss(inputs: Any, backend: Any, reduction: Any, inplace: bool) -> Tensor:
+        options = {"reduction": reduction, "inplace": inplace, "backend": backend}
+        return kd.kd_loss(inputs.student, inputs.teacher, divergence=name, temperature=TEMPERATURE, **options)
 
-def floor_bytes(case: Case) -> int:
-    """Two reads and one write of ``[N, V]``."""
-    return 3 * unit_bytes(case)
+    return loss
 
 
 def truth(inputs: Any, ours: Ours) -> Outcome:
@@ -117,54 +118,65 @@ def compiled(
     name: str, group: str, loss: Loss, case: Case, arguments: Arguments = logits_and_labels
 ) -> Union[Candidate, Absent]:
     """torch.compile of an eager formulation, for one fixed shape."""
-    reason = _compile_unavailable(case.device)
-    if reason:
-        return Absent(name, group, reason)
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if case.device == "cpu" and not shutil.which(compiler):
+        return Absent(name, group, f"torch.compile needs a C++ compiler on the CPU, and {compiler} is not on PATH")
     return Candidate(
         name, group, "compile", lambda: autograd(torch.compile(loss, dynamic=False, fullgraph=True), arguments)
     )
 
 
-def ours(
+def each_backend(
     group: str,
-    loss: Ours,
     case: Case,
+    label: str,
+    build: Callable[[str], Run],
     *,
-    backends: Sequence[str],
-    inplace: bool = False,
+    backends: Sequence[str] = FUSED,
     pattern: str = "dense_fwd",
-) -> list[Union[Candidate, Absent]]:
-    """kdkernels through autograd, one candidate per backend; its reference is not called by its name."""
-    found: list[Union[Candidate, Absent]] = []
+    family: str = "kdkernels",
+) -> Candidates:
+    """A candidate for each backend, ``build`` of its name; ``label`` has a place for the name."""
+    found: Candidates = []
     for backend in availability(case, backends, pattern):
-        who = "plain PyTorch, the reference" if backend.name == "torch" else f"kdkernels {backend.name}"
-        name = f"{who}{', in place' if inplace else ''}"
+        name = label.format(backend.name)
         if backend.ok:
-            family = "kdkernels" if backend.name in FUSED else "reference"
-            found.append(Candidate(name, group, family, _build_ours(loss, backend.name, inplace)))
+            found.append(Candidate(name, group, family, partial(build, backend.name)))
         else:
             found.append(Absent(name, group, backend.reason))
     return found
 
 
-def availability(case: Case, names: Sequence[str], pattern: str = "dense_fwd") -> list[Availability]:
+def ours(group: str, loss: Ours, case: Case, *, inplace: bool = False, pattern: str = "dense_fwd") -> Candidates:
+    """kdkernels through autograd, one candidate per backend."""
+    label = "kdkernels {}, in place" if inplace else "kdkernels {}"
+    return each_backend(group, case, label, partial(_build_ours, loss, inplace), pattern=pattern)
+
+
+def availability(case: Case, names: Sequence[str] = FUSED, pattern: str = "dense_fwd") -> list[Availability]:
     """The backends that have the op ``pattern`` and run on the case's device, and why the others do not."""
     found = [backend for backend in available(case.device) if backend.name in names]
     lacking = ops.LACKING.get(pattern, {})
     return [Availability(b.name, False, lacking[b.name]) if b.name in lacking else b for b in found]
 
 
-def _build_ours(loss: Ours, backend: str, inplace: bool) -> Callable[[], Run]:
-    return lambda: autograd(lambda inputs: loss(inputs, backend, "batchmean", inplace), lambda inputs: (inputs,))
+def _build_ours(loss: Ours, inplace: bool, backend: str) -> Run:
+    return autograd(lambda inputs: loss(inputs, backend, "batchmean", inplace), lambda inputs: (inputs,))
+
+
+def reference(group: str, loss: Ours, case: Case) -> Candidates:
+    """Plain PyTorch, which is not called by kdkernels' name."""
+    build, label = partial(_build_ours, loss, False), "plain PyTorch, the reference"
+    return each_backend(group, case, label, build, backends=("torch",), family="reference")
 
 
 def fresh_pages(group: str, loss: Ours, case: Case) -> list[Candidate]:
     """On the CPU without the memory that kdkernels keeps for gradients: its pages are mapped anew in every run."""
-    if case.device != "cpu" or not next(answer.ok for answer in availability(case, FUSED) if answer.name == "cpu"):
+    if case.device != "cpu" or not next(answer.ok for answer in availability(case) if answer.name == "cpu"):
         return []
 
     def build() -> Run:
-        run = _build_ours(loss, "cpu", False)()
+        run = _build_ours(loss, False, "cpu")
 
         def cold(inputs: Any) -> Outcome:
             memory.empty_cache()
@@ -177,19 +189,13 @@ def fresh_pages(group: str, loss: Ours, case: Case) -> list[Candidate]:
 
 def kernels(
     group: str, case: Case, build: Optional[Callable[[str], Run]] = None, pattern: str = "dense_fwd"
-) -> list[Union[Candidate, Absent]]:
+) -> Candidates:
     """An op alone, its gradient written to memory that is there already: no autograd, no allocation.
 
     ``build`` makes its run from a backend's name; the op is forward KL of dense logits where there is none.
     """
-    found: list[Union[Candidate, Absent]] = []
-    for backend in availability(case, FUSED, pattern=pattern):
-        name = f"{backend.name} kernel, output allocated"
-        if backend.ok:
-            found.append(Candidate(name, group, "kernel", partial(build or _build_kernel, backend.name)))
-        else:
-            found.append(Absent(name, group, backend.reason))
-    return found
+    label = "{} kernel, output allocated"
+    return each_backend(group, case, label, build or _build_kernel, pattern=pattern, family="kernel")
 
 
 def _build_kernel(backend: str) -> Run:
@@ -216,28 +222,13 @@ def add_probe(group: str) -> Candidate:
     return Candidate("torch.add(s, t, out=g)", group, "probe", lambda: run, _added)
 
 
-class _AddAsLoss(torch.autograd.Function):
-    """A loss of 0 whose gradient is said to be ``s + t``."""
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
-        gradient = memory.empty_like(student)
-        torch.add(student.detach(), teacher, out=gradient)
-        ctx.save_for_backward(gradient)
-        return student.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
-        return ctx.saved_tensors[0], None
-
-
 class _Nothing(torch.autograd.Function):
     """A loss of 0 with the gradient it is given."""
 
     @staticmethod
     def forward(ctx: Any, leaf: Tensor, gradient: Tensor) -> Tensor:
         ctx.save_for_backward(gradient)
-        return torch.zeros(())
+        return leaf.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
@@ -261,22 +252,17 @@ def nothing_through_autograd(group: str, case: Case) -> list[Candidate]:
         assert leaf.grad is not None
         return Outcome(value, (leaf.grad,))
 
-    return [
-        Candidate(
-            "autograd.Function, no work",
-            group,
-            "fixed",
-            lambda: run,
-            lambda inputs: Outcome(torch.zeros(()), (gradient,)),
-        )
-    ]
+    expected = Outcome(torch.zeros(()), (gradient,))
+    return [Candidate("autograd.Function, no work", group, "fixed", lambda: run, lambda inputs: expected)]
 
 
 def add_through_autograd(group: str) -> Candidate:
     """The cost of autograd, and an addition for the memory."""
 
     def run(inputs: Any) -> Outcome:
-        value = _AddAsLoss.apply(inputs.student, inputs.teacher)
+        gradient = memory.empty_like(inputs.student)
+        torch.add(inputs.student.detach(), inputs.teacher, out=gradient)
+        value = _apply_nothing(inputs.student, gradient)
         value.backward()
         return Outcome(value, (inputs.student.grad,))
 
@@ -285,11 +271,3 @@ def add_through_autograd(group: str) -> Candidate:
 
 def _added(inputs: Any) -> Outcome:
     return Outcome(torch.zeros(()), (inputs.pristine.double() + inputs.teacher.double(),))
-
-
-def _compile_unavailable(device: str) -> Optional[str]:
-    if device == "cpu":
-        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-        if not shutil.which(compiler):
-            return f"torch.compile needs a C++ compiler on the CPU, and {compiler} is not on PATH"
-    return None

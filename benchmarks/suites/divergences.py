@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Union
+from typing import Any
 
-from torch import Tensor
-
-import kdkernels as kd
 from benchmarks import eager
-from benchmarks.model import Absent, Candidate, Case, Outcome, Suite
+from benchmarks.model import Absent, Candidates, Case, Outcome, Suite
 from benchmarks.suites import common
 from kdkernels import divergences
 
 
-def loss_of(name: Any) -> common.Ours:
-    def loss(inputs: Any, backend: Any, reduction: Any, inplace: bool) -> Tensor:
-        return kd.kd_loss(
-            inputs.student,
-            inputs.teacher,
-            divergence=name,
-            temperature=common.TEMPERATURE,
-            reduction=reduction,
-            inplace=inplace,
-            backend=backend,
-        )
-
-    return loss
-
-
-def make_candidates(case: Case) -> list[Union[Candidate, Absent]]:
-    found: list[Union[Candidate, Absent]] = [common.add_probe("forward_kl")]
+def make_candidates(case: Case) -> Candidates:
+    found: Candidates = [common.add_probe("forward_kl")]
     for name in divergences.names():
         if name in eager.BEST:
             found += [
@@ -39,13 +21,13 @@ def make_candidates(case: Case) -> list[Union[Candidate, Absent]]:
             ]
         else:
             found.append(Absent("eager", name, "benchmarks/eager.py has no formulation of it"))
-        found += common.ours(name, loss_of(name), case, backends=common.FUSED)
+        found += common.ours(name, common.kd_loss(name), case)
     return found
 
 
 def expected(inputs: Any, group: str) -> Outcome:
     # Where p == q TVD's gradient jumps, and differences of bf16 logits are equal for thousands of columns at once.
-    return common.truth(inputs, loss_of(group))._replace(jumps=group == "tvd")
+    return common.truth(inputs, common.kd_loss(group))._replace(jumps=group == "tvd")
 
 
 SUITE = Suite(
@@ -53,11 +35,8 @@ SUITE = Suite(
     title="Every divergence, loss and gradient",
     shapes=((512, 32000),),
     dtypes=("bf16",),
-    quick_shapes=((256, 8192),),
     make_inputs=common.LogitInputs,
     make_candidates=make_candidates,
     expected=expected,
-    unit_bytes=common.unit_bytes,
-    floor_bytes=common.floor_bytes,
     baseline_group="forward_kl",
 )

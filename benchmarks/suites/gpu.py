@@ -6,15 +6,15 @@ On a machine without a GPU the same candidates run as far as they can, to see th
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any, Union
 
 import torch
 from torch import Tensor
 
 from benchmarks import eager
-from benchmarks.model import Absent, Candidate, Case, Outcome, Run, Suite
+from benchmarks.model import Absent, Candidate, Candidates, Case, Outcome, Run, Suite
 from benchmarks.suites import common
-from benchmarks.suites.divergences import loss_of
 
 DIVERGENCES = ("forward_kl", "jsd", "tvd")
 LOSS_ONLY = ", loss only"
@@ -26,19 +26,14 @@ LIGER: dict[str, tuple[str, dict[str, Any], bool]] = {
 }
 
 
-def loss_only(build: Any) -> Any:
-    """The loss alone, from the builder of a candidate's ``common.Loss``."""
+def loss_only(loss: Callable[[Any], Tensor]) -> Run:
+    """The loss alone."""
 
-    def run_of() -> Run:
-        loss = build()
+    def run(inputs: Any) -> Outcome:
+        with torch.no_grad():
+            return Outcome(loss(inputs), ())
 
-        def run(inputs: Any) -> Outcome:
-            with torch.no_grad():
-                return Outcome(loss(inputs), ())
-
-        return run
-
-    return run_of
+    return run
 
 
 def liger(name: str, case: Case) -> Union[Candidate, Absent]:
@@ -65,39 +60,32 @@ def liger(name: str, case: Case) -> Union[Candidate, Absent]:
     return Candidate(label, name, "peer", build)
 
 
-def make_candidates(case: Case) -> list[Union[Candidate, Absent]]:
-    found: list[Union[Candidate, Absent]] = [common.add_probe("forward_kl")]
+def make_candidates(case: Case) -> Candidates:
+    found: Candidates = [common.add_probe("forward_kl")]
     for name in DIVERGENCES:
         best = eager.BEST[name]
         found += [
             common.eager("eager, fewest passes", name, best),
             common.compiled("torch.compile, fewest passes", name, best, case),
             liger(name, case),
-            *common.ours(name, loss_of(name), case, backends=common.FUSED),
-            *common.ours(name, loss_of(name), case, backends=common.FUSED, inplace=True),
+            *common.ours(name, common.kd_loss(name), case),
+            *common.ours(name, common.kd_loss(name), case, inplace=True),
         ]
-    for item in common.ours("forward_kl", loss_of("forward_kl"), case, backends=common.FUSED):
-        group = item.group + LOSS_ONLY
-        if isinstance(item, Absent):
-            found.append(Absent(item.name, group, item.reason))
-            continue
-        backend = item.name.removeprefix("kdkernels ")
-        ours = loss_of("forward_kl")
+    alone, forward_kl = "forward_kl" + LOSS_ONLY, common.kd_loss("forward_kl")
 
-        def build(ours: common.Ours = ours, backend: str = backend) -> Any:
-            return lambda inputs: ours(inputs, backend, "batchmean", False)
+    def build(backend: str) -> Run:
+        return loss_only(lambda inputs: forward_kl(inputs, backend, "batchmean", False))
 
-        found.append(Candidate(item.name, group, "kdkernels", loss_only(build)))
+    def build_eager() -> Run:
+        return loss_only(lambda inputs: eager.BEST["forward_kl"](*common.logits_and_labels(inputs)))
 
-    def build_eager() -> Any:
-        return lambda inputs: eager.BEST["forward_kl"](*common.logits_and_labels(inputs))
-
-    found.append(Candidate("eager, fewest passes", "forward_kl" + LOSS_ONLY, "eager", loss_only(build_eager)))
+    found += common.each_backend(alone, case, "kdkernels {}", build)
+    found.append(Candidate("eager, fewest passes", alone, "eager", build_eager))
     return found
 
 
 def expected(inputs: Any, group: str) -> Outcome:
-    found = common.truth(inputs, loss_of(group.removesuffix(LOSS_ONLY)))
+    found = common.truth(inputs, common.kd_loss(group.removesuffix(LOSS_ONLY)))
     return Outcome(found.loss, ()) if group.endswith(LOSS_ONLY) else found
 
 
@@ -110,8 +98,6 @@ SUITE = Suite(
     make_inputs=common.LogitInputs,
     make_candidates=make_candidates,
     expected=expected,
-    unit_bytes=common.unit_bytes,
-    floor_bytes=common.floor_bytes,
     floor_share={"forward_kl" + LOSS_ONLY: 2 / 3},
     bandwidth="copy",
 )

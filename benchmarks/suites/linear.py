@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, Union
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 import kdkernels as kd
 from benchmarks import eager
-from benchmarks.model import Absent, Candidate, Case, Outcome, Run, Suite
+from benchmarks.model import Absent, Candidate, Candidates, Case, Outcome, Run, Suite
 from benchmarks.suites import common
 
 FORWARD_KL, JSD = "forward_kl", "jsd"
@@ -53,28 +52,18 @@ class HiddenInputs:
 def truth(inputs: Any, divergence: str) -> Outcome:
     """Loss and gradients of the reference in fp64, in blocks of rows; kept, for it takes its time."""
     if divergence not in inputs.truths:
-        hidden, weight, teacher_hidden, teacher_weight = (
-            item.detach().cpu().double()
-            for item in (inputs.hidden, inputs.weight, inputs.teacher_hidden, inputs.teacher_weight)
-        )
-        rows = len(hidden)
+        hidden, weight, *teacher = (item.detach().cpu().double() for item in _heads(inputs))
+        hidden.requires_grad_(), weight.requires_grad_()
+        rows, total = len(hidden), torch.zeros((), dtype=torch.float64)
         step = max(1, 2**23 // len(weight))
-        total, dhidden, dweight = (
-            torch.zeros((), dtype=torch.float64),
-            torch.empty_like(hidden),
-            torch.zeros_like(weight),
-        )
         for start in range(0, rows, step):
             part = slice(start, start + step)
-            logits = (hidden[part] @ weight.T).requires_grad_()
-            teacher = teacher_hidden[part] @ teacher_weight.T
-            value = kd.kd_loss(logits, teacher, **_options(divergence), normalizer=rows, backend="torch")
+            logits = F.linear(hidden[part], weight), F.linear(teacher[0][part], teacher[1])
+            value = kd.kd_loss(*logits, **_options(divergence), normalizer=rows, backend="torch")
             value.backward()
-            assert logits.grad is not None
             total += value.detach()
-            dhidden[part] = logits.grad @ weight
-            dweight.addmm_(logits.grad.T, hidden[part])
-        inputs.truths[divergence] = Outcome(total, (dhidden, dweight))
+        assert hidden.grad is not None and weight.grad is not None
+        inputs.truths[divergence] = Outcome(total, (hidden.grad, weight.grad))
     return inputs.truths[divergence]
 
 
@@ -117,38 +106,33 @@ def unfused(divergence: str, backend: Any) -> Run:
     return autograd(loss)
 
 
-def ours(divergence: str, case: Case, *, all_logits: bool = True) -> list[Union[Candidate, Absent]]:
-    found: list[Union[Candidate, Absent]] = []
-    for answer in common.availability(case, common.FUSED):
-        ways = {f"kdkernels {answer.name}, linear_kd_loss": linear}
-        if all_logits:
-            ways[f"kdkernels {answer.name}, kd_loss of stored logits"] = unfused
-        for name, way in ways.items():
-            if answer.ok:
-                build = functools.partial(way, divergence, answer.name)
-                found.append(Candidate(name, divergence, "kdkernels", build))
-            else:
-                found.append(Absent(name, divergence, answer.reason))
-    return found
+def ours(divergence: str, case: Case) -> Candidates:
+    build = functools.partial(linear, divergence)
+    return common.each_backend(divergence, case, "kdkernels {}, linear_kd_loss", build)
+
+
+def ours_stored(divergence: str, case: Case) -> Candidates:
+    build = functools.partial(unfused, divergence)
+    return common.each_backend(divergence, case, "kdkernels {}, kd_loss of stored logits", build)
 
 
 def products(group: str) -> Candidate:
     """The four products alone, to memory that is there already."""
 
     def build() -> Run:
-        space = SimpleNamespace(student=None)
+        space: list[Tensor] = []
 
         def run(inputs: Any) -> Outcome:
             hidden, weight, teacher_hidden, teacher_weight = (item.detach() for item in _heads(inputs))
-            if space.student is None:
-                space.student = hidden.new_empty(len(hidden), len(weight))
-                space.teacher = torch.empty_like(space.student)
-                space.dhidden, space.dweight = torch.empty_like(hidden), torch.empty_like(weight)
-            torch.mm(teacher_hidden, teacher_weight.T, out=space.teacher)
-            torch.mm(hidden, weight.T, out=space.student)
-            torch.mm(space.student, weight, out=space.dhidden)
-            torch.mm(space.student.T, hidden, out=space.dweight)
-            return Outcome(torch.zeros(()), (space.dhidden, space.dweight))
+            if not space:
+                logits = hidden.new_empty(2, len(hidden), len(weight))
+                space.extend((*logits, torch.empty_like(hidden), torch.empty_like(weight)))
+            teacher, student, dhidden, dweight = space
+            torch.mm(teacher_hidden, teacher_weight.T, out=teacher)
+            torch.mm(hidden, weight.T, out=student)
+            torch.mm(student, weight, out=dhidden)
+            torch.mm(student.T, hidden, out=dweight)
+            return Outcome(torch.zeros(()), (dhidden, dweight))
 
         return run
 
@@ -192,17 +176,19 @@ def trl(divergence: str) -> Union[Candidate, Absent]:
     return Candidate(name, divergence, "peer", lambda: autograd(loss))
 
 
-def make_candidates(case: Case) -> list[Union[Candidate, Absent]]:
-    kl, jsd = stored(eager.kl_log_target), stored(eager.jsd_best)
+def make_candidates(case: Case) -> Candidates:
+    kl, jsd = stored(eager.forward_kl_best), stored(eager.jsd_best)
     return [
         products(FORWARD_KL),
         common.eager("eager, fewest passes", FORWARD_KL, kl, _heads),
         common.compiled("torch.compile, fewest passes", FORWARD_KL, kl, case, _heads),
         *ours(FORWARD_KL, case),
+        *ours_stored(FORWARD_KL, case),
         common.eager("eager, fewest passes", JSD, jsd, _heads),
         liger(JSD),
         trl(JSD),
         *ours(JSD, case),
+        *ours_stored(JSD, case),
     ]
 
 
@@ -221,7 +207,6 @@ SUITE = Suite(
     make_inputs=HiddenInputs,
     make_candidates=make_candidates,
     expected=truth,
-    unit_bytes=common.unit_bytes,
     floor_bytes=floor_bytes,
     unit="[N, V] tensor of logits",
     probe="products",

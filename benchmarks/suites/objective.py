@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
 import kdkernels as kd
 from benchmarks import eager
-from benchmarks.model import Absent, Candidate, Case, Outcome, Suite
+from benchmarks.model import Candidates, Case, Suite
 from benchmarks.suites import common
 
 CE_WEIGHT, SMOOTHING, Z_WEIGHT, SOFTCAP, INTERPOLATION, DKD_ALPHA, DKD_BETA = 0.5, 0.1, 1e-4, 30.0, 0.4, 1.0, 2.0
@@ -63,7 +63,7 @@ def _labels(inputs: Any) -> dict[str, Any]:
 
 
 VARIATIONS: dict[str, Variation] = {
-    "forward KL": Variation(eager.kl_log_target),
+    "forward KL": Variation(eager.forward_kl_best),
     "+ cross entropy": Variation(eager.kl_ce, {"ce_weight": CE_WEIGHT}, _labels),
     "+ cross entropy, label smoothing": Variation(
         eager.kl_ce_smoothed, {"ce_weight": CE_WEIGHT, "label_smoothing": SMOOTHING}, _labels
@@ -100,21 +100,17 @@ VARIATIONS: dict[str, Variation] = {
 }
 
 
-def make_candidates(case: Case) -> list[Union[Candidate, Absent]]:
-    found: list[Union[Candidate, Absent]] = [common.add_probe("forward KL")]
+def make_candidates(case: Case) -> Candidates:
+    found: Candidates = [common.add_probe("forward KL")]
     for name, variation in VARIATIONS.items():
         found.append(common.eager("eager, fewest passes", name, variation.formulation, variation.arguments))
         if variation.eager_only is not None:
             found.append(common.eager("eager, counted rows selected", name, variation.eager_only, variation.arguments))
         found += [
             common.compiled("torch.compile, fewest passes", name, variation.formulation, case, variation.arguments),
-            *common.ours(name, variation.ours, case, backends=common.FUSED),
+            *common.ours(name, variation.ours, case),
         ]
     return found
-
-
-def expected(inputs: Any, group: str) -> Outcome:
-    return common.truth(inputs, VARIATIONS[group].ours)
 
 
 SUITE = Suite(
@@ -122,11 +118,8 @@ SUITE = Suite(
     title="Terms, targets and statistics beside forward KL, loss and gradient",
     shapes=((512, 32000),),
     dtypes=("bf16",),
-    quick_shapes=((256, 8192),),
     make_inputs=ObjectiveInputs,
     make_candidates=make_candidates,
-    expected=expected,
-    unit_bytes=common.unit_bytes,
-    floor_bytes=common.floor_bytes,
+    expected=lambda inputs, group: common.truth(inputs, VARIATIONS[group].ours),
     baseline_group="forward KL",
 )

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, Union
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import kdkernels as kd
-from benchmarks.model import Absent, Candidate, Case, Outcome, Suite
+from benchmarks.model import Candidate, Candidates, Case, Outcome, Run, Suite
 from benchmarks.suites import common, linear
 
 LOGPROBS, ENTROPY = "log-probabilities", "log-probabilities and entropy"
@@ -50,15 +50,15 @@ def _ours(entropy: bool, inputs: Any, backend: Any, reduction: str, inplace: boo
     return loss_of(found.logprobs, found.entropy)
 
 
-def make_candidates(case: Case) -> list[Union[Candidate, Absent]]:
-    found: list[Union[Candidate, Absent]] = []
+def make_candidates(case: Case) -> Candidates:
+    found: Candidates = []
     for group, entropy in ((LOGPROBS, False), (ENTROPY, True)):
         for name, loss in FORMULATIONS.items():
             found.append(common.eager(f"eager, {name}", group, loss, _arguments(entropy)))
             found.append(common.compiled(f"torch.compile, {name}", group, loss, case, _arguments(entropy)))
         for inplace in (False, True):
             ours = partial(_ours, entropy)
-            found += common.ours(group, ours, case, backends=common.FUSED, inplace=inplace, pattern="token_fwd")
+            found += common.ours(group, ours, case, inplace=inplace, pattern="token_fwd")
         found.append(common.add_probe(group))
     return found
 
@@ -76,13 +76,9 @@ SUITE = Suite(
     title="Log-probabilities of sampled tokens: values and gradient",
     shapes=((2048, 32000), (512, 151936)),
     dtypes=("fp32", "bf16"),
-    quick_shapes=((256, 8192),),
     make_inputs=common.LogitInputs,
     make_candidates=make_candidates,
     expected=expected,
-    unit_bytes=common.unit_bytes,
-    # Forward reads [N, V]; backward reads and writes it.
-    floor_bytes=common.floor_bytes,
 )
 
 
@@ -95,18 +91,15 @@ def _linear(backend: Any, inputs: Any) -> Tensor:
     return loss_of(found.logprobs, None)
 
 
-def make_linear_candidates(case: Case) -> list[Union[Candidate, Absent]]:
-    found: list[Union[Candidate, Absent]] = [
+def make_linear_candidates(case: Case) -> Candidates:
+    def build(backend: str) -> Run:
+        return linear.autograd(partial(_linear, backend))
+
+    return [
         linear.products(LOGPROBS),
         Candidate("eager, gather - logsumexp", LOGPROBS, "eager", lambda: linear.autograd(_stored)),
+        *common.each_backend(LOGPROBS, case, "kdkernels {}, linear_token_logprobs", build, pattern="token_fwd"),
     ]
-    for answer in common.availability(case, common.FUSED, pattern="token_fwd"):
-        name = f"kdkernels {answer.name}, linear_token_logprobs"
-        build = partial(linear.autograd, partial(_linear, answer.name))
-        found.append(
-            Candidate(name, LOGPROBS, "kdkernels", build) if answer.ok else Absent(name, LOGPROBS, answer.reason)
-        )
-    return found
 
 
 def linear_expected(inputs: Any, group: str) -> Outcome:

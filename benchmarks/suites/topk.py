@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import kdkernels as kd
 from benchmarks import eager
-from benchmarks.model import Absent, Candidate, Case, Outcome, Run, Suite
+from benchmarks.model import Candidate, Candidates, Case, Outcome, Run, Suite, unit_bytes
 from benchmarks.suites import common
 from kdkernels import ops
 from kdkernels.objective import TopKObjective
@@ -62,39 +62,28 @@ def _build_eager_capture(function: Any) -> Run:
     return lambda inputs: _capture(function(inputs.teacher, K)[1])
 
 
-def _build_capture(backend: str) -> Run:
+def _build_capture(backend: Any) -> Run:
     return lambda inputs: _capture(kd.capture_topk(inputs.teacher, K, backend=backend).logprobs)
 
 
-def _captures(case: Case) -> list[Union[Candidate, Absent]]:
-    formulations = {"topk + logsumexp": eager.capture}
-    if case.dtype in ("bf16", "fp16"):
-        formulations["topk + logsumexp, fp32 sums"] = eager.capture_fp32
-    found: list[Union[Candidate, Absent]] = []
-    for name, function in formulations.items():
-        found.append(Candidate(f"eager, {name}", CAPTURE, "eager", partial(_build_eager_capture, function)))
-    for backend in common.availability(case, common.FUSED, pattern="capture_topk"):
-        name = f"kdkernels {backend.name}"
-        if backend.ok:
-            found.append(Candidate(name, CAPTURE, "kdkernels", partial(_build_capture, backend.name)))
-        else:
-            found.append(Absent(name, CAPTURE, backend.reason))
-    return found
-
-
-def make_candidates(case: Case) -> list[Union[Candidate, Absent]]:
+def make_candidates(case: Case) -> Candidates:
     formulations = {"log_softmax + gather": eager.topk_kl, "gather - logsumexp": eager.topk_kl_logsumexp}
+    captures = {"topk + logsumexp": eager.capture}
+    if case.dtype in ("bf16", "fp16"):
+        captures["topk + logsumexp, fp32 sums"] = eager.capture_fp32
+    listed = formulations.items()
     return [
-        *(common.eager(f"eager, {name}", LOSS, loss, loss_arguments) for name, loss in formulations.items()),
-        *(
-            common.compiled(f"torch.compile, {name}", LOSS, loss, case, loss_arguments)
-            for name, loss in formulations.items()
-        ),
-        *common.ours(LOSS, bucket, case, backends=common.FUSED, pattern="topk_fwd"),
-        *common.ours(LOSS, bucket, case, backends=common.FUSED, inplace=True, pattern="topk_fwd"),
+        *(common.eager(f"eager, {name}", LOSS, loss, loss_arguments) for name, loss in listed),
+        *(common.compiled(f"torch.compile, {name}", LOSS, loss, case, loss_arguments) for name, loss in listed),
+        *common.ours(LOSS, bucket, case, pattern="topk_fwd"),
+        *common.ours(LOSS, bucket, case, inplace=True, pattern="topk_fwd"),
         *common.kernels(LOSS, case, _build_kernel, pattern="topk_fwd"),
         common.add_probe(LOSS),
-        *_captures(case),
+        *(
+            Candidate(f"eager, {name}", CAPTURE, "eager", partial(_build_eager_capture, function))
+            for name, function in captures.items()
+        ),
+        *common.each_backend(CAPTURE, case, "kdkernels {}", _build_capture, pattern="capture_topk"),
     ]
 
 
@@ -109,11 +98,9 @@ SUITE = Suite(
     title="Sparse teachers: loss and gradient, and capture",
     shapes=((512, 32000), (256, 128256)),
     dtypes=("fp32", "bf16"),
-    quick_shapes=((256, 8192),),
     make_inputs=SparseInputs,
     make_candidates=make_candidates,
     expected=expected,
-    unit_bytes=common.unit_bytes,
     # One read and one write of [N, V]; a capture is a single read, half of that.
-    floor_bytes=lambda case: 2 * common.unit_bytes(case),
+    floor_bytes=lambda case: 2 * unit_bytes(case),
 )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 import kdkernels as kd
 from benchmarks import eager
-from benchmarks.model import Absent, Candidate, Case, Outcome, Run, Suite
+from benchmarks.model import Absent, Candidate, Candidates, Case, Outcome, Run, Suite
 from benchmarks.suites import common
 from examples import distill_digits, language_model
 from kdkernels.cache import TeacherCache, TeacherCacheWriter, TeacherDataset
@@ -156,7 +156,7 @@ def of_logits(formulation: Callable[[Tensor, Tensor, float], Tensor], student: A
 
 
 def eager_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    return eager.kl_log_target(student, teacher, torch.empty(0), temperature)
+    return eager.forward_kl_best(student, teacher, torch.empty(0), temperature)
 
 
 def our_kl(backend: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -208,8 +208,8 @@ class FromCache:
         return DataLoader(TeacherDataset(TeacherCache(folder, **identity)), batch_size=len(task.batches[0]))
 
 
-def make_candidates(case: Case) -> list[Union[Candidate, Absent]]:
-    found: list[Union[Candidate, Absent]] = []
+def make_candidates(case: Case) -> Candidates:
+    found: Candidates = []
 
     def add(name: str, group: str, loss: Callable[..., StepLoss], family: str = "kdkernels") -> None:
         found.append(Candidate(name, group, family, lambda: Training(loss())))
@@ -230,9 +230,9 @@ def make_candidates(case: Case) -> list[Union[Candidate, Absent]]:
     return found
 
 
-def _backends(case: Case, pattern: str, group: str, found: list[Union[Candidate, Absent]]) -> list[str]:
+def _backends(case: Case, pattern: str, group: str, found: Candidates) -> list[str]:
     """The kernels that run here, or plain PyTorch where none does; the others are listed as absent."""
-    answers = common.availability(case, common.FUSED, pattern)
+    answers = common.availability(case, pattern=pattern)
     found += [Absent(f"kdkernels {answer.name}", group, answer.reason) for answer in answers if not answer.ok]
     return [answer.name for answer in answers if answer.ok] or ["torch"]
 
@@ -289,7 +289,6 @@ SUITE = Suite(
     make_inputs=make_task,
     make_candidates=make_candidates,
     expected=None,
-    unit_bytes=common.unit_bytes,
     floor_bytes=None,
     probe="rest",
     yardstick="a step with no loss: both models, a backward pass of a gradient that is there already, the optimizer",

@@ -304,78 +304,10 @@ std::tuple<Tensor, Tensor, Tensor> capture_topk(Tensor teacher, std::optional<Te
   return {ids, logprobs, tail};
 }
 
-// Fills what both ops on tokens take, and checks it.
-TokenArgs token_args(const Tensor& logits, const Tensor& ids, const std::optional<Tensor>& temperature_rows,
-                     int64_t vocab_size, const std::vector<double>& numbers, const std::vector<int64_t>& choices) {
-  const auto number = named<TokenNumbers>(numbers);
-  TokenArgs args;
-  args.logits = view(logits, "logits", false);
-  args.batch = logits.size(0);
-  args.length = logits.size(1);
-  args.width = logits.size(2);
-  args.columns = vocab_size;
-  const int64_t rows = args.batch * args.length;
-  STD_TORCH_CHECK(vocab_size >= 1 && vocab_size <= args.width && vocab_size <= INT32_MAX, "vocab_size must be in [1, ",
-                  args.width, "], got ", vocab_size);
-  STD_TORCH_CHECK(ids.dim() == 2 && ids.size(0) == rows && ids.is_contiguous() && ids.scalar_type() == ScalarType::Long,
-                  "ids must be contiguous int64 [N, K]");
-  args.ids = static_cast<const int64_t*>(ids.const_data_ptr());
-  args.entries = ids.size(1);
-  args.ignore_index = named<TokenChoices>(choices).ignore_index;
-  args.temperature_rows = per_row(temperature_rows, sum_dtype(logits), rows, "temperature_rows");
-  args.temperature = number.temperature;
-  args.softcap = number.softcap;
-  return args;
-}
-
-void run_tokens(const TokenArgs& args) {
+void run_tokens(const TokenArgs& args, const Tensor&) {
   const KernelTable& table = kernels();
   parallel_rows(args.batch * args.length, args.width,
                 [&](int64_t begin, int64_t end) { table.tokens(args, begin, end); });
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_fwd(Tensor logits, Tensor ids,
-                                                             std::optional<Tensor> temperature_rows, int64_t vocab_size,
-                                                             std::vector<double> numbers,
-                                                             std::vector<int64_t> choices) {
-  TokenArgs args = token_args(logits, ids, temperature_rows, vocab_size, numbers, choices);
-  const auto chosen = named<TokenChoices>(choices);
-  const int64_t rows = args.batch * args.length;
-  Tensor logprobs = new_rows(logits, {rows, args.entries}), lse = new_rows(logits, {rows});
-  Tensor entropy = new_rows(logits, {chosen.entropy != 0 ? rows : 0});
-  Tensor tail = new_rows(logits, {chosen.tail_mass != 0 ? rows : 0}), norm = new_rows(logits, {rows, 2});
-  args.logprobs = logprobs.mutable_data_ptr();
-  args.lse = lse.mutable_data_ptr();
-  args.norm = norm.mutable_data_ptr();
-  if (chosen.entropy != 0) args.entropy = entropy.mutable_data_ptr();
-  if (chosen.tail_mass != 0) args.tail = tail.mutable_data_ptr();
-  run_tokens(args);
-  return {logprobs, entropy, lse, tail, norm};
-}
-
-void token_bwd(Tensor logits, Tensor ids, Tensor norm, std::optional<Tensor> entropy, Tensor dlogprobs,
-               std::optional<Tensor> dentropy, Tensor dlogits, std::optional<Tensor> temperature_rows,
-               int64_t vocab_size, std::vector<double> numbers, std::vector<int64_t> choices) {
-  TokenArgs args = token_args(logits, ids, temperature_rows, vocab_size, numbers, choices);
-  const int64_t rows = args.batch * args.length;
-  const auto of_rows = [&](const Tensor& tensor, int64_t columns) {
-    return tensor.numel() == rows * columns && tensor.is_contiguous() && tensor.scalar_type() == sum_dtype(logits);
-  };
-  STD_TORCH_CHECK(
-      of_rows(norm, 2) && of_rows(dlogprobs, args.entries) && entropy.has_value() == dentropy.has_value() &&
-          (!dentropy || (of_rows(*dentropy, 1) && of_rows(*entropy, 1))),
-      "norm, dlogprobs, entropy and dentropy must be contiguous, of the rows, and in the dtype of the sums");
-  args.dlogits = view(dlogits, "dlogits", true);
-  STD_TORCH_CHECK(dlogits.size(0) == args.batch && dlogits.size(1) == args.length && dlogits.size(2) == args.width &&
-                      args.dlogits.dtype == args.logits.dtype,
-                  "dlogits must have the shape and dtype of logits");
-  args.norm = const_cast<void*>(norm.const_data_ptr());
-  args.dlogprobs = dlogprobs.const_data_ptr();
-  if (dentropy) {
-    args.entropy = const_cast<void*>(entropy->const_data_ptr());
-    args.dentropy = dentropy->const_data_ptr();
-  }
-  if (rows > 0) run_tokens(args);
 }
 
 enum class Slot { kUnused, kUsed, kBad };
@@ -492,8 +424,8 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
   m.impl("dense_loss_cpu", TORCH_BOX(&kdk::dense_loss));
   m.impl("dkd_fwd_cpu", TORCH_BOX(&kdk::dkd_fwd));
   m.impl("mse_fwd_cpu", TORCH_BOX(&kdk::mse_fwd));
-  m.impl("token_bwd_cpu", TORCH_BOX(&kdk::token_bwd));
-  m.impl("token_fwd_cpu", TORCH_BOX(&kdk::token_fwd));
+  m.impl("token_bwd_cpu", TORCH_BOX(&kdk::token_bwd<kdk::run_tokens>));
+  m.impl("token_fwd_cpu", TORCH_BOX(&kdk::token_fwd<kdk::run_tokens>));
   m.impl("topk_call_cpu", TORCH_BOX(&kdk::topk_call));
   m.impl("topk_loss_cpu", TORCH_BOX(&kdk::topk_loss));
   m.impl("topk_fwd_cpu", TORCH_BOX((&kdk::topk_fwd<kdk::find_divergence, kdk::run_topk>)));

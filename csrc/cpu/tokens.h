@@ -35,37 +35,58 @@ struct Softmax {
   double log2_z;
 };
 
-// The sum of 2^x of a row, and where ENTROPY that of 2^x x, both from the reference of its first elements or from its
-// maximum. A tile's exponentials stay in L1, one place for all tiles.
-template <bool ENTROPY, class X, class C = typename Io<X>::C>
-Softmax<C> sweep_tokens(const X* s, int64_t n, double scale, double& weighted) {
+// Of a row the sums of 2^x x and of 4^x, the mean logit and the largest one.
+struct TokenSums {
+  double weighted = 0, squares = 0, mean = 0, largest = -std::numeric_limits<double>::infinity();
+};
+enum class Wanted { kLogprobs, kEntropy, kStats };
+
+// The sum of 2^x of a row, and what else is wanted: with the entropy the first of the other sums, with the statistics
+// all. They are relative to the reference of the row's first elements, or to its maximum. A tile's exponentials stay in
+// L1, one place for all tiles.
+template <Wanted WANTED, class X, class C = typename Io<X>::C>
+Softmax<C> sweep_tokens(const X* s, int64_t n, double scale, TokenSums& sums) {
+  constexpr C lowest = -std::numeric_limits<C>::infinity();
   const Row<X> row(s, s, n, 0);
+  const C each = C(1) / C(n);
   C* const es = Scratch<C>::mine().get(kEs, kTileElements + 2 * Row<X>::kBlock);
   Affine<C> as;
   double z = 0;
   const auto sweep = [&](double reference, bool from_maximum) {
     as = affine<C>(scale, reference);
-    z = weighted = 0;
+    z = 0;
+    sums = {};
     bool unclamped = true;
     for (int64_t tile = 0; tile < row.tiles() && (from_maximum || !(z > kLargestSum)); ++tile) {
       C* const tile_es = es - tile * kTileElements;
       z += student_exponentials<false>(row, tile, as, tile_es, tile_es, unclamped, kNothingPending);
-      if (!ENTROPY) continue;
-      Vec<C> sum0 = {}, sum1 = {};
+      if (WANTED == Wanted::kLogprobs) continue;
+      Vec<C> sum0 = {}, sum1 = {}, squares0 = {}, squares1 = {}, mean0 = {}, mean1 = {}, high = Vec<C>{} + lowest;
       row.pieces(tile, [&](const X* x, const X*, int64_t blocks, int64_t slot, int64_t, auto lanes) KDK_LAMBDA_INLINE {
         const C* e = tile_es + slot;
         const Vec<C> zero = {};
         for (int64_t b = 0; b < blocks; ++b, x += Row<X>::kBlock, e += Row<X>::kBlock) {
           Vec<C> x0, x1;
-          load_block(x, lanes, -std::numeric_limits<C>::infinity(), x0, x1);
+          load_block(x, lanes, lowest, x0, x1);
           const Vec<C> e0 = load<Vec<C>>(e), e1 = load<Vec<C>>(e + kLanes<C>);
           sum0 += e0 * keep(e0 != zero, as(x0));
           sum1 += e1 * keep(e1 != zero, as(x1));
+          if (WANTED == Wanted::kEntropy) continue;
+          squares0 += e0 * e0;
+          squares1 += e1 * e1;
+          high = max_keep_nan(high, max_keep_nan(x0, x1));
+          load_block(x, lanes, C(0), x0, x1);
+          mean0 += x0 * each;
+          mean1 += x1 * each;
         }
       });
-      weighted += horizontal_sum<C>(sum0 + sum1);
+      sums.weighted += horizontal_sum<C>(sum0 + sum1);
+      if (WANTED == Wanted::kEntropy) continue;
+      sums.squares += horizontal_sum<C>(squares0 + squares1);
+      sums.mean += horizontal_sum<C>(mean0 + mean1);
+      sums.largest = std::max(sums.largest, double(horizontal_max<C>(high)));
     }
-    return !(z > kLargestSum);
+    return !(z > kLargestSum || (WANTED == Wanted::kStats && sums.squares > kLargestSum));
   };
   sweep_in_range(maximum(s, std::min(n, kSeedElements)), sweep, [&] { return maximum(s, n); });
   return {as, std::log2(z)};
@@ -98,8 +119,8 @@ double log_outside(const TokenArgs& args, const X* s, double scale, const Softma
   widen_row(s, args.columns, others, AsIs());
   for (const Token& token : tokens)
     if (token.id >= 0 && token.id < args.columns) others[token.id] = -std::numeric_limits<C>::infinity();
-  double weighted;
-  const Softmax<C> rest = sweep_tokens<false>(others, args.columns, scale, weighted);
+  TokenSums sums;
+  const Softmax<C> rest = sweep_tokens<Wanted::kLogprobs>(others, args.columns, scale, sums);
   if (rest.log2_z == -std::numeric_limits<double>::infinity()) return rest.log2_z + 0 * q.log2_z;
   return kLn2 * (rest.affine.reference() - q.affine.reference() + rest.log2_z - q.log2_z);
 }
@@ -114,13 +135,16 @@ void token_rows_of(const TokenArgs& args, int64_t begin, int64_t end) {
     norm[2 * row] = norm[2 * row + 1] = 0;
     for (void* result : {args.lse, args.entropy, args.tail})
       if (result != nullptr) put<C>(result, row, 0);
+    C* const stats = args.stats == nullptr ? nullptr : static_cast<C*>(args.stats) + row * (2 + args.entries);
+    if (stats != nullptr) std::fill(stats, stats + 2 + args.entries, C(0));
     tokens_of(args, row, tokens);
     if (tokens.empty()) continue;
     const X* s = token_row<X>(args, row);
     const double scale = token_scale<C>(args, row);
-    double weighted = 0;
-    const Softmax<C> q = args.entropy != nullptr ? sweep_tokens<true>(s, args.columns, scale, weighted)
-                                                 : sweep_tokens<false>(s, args.columns, scale, weighted);
+    TokenSums sums;
+    const Softmax<C> q = stats != nullptr          ? sweep_tokens<Wanted::kStats>(s, args.columns, scale, sums)
+                         : args.entropy != nullptr ? sweep_tokens<Wanted::kEntropy>(s, args.columns, scale, sums)
+                                                   : sweep_tokens<Wanted::kLogprobs>(s, args.columns, scale, sums);
     for (const Token& token : tokens) {
       const bool inside = token.id >= 0 && token.id < args.columns;
       const double x = inside ? q.affine.scalar(to_compute(s[token.id])) : std::numeric_limits<double>::quiet_NaN();
@@ -139,8 +163,18 @@ void token_rows_of(const TokenArgs& args, int64_t begin, int64_t end) {
                 : double(logit) * scale * kLn2 + kLn2 * (q.log2_z - q.affine.scalar(double(logit))));
     if (args.tail != nullptr) put<C>(args.tail, row, log_outside<X>(args, s, scale, q, tokens));
     if (args.entropy != nullptr) {
-      const double entropy = kLn2 * (q.log2_z - weighted / std::exp2(q.log2_z));
+      const double entropy = kLn2 * (q.log2_z - sums.weighted / std::exp2(q.log2_z));
       put<C>(args.entropy, row, entropy < 0 || (args.columns == 1 && entropy == entropy) ? 0 : entropy);
+    }
+    if (stats != nullptr) {
+      // NaN where there is no distribution.
+      const double missing = 0 * q.log2_z, squares = kLn2 * (std::log2(sums.squares) - 2 * q.log2_z) + missing;
+      stats[0] = C(squares > 0 || (args.columns == 1 && squares == squares) ? 0 : squares);
+      stats[1] = C(sums.mean + missing);
+      for (const Token& token : tokens) {
+        const bool inside = token.id >= 0 && token.id < args.columns;
+        if (missing == 0 && inside && double(to_compute(s[token.id])) == sums.largest) stats[2 + token.slot] = C(1);
+      }
     }
   }
 }

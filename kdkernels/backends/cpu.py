@@ -13,17 +13,18 @@ from kdkernels import build_info
 
 def load(path: Path, backend: str) -> Optional[str]:
     """Load a library that registers ops; None on success, else why it is of no use, and the cure."""
-    cure = build_info.rebuild_command(backend)
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
         part = build_info.read(path.parent).get(backend, {})
         made_for = f" (built against torch {part['torch']}, this is {torch.__version__})" if part.get("built") else ""
-        return f"{path} does not load{made_for}: {error.__cause__ or error}. To build it again: {cure}"
-    missing = _without_kernel(backend)
-    if missing:
-        return f"{path} is older than kdkernels' Python, which calls {missing[0]} too. To build it again: {cure}"
-    return None
+        fault = f"does not load{made_for}: {error.__cause__ or error}"
+    else:
+        missing = _without_kernel(backend)
+        if not missing:
+            return None
+        fault = f"is older than kdkernels' Python, which calls {missing[0]} too"
+    return f"{path} {fault}. To build it again: {build_info.rebuild_command(backend)}"
 
 
 def _without_kernel(backend: str) -> list[str]:

@@ -27,6 +27,7 @@ from kdkernels.cache.errors import (
     TruncatedShardError,
     VocabularyMismatchError,
 )
+from kdkernels.checks import sequences
 
 FORMAT, VERSION = "kdkernels-teacher-cache", 1
 INDEX_NAME = "index.json"
@@ -87,7 +88,7 @@ class Index:
     def shard_metadata(self, number: int) -> dict[str, str]:
         """A shard's name for itself, so that it cannot stand in for another.
 
-        One entry, for safetensors writes several in an order of chance: equal content is to give equal files.
+        One entry, for safetensors writes several in random order, and equal content gives equal files.
         """
         content = {"version": VERSION, "shard": number, "identity": dataclasses.asdict(self.identity)}
         return {FORMAT: canonical_json(content)}
@@ -142,10 +143,10 @@ class Index:
         checks.flag("tail", content["tail"])
         if not isinstance(content["extras"], dict):
             raise TypeError(f"extras must be an object, got {type(content['extras']).__name__}")
-        dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in checks.EXTRA_DTYPES}
+        dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in sequences.EXTRA_DTYPES}
         for name, dtype in content["extras"].items():
             checks.choice(f"extras[{name!r}]", dtype, tuple(dtypes))
-        checks.extras_of_tokens({name: dtypes[dtype] for name, dtype in content["extras"].items()})
+        sequences.extras_of_tokens({name: dtypes[dtype] for name, dtype in content["extras"].items()})
         if not isinstance(shards, list):
             raise TypeError(f"shards must be a list, got {type(shards).__name__}")
         for number, shard in enumerate(shards):
@@ -266,7 +267,7 @@ def replace_file(path: Path, content: Union[bytes, memoryview]) -> None:
 
 
 def open_no_link(path: Any, flags: int) -> int:
-    """An opener of files to write to: a link that stands in a cache's folder leads nobody to overwrite something."""
+    """An opener of files to write to, which follows no link: one in a cache's folder may point to another's file."""
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 

@@ -34,6 +34,7 @@ from kdkernels.cache.index import (
     replace_file,
     sync_folder,
 )
+from kdkernels.checks import sequences
 
 SHARD_BYTES = 64 * 2**20
 LOCK_NAME = ".lock"
@@ -95,7 +96,7 @@ class TeacherCacheWriter:
             temperature=checks.number("temperature", temperature, low=0.0, exclusive_low=True),
             teacher=checks.text("teacher", teacher),
         )
-        names = {name: str(dtype).removeprefix("torch.") for name, dtype in checks.extras_of_tokens(extras).items()}
+        names = {name: str(dtype).removeprefix("torch.") for name, dtype in sequences.extras_of_tokens(extras).items()}
         self._shard_bytes = checks.integer("shard_bytes", shard_bytes, low=1)
         self._folder = Path(path)
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -149,7 +150,7 @@ class TeacherCacheWriter:
                 before is lost; a later ``append``, ``flush`` or ``close`` tries again.
         """
         self._require_open()
-        sequence = checks.captured_sequence(ids, logprobs, tail_logprob, extras, self._layout)
+        sequence = sequences.captured_sequence(ids, logprobs, tail_logprob, extras, self._layout)
         self._settle()
         rows = self._layout.encode(*sequence)
         rows_bytes = len(rows["shift"]) * self._layout.token_bytes

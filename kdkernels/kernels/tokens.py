@@ -100,8 +100,8 @@ def load_whole(row_ptr, offs_v, softcap):
 
 
 @triton.jit
-def add_tile(m, z, total, x, scale, ENTROPY: tl.constexpr):
-    """Lane maxima, sums of e = exp2(a) and of e a, where a = (x - m) scale, with one tile more."""
+def add_tile(m, z, total, squares, x, scale, ENTROPY: tl.constexpr, STATS: tl.constexpr):
+    """Lane maxima, sums of e = exp2(a), e a and e^2, where a = (x - m) scale, with one tile more."""
     n = tl.maximum(m, fold_max(x))
     a = (x - spread(n)) * scale
     shift = tl.maximum((m - n) * scale, FLOOR)
@@ -110,7 +110,9 @@ def add_tile(m, z, total, x, scale, ENTROPY: tl.constexpr):
     if ENTROPY:
         # A NaN would lose to FLOOR, but e has it too.
         total = tl.fma(total, factor, tl.fma(z * factor, shift, fold_sum(e * tl.maximum(a, FLOOR))))
-    return n, tl.fma(z, factor, fold_sum(e)), total
+    if STATS:
+        squares = tl.fma(squares, factor * factor, fold_sum(e * e))
+    return n, tl.fma(z, factor, fold_sum(e)), total, squares
 
 
 @triton.jit(do_not_specialize=["L", "ignore_index"])
@@ -122,6 +124,7 @@ def token_fwd_kernel(
     entropy_ptr,  # [N]
     lse_ptr,  # [N]
     norm_ptr,  # [N, 2]
+    stats_ptr,  # [N, 2 + K]
     stride_sb,
     stride_sl,
     stride_tn,
@@ -136,6 +139,7 @@ def token_fwd_kernel(
     TILE: tl.constexpr,
 ):
     ENTROPY: tl.constexpr = entropy_ptr is not None
+    STATS: tl.constexpr = stats_ptr is not None
     BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
     row = tl.program_id(0)
     row64 = row.to(tl.int64)
@@ -150,6 +154,10 @@ def token_fwd_kernel(
         tl.store(lse_ptr + row64, 0.0)
         tl.store(norm_ptr, 0.0)
         tl.store(norm_ptr + 1, 0.0)
+        if STATS:
+            tl.store(stats_ptr + row64 * (2 + K) + 2 + offs_k, tl.zeros([BLOCK_K], tl.float32), mask=offs_k < K)
+            tl.store(stats_ptr + row64 * (2 + K), 0.0)
+            tl.store(stats_ptr + row64 * (2 + K) + 1, 0.0)
         return
     logits_ptr += row_offset(row, L, stride_sb, stride_sl)
     unit, scale = of_row(temperature, temperature_ptr, row64, stride_tn)
@@ -159,14 +167,24 @@ def token_fwd_kernel(
     m = lane_lowest(TILE)
     z = lane_zeros(TILE)
     total = lane_zeros(TILE)
+    squares = lane_zeros(TILE)
+    mean = lane_zeros(TILE)
+    each = 1.0 / V
     whole = V // BLOCK_V * BLOCK_V
     for start in range(0, whole, BLOCK_V):
-        m, z, total = add_tile(m, z, total, load_whole(logits_ptr, start + offs_tile, softcap), scale, ENTROPY)
+        x = load_whole(logits_ptr, start + offs_tile, softcap)
+        m, z, total, squares = add_tile(m, z, total, squares, x, scale, ENTROPY, STATS)
+        if STATS:
+            mean += fold_sum(x * each)
     if whole < V:
         x = load_logits(logits_ptr, whole + offs_tile, V, load_width, softcap, False)
-        m, z, total = add_tile(m, z, total, x, scale, ENTROPY)
+        m, z, total, squares = add_tile(m, z, total, squares, x, scale, ENTROPY, STATS)
+        if STATS:
+            mean += fold_sum(tl.where(whole + offs_tile < V, x * each, 0.0))
     top = tl.max(m, axis=0)
     shift = tl.maximum((m - top) * scale, FLOOR)
+    if STATS:
+        squares = tl.sum(squares * fast_exp2(shift + shift), axis=0)
     z *= fast_exp2(shift)
     if ENTROPY:
         total = tl.sum(tl.fma(total, fast_exp2(shift), z * shift), axis=0)
@@ -181,6 +199,14 @@ def token_fwd_kernel(
     tl.store(lse_ptr + row64, top * unit + log_z)
     tl.store(norm_ptr, top)
     tl.store(norm_ptr + 1, z)
+    if STATS:
+        stats_ptr += row64 * (2 + K)
+        largest = tl.where(z > 0, tl.where(known & (picked == top), 1.0, 0.0), 0.0)
+        tl.store(stats_ptr + 2 + offs_k, largest, mask=offs_k < K)
+        log_squares = tl.log(squares) - 2 * log_z
+        tl.store(stats_ptr, tl.where(log_squares > 0, 0.0, log_squares))
+        # NaN where there is no distribution.
+        tl.store(stats_ptr + 1, tl.sum(mean, axis=0) + 0 * log_z)
 
 
 @triton.jit
@@ -410,8 +436,9 @@ def token_fwd(
     ignore_index: int,
     entropy: bool,
     tail_mass: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As ``kdkernels.ops`` says, in one launch; entropy and tail_mass together take two.
+    stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As ``kdkernels.ops`` says, in one launch; the tail with anything else takes two.
 
     Args:
         logits: [B, L, V] or [N, V] with unit last stride; rows are numbered b * L + l.
@@ -419,7 +446,8 @@ def token_fwd(
         temperature_rows: fp32 [N], any stride.
 
     Returns:
-        Log-probabilities [N, K], entropy [N] or [0], lse [N], tail [N] or [0], norm [N, 2], in fp32.
+        Log-probabilities [N, K], entropy [N] or [0], lse [N], tail [N] or [0], norm [N, 2], stats [N, 2 + K] or [0],
+        in fp32.
     """
     L, N = logits.shape[-2], num_rows(logits)
     K = ids.shape[-1]
@@ -428,7 +456,8 @@ def token_fwd(
     tail = logits.new_empty(N if tail_mass else 0, dtype=torch.float32)
     lse = logits.new_empty(N, dtype=torch.float32)
     norm = logits.new_empty((N, 2), dtype=torch.float32)
-    results = logprobs, of_entropy, lse, tail, norm
+    of_stats = logits.new_empty((N, 2 + K) if stats else (0,), dtype=torch.float32)
+    results = logprobs, of_entropy, lse, tail, norm, of_stats
     if N == 0:
         return results
     TILE, num_warps = tile_of(vocab_size, logits.element_size())
@@ -461,7 +490,7 @@ def token_fwd(
                 num_warps=num_warps,
                 enable_fp_fusion=True,
             )
-        if entropy or not tail_mass:
+        if entropy or stats or not tail_mass:
             token_fwd_kernel[(N,)](
                 logits_ptr=logits,
                 ids_ptr=ids,
@@ -470,6 +499,7 @@ def token_fwd(
                 entropy_ptr=of_entropy if entropy else None,
                 lse_ptr=lse,
                 norm_ptr=norm,
+                stats_ptr=of_stats if stats else None,
                 stride_sb=stride_sb,
                 stride_sl=stride_sl,
                 stride_tn=stride_tn,

@@ -2,10 +2,11 @@
 
 from kdkernels.reference.capture import capture_rows, sample_rows
 from kdkernels.reference.dense import dense_rows, dkd_rows, mse_rows
-from kdkernels.reference.tokens import token_gradient, token_rows
+from kdkernels.reference.tokens import TokenRows, token_gradient, token_rows
 from kdkernels.reference.topk import topk_rows
 
 __all__ = [
+    "TokenRows",
     "capture_rows",
     "dense_rows",
     "dkd_rows",

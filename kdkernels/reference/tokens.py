@@ -14,12 +14,14 @@ from kdkernels.reference.dense import PerRow, apply_softcap, column, log_softmax
 
 
 class TokenRows(NamedTuple):
-    """Log-probabilities ``[N, K]``; entropy, log-sum-exp and the log of the mass outside the ids, ``[N]`` each."""
+    """Log-probabilities ``[N, K]``; entropy, log-sum-exp and the log of the mass outside the ids, ``[N]`` each; and
+    ``[N, 2 + K]`` of log sum q^2, the mean logit, and for each slot 1 where its id has the largest logit."""
 
     logprobs: Tensor
     entropy: Optional[Tensor]
     lse: Tensor
     tail: Optional[Tensor]
+    stats: Optional[Tensor]
 
 
 def token_rows(
@@ -32,6 +34,7 @@ def token_rows(
     ignore_index: int = -100,
     entropy: bool = False,
     tail_mass: bool = False,
+    stats: bool = False,
 ) -> TokenRows:
     """Log-probabilities of tokens, as ``kdkernels.token_logprobs`` says.
 
@@ -39,7 +42,7 @@ def token_rows(
         logits: ``[N, V]``.
         ids: int64 ``[N, K]``.
         temperature: a float or ``[N]``.
-        entropy, tail_mass: what is asked for besides; for the tail no id stands twice in a row.
+        entropy, tail_mass, stats: the further results; for the tail no id stands twice in a row.
     """
     columns = vocab_size or logits.shape[-1]
     used = _used(ids, ignore_index)
@@ -51,7 +54,7 @@ def token_rows(
     # A factor, so that a token out of range spoils the gradient too.
     factor = torch.where(used & ~inside, torch.nan, 1.0).to(logp.dtype)
     logprobs = torch.where(used, logp.gather(1, ids.clamp(0, columns - 1)) * factor, 0.0)
-    of_entropy = tail = None
+    of_entropy = tail = of_stats = None
     if entropy:
         finite = logp.masked_fill(torch.isneginf(logp), 0.0)
         of_entropy = torch.where(counted, -(logp.exp() * finite).sum(-1), 0.0)
@@ -61,7 +64,14 @@ def token_rows(
         tail = torch.logsumexp(logp.masked_fill(~outside, -torch.inf), -1).clamp(max=0.0)
     top = x.detach().argmax(-1, keepdim=True)
     lse = x.gather(1, top) / column(temperature) - logp.gather(1, top)
-    return TokenRows(logprobs, of_entropy, torch.where(counted, lse.detach().squeeze(1), 0.0), tail)
+    if stats:
+        # Of a row without a distribution each sum is NaN.
+        log_squares = torch.logsumexp(2 * logp.detach(), -1, keepdim=True).clamp(max=0.0)
+        mean = (x.detach() / columns).sum(-1, keepdim=True) + 0 * lse.detach()
+        largest = used & inside & (x.gather(1, ids.clamp(0, columns - 1)) == x.gather(1, top)) & ~lse.isnan()
+        of_stats = torch.cat([log_squares, mean, largest.to(logp.dtype)], 1)
+        of_stats = torch.where(counted.unsqueeze(-1), of_stats, 0.0)
+    return TokenRows(logprobs, of_entropy, torch.where(counted, lse.detach().squeeze(1), 0.0), tail, of_stats)
 
 
 def token_gradient(

@@ -1,6 +1,7 @@
 // The kernels' argument, built for tests as the CUDA backend builds it: numbers in, the bytes of a TopkLaunch out.
 #include <cstring>
 
+#include "kdkernels/token_plan.h"
 #include "kdkernels/topk_plan.h"
 
 namespace {
@@ -24,6 +25,14 @@ void* pointer(int64_t address) { return reinterpret_cast<void*>(address); }
 kdk::PerRow per_row(int64_t address, int64_t stride) { return {pointer(address), stride}; }
 
 }  // namespace
+
+extern "C" int64_t token_args_bytes() { return sizeof(kdk::TokenArgs); }
+
+// Threads and bytes of shared memory of a launch.
+extern "C" void token_plan(const kdk::TokenArgs* args, int64_t out[2]) {
+  const kdk::cuda::TokenPlan plan = kdk::cuda::plan_tokens(*args);
+  out[0] = plan.threads, out[1] = plan.shared_bytes;
+}
 
 extern "C" int64_t topk_launch_bytes() { return sizeof(kdk::cuda::TopkLaunch); }
 

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import re
 import shutil
+import struct
 import subprocess
 import tempfile
 from pathlib import Path
@@ -100,6 +101,7 @@ def arguments_library():
     library = ctypes.CDLL(output)
     shutil.rmtree(folder)
     library.topk_launch_bytes.restype = library.topk_launch.restype = ctypes.c_int64
+    library.token_args_bytes.restype = ctypes.c_int64
     return library
 
 
@@ -154,6 +156,8 @@ class Emulator:
     def registered(self):
         library = torch.library.Library("kdkernels", "IMPL")
         library.impl("topk_fwd_cuda", self.topk_fwd, "CPU")
+        library.impl("token_fwd_cuda", self.token_fwd, "CPU")
+        library.impl("token_bwd_cuda", self.token_bwd, "CPU")
         library.impl("scale_grad_cuda", self.scale_grad, "CPU")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(backends.cuda, "why_not", lambda device_type: None)
@@ -236,6 +240,77 @@ class Emulator:
         for tensor in (loss, *([stats] if options["stats"] else []), *([] if dstudent is None else [dstudent])):
             device.bring_back(tensor)
         return loss, stats
+
+    def token_fwd(self, logits, ids, temperature_rows, *, vocab_size, numbers, choices):
+        options = ops.named("token_fwd", numbers, choices)
+        rows, K = ids.shape
+        sizes = {"logprobs": (rows, K), "lse": (rows,), "norm": (rows, 2)}
+        sizes["entropy"] = (rows if options["entropy"] else 0,)
+        sizes["tail"] = (rows if options["tail_mass"] else 0,)
+        sizes["stats"] = (rows, 2 + K) if options["stats"] else (0,)
+        results = {name: torch.full(size, torch.nan) for name, size in sizes.items()}
+
+        def launch(**wanted):
+            device = Device()
+            given = {
+                name: results[name] for name in ("logprobs", "lse", "norm", *(name for name in wanted if wanted[name]))
+            }
+            self._tokens(device, "token_fwd", logits, None, ids, temperature_rows, vocab_size, options, given, wanted)
+            for tensor in given.values():
+                device.bring_back(tensor)
+
+        # As run_tokens of tokens.cu does it.
+        if rows > 0 and options["tail_mass"]:
+            launch(entropy=False, stats=False, tail=True)
+        if rows > 0 and (options["entropy"] or options["stats"] or not options["tail_mass"]):
+            launch(entropy=options["entropy"], stats=options["stats"], tail=False)
+        return tuple(results[name] for name in ("logprobs", "entropy", "lse", "tail", "norm", "stats"))
+
+    def token_bwd(
+        self,
+        logits,
+        ids,
+        norm,
+        entropy,
+        dlogprobs,
+        dentropy,
+        dlogits,
+        temperature_rows,
+        *,
+        vocab_size,
+        numbers,
+        choices,
+    ):
+        if ids.shape[0] == 0:
+            return
+        device, options = Device(), ops.named("token_bwd", numbers, choices)
+        given = {"norm": norm, "entropy": entropy, "dlogprobs": dlogprobs, "dentropy": dentropy}
+        wanted = {"entropy": entropy is not None}
+        self._tokens(device, "token_bwd", logits, dlogits, ids, temperature_rows, vocab_size, options, given, wanted)
+        device.bring_back(dlogits)
+
+    def _tokens(self, device, pattern, logits, dlogits, ids, temperature_rows, columns, options, given, wanted):
+        assert ids.is_contiguous() and all(item is None or item.is_contiguous() for item in given.values())
+        fields = [*(logits.shape[:2] if logits.dim() == 3 else (1, logits.shape[0])), columns, logits.shape[-1]]
+        for view in (logits, dlogits):
+            if view is None:
+                fields += [0, 0, 0, 0]
+            else:
+                stride_b = view.stride(0) if view.dim() == 3 else 0
+                fields += [device.address(view), stride_b, view.stride(-2), DTYPES[view.dtype]]
+        fields += [device.address(ids), ids.shape[1], options["ignore_index"], device.address(temperature_rows)]
+        fields += [0 if temperature_rows is None else temperature_rows.stride(0)]
+        names = "logprobs lse entropy tail stats norm dlogprobs dentropy".split()
+        pointers = [device.address(given.get(name)) for name in names]
+        packed = struct.pack(f"<{len(fields)}q2d8q", *fields, options["temperature"], options["softcap"], *pointers)
+        library = arguments_library()
+        assert len(packed) == library.token_args_bytes()
+        plan = (ctypes.c_int64 * 2)()
+        library.token_plan(packed, plan)
+        flags = ("entropy", "stats", "tail") if pattern == "token_fwd" else ("entropy",)
+        name = f"{pattern}_kernelI{NAMES[logits.dtype]}" + "".join(f"Lb{int(wanted[flag])}E" for flag in flags)
+        rows = ids.shape[0]
+        self._launch("tokens.cu", name, device, rows, plan[0], [packed], shared_bytes=plan[1])
 
     def scale_grad(self, grad, factor):
         device = Device()

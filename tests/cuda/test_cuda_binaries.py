@@ -1,14 +1,21 @@
 """nvcc compiles every kernel as it is shipped; registers and spills are held to a budget."""
 
 import pytest
-from emulator import SOURCES, compiled
+from emulator import NAMES, SOURCES, compiled
 
 pytestmark = pytest.mark.slow
 
 
 # Registers a thread: the most with which two blocks of 256 threads share a multiprocessor (65536 / 2 / 256), eight
-# of scale_grad.
-BUDGET = {"topk_fwd_kernel": 128, "capture_topk_kernel": 128, "scale_grad_kernel": 32}
+# of scale_grad, four of the token kernels; three where they sum the statistics or the tail.
+BUDGET = {"topk_fwd_kernel": 128, "capture_topk_kernel": 128, "scale_grad_kernel": 32, "token_bwd_kernel": 64}
+BUDGET |= {
+    f"token_fwd_kernelI{dtype}Lb{entropy}ELb{stats}ELb{tail}E": 80 if stats or tail else 64
+    for dtype in NAMES.values()
+    for entropy in (0, 1)
+    for stats in (0, 1)
+    for tail in (0, 1)
+}
 
 
 @pytest.mark.parametrize("arch", [80, 90])

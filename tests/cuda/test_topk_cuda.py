@@ -23,7 +23,6 @@ from test_topk import (
 )
 
 import kdkernels as kd
-from kdkernels import checks
 from kdkernels.choices import CODES
 
 pytestmark = pytest.mark.slow
@@ -232,7 +231,7 @@ def test_minus_infinity_and_nan_logits(tail):
 
 
 def test_an_id_out_of_range_spoils_its_row_only(monkeypatch):
-    monkeypatch.setattr(checks, "reads_values", lambda value: False)
+    monkeypatch.setattr("kdkernels.checks.sparse.reads_values", lambda value: False)
     s, ids, logprobs, _ = ragged(ROWS, 50, 5, torch.float32)
     s[-1] = 0.0
     ids[0, 2], ids[1, 0], ids[4, 1] = 50, 2**40, -7

@@ -111,6 +111,7 @@ TOKEN_FORMS = {
     "token-back": (131072, "bf16", 1, True, {}),
     "token-back-entropy": (131072, "bf16", 1, True, {"entropy": True}),
     "token-back-K64": (131072, "bf16", 64, True, {"entropy": True}),
+    "token-stats": (131072, "bf16", 1, False, {"stats": True}),
     "token-tail": (131072, "bf16", 64, False, {"tail_mass": True}),
     "token-V50257": (50257, "bf16", 1, False, {"entropy": True}),
 }

@@ -55,7 +55,8 @@ DKD = {
     "scale_by_t_squared": True,
 }
 MSE = {"centered": False, "ignore_index": -100, "scale": 1.0}
-TOKENS = {"temperature": 1.0, "softcap": 0.0, "ignore_index": -100, "entropy": False, "tail_mass": False}
+TOKENS = {"temperature": 1.0, "softcap": 0.0, "ignore_index": -100, "entropy": False}
+TOKENS |= {"tail_mass": False, "stats": False}
 
 
 def dense(

@@ -108,6 +108,7 @@ struct TokenArgs {
   double temperature = 1, softcap = 0;
   void *logprobs = nullptr, *lse = nullptr;  // [N, K], [N]
   void *entropy = nullptr, *tail = nullptr;  // [N], or null
+  void* stats = nullptr;                     // [N, 2 + K], or null
   void* norm = nullptr;                      // [N, 2]: a logit, and the sum of exponentials relative to it
   const void *dlogprobs = nullptr, *dentropy = nullptr;
 };

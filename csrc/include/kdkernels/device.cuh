@@ -65,11 +65,14 @@ __device__ __forceinline__ void unpack(const uint4& raw, float (&x)[kLanes<X>]) 
     if constexpr (sizeof(X) == 4) {
       x[i] = __uint_as_float(words[i]);
     } else if constexpr (__is_same(X, __nv_bfloat16)) {
-      x[2 * i] = __uint_as_float(words[i] << 16);
-      x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+      // No move in between for what is but another name of the bits.
+      asm("shl.b32 %0, %1, 16;" : "=f"(x[2 * i]) : "r"(words[i]));
+      asm("and.b32 %0, %1, 0xffff0000;" : "=f"(x[2 * i + 1]) : "r"(words[i]));
     } else {
-      x[2 * i] = __half2float(__ushort_as_half(uint16_t(words[i] & 0xffffu)));
-      x[2 * i + 1] = __half2float(__ushort_as_half(uint16_t(words[i] >> 16)));
+      __half2 pair;
+      memcpy(&pair, &words[i], 4);
+      x[2 * i] = __low2float(pair);
+      x[2 * i + 1] = __high2float(pair);
     }
   }
 }
@@ -83,13 +86,28 @@ __device__ __forceinline__ uint4 pack(const float (&x)[kLanes<X>]) {
       words[i] = __float_as_uint(x[i]);
     } else if constexpr (__is_same(X, __nv_bfloat16)) {
       const __nv_bfloat162 pair = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
-      words[i] = uint32_t(__bfloat16_as_ushort(pair.x)) | uint32_t(__bfloat16_as_ushort(pair.y)) << 16;
+      memcpy(&words[i], &pair, 4);
     } else {
       const __half2 pair = __floats2half2_rn(x[2 * i], x[2 * i + 1]);
-      words[i] = uint32_t(__half_as_ushort(__low2half(pair))) | uint32_t(__half_as_ushort(__high2half(pair))) << 16;
+      memcpy(&words[i], &pair, 4);
     }
   }
   return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// One access of 16 bytes, which a compiler might take apart again.
+template <class X>
+__device__ __forceinline__ void store_lanes(X* at, const float (&x)[kLanes<X>]) {
+  const size_t global = __cvta_generic_to_global(at);
+  if constexpr (sizeof(X) == 4) {
+    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(global), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
+                 : "memory");
+  } else {
+    const uint4 raw = pack<X>(x);
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(raw.x), "r"(raw.y), "r"(raw.z),
+                 "r"(raw.w)
+                 : "memory");
+  }
 }
 
 // The 16-byte vectors that a row lies on, counted from the 128 bytes that it begins in, so that a warp's accesses cover
@@ -127,7 +145,7 @@ struct Grid {
   __device__ __forceinline__ void store(X* row, int v, int elements, const float (&x)[kLanes<X>]) const {
     const int e = first(v);
     if (whole(row, v, elements)) {
-      *reinterpret_cast<uint4*>(row + e) = pack<X>(x);
+      store_lanes<X>(row + e, x);
       return;
     }
 #pragma unroll

@@ -50,7 +50,7 @@ struct TokenNumbers {
   double temperature, softcap;
 };
 struct TokenChoices {
-  int64_t ignore_index, entropy, tail_mass;
+  int64_t ignore_index, entropy, tail_mass, stats;
 };
 
 }  // namespace kdk

@@ -22,7 +22,7 @@ def evaluate(logits, ids, backend, **options):
     found = kd.token_logprobs(leaf, ids, entropy=True, backend=backend, **options)
     upstream = [torch.linspace(-1.5, 2, x.numel(), dtype=x.dtype).reshape(x.shape) for x in found[:2]]
     (grad,) = torch.autograd.grad(found[:2], leaf, upstream)
-    return *(item.detach() for item in found), grad
+    return *(item.detach() for item in found[:3]), grad
 
 
 def check(logits, ids, atol=4e-6, **options):
@@ -78,6 +78,36 @@ def test_options(name, small_tiles):
         assert not grad[:, OPTIONS[name]["vocab_size"] :].any()
 
 
+@pytest.mark.parametrize("columns", [1, 257, 1100])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_statistics(dtype, columns, small_tiles):
+    """With ties, -inf, padding and temperatures per row; against the reference in fp64."""
+    logits = (torch.randn(N, columns) * 3).to(DTYPES[dtype])
+    logits[2, columns // 2] = -INF
+    logits[4] = logits[4].round()
+    ids = some_ids(3, columns)
+    ids[[0, 4, 5], 2] = logits[[0, 4, 5]].argmax(-1)
+    padded = torch.cat([logits, torch.full((N, 3), torch.nan, dtype=logits.dtype)], 1)
+    options = {"vocab_size": columns, "stats": True, "entropy": True, "softcap": 40.0 if columns == 257 else None}
+    found = kd.token_logprobs(padded, ids, temperature=PER_ROW, backend="triton", **options)
+    expected = kd.token_logprobs(padded.double(), ids, temperature=PER_ROW.double(), backend="torch", **options)
+    for value, exact in zip(found.stats[:2], expected.stats[:2], strict=True):
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value.double(), exact, rtol=4e-6, atol=4e-6, equal_nan=True)
+    assert torch.equal(found.stats.is_argmax, expected.stats.is_argmax) and found.stats.is_argmax[[0, 4, 5], 2].all()
+    torch.testing.assert_close(found.entropy.double(), expected.entropy, rtol=4e-6, atol=4e-6, equal_nan=True)
+
+
+def test_statistics_of_rows_without_a_distribution(small_tiles):
+    logits = torch.randn(5, 700)
+    logits[0, 7], logits[1, 3], logits[2], logits[3] = torch.nan, INF, -INF, torch.nan
+    ids = torch.tensor([[7, 2], [3, 1], [0, 1], [-1, -100], [4, 2]])
+    stats = kd.token_logprobs(logits, ids, stats=True, backend="triton").stats
+    assert stats.log_sum_squares[:3].isnan().all() and stats.mean_logit[:3].isnan().all()
+    assert not stats.is_argmax[:4].any() and not stats.log_sum_squares[3] and not stats.mean_logit[3]
+    assert torch.isfinite(stats.log_sum_squares[4]) and torch.isfinite(stats.mean_logit[4])
+
+
 def test_in_place_over_views(small_tiles):
     whole = torch.randn(2, 4, 700)
     before = whole.clone()
@@ -130,8 +160,9 @@ def test_an_id_out_of_range_spoils_its_slot_and_its_gradient(small_tiles):
     """On a GPU ids are not read before the launch."""
     logits = torch.randn(N, 700)
     ids = torch.tensor([[700, 1], [2, -2], [10**6, 3], [2**62, 0], [-(2**63), 0], [3, 4]])
-    options = {"temperature": 1.0, "softcap": 0.0, "ignore_index": -100, "entropy": False, "tail_mass": False}
-    logprobs, _, lse, _, norm = kernels.token_fwd(logits, ids, None, vocab_size=700, **options)
+    options = {"temperature": 1.0, "softcap": 0.0, "ignore_index": -100, "entropy": False}
+    options |= {"tail_mass": False, "stats": False}
+    logprobs, _, lse, _, norm, _ = kernels.token_fwd(logits, ids, None, vocab_size=700, **options)
     bad = (ids < 0) | (ids >= 700)
     assert torch.equal(logprobs.isnan(), bad) and torch.isfinite(lse).all()
     grad = torch.full_like(logits, torch.nan)
@@ -195,4 +226,4 @@ def test_a_gathered_tail_far_below_one():
 
 
 def test_both_ops_are_there():
-    assert "triton" not in ops.LACKING["token_fwd"] and "triton" not in ops.LACKING["token_bwd"]
+    assert not any("triton" in ops.LACKING.get(pattern, {}) for pattern in ("token_fwd", "token_bwd"))

@@ -1,0 +1,48 @@
+"""Every error a caller can get, raised before anything is launched and before any tensor is touched.
+
+Messages name the argument, what was expected and what came. Values that live in tensors (labels, temperatures) are read
+on the CPU, where that costs nothing; on a GPU only when the environment variable ``KDKERNELS_DEBUG=1`` is set, because
+reading them waits for the device. Under ``torch.compile`` values are not read at all. The kernels themselves never
+read or write out of bounds, whatever the labels.
+
+A caller says ``checks.NAME``; a check stands in the module of its subject. ``sequences``, of caches alone, is imported
+by these.
+"""
+
+from kdkernels.checks.dense import (
+    logits,
+    mixture_weights,
+    probabilities,
+    reverse_mode_only,
+    several,
+    student_of,
+    teacher_like,
+    teacher_probs,
+    teachers_of,
+    vocabulary,
+    why_no_teacher_grad,
+    without_teacher,
+)
+from kdkernels.checks.hidden import (
+    head,
+    head_tensors,
+    linear_mode_allowed,
+    sparse_grad_allowed,
+    teacher_callable,
+    teacher_chunks,
+    teacher_head,
+)
+from kdkernels.checks.memory import apart_in_place, inplace_allowed
+from kdkernels.checks.rows import (
+    labels_like,
+    labels_of,
+    normalizer_like,
+    per_row,
+    reduction_name,
+    token_ids,
+    token_mask,
+    token_numbers,
+)
+from kdkernels.checks.sparse import sparse_teacher, tail_like
+from kdkernels.checks.tensors import is_dtensor, reads_values, sharded_argument, sharded_student, sum_dtype
+from kdkernels.checks.values import choice, flag, in_sums, integer, logits_dtype, number, softcap, text

@@ -1,0 +1,223 @@
+"""Logits ``(..., V)``: a student's, and those of one or several teachers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from kdkernels import symbols, transforms
+from kdkernels.checks.memory import inplace_allowed
+from kdkernels.checks.rows import batch_dimension
+from kdkernels.checks.tensors import FLOATING, dtype_name, plain, reads_values, sum_dtype
+from kdkernels.checks.values import integer, number
+
+MAX_TEACHERS = 4
+
+
+def logits(name: str, value: Any) -> None:
+    """A floating tensor ``(..., V)`` with unit stride in the last dimension; fp64 on the CPU only."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    plain(name, value)
+    dtype, shape = value.dtype, value.shape
+    if dtype not in FLOATING:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {dtype_name(dtype)}")
+    if dtype == torch.float64 and value.device.type != "cpu":
+        raise TypeError(f"{name} may be float64 on the CPU only, got a tensor on {value.device}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+    if not shape or shape[-1] == 0:
+        raise ValueError(f"{name} must have shape (..., V) with V >= 1, got {tuple(shape)}")
+    if shape[-1] > 1 and value.stride(-1) != 1:
+        raise ValueError(f"{name} must have stride 1 in the last dimension, got strides {tuple(value.stride())}")
+
+
+def student_of(options: Any, student: Any) -> int:
+    """The student's logits suit options; the number of columns that count."""
+    logits("student", student)
+    if options.reduction == "batchmean":
+        batch_dimension(student)
+    if getattr(options, "inplace", False):
+        inplace_allowed(student)
+    return vocabulary(options.vocab_size, student)
+
+
+def vocabulary(vocab_size: Optional[int], student: Tensor, of: str = "student") -> int:
+    """The number of real columns."""
+    width = student.shape[-1]
+    if vocab_size is None:
+        return width
+    integer("vocab_size", vocab_size, low=1)
+    if vocab_size > width:
+        raise ValueError(f"vocab_size must be at most {of}'s width {width}, got {vocab_size}")
+    return vocab_size
+
+
+def teacher_like(name: str, teacher: Any, student: Tensor, vocab_size: Optional[int]) -> None:
+    """The teacher's leading shape and device are the student's; so is its width, unless ``vocab_size`` is given."""
+    logits(name, teacher)
+    if teacher.device != student.device:
+        raise ValueError(f"{name} must be on the student's device {student.device}, got {teacher.device}")
+    same = teacher.shape == student.shape if vocab_size is None else teacher.shape[:-1] == student.shape[:-1]
+    if not same:
+        hint = ""
+        if teacher.shape[:-1] == student.shape[:-1]:
+            hint = "; pass vocab_size=... when the two are padded to different widths"
+        raise ValueError(
+            f"{name} must have the student's shape {tuple(student.shape)}, got {tuple(teacher.shape)}{hint}"
+        )
+    if vocab_size is not None and vocab_size > teacher.shape[-1]:
+        raise ValueError(f"vocab_size must be at most {name}'s width {teacher.shape[-1]}, got {vocab_size}")
+
+
+def teachers_of(options: Any, teacher: Any, student: Tensor) -> tuple[Tensor, ...]:
+    """A teacher, or a sequence of some, beside the student."""
+    if not isinstance(teacher, (list, tuple)):
+        teacher_like("teacher", teacher, student, options.vocab_size)
+        return (teacher,)
+    several(teacher)
+    for k, item in enumerate(teacher):
+        teacher_like("teacher" if len(teacher) == 1 else f"teacher[{k}]", item, student, options.vocab_size)
+    return tuple(teacher)
+
+
+def without_teacher(options: Any) -> None:
+    """A loss in which no teacher has a say."""
+    if options.scalars["kd_weight"] != 0:
+        raise TypeError("teacher is required unless kd_weight is the number 0")
+    for name in ("teacher_weights", "teacher_form"):
+        if getattr(options, name) not in (None, "logits"):
+            raise ValueError(f"{name} has no meaning without a teacher")
+
+
+def several(teachers: Sequence[Any]) -> None:
+    """A mixture of as many teachers as the kernels take."""
+    if not 1 <= len(teachers) <= MAX_TEACHERS:
+        raise ValueError(f"teacher must be a tensor or 1 to {MAX_TEACHERS} tensors, got {len(teachers)}")
+
+
+def mixture_weights(options: Any, count: int, student: Tensor, *, single: bool) -> Optional[Tensor]:
+    """Weights ``[N, M]`` of the teachers, such that those of probabilities sum to 1; None for a single teacher."""
+    weights = options.teacher_weights
+    if single:
+        if weights is not None:
+            raise ValueError("teacher_weights need a sequence of teachers, got one tensor")
+        return None
+    if weights is None:
+        weights = [1.0 / count] * count
+    dtype = sum_dtype(student)
+    if not isinstance(weights, (Tensor, list, tuple)):
+        raise TypeError(f"teacher_weights must be a tensor or a sequence of numbers, got {type(weights).__name__}")
+    if not isinstance(weights, Tensor):
+        numbers = [number("teacher_weights", w, low=0.0) for w in weights]
+        if any(symbols.is_symbol(w) for w in numbers):
+            weights = torch.stack([symbols.as_tensor(w, dtype, student.device) for w in numbers])
+        else:
+            weights = torch.tensor(numbers, dtype=dtype, device=student.device)
+    if weights.shape[-1:] != (count,) or weights.shape[:-1] not in ((), student.shape[:-1]):
+        raise ValueError(
+            f"teacher_weights must have shape ({count},) or {(*student.shape[:-1], count)}, got {tuple(weights.shape)}"
+        )
+    if weights.requires_grad:
+        raise ValueError("teacher_weights must not require grad: they get no gradient; detach them")
+    weights = weights.to(device=student.device, dtype=dtype).reshape(-1, count)
+    if reads_values(weights) and weights.numel() and not bool((torch.isfinite(weights) & (weights >= 0)).all()):
+        raise ValueError(f"teacher_weights must be finite and >= 0 in {dtype_name(dtype)}")
+    if options.mixture == "probs":
+        largest = weights.amax(-1, keepdim=True)
+        if reads_values(weights) and not bool((largest > 0).all()):
+            raise ValueError("teacher_weights must not all be 0")
+        # Of the largest, so that their sum is one of this dtype.
+        weights = weights / largest
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights.expand(math.prod(student.shape[:-1]), count)
+
+
+def why_no_teacher_grad(options: Any, *, mixed: bool) -> Optional[str]:
+    """Why the kernels have no gradient for the teachers, if they have none."""
+    if mixed:
+        return "a mixture of teachers gets a gradient from plain PyTorch only; detach the teachers"
+    if options.teacher_form in ("probs", "unnormalized_probs"):
+        return "teacher probabilities get a gradient from plain PyTorch only; detach the teacher"
+    if options.inplace:
+        return "inplace cannot be combined with a teacher that requires grad; detach the teacher"
+    return None
+
+
+def reverse_mode_only(backend: str, *tensors: Optional[Tensor]) -> None:
+    """The kernels give a gradient in reverse mode: no tangents, and no tensors that stand for others."""
+    if backend == "torch" or torch.compiler.is_compiling() or not transforms.active():
+        return
+    for tensor in tensors:
+        if tensor is not None and transforms.takes_part(tensor):
+            raise RuntimeError(
+                f"backend {backend!r} has a gradient in reverse mode only, outside torch.func (grad, vmap, jvp, ...) "
+                'and forward-mode differentiation; there, backend="torch" works'
+            )
+
+
+def probabilities(
+    options: Any, teachers: Sequence[Tensor], columns: int, labels: Optional[Tensor], weight: Optional[Tensor]
+) -> None:
+    """The values of teachers that are probabilities, in the rows that count; ``labels`` and ``weight`` are ``[N]``."""
+    form = options.teacher_form
+    if form in ("logits", "log_probs") or torch.compiler.is_compiling() or not options.scalars["kd_weight"]:
+        return
+    counted = None if labels is None else labels != options.ignore_index
+    if weight is not None:
+        counted = weight != 0 if counted is None else counted & (weight != 0)
+    if counted is not None and not reads_values(counted):
+        return
+    for k, teacher in enumerate(teachers):
+        name = "teacher" if len(teachers) == 1 else f"teacher[{k}]"
+        teacher_probs(name, teacher, columns, counted, form)
+
+
+def teacher_probs(
+    name: str, teacher: Tensor, columns: int, counted: Optional[Tensor] = None, form: str = "probs"
+) -> None:
+    """Rows of probabilities, of those that are ``counted [N]``: none is negative or NaN, and they add up to 1 as far as
+    their dtype can hold them. Of "unnormalized_probs" one is above 0, and all are finite.
+    """
+    if not reads_values(teacher) or teacher.numel() == 0:
+        return
+    finfo = torch.finfo(teacher.dtype)
+    rows = teacher.detach()[..., :columns]
+    if form == "probs":
+        low, top, sums = rows.amin(-1), None, rows.sum(-1, dtype=sum_dtype(teacher)).reshape(-1)
+    else:
+        # Not torch.aminmax, which takes five times as long as both.
+        low, top = rows.amin(-1), rows.amax(-1)
+        sums = top.reshape(-1)
+    low = low.reshape(-1)
+    if counted is not None:
+        counted = counted.reshape(-1)
+        low, sums = (torch.where(counted, item, torch.ones_like(item)) for item in (low, sums))
+    # NaN fails the comparison too.
+    wrong = ~(low >= 0)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"{name} must hold probabilities, none negative or NaN, for teacher_form={form!r}, got "
+            f"{float(low[wrong][0]):.6g}; those of log-probabilities are teacher_form='log_probs'"
+        )
+    if top is not None:
+        wrong = ~((sums > 0) & (sums < torch.inf))
+        if bool(wrong.any()):
+            raise ValueError(
+                f"{name} must hold a finite weight above 0 in every row for teacher_form={form!r}, got a largest of "
+                f"{float(sums[wrong][0]):.6g}"
+            )
+        return
+    # A sum of roundings, of which small ones are to the spacing of subnormal numbers; 1e-5 for what fp32 computed.
+    allowed = max(2 * finfo.eps + columns * finfo.tiny * finfo.eps, 1e-5)
+    off = (sums - 1).abs()
+    worst = int(off.argmax())
+    if off[worst] > allowed:
+        raise ValueError(
+            f"{name} must hold probabilities that add up to 1 in every row for teacher_form='probs', got a sum of "
+            f"{float(sums[worst]):.6g}; teacher_form='unnormalized_probs' divides every row by its sum"
+        )

@@ -1,0 +1,100 @@
+"""Sequences of a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from kdkernels.checks.sparse import highest_logprob
+from kdkernels.checks.tensors import dtype_name, floating, integers, tensor
+
+EXTRA_DTYPES = (
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+)
+
+
+def extras_of_tokens(extras: Any) -> dict[str, torch.dtype]:
+    """The further tensors of a cache: a mapping of names to dtypes, none of them a name of the cache's own."""
+    if extras is None:
+        return {}
+    if not isinstance(extras, Mapping):
+        raise TypeError(f"extras must be a mapping of names to dtypes, got {type(extras).__name__}")
+    for name, dtype in extras.items():
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ValueError(f"extras must have names that are identifiers, got {name!r}")
+        if name in ("ids", "logprobs", "tail_logprob", "length"):
+            raise ValueError(f"extras must not have the name {name!r}, which the cache uses")
+        if dtype not in EXTRA_DTYPES:
+            raise TypeError(f"extras[{name!r}] must be one of {', '.join(map(str, EXTRA_DTYPES))}, got {dtype!r}")
+    return dict(extras)
+
+
+def captured_sequence(
+    ids: Any, logprobs: Any, tail_logprob: Any, extras: Mapping[str, Any], layout: Any
+) -> tuple[Tensor, Tensor, Optional[Tensor], dict[str, Tensor]]:
+    """One sequence for a cache: ids and log-probabilities ``[L, K]``, tail and extras ``[L]``; returned on the CPU."""
+    for name, value in (("ids", ids), ("logprobs", logprobs)):
+        tensor(name, value)
+    integers("ids", ids)
+    floating("logprobs", logprobs)
+    if ids.dim() != 2 or ids.shape[1] != layout.k:
+        raise ValueError(f"ids must have shape (L, {layout.k}), got {tuple(ids.shape)}")
+    if logprobs.shape != ids.shape:
+        raise ValueError(f"logprobs must have the shape of ids {tuple(ids.shape)}, got {tuple(logprobs.shape)}")
+    if (tail_logprob is not None) != layout.tail:
+        raise ValueError(f"tail_logprob must {'' if layout.tail else 'not '}be given: the cache has tail={layout.tail}")
+    if extras.keys() != layout.extras.keys():
+        raise ValueError(f"extras must be {sorted(layout.extras)}, got {sorted(extras)}")
+    ids, logprobs = ids.detach().cpu(), logprobs.detach().cpu()
+    bad = (ids < -1) | (ids >= layout.vocab_size)
+    if bool(bad.any()):
+        raise ValueError(f"ids must be in [0, {layout.vocab_size}) or -1 for an unused slot, got {int(ids[bad][0])}")
+    used = torch.where(ids < 0, -torch.inf, logprobs)
+    weights = torch.ones(len(ids), dtype=torch.bool)
+    if tail_logprob is not None:
+        tail_logprob = _of_tokens("tail_logprob", tail_logprob, len(ids))
+        if not tail_logprob.is_floating_point():
+            raise TypeError(f"tail_logprob must be of floating point, got {dtype_name(tail_logprob.dtype)}")
+        _no_more_than_certain("tail_logprob", tail_logprob)
+        weights = tail_logprob == -torch.inf
+    _no_more_than_certain("logprobs", used[~weights], " where ids is not -1")
+    # Nothing is left to the ids that are not here, so that these may be samples: their weights may be above 1. fp16 is
+    # what they are stored in; NaN fails the comparison too.
+    if not bool((used <= torch.finfo(torch.float16).max).all()):
+        raise ValueError("logprobs must not be NaN or above 65504, where ids is not -1")
+    converted = {}
+    for name, dtype in layout.extras.items():
+        value = _of_tokens(name, extras[name], len(ids))
+        converted[name] = value.to(dtype)
+        if value.dtype != dtype and not torch.equal(converted[name].to(value.dtype), value):
+            raise ValueError(f"{name} must fit {dtype_name(dtype)}, got {dtype_name(value.dtype)} values that do not")
+    return ids, logprobs, tail_logprob, converted
+
+
+def _no_more_than_certain(name: str, logprobs: Tensor, where: str = "") -> None:
+    """Log-probabilities, of which 0 may have been rounded up."""
+    # NaN fails the comparison too.
+    bad = ~(logprobs <= highest_logprob(logprobs.dtype))
+    if bool(bad.any()):
+        worst = logprobs[bad].reshape(-1)[0].item()
+        raise ValueError(f"{name} must be log-probabilities, at most 0 and not NaN{where}, got {worst:g}")
+
+
+def _of_tokens(name: str, value: Any, length: int) -> Tensor:
+    """A tensor of one number per token, brought to the CPU."""
+    tensor(name, value)
+    if tuple(value.shape) != (length,):
+        raise ValueError(f"{name} must have one value per token, shape ({length},), got {tuple(value.shape)}")
+    return value.detach().cpu()
