@@ -220,9 +220,9 @@ def run_reference(launch: Launch, student: Tensor, teachers: Sequence[Tensor]) -
     if rows.teacher_temperature_rows is not None:
         options["teacher_temperature"] = rows.teacher_temperature_rows
     for term in objective.TERMS:
-        of_rows = getattr(rows, f"{term}_rows")
-        if of_rows is not None:
-            options[term] = of_rows
+        weights = getattr(rows, f"{term}_rows")
+        if weights is not None:
+            options[term] = weights
     stats: Optional[Tensor] = None
     if launch.pattern == "topk_fwd":
         ids, logprobs = launch.sparse_teacher
