@@ -1045,6 +1045,24 @@ def sum_dtype(student: Tensor) -> torch.dtype:
     return torch.float64 if student.dtype == torch.float64 else torch.float32
 
 
+def offsets(name: str, value: Any) -> list[tuple[int, int]]:
+    """The starts and ends of tokens in a text, in its order."""
+    pairs = value.tolist() if isinstance(value, Tensor) else value
+    if not isinstance(pairs, (list, tuple)):
+        raise TypeError(f"{name} must be pairs of a start and an end, got {type(value).__name__}")
+    last = 0
+    for i, pair in enumerate(pairs):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(type(x) is int for x in pair):
+            raise TypeError(f"{name} must be pairs of two integers, a start and an end, got {pair!r} at {i}")
+        start, end = pair
+        if not 0 <= start <= end:
+            raise ValueError(f"{name} must start at 0 or later and end no earlier than they start, got {pair!r} at {i}")
+        if end > start and end < last:
+            raise ValueError(f"{name} must follow the text, got {pair!r} at {i} behind one that ends at {last}")
+        last = end if end > start else last
+    return [(start, end) for start, end in pairs]
+
+
 def reads_values(value: Tensor) -> bool:
     """True if the values of a tensor may be read for a check."""
     if torch.compiler.is_compiling() or not symbols.has_values(value):
