@@ -55,6 +55,10 @@ def own_divergences():
         kd.unregister_divergence(name)
 
 
+def is_float(x):
+    return isinstance(x, torch.Tensor) and x.is_floating_point()
+
+
 def gradients(loss, leaves):
     assert loss.dim() == 0 and torch.isfinite(loss)
     return torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
@@ -93,6 +97,26 @@ def test_the_code_has_the_formula_s_value_and_gradient(page, name, number, own_d
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=lambda text, key=key: f"{key}: {text}")
         moved += int(b.abs().max() > 1e-6)
     assert moved, "the formula has no gradient: nothing was tested"
+
+
+@pytest.mark.parametrize("page, name, number", CASES, ids=[f"{page}-{name}-{number}" for page, name, number in CASES])
+def test_the_code_runs_in_float32(page, name, number, own_divergences):
+    """Nothing in a recipe may rest on the dtype of the tests above."""
+    given = {
+        key: x.detach().float().requires_grad_(x.requires_grad) if is_float(x) else x for key, x in inputs().items()
+    }
+    leaves = {key: x for key, x in given.items() if isinstance(x, torch.Tensor) and x.requires_grad}
+    wide = {key: x.detach().double() if is_float(x) else x for key, x in given.items()}
+    names = dict(given)
+    setup, found = sections(page)
+    for code in [*setup, *found[name][: number + 1]]:
+        exec(code, names)
+    formula = formulas(page)[name]
+    wanted = (formula[number] if isinstance(formula, tuple) else formula)(SimpleNamespace(**wide))
+    if not isinstance(wanted, tuple):
+        torch.testing.assert_close(names["loss"].double(), wanted, rtol=1e-4, atol=1e-6)
+    for x, gradient in zip(leaves.values(), gradients(names["loss"], leaves), strict=True):
+        assert gradient is None or gradient.dtype == x.dtype and torch.isfinite(gradient).all()
 
 
 REFERENCE = PAGES.parent
@@ -195,3 +219,12 @@ def test_a_changed_recipe_is_noticed(change):
     exec(changed, names)
     wanted = formulas("divergences")["forward-kl"](SimpleNamespace(**given))
     assert not torch.isclose(names["loss"], wanted)
+
+
+def test_every_name_that_the_pages_use_is_public():
+    pages = [*PAGES.glob("*.md"), REFERENCE / "papers.md", REFERENCE.parent / "guide" / "choosing.md"]
+    for page in pages:
+        for name in re.findall(r"\bkd\.((?:onpolicy\.|alignment\.)?\w+)", page.read_text()):
+            assert public(name) is not None, f"{page.name}: {name}"
+        for name in re.findall(r"`onpolicy\.(\w+)", page.read_text()):
+            assert name in kd.onpolicy.__all__, f"{page.name}: {name}"

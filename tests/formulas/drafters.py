@@ -34,6 +34,13 @@ def hybrid_of_batch(x):
     return lam * kl(p, q).mean() + (1 - lam) * (1 - A)
 
 
+def confidence(x):
+    p, q = distributions(x)
+    A, c = acceptance(p, q).detach(), x.confidence.sigmoid()
+    bce = -(A * c.log() + (1 - A) * (1 - c).log()).mean()
+    return F.cross_entropy(x.student, x.labels) + 0.9 * (p - q).abs().sum(-1).mean() + bce
+
+
 def draft_vocabulary(x):
     p = x.teacher.softmax(-1)[:, x.columns]
     return kl(p / p.sum(-1, keepdim=True), x.draft_logits.softmax(-1)).mean()
@@ -68,6 +75,7 @@ FORMULAS = {
     "negative-log-acceptance": log_acceptance,
     "hybrid": (hybrid, hybrid_of_batch),
     "the-targets-choice-as-label": lambda x: F.cross_entropy(x.student, x.teacher.argmax(-1)),
+    "drafts-with-a-confidence": confidence,
     "a-draft-vocabulary": (draft_vocabulary, draft_head, true_acceptance),
     "several-heads": heads,
     "position-aware-cross-entropy": dpace,

@@ -41,7 +41,6 @@ def inputs():
         "teacher_logits": normal(2, 5, V),
         "reference_logits": normal(2, 5, V),
         "tokens": torch.tensor([[3, 1, 10, 0, 7], [2, 2, 9, -100, -100]]),
-        "old": -torch.rand(2, 5, dtype=torch.float64) * 3 - 0.2,
         "advantages": torch.tensor([[0.7], [-1.2]], dtype=torch.float64),
         "long_logits": normal(2, 8, V),
         "answer": torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 0, 0]], dtype=torch.bool),
@@ -53,6 +52,7 @@ def inputs():
             dtype=torch.float64,
         ),
         # Drafters: 7 of the target's columns, heads that look ahead, blocks.
+        "confidence": student(N),
         "columns": torch.tensor([10, 0, 3, 4, 7, 8, 1]),
         "draft_logits": student(N, 7),
         "draft_head": student(7, 5, scale=1.0),
@@ -99,6 +99,11 @@ def inputs():
         "patches_in_image": torch.tensor([2, 2, 3, 3, 3, 1]),
         "images": 3,
     }
+    # A sampler near the student, but for two tokens outside every band; a sure teacher and an unsure one beside others.
+    picked = given["logits"].detach().log_softmax(-1).gather(-1, given["tokens"].clamp_min(0)[..., None])[..., 0]
+    given["old"] = picked - torch.tensor([[0.1, -0.3, 0.5, 1.8, -0.1], [-1.5, 0.05, -0.15, 0.0, 0.0]])
+    given["teacher"][0] *= 5
+    given["teacher"][1] *= 0.1
     # Rows on which a teacher is right, beside others.
     with torch.no_grad():
         attention = (given["queries"] @ given["keys"].T / 2).softmax(-1)

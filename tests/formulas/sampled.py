@@ -64,6 +64,14 @@ def kdrl(x):
     return of_tokens(x, lambda s, a, o, r, place: ppo(r, float(x.advantages[place[0], 0])) + 0.1 * (s - a) ** 2 / 2)
 
 
+def entropy_bonus(x):
+    def loss(s, a, o, r, place):
+        logq = x.logits[place].log_softmax(-1)
+        return -x.advantages[place[0], 0] * s + 1e-3 * (logq.exp() * logq).sum()
+
+    return of_tokens(x, loss)
+
+
 def extrapolated(x):
     def loss(s, a, o, r, place):
         a0 = x.reference_logits[place].log_softmax(-1)[x.tokens[place]]
@@ -108,6 +116,7 @@ FORMULAS = {
     "importance-ratio": lambda x: of_tokens(x, lambda s, a, o, r, place: -0.5 * (a - o) * r),
     "ppo-with-a-teachers-reward": minillm,
     "a-reward-beside-the-teacher": kdrl,
+    "an-entropy-bonus": entropy_bonus,
     "extrapolated-rewards": extrapolated,
     "reference-kl": lambda x: of_tokens(x, ref_kl),
     "engines-that-disagree": lambda x: of_tokens(x, icepop),
