@@ -208,6 +208,16 @@ def test_the_table_of_what_is_not_there_yet_is_true():
             kd.kd_loss(student, **options)
 
 
+def test_log_probabilities_may_be_passed_as_logits():
+    given = inputs()
+    student, teacher = given["student"], given["teacher"]
+    for T in (1.0, 3.0):
+        direct, through = (kd.kd_loss(s, teacher, temperature=T) for s in (student, student.log_softmax(-1)))
+        torch.testing.assert_close(direct, through)
+        one, two = (torch.autograd.grad(loss, student)[0] for loss in (direct, through))
+        torch.testing.assert_close(one, two)
+
+
 @pytest.mark.parametrize("change", ["temperature=2.5", 'reduction="sum"', "scale_by_t_squared=False"])
 def test_a_changed_recipe_is_noticed(change):
     code = sections("divergences")[1]["forward-kl"][0]

@@ -110,6 +110,12 @@ def amid(x):
     return kl(logp, (r / r.sum(-1, keepdim=True)).log()).mean()
 
 
+def amid_geometric(x):
+    p, logp, q, _ = softmaxes(x)
+    r = p**0.1 * q**0.9
+    return kl(logp, (r / r.sum(-1, keepdim=True)).log()).mean()
+
+
 def pairs(x, weights):
     d = x.student - x.teacher
     return ((weights * (d[:, :, None] - d[:, None, :]) ** 2).sum((1, 2)) / 4).mean()
@@ -145,13 +151,22 @@ def dist(x):
     return 4 * (2 - rows - columns)
 
 
+def ranked(s, order, weights):
+    """Minus the weighted log-likelihood of an order under Plackett and Luce."""
+    return sum(weights[v] * (s[order[k:]].exp().sum().log() - s[v]) for k, v in enumerate(order))
+
+
 def pld(x):
     total = 0.0
-    for s, t, p, y in zip(x.student, x.teacher, x.teacher.softmax(-1), x.labels.tolist(), strict=True):
-        order = [y, *(v for v in t.argsort(descending=True).tolist() if v != y)]
-        for k, v in enumerate(order):
-            total = total + p[v] * (torch.stack([s[u] for u in order[k:]]).exp().sum().log() - s[v])
+    for s, t, y in zip(x.student, x.teacher, x.labels.tolist(), strict=True):
+        others = [v for v in t.argsort(descending=True).tolist() if v != y]
+        total = total + ranked(s, [y, *others], t.softmax(-1))
     return total / len(x.labels)
+
+
+def listmle(x):
+    orders = x.teacher.argsort(descending=True).tolist()
+    return sum(ranked(s, order, [1.0] * len(s)) for s, order in zip(x.student, orders, strict=True)) / len(orders)
 
 
 FORMULAS = {
@@ -170,9 +185,9 @@ FORMULAS = {
     "adaptive-kl": adaptive,
     "entropy-aware-kl": entropy_aware,
     "token-wise-adaptive-divergence": todi,
-    "alpha-mixture-assistant": amid,
+    "alpha-mixture-assistant": (amid, amid_geometric),
     "concrete-score-distillation": (concrete_student, concrete_teacher),
     "logit-mse": (mse, centered_mse),
     "dist": dist,
-    "ranking-losses": pld,
+    "ranking-losses": (pld, listmle),
 }

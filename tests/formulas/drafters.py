@@ -38,7 +38,7 @@ def confidence(x):
     p, q = distributions(x)
     A, c = acceptance(p, q).detach(), x.confidence.sigmoid()
     bce = -(A * c.log() + (1 - A) * (1 - c).log()).mean()
-    return F.cross_entropy(x.student, x.labels) + 0.9 * (p - q).abs().sum(-1).mean() + bce
+    return 0.1 * F.cross_entropy(x.student, x.labels) + 0.9 * (p - q).abs().sum(-1).mean() + bce
 
 
 def draft_vocabulary(x):
