@@ -1,6 +1,6 @@
 """kdkernels: fused distillation losses for PyTorch."""
 
-from kdkernels import divergences, onpolicy
+from kdkernels import alignment, divergences, onpolicy
 from kdkernels.capture import TeacherTopK, capture_samples, capture_topk
 from kdkernels.divergences import *  # noqa: F403
 from kdkernels.functional import dkd_loss, kd_loss, logit_mse_loss, taid_loss, topk_kd_loss
@@ -23,6 +23,7 @@ __all__ = [
     "TokenStats",
     "TopKKDLoss",
     "TopKStats",
+    "alignment",
     "capture_samples",
     "capture_topk",
     "dkd_loss",

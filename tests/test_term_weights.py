@@ -160,7 +160,6 @@ def test_what_is_no_weight_is_an_error(backend, rows):
         kd.kd_loss(student, teacher, backend=backend, ce_weight=torch.ones(N))
 
 
-
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_without_a_teacher(backend, rows, smoothing, inplace):

@@ -97,3 +97,21 @@ def logits_dtype(value: Any, product: Optional[torch.dtype] = None) -> None:
     raise ValueError(
         f"logits_dtype must be {wanted} or None where the products are of {products}, got {dtype_name(value)}"
     )
+
+
+def offsets(name: str, value: Any) -> list[tuple[int, int]]:
+    """The starts and ends of tokens in a text, in its order."""
+    pairs = value.tolist() if isinstance(value, Tensor) else value
+    if not isinstance(pairs, (list, tuple)):
+        raise TypeError(f"{name} must be pairs of a start and an end, got {type(value).__name__}")
+    last = 0
+    for i, pair in enumerate(pairs):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(type(x) is int for x in pair):
+            raise TypeError(f"{name} must be pairs of two integers, a start and an end, got {pair!r} at {i}")
+        start, end = pair
+        if not 0 <= start <= end:
+            raise ValueError(f"{name} must start at 0 or later and end no earlier than they start, got {pair!r} at {i}")
+        if end > start and end < last:
+            raise ValueError(f"{name} must follow the text, got {pair!r} at {i} behind one that ends at {last}")
+        last = end if end > start else last
+    return [(start, end) for start, end in pairs]
