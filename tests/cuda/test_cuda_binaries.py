@@ -18,8 +18,11 @@ BUDGET |= {
 }
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("source", SOURCES)
+CASES = [(source, arch) for source in SOURCES for arch in (80, 90)]
+CASES += [("tokens.cu", 100), ("tokens.cu", 120)]
+
+
+@pytest.mark.parametrize(("source", "arch"), CASES)
 def test_registers_and_spills(source, arch):
     usage = compiled(source, arch)[1]
     assert usage
