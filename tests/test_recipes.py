@@ -180,10 +180,6 @@ def logits(**options):
 
 # What the table says does not work yet, beside missing names and arguments: each must be refused.
 REFUSED = {
-    "`kd_weight`, `ce_weight` per row": lambda: logits(kd_weight=torch.ones(3)),
-    "`teacher=None` where `kd_weight` is 0": lambda: logits(
-        teacher=None, labels=torch.arange(3), kd_weight=0.0, ce_weight=1.0
-    ),
     'negative `teacher_weights` with `mixture="logits"`': lambda: logits(
         teacher=[torch.randn(3, 5), torch.randn(3, 5)], teacher_weights=[1.0, -0.5], mixture="logits"
     ),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Optional
 
 import torch
+from torch import Tensor
 
 from kdkernels import symbols
 from kdkernels.checks.tensors import dtype_name
