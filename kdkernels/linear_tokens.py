@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Optional, Union, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from kdkernels.launch import flat
 from kdkernels.linear import as_student, is_transformed
 from kdkernels.objective import LinearTokenOptions, PerRow, takes
 from kdkernels.reference.tokens import TokenRows
+from kdkernels.stats import TokenStats
 from kdkernels.tokens import TokenLogprobs, first_of_equals, shaped, token_call
 
 if TYPE_CHECKING:
@@ -25,6 +26,36 @@ if TYPE_CHECKING:
     from kdkernels import options as keywords
 
 
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Union[Tensor, torch.nn.Module],
+    ids: Tensor,
+    *,
+    bias: Optional[Tensor] = None,
+    return_stats: Literal[False] = False,
+    **options: Unpack[keywords.LinearTokenOptions],
+) -> TokenLogprobs: ...
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Union[Tensor, torch.nn.Module],
+    ids: Tensor,
+    *,
+    bias: Optional[Tensor] = None,
+    return_stats: Literal[True],
+    **options: Unpack[keywords.LinearTokenOptions],
+) -> tuple[TokenLogprobs, TokenStats]: ...
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Union[Tensor, torch.nn.Module],
+    ids: Tensor,
+    *,
+    bias: Optional[Tensor] = None,
+    return_stats: bool,
+    **options: Unpack[keywords.LinearTokenOptions],
+) -> Union[TokenLogprobs, tuple[TokenLogprobs, TokenStats]]: ...
 @takes(LinearTokenOptions)
 def linear_token_logprobs(
     hidden: Tensor,
@@ -32,8 +63,8 @@ def linear_token_logprobs(
     ids: Tensor,
     *,
     bias: Optional[Tensor] = None,
-    **options: Unpack[keywords.LinearTokenOptions],
-) -> TokenLogprobs:
+    **options: Any,
+) -> Any:
     r"""``token_logprobs`` of the logits ``hidden @ weight.T + bias``, which are never stored whole.
 
     Forward projects a chunk of rows, takes the values from its logits, and drops these. Backward projects the
@@ -49,10 +80,11 @@ def linear_token_logprobs(
         bias: ``[V]``.
         chunk_bytes: of the logits of a chunk; by default 96 MiB on a CPU and 512 MiB on a GPU.
         logits_dtype: as in ``linear_kd_loss``: float32 unless 16 bits are asked for by name.
-        temperature, entropy, stats, softcap, vocab_size, ignore_index, backend: as in ``token_logprobs``.
+        temperature, entropy, return_stats, softcap, vocab_size, ignore_index, backend: as in ``token_logprobs``.
 
     Returns:
-        ``TokenLogprobs(logprobs, entropy, lse, stats)``, float32 (float64 for float64).
+        ``TokenLogprobs(logprobs, entropy, lse)``, float32 (float64 for float64); with ``return_stats`` a pair
+        ``(TokenLogprobs, TokenStats)``.
 
     Raises:
         TypeError, ValueError: naming the argument, before anything is launched.
@@ -81,7 +113,7 @@ def linear_token_logprobs(
     else:
         offset = None if offset is None else offset.detach()
         logprobs, entropy, lse, _, _, stats = _forward(call, flat(hidden.detach()), head.detach(), offset, tokens)
-    entropy, stats = entropy if given.entropy else None, stats if given.stats else None
+    entropy, stats = entropy if given.entropy else None, stats if given.return_stats else None
     return shaped(logprobs, entropy, lse, stats, hidden.shape[:-1], ids.shape)
 
 

@@ -391,7 +391,7 @@ class TokenOptions(Options):
 
     temperature: PerRow = 1.0
     entropy: bool = False
-    stats: bool = False
+    return_stats: bool = False
     softcap: Optional[float] = None
     vocab_size: Optional[int] = None
     ignore_index: int = -100
@@ -406,7 +406,7 @@ class TokenOptions(Options):
             checks.number("temperature", self.temperature, low=0.0, exclusive_low=True)
             checks.in_sums("temperature", self.temperature, positive=True)
         checks.flag("entropy", self.entropy)
-        checks.flag("stats", self.stats)
+        checks.flag("return_stats", self.return_stats)
         checks.softcap("softcap", self.softcap)
         if self.vocab_size is not None:
             checks.integer("vocab_size", self.vocab_size, low=1)
@@ -422,7 +422,7 @@ class TokenOptions(Options):
             "ignore_index": self.ignore_index,
             "entropy": self.entropy,
             "tail_mass": False,
-            "stats": self.stats,
+            "stats": self.return_stats,
         }
 
 

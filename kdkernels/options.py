@@ -106,7 +106,6 @@ class MSEOptions(_OnLogits, RowOptions, total=False):
 class _Tokens(TypedDict, total=False):
     temperature: PerRow
     entropy: bool
-    stats: bool
     softcap: Optional[float]
     vocab_size: Optional[int]
     ignore_index: int

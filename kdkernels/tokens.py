@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Optional, Union, overload
 
 import torch
 from torch import Tensor
@@ -25,17 +25,40 @@ class TokenLogprobs(NamedTuple):
     """The results of ``token_logprobs``.
 
     logprobs: natural log-probabilities of the shape of the ids. entropy: in nats, of the shape of the rows, or None.
-    lse: ``logsumexp(logits / T)`` of the shape of the rows; it passes no gradient. stats: ``TokenStats``, or None.
+    lse: ``logsumexp(logits / T)`` of the shape of the rows; it passes no gradient.
     """
 
     logprobs: Tensor
     entropy: Optional[Tensor]
     lse: Tensor
-    stats: Optional[TokenStats] = None
 
 
+@overload
+def token_logprobs(
+    logits: Tensor,
+    ids: Tensor,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[keywords.TokenOptions],
+) -> TokenLogprobs: ...
+@overload
+def token_logprobs(
+    logits: Tensor,
+    ids: Tensor,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[keywords.TokenOptions],
+) -> tuple[TokenLogprobs, TokenStats]: ...
+@overload
+def token_logprobs(
+    logits: Tensor,
+    ids: Tensor,
+    *,
+    return_stats: bool,
+    **options: Unpack[keywords.TokenOptions],
+) -> Union[TokenLogprobs, tuple[TokenLogprobs, TokenStats]]: ...
 @takes(TokenOptions)
-def token_logprobs(logits: Tensor, ids: Tensor, **options: Unpack[keywords.TokenOptions]) -> TokenLogprobs:
+def token_logprobs(logits: Tensor, ids: Tensor, **options: Any) -> Any:
     r"""Log-probabilities of given tokens, and the entropy, with a gradient from whatever a loss makes of them.
 
     With ``u = cap(logits) / T``, ``lse = logsumexp(u)`` and ``q = softmax(u)``::
@@ -58,8 +81,8 @@ def token_logprobs(logits: Tensor, ids: Tensor, **options: Unpack[keywords.Token
             lse 0 too, and its logits are not read.
         temperature: T > 0, a number or one value per row.
         entropy: also return the entropy of q, with its gradient.
-        stats: also return ``TokenStats``, from the same read: ``log sum_v q_v^2``, the mean logit, and whether an id
-            has the largest logit of its row. They pass no gradient.
+        return_stats: also return ``TokenStats``, from the same read: ``log sum_v q_v^2``, the mean logit, and whether
+            an id has the largest logit of its row. They pass no gradient.
         softcap: cap > 0 of ``cap * tanh(logits / cap)``, applied first (Gemma 2).
         vocab_size: columns from there on are padding: no probability, gradient 0.
         ignore_index: an id that is no token, besides -1.
@@ -69,7 +92,8 @@ def token_logprobs(logits: Tensor, ids: Tensor, **options: Unpack[keywords.Token
         backend: "auto", "cuda" or "triton" (K up to 2048), "cpu" (C++) or "torch" (plain PyTorch, the reference).
 
     Returns:
-        ``TokenLogprobs(logprobs, entropy, lse, stats)``, float32 (float64 for float64). A token of logit -inf has
+        ``TokenLogprobs(logprobs, entropy, lse)``, float32 (float64 for float64); with ``return_stats`` a pair
+        ``(TokenLogprobs, TokenStats)``. A token of logit -inf has
         log-probability -inf and a finite gradient. A row with NaN or +inf, or of -inf only, is NaN in all results and
         in its gradient. A row whose upstream gradients are all 0 gets a gradient of 0 without being read.
 
@@ -104,16 +128,13 @@ def shaped(
     stats: Optional[Tensor],
     rows: torch.Size,
     ids: torch.Size,
-) -> TokenLogprobs:
-    """Results of rows ``[N]`` and slots ``[N, K]`` in the shapes of the rows and of the ids."""
-    return TokenLogprobs(
-        logprobs.reshape(ids),
-        None if entropy is None else entropy.reshape(rows),
-        lse.reshape(rows),
-        None
-        if stats is None
-        else TokenStats(stats[:, 0].reshape(rows), stats[:, 1].reshape(rows), (stats[:, 2:] != 0).reshape(ids)),
-    )
+) -> Any:
+    """Results of rows ``[N]`` and slots ``[N, K]`` in the shapes of the rows and of the ids; a pair with statistics."""
+    entropy = None if entropy is None else entropy.reshape(rows)
+    found = TokenLogprobs(logprobs.reshape(ids), entropy, lse.reshape(rows))
+    if stats is None:
+        return found
+    return found, TokenStats(stats[:, 0].reshape(rows), stats[:, 1].reshape(rows), (stats[:, 2:] != 0).reshape(ids))
 
 
 def gather_logprobs(

@@ -494,20 +494,19 @@ def expected_stats(logits, ids, *, temperature=1.0, softcap=None, vocab_size=Non
 
 
 def check_stats(logits, ids, backend, atol=4e-6, **options):
-    found = kd.token_logprobs(logits, ids, stats=True, backend=backend, **options)
+    found, stats = kd.token_logprobs(logits, ids, return_stats=True, backend=backend, **options)
     squares, means, largest = expected_stats(logits, ids, **options)
     sums = torch.float64 if logits.dtype == torch.float64 else torch.float32
     near = {"rtol": 4e-6, "atol": atol}
-    assert found.entropy is None and found.stats.log_sum_squares.dtype == found.stats.mean_logit.dtype == sums
-    torch.testing.assert_close(found.stats.log_sum_squares.double(), squares, **near)
-    torch.testing.assert_close(found.stats.mean_logit.double(), means, **near)
-    assert torch.equal(found.stats.is_argmax, largest)
+    assert found.entropy is None and stats.log_sum_squares.dtype == stats.mean_logit.dtype == sums
+    torch.testing.assert_close(stats.log_sum_squares.double(), squares, **near)
+    torch.testing.assert_close(stats.mean_logit.double(), means, **near)
+    assert torch.equal(stats.is_argmax, largest)
     # The same values as without them.
     plain = kd.token_logprobs(logits, ids, entropy=True, backend=backend, **options)
-    again = kd.token_logprobs(logits, ids, entropy=True, stats=True, backend=backend, **options)
-    assert plain.stats is None
-    torch.testing.assert_close(again[:3], plain[:3], rtol=1e-5, atol=4e-6)
-    return found
+    again, _ = kd.token_logprobs(logits, ids, entropy=True, return_stats=True, backend=backend, **options)
+    torch.testing.assert_close(again, plain, rtol=1e-5, atol=4e-6)
+    return stats
 
 
 def with_the_largest(ids, logits, vocab_size=None):
@@ -521,10 +520,10 @@ def with_the_largest(ids, logits, vocab_size=None):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_statistics(dtype, columns, backend):
     logits = (torch.randn(N, columns) * 3).to(DTYPES[dtype])
-    found = check_stats(logits, with_the_largest(tokens(3, columns=columns), logits), backend)
+    stats = check_stats(logits, with_the_largest(tokens(3, columns=columns), logits), backend)
     if columns == 1:
-        assert not found.stats.log_sum_squares.any()
-    assert (found.stats.log_sum_squares <= 0).all()
+        assert not stats.log_sum_squares.any()
+    assert (stats.log_sum_squares <= 0).all()
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name != "no-entropy"])
@@ -540,13 +539,13 @@ def test_statistics_of_ties_and_of_logits_of_minus_infinity(backend):
     """Of several largest logits each counts, so that no order of columns matters; a mean with -inf in it is -inf."""
     logits = torch.tensor([[1.0, 5.0, 5.0, -INF], [7.0, 7.0, 7.0, 7.0], [-INF, -INF, 2.0, 1.0]])
     ids = torch.tensor([[0, 1, 2], [3, 0, -1], [0, 2, 2]])
-    stats = check_stats(logits, ids, backend).stats
+    stats = check_stats(logits, ids, backend)
     assert stats.is_argmax.tolist() == [[False, True, True], [True, True, False], [False, True, True]]
     assert stats.mean_logit.tolist() == [-INF, 7.0, -INF]
     # The last bit decides.
     near = torch.full((2, 40), 1.0)
     near[:, 30] = 1.0 + 2**-23
-    assert check_stats(near, torch.tensor([[30, 29], [0, 30]]), backend).stats.is_argmax.tolist() == [
+    assert check_stats(near, torch.tensor([[30, 29], [0, 30]]), backend).is_argmax.tolist() == [
         [True, False],
         [False, True],
     ]
@@ -556,11 +555,11 @@ def test_statistics_of_rows_without_a_token_or_a_distribution(backend):
     logits = torch.randn(5, V)
     logits[0, 7], logits[1, 3], logits[2], logits[3] = torch.nan, INF, -INF, torch.nan
     ids = torch.tensor([[7, 2], [3, 1], [0, 1], [-1, -100], [4, 2]])
-    stats = kd.token_logprobs(logits, ids, stats=True, backend=backend).stats
+    _, stats = kd.token_logprobs(logits, ids, return_stats=True, backend=backend)
     assert stats.log_sum_squares[:3].isnan().all() and stats.mean_logit[:3].isnan().all()
     assert not stats.is_argmax[:4].any() and not stats.log_sum_squares[3] and not stats.mean_logit[3]
     assert torch.isfinite(stats.log_sum_squares[4]) and torch.isfinite(stats.mean_logit[4])
-    empty = kd.token_logprobs(torch.randn(0, 3, V), torch.zeros(0, 3, 2).long(), stats=True, backend=backend).stats
+    _, empty = kd.token_logprobs(torch.randn(0, 3, V), torch.zeros(0, 3, 2).long(), return_stats=True, backend=backend)
     assert [tuple(item.shape) for item in empty] == [(0, 3), (0, 3), (0, 3, 2)]
 
 
@@ -573,7 +572,7 @@ def test_statistics_of_extreme_rows(kind, backend):
     late[0, 4000:], late[1, 5002] = 80.0, 1e4
     check_stats(late, torch.tensor([[4000, 0], [5002, 1]]), backend)
     extreme = torch.full((1, 5), torch.finfo(torch.float32).max)
-    stats = kd.token_logprobs(extreme, torch.tensor([3]), stats=True, backend=backend).stats
+    _, stats = kd.token_logprobs(extreme, torch.tensor([3]), return_stats=True, backend=backend)
     assert float(stats.mean_logit) == pytest.approx(float(extreme[0, 0]), rel=1e-6)
     assert float(stats.log_sum_squares) == pytest.approx(-math.log(5), abs=1e-6) and bool(stats.is_argmax)
 
@@ -581,8 +580,8 @@ def test_statistics_of_extreme_rows(kind, backend):
 def test_statistics_pass_no_gradient_and_change_none(backend):
     logits, ids = torch.randn(N, V), tokens(2)
     leaf = logits.clone().requires_grad_()
-    found = kd.token_logprobs(leaf, ids, entropy=True, stats=True, backend=backend)
-    assert not any(item.requires_grad for item in found.stats)
+    found, stats = kd.token_logprobs(leaf, ids, entropy=True, return_stats=True, backend=backend)
+    assert not any(item.requires_grad for item in stats)
     (grad,) = torch.autograd.grad(found.logprobs.sum() + found.entropy.sum(), leaf)
     plain = kd.token_logprobs(leaf, ids, entropy=True, backend=backend)
     (expected,) = torch.autograd.grad(plain.logprobs.sum() + plain.entropy.sum(), leaf)
@@ -593,8 +592,8 @@ def test_statistics_compile(backend, forget):
     counter = CompileCounterWithBackend("aot_eager")
 
     def loss(x, ids):
-        found = kd.token_logprobs(x, ids, stats=True, backend=backend)
-        return (found.logprobs * found.stats.is_argmax).sum() + found.stats.mean_logit.sum(), found.stats
+        found, stats = kd.token_logprobs(x, ids, return_stats=True, backend=backend)
+        return (found.logprobs * stats.is_argmax).sum() + stats.mean_logit.sum(), stats
 
     compiled = torch.compile(loss, backend=counter, fullgraph=True)
     for rows in range(N, N + 4):
@@ -623,7 +622,7 @@ BAD = [
     (ValueError, "temperature must be finite and > 0, got 0.0", {"temperature": torch.zeros(N)}),
     (ValueError, r"temperature must be a number or have one value per row", {"temperature": torch.ones(N + 1)}),
     (TypeError, "entropy must be a bool", {"entropy": 1}),
-    (TypeError, "stats must be a bool", {"stats": None}),
+    (TypeError, "return_stats must be a bool", {"return_stats": None}),
     (ValueError, "softcap must be > 0", {"softcap": 0.0}),
     (TypeError, "ignore_index must be an int", {"ignore_index": None}),
     (TypeError, "did you mean 'temperature'", {"temprature": 2.0}),

@@ -134,11 +134,11 @@ def test_an_id_out_of_range_spoils_its_slot_and_its_gradient(emulator, monkeypat
     monkeypatch.setattr(checks, "reads_values", lambda value: False)
     ids = torch.tensor([[V, 1], [2, -2], [10**6, 3], [2**62, 0], [-(2**63), 0], [3, 4]])
     leaf = torch.randn(N, V, requires_grad=True)
-    found = kd.token_logprobs(leaf, ids, stats=True, backend="cuda")
+    found, stats = kd.token_logprobs(leaf, ids, return_stats=True, backend="cuda")
     found.logprobs.sum().backward()
     bad = (ids < 0) | (ids >= V)
     assert torch.equal(found.logprobs.isnan(), bad) and torch.isfinite(found.lse).all()
-    assert not found.stats.is_argmax[bad].any()
+    assert not stats.is_argmax[bad].any()
     assert torch.equal(leaf.grad.isnan().all(-1), bad.any(-1)) and torch.equal(leaf.grad.isnan().any(-1), bad.any(-1))
 
 
@@ -208,9 +208,15 @@ def test_from_hidden_states(k, emulator):
     hidden, weight = torch.randn(N, 16, requires_grad=True), torch.randn(V, 16, requires_grad=True)
     ids, results = tokens(k), {}
     for backend in ("cuda", "torch"):
-        options = {"entropy": True, "stats": True, "temperature": 0.7, "chunk_bytes": 4 * V * 4, "backend": backend}
-        found = kd.linear_token_logprobs(hidden, weight, ids, **options)
+        options = {
+            "entropy": True,
+            "return_stats": True,
+            "temperature": 0.7,
+            "chunk_bytes": 4 * V * 4,
+            "backend": backend,
+        }
+        found, stats = kd.linear_token_logprobs(hidden, weight, ids, **options)
         grads = torch.autograd.grad(found.logprobs.sum() + found.entropy.sum(), (hidden, weight))
-        results[backend] = (*(item.detach() for item in (*found[:3], *found.stats)), *grads)
+        results[backend] = (*(item.detach() for item in (*found, *stats)), *grads)
     torch.testing.assert_close(results["cuda"], results["torch"], rtol=1e-5, atol=2e-5)
     assert len(emulator.reports) == (2 if k is None else 4)  # of one chunk, or two

@@ -88,13 +88,19 @@ def test_statistics(dtype, columns, small_tiles):
     ids = some_ids(3, columns)
     ids[[0, 4, 5], 2] = logits[[0, 4, 5]].argmax(-1)
     padded = torch.cat([logits, torch.full((N, 3), torch.nan, dtype=logits.dtype)], 1)
-    options = {"vocab_size": columns, "stats": True, "entropy": True, "softcap": 40.0 if columns == 257 else None}
-    found = kd.token_logprobs(padded, ids, temperature=PER_ROW, backend="triton", **options)
-    expected = kd.token_logprobs(padded.double(), ids, temperature=PER_ROW.double(), backend="torch", **options)
-    for value, exact in zip(found.stats[:2], expected.stats[:2], strict=True):
+    options = {
+        "vocab_size": columns,
+        "return_stats": True,
+        "entropy": True,
+        "softcap": 40.0 if columns == 257 else None,
+    }
+    found, stats = kd.token_logprobs(padded, ids, temperature=PER_ROW, backend="triton", **options)
+    truth = kd.token_logprobs(padded.double(), ids, temperature=PER_ROW.double(), backend="torch", **options)
+    expected, of_truth = truth
+    for value, exact in zip(stats[:2], of_truth[:2], strict=True):
         assert value.dtype == torch.float32
         torch.testing.assert_close(value.double(), exact, rtol=4e-6, atol=4e-6, equal_nan=True)
-    assert torch.equal(found.stats.is_argmax, expected.stats.is_argmax) and found.stats.is_argmax[[0, 4, 5], 2].all()
+    assert torch.equal(stats.is_argmax, of_truth.is_argmax) and stats.is_argmax[[0, 4, 5], 2].all()
     torch.testing.assert_close(found.entropy.double(), expected.entropy, rtol=4e-6, atol=4e-6, equal_nan=True)
 
 
@@ -102,7 +108,7 @@ def test_statistics_of_rows_without_a_distribution(small_tiles):
     logits = torch.randn(5, 700)
     logits[0, 7], logits[1, 3], logits[2], logits[3] = torch.nan, INF, -INF, torch.nan
     ids = torch.tensor([[7, 2], [3, 1], [0, 1], [-1, -100], [4, 2]])
-    stats = kd.token_logprobs(logits, ids, stats=True, backend="triton").stats
+    _, stats = kd.token_logprobs(logits, ids, return_stats=True, backend="triton")
     assert stats.log_sum_squares[:3].isnan().all() and stats.mean_logit[:3].isnan().all()
     assert not stats.is_argmax[:4].any() and not stats.log_sum_squares[3] and not stats.mean_logit[3]
     assert torch.isfinite(stats.log_sum_squares[4]) and torch.isfinite(stats.mean_logit[4])
