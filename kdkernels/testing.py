@@ -236,8 +236,7 @@ def textbook_objective(
         None if get("row_param") is None else rows(get("row_param")),
     )
     ce = torch.zeros_like(d)
-    if _weighs(get("ce_weight")):
-        assert labels is not None
+    if labels is not None:
         smoothing = get("label_smoothing", 0.0)
         ce = F.cross_entropy(s, labels.reshape(-1)[counts].long(), label_smoothing=smoothing, reduction="none")
     tau = temperature**2 if get("scale_by_t_squared", True) else torch.ones_like(temperature)
@@ -366,7 +365,8 @@ def rounding_unit(
             dteacher = dteacher * _deviation(s) / _deviation(t)
     ce, z_loss = (_term_weight(options, name, parts.counts) for name in ("ce_weight", "z_loss_weight"))
     hard = ce + 2 * z_loss * parts.lse.abs()
-    loss = loss + hard * (1 + parts.lse.abs() + parts.ce.abs() + _finite(s).abs().mean(-1))
+    of_label = parts.ce.abs() if _weighs(ce) else 0.0
+    loss = loss + hard * (1 + parts.lse.abs() + of_label + _finite(s).abs().mean(-1))
     rows = (_weighted_rows(_finite(x), parts.counts, get("row_weight")) for x in (loss, dstudent + hard, dteacher))
     return Unit(*(row.abs() for row in rows))
 

@@ -75,6 +75,10 @@ def draw(seed):
         teacher = torch.softmax(teacher.double(), -1).to(dtype)
         options["teacher_form"] = "probs"
         options.pop("student_softcap", None)
+    for name in ("kd_weight", "ce_weight", "z_loss_weight"):
+        if tame and options.get(name, name == "kd_weight") and chance(0.1):
+            weight = torch.rand(rows, generator=generator)
+            options[name] = torch.where(weight < 0.2, 0.0, weight)
     return strided(student, draws.choice([0, 0, 1, 3, 8])), teacher, labels, options
 
 

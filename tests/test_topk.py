@@ -816,7 +816,7 @@ def test_op_is_registered_as_torch_wants_it():
     )
     options = {"tail": "bucket", "divergence": "forward_kl", "vocab_size": 30, "ignore_index": -100}
     options |= {"scale_by_t_squared": True, "stats": True, "min_tail": 0.0, "tail_rounding": 0.5, **numbers}
-    arguments = (s, ids, logprobs, torch.empty_like(s), None, None, None, None, None, torch.full((4,), -1.0))
+    arguments = (s, ids, logprobs, torch.empty_like(s), *(None,) * 8, torch.full((4,), -1.0))
     torch.library.opcheck(torch.ops.kdkernels.topk_fwd_cpu.default, arguments, ops.packed("topk_fwd", options))
 
 
