@@ -558,6 +558,9 @@ def dense_fwd(
     student_temperature_rows: Optional[Tensor],
     teacher_temperature_rows: Optional[Tensor],
     param_rows: Optional[Tensor],
+    kd_weight_rows: Optional[Tensor],
+    ce_weight_rows: Optional[Tensor],
+    z_loss_weight_rows: Optional[Tensor],
     mixture_weights: Optional[Tensor],
     *,
     divergence: str,
@@ -593,6 +596,8 @@ def dense_fwd(
     Returns:
         Loss fp32 [N], and statistics fp32 [N, 9] in the order of ``kdkernels.ops.STATS`` ([N, 0] unless asked for).
     """
+    if any(item is not None for item in (kd_weight_rows, ce_weight_rows, z_loss_weight_rows)):
+        raise ValueError("backend 'triton' takes weights of terms as numbers only, not per row")
     N = num_rows(student)
     loss = student.new_empty(N, dtype=torch.float32)
     row_stats = student.new_empty((N, NUM_STATS.value if stats else 0), dtype=torch.float32)

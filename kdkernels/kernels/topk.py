@@ -576,6 +576,9 @@ def topk_fwd(
     student_temperature_rows: Optional[Tensor],
     teacher_temperature_rows: Optional[Tensor],
     param_rows: Optional[Tensor],
+    kd_weight_rows: Optional[Tensor],
+    ce_weight_rows: Optional[Tensor],
+    z_loss_weight_rows: Optional[Tensor],
     tail_rows: Optional[Tensor],
     *,
     tail: str,
@@ -611,6 +614,8 @@ def topk_fwd(
         Loss fp32 [N], and statistics fp32 [N, 6] in the order of ``kdkernels.ops.TOPK_STATS``, the overlap left at 0
         ([N, 0] unless asked for).
     """
+    if any(item is not None for item in (kd_weight_rows, ce_weight_rows, z_loss_weight_rows)):
+        raise ValueError("backend 'triton' takes weights of terms as numbers only, not per row")
     N = num_rows(student)
     K = teacher_ids.shape[-1]
     loss = student.new_empty(N, dtype=torch.float32)

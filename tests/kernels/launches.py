@@ -73,7 +73,15 @@ def dense(
     **options,
 ):
     options = {**DENSE, "vocab_size": student.shape[-1], **options}
-    tensors = (labels, row_weight, temperature_rows, teacher_temperature_rows, param_rows, mixture_weights)
+    tensors = (
+        labels,
+        row_weight,
+        temperature_rows,
+        teacher_temperature_rows,
+        param_rows,
+        *(None,) * 3,
+        mixture_weights,
+    )
     return dense_fwd(student, teachers, dstudent, *tensors, **options)
 
 
@@ -92,7 +100,7 @@ def topk(
     **options,
 ):
     options = {**TOPK, "vocab_size": student.shape[-1], **options}
-    tensors = (labels, row_weight, temperature_rows, teacher_temperature_rows, param_rows, tail_rows)
+    tensors = (labels, row_weight, temperature_rows, teacher_temperature_rows, param_rows, *(None,) * 3, tail_rows)
     return topk_fwd(student, ids, logprobs, dstudent, *tensors, **options)
 
 
