@@ -16,7 +16,6 @@ from kdkernels.launch import (
     dual,
     row_tensors,
     topk_launch,
-    why_no_gpu,
     with_stats,
     without_teacher,
 )
@@ -96,9 +95,9 @@ def kd_loss(
         temperature: T of the student, > 0, a number or one value per row.
         teacher_temperature: T_t, by default ``temperature``.
         scale_by_t_squared: multiply the divergence by ``temperature**2`` (Hinton et al. 2015), in loss and gradient.
-        kd_weight, ce_weight, z_loss_weight: weights of the three terms, >= 0, each a number or one value per row (on a
-            GPU in plain PyTorch): a row's term of weight 0 counts nothing. Cross entropy and z-loss (PaLM, Chowdhery
-            et al. 2022) are taken at temperature 1.
+        kd_weight, ce_weight, z_loss_weight: weights of the three terms, >= 0, each a number or one value per row: a
+            row's term of weight 0 counts nothing. Cross entropy and z-loss (PaLM, Chowdhery et al. 2022) are taken at
+            temperature 1.
         label_smoothing: in [0, 1], as in ``F.cross_entropy``.
         ignore_index: the label of rows that do not count.
         row_weight: a number or one value per row that multiplies the row's loss; it does not enter the denominator.
@@ -432,7 +431,6 @@ def _dense(
     """``given`` are the teachers of the call itself."""
     teacher_grad = torch.is_grad_enabled() and any(teacher.requires_grad for teacher in teachers)
     torch_only = checks.why_no_teacher_grad(objective, mixed=weights is not None) if teacher_grad else None
-    torch_only = torch_only or why_no_gpu(objective, student)
     backend = backends.choose(objective.backend, student, divergence=objective.resolved.name, torch_only=torch_only)
     checks.reverse_mode_only(backend, student, *given, labels, *objective.tensors)
     launch = dense_launch(objective, student, labels, columns, backend, weights, mixture)

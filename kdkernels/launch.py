@@ -108,21 +108,13 @@ def topk_launch(
 ) -> Launch:
     """The call of a sparse objective, whose ``entries`` are ids and log-probabilities."""
     teacher = checks.sparse_teacher(*entries, student, columns, options.tail)
-    divergence, lacks = options.resolved.name, why_no_gpu(options, student)
-    backend = backends.choose(options.backend, student, divergence=divergence, torch_only=lacks, pattern="topk_fwd")
+    backend = backends.choose(options.backend, student, divergence=options.resolved.name, pattern="topk_fwd")
     tail_rows = checks.tail_like(tail_logprob, options.tail, student)
     scale, rows = row_tensors(options, student, checks.labels_of(options, labels, student, columns))
     scalars = options.floor(teacher[1].dtype, tail_is_given=tail_rows is not None)
     scalars = {**scalars, "scale": scale, "vocab_size": columns}
     rows = rows if tail_rows is None else rows._replace(tail_rows=tail_rows)
     return Launch("topk_fwd", backend, rows, scalars, teacher, options.gradient_size)
-
-
-def why_no_gpu(options: Any, student: Tensor) -> Optional[str]:
-    """Why no kernel of a GPU runs a call, or None."""
-    if student.device.type != "cpu" and any(isinstance(getattr(options, name), Tensor) for name in objective.TERMS):
-        return "the kernels of GPUs take weights of terms as numbers, not per row"
-    return None
 
 
 def with_stats(loss: Tensor, stats: Optional[Tensor], student: Tensor, kind: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 from kdkernels import backends, checks, symbols, transforms
 from kdkernels.autograd import reduced
 from kdkernels.chunked import Call, LinearLoss, LinearRows, Rows, execute, projects_columns, whole
-from kdkernels.launch import dense_launch, flat, topk_launch, why_no_gpu, with_stats, without_teacher
+from kdkernels.launch import dense_launch, flat, topk_launch, with_stats, without_teacher
 from kdkernels.objective import LinearObjective, LinearTopKObjective, takes
 from kdkernels.stats import KDStats, TopKStats
 
@@ -261,8 +261,7 @@ def dense(
         checks.teacher_callable(teacher_logits, teacher_hidden, teacher_weight, teacher_bias)
         teachers, count = [], 1 if objective.teacher_weights is None else _count(objective.teacher_weights)
     weights = checks.mixture_weights(objective, count, logits, single=single)
-    lacks = why_no_gpu(objective, logits)
-    backend = backends.choose(objective.backend, logits, divergence=objective.resolved.name, torch_only=lacks)
+    backend = backends.choose(objective.backend, logits, divergence=objective.resolved.name)
     hiddens, heads, biases = zip(*teachers, strict=True) if teachers else ((), (), ())
     call = Call(
         dense_launch(objective, logits, labels, columns, backend, weights, objective.mixture),

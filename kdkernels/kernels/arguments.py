@@ -32,6 +32,9 @@ class Rows(NamedTuple):
     temperature: Any = None
     teacher_temperature: Any = None
     param: Any = None
+    kd_weight: Any = None
+    ce_weight: Any = None
+    z_loss_weight: Any = None
     stats: Any = None
 
 
@@ -44,7 +47,10 @@ class Mixture(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Weights of the objective's terms, None where the weight is 0: the term is not compiled."""
+    """Weights of the objective's terms, None where the weight is 0: the term is not compiled. Rows may have factors.
+
+    The smoothing of labels is there also where statistics alone ask for the cross entropy.
+    """
 
     kd: Any
     ce: Any
@@ -112,6 +118,9 @@ def row_tensors(
     temperature: Optional[Tensor] = None,
     teacher_temperature: Optional[Tensor] = None,
     param: Optional[Tensor] = None,
+    kd_weight: Optional[Tensor] = None,
+    ce_weight: Optional[Tensor] = None,
+    z_loss_weight: Optional[Tensor] = None,
     stats: Optional[Tensor] = None,
 ) -> Rows:
     """The tensors of one value a row as the kernels take them."""
@@ -123,6 +132,9 @@ def row_tensors(
         temperature=contiguous(temperature),
         teacher_temperature=contiguous(teacher_temperature),
         param=contiguous(param),
+        kd_weight=contiguous(kd_weight),
+        ce_weight=contiguous(ce_weight),
+        z_loss_weight=contiguous(z_loss_weight),
         stats=stats,
     )
 
@@ -132,12 +144,18 @@ def mixture_argument(weights: Optional[Tensor]) -> Mixture:
 
 
 def term_weights(
-    *, kd_weight: float, ce_weight: float, z_loss_weight: float, label_smoothing: float, scale_by_t_squared: bool
+    *,
+    kd_weight: float,
+    ce_weight: float,
+    z_loss_weight: float,
+    label_smoothing: float,
+    scale_by_t_squared: bool,
+    stats: bool,
 ) -> Weights:
     return Weights(
         kd=kd_weight or None,
         ce=ce_weight or None,
         z_loss=z_loss_weight or None,
-        label_smoothing=(label_smoothing or None) if ce_weight else None,
+        label_smoothing=(label_smoothing or None) if ce_weight or stats else None,
         t_squared=1.0 if scale_by_t_squared else 0.0,
     )

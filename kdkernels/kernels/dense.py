@@ -74,6 +74,7 @@ from kdkernels.kernels.terms import (
     statistics_of,
     through_cap,
     value_of,
+    weighed,
 )
 
 # The teacher's forms that are probabilities. They need not sum to 1: a row is divided by its sum.
@@ -219,6 +220,8 @@ def dense_fwd_kernel(
     GRAD: tl.constexpr = dstudent.ptr is not None
     STATS: tl.constexpr = rows.stats is not None
     CE: tl.constexpr = weights.ce is not None
+    # Statistics have the cross entropy too.
+    LABELLED: tl.constexpr = CE or (STATS and rows.labels is not None)
     KD: tl.constexpr = weights.kd is not None
     HARD: tl.constexpr = CE or STATS or weights.z_loss is not None
     # A term of weight 0 is not computed, and its teacher not read.
@@ -253,7 +256,7 @@ def dense_fwd_kernel(
         teacher_temperature=teacher_temperature,
         param=param0,
         softcap=student_softcap,
-        LABEL_LOGIT=CE,
+        LABEL_LOGIT=LABELLED,
         NUM_STATS=NUM_STATS,
     )
     if row.ignored:
@@ -463,9 +466,12 @@ def dense_fwd_kernel(
         V,
         row.scale,
         weights,
+        rows,
+        row.index,
+        LABELLED,
     )
     if KD:
-        kd_scale = divergence_scale(row.scale, weights, row.temperature)
+        kd_scale = divergence_scale(row.scale, weights, row.temperature, rows, row.index)
 
     if GRAD:
         if KD:
@@ -514,6 +520,8 @@ def dense_fwd_kernel(
                     lane_value += fold_sum(value_of(et, logp, q, logq, row.param, param1, COEFFICIENTS, VALUE, TOTAL))
                 if STATS:
                     stats = add_stats(stats, et * inverse_zt, logp, es * inverse_zs, logq, s, key, offs_v)
+            if KD:
+                g = weighed(kd_scale, g, rows)
             if CE or weights.z_loss is not None:
                 g += lse_scale * softmax(s, hard_norm)[0]
             if CE:
@@ -529,7 +537,7 @@ def dense_fwd_kernel(
         divergence = nonnegative(divergence, COEFFICIENTS, SCALABLE)
     loss = hard_loss
     if KD:
-        loss += kd_scale * divergence
+        loss += weighed(kd_scale, kd_scale * divergence, rows)
     tl.store(rows.loss + row.index, loss)
     if STATS:
         store_stats(rows.stats + row.index * NUM_STATS, divergence, ce, lse, stats, log_zt, not MIX_PROBS)
@@ -590,14 +598,12 @@ def dense_fwd(
         teachers: 1 to 4 tensors of the same leading shape, each of any float dtype.
         dstudent: written, of the student's shape; may be the student itself.
         labels: int64 [N]. row_weight: fp32 [N], any stride.
-        student_temperature_rows, teacher_temperature_rows, param_rows: fp32 [N].
+        student_temperature_rows, teacher_temperature_rows, param_rows, the weights of terms: fp32 [N].
         mixture_weights: fp32 [N, M], any strides; read for more than one teacher.
 
     Returns:
         Loss fp32 [N], and statistics fp32 [N, 9] in the order of ``kdkernels.ops.STATS`` ([N, 0] unless asked for).
     """
-    if any(item is not None for item in (kd_weight_rows, ce_weight_rows, z_loss_weight_rows)):
-        raise ValueError("backend 'triton' takes weights of terms as numbers only, not per row")
     N = num_rows(student)
     loss = student.new_empty(N, dtype=torch.float32)
     row_stats = student.new_empty((N, NUM_STATS.value if stats else 0), dtype=torch.float32)
@@ -633,6 +639,9 @@ def dense_fwd(
             temperature=student_temperature_rows,
             teacher_temperature=teacher_temperature_rows,
             param=param_rows,
+            kd_weight=kd_weight_rows,
+            ce_weight=ce_weight_rows,
+            z_loss_weight=z_loss_weight_rows,
             stats=row_stats if stats else None,
         ),
         "ignore_index": ignore_index,
@@ -645,6 +654,7 @@ def dense_fwd(
             z_loss_weight=z_loss_weight,
             label_smoothing=label_smoothing,
             scale_by_t_squared=scale_by_t_squared,
+            stats=stats,
         ),
         "student_softcap": student_softcap or None,
         "teacher_softcap": None if probs else teacher_softcap or None,

@@ -51,6 +51,7 @@ from kdkernels.kernels.terms import (
     statistics_of,
     through_cap,
     value_of,
+    weighed,
 )
 
 
@@ -209,6 +210,8 @@ def dense_cluster_fwd_kernel(
     GRAD: tl.constexpr = dstudent.ptr is not None
     STATS: tl.constexpr = rows.stats is not None
     CE: tl.constexpr = weights.ce is not None
+    # Statistics have the cross entropy too.
+    LABELLED: tl.constexpr = CE or (STATS and rows.labels is not None)
     KD: tl.constexpr = weights.kd is not None
     HARD: tl.constexpr = CE or STATS or weights.z_loss is not None
     HARD_GRAD: tl.constexpr = CE or weights.z_loss is not None
@@ -243,7 +246,7 @@ def dense_cluster_fwd_kernel(
         teacher_temperature=teacher_temperature,
         param=param0,
         softcap=student_softcap,
-        LABEL_LOGIT=CE,
+        LABEL_LOGIT=LABELLED,
         NUM_STATS=NUM_STATS,
     )
     if row.ignored:
@@ -357,6 +360,9 @@ def dense_cluster_fwd_kernel(
             V,
             row.scale,
             weights,
+            rows,
+            row.index,
+            LABELLED,
         )
         hard_factor = lse_scale * fast_reciprocal(sums[AFTER_Q])
     divergence = 0.0
@@ -442,8 +448,8 @@ def dense_cluster_fwd_kernel(
 
     loss = hard_loss
     if KD:
-        kd_scale = divergence_scale(row.scale, weights, row.temperature)
-        loss += kd_scale * divergence
+        kd_scale = divergence_scale(row.scale, weights, row.temperature, rows, row.index)
+        loss += weighed(kd_scale, kd_scale * divergence, rows)
     tl.store(rows.loss + row.index, loss)
     if STATS:
         at_s, at_t = tl.reduce((tl.min(at_s, axis=1), tl.min(at_t, axis=1)), 0, _min2)
@@ -484,6 +490,8 @@ def dense_cluster_fwd_kernel(
                     g = rest if COEFFICIENTS[1] == 0 else g + rest
             else:
                 g = tl.fma(exps_s[k], -(score_sum * factor_q), scores[k]) * (g_scale * post)
+            if KD:
+                g = weighed(kd_scale, g, rows)
             if HARD_GRAD:
                 g += hard_factor * fast_exp2((widen(student_pieces[k]) - top_s) * LOG2E)
             if CE:

@@ -127,28 +127,44 @@ def smoothing_center(label_logit):
 
 
 @triton.jit
-def divergence_scale(scale, weights, temperature):
+def divergence_scale(scale, weights, temperature, rows, index):
     """The factor of the divergence in the loss."""
+    if rows.kd_weight is not None:
+        scale *= tl.load(rows.kd_weight + index)
     return scale * weights.kd * tl.where(weights.t_squared != 0, temperature * temperature, 1.0)
 
 
 @triton.jit
-def hard_terms(top, log2_z, label_logit, centered_sum, V, scale, weights):
+def weighed(scale, x, rows):
+    """A row's divergence or its gradient where its weight, which scale has, is not 0; it may be NaN where that is."""
+    if rows.kd_weight is not None:
+        x = tl.where(scale != 0, x, 0.0)
+    return x
+
+
+@triton.jit
+def hard_terms(top, log2_z, label_logit, centered_sum, V, scale, weights, rows, index, LABELLED: tl.constexpr):
     """Cross entropy, logsumexp, loss of the hard terms, and the factors of the label's and the softmax's gradient."""
     lse = top + log2_z * LN2
     ce = 0.0
     hard_scale = 0.0
     hard_loss = 0.0
-    if weights.ce is not None:
+    if LABELLED:
         ce = top - label_logit + log2_z * LN2
-        hard_scale = scale * weights.ce
         if weights.label_smoothing is not None:
             ce -= weights.label_smoothing * centered_sum / V
+    if weights.ce is not None:
+        hard_scale = scale * weights.ce
+        if rows.ce_weight is not None:
+            hard_scale *= tl.load(rows.ce_weight + index)
         hard_loss = hard_scale * ce
     lse_scale = hard_scale
     if weights.z_loss is not None:
-        hard_loss += scale * weights.z_loss * lse * lse
-        lse_scale += 2.0 * scale * weights.z_loss * lse
+        z_scale = scale * weights.z_loss
+        if rows.z_loss_weight is not None:
+            z_scale *= tl.load(rows.z_loss_weight + index)
+        hard_loss += z_scale * lse * lse
+        lse_scale += 2.0 * z_scale * lse
     return ce, lse, hard_loss, hard_scale, lse_scale
 
 

@@ -67,6 +67,7 @@ from kdkernels.kernels.terms import (
     smoothing_center,
     through_cap,
     value_of,
+    weighed,
 )
 
 NUM_STATS = tl.constexpr(6)
@@ -320,6 +321,8 @@ def topk_fwd_kernel(
     GRAD: tl.constexpr = dstudent.ptr is not None
     STATS: tl.constexpr = rows.stats is not None
     CE: tl.constexpr = weights.ce is not None
+    # Statistics have the cross entropy too.
+    LABELLED: tl.constexpr = CE or (STATS and rows.labels is not None)
     HARD_GRAD: tl.constexpr = CE or weights.z_loss is not None
     HARD: tl.constexpr = HARD_GRAD or STATS
     RESTRICTED: tl.constexpr = TAIL == "renormalize_both"
@@ -342,7 +345,7 @@ def topk_fwd_kernel(
         teacher_temperature=teacher_temperature,
         param=param0,
         softcap=student_softcap,
-        LABEL_LOGIT=CE,
+        LABEL_LOGIT=LABELLED,
         NUM_STATS=NUM_STATS,
     )
     if row.ignored:
@@ -513,11 +516,14 @@ def topk_fwd_kernel(
         V,
         row.scale,
         weights,
+        rows,
+        row.index,
+        LABELLED,
     )
     g_scale = 0.0
     if weights.kd is not None:
-        kd_scale = divergence_scale(row.scale, weights, temperature)
-        loss += kd_scale * divergence
+        kd_scale = divergence_scale(row.scale, weights, temperature, rows, row.index)
+        loss += weighed(kd_scale, kd_scale * divergence, rows)
         g_scale = tl.where(known, kd_scale / temperature, 0.0)
     tl.store(rows.loss + row.index, loss)
     if STATS:
@@ -562,7 +568,7 @@ def topk_fwd_kernel(
             g += hard_gradient(s, ids, hard_norm, label, V, lse_scale, hard_scale, weights.label_smoothing, CE)
         g = through_cap(g, s, student_softcap)
         if weights.kd is not None:
-            g += spoilt
+            g += weighed(kd_scale, spoilt, rows)
         tl.store(dstudent_ptr + ids, g.to(dstudent_ptr.dtype.element_ty), mask=used)
 
 
@@ -608,14 +614,12 @@ def topk_fwd(
         teacher_logprobs: [N, K], contiguous, of any float dtype; in a slot of id -1, or of -9000 and less, is no entry.
         dstudent: written, of the student's shape; may be the student itself.
         labels: int64 [N]. row_weight: fp32 [N], any stride.
-        student_temperature_rows, teacher_temperature_rows, param_rows, tail_rows: fp32 [N].
+        student_temperature_rows, teacher_temperature_rows, param_rows, the weights of terms, tail_rows: fp32 [N].
 
     Returns:
         Loss fp32 [N], and statistics fp32 [N, 6] in the order of ``kdkernels.ops.TOPK_STATS``, the overlap left at 0
         ([N, 0] unless asked for).
     """
-    if any(item is not None for item in (kd_weight_rows, ce_weight_rows, z_loss_weight_rows)):
-        raise ValueError("backend 'triton' takes weights of terms as numbers only, not per row")
     N = num_rows(student)
     K = teacher_ids.shape[-1]
     loss = student.new_empty(N, dtype=torch.float32)
@@ -643,6 +647,9 @@ def topk_fwd(
                 temperature=student_temperature_rows,
                 teacher_temperature=teacher_temperature_rows,
                 param=param_rows,
+                kd_weight=kd_weight_rows,
+                ce_weight=ce_weight_rows,
+                z_loss_weight=z_loss_weight_rows,
                 stats=row_stats if stats else None,
             ),
             K=K,
@@ -656,6 +663,7 @@ def topk_fwd(
                 z_loss_weight=z_loss_weight,
                 label_smoothing=label_smoothing,
                 scale_by_t_squared=scale_by_t_squared,
+                stats=stats,
             ),
             student_softcap=student_softcap or None,
             min_tail=min_tail if floored else None,

@@ -75,7 +75,8 @@ INTEGERS = """batch length columns width ids_are_64_bits entries tail ignore_ind
     student student_stride_b student_stride_l student_dtype dstudent dstudent_stride_b dstudent_stride_l
     ids logprobs logprobs_dtype labels loss stats workspace
     row_weight row_weight_stride student_temperature student_temperature_stride
-    teacher_temperature teacher_temperature_stride param param_stride tail_rows tail_rows_stride""".split()
+    teacher_temperature teacher_temperature_stride param param_stride tail_rows tail_rows_stride
+    kd_weights kd_weights_stride ce_weights ce_weights_stride z_loss_weights z_loss_weights_stride""".split()
 NUMBERS = """scale param0 param1 temperature teacher_temperature_value
     kd_weight ce_weight z_loss_weight label_smoothing student_softcap min_tail tail_rounding""".split()
 PLAN = """shared_per_block shared_per_multiprocessor cluster
@@ -185,6 +186,9 @@ class Emulator:
         temperatures,
         teacher_temperatures,
         param,
+        kd_weights,
+        ce_weights,
+        z_loss_weights,
         tail_rows,
         *,
         numbers,
@@ -208,6 +212,9 @@ class Emulator:
             "student_temperature": temperatures,
             "teacher_temperature": teacher_temperatures,
             "param": param,
+            "kd_weights": kd_weights,
+            "ce_weights": ce_weights,
+            "z_loss_weights": z_loss_weights,
             "tail_rows": tail_rows,
         }
         for name, tensor in rows_of.items():

@@ -125,6 +125,33 @@ def test_whole_objective(tail, name, form, arch, dtype):
     run(form, arch, s, ids, logprobs, labels, student_softcap=20.0 if dtype == "fp32" else None, **options)
 
 
+@pytest.mark.parametrize("form,arch,dtype", FORMS[:3])
+def test_weights_of_terms_per_row(form, arch, dtype):
+    s, ids, logprobs, labels = ragged(ROWS, 229, 4, KEYS[dtype])
+    weights = {name: torch.rand(ROWS) for name in ("kd_weight", "ce_weight", "z_loss_weight")}
+    weights["kd_weight"][1] = weights["ce_weight"][2] = 0
+    options = {**HARD, **weights, "reduction": "sum"}
+
+    def evaluate(student, backend):
+        leaf = student.clone().requires_grad_()
+        loss = kd.topk_kd_loss(leaf, ids, logprobs, labels, backend=backend, **options)
+        return loss.double(), torch.autograd.grad(loss, leaf)[0].double()
+
+    with Emulator(arch, limits_for(form, 229, 4, KEYS[dtype])).registered():
+        found = evaluate(s, "cuda")
+    tolerance = 1e-5 if dtype == "fp32" else 1e-2
+    torch.testing.assert_close(found, evaluate(s.double(), "torch"), rtol=tolerance, atol=tolerance / 10)
+
+
+def test_statistics_have_the_cross_entropy_wherever_there_are_labels():
+    s, ids, logprobs, labels = ragged(ROWS, 229, 4, torch.float32)
+    options = {"label_smoothing": 0.1, "return_stats": True, "reduction": "none"}
+    with Emulator(80, limits_for("resident", 229, 4, torch.float32)).registered():
+        _, stats = kd.topk_kd_loss(s, ids, logprobs, labels, backend="cuda", **options)
+    _, expected = kd.topk_kd_loss(s.double(), ids, logprobs, labels, backend="torch", **options)
+    torch.testing.assert_close(stats.ce.double(), expected.ce, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("tail", ["renormalize", "renormalize_both", "drop"])
 def test_hard_terms_alone(tail):
     s, ids, logprobs, labels = ragged(ROWS, 41, 4, torch.float32)
