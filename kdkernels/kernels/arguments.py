@@ -6,12 +6,17 @@ batch to batch is an argument of its own.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
+
+# Vectors of the shortest row that is moved in whole vectors but for its ends.
+SHORTEST_CUT = 32
 
 
 class Logits(NamedTuple):
@@ -95,6 +100,25 @@ def aligned_width(V: int, *tensors: Tensor) -> Optional[int]:
     return width if width != V and all(x.shape[-1] >= width for x in tensors) else None
 
 
+def vectors(V: int, *tensors: Optional[Tensor]) -> tuple[int, bool]:
+    """Columns of one access to rows of all these tensors, and whether the rows' ends cut such vectors.
+
+    Rows that start at one distance from a multiple of 16 bytes, each in all tensors alike, are moved in whole vectors
+    but for their ends. Where tensors differ, and in short rows, whose ends are most of them, an access is as wide as
+    the largest power of two that divides everything.
+    """
+    given = [x for x in tensors if x is not None]
+    full = 16 // max(x.element_size() for x in given)
+    starts = [x.data_ptr() // x.element_size() for x in given]
+    steps = [[x.stride(d) for d in range(x.dim() - 1) if x.shape[d] > 1] for x in given]
+    fits = math.gcd(full, V, *(x.shape[-1] for x in given if x.shape[-1] != V), *starts, *itertools.chain(*steps))
+    if fits < full and V >= SHORTEST_CUT * full:
+        skews = {tuple(n % full for n in (start, *step)) for start, step in zip(starts, steps, strict=True)}
+        if len(skews) == 1:
+            return full, True
+    return fits, False
+
+
 def row_arguments(
     student: Tensor, teachers: Sequence[Tensor], dstudent: Optional[Tensor], vocab_size: int
 ) -> dict[str, Any]:
@@ -105,7 +129,6 @@ def row_arguments(
         "dstudent": logits(dstudent),
         "L": None if evenly_spaced(student, *teachers, dstudent) else student.shape[-2],
         "V": vocab_size,
-        "load_width": aligned_width(vocab_size, student, *teachers),
         "pad_width": None if width == vocab_size else width,
     }
 

@@ -2,10 +2,12 @@
 
 With a = s/T, b = t/T_t, q = softmax(a), p = softmax(b) and score = df/dlogq, the gradient of a divergence is
 (score - q * sum(score)) / T. A linear divergence is summed while the first sweep finds the normalisers, so the second
-sweep can write the gradient (4 reads and 1 write of [N, V] with one teacher); others need a sweep between for their
-sums (6 and 1). Sweeps alternate their direction: each begins with the columns the one before it left in cache.
+sweep can write the gradient (4 reads and 1 write of [N, V] with one teacher, less the tile that stays in registers from
+one sweep to the next); others need a sweep between for their sums (6 and 1). Sweeps alternate their direction: each
+begins with the columns the one before it left in cache.
 
-The launcher hands rows that fit into the registers of a cluster to ``dense_cluster`` (2 and 1); ``tuning`` decides.
+The launcher hands rows that fit into the registers of a block, or of a cluster of them, to ``dense_cluster`` (2 and 1);
+``tuning`` decides.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from kdkernels.kernels.arguments import (
     row_arguments,
     row_tensors,
     term_weights,
+    vectors,
 )
 from kdkernels.kernels.dense_cluster import dense_cluster_fwd_kernel
 from kdkernels.kernels.online import defined, linear_sweep, load_mixed, norm_sweep, overlap_of_tile
@@ -39,23 +42,32 @@ from kdkernels.kernels.rows import (
     LOG2E,
     LOWEST,
     NEG_INF,
+    Span,
     begin_row,
+    end_of,
     fast_log2,
     fold_max,
     fold_sum,
+    grid_pointer,
+    inside,
     lane_zeros,
-    load_logits,
+    load_tile,
     log_ratio,
+    logits_of,
     mix_logs,
     mul0,
+    part_begin,
+    part_end,
+    part_step,
+    parts,
     row_moments,
-    row_pointer,
+    row_skew,
     softmax,
     spread,
-    store_gradient,
+    store_tile,
     temper,
     tile_offsets,
-    zero_columns,
+    zero_tiles,
 )
 from kdkernels.kernels.terms import (
     NOWHERE,
@@ -82,12 +94,23 @@ PROBS_FORMS = ("probs", "unnormalized_probs")
 
 
 @triton.jit
-def mixed_softmax(teacher_ptrs, shares, norms, offs_v, V, load_width, softcap, TEACHER_PROBS: tl.constexpr):
+def mixed_softmax(
+    teacher_ptrs,
+    shares,
+    norms,
+    start,
+    span,
+    softcap,
+    TEACHER_PROBS: tl.constexpr,
+    TILE: tl.constexpr,
+    PART: tl.constexpr,
+):
     """p and log2 p of one tile of a mixture of probabilities."""
+    offs_v = start + tile_offsets(TILE)
     top = tl.full(offs_v.shape, LOWEST, tl.float32)
     total = tl.zeros(offs_v.shape, tl.float32)
     for k in tl.static_range(len(teacher_ptrs)):
-        t = load_logits(teacher_ptrs[k], offs_v, V, load_width, softcap, TEACHER_PROBS)
+        t = logits_of(load_tile(teacher_ptrs[k], start, span, TILE, PART), offs_v, span, softcap, TEACHER_PROBS)
         # A teacher of weight 0 counts nothing, be it NaN.
         log2p = tl.where(shares[k] == 0, NEG_INF, softmax(t, norms[k])[1] + tl.log2(shares[k]))
         new_top = tl.maximum(top, log2p)
@@ -109,23 +132,34 @@ class Sides(NamedTuple):
 
 
 @triton.jit
-def relative_pair(sides, s, offs_v, V, load_width, softcap, MIX_PROBS: tl.constexpr, TEACHER_PROBS: tl.constexpr):
+def relative_pair(
+    sides,
+    s,
+    t,
+    start,
+    span,
+    softcap,
+    MIX_PROBS: tl.constexpr,
+    TEACHER_PROBS: tl.constexpr,
+    TILE: tl.constexpr,
+    PART: tl.constexpr,
+):
     """Of one tile the exponentials of both sides, each relative to its maximum, and their logits less the maximum;
     log(p z) and log(q z) with the teacher's z, which are as small as the logits are; and a key that p grows with.
 
-    Of mixed probabilities there is no z: p itself, and log p and log q.
+    Of mixed probabilities there is no z: p itself, and log p and log q. Their teachers are loaded here.
     """
     ds = s - sides.student_norm[0]
     es = tl.exp2(ds * sides.student_norm[1])
     logq = tl.fma(ds, sides.unit_s, sides.log_zt_zs)
     if MIX_PROBS:
         et, key = mixed_softmax(
-            sides.teacher_ptrs, sides.shares, sides.norms, offs_v, V, load_width, softcap, TEACHER_PROBS
+            sides.teacher_ptrs, sides.shares, sides.norms, start, span, softcap, TEACHER_PROBS, TILE, PART
         )
         dt = key
         logp = key * LN2
     else:
-        key = load_mixed(sides.teacher_ptrs, sides.shares, offs_v, V, load_width, softcap, TEACHER_PROBS)
+        key = t
         dt = key - sides.norms[0][0]
         et = tl.exp2(dt * sides.norms[0][1])
         logp = dt * sides.unit_t
@@ -194,7 +228,6 @@ def dense_fwd_kernel(
     rows: Rows,
     L,
     V,
-    load_width,
     pad_width,
     ignore_index,
     scale,
@@ -226,8 +259,11 @@ def dense_fwd_kernel(
     HARD: tl.constexpr = CE or STATS or weights.z_loss is not None
     # A term of weight 0 is not computed, and its teacher not read.
     TEACHER: tl.constexpr = KD or STATS
+    ONE_TEACHER: tl.constexpr = TEACHER and len(teachers) == 1
     # Standardised logits and mixed probabilities are known only after a sweep of their own, too late for online sums.
     LINEAR: tl.constexpr = TEACHER and COEFFICIENTS is not None and not STANDARDIZE and not MIX_PROBS
+    # A sweep begins with the tile that the one before it has ended with, unless registers are short as it is.
+    KEPT: tl.constexpr = (ONE_TEACHER and LINEAR or not TEACHER) and not STATS
     BOTH: tl.constexpr = LINEAR and has_both(COEFFICIENTS)
     if COEFFICIENTS is None:
         Q_TERMS: tl.constexpr = True
@@ -240,16 +276,21 @@ def dense_fwd_kernel(
     VALUE_SWEEP: tl.constexpr = TEACHER and (not SCORE_SUM_KNOWN or (not GRAD and (STATS or not LINEAR)))
     BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
 
-    student_ptr = row_pointer(student, L)
-    dstudent_ptr = row_pointer(dstudent, L) if GRAD else None
+    index = tl.program_id(0).to(tl.int64)
+    skew = row_skew(student, index, L, TILE)
+    span = Span(skew, end_of(skew, V, TILE))
+    pad_stop = span.stop if pad_width is None else end_of(skew, pad_width, TILE)
+    student_ptr = grid_pointer(student, index, skew, L, TILE)
+    dstudent_ptr = grid_pointer(dstudent, index, skew, L, TILE) if GRAD else None
     offs_tile = tile_offsets(TILE)
     row = begin_row(
         student_ptr,
         dstudent_ptr,
         rows,
-        offs_v=offs_tile,
-        V=V,
-        pad_width=pad_width,
+        index=index,
+        span=span,
+        pad_stop=pad_stop,
+        TILE=TILE,
         ignore_index=ignore_index,
         scale=scale,
         temperature=temperature,
@@ -268,7 +309,7 @@ def dense_fwd_kernel(
     teacher_ptrs = ()
     shares = ()
     for k in tl.static_range(len(teachers)):
-        teacher_ptrs = teacher_ptrs + (row_pointer(teachers[k], L),)
+        teacher_ptrs = teacher_ptrs + (grid_pointer(teachers[k], index, skew, L, TILE),)
         if len(teachers) > 1:
             shares = shares + (tl.load(mixture.ptr + row.index * mixture.stride_n + k * mixture.stride_m),)
         else:
@@ -281,12 +322,12 @@ def dense_fwd_kernel(
     deviation = 1.0
     if STANDARDIZE and TEACHER:
         # Only the deviation matters to a softmax: it acts as a temperature of the row.
-        pilot, rest_of_mean, deviation = row_moments(student_ptr, V, load_width, student_softcap, False, TILE)
+        pilot, rest_of_mean, deviation = row_moments(student_ptr, V, span, student_softcap, False, TILE)
         unit_s /= deviation
         teacher_scales = ()
         mixed_weights = ()
         for k in tl.static_range(len(teacher_ptrs)):
-            deviation_t = row_moments(teacher_ptrs[k], V, load_width, teacher_softcap, TEACHER_PROBS, TILE)[2]
+            deviation_t = row_moments(teacher_ptrs[k], V, span, teacher_softcap, TEACHER_PROBS, TILE)[2]
             teacher_scales = teacher_scales + (LOG2E * unit_t / deviation_t,)
             mixed_weights = mixed_weights + (mul0(shares[k], 1.0 / deviation_t),)
         if len(teacher_ptrs) == 1:
@@ -308,12 +349,11 @@ def dense_fwd_kernel(
     # The sum of p: the shares of a mixture need not add up to 1.
     mass = 1.0
     if LINEAR:
-        student_norm, norm, mean_p, mean_q, excess_z, hard_norm, centered_sum = linear_sweep(
+        student_norm, norm, mean_p, mean_q, excess_z, hard_norm, centered_sum, raw_s, raw_t = linear_sweep(
             student_ptr,
             teacher_ptrs,
             shares,
-            V=V,
-            load_width=load_width,
+            span=span,
             student_scale=student_scale,
             teacher_scale=teacher_scales[0],
             ratio=ratio,
@@ -329,11 +369,10 @@ def dense_fwd_kernel(
         norm = defined(norm)
         norms = (norm,)
     else:
-        student_norm, hard_norm, centered_sum, best_tile = norm_sweep(
+        student_norm, hard_norm, centered_sum, best_tile, raw_s = norm_sweep(
             (student_ptr,),
             (1.0,),
-            V=V,
-            load_width=load_width,
+            span=span,
             softcap=student_softcap,
             scale=student_scale,
             TILE=TILE,
@@ -346,11 +385,10 @@ def dense_fwd_kernel(
             mass = 0.0
             for k in tl.static_range(len(teacher_ptrs)):
                 mass += shares[k]
-                norm, _, _, _ = norm_sweep(
+                norm, _, _, _, _ = norm_sweep(
                     (teacher_ptrs[k],),
                     (1.0,),
-                    V=V,
-                    load_width=load_width,
+                    span=span,
                     softcap=teacher_softcap,
                     scale=teacher_scales[k],
                     TILE=TILE,
@@ -358,11 +396,10 @@ def dense_fwd_kernel(
                 )
                 norms = norms + (norm,)
         elif TEACHER:
-            norm, _, _, _ = norm_sweep(
+            norm, _, _, _, raw_t = norm_sweep(
                 teacher_ptrs,
                 shares,
-                V=V,
-                load_width=load_width,
+                span=span,
                 softcap=teacher_softcap,
                 scale=teacher_scales[0],
                 TILE=TILE,
@@ -395,8 +432,7 @@ def dense_fwd_kernel(
                         shares,
                         norm,
                         best_tile,
-                        V,
-                        load_width,
+                        span,
                         student_softcap,
                         teacher_softcap,
                         TEACHER_PROBS,
@@ -417,7 +453,7 @@ def dense_fwd_kernel(
 
     if TEACHER:
         sides = Sides(student_norm, unit_s, log_zt_zs, teacher_ptrs, shares, norms, unit_t)
-    num_tiles = tl.cdiv(V, BLOCK_V)
+    num_tiles = tl.cdiv(span.stop, BLOCK_V)
     if STATS:
         stats = new_stats(TILE)
     lane_value = lane_zeros(TILE)
@@ -427,33 +463,51 @@ def dense_fwd_kernel(
         lane_score = lane_zeros(TILE)
         lane_slope = lane_zeros(TILE)
         lane_first = lane_zeros(TILE)
-        for k in range(num_tiles):
-            offs_v = (num_tiles - 1 - k) * BLOCK_V + offs_tile
-            s = load_logits(student_ptr, offs_v, V, load_width, student_softcap, False)
-            et, logp, es, logq, dt, ds, key = relative_pair(
-                sides, s, offs_v, V, load_width, teacher_softcap, MIX_PROBS, TEACHER_PROBS
-            )
-            if not LINEAR:
-                q = es * factor_q
-                if SCALED or MIX_PROBS:
-                    lane_value += fold_sum(value_of(et, logp, q, logq, row.param, param1, COEFFICIENTS, VALUE, TOTAL))
-                    if GRAD:
-                        score = score_of(et, logp, q, logq, row.param, param1, COEFFICIENTS, SCORE, TOTAL)
+        for PART in tl.static_range(0 if KEPT else 1, parts(TILE)):
+            for k in range(
+                part_begin(num_tiles, PART, KEPT, TILE),
+                part_end(num_tiles, PART, TILE),
+                part_step(num_tiles, PART, KEPT),
+            ):
+                start = k * BLOCK_V
+                offs_v = start + offs_tile
+                if PART > 0:
+                    raw_s = load_tile(student_ptr, start, span, TILE, PART)
+                    if ONE_TEACHER:
+                        raw_t = load_tile(teacher_ptrs[0], start, span, TILE, PART)
+                s = logits_of(raw_s, offs_v, span, student_softcap, False)
+                if ONE_TEACHER:
+                    t = logits_of(raw_t, offs_v, span, teacher_softcap, TEACHER_PROBS)
+                elif not MIX_PROBS:
+                    t = load_mixed(teacher_ptrs, shares, start, span, teacher_softcap, TEACHER_PROBS, TILE, PART)
                 else:
-                    p = et * inverse_zt
-                    lp = logp - log_zt
-                    lq = logq - log_zt
-                    lane_value += fold_sum(value_of(p, lp, q, lq, row.param, param1, COEFFICIENTS, VALUE, TOTAL))
+                    t = s
+                et, logp, es, logq, dt, ds, key = relative_pair(
+                    sides, s, t, start, span, teacher_softcap, MIX_PROBS, TEACHER_PROBS, TILE, PART
+                )
+                if not LINEAR:
+                    q = es * factor_q
+                    if SCALED or MIX_PROBS:
+                        lane_value += fold_sum(
+                            value_of(et, logp, q, logq, row.param, param1, COEFFICIENTS, VALUE, TOTAL)
+                        )
+                        if GRAD:
+                            score = score_of(et, logp, q, logq, row.param, param1, COEFFICIENTS, SCORE, TOTAL)
+                    else:
+                        p = et * inverse_zt
+                        lp = logp - log_zt
+                        lq = logq - log_zt
+                        lane_value += fold_sum(value_of(p, lp, q, lq, row.param, param1, COEFFICIENTS, VALUE, TOTAL))
+                        if GRAD:
+                            score = score_of(p, lp, q, lq, row.param, param1, COEFFICIENTS, SCORE, TOTAL)
                     if GRAD:
-                        score = score_of(p, lp, q, lq, row.param, param1, COEFFICIENTS, SCORE, TOTAL)
-                if GRAD:
-                    lane_score += fold_sum(score)
-                    if STANDARDIZE:
-                        z = tl.where(offs_v < V, (s - pilot - rest_of_mean) / deviation, 0.0)
-                        lane_slope += fold_sum(score * z)
-                        lane_first += fold_sum(q * z)
-            if STATS:
-                stats = add_stats(stats, et * inverse_zt, logp, es * inverse_zs, logq, s, key, offs_v)
+                        lane_score += fold_sum(score)
+                        if STANDARDIZE:
+                            z = tl.where(inside(offs_v, span), (s - pilot - rest_of_mean) / deviation, 0.0)
+                            lane_slope += fold_sum(score * z)
+                            lane_first += fold_sum(q * z)
+                if STATS:
+                    stats = add_stats(stats, et * inverse_zt, logp, es * inverse_zs, logq, s, key, offs_v)
         score_sum = tl.sum(lane_score, axis=0) * post
         slope = tl.sum(lane_slope, axis=0) - score_sum * tl.sum(lane_first, axis=0)
         slope_mean = slope / tl.maximum(V - 1, 1)
@@ -479,57 +533,76 @@ def dense_fwd_kernel(
         if LINEAR:
             # Exactly 1 for equal rows, so that their gradient is exactly 0: es - z_ratio * et with one rounding.
             z_ratio = 1.0 + excess_z
-        for k in range(num_tiles):
-            offs_v = (k if VALUE_SWEEP else num_tiles - 1 - k) * BLOCK_V + offs_tile
-            s = load_logits(student_ptr, offs_v, V, load_width, student_softcap, False)
-            if TEACHER:
-                et, logp, es, logq, dt, ds, key = relative_pair(
-                    sides, s, offs_v, V, load_width, teacher_softcap, MIX_PROBS, TEACHER_PROBS
-                )
-            if not KD:
-                g = tl.zeros(s.shape, tl.float32)
-            elif LINEAR:
-                if BOTH:
-                    # Where one outcome has all but 1e-8 of both, the ratio's excess over 1 is what there is.
-                    g = tl.fma(et, -excess_z, es - et)
+        for PART in tl.static_range(0 if KEPT else 1, parts(TILE)):
+            for k in range(
+                part_begin(num_tiles, PART, KEPT, TILE),
+                part_end(num_tiles, PART, TILE),
+                part_step(num_tiles, PART, KEPT),
+            ):
+                start = (num_tiles - 1 - k if VALUE_SWEEP else k) * BLOCK_V
+                offs_v = start + offs_tile
+                if PART > 0:
+                    raw_s = load_tile(student_ptr, start, span, TILE, PART)
+                    if ONE_TEACHER:
+                        raw_t = load_tile(teacher_ptrs[0], start, span, TILE, PART)
+                s = logits_of(raw_s, offs_v, span, student_softcap, False)
+                if TEACHER:
+                    if ONE_TEACHER:
+                        t = logits_of(raw_t, offs_v, span, teacher_softcap, TEACHER_PROBS)
+                    elif not MIX_PROBS:
+                        t = load_mixed(teacher_ptrs, shares, start, span, teacher_softcap, TEACHER_PROBS, TILE, PART)
+                    else:
+                        t = s
+                    et, logp, es, logq, dt, ds, key = relative_pair(
+                        sides, s, t, start, span, teacher_softcap, MIX_PROBS, TEACHER_PROBS, TILE, PART
+                    )
+                if not KD:
+                    g = tl.zeros(s.shape, tl.float32)
+                elif LINEAR:
+                    if BOTH:
+                        # Where one outcome has all but 1e-8 of both, the ratio's excess over 1 is what there is.
+                        g = tl.fma(et, -excess_z, es - et)
+                    else:
+                        g = tl.fma(et, -z_ratio, es)
+                    g *= -COEFFICIENTS[1] * g_scale * inverse_zs
+                    if Q_TERMS:
+                        # The normalisers cancel: what is left of a logarithm is as small as the rows are near.
+                        log_mix = mix_logs(COEFFICIENTS[2], dt, COEFFICIENTS[3], ds, ratio) - mean_q
+                        rest = mul0(es, log_mix * (g_scale * unit * inverse_zs))
+                        g = rest if COEFFICIENTS[1] == 0 else g + rest
+                elif SCORE_SUM_KNOWN:
+                    g = (g_scale * COEFFICIENTS[1]) * (et - es * inverse_zs * mass)
                 else:
-                    g = tl.fma(et, -z_ratio, es)
-                g *= -COEFFICIENTS[1] * g_scale * inverse_zs
-                if Q_TERMS:
-                    # The normalisers cancel: what is left of a logarithm is as small as the rows are near.
-                    log_mix = mix_logs(COEFFICIENTS[2], dt, COEFFICIENTS[3], ds, ratio) - mean_q
-                    g += mul0(es, log_mix * (g_scale * unit * inverse_zs))
-            elif SCORE_SUM_KNOWN:
-                g = (g_scale * COEFFICIENTS[1]) * (et - es * inverse_zs * mass)
-            else:
-                q = es * factor_q
-                if SCALED or MIX_PROBS:
-                    score = score_of(et, logp, q, logq, row.param, param1, COEFFICIENTS, SCORE, TOTAL)
-                else:
-                    lp = logp - log_zt
-                    lq = logq - log_zt
-                    score = score_of(et * inverse_zt, lp, q, lq, row.param, param1, COEFFICIENTS, SCORE, TOTAL)
-                g = score - q * score_sum
-                if STANDARDIZE:
-                    g -= (s - pilot - rest_of_mean) / deviation * slope_mean
-                g *= g_scale * post
-            if TEACHER and not VALUE_SWEEP:
-                # Only a linear divergence comes here without its value, and only with mixed probabilities.
-                if not LINEAR:
                     q = es * factor_q
-                    lane_value += fold_sum(value_of(et, logp, q, logq, row.param, param1, COEFFICIENTS, VALUE, TOTAL))
-                if STATS:
-                    stats = add_stats(stats, et * inverse_zt, logp, es * inverse_zs, logq, s, key, offs_v)
-            if KD:
-                g = weighed(kd_scale, g, rows)
-            if CE or weights.z_loss is not None:
-                g += lse_scale * softmax(s, hard_norm)[0]
-            if CE:
-                g = label_gradient(g, offs_v, row.label, V, hard_scale, weights.label_smoothing)
-            g = through_cap(g, s, student_softcap)
-            store_gradient(dstudent_ptr, offs_v, g, V, pad_width)
+                    if SCALED or MIX_PROBS:
+                        score = score_of(et, logp, q, logq, row.param, param1, COEFFICIENTS, SCORE, TOTAL)
+                    else:
+                        lp = logp - log_zt
+                        lq = logq - log_zt
+                        score = score_of(et * inverse_zt, lp, q, lq, row.param, param1, COEFFICIENTS, SCORE, TOTAL)
+                    g = score - q * score_sum
+                    if STANDARDIZE:
+                        g -= (s - pilot - rest_of_mean) / deviation * slope_mean
+                    g *= g_scale * post
+                if TEACHER and not VALUE_SWEEP:
+                    # Only a linear divergence comes here without its value, and only with mixed probabilities.
+                    if not LINEAR:
+                        q = es * factor_q
+                        lane_value += fold_sum(
+                            value_of(et, logp, q, logq, row.param, param1, COEFFICIENTS, VALUE, TOTAL)
+                        )
+                    if STATS:
+                        stats = add_stats(stats, et * inverse_zt, logp, es * inverse_zs, logq, s, key, offs_v)
+                if KD:
+                    g = weighed(kd_scale, g, rows)
+                if CE or weights.z_loss is not None:
+                    g += lse_scale * softmax(s, hard_norm)[0]
+                if CE:
+                    g = label_gradient(g, offs_v, skew + row.label, V, hard_scale, weights.label_smoothing)
+                g = through_cap(g, s, student_softcap)
+                store_tile(dstudent_ptr, start, span, g, TILE)
         if pad_width is not None:
-            zero_columns(dstudent_ptr, offs_tile, num_tiles * BLOCK_V, pad_width)
+            zero_tiles(dstudent_ptr, Span(span.stop, pad_stop), TILE)
 
     if not LINEAR:
         divergence = tl.sum(lane_value, axis=0) * post
@@ -552,9 +625,21 @@ def _resident_load(entry: divergences.TritonDivergence, alone: bool, stats: bool
     """The load of the cluster kernel: exponentials, those and scores, or more; alone: no term but the divergence."""
     if stats:
         return tuning.STATISTICS
-    if alone and entry.linear is not None:
-        return tuning.LIGHT if linear_in_p(entry) else tuning.MEDIUM
+    if alone and linear_in_p(entry):
+        return tuning.LIGHT
+    if alone and entry.linear is not None and entry.linear[:2] == (0, 0):
+        return tuning.LIGHT_Q
     return tuning.MEDIUM if alone and entry.total else tuning.HEAVY
+
+
+def thrown_away(dstudent: Optional[Tensor], rows: int, L: Optional[int]) -> Logits:
+    """Memory for the first rows of a gradient, which start where they would from a multiple of 16 bytes."""
+    given = logits(dstudent)
+    if dstudent is None:
+        return given
+    last = (rows - 1) * given.stride_l if L is None else (rows - 1) // L * given.stride_b + (L - 1) * given.stride_l
+    start = dstudent.data_ptr() // dstudent.element_size() % 16
+    return given._replace(ptr=dstudent.new_empty(start + last + dstudent.shape[-1])[start:])
 
 
 def dense_fwd(
@@ -620,15 +705,23 @@ def dense_fwd(
     light = alone and entry.linear is not None
     load = tuning.HEAVY if stats or mix_probs else tuning.LIGHT if light else tuning.MEDIUM
     resident_load = _resident_load(entry, alone, stats) if len(teachers) == 1 and not standardize else None
+    vec, cut = vectors(vocab_size, student, *teachers, dstudent)
+    arch = tuning.architecture(student.device)
     plans = tuning.dense_plans(
         vocab_size,
         itemsize,
+        wide=light and len(teachers) == 1,
+        vec=vec,
+        cut=cut,
+        gradient=dstudent is not None,
         load=load,
         resident_load=resident_load,
-        arch=tuning.architecture(student.device),
+        arch=arch,
     )
-    # Two blocks of 256 threads fit on a multiprocessor at 128 registers; the compiler would take more, without need.
+    # Two blocks of 256 threads fit on a multiprocessor at 128 registers, and two of 512 at 64; the compiler would take
+    # more, without need.
     fits_twice = resident_load == tuning.HEAVY and linear_in_p(entry) and not student_softcap
+    swept_twice = alone and entry.linear is None and entry.total and not mix_probs and len(teachers) == 1
     shared: dict[str, Any] = {
         **row_arguments(student, teachers, dstudent, vocab_size),
         "teachers": tuple(logits(teacher) for teacher in teachers),
@@ -672,28 +765,44 @@ def dense_fwd(
         "enable_fp_fusion": False,
     }
 
-    def launch(plan: tuning.Plan, rows: int, dstudent: Optional[Tensor]) -> None:
-        arguments = {**shared, "dstudent": logits(dstudent), "TILE": plan.TILE, "num_warps": plan.num_warps}
+    def launch(plan: tuning.Plan, rows: int, gradient: Logits, warmup: bool = False) -> Any:
+        arguments = {**shared, "dstudent": gradient, "num_warps": plan.num_warps}
+        kernel = dense_fwd_kernel
         if plan.pattern == "cluster":
-            dense_cluster_fwd_kernel[(rows,)](
-                **arguments,
-                num_ctas=plan.num_ctas,
-                maxnreg=128 if fits_twice else None,
-            )
-            return
-        dense_fwd_kernel[(rows,)](
-            **arguments,
-            mixture=mixture_argument(mixture_weights if len(teachers) > 1 else None),
-            MIX_PROBS=mix_probs,
-            STANDARDIZE=standardize,
-        )
+            kernel = dense_cluster_fwd_kernel
+            pieces, lanes, width = plan.TILE
+            # By where it starts a row that is cut may end in the last piece, or in the vectors that the first has.
+            ends = cut + (cut and vocab_size <= ((pieces - 1) * lanes + 1) * width)
+            arguments |= {
+                "N": rows,
+                "TILE": (*plan.TILE, int(ends), plan.rows, plan.keep),
+            }
+            if plan.num_ctas > 1:
+                arguments["num_ctas"] = plan.num_ctas
+            if fits_twice and arch:
+                arguments["maxnreg"] = 128
+        else:
+            arguments |= {
+                "TILE": (*plan.TILE, cut),
+                "mixture": mixture_argument(mixture_weights if len(teachers) > 1 else None),
+                "MIX_PROBS": mix_probs,
+                "STANDARDIZE": standardize,
+            }
+            if swept_twice and arch and not cut and plan.num_warps == 16:
+                arguments["maxnreg"] = 64
+        grid = (triton.cdiv(rows, plan.rows),)
+        return kernel.warmup(grid=grid, **arguments) if warmup else kernel[grid](**arguments)
 
     def trial(plan: tuning.Plan) -> None:
         """The first rows, into a gradient that is thrown away: the real one may be the student."""
         rows = min(N, tuning.TRIAL_ROWS)
-        launch(plan, rows, None if dstudent is None else student.new_empty((rows, student.shape[-1])))
+        launch(plan, rows, thrown_away(dstudent, rows, shared["L"]))
+
+    def compiled(plan: tuning.Plan) -> Any:
+        return launch(plan, N, logits(dstudent), warmup=True)
 
     with on_device_of(student):
-        key = (divergence, vocab_size, itemsize, load, resident_load, dstudent is not None)
-        launch(tuning.fastest(plans, key, student, N * vocab_size, trial), N, dstudent)
+        key = (divergence, vocab_size, itemsize, load, resident_load, vec, cut, dstudent is not None)
+        plan = tuning.fastest(plans, key, student, N * vocab_size, trial, compiled)
+        launch(plan, N, logits(dstudent))
     return loss, row_stats

@@ -1,10 +1,14 @@
-"""The dense pattern in one pass: a row of student and teacher stays in the registers of a cluster of thread blocks.
+"""The dense pattern in one pass: a row of student and teacher stays in registers, of a block or of a cluster of blocks.
 
-2 reads and 1 write of [N, V], whatever the divergence. Needs thread-block clusters (sm_90 on); ``tuning.dense_plans``
-says when it is taken. One program is a cluster of up to 16 blocks. A thread holds PIECES vectors of VEC columns of each
-tensor (more, where LANES is a multiple of the threads) and keeps their exponentials for the gradient.
+2 reads and 1 write of [N, V], whatever the divergence; ``tuning.dense_plans`` says when it is taken. One program is one
+row in a cluster of up to 16 blocks (sm_90 on), one row in a block, or several narrow rows in a block. A thread holds
+PIECES vectors of VEC columns of each tensor (more, where LANES is a multiple of the threads) and keeps their
+exponentials for the gradient, or of the widest rows a block can hold the logits alone.
 
-A reduction over the cluster costs barriers over all its blocks, so they are taken together: first the two maxima, then
+Pieces are [LANES, VEC] and numbers of the row scalars; of several rows pieces are [ROWS, LANES, VEC], and their numbers
+[ROWS, 1, 1], so that one text serves both. A row that is ignored, or does not exist, has no column inside its span.
+
+A reduction over a cluster costs barriers over all its blocks, so they are taken together: first the two maxima, then
 every sum over exponentials, which is all that a linear divergence needs; a pair of functions or statistics take one
 more group. Several teachers and standardised logits are left to two sweeps.
 
@@ -19,22 +23,25 @@ import triton.language as tl
 
 from kdkernels.kernels.arguments import Logits, Rows, Weights
 from kdkernels.kernels.rows import (
-    LN2,
     LOG2E,
-    NEG_INF,
+    Span,
     add_product,
     begin_row,
+    end_of,
     fast_exp2,
     fast_reciprocal,
     fold_pieces_max,
+    grid_pointer,
+    inside,
+    load_vectors,
     log_ratio,
+    logits_of,
     mix_logs,
     mul0,
-    row_pointer,
-    soft_cap,
+    row_skew,
+    store_vectors,
     temper,
     widen,
-    zero_columns,
 )
 from kdkernels.kernels.terms import (
     NOWHERE,
@@ -97,29 +104,29 @@ def _sum7(a, b, c, d, e, f, g, h, i, j, k, m, n, o):
 
 
 @triton.jit
-def _sum_together(folded):
+def _sum_together(folded, AXIS: tl.constexpr):
     if len(folded) == 1:
-        sums = (tl.sum(folded[0], axis=0),)
+        sums = (tl.sum(folded[0], axis=AXIS),)
     elif len(folded) == 2:
-        sums = tl.reduce(folded, 0, _sum2)
+        sums = tl.reduce(folded, AXIS, _sum2)
     elif len(folded) == 3:
-        sums = tl.reduce(folded, 0, _sum3)
+        sums = tl.reduce(folded, AXIS, _sum3)
     elif len(folded) == 4:
-        sums = tl.reduce(folded, 0, _sum4)
+        sums = tl.reduce(folded, AXIS, _sum4)
     elif len(folded) == 5:
-        sums = tl.reduce(folded, 0, _sum5)
+        sums = tl.reduce(folded, AXIS, _sum5)
     elif len(folded) == 6:
-        sums = tl.reduce(folded, 0, _sum6)
+        sums = tl.reduce(folded, AXIS, _sum6)
     else:
-        sums = tl.reduce(folded, 0, _sum7)
+        sums = tl.reduce(folded, AXIS, _sum7)
     return sums
 
 
 @triton.jit
-def _sum_apart(folded):
+def _sum_apart(folded, AXIS: tl.constexpr):
     sums = ()
     for k in tl.static_range(len(folded)):
-        sums = sums + (tl.sum(folded[k], axis=0),)
+        sums = sums + (tl.sum(folded[k], axis=AXIS),)
     return sums
 
 
@@ -129,12 +136,41 @@ if triton.knobs.runtime.interpret:
 
 
 @triton.jit
+def of_rows(numbers, RANK: tl.constexpr):
+    """One number a row each, in the shape that goes with pieces of this rank: [ROWS, 1, 1], or of one row scalars."""
+    if RANK == 3:
+        shaped = ()
+        for k in tl.static_range(len(numbers)):
+            shaped = shaped + (numbers[k][:, None, None],)
+        numbers = shaped
+    return numbers
+
+
+@triton.jit
 def reduce_sums(lanes):
-    """Sums over the cluster of a tuple of [LANES, VEC] accumulators, in one exchange."""
+    """Sums over the lanes of each row of a tuple of [.., LANES, VEC] accumulators, in one exchange."""
+    RANK: tl.constexpr = len(lanes[0].shape)
     folded = ()
     for k in tl.static_range(len(lanes)):
-        folded = folded + (tl.sum(lanes[k], axis=1),)
-    return _sum_together(folded)
+        folded = folded + (tl.sum(lanes[k], axis=RANK - 1),)
+    return of_rows(_sum_together(folded, RANK - 2), RANK)
+
+
+@triton.jit
+def reduce_tops(student_pieces, teacher_pieces):
+    """The largest logit of both sides."""
+    RANK: tl.constexpr = len(student_pieces[0].shape)
+    folded = (fold_pieces_max(student_pieces), fold_pieces_max(teacher_pieces))
+    return of_rows(tl.reduce(folded, RANK - 2, _max2), RANK)
+
+
+@triton.jit
+def store_number(ptr, x, ignored, exists):
+    """Store a row's number; of several rows 0 for those that are ignored."""
+    if exists is None:
+        tl.store(ptr, x)
+    else:
+        tl.store(ptr, tl.where(ignored, 0.0, x), mask=exists)
 
 
 @triton.jit
@@ -147,46 +183,77 @@ def plus(k: tl.constexpr, total, x):
     return total
 
 
-@triton.jit
-def load_pieces(row_ptr, offs_v, V, load_width, softcap, PROBS: tl.constexpr, PIECES: tl.constexpr):
-    """A row as PIECES tensors [LANES, VEC] in its own dtype (fp32 with a softcap, or of probabilities' logarithms).
+# Of a row that cuts vectors at its ends the first piece has the first vector, in its last lane, and the last ones in
+# the others. The rest are whole, but for the last piece where a row may end there, by where it starts: CUT is 2.
+@triton.constexpr_function
+def at_end(k, TILE):
+    """Whether a piece can reach beyond its row, and of one that cuts vectors has to move columns one by one."""
+    return k == 0 or (TILE[3] == 2 and k == TILE[0] - 1) if TILE[3] else k == TILE[0] - 1
 
-    Only the last piece can reach past V; it is -inf there.
-    """
-    STEP: tl.constexpr = offs_v.shape[0] * offs_v.shape[1]
+
+@triton.constexpr_function
+def one_piece(TILE):
+    return (1, *TILE[1:4])
+
+
+@triton.constexpr_function
+def piece_start(k, TILE):
+    """The first column of a piece; its vectors are counted from there."""
+    if TILE[3]:
+        return 0 if k == 0 else ((k - 1) * TILE[1] + 1) * TILE[2]
+    return k * TILE[1] * TILE[2]
+
+
+@triton.jit
+def piece_heads(k: tl.constexpr, heads, TILE: tl.constexpr):
+    """The first columns of a piece's vectors, from its start on; heads are those of a plain one."""
+    if TILE[3] and k == 0:
+        lanes = heads // TILE[2]
+        # The product last: of a choice between two the compiler does not see that it is a vector's boundary.
+        heads = tl.where(lanes == TILE[1] - 1, 0, lanes + ((TILE[0] - 1) * TILE[1] + 1)) * TILE[2]
+    return heads
+
+
+@triton.jit
+def piece_columns(k: tl.constexpr, heads, TILE: tl.constexpr):
+    return piece_heads(k, heads, TILE) + tl.arange(0, TILE[2]) + piece_start(k, TILE)
+
+
+@triton.jit
+def load_pieces(row_ptr, heads, span, softcap, PROBS: tl.constexpr, TILE: tl.constexpr):
+    """A row, or several, as PIECES tensors of vectors in its own dtype, -inf outside it (fp32 with a softcap, or of
+    probabilities' logarithms)."""
+    PIECES: tl.constexpr = TILE[0]
     loaded = ()
     for k in tl.static_range(PIECES):
-        if k < PIECES - 1:
-            x = tl.load(row_ptr + k * STEP + offs_v)
-        else:
-            x = tl.load(
-                row_ptr + k * STEP + offs_v,
-                mask=offs_v + k * STEP < (V if load_width is None else load_width),
-                other=NEG_INF,
-            )
+        x = load_vectors(
+            row_ptr,
+            piece_start(k, TILE),
+            piece_heads(k, heads, TILE),
+            at_end(k, TILE),
+            span,
+            TILE,
+            TILE[4] == 1 and not at_end(k, TILE),
+        )
         loaded = loaded + (x,)
     pieces = ()
     for k in tl.static_range(PIECES):
         x = loaded[k]
-        if PROBS:
-            x = tl.log2(x.to(tl.float32)) * LN2
-        if softcap is not None:
-            x = soft_cap(x.to(tl.float32), softcap)
-        if k == PIECES - 1 and (load_width is not None or softcap is not None or PROBS):
-            x = tl.where(offs_v + k * STEP < V, x, NEG_INF)
+        if PROBS or softcap is not None:
+            x = logits_of(x, piece_columns(k, heads, TILE), span, softcap, PROBS)
         pieces = pieces + (x,)
     return pieces
 
 
-@triton.jit(do_not_specialize=["L", "ignore_index"])
+@triton.jit(do_not_specialize=["N", "L", "ignore_index"])
 def dense_cluster_fwd_kernel(
     student: Logits,  # [B, L, V]
     teachers,  # a tuple of one Logits [B, L, V]
     dstudent: Logits,  # [B, L, pad_width or V]
     rows: Rows,
+    N,
     L,
     V,
-    load_width,
     pad_width,
     ignore_index,
     scale,
@@ -205,7 +272,7 @@ def dense_cluster_fwd_kernel(
     TOTAL: tl.constexpr,
     SCALABLE: tl.constexpr,
     TEACHER_PROBS: tl.constexpr,
-    TILE: tl.constexpr,  # (PIECES, LANES, VEC)
+    TILE: tl.constexpr,  # (PIECES, LANES, VEC, CUT, ROWS, KEEP)
 ):
     GRAD: tl.constexpr = dstudent.ptr is not None
     STATS: tl.constexpr = rows.stats is not None
@@ -228,36 +295,60 @@ def dense_cluster_fwd_kernel(
     VEC: tl.constexpr = TILE[2]
     STEP: tl.constexpr = LANES * VEC
 
-    student_ptr = row_pointer(student, L)
-    teacher_ptr = row_pointer(teachers[0], L)
-    dstudent_ptr = row_pointer(dstudent, L) if GRAD else None
-    offs_v = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    ROWS: tl.constexpr = TILE[4]
+    RANK: tl.constexpr = 2 if ROWS == 1 else 3
+    # Exponentials stay for the gradient, or are computed once more: of the widest rows there is room for logits only.
+    KEEP: tl.constexpr = TILE[5]
+
+    heads = tl.arange(0, LANES)[:, None] * VEC
+    exists = None
+    if ROWS == 1:
+        index = tl.program_id(0).to(tl.int64)
+    else:
+        index = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None, None]
+        exists = index < N
+        heads = heads[None, :, :]
+    skew = row_skew(student, index, L, TILE)
+    span = Span(skew, end_of(skew, V, TILE))
+    pad_stop = span.stop if pad_width is None else end_of(skew, pad_width, TILE)
+    student_ptr = grid_pointer(student, index, skew, L, TILE)
+    teacher_ptr = grid_pointer(teachers[0], index, skew, L, TILE)
+    dstudent_ptr = grid_pointer(dstudent, index, skew, L, TILE) if GRAD else None
     # The label's logit is read before any block can write in place: the reductions below are barriers.
     row = begin_row(
         student_ptr,
         dstudent_ptr,
         rows,
-        offs_v=offs_v,
-        V=V,
-        pad_width=pad_width,
+        index=index,
+        span=span,
+        pad_stop=pad_stop,
+        TILE=one_piece(TILE),
         ignore_index=ignore_index,
         scale=scale,
         temperature=temperature,
         teacher_temperature=teacher_temperature,
         param=param0,
         softcap=student_softcap,
+        exists=exists,
         LABEL_LOGIT=LABELLED,
         NUM_STATS=NUM_STATS,
     )
-    if row.ignored:
-        return
+    stored = span
+    if ROWS == 1:
+        if row.ignored:
+            return
+    else:
+        # A row that is ignored has no columns to read, and one that does not exist none to write.
+        span = Span(skew, tl.where(row.ignored, 0, span.stop))
+        stored = Span(skew, tl.where(exists, stored.stop, 0))
+        pad_stop = tl.where(exists, pad_stop, 0)
     if CE:
         # 32 bits: a comparison an element.
-        label_v = tl.where((row.label >= 0) & (row.label < V), row.label, -1).to(tl.int32)
+        label_v = tl.where((row.label >= 0) & (row.label < V), skew + row.label, -1).to(tl.int32)
     if SMOOTH:
         center = smoothing_center(row.label_logit)
 
-    student_pieces = load_pieces(student_ptr, offs_v, V, load_width, student_softcap, False, PIECES)
+    student_pieces = load_pieces(student_ptr, heads, span, student_softcap, False, TILE)
     if BOTH:
         C_P: tl.constexpr = 1
         C_Q: tl.constexpr = -1
@@ -265,10 +356,10 @@ def dense_cluster_fwd_kernel(
         C_P: tl.constexpr = COEFFICIENTS[2]
         C_Q: tl.constexpr = COEFFICIENTS[3]
     if TEACHER:
-        teacher_pieces = load_pieces(teacher_ptr, offs_v, V, load_width, teacher_softcap, TEACHER_PROBS, PIECES)
-        top_s, top_t = tl.reduce((fold_pieces_max(student_pieces), fold_pieces_max(teacher_pieces)), 0, _max2)
+        teacher_pieces = load_pieces(teacher_ptr, heads, span, teacher_softcap, TEACHER_PROBS, TILE)
+        top_s, top_t = reduce_tops(student_pieces, teacher_pieces)
     else:
-        top_s = tl.max(fold_pieces_max(student_pieces), axis=0)
+        top_s = of_rows((tl.max(fold_pieces_max(student_pieces), axis=RANK - 2),), RANK)[0]
 
     unit_s, unit_t, ratio = temper(row.temperature, row.teacher_temperature)
     scale_s = LOG2E * unit_s
@@ -279,7 +370,7 @@ def dense_cluster_fwd_kernel(
         if COEFFICIENTS[0] == 0 and COEFFICIENTS[2] == 0:
             unit = unit_s
             ratio = 1.0
-    zeros = tl.zeros([LANES, VEC], tl.float32)
+    zeros = tl.zeros(student_pieces[0].shape, tl.float32)
     zs = zeros
     zt = zeros
     sum_p = zeros
@@ -292,14 +383,16 @@ def dense_cluster_fwd_kernel(
     for k in tl.static_range(PIECES):
         ds = widen(student_pieces[k]) - top_s
         es = fast_exp2(ds * scale_s)
-        exps_s = exps_s + (es,)
+        if KEEP:
+            exps_s = exps_s + (es,)
         if TEACHER:
             dt = widen(teacher_pieces[k]) - top_t
             et = fast_exp2(dt * scale_t)
             zt = plus(k, zt, et)
             if OVERLAPPING:
                 overlap = tl.fma(es, et, overlap)
-            exps_t = exps_t + (et,)
+            if KEEP:
+                exps_t = exps_t + (et,)
         # A term of weight 0 counts 0 also where its logarithm is infinite.
         if BOTH:
             excess = es - et
@@ -316,10 +409,12 @@ def dense_cluster_fwd_kernel(
         if HARD:
             zh = plus(k, zh, fast_exp2(ds * LOG2E))
         if SMOOTH:
-            if k < PIECES - 1:
+            if ROWS == 1 and not at_end(k, TILE):
                 centered += widen(student_pieces[k]) - center
             else:
-                centered += tl.where(offs_v + k * STEP < V, widen(student_pieces[k]) - center, 0.0)
+                centered += tl.where(
+                    inside(piece_columns(k, heads, TILE), span), widen(student_pieces[k]) - center, 0.0
+                )
     wanted = (zs,)
     if TEACHER:
         wanted = wanted + (zt,)
@@ -341,9 +436,14 @@ def dense_cluster_fwd_kernel(
     total_s = sums[0]
     if BOTH:
         total_s += sums[1]
+    # Known only now, so that what is computed once more is not kept instead.
+    late_s = tl.where(total_s == total_s, scale_s, total_s)
+    late_top_s = tl.where(total_s == total_s, top_s, total_s)
     inverse_zs = fast_reciprocal(total_s)
     if TEACHER:
         total_t = sums[1]
+        late_t = tl.where(total_t == total_t, scale_t, total_t)
+        late_top_t = tl.where(total_t == total_t, top_t, total_t)
         inverse_zt = fast_reciprocal(total_t)
         excess_z = sums[0] if BOTH else total_s - total_t
         # Of the two normalisers only the ratio matters to most divergences, and near 1 it keeps what they would round.
@@ -363,6 +463,7 @@ def dense_cluster_fwd_kernel(
             rows,
             row.index,
             LABELLED,
+            exists,
         )
         hard_factor = lse_scale * fast_reciprocal(sums[AFTER_Q])
     divergence = 0.0
@@ -402,18 +503,20 @@ def dense_cluster_fwd_kernel(
         entropy_p = zeros
         entropy_q = zeros
         overlap = zeros
-        at_s = tl.full([LANES, VEC], NOWHERE, tl.int32)
-        at_t = tl.full([LANES, VEC], NOWHERE, tl.int32)
+        at_s = tl.full(zeros.shape, NOWHERE, tl.int32)
+        at_t = tl.full(zeros.shape, NOWHERE, tl.int32)
         for k in tl.static_range(PIECES):
-            ds = widen(student_pieces[k]) - top_s
-            dt = widen(teacher_pieces[k]) - top_t
+            ds = widen(student_pieces[k]) - top_s if KEEP else student_pieces[k].to(tl.float32) - late_top_s
+            dt = widen(teacher_pieces[k]) - top_t if KEEP else teacher_pieces[k].to(tl.float32) - late_top_t
             logp = dt * unit_t
             logq = tl.fma(ds, unit_s, log_zt_zs)
+            es = exps_s[k] if KEEP else fast_exp2(ds * late_s)
+            et = exps_t[k] if KEEP else fast_exp2(dt * late_t)
             if PAIR:
                 if SCALABLE:
-                    p, lp, q, lq = exps_t[k], logp, exps_s[k] * factor_q, logq
+                    p, lp, q, lq = et, logp, es * factor_q, logq
                 else:
-                    p, lp, q, lq = exps_t[k] * inverse_zt, logp - log_zt, exps_s[k] * factor_q, logq - log_zt
+                    p, lp, q, lq = et * inverse_zt, logp - log_zt, es * factor_q, logq - log_zt
                 value = plus(k, value, value_of(p, lp, q, lq, row.param, param1, COEFFICIENTS, VALUE, TOTAL))
                 if GRAD and KD:
                     score = score_of(p, lp, q, lq, row.param, param1, COEFFICIENTS, SCORE, TOTAL)
@@ -421,15 +524,15 @@ def dense_cluster_fwd_kernel(
                     scores = scores + (score,)
             if STATS:
                 new_forward, new_reverse, new_entropy_p, new_entropy_q, new_overlap = statistics_of(
-                    exps_t[k] * inverse_zt, logp, exps_s[k] * inverse_zs, logq
+                    et * inverse_zt, logp, es * inverse_zs, logq
                 )
                 forward = plus(k, forward, new_forward)
                 reverse = plus(k, reverse, new_reverse)
                 entropy_p = plus(k, entropy_p, new_entropy_p)
                 entropy_q = plus(k, entropy_q, new_entropy_q)
                 overlap = plus(k, overlap, new_overlap)
-                at_s = tl.minimum(at_s, tl.where(ds == 0, offs_v + k * STEP, NOWHERE))
-                at_t = tl.minimum(at_t, tl.where(dt == 0, offs_v + k * STEP, NOWHERE))
+                at_s = tl.minimum(at_s, tl.where(ds == 0, piece_columns(k, heads, TILE), NOWHERE))
+                at_t = tl.minimum(at_t, tl.where(dt == 0, piece_columns(k, heads, TILE), NOWHERE))
         wanted = ()
         if STATS:
             wanted = (forward, reverse, entropy_p, entropy_q, overlap)
@@ -448,21 +551,22 @@ def dense_cluster_fwd_kernel(
 
     loss = hard_loss
     if KD:
-        kd_scale = divergence_scale(row.scale, weights, row.temperature, rows, row.index)
+        kd_scale = divergence_scale(row.scale, weights, row.temperature, rows, row.index, exists)
         loss += weighed(kd_scale, kd_scale * divergence, rows)
-    tl.store(rows.loss + row.index, loss)
+    store_number(rows.loss + index, loss, row.ignored, exists)
     if STATS:
-        at_s, at_t = tl.reduce((tl.min(at_s, axis=1), tl.min(at_t, axis=1)), 0, _min2)
-        row_ptr = rows.stats + row.index * NUM_STATS
-        tl.store(row_ptr, divergence)
-        tl.store(row_ptr + 1, ce)
-        tl.store(row_ptr + 2, lse)
-        tl.store(row_ptr + 3, nonnegative(sums[0], None, True))
-        tl.store(row_ptr + 4, nonnegative(sums[1], None, True))
-        tl.store(row_ptr + 5, sums[2] + log_zt)
-        tl.store(row_ptr + 6, sums[3] + log_zt)
-        tl.store(row_ptr + 7, tl.where(at_s == at_t, 1.0, 0.0))
-        tl.store(row_ptr + 8, sums[4])
+        at = (tl.min(at_s, axis=RANK - 1), tl.min(at_t, axis=RANK - 1))
+        at_s, at_t = of_rows(tl.reduce(at, RANK - 2, _min2), RANK)
+        row_ptr = rows.stats + index * NUM_STATS
+        store_number(row_ptr, divergence, row.ignored, exists)
+        store_number(row_ptr + 1, ce, row.ignored, exists)
+        store_number(row_ptr + 2, lse, row.ignored, exists)
+        store_number(row_ptr + 3, nonnegative(sums[0], None, True), row.ignored, exists)
+        store_number(row_ptr + 4, nonnegative(sums[1], None, True), row.ignored, exists)
+        store_number(row_ptr + 5, sums[2] + log_zt, row.ignored, exists)
+        store_number(row_ptr + 6, sums[3] + log_zt, row.ignored, exists)
+        store_number(row_ptr + 7, tl.where(at_s == at_t, 1.0, 0.0), row.ignored, exists)
+        store_number(row_ptr + 8, sums[4], row.ignored, exists)
 
     if GRAD:
         if KD:
@@ -472,41 +576,46 @@ def dense_cluster_fwd_kernel(
             excess_z *= inverse_zt
             z_ratio = 1.0 + excess_z
         for k in tl.static_range(PIECES):
+            ds = widen(student_pieces[k]) - top_s if KEEP else student_pieces[k].to(tl.float32) - late_top_s
+            es = exps_s[k] if KEEP else fast_exp2(ds * late_s)
+            if TEACHER:
+                dt = widen(teacher_pieces[k]) - top_t if KEEP else teacher_pieces[k].to(tl.float32) - late_top_t
+                et = exps_t[k] if KEEP else fast_exp2(dt * late_t)
             if not KD:
                 g = zeros
             elif LINEAR:
                 if BOTH:
                     # Where one outcome has all but 1e-8 of both, the ratio's excess over 1 is what there is.
-                    g = tl.fma(exps_t[k], -excess_z, exps_s[k] - exps_t[k])
+                    g = tl.fma(et, -excess_z, es - et)
                 else:
-                    g = tl.fma(exps_t[k], -z_ratio, exps_s[k])
+                    g = tl.fma(et, -z_ratio, es)
                 g *= -COEFFICIENTS[1] * g_scale * inverse_zs
                 if Q_TERMS:
-                    ds = widen(student_pieces[k]) - top_s
-                    dt = widen(teacher_pieces[k]) - top_t
                     # The normalisers cancel: what is left of a logarithm is as small as the rows are near.
                     slope = mix_logs(COEFFICIENTS[2], dt, COEFFICIENTS[3], ds, ratio) - mean_q
-                    rest = mul0(exps_s[k], slope * (g_scale * unit * inverse_zs))
+                    rest = mul0(es, slope * (g_scale * unit * inverse_zs))
                     g = rest if COEFFICIENTS[1] == 0 else g + rest
             else:
-                g = tl.fma(exps_s[k], -(score_sum * factor_q), scores[k]) * (g_scale * post)
+                g = tl.fma(es, -(score_sum * factor_q), scores[k]) * (g_scale * post)
             if KD:
                 g = weighed(kd_scale, g, rows)
             if HARD_GRAD:
-                g += hard_factor * fast_exp2((widen(student_pieces[k]) - top_s) * LOG2E)
+                g += hard_factor * fast_exp2(ds * LOG2E)
             if CE:
-                g = label_gradient(g, offs_v + k * STEP, label_v, V, hard_scale, weights.label_smoothing)
+                g = label_gradient(g, piece_columns(k, heads, TILE), label_v, V, hard_scale, weights.label_smoothing)
             g = through_cap(g, student_pieces[k], student_softcap)
-            g = g.to(dstudent_ptr.dtype.element_ty)
-            if k < PIECES - 1:
-                tl.store(dstudent_ptr + k * STEP + offs_v, g)
-            elif pad_width is None:
-                tl.store(dstudent_ptr + k * STEP + offs_v, g, mask=offs_v + k * STEP < V)
-            else:
-                tl.store(
-                    dstudent_ptr + k * STEP + offs_v,
-                    tl.where(offs_v + k * STEP < V, g, tl.zeros(g.shape, g.dtype)),
-                    mask=offs_v + k * STEP < pad_width,
-                )
+            if ROWS > 1:
+                g = tl.where(row.ignored, 0.0, g)
+            store_vectors(
+                dstudent_ptr,
+                piece_start(k, TILE),
+                piece_heads(k, heads, TILE),
+                at_end(k, TILE),
+                stored,
+                g,
+                TILE,
+                ROWS == 1 and not at_end(k, TILE),
+            )
         if pad_width is not None:
-            zero_columns(dstudent_ptr, offs_v, PIECES * STEP, pad_width)
+            for begin in range(V // VEC * VEC, pad_width + VEC, STEP):
+                store_vectors(dstudent_ptr, begin, heads, True, Span(stored.stop, pad_stop), zeros, TILE)

@@ -15,22 +15,38 @@ import triton.language as tl
 from torch import Tensor
 
 from kdkernels.kernels import tuning
-from kdkernels.kernels.arguments import Logits, Rows, logits, num_rows, on_device_of, row_arguments, row_tensors
+from kdkernels.kernels.arguments import (
+    Logits,
+    Rows,
+    logits,
+    num_rows,
+    on_device_of,
+    row_arguments,
+    row_tensors,
+    vectors,
+)
 from kdkernels.kernels.online import linear_sweep
 from kdkernels.kernels.rows import (
     LN2,
     LOG2E,
+    Span,
     begin_row,
+    end_of,
+    grid_pointer,
     load_label,
-    load_logits,
+    load_tile,
     log_ratio,
     mul0,
-    row_pointer,
+    part_begin,
+    part_end,
+    parts,
+    row_skew,
     softmax,
-    store_gradient,
+    store_tile,
     temper,
     tile_offsets,
-    zero_columns,
+    widen,
+    zero_tiles,
 )
 from kdkernels.kernels.terms import linear_value, nonnegative
 
@@ -56,7 +72,6 @@ def dkd_fwd_kernel(
     rows: Rows,
     L,
     V,
-    load_width,
     pad_width,
     ignore_index,
     scale,
@@ -68,17 +83,22 @@ def dkd_fwd_kernel(
 ):
     GRAD: tl.constexpr = dstudent.ptr is not None
     BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
-    student_ptr = row_pointer(student, L)
-    teacher_ptr = row_pointer(teacher, L)
-    dstudent_ptr = row_pointer(dstudent, L) if GRAD else None
+    index = tl.program_id(0).to(tl.int64)
+    skew = row_skew(student, index, L, TILE)
+    span = Span(skew, end_of(skew, V, TILE))
+    pad_stop = span.stop if pad_width is None else end_of(skew, pad_width, TILE)
+    student_ptr = grid_pointer(student, index, skew, L, TILE)
+    teacher_ptr = grid_pointer(teacher, index, skew, L, TILE)
+    dstudent_ptr = grid_pointer(dstudent, index, skew, L, TILE) if GRAD else None
     offs_tile = tile_offsets(TILE)
     row = begin_row(
         student_ptr,
         dstudent_ptr,
         rows,
-        offs_v=offs_tile,
-        V=V,
-        pad_width=pad_width,
+        index=index,
+        span=span,
+        pad_stop=pad_stop,
+        TILE=TILE,
         ignore_index=ignore_index,
         scale=scale,
         temperature=temperature,
@@ -88,18 +108,17 @@ def dkd_fwd_kernel(
     if row.ignored:
         return
 
-    label = row.label
+    label = skew + row.label
     scale = row.scale
-    label_t = load_label(teacher_ptr, label, V, None)
+    label_t = load_label(teacher_ptr, row.label, span, None)
     unit_s, unit_t, ratio = temper(temperature, teacher_temperature)
     student_scale = LOG2E * unit_s
     teacher_scale = LOG2E * unit_t
-    student_norm, teacher_norm, rest, _, _, _, _ = linear_sweep(
+    student_norm, teacher_norm, rest, _, _, _, _, raw_s, raw_t = linear_sweep(
         student_ptr,
         (teacher_ptr,),
         (1.0,),
-        V=V,
-        load_width=load_width,
+        span=span,
         student_scale=student_scale,
         teacher_scale=teacher_scale,
         ratio=ratio,
@@ -128,17 +147,20 @@ def dkd_fwd_kernel(
     if GRAD:
         scale *= unit_s
         away = mul0(scale * alpha, tl.where(odds_p > 0, q_n - p_n, p_y - q_y))
-        num_tiles = tl.cdiv(V, BLOCK_V)
-        for k in range(num_tiles):
-            offs_v = (num_tiles - 1 - k) * BLOCK_V + offs_tile
-            s = load_logits(student_ptr, offs_v, V, load_width, None, False)
-            t = load_logits(teacher_ptr, offs_v, V, load_width, None, False)
-            q = softmax(s, student_norm)[0]
-            p = softmax(t, teacher_norm)[0]
-            g = tl.where(offs_v == label, -away, away * q + scale * beta * (q - p))
-            store_gradient(dstudent_ptr, offs_v, g, V, pad_width)
+        num_tiles = tl.cdiv(span.stop, BLOCK_V)
+        # The tile that the sweep before ended with is here still: it is written out before the others.
+        for PART in tl.static_range(parts(TILE)):
+            for k in range(part_begin(num_tiles, PART, True, TILE), part_end(num_tiles, PART, TILE)):
+                start = k * BLOCK_V
+                if PART > 0:
+                    raw_s = load_tile(student_ptr, start, span, TILE, PART)
+                    raw_t = load_tile(teacher_ptr, start, span, TILE, PART)
+                q = softmax(widen(raw_s), student_norm)[0]
+                p = softmax(widen(raw_t), teacher_norm)[0]
+                g = tl.where(start + offs_tile == label, -away, away * q + scale * beta * (q - p))
+                store_tile(dstudent_ptr, start, span, g, TILE)
         if pad_width is not None:
-            zero_columns(dstudent_ptr, offs_tile, num_tiles * BLOCK_V, pad_width)
+            zero_tiles(dstudent_ptr, Span(span.stop, pad_stop), TILE)
 
 
 def dkd_fwd(
@@ -176,7 +198,8 @@ def dkd_fwd(
         if dstudent is not None:
             dstudent.zero_()
         return loss.zero_()
-    shape = tuning.shape(vocab_size, max(student.element_size(), teacher.element_size()))
+    vec, cut = vectors(vocab_size, student, teacher, dstudent)
+    shape = tuning.shape(vocab_size, max(student.element_size(), teacher.element_size()), load=tuning.MEDIUM, vec=vec)
     with on_device_of(student):
         dkd_fwd_kernel[(N,)](
             **row_arguments(student, [teacher], dstudent, vocab_size),
@@ -188,7 +211,7 @@ def dkd_fwd(
             beta=beta,
             temperature=temperature,
             teacher_temperature=teacher_temperature,
-            TILE=shape.TILE,
+            TILE=(*shape.TILE, cut),
             num_warps=shape.num_warps,
             # As in the dense pattern: equal logits must give exactly 0.
             enable_fp_fusion=False,

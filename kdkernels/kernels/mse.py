@@ -14,25 +14,40 @@ import triton.language as tl
 from torch import Tensor
 
 from kdkernels.kernels import tuning
-from kdkernels.kernels.arguments import Logits, Rows, logits, num_rows, on_device_of, row_arguments, row_tensors
+from kdkernels.kernels.arguments import (
+    Logits,
+    Rows,
+    logits,
+    num_rows,
+    on_device_of,
+    row_arguments,
+    row_tensors,
+    vectors,
+)
 from kdkernels.kernels.rows import (
+    Span,
     begin_row,
+    end_of,
     fold_sum,
+    grid_pointer,
+    inside,
     lane_zeros,
-    load_logits,
-    row_pointer,
-    store_gradient,
+    load_tile,
+    part_begin,
+    part_end,
+    parts,
+    row_skew,
+    store_tile,
     tile_offsets,
-    zero_columns,
+    widen,
+    zero_tiles,
 )
 
 
 @triton.jit
-def load_difference(student_ptr, teacher_ptr, offs_v, V, load_width):
-    """s - t of one tile, 0 in columns from V on."""
-    s = load_logits(student_ptr, offs_v, V, load_width, None, False)
-    t = load_logits(teacher_ptr, offs_v, V, load_width, None, False)
-    return tl.where(offs_v < V, s - t, 0.0)
+def difference(raw_s, raw_t, offs_v, span):
+    """s - t of one tile, 0 outside the row."""
+    return tl.where(inside(offs_v, span), widen(raw_s) - widen(raw_t), 0.0)
 
 
 @triton.jit(do_not_specialize=["L", "ignore_index"])
@@ -43,7 +58,6 @@ def mse_fwd_kernel(
     rows: Rows,
     L,
     V,
-    load_width,
     pad_width,
     ignore_index,
     scale,
@@ -52,53 +66,68 @@ def mse_fwd_kernel(
 ):
     GRAD: tl.constexpr = dstudent.ptr is not None
     BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
-    student_ptr = row_pointer(student, L)
-    teacher_ptr = row_pointer(teacher, L)
-    dstudent_ptr = row_pointer(dstudent, L) if GRAD else None
+    index = tl.program_id(0).to(tl.int64)
+    skew = row_skew(student, index, L, TILE)
+    span = Span(skew, end_of(skew, V, TILE))
+    pad_stop = span.stop if pad_width is None else end_of(skew, pad_width, TILE)
+    student_ptr = grid_pointer(student, index, skew, L, TILE)
+    teacher_ptr = grid_pointer(teacher, index, skew, L, TILE)
+    dstudent_ptr = grid_pointer(dstudent, index, skew, L, TILE) if GRAD else None
     offs_tile = tile_offsets(TILE)
     row = begin_row(
         student_ptr,
         dstudent_ptr,
         rows,
-        offs_v=offs_tile,
-        V=V,
-        pad_width=pad_width,
+        index=index,
+        span=span,
+        pad_stop=pad_stop,
+        TILE=TILE,
         ignore_index=ignore_index,
         scale=scale,
     )
     if row.ignored:
         return
 
-    num_tiles = tl.cdiv(V, BLOCK_V)
+    num_tiles = tl.cdiv(span.stop, BLOCK_V)
     slope = 2.0 * row.scale / V
+    raw_s = load_tile(student_ptr, 0, span, TILE)
+    raw_t = load_tile(teacher_ptr, 0, span, TILE)
     pilot = 0.0
     if CENTERED:
         # Deviations from the first tile's mean: a large common shift of the logits cancels before it is squared.
-        pilot = tl.sum(
-            fold_sum(load_difference(student_ptr, teacher_ptr, offs_tile, V, load_width)), axis=0
-        ) / tl.minimum(V, BLOCK_V)
+        pilot = tl.sum(fold_sum(difference(raw_s, raw_t, offs_tile, span)), axis=0)
+        pilot /= tl.minimum(V, BLOCK_V - span.start)
     total = lane_zeros(TILE)
     squares = lane_zeros(TILE)
-    for k in range(num_tiles):
-        offs_v = k * BLOCK_V + offs_tile
-        d = load_difference(student_ptr, teacher_ptr, offs_v, V, load_width)
-        if GRAD and not CENTERED:
-            store_gradient(dstudent_ptr, offs_v, d * slope, V, pad_width)
-        if CENTERED:
-            d = tl.where(offs_v < V, d - pilot, 0.0)
-            total += fold_sum(d)
-        squares += fold_sum(d * d)
+    for PART in tl.static_range(parts(TILE)):
+        for k in range(part_begin(num_tiles, PART, True, TILE), part_end(num_tiles, PART, TILE)):
+            start = k * BLOCK_V
+            if PART > 0:
+                raw_s = load_tile(student_ptr, start, span, TILE, PART)
+                raw_t = load_tile(teacher_ptr, start, span, TILE, PART)
+            d = difference(raw_s, raw_t, start + offs_tile, span)
+            if GRAD and not CENTERED:
+                store_tile(dstudent_ptr, start, span, d * slope, TILE)
+            if CENTERED:
+                d = tl.where(inside(start + offs_tile, span), d - pilot, 0.0)
+                total += fold_sum(d)
+            squares += fold_sum(d * d)
     loss = tl.sum(squares, axis=0) / V
     if CENTERED:
         mean = tl.sum(total, axis=0) / V
         loss -= mean * mean
         if GRAD:
-            for k in range(num_tiles):
-                offs_v = (num_tiles - 1 - k) * BLOCK_V + offs_tile
-                d = load_difference(student_ptr, teacher_ptr, offs_v, V, load_width)
-                store_gradient(dstudent_ptr, offs_v, (d - pilot - mean) * slope, V, pad_width)
+            # From the end, with the tile that is here still.
+            for PART in tl.static_range(parts(TILE)):
+                for k in range(part_begin(num_tiles, PART, True, TILE), part_end(num_tiles, PART, TILE)):
+                    start = (num_tiles - 1 - k) * BLOCK_V
+                    if PART > 0:
+                        raw_s = load_tile(student_ptr, start, span, TILE, PART)
+                        raw_t = load_tile(teacher_ptr, start, span, TILE, PART)
+                    d = difference(raw_s, raw_t, start + offs_tile, span)
+                    store_tile(dstudent_ptr, start, span, (d - pilot - mean) * slope, TILE)
     if GRAD and pad_width is not None:
-        zero_columns(dstudent_ptr, offs_tile, num_tiles * BLOCK_V, pad_width)
+        zero_tiles(dstudent_ptr, Span(span.stop, pad_stop), TILE)
     tl.store(rows.loss + row.index, loss * row.scale)
 
 
@@ -128,7 +157,8 @@ def mse_fwd(
     loss = student.new_empty(N, dtype=torch.float32)
     if N == 0:
         return loss
-    shape = tuning.shape(vocab_size, max(student.element_size(), teacher.element_size()))
+    vec, cut = vectors(vocab_size, student, teacher, dstudent)
+    shape = tuning.shape(vocab_size, max(student.element_size(), teacher.element_size()), wide=True, vec=vec)
     with on_device_of(student):
         mse_fwd_kernel[(N,)](
             **row_arguments(student, [teacher], dstudent, vocab_size),
@@ -137,7 +167,7 @@ def mse_fwd(
             ignore_index=ignore_index,
             scale=scale,
             CENTERED=centered,
-            TILE=shape.TILE,
+            TILE=(*shape.TILE, cut),
             num_warps=shape.num_warps,
             enable_fp_fusion=True,
         )

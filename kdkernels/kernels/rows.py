@@ -1,8 +1,11 @@
 """Pieces every row pattern shares: loads in fp32, the online softmax, and the arithmetic of zero times infinity.
 
-A row of V columns is swept in tiles [ROLL, LANES, VEC]: a lane, which is a thread, holds ROLL pieces of VEC columns,
-one 16-byte access each. The state of a sweep is one number a lane, so the loop has no exchange between threads and no
-barrier; reductions after the loop fold the lanes. Logits are scaled by log2(e) / T, exponentials are powers of two of
+A row of V columns is swept in tiles [ROLL, LANES, VEC]: a lane, which is a thread, holds ROLL vectors of VEC columns,
+one access of up to 16 bytes each. The state of a sweep is one number a lane, so the loop has no exchange between
+threads and no barrier; reductions after the loop fold the lanes. A row that does not start on a vector's boundary is
+counted from the boundary before it (``Span``): all but the vectors at its two ends are whole, and moved in one access.
+
+Logits are scaled by log2(e) / T, exponentials are powers of two of
 differences to a running maximum, and logarithms are base 2 until they leave the kernel.
 """
 
@@ -33,6 +36,13 @@ class Row(NamedTuple):
     temperature: Any
     teacher_temperature: Any
     param: Any
+
+
+class Span(NamedTuple):
+    """The columns of a row, start up to stop, as pointers of ``grid_pointer`` count them."""
+
+    start: Any
+    stop: Any
 
 
 if triton.knobs.runtime.interpret:
@@ -202,9 +212,188 @@ def row_pointer(logits, L):
 
 
 @triton.jit
-def load_label(row_ptr, label, V, softcap):
+def row_skew(logits, index, L, TILE: tl.constexpr):
+    """Columns by which a row starts after a vector's boundary, in all tensors alike: ``arguments.vectors``."""
+    if TILE[3]:
+        COLUMN: tl.constexpr = logits.ptr.dtype.element_ty.primitive_bitwidth // 8
+        row_ptr = logits.ptr + row_offset(index, L, logits.stride_b, logits.stride_l)
+        skew = (row_ptr.to(tl.int64) // COLUMN % TILE[2]).to(tl.int32)
+    else:
+        skew = 0
+    return skew
+
+
+@triton.jit
+def grid_pointer(logits, index, skew, L, TILE: tl.constexpr):
+    """A row from the vector's boundary at or before its first element, and known to be on one."""
+    VECTOR: tl.constexpr = TILE[2] * (logits.ptr.dtype.element_ty.primitive_bitwidth // 8)
+    row_ptr = logits.ptr + (row_offset(index, L, logits.stride_b, logits.stride_l) - skew)
+    if len(index.shape) == 3:
+        row_ptr = tl.multiple_of(row_ptr, [VECTOR, VECTOR, VECTOR])
+    else:
+        row_ptr = tl.multiple_of(row_ptr, VECTOR)
+    return row_ptr
+
+
+@triton.jit
+def end_of(skew, V, TILE: tl.constexpr):
+    """The end of V columns on the grid. Without ends that are cut V is a multiple of VEC, and known to be one."""
+    if TILE[3]:
+        end = V + skew
+    else:
+        end = V // TILE[2] * TILE[2]
+    return end
+
+
+@triton.jit
+def inside(offs_v, span):
+    return (offs_v >= span.start) & (offs_v < span.stop)
+
+
+@triton.jit
+def load_vectors(row_ptr, start, heads, at_end, span, TILE: tl.constexpr, INNER: tl.constexpr = False):
+    """The vectors that begin at start + heads [.., 1], of the row's dtype, -inf outside the row.
+
+    at_end: whether the row's ends may cut one of them; only then are there accesses column by column. INNER: all of
+    them lie in the row.
+    """
+    offs_v = heads + tl.arange(0, TILE[2])
+    ptrs = row_ptr + start + offs_v
+    if INNER:
+        x = tl.load(ptrs)
+    elif TILE[3]:
+        whole = (heads >= span.start - start) & (heads <= span.stop - start - TILE[2])
+        x = tl.load(ptrs, mask=whole, other=NEG_INF)
+        if at_end:
+            cut = (offs_v >= span.start - start) & (offs_v < span.stop - start) & (whole == 0)
+            x = tl.where(whole, x, tl.load(ptrs, mask=cut, other=NEG_INF))
+    else:
+        x = tl.load(ptrs, mask=heads < span.stop - start, other=NEG_INF)
+    return x
+
+
+@triton.jit
+def store_vectors(row_ptr, start, heads, at_end, span, x, TILE: tl.constexpr, INNER: tl.constexpr = False):
+    """Round and store vectors of the row, as ``load_vectors`` loads them."""
+    offs_v = heads + tl.arange(0, TILE[2])
+    ptrs = row_ptr + start + offs_v
+    x = x.to(row_ptr.dtype.element_ty)
+    if INNER:
+        tl.store(ptrs, x)
+    elif TILE[3]:
+        whole = (heads >= span.start - start) & (heads <= span.stop - start - TILE[2])
+        tl.store(ptrs, x, mask=whole)
+        if at_end:
+            cut = (offs_v >= span.start - start) & (offs_v < span.stop - start) & (whole == 0)
+            tl.store(ptrs, x, mask=cut)
+    else:
+        tl.store(ptrs, x, mask=heads < span.stop - start)
+
+
+@triton.jit
+def tile_heads(TILE: tl.constexpr):
+    """The first columns of a tile's vectors [ROLL, LANES, 1]."""
+    ROLL: tl.constexpr = TILE[0]
+    LANES: tl.constexpr = TILE[1]
+    VEC: tl.constexpr = TILE[2]
+    lane = tl.arange(0, LANES)[None, :, None] * VEC
+    return tl.arange(0, ROLL)[:, None, None] * (LANES * VEC) + lane
+
+
+@triton.jit
+def is_at_end(start, span, TILE: tl.constexpr):
+    """Whether the tile from start on has an end of the row in it."""
+    return (start < span.start) | (start + TILE[0] * TILE[1] * TILE[2] > span.stop)
+
+
+@triton.jit
+def load_tile(row_ptr, start, span, TILE: tl.constexpr, PART: tl.constexpr = 0):
+    """One tile of a row, in the row's dtype and -inf outside it.
+
+    PART: of the sweep; see ``parts``.
+    """
+    return load_vectors(row_ptr, start, tile_heads(TILE), True, span, TILE, TILE[3] and PART == 1)
+
+
+@triton.jit
+def empty_tile(row_ptr, TILE: tl.constexpr):
+    """What a loop that loads tiles starts from."""
+    ROLL: tl.constexpr = TILE[0]
+    LANES: tl.constexpr = TILE[1]
+    VEC: tl.constexpr = TILE[2]
+    return tl.zeros([ROLL, LANES, VEC], row_ptr.dtype.element_ty)
+
+
+@triton.jit
+def store_tile(row_ptr, start, span, x, TILE: tl.constexpr):
+    store_vectors(row_ptr, start, tile_heads(TILE), is_at_end(start, span, TILE), span, x, TILE)
+
+
+# A sweep goes over a row's tiles in up to three loops, so that each compiles to what it needs and no more. PART 0 is
+# the first tile where it is KEPT from the sweep before, PART 1 the others, of a row whose ends cut vectors but for
+# those at the ends, and PART 2 those.
+@triton.constexpr_function
+def parts(TILE):
+    return 3 if TILE[3] else 2
+
+
+@triton.jit
+def part_begin(num_tiles, PART: tl.constexpr, KEPT: tl.constexpr, TILE: tl.constexpr):
+    if PART == 2 and KEPT:
+        begin = tl.maximum(num_tiles - 1, 1)
+    elif PART == 1 and (KEPT or TILE[3]):
+        begin = 1
+    else:
+        begin = 0
+    return begin
+
+
+@triton.jit
+def part_end(num_tiles, PART: tl.constexpr, TILE: tl.constexpr):
+    if PART == 0:
+        end = 1
+    elif TILE[3] and PART == 1:
+        end = num_tiles - 1
+    else:
+        end = num_tiles
+    return end
+
+
+@triton.jit
+def part_step(num_tiles, PART: tl.constexpr, KEPT: tl.constexpr):
+    if PART == 2 and not KEPT:
+        step = tl.maximum(num_tiles - 1, 1)
+    else:
+        step = 1
+    return step
+
+
+@triton.jit
+def zero_tiles(row_ptr, span, TILE: tl.constexpr):
+    """Zeros in the columns of span."""
+    zeros = empty_tile(row_ptr, TILE)
+    for start in range(span.start // TILE[2] * TILE[2], span.stop, TILE[0] * TILE[1] * TILE[2]):
+        store_tile(row_ptr, start, span, zeros, TILE)
+
+
+@triton.jit
+def logits_of(x, offs_v, span, softcap, PROBS: tl.constexpr):
+    """Logits in fp32 of what was loaded; PROBS: of probabilities."""
+    x = widen(x)
+    if PROBS:
+        x = tl.log2(x) * LN2
+    if softcap is not None:
+        x = soft_cap(x, softcap)
+    if softcap is not None or PROBS:
+        x = tl.where(inside(offs_v, span), x, NEG_INF)
+    return x
+
+
+@triton.jit
+def load_label(row_ptr, label, span, softcap):
     """The label's logit; a label out of range reads nothing and gives NaN."""
-    x = tl.load(row_ptr + label, mask=(label >= 0) & (label < V), other=float("nan")).to(tl.float32)
+    column = span.start + label
+    x = tl.load(row_ptr + column, mask=(label >= 0) & (column < span.stop), other=float("nan")).to(tl.float32)
     if softcap is not None:
         x = soft_cap(x, softcap)
     return x
@@ -215,49 +404,54 @@ def begin_row(
     student_ptr,
     dstudent_ptr,
     rows,
-    offs_v,
-    V,
-    pad_width,
+    index,
+    span,
+    pad_stop,
     ignore_index,
     scale,
+    TILE: tl.constexpr,
     temperature=1.0,
     teacher_temperature=1.0,
     param=0.0,
     softcap=None,
+    exists=None,
     LABEL_LOGIT: tl.constexpr = False,
     NUM_STATS: tl.constexpr = 0,
 ):
     """The prologue of every row pattern: this program's row, see ``Row``; zeros in its outputs if its label is ignored.
 
-    The kernel then has to return. dstudent_ptr is None without a gradient; offs_v are the offsets of the first tile.
+    The kernel then has to return. dstudent_ptr is None without a gradient; pad_stop is where its padding ends.
     The numbers given are those of all rows, which vectors of one value a row replace.
+
+    A program of several rows gives the indices [ROWS, 1, 1] of all and says which exist, and zeros are left to it.
     """
-    index = tl.program_id(0).to(tl.int64)
     label = -1
     ignored = False
+    if exists is not None:
+        ignored = exists == 0
     if rows.labels is not None:
-        label = tl.load(rows.labels + index)
-        ignored = label == ignore_index
-        if ignored:
+        label = tl.load(rows.labels + index, mask=exists)
+        ignored = ignored | (label == ignore_index)
+        if exists is None and ignored:
             if dstudent_ptr is not None:
-                zero_columns(dstudent_ptr, offs_v, 0, V if pad_width is None else pad_width)
+                zero_tiles(dstudent_ptr, Span(span.start, pad_stop), TILE)
             tl.store(rows.loss + index, 0.0)
             if rows.stats is not None:
                 for k in tl.static_range(NUM_STATS):
                     tl.store(rows.stats + index * NUM_STATS + k, 0.0)
     if rows.weight is not None:
-        scale *= tl.load(rows.weight + index * rows.weight_stride)
+        scale *= tl.load(rows.weight + index * rows.weight_stride, mask=exists)
     if rows.temperature is not None:
-        temperature = tl.load(rows.temperature + index)
+        temperature = tl.load(rows.temperature + index, mask=exists)
     if rows.teacher_temperature is not None:
-        teacher_temperature = tl.load(rows.teacher_temperature + index)
+        teacher_temperature = tl.load(rows.teacher_temperature + index, mask=exists)
     if rows.param is not None:
-        param = tl.load(rows.param + index)
+        param = tl.load(rows.param + index, mask=exists)
     label_logit = 0.0
     if LABEL_LOGIT:
         # An ignored row has no label to read: its zeros may lie in the student by now.
         label = tl.where(ignored, -1, label)
-        label_logit = load_label(student_ptr, label, V, softcap)
+        label_logit = load_label(student_ptr, label, span, softcap)
     return Row(
         index=index,
         ignored=ignored,
@@ -316,18 +510,23 @@ def fold_max(x):
 
 @triton.jit
 def fold_pieces_max(pieces):
-    """Maximum of a tuple of [LANES, VEC] to [LANES], two columns at a time to the last where they are 16 bits."""
+    """Maximum of a tuple of [.., LANES, VEC] to [.., LANES], two columns at a time while they are 16 bits."""
     top = pieces[0]
+    RANK: tl.constexpr = len(top.shape)
+    VEC: tl.constexpr = top.shape[RANK - 1]
     for k in tl.static_range(1, len(pieces)):
         top = wider_max(top, pieces[k])
-    if top.dtype.primitive_bitwidth == 16:
-        LANES: tl.constexpr = top.shape[0]
-        HALF: tl.constexpr = top.shape[1] // 2
+    if top.dtype.primitive_bitwidth == 16 and VEC >= 4:
+        HALF: tl.constexpr = VEC // 2
         QUARTER: tl.constexpr = HALF // 2
+        LANES: tl.constexpr = top.numel // VEC
+        SHAPE: tl.constexpr = top.shape
         a, b = tl.split(tl.permute(tl.reshape(top, [LANES, 2, HALF]), (0, 2, 1)))
         a, b = tl.split(tl.permute(tl.reshape(wider_max(a, b), [LANES, 2, QUARTER]), (0, 2, 1)))
         top = wider_max(a, b)
-    return tl.max(widen(top), axis=1)
+        if RANK == 3:
+            top = tl.reshape(top, [SHAPE[0], SHAPE[1], QUARTER])
+    return tl.max(widen(top), axis=RANK - 1)
 
 
 @triton.jit
@@ -387,35 +586,37 @@ def rescale_excess(total, excess, total_s, mass_t, factor_s, factor_t, shift):
 
 
 @triton.jit
-def row_moments(row_ptr, V, load_width, softcap, PROBS: tl.constexpr, TILE: tl.constexpr):
+def row_moments(row_ptr, V, span, softcap, PROBS: tl.constexpr, TILE: tl.constexpr):
     """Mean of a row and its standard deviation, that of torch.std; a deviation of 0 counts as 1. Two sweeps.
 
     The mean comes in two parts whose sum would be rounded: (x - pilot) - rest keeps what a large offset would eat.
     Deviations are squared over a power of two of the row's range: squares of 1e19 and more would pass that of fp32.
     """
     BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
-    offs_v = tile_offsets(TILE)
+    offs_tile = tile_offsets(TILE)
     # Deviations from the first tile's mean: the sum of squares cannot cancel, and a constant row gives exactly 0.
     lane_top = lane_lowest(TILE)
     lane_fall = lane_lowest(TILE)
-    for start in range(0, V, BLOCK_V):
-        x = load_logits(row_ptr, start + offs_v, V, load_width, softcap, PROBS)
+    for start in range(0, span.stop, BLOCK_V):
+        offs_v = start + offs_tile
+        x = logits_of(load_tile(row_ptr, start, span, TILE), offs_v, span, softcap, PROBS)
         lane_top = tl.maximum(lane_top, fold_max(x))
-        lane_fall = tl.maximum(lane_fall, fold_max(tl.where(start + offs_v < V, -x, NEG_INF)))
+        lane_fall = tl.maximum(lane_fall, fold_max(tl.where(inside(offs_v, span), -x, NEG_INF)))
     half_top = tl.max(lane_top, axis=0) * 0.5
     extent = half_top + tl.max(lane_fall, axis=0) * 0.5
     # The power of two below half of the range, and no farther from 1 than its inverse may be.
     unit = (extent.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     unit = tl.minimum(tl.maximum(unit, 2.0**-126), 2.0**126)
     inverse = 1.0 / unit
-    x = load_logits(row_ptr, offs_v, V, load_width, softcap, PROBS)
-    below = tl.where(offs_v < V, (x * 0.5 - half_top) * inverse, 0.0)
-    half_pilot = half_top + tl.sum(fold_sum(below), axis=0) / tl.minimum(V, BLOCK_V) * unit
+    x = logits_of(load_tile(row_ptr, 0, span, TILE), offs_tile, span, softcap, PROBS)
+    below = tl.where(inside(offs_tile, span), (x * 0.5 - half_top) * inverse, 0.0)
+    half_pilot = half_top + tl.sum(fold_sum(below), axis=0) / tl.minimum(V, BLOCK_V - span.start) * unit
     total = lane_zeros(TILE)
     squares = lane_zeros(TILE)
-    for start in range(0, V, BLOCK_V):
-        x = load_logits(row_ptr, start + offs_v, V, load_width, softcap, PROBS)
-        d = tl.where(start + offs_v < V, (x * 0.5 - half_pilot) * inverse, 0.0)
+    for start in range(0, span.stop, BLOCK_V):
+        offs_v = start + offs_tile
+        x = logits_of(load_tile(row_ptr, start, span, TILE), offs_v, span, softcap, PROBS)
+        d = tl.where(inside(offs_v, span), (x * 0.5 - half_pilot) * inverse, 0.0)
         total += fold_sum(d)
         squares += fold_sum(d * d)
     rest = tl.sum(total, axis=0) / V

@@ -127,10 +127,10 @@ def smoothing_center(label_logit):
 
 
 @triton.jit
-def divergence_scale(scale, weights, temperature, rows, index):
+def divergence_scale(scale, weights, temperature, rows, index, exists=None):
     """The factor of the divergence in the loss."""
     if rows.kd_weight is not None:
-        scale *= tl.load(rows.kd_weight + index)
+        scale *= tl.load(rows.kd_weight + index, mask=exists)
     return scale * weights.kd * tl.where(weights.t_squared != 0, temperature * temperature, 1.0)
 
 
@@ -143,7 +143,9 @@ def weighed(scale, x, rows):
 
 
 @triton.jit
-def hard_terms(top, log2_z, label_logit, centered_sum, V, scale, weights, rows, index, LABELLED: tl.constexpr):
+def hard_terms(
+    top, log2_z, label_logit, centered_sum, V, scale, weights, rows, index, LABELLED: tl.constexpr, exists=None
+):
     """Cross entropy, logsumexp, loss of the hard terms, and the factors of the label's and the softmax's gradient."""
     lse = top + log2_z * LN2
     ce = 0.0
@@ -156,13 +158,13 @@ def hard_terms(top, log2_z, label_logit, centered_sum, V, scale, weights, rows, 
     if weights.ce is not None:
         hard_scale = scale * weights.ce
         if rows.ce_weight is not None:
-            hard_scale *= tl.load(rows.ce_weight + index)
+            hard_scale *= tl.load(rows.ce_weight + index, mask=exists)
         hard_loss = hard_scale * ce
     lse_scale = hard_scale
     if weights.z_loss is not None:
         z_scale = scale * weights.z_loss
         if rows.z_loss_weight is not None:
-            z_scale *= tl.load(rows.z_loss_weight + index)
+            z_scale *= tl.load(rows.z_loss_weight + index, mask=exists)
         hard_loss += z_scale * lse * lse
         lse_scale += 2.0 * z_scale * lse
     return ce, lse, hard_loss, hard_scale, lse_scale

@@ -38,25 +38,35 @@ from kdkernels.kernels.arguments import (
     row_arguments,
     row_tensors,
     term_weights,
+    vectors,
 )
 from kdkernels.kernels.online import add_exps, fold_norm, norm_sweep
 from kdkernels.kernels.rows import (
     LN2,
     LOG2E,
     NEG_INF,
+    Span,
     begin_row,
+    end_of,
     fold_sum,
+    grid_pointer,
+    inside,
     lane_lowest,
     lane_zeros,
-    load_logits,
+    load_tile,
+    logits_of,
     mul0,
-    row_pointer,
+    part_begin,
+    part_end,
+    part_step,
+    parts,
+    row_skew,
     soft_cap,
     softmax,
     spread,
-    store_gradient,
+    store_tile,
     tile_offsets,
-    zero_columns,
+    zero_tiles,
 )
 from kdkernels.kernels.terms import (
     NOWHERE,
@@ -170,7 +180,7 @@ def renormalize(p, log2p, log2_rest, outside, teacher_temperature, UNIFORM: tl.c
 
 
 @triton.jit
-def mark_entries(ids_ptr, logprobs_ptr, K, start, TILE: tl.constexpr):
+def mark_entries(ids_ptr, logprobs_ptr, K, skew, start, TILE: tl.constexpr):
     """For every lane a word with a bit for each of its columns that is an entry, in the tiles from column start on."""
     LANES: tl.constexpr = TILE[1]
     VEC: tl.constexpr = TILE[2]
@@ -178,12 +188,13 @@ def mark_entries(ids_ptr, logprobs_ptr, K, start, TILE: tl.constexpr):
     word = tl.zeros([LANES], tl.int64)
     one = tl.full([LANES], 1, tl.int64)
     for k in range(K):
-        at = tl.load(ids_ptr + k).to(tl.int64) - start
-        at = tl.where(tl.load(logprobs_ptr + k).to(tl.float32) <= NO_ENTRY, -1, at)
-        inside = (at >= 0) & (at < WORD * LANES)
-        at = tl.where(inside, at, 0).to(tl.int32)
+        given = tl.load(ids_ptr + k).to(tl.int64)
+        at = given + skew - start
+        used = (given >= 0) & ((tl.load(logprobs_ptr + k).to(tl.float32) <= NO_ENTRY) == 0)
+        here = used & (at >= 0) & (at < WORD * LANES)
+        at = tl.where(here, at, 0).to(tl.int32)
         bit = at // (LANES * VEC) * VEC + at % VEC
-        word |= tl.where((lane == at // VEC % LANES) & inside, one << bit, 0)
+        word |= tl.where((lane == at // VEC % LANES) & here, one << bit, 0)
     return word
 
 
@@ -198,21 +209,22 @@ def marked(word, tile, TILE: tl.constexpr):
 
 
 @triton.jit
-def sweep_outside(student_ptr, ids_ptr, logprobs_ptr, K, V, load_width, softcap, student_scale, TILE: tl.constexpr):
+def sweep_outside(student_ptr, ids_ptr, logprobs_ptr, K, span, softcap, student_scale, TILE: tl.constexpr):
     """Maximum and sum of exponentials of the columns outside the entries, from the last to the first."""
     BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
     SPAN: tl.constexpr = WORD * TILE[1]
     offs_tile = tile_offsets(TILE)
     m = lane_lowest(TILE)
     z = lane_zeros(TILE)
-    spans = tl.cdiv(V, SPAN)
+    spans = tl.cdiv(span.stop, SPAN)
     for k in range(spans):
         first = (spans - 1 - k) * SPAN
-        word = mark_entries(ids_ptr, logprobs_ptr, K, first, TILE)
-        tiles = tl.cdiv(tl.minimum(V - first, SPAN), BLOCK_V)
+        word = mark_entries(ids_ptr, logprobs_ptr, K, span.start, first, TILE)
+        tiles = tl.cdiv(tl.minimum(span.stop - first, SPAN), BLOCK_V)
         for j in range(tiles):
             tile = tiles - 1 - j
-            s = load_logits(student_ptr, first + tile * BLOCK_V + offs_tile, V, load_width, softcap, False)
+            start = first + tile * BLOCK_V
+            s = logits_of(load_tile(student_ptr, start, span, TILE), start + offs_tile, span, softcap, False)
             s = tl.where(marked(word, tile, TILE), NEG_INF, s)
             m, z = add_exps(m, z, s, student_scale)
     norm = fold_norm(m, z, student_scale)
@@ -228,8 +240,7 @@ def evaluate_outside(
     p,
     log2p,
     K,
-    V,
-    load_width,
+    span,
     softcap,
     param0,
     param1,
@@ -244,18 +255,19 @@ def evaluate_outside(
     offs_tile = tile_offsets(TILE)
     lane_value = lane_zeros(TILE)
     lane_score = lane_zeros(TILE)
-    spans = tl.cdiv(V, SPAN)
+    spans = tl.cdiv(span.stop, SPAN)
     for k in range(spans):
         first = (spans - 1 - k) * SPAN
-        word = mark_entries(ids_ptr, logprobs_ptr, K, first, TILE)
-        tiles = tl.cdiv(tl.minimum(V - first, SPAN), BLOCK_V)
+        word = mark_entries(ids_ptr, logprobs_ptr, K, span.start, first, TILE)
+        tiles = tl.cdiv(tl.minimum(span.stop - first, SPAN), BLOCK_V)
         for j in range(tiles):
             tile = tiles - 1 - j
-            offs_v = first + tile * BLOCK_V + offs_tile
-            s = load_logits(student_ptr, offs_v, V, load_width, softcap, False)
+            start = first + tile * BLOCK_V
+            offs_v = start + offs_tile
+            s = logits_of(load_tile(student_ptr, start, span, TILE), offs_v, span, softcap, False)
             # Not by log2 q, which ends before the difference of two logits does.
             logq = (s - norm[0]) * (norm[1] * LN2) - norm[2] * LN2
-            outside = (offs_v < V) & (marked(word, tile, TILE) == 0)
+            outside = inside(offs_v, span) & (marked(word, tile, TILE) == 0)
             tile_p = tl.where(outside, p, 0.0)
             logp = tl.where(outside, log2p, NEG_INF) * LN2
             q = tl.where(outside, softmax(s, norm)[0], 0.0)
@@ -298,7 +310,6 @@ def topk_fwd_kernel(
     K,
     L,
     V,
-    load_width,
     pad_width,
     ignore_index,
     scale,
@@ -329,16 +340,21 @@ def topk_fwd_kernel(
     SWEPT: tl.constexpr = HARD or not RESTRICTED
     BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
 
-    student_ptr = row_pointer(student, L)
-    dstudent_ptr = row_pointer(dstudent, L) if GRAD else None
+    index = tl.program_id(0).to(tl.int64)
+    skew = row_skew(student, index, L, TILE)
+    span = Span(skew, end_of(skew, V, TILE))
+    pad_stop = span.stop if pad_width is None else end_of(skew, pad_width, TILE)
+    student_ptr = grid_pointer(student, index, skew, L, TILE)
+    dstudent_ptr = grid_pointer(dstudent, index, skew, L, TILE) if GRAD else None
     offs_tile = tile_offsets(TILE)
     row = begin_row(
         student_ptr,
         dstudent_ptr,
         rows,
-        offs_v=offs_tile,
-        V=V,
-        pad_width=pad_width,
+        index=index,
+        span=span,
+        pad_stop=pad_stop,
+        TILE=TILE,
         ignore_index=ignore_index,
         scale=scale,
         temperature=temperature,
@@ -350,7 +366,7 @@ def topk_fwd_kernel(
     )
     if row.ignored:
         return
-    label = row.label
+    label = skew + row.label
     temperature = row.temperature
     center = None
     if weights.label_smoothing is not None:
@@ -361,6 +377,7 @@ def topk_fwd_kernel(
     logprobs_ptr = teacher_logprobs_ptr + row.index * K
     ids, p, log2p, mass, invalid = read_entries(ids_ptr, logprobs_ptr, K, V, K_TILE)
     used = ids != NOWHERE
+    ids = tl.where(used, ids + skew, NOWHERE)
     count = tl.sum(used.to(tl.int32), axis=0)
     outside = V - count
     if tail_ptr is None:
@@ -395,11 +412,10 @@ def topk_fwd_kernel(
     centered_sum = 0.0
     if SWEPT:
         skipped = tl.min(tl.where((s == top) & (s > NEG_INF), ids, NOWHERE), axis=0)
-        out_norm, hard_norm, centered_sum, _ = norm_sweep(
+        out_norm, hard_norm, centered_sum, _, raw = norm_sweep(
             (student_ptr,),
             (1.0,),
-            V=V,
-            load_width=load_width,
+            span=span,
             softcap=student_softcap,
             scale=student_scale,
             TILE=TILE,
@@ -458,8 +474,7 @@ def topk_fwd_kernel(
             each,
             log2_each,
             K,
-            V,
-            load_width,
+            span,
             student_softcap,
             row.param,
             param1,
@@ -482,7 +497,7 @@ def topk_fwd_kernel(
         trusted = (out_z * CANCELLATION > others_z) & (tl.abs(score_outside) * (out_z + others_z) <= 4.0 * out_z)
         if (exact | trusted) == 0:
             out_max, out_z = sweep_outside(
-                student_ptr, ids_ptr, logprobs_ptr, K, V, load_width, student_softcap, student_scale, TILE
+                student_ptr, ids_ptr, logprobs_ptr, K, span, student_softcap, student_scale, TILE
             )
             shift = (out_max - high) * student_scale
             q_outside = out_z * tl.exp2(shift) / z
@@ -538,30 +553,42 @@ def topk_fwd_kernel(
     if GRAD:
         # Every warp has its entries: what is written from here on may be their logits.
         tl.debug_barrier()
-        num_tiles = tl.cdiv(V, BLOCK_V)
+        num_tiles = tl.cdiv(span.stop, BLOCK_V)
         if (RESTRICTED or weights.kd is None) and not HARD_GRAD:
-            zero_columns(dstudent_ptr, offs_tile, 0, V if pad_width is None else pad_width)
+            zero_tiles(dstudent_ptr, Span(span.start, pad_stop), TILE)
         else:
-            for k in range(num_tiles):
-                offs_v = (k if POINTWISE else num_tiles - 1 - k) * BLOCK_V + offs_tile
-                x = load_logits(student_ptr, offs_v, V, load_width, student_softcap, False)
-                if POINTWISE:
-                    q_v, log2q_v = softmax(x, norm)
-                    p_v = tl.full(x.shape, each, tl.float32)
-                    log2p_v = tl.full(x.shape, log2_each, tl.float32)
-                    g = score_of(p_v, log2p_v * LN2, q_v, log2q_v * LN2, row.param, param1, COEFFICIENTS, SCORE, False)
-                    g = mul0(g_scale, g - q_v * score_sum)
-                elif RESTRICTED:
-                    g = tl.zeros(x.shape, tl.float32)
-                else:
-                    g = tl.exp2((x - out_max) * student_scale) * mul0(g_scale, slope)
-                if HARD_GRAD:
-                    g += hard_gradient(
-                        x, offs_v, hard_norm, label, V, lse_scale, hard_scale, weights.label_smoothing, CE
-                    )
-                store_gradient(dstudent_ptr, offs_v, through_cap(g, x, student_softcap), V, pad_width)
+            # The first tile is here still, where there are registers for it.
+            KEPT: tl.constexpr = not POINTWISE and student.ptr.dtype.element_ty.primitive_bitwidth == 16
+            for PART in tl.static_range(0 if KEPT else 1, parts(TILE)):
+                for k in range(
+                    part_begin(num_tiles, PART, KEPT, TILE),
+                    part_end(num_tiles, PART, TILE),
+                    part_step(num_tiles, PART, KEPT),
+                ):
+                    start = k * BLOCK_V
+                    offs_v = start + offs_tile
+                    if PART > 0:
+                        raw = load_tile(student_ptr, start, span, TILE, PART)
+                    x = logits_of(raw, offs_v, span, student_softcap, False)
+                    if POINTWISE:
+                        q_v, log2q_v = softmax(x, norm)
+                        p_v = tl.full(x.shape, each, tl.float32)
+                        log2p_v = tl.full(x.shape, log2_each, tl.float32)
+                        g = score_of(
+                            p_v, log2p_v * LN2, q_v, log2q_v * LN2, row.param, param1, COEFFICIENTS, SCORE, False
+                        )
+                        g = mul0(g_scale, g - q_v * score_sum)
+                    elif RESTRICTED:
+                        g = tl.zeros(x.shape, tl.float32)
+                    else:
+                        g = tl.exp2((x - out_max) * student_scale) * mul0(g_scale, slope)
+                    if HARD_GRAD:
+                        g += hard_gradient(
+                            x, offs_v, hard_norm, label, V, lse_scale, hard_scale, weights.label_smoothing, CE
+                        )
+                    store_tile(dstudent_ptr, start, span, through_cap(g, x, student_softcap), TILE)
             if pad_width is not None:
-                zero_columns(dstudent_ptr, offs_tile, num_tiles * BLOCK_V, pad_width)
+                zero_tiles(dstudent_ptr, Span(span.stop, pad_stop), TILE)
         tl.debug_barrier()
         g = mul0(g_scale, score - q * score_sum)
         if HARD_GRAD:
@@ -630,7 +657,9 @@ def topk_fwd(
     pointwise = tail == "uniform" or (tail in ("renormalize", "drop") and not entry.linear_without_teacher)
     floored = min_tail > 0 or tail_rounding > 0
     alone = not (ce_weight or z_loss_weight or stats or student_softcap or pointwise)
-    shape = tuning.shape(vocab_size, student.element_size(), load=tuning.LIGHT if alone else tuning.MEDIUM)
+    vec, cut = vectors(vocab_size, student, dstudent)
+    load = tuning.LIGHT if alone else tuning.MEDIUM
+    shape = tuning.shape(vocab_size, student.element_size(), load=load, wide=bool(alone), vec=vec)
     arguments = row_arguments(student, [], dstudent, vocab_size)
     # Also where L could be None: without the division ptxas aims at 32 registers for renormalize_both, and spills.
     arguments["L"] = student.shape[-2]
@@ -676,7 +705,7 @@ def topk_fwd(
             TAIL=tail,
             POINTWISE=pointwise,
             K_TILE=entries_tile(K, shape.TILE[1]),
-            TILE=shape.TILE,
+            TILE=(*shape.TILE, cut),
             num_warps=shape.num_warps,
             enable_fp_fusion=True,
         )

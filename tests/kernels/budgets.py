@@ -4,11 +4,11 @@ Of a form on a target, compiled ahead of time with the specialisation of a real 
 
 - registers and spilled bytes a thread, shared memory a block, blocks that fit on a multiprocessor together;
 - loads and stores: how many global accesses there are of each width in bytes. Accesses narrower than 16 bytes are to
-  scalars of the row, unless V and the strides are no multiple of 16 bytes;
+  scalars of the row, and of rows that are no multiple of 16 bytes to the columns of the vectors at their ends;
 - instructions and transcendental operations an element. A kernel that holds its row runs straight through, so these are
   its machine instructions (SASS, each counted once, those for ignored rows too) over the columns a thread holds. A
-  kernel that sweeps is counted in PTX: the bodies of its sweeps over the columns a thread takes in one round.
-  The compiler may unroll those;
+  kernel that sweeps is counted in PTX: the bodies of its sweeps over the columns a thread takes in one round, of rows
+  whose ends cut vectors in the rounds between. The compiler may unroll those;
 - reductions over the cluster, and barriers of the cluster, a row.
 """
 
@@ -51,8 +51,11 @@ FORMS = {name: (131072, "bf16", 1, True, {"divergence": name}) for name in diver
 FORMS |= {
     f"forward_kl-V{V}-{dtype}": (V, dtype, 1, True, {})
     for V, dtype in (
+        (7, "bf16"),
         (1000, "bf16"),
+        (1001, "bf16"),
         (4096, "bf16"),
+        (8192, "bf16"),
         (32000, "bf16"),
         (32000, "fp32"),
         (50257, "bf16"),
@@ -67,7 +70,10 @@ FORMS |= {
     "jsd-V151936-bf16": (151936, "bf16", 1, True, {"divergence": "jsd"}),
     "jsd-V262144-bf16": (262144, "bf16", 1, True, {"divergence": "jsd"}),
     "jsd-V128256-fp32": (128256, "fp32", 1, True, {"divergence": "jsd"}),
+    "jsd-V1000-bf16": (1000, "bf16", 1, True, {"divergence": "jsd"}),
     "jsd-V32000-bf16": (32000, "bf16", 1, True, {"divergence": "jsd"}),
+    "jsd-V50257-bf16": (50257, "bf16", 1, True, {"divergence": "jsd"}),
+    "reverse_kl-V32000-bf16": (32000, "bf16", 1, True, {"divergence": "reverse_kl"}),
     "jsd-stats-V32000-bf16": (32000, "bf16", 1, True, {"divergence": "jsd", "stats": True, **HARD}),
     "forward_kl-loss": (131072, "bf16", 1, False, {}),
     "forward_kl-ce": (131072, "bf16", 1, True, {"ce_weight": 0.5}),
@@ -117,13 +123,22 @@ TOKEN_FORMS = {
 }
 SOME_TOKENS = ("token-entropy", "token-back-entropy")
 # The forms that are compiled for the other targets: their compilers differ, the kernels do not.
+WIDTHS = tuple(
+    f"{name}-V{V}-bf16"
+    for name, widths in {
+        "forward_kl": (7, 1000, 1001, 4096, 8192, 32000, 50257),
+        "reverse_kl": (32000,),
+        "jsd": (1000, 32000, 50257),
+    }.items()
+    for V in widths
+)
 SOME = ("forward_kl", "jsd", "tvd", "alpha_beta", "jeffreys-hard", "forward_kl-V128256-fp32", "dkd", "mse", "scale")
 CASES = [
     *(("sm_90", form) for form in (*FORMS, *OTHERS, *TOPK_FORMS, *TOKEN_FORMS)),
     *(
         (target, form)
         for target in ("sm_80", "sm_100", "sm_120")
-        for form in (*SOME, "topk-bucket", "topk-uniform", *SOME_TOKENS)
+        for form in (*SOME, *(WIDTHS if target == "sm_80" else ()), "topk-bucket", "topk-uniform", *SOME_TOKENS)
     ),
 ]
 # Two-sweep kernels are the only ones there.
@@ -197,15 +212,17 @@ def measure(form, target):
     num_ctas, threads = kwargs.get("num_ctas", 1), 32 * kwargs["num_warps"]
     resident = "dense_cluster" in str(launch.fn)
     if resident:
-        pieces, lanes, vec = kwargs["TILE"]
+        pieces, lanes, vec, _, rows, _ = kwargs["TILE"]
         operations = sass(binary.cubin)
-        columns = pieces * lanes * vec / (num_ctas * threads)
+        columns = pieces * lanes * vec * rows / (num_ctas * threads)
         instructions = len(operations) / columns
         transcendental = sum(name.startswith("MUFU") for name in operations) / columns
     else:
-        block = kwargs["BLOCK_V"] if form == "scale" else tuning_block(kwargs["TILE"])
+        block = tuning_block(kwargs["TILE"])
         columns = r"ld\.global\S*\.(v4|b16)\b" if form in TOPK_FORMS else r"ld\.global"
-        instructions, transcendental = (count * threads / block for count in sweeps(binary.text, columns))
+        cut = len(kwargs["TILE"]) > 3 and kwargs["TILE"][3]
+        counts = sweeps(binary.text, columns, r"ld\.global\S*\.b16\b" if cut else None)
+        instructions, transcendental = (count * threads / block for count in counts)
     most, shared = MULTIPROCESSOR[target]
     allocated = -(-binary.registers // 8) * 8
     return {
@@ -239,8 +256,11 @@ def cluster_reductions(ttgir):
     return len(re.findall(r"^\s*\}\) : \(tensor<[^>]*>.*\) -> (?:\(f32|\(i32|f32|i32)", ttgir, re.MULTILINE))
 
 
-def sweeps(ptx, columns):
-    """Instructions and transcendental operations in the bodies of the loops that load columns: what matches."""
+def sweeps(ptx, columns, ends=None):
+    """Instructions and transcendental operations in the bodies of the loops that load columns: what matches.
+
+    A loop with what matches ends is left out.
+    """
     lines = [line.strip() for line in ptx.splitlines()]
     labels = {line.split(":")[0]: number for number, line in enumerate(lines) if re.match(r"\$L__BB\w+:", line)}
     instructions = transcendental = 0
@@ -251,6 +271,8 @@ def sweeps(ptx, columns):
         body = [
             x for x in lines[labels[jump.group(1)] : number + 1] if re.match(r"(?:@!?%p\d+ )?[a-z][a-z0-9_.:]+\s", x)
         ]
+        if ends is not None and any(re.search(ends, x) for x in body):
+            continue
         if any(re.search(columns, x) for x in body):
             instructions += len(body)
             transcendental += sum(bool(re.search(r"\b(ex2|lg2|rcp|sqrt|rsqrt|div)\.", x)) for x in body)

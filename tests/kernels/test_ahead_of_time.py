@@ -4,6 +4,8 @@ The specialisation is that of a real call. ``python tests/kernels/budgets.py`` w
 what is counted and how.
 """
 
+import math
+
 import pytest
 import torch
 
@@ -33,10 +35,12 @@ def test_table_is_complete():
 def test_nothing_spills():
     """A few scalars of the row may be parked in memory outside the loops of two sweeps; a tile is hundreds of bytes."""
     swept = {name: entry["spilled"] for name, entry in TABLE.items() if entry["pattern"] == "sweeps"}
-    assert all(spilled <= 32 for spilled in swept.values()), swept
+    assert all(spilled <= 64 for spilled in swept.values()), swept
     spilled = {name: entry["spilled"] for name, entry in TABLE.items() if entry["pattern"] == "cluster"}
     # Alpha-beta takes all 255 registers, and on sm_100 a dozen values more.
     assert spilled.pop("sm_100/alpha_beta") <= 56
+    # The logits of half the registers of a multiprocessor, and of the other half all that is made of them.
+    assert spilled.pop("sm_80/reverse_kl-V32000-bf16") <= 16
     assert not any(spilled.values())
 
 
@@ -50,7 +54,13 @@ def test_targets():
     assert forward["loads"]["16"] * 16 * threads == 2 * one_pass
     assert forward["stores"]["16"] * 16 * threads == one_pass and forward["stores"]["4"] == 1
     assert forward["instructions"] <= 24 and forward["transcendental"] <= 2.1
-    assert forward["cluster_reductions"] <= 2 and forward["resident_blocks"] >= 2
+    assert forward["cluster_reductions"] <= 2 and forward["resident_blocks"] >= 3
+    assert TABLE["sm_90/reverse_kl"]["instructions"] <= 26 and TABLE["sm_90/reverse_kl"]["resident_blocks"] >= 3
+    # One block takes a row on any architecture, and several rows where they are narrow.
+    for target in ("sm_80", "sm_90"):
+        for form, most in (("V1000", 27), ("V1001", 33), ("V8192", 24), ("V32000", 30)):
+            entry = TABLE[f"{target}/forward_kl-{form}-bf16"]
+            assert entry["pattern"] == "cluster" and entry["instructions"] <= most and entry["spilled"] == 0
     # JSD leaves the terms of first order out of every element, and keeps two blocks resident with it.
     for name, most in (("jsd", 47), ("tvd", 45)):
         assert TABLE[f"sm_90/{name}"]["instructions"] <= most
@@ -62,8 +72,8 @@ def test_wide_accesses():
     for name, entry in TABLE.items():
         if name.split("/")[1] in {**budgets.TOPK_FORMS, **TOKEN_FORMS}:
             continue  # test_topk_ahead_of_time.py: entries of the teacher are narrow; tokens have a test of their own
-        V, _, M, _, options = FORMS.get(name.split("/")[1], (131072, "bf16", 1, True, {}))
-        if V % 16:
+        V, dtype, M, _, options = FORMS.get(name.split("/")[1], (131072, "bf16", 1, True, {}))
+        if V * budgets.DTYPES[dtype].itemsize % 16:
             continue
         scalars = 2 * ("ce_weight" in options) + (M if M > 1 else 0) + 21 * bool(options.get("stats"))
         scalars += {"dkd": 3, "scale": 1}.get(name.split("/")[1], 0)
@@ -94,17 +104,6 @@ def test_amd(target, form):
     binary = compile_for(launch_of(form, target), target)
     assert target in HIP and binary.spilled == 0
     assert "load_dwordx4" in binary.text
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-def test_padding_keeps_the_width(target):
-    """50257 columns padded to 50304: the loads run into the padding rather than go element by element."""
-    student, teacher = torch.empty(2, 50304, dtype=torch.bfloat16), torch.empty(2, 50432, dtype=torch.bfloat16)
-    with budgets.on(target), recorded() as launches:
-        dense(student, [teacher], torch.empty_like(student), vocab_size=50257)
-    binary = compile_for(launches[0], target)
-    assert set(binary.widths("ld")) == {16} and 16 in binary.widths("st") and 2 not in binary.widths("st")
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
@@ -152,22 +151,41 @@ def plan(V=131072, itemsize=2, load=tuning.LIGHT, resident_load=tuning.LIGHT, ar
 
 def test_who_sweeps(monkeypatch):
     assert plan().pattern == "cluster"
-    for other in ({"arch": 80}, {"arch": 0}, {"resident_load": None}, {"V": 524288}, {"V": 1000}):
+    for other in ({"arch": 80}, {"arch": 0}, {"resident_load": None}, {"V": 524288}):
         assert plan(**other).pattern == "sweeps", other
     assert plan(arch=120).num_ctas <= 8
+    # Several rows in a block, and rows in one block, want no cluster.
+    for arch in (80, 90):
+        assert plan(V=1000, arch=arch).rows == 4
     monkeypatch.setattr(tuning.triton, "__version__", "3.7.1")
     assert plan().pattern == "sweeps"
+    for V in (2048, 4097, 16384, 32768):
+        for load in (tuning.LIGHT, tuning.LIGHT_Q):
+            one = plan(V=V, resident_load=load)
+            assert one == plan(V=V, resident_load=load, arch=80)
+            assert one.pattern == "cluster" and one.num_ctas == 1 and 4 <= one.num_warps <= 32
 
 
 def test_plans_cover_the_row():
-    """Powers of two that Triton can lay out, no empty piece, no more columns a thread than the table says."""
-    for V in (2048, 4096, 5003, 32000, 50257, 128256, 151936, 262144):
+    """Powers of two that Triton can lay out, no empty piece, no more columns a thread than the tables say."""
+    for V in (1, 7, 100, 1000, 1001, 2048, 4096, 5003, 32000, 50257, 128256, 151936, 262144):
         for itemsize in (2, 4):
-            for load, shortlist in tuning.RESIDENT.items():
-                plans = tuning.dense_plans(V, itemsize, load=tuning.LIGHT, resident_load=load, arch=90)
-                assert plans[-1].pattern == "sweeps"
-                for pattern, (pieces, lanes, vec), num_warps, num_ctas in plans[:-1]:
-                    assert pattern == "cluster" and vec * itemsize == 16 and num_ctas <= 16
-                    assert all(n & (n - 1) == 0 for n in (lanes, vec, num_warps, num_ctas))
-                    assert (pieces - 1) * lanes * vec < V <= pieces * lanes * vec
-                    assert pieces * lanes * vec // (32 * num_warps * num_ctas) <= dict(shortlist)[num_warps]
+            for load in tuning.CLUSTER:
+                for cut in (False, True) if V % 8 and V >= 256 else (False,):
+                    assert_plans_cover(V, itemsize, load, cut)
+
+
+def assert_plans_cover(V, itemsize, load, cut):
+    vec = 16 // itemsize if cut else math.gcd(16 // itemsize, V)
+    options = {"load": tuning.LIGHT, "resident_load": load, "vec": vec, "cut": cut}
+    *plans, last = tuning.dense_plans(V, itemsize, arch=90, **options)
+    assert last.pattern == "sweeps"
+    for pattern, (pieces, lanes, width), num_warps, num_ctas, rows, keep in plans:
+        assert pattern == "cluster" and width == vec and num_ctas <= 16
+        assert all(n & (n - 1) == 0 for n in (lanes, vec, num_warps, num_ctas, rows))
+        assert (pieces - 1) * lanes * vec < V + cut * (vec - 1) <= pieces * lanes * vec
+        columns = pieces * lanes * vec * rows // (32 * num_warps * num_ctas)
+        assert columns <= max(
+            most for *_, most, _ in [*tuning.ONE_BLOCK[load], *((*x, 0) for x in tuning.CLUSTER[load])]
+        )
+        assert keep or columns > 48

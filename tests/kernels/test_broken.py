@@ -15,7 +15,7 @@ import triton
 from launches import dense
 from oracle import check, dense_rows
 from ptxrun import MemoryFault
-from test_emulated import assert_clean, executed, make
+from test_emulated import assert_clean, executed, make, reads_of
 
 from kdkernels.kernels import tuning
 
@@ -65,11 +65,16 @@ def test_missing_barrier(arch, V, barrier):
 
 def test_one_extra_pass():
     """The same result by sweeps: only the traffic tells."""
-    with mock.patch.object(tuning, "NARROWEST_RESIDENT", 10**9):
-        report, student = run(90, 4096)
-    assert_clean(report, student, 6, 1, 4096)
+    plans = tuning.dense_plans
+
+    def sweeps_only(*args, **options):
+        return plans(*args, **{**options, "resident_load": None})
+
+    with mock.patch.object(tuning, "dense_plans", sweeps_only):
+        report, student = run(90, 20480)
+    assert_clean(report, student, reads_of("jsd", 20480), 1, 20480)
     with pytest.raises(AssertionError):
-        assert_clean(report, student, 4, 1, 4096)
+        assert_clean(report, student, 4, 1, 20480)
 
 
 @pytest.mark.parametrize(

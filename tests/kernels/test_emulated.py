@@ -1,6 +1,7 @@
 """The compiled PTX, executed by ptxrun: correct, no race, nothing uninitialised, and the traffic it was built for."""
 
 import contextlib
+import math
 from unittest import mock
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("ptxrun", reason="the package ptxrun, which executes PTX on the CPU, is not installed")
 
+import triton
 from launches import dense, dkd, mse, tokens, tokens_back, topk
 from oracle import ROUNDING, check, dense_rows, dkd_rows, mse_rows, topk_rows
 from ptxrun.triton_bridge import patched
@@ -21,22 +23,40 @@ pytestmark = pytest.mark.slow
 
 ARCHS = [80, 90]
 PARAMS = {"jsd": (0.3, 0.0), "skew_kl": (0.1, 0.0), "skew_reverse_kl": (0.1, 0.0), "alpha_beta": (0.2, 0.7)}
-# Reads of both logits together, in passes over [N, V], with the gradient and without; then there is one write.
-SWEEPS = {True: (4, 2), False: (6, 4)}
+# Sweeps with the gradient and without, of linear divergences and of others.
+SWEEPS = {True: (2, 1), False: (3, 2)}
+# The plan of the last dense launch.
+TAKEN = []
 
 
 @contextlib.contextmanager
 def executed(arch):
     """Launchers choose as on this architecture, and ptxrun executes what they launch. Yields its reports."""
-    with mock.patch.object(tuning, "architecture", lambda device: arch), patched(arch) as run:
+
+    def first(plans, *_):
+        TAKEN[:] = plans[:1]
+        return plans[0]
+
+    with (
+        mock.patch.object(tuning, "architecture", lambda device: arch),
+        mock.patch.object(tuning, "fastest", first),
+        patched(arch) as run,
+    ):
         yield run.reports
 
 
-def reads_of(name, arch, V, gradient=True):
-    """Predicted passes over [N, V] that are read."""
-    if arch >= 90 and V >= tuning.NARROWEST_RESIDENT:
+def reads_of(name, V, gradient=True):
+    """Predicted reads of both logits of the last launch together, in passes over [N, V].
+
+    The second sweep of a linear divergence begins with the tile that the first has kept.
+    """
+    (plan,) = TAKEN
+    if plan.pattern == "cluster":
         return 2
-    return SWEEPS[divergences.lookup(name).linear is not None][not gradient]
+    linear = divergences.lookup(name).linear is not None
+    sweeps = SWEEPS[linear][not gradient]
+    kept = min(V, math.prod(plan.TILE)) if linear and gradient else 0
+    return 2 * (sweeps * V - kept) / V
 
 
 def make(N, V, dtype, width=None):
@@ -55,8 +75,7 @@ def assert_clean(report, student, reads, writes, V):
     assert report.ok, report
     N = student.shape[0]
     one = N * V * student.element_size()
-    # Of a row of one column a compiler may keep what the next sweep would read.
-    assert report.global_load_bytes == reads * one or (V == 1 and 2 * one <= report.global_load_bytes < reads * one)
+    assert report.global_load_bytes == round(reads * one), report
     assert report.global_store_bytes == writes * one + 4 * N, report
 
 
@@ -77,9 +96,9 @@ def test_every_divergence(arch, name):
     options = options_of(name, temperature=2.0, teacher_temperature=2.0)
     with executed(arch) as reports:
         check(dense, dense_rows, student, [teacher], **options)
+        assert_clean(reports[0], student, reads_of(name, V), 1, V)
         dense(student, [teacher], None, **options)
-    assert_clean(reports[0], student, reads_of(name, arch, V), 1, V)
-    assert_clean(reports[1], student, reads_of(name, arch, V, gradient=False), 0, V)
+        assert_clean(reports[1], student, reads_of(name, V, gradient=False), 0, V)
     assert set(reports[0].width_hist_ld) == {16}
 
 
@@ -88,6 +107,13 @@ SHAPES = [
     (80, 1, 3, "fp32", "jsd"),
     (90, 2, 1, "bf16", "reverse_kl"),
     (80, 7, 3, "fp16", "jeffreys"),
+    (80, 7, 131, "bf16", "jsd"),
+    (90, 31, 33, "bf16", "alpha_beta"),
+    (80, 100, 17, "bf16", "forward_kl"),
+    (90, 200, 17, "bf16", "reverse_kl"),
+    (80, 1000, 5, "bf16", "forward_kl"),
+    (80, 1001, 9, "bf16", "forward_kl"),
+    (90, 1001, 9, "fp32", "skew_reverse_kl"),
     (90, 1000, 3, "bf16", "jsd"),
     (80, 1023, 1, "fp32", "tvd"),
     (90, 2047, 3, "fp16", "skew_kl"),
@@ -100,6 +126,12 @@ SHAPES = [
     (90, 4097, 1, "fp16", "alpha_beta"),
     (90, 32000, 1, "fp32", "jsd"),
     (90, 50257, 1, "bf16", "forward_kl"),
+    (80, 8192, 2, "bf16", "jsd"),
+    (80, 16384, 1, "bf16", "reverse_kl"),
+    (80, 32000, 2, "bf16", "forward_kl"),
+    (80, 32768, 1, "bf16", "reverse_kl"),
+    (80, 50257, 1, "bf16", "forward_kl"),
+    (80, 50257, 1, "bf16", "jsd"),
     (80, 128256, 1, "bf16", "forward_kl"),
     (90, 131072, 1, "bf16", "forward_kl"),
     (90, 131072, 1, "bf16", "jsd"),
@@ -118,7 +150,7 @@ def test_shapes(arch, V, N, dtype, name):
         student[0, 0], teacher[0, 0] = float("-inf"), float("-inf")
     with executed(arch) as reports:
         check(dense, dense_rows, student, [teacher], **options_of(name))
-    assert_clean(reports[0], student, reads_of(name, arch, V), 1, V)
+    assert_clean(reports[0], student, reads_of(name, V), 1, V)
 
 
 @pytest.mark.parametrize("V", [7, 4096])
@@ -136,7 +168,7 @@ def test_odd_alignment(arch, V):
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(grad, exact, rtol=2**-7, atol=1e-9)
     assert buffers[2][:, 0].isnan().all() and buffers[2][:, V + 1 :].isnan().all()
-    assert_clean(reports[0], student, reads_of("jsd", arch, V), 1, V)
+    assert_clean(reports[0], student, reads_of("jsd", V), 1, V)
 
 
 @pytest.mark.parametrize("arch, V, name", [(80, 3, "jsd"), (90, 1000, "jeffreys"), (90, 2051, "jsd")], ids=str)
@@ -176,13 +208,27 @@ def test_whole_objective(arch):
         check(dense, dense_rows, student, [teacher], labels, inplace=True, **options, standardize=arch == 80)
     assert not grad[:, V:].any() and not grad[1].any()
     assert all(report.ok for report in reports)
-    # Reading into the padding keeps 16 bytes: what is narrower are scalars of a row.
-    columns = reports[0].width_hist_ld[16] * 16
-    assert columns == 2 * reads_of("jsd", arch, V) // 2 * (N - 1) * width * 2 or arch == 80
+    # Only the columns of the vector that a row's end cuts are read one by one.
+    assert reports[0].width_hist_ld[16] == 2 * (N - 1) * (V // 8)
 
 
-@pytest.mark.parametrize("mixture, passes", [("probs", 6), ("logits", 6)])
-def test_mixture(mixture, passes):
+@pytest.mark.parametrize("arch", ARCHS)
+def test_padding_keeps_the_width(arch):
+    """50257 columns padded to more: seven of each row lie in the vector that its end cuts, and the padding is zeros."""
+    V, width = 50257, 50304
+    student, teacher = make(2, V, torch.bfloat16, width)
+    grad = torch.full_like(student, float("nan"))
+    with executed(arch) as reports:
+        dense(student, [teacher], grad, vocab_size=V)
+    (report,) = reports
+    assert report.ok and not grad[:, V:].any() and not grad[:, :V].isnan().any()
+    assert report.global_load_bytes == round(reads_of("forward_kl", V) * 2 * V * 2)
+    assert report.width_hist_ld[2] <= 2 * 2 * 2 * (V % 8) and report.width_hist_st[2] <= 2 * 8
+    assert report.width_hist_ld.keys() == {2, 16}
+
+
+@pytest.mark.parametrize("mixture", ["probs", "logits"])
+def test_mixture(mixture):
     """Two teachers are streamed: three tensors, two sweeps."""
     student, first = make(2, 8192, torch.bfloat16)
     second, _ = make(2, 8192, torch.bfloat16)
@@ -190,7 +236,7 @@ def test_mixture(mixture, passes):
     with executed(90) as reports:
         options = {"divergence": "forward_kl", "mixture": mixture, "mixture_weights": weights}
         check(dense, dense_rows, student, [first, second], **options)
-    assert_traffic(reports[0], student, passes, 1, 2, 8192)
+    assert_traffic(reports[0], student, 6, 1, 2, 8192)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -209,9 +255,11 @@ def test_other_patterns(arch):
         check(run_dkd, dkd_rows, student, [teacher], labels, alpha=1.0, beta=2.0)
         check(run_mse, mse_rows, student, [teacher])
         check(run_mse, mse_rows, student, [teacher], inplace=True, centered=True)
-    # The centred form looks at one tile of both before it starts.
-    (ROLL, LANES, VEC), _ = tuning.shape(V, 2)
-    for report, reads in zip(reports, (4, 2, 4 + 2 * ROLL * LANES * VEC / V), strict=True):
+    # A second sweep begins with the tile that the first has kept.
+    block = math.prod(tuning.shape(V, 2, load=tuning.MEDIUM).TILE)
+    wide = math.prod(tuning.shape(V, 2, wide=True).TILE)
+    last = V - (triton.cdiv(V, wide) - 1) * wide
+    for report, reads in zip(reports, (4 - 2 * block / V, 2, 4 - 2 * last / V), strict=True):
         assert_traffic(report, student, reads, 1, N, V)
 
 
@@ -300,6 +348,9 @@ def test_topk(arch, form, V):
     (report,) = run.reports
     assert report.ok, report
     one = student.nbytes
+    # The last sweep begins with the tile that the first has kept.
+    kept = 0 if form == "uniform" else math.prod(tuning.shape(V, 2, wide=True).TILE) / V
+    reads = max(0, reads - kept)
     assert abs(report.width_hist_ld.get(16, 0) * 16 - reads * one) <= 0.03 * one
     # Warps ask for the same entries; distinct sectors are what leaves the cache: ids, log-probabilities, K logits.
     assert report.unique_load_bytes <= (reads > 0) * one + N * (K * (8 + 4 + 32) + 64)
@@ -441,3 +492,36 @@ def test_tails_of_tokens_in_one_read(arch, dtype, K):
     expected = reference.token_rows(logits.double(), ids, tail_mass=True)
     for found, exact in ((logprobs, expected.logprobs), (lse, expected.lse), (tail, expected.tail)):
         torch.testing.assert_close(found.double(), exact, rtol=4e-6, atol=4e-6)
+
+
+# (arch, V, divergence): at most so many reads, sectors of both logits, instructions and transcendental operations an
+# element; of forward KL Fast-LLM's kernel has 3.79, 34 and, of reverse KL, 2.99, and speculators' of TVD 56.
+COUNTS = {
+    (80, 7, "forward_kl"): (2, 14.5, 60, 3.2),
+    (80, 1000, "forward_kl"): (2, 2.1, 30, 2.3),
+    (80, 1001, "forward_kl"): (2, 2.4, 40, 2.3),
+    (80, 8192, "forward_kl"): (2, 2.0, 22, 2.1),
+    (80, 32000, "forward_kl"): (2, 2.0, 32, 4.2),
+    (80, 50257, "forward_kl"): (3.68, 3.69, 52, 4.8),
+    (80, 128256, "forward_kl"): (3.75, 3.75, 35, 4.2),
+    (80, 128256, "reverse_kl"): (3.75, 3.75, 39, 3.2),
+    (90, 1000, "forward_kl"): (2, 2.1, 30, 2.3),
+    (90, 50257, "forward_kl"): (2, 2.2, 30, 2.5),
+}
+
+
+@pytest.mark.parametrize("arch, V, name", COUNTS, ids=str)
+def test_counts(arch, V, name):
+    """Whole vectors but for the rows' ends, and the instructions of few columns more than there are."""
+    N = 256 if V < 100 else 4 if V < 2048 else 1
+    student, teacher = make(N, V, torch.bfloat16)
+    with executed(arch) as reports:
+        dense(student, [teacher], torch.empty_like(student), divergence=name)
+    (report,) = reports
+    one = N * V * 2
+    reads, sectors, instructions, transcendental = COUNTS[arch, V, name]
+    assert report.ok and report.global_load_bytes <= reads * one, report
+    assert report.load_sectors * 32 <= sectors * one
+    assert report.thread_instr <= instructions * N * V
+    narrow = sum(width * count for width, count in report.width_hist_ld.items() if width < 16)
+    assert narrow <= (N * 2 * 14 * 2 if V > 100 else 2 * one)

@@ -53,6 +53,8 @@ def poison(monkeypatch):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 256 columns, so that a few hundred columns take several."""
+    from shapes import tiles
+
     from kdkernels.kernels import tuning
 
-    monkeypatch.setattr(tuning, "shape", lambda V, itemsize, **_: tuning.Shape((2, 32, 4), 1))
+    monkeypatch.setattr(tuning, "shape", tiles(32, columns=8))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-import triton
+from shapes import resident, tiles
 
 import kdkernels as kd
 from kdkernels.kernels import tuning
@@ -12,13 +12,15 @@ INF = float("inf")
 
 @pytest.fixture(params=["sweeps", "cluster"], autouse=True)
 def pattern(request, monkeypatch):
-    def plans(V, itemsize, *, resident_load, **_):
+    shape = tiles(32, num_warps=4)
+
+    def plans(V, itemsize, *, vec, cut, resident_load, **_):
         if request.param == "sweeps" or resident_load is None:
-            return [tuning.Plan("sweeps", (2, 32, 8), 4)]
-        return [tuning.Plan("cluster", (triton.cdiv(V, 32 * 8), 32, 8), 1, 1)]
+            return [tuning.Plan("sweeps", *shape(V, itemsize, vec=vec))]
+        return [resident(V, vec, cut, 256 // vec)]
 
     monkeypatch.setattr(tuning, "dense_plans", plans)
-    monkeypatch.setattr(tuning, "shape", lambda V, itemsize, **_: tuning.Shape((2, 32, 8), 4))
+    monkeypatch.setattr(tuning, "shape", shape)
     return request.param
 
 

@@ -247,8 +247,10 @@ def test_strided_rows(name):
     (expected, _), grad = check(
         dense, dense_rows, flat[0], [flat[1]], labels, divergence=name, param0=0.3, ce_weight=0.5
     )
-    assert torch.equal(loss, expected)
-    assert torch.equal(out[:, :-1].reshape(-1, 300), grad) and out[:, -1].isnan().all()
+    # Other places of the rows in memory are other orders of their sums.
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(out[:, :-1].reshape(-1, 300), grad, rtol=1e-5, atol=1e-8)
+    assert out[:, -1].isnan().all()
 
 
 def test_strided_vectors():

@@ -236,8 +236,10 @@ def test_strided_rows():
     loss, _ = topk(student, ids, logprobs, out[:, :-1])
     flat = student.reshape(6, 300).contiguous()
     (expected, _), grad = check_launch(launch, topk_rows, flat, [ids, logprobs])
-    assert torch.equal(loss, expected)
-    assert torch.equal(out[:, :-1].reshape(6, 300), grad) and out[:, -1].isnan().all()
+    # Other places of the rows in memory are other orders of their sums.
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out[:, :-1].reshape(6, 300), grad, rtol=1e-5, atol=1e-8)
+    assert out[:, -1].isnan().all()
 
 
 @pytest.mark.parametrize("tail", CODES["tail"])
