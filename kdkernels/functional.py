@@ -41,7 +41,7 @@ Teachers = Union[Tensor, Sequence[Tensor], None]
 @overload
 def kd_loss(
     student: Tensor,
-    teacher: Teachers,
+    teacher: Teachers = None,
     labels: Optional[Tensor] = None,
     *,
     return_stats: Literal[False] = False,
@@ -50,7 +50,7 @@ def kd_loss(
 @overload
 def kd_loss(
     student: Tensor,
-    teacher: Teachers,
+    teacher: Teachers = None,
     labels: Optional[Tensor] = None,
     *,
     return_stats: Literal[True],
@@ -59,7 +59,7 @@ def kd_loss(
 @overload
 def kd_loss(
     student: Tensor,
-    teacher: Teachers,
+    teacher: Teachers = None,
     labels: Optional[Tensor] = None,
     *,
     return_stats: bool,
@@ -68,7 +68,7 @@ def kd_loss(
 @takes(Objective)
 def kd_loss(
     student: Tensor,
-    teacher: Teachers,
+    teacher: Teachers = None,
     labels: Optional[Tensor] = None,
     **options: Any,
 ) -> Any:
@@ -84,7 +84,7 @@ def kd_loss(
 
     Args:
         student: logits ``(..., V)``, float32, bfloat16 or float16 (float64 on the CPU). Any strides with stride 1 in
-            the last dimension; nothing is copied.
+            the last dimension; nothing is copied. As they come from the model: no softmax, not divided by T.
         teacher: logits of the same leading shape, device and width; its dtype may differ. When it requires grad it gets
             its gradient too. A sequence of 1 to 4 tensors is a mixture of teachers, see ``teacher_weights``. None where
             ``kd_weight`` is the number 0: cross entropy and z-loss alone.

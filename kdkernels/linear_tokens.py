@@ -152,7 +152,7 @@ def linear_gather_logprobs(
     operands = (teacher_hidden, teacher_weight, ids, teacher_bias)
     call, head, offset, tokens, _ = _prepared(given, *operands, "teacher_")
     if ids.dim() != teacher_hidden.dim():
-        raise ValueError(f"ids must have shape {(*teacher_hidden.shape[:-1], 'K')}, got {tuple(ids.shape)}")
+        raise ValueError(f"ids must have shape {checks.with_slots(teacher_hidden.shape[:-1])}, got {tuple(ids.shape)}")
     tokens = first_of_equals(tokens)
     of_tokens = call.tokens._replace(options={**call.tokens.options, "tail_mass": True})
     offset = None if offset is None else offset.detach()

@@ -22,7 +22,11 @@ class _Loss(torch.nn.Module):
 
     kind: ClassVar[type[Options]]
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *positional: Any, **options: Any) -> None:
+        if positional:
+            raise TypeError(
+                f"{type(self).__name__} takes keywords alone, such as temperature=2.0, got {positional[0]!r}"
+            )
         super().__init__()
         self.objective: Any = self.kind.of(options)
 
@@ -42,7 +46,7 @@ class KDLoss(_Loss):
 
         def __init__(self, *, return_stats: bool = False, **options: Unpack[ObjectiveOptions]) -> None: ...
 
-    def forward(self, student: Tensor, teacher: functional.Teachers, labels: Optional[Tensor] = None) -> Any:
+    def forward(self, student: Tensor, teacher: functional.Teachers = None, labels: Optional[Tensor] = None) -> Any:
         return functional.dense(self.objective, student, teacher, labels)
 
 

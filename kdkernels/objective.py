@@ -22,6 +22,8 @@ from kdkernels.divergences import Divergence, DivergenceName
 
 PerRow = Union[float, Tensor]
 
+# Names of other libraries for an option.
+ALIASES = {"T": "temperature", "tau": "temperature", "temp": "temperature", "alpha": "kd_weight"}
 # The weights of a loss's terms.
 TERMS = ("kd_weight", "ce_weight", "z_loss_weight")
 # A z-loss has a gradient of 2 lse q, which fits fp16 at any lse so.
@@ -91,9 +93,12 @@ class Options:
     def _new(cls: type[_SelfT], options: Mapping[str, Any]) -> _SelfT:
         for name in options:
             if name not in cls.defaults:
-                near = difflib.get_close_matches(name, cls.defaults, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                meant = ALIASES.get(name) or next(iter(difflib.get_close_matches(name, cls.defaults, 1)), None)
+                hint = f"; did you mean {meant!r}?" if meant in cls.defaults else ""
                 raise TypeError(f"{cls.function} got an unexpected option {name!r}{hint}")
+        for name, default in cls.defaults.items():
+            if default is dataclasses.MISSING and name not in options:
+                raise TypeError(f"{cls.function} needs the option {name!r}")
         return cls(**options)
 
     def given(self) -> dict[str, Any]:
@@ -506,7 +511,11 @@ def takes(options: type[Options]) -> Callable[[_FunctionT], _FunctionT]:
     """Give a function of ``**options`` the signature that says which."""
 
     def with_signature(function: _FunctionT) -> _FunctionT:
-        own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        own = [
+            p
+            for p in inspect.signature(function).parameters.values()
+            if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        ]
         types = {field.name: field.type for field in dataclasses.fields(options)}
         keywords = [
             inspect.Parameter(

@@ -185,7 +185,7 @@ def gather_logprobs(
     columns = checks.vocabulary(vocab_size, teacher_logits, "teacher_logits")
     tokens = checks.token_ids(ids, teacher_logits, columns, -1)
     if ids.dim() != teacher_logits.dim():
-        raise ValueError(f"ids must have shape {(*teacher_logits.shape[:-1], 'K')}, got {tuple(ids.shape)}")
+        raise ValueError(f"ids must have shape {checks.with_slots(teacher_logits.shape[:-1])}, got {tuple(ids.shape)}")
     tokens, logits = first_of_equals(tokens), teacher_logits.detach()
     call = token_call(given, logits, tokens, columns)
     call = call._replace(options={**call.options, "tail_mass": True, "ignore_index": -1})

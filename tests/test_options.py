@@ -7,6 +7,7 @@ import pickle
 import re
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -190,3 +191,30 @@ def test_options_that_were_packed_have_their_names_again(op):
     assert packed.pop("stats", False) is False
     named = ops.named(op, packed.pop("numbers"), packed.pop("choices"))
     assert {**packed, **named} == options
+
+
+def test_names_of_other_libraries_and_positional_options_are_answered():
+    s = torch.randn(3, 7)
+    with pytest.raises(TypeError, match="did you mean 'temperature'"):
+        kd.kd_loss(s, s, T=2.0)
+    with pytest.raises(TypeError, match="did you mean 'kd_weight'"):
+        kd.KDLoss(alpha=0.5)
+    with pytest.raises(TypeError, match="got an unexpected option 'alpha'$"):
+        kd.logit_mse_loss(s, s, alpha=0.5)
+    with pytest.raises(TypeError, match="labels must be a torch.Tensor, got float; options, temperature among them"):
+        kd.kd_loss(s, s, 2.0)
+    with pytest.raises(TypeError, match="KDLoss takes keywords alone, such as temperature=2.0, got 2.0"):
+        kd.KDLoss(2.0)
+    with pytest.raises(TypeError, match="taid_loss needs the option 'interpolation'"):
+        kd.taid_loss(s, s)
+    with pytest.raises(TypeError, match=r"student must be a torch.Tensor, got SimpleNamespace; pass its \.logits"):
+        kd.kd_loss(SimpleNamespace(logits=s), s)
+    with pytest.raises(ValueError, match=r"teacher_ids must have shape \(3, K\) with K >= 1"):
+        kd.topk_kd_loss(s, torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 1))
+
+
+def test_a_mask_of_anything_but_0_and_1_is_an_error():
+    x = torch.randn(2, 3)
+    with pytest.raises(ValueError, match="mask must hold 0 and 1, got -100: are they tokens, or labels"):
+        kd.onpolicy.k2(x, x, mask=torch.tensor([[5, 1, -100], [1, 1, 0]]))
+    kd.onpolicy.k2(x, x, mask=torch.tensor([[1, 1, 0], [1, 1, 0]]))

@@ -12,7 +12,7 @@ from torch import Tensor
 from kdkernels import symbols, transforms
 from kdkernels.checks.memory import inplace_allowed
 from kdkernels.checks.rows import batch_dimension
-from kdkernels.checks.tensors import FLOATING, dtype_name, plain, reads_values, sum_dtype
+from kdkernels.checks.tensors import FLOATING, dtype_name, no_tensor, plain, reads_values, sum_dtype
 from kdkernels.checks.values import integer, number
 
 MAX_TEACHERS = 4
@@ -21,7 +21,7 @@ MAX_TEACHERS = 4
 def logits(name: str, value: Any) -> None:
     """A floating tensor ``(..., V)`` with unit stride in the last dimension; fp64 on the CPU only."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        raise no_tensor(name, value)
     plain(name, value)
     dtype, shape = value.dtype, value.shape
     if dtype not in FLOATING:

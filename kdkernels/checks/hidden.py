@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.checks.dense import logits
-from kdkernels.checks.tensors import dtype_name, floating, is_dtensor, same_device
+from kdkernels.checks.tensors import dtype_name, floating, is_dtensor, no_tensor, same_device
 from kdkernels.checks.values import flag
 
 # Names that adapters are known by: LoRA and its kin in peft, and those that wrap a layer.
@@ -22,7 +22,7 @@ def head(side: str, hidden: Any, weight: Any, bias: Any, autocast: bool) -> None
         if value is None and name == names[2]:
             continue
         if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+            raise no_tensor(name, value)
         if is_dtensor(value):
             cure = f"pass {name}.full_tensor()"
             if value.requires_grad:
@@ -38,7 +38,8 @@ def head(side: str, hidden: Any, weight: Any, bias: Any, autocast: bool) -> None
         same_device(name, value, hidden, f"{names[0]}'s")
         if value.dtype != hidden.dtype and not autocast:
             raise TypeError(
-                f"{name} must have {names[0]}'s dtype {dtype_name(hidden.dtype)}, got {dtype_name(value.dtype)}"
+                f"{name} must have {names[0]}'s dtype {dtype_name(hidden.dtype)}, got {dtype_name(value.dtype)}: "
+                "under torch.autocast, as the model was, they may differ"
             )
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise ValueError(f"{names[0]} must have shape (..., D) with D >= 1, got {tuple(hidden.shape)}")

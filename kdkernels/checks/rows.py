@@ -14,11 +14,13 @@ from kdkernels.checks.tensors import (
     floating,
     integers,
     is_dtensor,
+    no_tensor,
     plain,
     reads_values,
     same_device,
     sum_dtype,
     tensor,
+    with_slots,
 )
 from kdkernels.checks.values import choice, in_sums, number
 from kdkernels.choices import Reduction
@@ -29,7 +31,7 @@ def labels_like(value: Any, student: Tensor, columns: int, ignore_index: int) ->
     if value is None:
         return None
     if not isinstance(value, Tensor):
-        raise TypeError(f"labels must be a torch.Tensor, got {type(value).__name__}")
+        raise no_tensor("labels", value)
     plain("labels", value)
     if value.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"labels must be int64 or int32, got {dtype_name(value.dtype)}")
@@ -75,7 +77,8 @@ def token_ids(value: Any, logits: Tensor, columns: int, ignore_index: int) -> Te
     leading = tuple(logits.shape[:-1])
     several = value.dim() == logits.dim()
     if not (value.shape == leading or (several and value.shape[:-1] == leading and value.shape[-1] > 0)):
-        raise ValueError(f"ids must have shape {leading} or {(*leading, 'K')} with K >= 1, got {tuple(value.shape)}")
+        wanted = f"{leading} or {with_slots(leading)} with K >= 1"
+        raise ValueError(f"ids must have shape {wanted}, got {tuple(value.shape)}")
     flat = value.reshape(-1, value.shape[-1] if several else 1).to(torch.int64).contiguous()
     if reads_values(value) and value.numel():
         worst = out_of_range(flat, columns, ignore_index, -1)
@@ -103,6 +106,10 @@ def token_mask(value: Any, like: Tensor) -> Optional[Tensor]:
             f"mask must be bool or of integers, got {dtype_name(value.dtype)}: weights multiply the losses instead"
         )
     _of_token_shape("mask", value, like, True)
+    if value.dtype != torch.bool and reads_values(value) and value.numel():
+        low, high = (int(x) for x in torch.aminmax(value))
+        if low < 0 or high > 1:
+            raise ValueError(f"mask must hold 0 and 1, got {low if low < 0 else high}: are they tokens, or labels?")
     return value.bool().expand_as(like)
 
 

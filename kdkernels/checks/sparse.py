@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from kdkernels.backends import cpu
-from kdkernels.checks.tensors import floating, integers, reads_values, same_device, sum_dtype, tensor
+from kdkernels.checks.tensors import (
+    floating,
+    integers,
+    reads_values,
+    same_device,
+    sum_dtype,
+    tensor,
+    with_slots,
+)
 from kdkernels.reference.topk import unused
 
 
@@ -21,7 +29,7 @@ def sparse_teacher(ids: Any, logprobs: Any, student: Tensor, columns: int, tail:
     floating("teacher_logprobs", logprobs)
     leading = tuple(student.shape[:-1])
     if ids.dim() != student.dim() or tuple(ids.shape[:-1]) != leading or ids.shape[-1] == 0:
-        raise ValueError(f"teacher_ids must have shape {(*leading, 'K')} with K >= 1, got {tuple(ids.shape)}")
+        raise ValueError(f"teacher_ids must have shape {with_slots(leading)} with K >= 1, got {tuple(ids.shape)}")
     if logprobs.shape != ids.shape:
         raise ValueError(
             f"teacher_logprobs must have the shape of teacher_ids {tuple(ids.shape)}, got {tuple(logprobs.shape)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,8 +23,22 @@ def is_dtensor(value: Any) -> bool:
 def tensor(name: str, value: Any) -> None:
     """A tensor that is no DTensor."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        raise no_tensor(name, value)
     plain(name, value)
+
+
+def no_tensor(name: str, value: Any) -> TypeError:
+    """The error of a value that is no tensor, with the field that was meant."""
+    meant = next((field for field in ("logits", "logprobs") if isinstance(getattr(value, field, None), Tensor)), None)
+    hint = f"; pass its .{meant}" if meant else ""
+    if isinstance(value, (int, float)):
+        hint = "; options, temperature among them, are keywords"
+    return TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}{hint}")
+
+
+def with_slots(rows: Iterable[int]) -> str:
+    """A shape of K slots a row, for messages."""
+    return f"({', '.join([*map(str, rows), 'K'])})"
 
 
 def floating(name: str, value: Tensor) -> None:
