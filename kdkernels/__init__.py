@@ -1,10 +1,11 @@
 """kdkernels: fused distillation losses for PyTorch."""
 
 from kdkernels import divergences, onpolicy
-from kdkernels.capture import TeacherTopK, capture_samples, capture_topk
+from kdkernels.capture import TeacherExpectation, TeacherTopK, capture_samples, capture_topk
 from kdkernels.divergences import *  # noqa: F403
 from kdkernels.functional import dkd_loss, kd_loss, logit_mse_loss, taid_loss, topk_kd_loss
 from kdkernels.linear import linear_kd_loss, linear_topk_kd_loss
+from kdkernels.linear_capture import capture_expectation
 from kdkernels.linear_tokens import linear_gather_logprobs, linear_token_logprobs
 from kdkernels.losses import KDLoss, LinearKDLoss, LinearTopKKDLoss, TopKKDLoss
 from kdkernels.registry import register_divergence, unregister_divergence
@@ -18,10 +19,12 @@ __all__ = [
     "KDStats",
     "LinearKDLoss",
     "LinearTopKKDLoss",
+    "TeacherExpectation",
     "TeacherTopK",
     "TokenLogprobs",
     "TopKKDLoss",
     "TopKStats",
+    "capture_expectation",
     "capture_samples",
     "capture_topk",
     "dkd_loss",

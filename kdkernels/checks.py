@@ -518,9 +518,9 @@ def _of_tokens(name: str, value: Any, length: int) -> Tensor:
     return value.detach().cpu()
 
 
-def head(side: str, hidden: Any, weight: Any, bias: Any, autocast: bool) -> None:
+def head(side: str, hidden: Any, weight: Any, bias: Any, autocast: bool, name: Optional[str] = None) -> None:
     """Hidden states ``(..., D)``, a head ``[V, D]`` and a bias ``[V]`` or None, of one device, and of one dtype."""
-    names = (f"{side}hidden", f"{side}weight", f"{side}bias")
+    names = (name or f"{side}hidden", f"{side}weight", f"{side}bias")
     for name, value in zip(names, (hidden, weight, bias), strict=True):
         if value is None and name == names[2]:
             continue
@@ -549,6 +549,25 @@ def head(side: str, hidden: Any, weight: Any, bias: Any, autocast: bool) -> None
         raise ValueError(f"{names[1]} must have shape (V, {hidden.shape[-1]}), got {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{names[2]} must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+
+
+def lone_head(side: str, weight: Any, bias: Any, teacher: Any) -> None:
+    """A head without hidden states, on the device of the logits or hidden states ``teacher``."""
+    alike = weight[:1] if isinstance(weight, Tensor) and weight.dim() == 2 else teacher
+    head(side, alike, weight, bias, autocast=True)
+    if isinstance(teacher, Tensor) and teacher.device != weight.device:
+        raise ValueError(f"{side}weight must be on the teacher's device {teacher.device}, got {weight.device}")
+
+
+def rows_of_head(weight: Tensor, columns: int, vocab_size: Optional[int]) -> None:
+    """A student's head for a teacher of so many columns."""
+    if vocab_size is None and weight.shape[0] != columns:
+        raise ValueError(
+            f"student_weight must have the teacher's {columns} rows, got {weight.shape[0]}; "
+            "pass vocab_size=... when the two are padded to different widths"
+        )
+    if vocab_size is not None and vocab_size > weight.shape[0]:
+        raise ValueError(f"vocab_size must be at most student_weight's {weight.shape[0]} rows, got {vocab_size}")
 
 
 def logits_dtype(value: Any, product: Optional[torch.dtype] = None) -> None:
@@ -686,6 +705,98 @@ def teacher_callable(function: Any, *heads: Any) -> None:
         raise TypeError(f"teacher_logits must be callable as teacher_logits(rows), got {type(function).__name__}")
     if any(item is not None for item in heads):
         raise ValueError("teacher_logits takes the place of teacher_hidden, teacher_weight and teacher_bias: give one")
+
+
+def expectation_alone(options: Any, *others: Any) -> None:
+    """``teacher_expectation`` stands alone, with options that a linear function of the log-probabilities bears."""
+    name = "teacher_expectation"
+    if any(item is not None for item in others):
+        raise ValueError(
+            f"{name} takes the place of teacher_hidden, teacher_weight, teacher_bias and teacher_logits: give one"
+        )
+    if options.resolved.entropy_weight is None:
+        raise ValueError(
+            f"divergence must be 'forward_kl' or 'soft_ce' with {name}, got {options.resolved.name!r}: others need all "
+            "of the teacher's probabilities"
+        )
+    reasons = {
+        "standardize": "no product of the head with the teacher's probabilities is left then",
+        "student_softcap": "no product of the head with the teacher's probabilities is left then",
+        "teacher_softcap": "that is an option of capture_expectation",
+        "teacher_weights": "average the probabilities of several teachers before they are captured",
+        "return_stats": "they need all of the teacher's probabilities",
+    }
+    for option, reason in reasons.items():
+        if (value := getattr(options, option)) is not None and value is not False:
+            raise ValueError(f"{option} does not go with {name}, got {value!r}: {reason}")
+    if options.teacher_form != "logits":
+        raise ValueError(f"teacher_form must be 'logits' with {name}, got {options.teacher_form!r}")
+    if options.logits_dtype is not None and options.logits_dtype.itemsize == 2:
+        raise ValueError(
+            f"logits_dtype must be float32 or None with {name}, got {_name(options.logits_dtype)}: the gradient is the "
+            "difference of two products as large as the head"
+        )
+
+
+def frozen_head(weight: Tensor, bias: Optional[Tensor]) -> None:
+    """A student's head that gets no gradient, with a bias that no product makes NaN."""
+    for name, value in (("student_weight", weight), ("student_bias", bias)):
+        if value is not None and value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} must not require grad with teacher_expectation: its gradient needs all of the teacher's "
+                "probabilities, and the expectation is of the head as it was; freeze it with requires_grad_(False), or "
+                "pass it detached"
+            )
+    finite_bias("student_bias", bias)
+
+
+def finite_bias(name: str, bias: Optional[Tensor]) -> None:
+    """A bias of which an expectation can be taken."""
+    if bias is not None and reads_values(bias) and not bool(bias.isfinite().all()):
+        raise ValueError(
+            f"{name} must be finite where expectations are taken; leave columns without a token out with vocab_size=..."
+        )
+
+
+def expectation(value: Any, temperature: Any, hidden: Tensor, student: Tensor, bias: Optional[Tensor]) -> None:
+    """A teacher's expectations suit the student's hidden states, its head's ``bias`` and the teacher's temperature."""
+    name = "teacher_expectation"
+    # Any NamedTuple of these names: pickles and collators make others.
+    if not all(hasattr(value, field) for field in ("expectation", "entropy", "bias", "temperature")):
+        raise TypeError(f"{name} must be a TeacherExpectation, got {type(value).__name__}")
+    rows = hidden.shape[:-1]
+    for field, shape in (("expectation", hidden.shape), ("entropy", rows), ("bias", rows)):
+        item = getattr(value, field)
+        if item is None and field == "bias":
+            continue
+        if not isinstance(item, Tensor):
+            raise TypeError(f"{name}.{field} must be a torch.Tensor, got {type(item).__name__}")
+        plain(f"{name}.{field}", item)
+        if item.dtype not in FLOATING:
+            raise TypeError(f"{name}.{field} must be float32, bfloat16, float16 or float64, got {_dtype(item)}")
+        if item.device != hidden.device:
+            raise ValueError(f"{name}.{field} must be on student_hidden's device {hidden.device}, got {item.device}")
+        if item.shape != shape:
+            raise ValueError(f"{name}.{field} must have shape {tuple(shape)}, got {tuple(item.shape)}")
+    if (value.bias is None) != (bias is None):
+        has, had = ("no", "a") if bias is None else ("a", "no")
+        raise ValueError(f"{name} was captured with {had} bias of the student's head, and the head has {has} bias")
+    captured = value.temperature
+    if isinstance(captured, Tensor) != isinstance(temperature, Tensor):
+        kinds = ("one per row", "a number") if isinstance(captured, Tensor) else ("a number", "one per row")
+        raise ValueError(f"teacher_temperature must be {name}'s, which is {kinds[0]}, got {kinds[1]}")
+    same = captured is temperature
+    if isinstance(captured, Tensor):
+        known, asked = (per_row("temperature", item, student) for item in (captured, temperature))
+        assert isinstance(known, Tensor) and isinstance(asked, Tensor)
+        same = same or not (reads_values(captured) and reads_values(temperature)) or torch.equal(known, asked)
+        if not same:
+            raise ValueError(f"teacher_temperature must be the one per row that {name} was captured at, got others")
+    elif not same and captured != temperature:
+        raise ValueError(
+            f"teacher_temperature must be {captured}, at which {name} was captured, got {symbols.shown(temperature)}; "
+            "it is temperature where it is not given"
+        )
 
 
 def sparse_grad_allowed(value: Any, columns_only: bool) -> None:
