@@ -1,6 +1,7 @@
 """kdkernels: fused distillation losses for PyTorch."""
 
 from kdkernels import divergences, onpolicy
+from kdkernels.attention import attention_kd_loss, relation_kd_loss
 from kdkernels.capture import TeacherExpectation, TeacherTopK, capture_samples, capture_topk
 from kdkernels.divergences import *  # noqa: F403
 from kdkernels.functional import dkd_loss, kd_loss, logit_mse_loss, taid_loss, topk_kd_loss
@@ -24,6 +25,7 @@ __all__ = [
     "TokenLogprobs",
     "TopKKDLoss",
     "TopKStats",
+    "attention_kd_loss",
     "capture_expectation",
     "capture_samples",
     "capture_topk",
@@ -37,6 +39,7 @@ __all__ = [
     "logit_mse_loss",
     "onpolicy",
     "register_divergence",
+    "relation_kd_loss",
     "taid_loss",
     "token_logprobs",
     "topk_kd_loss",

@@ -838,6 +838,61 @@ def expectation(value: Any, temperature: Any, hidden: Tensor, student: Tensor, b
         )
 
 
+def attention_operands(names: Sequence[str], operands: Sequence[Any]) -> None:
+    """Queries and keys ``(B, H, n, d)`` of student and teacher, in the order of the names."""
+    for name, value in zip(names, operands, strict=True):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        plain(name, value)
+        if value.dtype not in FLOATING:
+            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {_dtype(value)}")
+        if value.dim() != 4 or 0 in value.shape[1:]:
+            raise ValueError(f"{name} must have shape (B, H, n, d), none of them 0 but B, got {tuple(value.shape)}")
+        if value.device != operands[0].device:
+            raise ValueError(f"{name} must be on {names[0]}'s device {operands[0].device}, got {value.device}")
+    query = operands[0]
+    for k in (0, 2):
+        a, b = operands[k], operands[k + 1]
+        if (a.shape[0], a.shape[1], a.shape[2]) != query.shape[:3]:
+            raise ValueError(
+                f"{names[k]} must have {names[0]}'s B, H and n {tuple(query.shape[:3])}, got {tuple(a.shape[:3])}"
+            )
+        if b.dtype != a.dtype:
+            raise TypeError(f"{names[k + 1]} must have {names[k]}'s dtype {_dtype(a)}, got {_dtype(b)}")
+        if (b.shape[0], b.shape[2], b.shape[3]) != (a.shape[0], a.shape[2], a.shape[3]):
+            expected = (a.shape[0], "H'", *a.shape[2:])
+            raise ValueError(f"{names[k + 1]} must have shape {expected}, got {tuple(b.shape)}")
+        if a.shape[1] % b.shape[1]:
+            raise ValueError(
+                f"{names[k + 1]} must have a number of heads that divides {names[k]}'s {a.shape[1]}, got {b.shape[1]}"
+            )
+    if (query.dtype == torch.float64) != (operands[2].dtype == torch.float64):
+        raise TypeError(f"{names[2]} must be float64 where {names[0]} is, and only there, got {_dtype(operands[2])}")
+
+
+def attention_mask(mask: Any, query: Tensor) -> None:
+    """One bool for each token of each sequence."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a torch.Tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, True for tokens that count, got {_dtype(mask)}")
+    expected = (query.shape[0], query.shape[2])
+    if tuple(mask.shape) != expected:
+        raise ValueError(f"mask must have shape {expected}, got {tuple(mask.shape)}")
+    if mask.device != query.device:
+        raise ValueError(f"mask must be on the student's device {query.device}, got {mask.device}")
+
+
+def relation_vectors(name: str, value: Any, heads: int) -> None:
+    """Vectors ``(B, n, d)`` that split into heads."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dim() != 3 or 0 in value.shape[1:]:
+        raise ValueError(f"{name} must have shape (B, n, d), none of them 0 but B, got {tuple(value.shape)}")
+    if value.shape[-1] % heads:
+        raise ValueError(f"heads must divide the width of {name}, {value.shape[-1]}, got {heads}")
+
+
 def sparse_grad_allowed(value: Any, columns_only: bool) -> None:
     """A head has a gradient in few rows where few of them are multiplied."""
     flag("sparse_grad", value)

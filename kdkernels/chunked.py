@@ -417,7 +417,7 @@ def _logits_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tens
             teacher.project(states[rows], targets[k])
         if call.teacher_logits is not None:
             targets = _teacher_chunk(call, part, rows, count, device)
-        of_rows, stats[rows] = _objective(part, logits, targets, any(needs))
+        of_rows, stats[rows] = run_in_place(part, logits, targets, any(needs))
         added = None
         if expectation is not None and mean is not None:
             more, added = expectation.chosen(rows).rest(part, h, mean)
@@ -516,7 +516,7 @@ def _columns_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Ten
         logits = torch.bmm(head, h[:, :, None]).squeeze(2)  # [R, K]
         if bias is not None:
             logits += bias[flat].to(dtype).view_as(logits)
-        loss[rows], stats[rows] = _objective(_of_rows(launch, rows), logits, [], any(needs))
+        loss[rows], stats[rows] = run_in_place(_of_rows(launch, rows), logits, [], any(needs))
         if dhidden is not None:
             dhidden[rows] = torch.bmm(logits[:, None], head).squeeze(1).to(dhidden.dtype)
         if dbias is not None:
@@ -613,7 +613,7 @@ def _of_rows(launch: Launch, rows: Rows) -> Launch:
     )
 
 
-def _objective(launch: Launch, logits: Tensor, teachers: list[Tensor], with_grad: bool) -> tuple[Tensor, Tensor]:
+def run_in_place(launch: Launch, logits: Tensor, teachers: list[Tensor], with_grad: bool) -> tuple[Tensor, Tensor]:
     """Losses and statistics of a chunk ``[R, V]``; the gradient takes the place of the logits."""
     if launch.backend != "torch":
         loss, stats = run(launch, logits, tuple(teachers), logits if with_grad else None)
