@@ -10,6 +10,7 @@ from kdkernels.linear_capture import capture_expectation
 from kdkernels.linear_tokens import linear_gather_logprobs, linear_token_logprobs
 from kdkernels.losses import KDLoss, LinearKDLoss, LinearTopKKDLoss, TopKKDLoss
 from kdkernels.registry import register_divergence, unregister_divergence
+from kdkernels.sinkhorn import sinkhorn_bias
 from kdkernels.stats import KDStats, TopKStats
 from kdkernels.tokens import TokenLogprobs, gather_logprobs, token_logprobs
 
@@ -40,6 +41,7 @@ __all__ = [
     "onpolicy",
     "register_divergence",
     "relation_kd_loss",
+    "sinkhorn_bias",
     "taid_loss",
     "token_logprobs",
     "topk_kd_loss",

@@ -883,6 +883,18 @@ def attention_mask(mask: Any, query: Tensor) -> None:
         raise ValueError(f"mask must be on the student's device {query.device}, got {mask.device}")
 
 
+def sample_mask(mask: Any, logits: Tensor) -> None:
+    """One bool for each row."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a torch.Tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, True for rows that count, got {_dtype(mask)}")
+    if mask.shape != logits.shape[:-1]:
+        raise ValueError(f"mask must have shape {tuple(logits.shape[:-1])}, got {tuple(mask.shape)}")
+    if mask.device != logits.device:
+        raise ValueError(f"mask must be on the logits' device {logits.device}, got {mask.device}")
+
+
 def relation_vectors(name: str, value: Any, heads: int) -> None:
     """Vectors ``(B, n, d)`` that split into heads."""
     if not isinstance(value, Tensor):
