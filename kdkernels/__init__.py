@@ -4,6 +4,7 @@ from kdkernels import divergences, onpolicy
 from kdkernels.attention import attention_kd_loss, relation_kd_loss
 from kdkernels.capture import TeacherExpectation, TeacherTopK, capture_samples, capture_topk
 from kdkernels.divergences import *  # noqa: F403
+from kdkernels.features import feature_loss
 from kdkernels.functional import dkd_loss, kd_loss, logit_mse_loss, taid_loss, topk_kd_loss
 from kdkernels.linear import linear_kd_loss, linear_topk_kd_loss
 from kdkernels.linear_capture import capture_expectation
@@ -31,6 +32,7 @@ __all__ = [
     "capture_samples",
     "capture_topk",
     "dkd_loss",
+    "feature_loss",
     "gather_logprobs",
     "kd_loss",
     "linear_gather_logprobs",

@@ -15,7 +15,7 @@ from kdkernels.choices import Backend
 from kdkernels.chunked import budget, no_autocast, run_in_place
 from kdkernels.divergences import Divergence, DivergenceName
 from kdkernels.heads import sum_dtype
-from kdkernels.launch import dense_launch
+from kdkernels.launch import Launch, dense_launch, run_reference
 from kdkernels.objective import Objective
 
 KINDS = ("divergence", "mse")
@@ -70,7 +70,8 @@ def attention_kd_loss(
             a CUDA device, of operands widened to fp32 elsewhere.
 
     Returns:
-        The loss, float32 (float64 for float64). There is a first derivative only, in eager mode; a graph breaks here.
+        The loss, float32 (float64 for float64), with a first derivative. Under ``torch.compile`` the blocks are part of
+        the graph; backend "torch" makes all scores at once there.
 
     Raises:
         TypeError, ValueError: naming the argument, before anything is computed.
@@ -248,8 +249,10 @@ def _indices(pair: Any, count: int) -> tuple[int, int]:
     return first, second
 
 
-@torch.compiler.disable
 def _loss(query: Tensor, key: Tensor, call: _Call) -> Tensor:
+    if call.backend == "torch" and torch.compiler.is_compiling():
+        # No graph holds the autograd within the loop.
+        return _whole(query, key, call)
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
         return _AttentionLoss.apply(query, key, call)
     return _run(query.detach(), key.detach(), call, (False, False))[0]
@@ -314,16 +317,10 @@ def _run(
 def _rows_loss(call: _Call, scores: Tensor, target: Tensor, b: slice, r: slice, with_grad: bool) -> Tensor:
     """The losses ``[b, h, r]`` of blocks of scores ``[b, h, r, n]``, whose gradient takes their place."""
     length = scores.shape[-1]
-    seen: Optional[Tensor] = None if call.mask is None else call.mask[b, None, None, :]
-    if call.causal:
-        below = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()[r]
-        seen = below if seen is None else seen & below
-    counted = None if call.mask is None else call.mask[b, None, r].expand(scores.shape[:-1])
+    seen, counted = _seen(call, scores, b, r)
     if call.kind == "mse":
         scores -= target
         if seen is not None:
-            if counted is not None:
-                seen = seen & counted[..., None]
             scores.masked_fill_(~seen, 0.0)
         keys = length if seen is None else seen.sum(-1, keepdim=True).clamp(min=1)
         rows = (scores.square() / keys).sum(-1)
@@ -334,11 +331,54 @@ def _rows_loss(call: _Call, scores: Tensor, target: Tensor, b: slice, r: slice, 
         # No outcome on either side.
         scores.masked_fill_(~seen, -torch.inf)
         target.masked_fill_(~seen, -torch.inf)
-    labels = None if counted is None else torch.where(counted.reshape(-1), 0, IGNORED)
     flat = scores.view(-1, length)
-    launch = dense_launch(call.objective, flat, labels, length, call.backend, None, "probs")
-    rows, _ = run_in_place(launch, flat, [target.view(-1, length)], with_grad)
+    rows, _ = run_in_place(_launch(call, flat, counted), flat, [target.view(-1, length)], with_grad)
     return rows.view(scores.shape[:-1])
+
+
+def _launch(call: _Call, scores: Tensor, counted: Optional[Tensor]) -> Launch:
+    """The divergence of scores ``[R, n]``, of the queries that count."""
+    labels = None if counted is None else torch.where(counted.reshape(-1), 0, IGNORED)
+    return dense_launch(call.objective, scores, labels, scores.shape[-1], call.backend, None, "probs")
+
+
+def _seen(call: _Call, scores: Tensor, b: slice, r: slice) -> tuple[Optional[Tensor], Optional[Tensor]]:
+    """Which keys the queries of a block ``[b, h, r, n]`` see; and which queries ``[b, h, r]`` count."""
+    length = scores.shape[-1]
+    seen: Optional[Tensor] = None if call.mask is None else call.mask[b, None, None, :]
+    if call.causal:
+        below = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()[r]
+        seen = below if seen is None else seen & below
+    counted = None if call.mask is None else call.mask[b, None, r].expand(scores.shape[:-1])
+    if seen is not None and counted is not None and call.kind == "mse":
+        seen = seen & counted[..., None]
+    return seen, counted
+
+
+def _whole(query: Tensor, key: Tensor, call: _Call) -> Tensor:
+    """The loss of all scores at once in plain PyTorch: autograd sees all of it."""
+    sums, everything = sum_dtype(query.dtype), slice(None)
+    with no_autocast(query):
+        made = []
+        for q, k, scale in (
+            (query, key, call.scales[0]),
+            (call.teacher_query, call.teacher_key, call.scales[1]),
+        ):
+            if call.mask is not None:
+                q, k = (torch.where(call.mask[:, None, :, None], item, 0.0) for item in (q, k))
+            k = k.to(sums).repeat_interleave(q.shape[1] // k.shape[1], 1)
+            made.append(q.to(sums) @ k.transpose(-1, -2) * scale)
+        scores, target = made
+        seen, counted = _seen(call, scores, everything, everything)
+        if call.kind == "mse":
+            gap = (scores - target).square()
+            rows = gap.mean(-1) if seen is None else torch.where(seen, gap, 0.0).sum(-1) / seen.sum(-1).clamp(min=1)
+        else:
+            if seen is not None:
+                scores, target = (torch.where(seen, item, -torch.inf) for item in made)
+            flat = scores.flatten(0, 2)
+            rows = run_reference(_launch(call, flat, counted), flat, [target.flatten(0, 2)])[0].view(scores.shape[:-1])
+        return (rows.sum((-1, -2)) * _weights(call, query)).sum()
 
 
 def _weights(call: _Call, query: Tensor) -> Tensor:

@@ -892,7 +892,26 @@ def sample_mask(mask: Any, logits: Tensor) -> None:
     if mask.shape != logits.shape[:-1]:
         raise ValueError(f"mask must have shape {tuple(logits.shape[:-1])}, got {tuple(mask.shape)}")
     if mask.device != logits.device:
-        raise ValueError(f"mask must be on the logits' device {logits.device}, got {mask.device}")
+        raise ValueError(f"mask must be on the device of the rows, {logits.device}, got {mask.device}")
+
+
+def features(student: Any, teacher: Any) -> None:
+    """Hidden states ``(..., D)`` of one shape and device."""
+    for name, value in (("student", student), ("teacher", teacher)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        plain(name, value)
+        if value.dtype not in FLOATING:
+            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {_dtype(value)}")
+        if value.dim() == 0 or value.shape[-1] == 0:
+            raise ValueError(f"{name} must have shape (..., D) with D >= 1, got {tuple(value.shape)}")
+    if teacher.shape != student.shape:
+        raise ValueError(
+            f"teacher must have the student's shape {tuple(student.shape)}, got {tuple(teacher.shape)}; project the "
+            "student to the teacher's width where they differ"
+        )
+    if teacher.device != student.device:
+        raise ValueError(f"teacher must be on the student's device {student.device}, got {teacher.device}")
 
 
 def relation_vectors(name: str, value: Any, heads: int) -> None:

@@ -128,7 +128,7 @@ def test_the_examples_of_hidden_states_run():
     names: dict = {}
     for code in examples(DOCS / "guide" / "hidden-states.md"):
         exec(code, names)
-    assert names["rows"].shape == (64,) and names["loss"].requires_grad
+    assert names["rows"].shape == (64,) and names["states"].grad.any() and names["heads"][1].grad.any()
 
 
 def test_the_table_of_divergences_is_the_code_s():
