@@ -111,6 +111,39 @@ def test_beside_a_near_teacher_as_exact_as_the_full_loss(dtype, backend):
     assert abs(loss.double() - expected) < 3e-6
 
 
+def mixed_on_any_cpu(a, b, out, *, add):
+    """Stands in for ``heads.mixed_product`` of a device that has it; operands of 16 bits, as a GPU takes them."""
+    product = a.to(b.dtype).float() @ b.float()
+    out.copy_(product + out if add else product)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("distance", [0.02, 1.0])
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["cpu", "gpu"])
+def test_products_of_16_bit_operands_lose_nothing_of_q(dtype, distance, on_gpu, monkeypatch):
+    """What the rounding of an operand takes off is multiplied too, in the capture and in the loss."""
+    monkeypatch.setattr(heads, "products", lambda device, dtype, **_: "mixed" if dtype.itemsize == 2 else "plain")
+    monkeypatch.setattr(heads, "mixed_product", mixed_on_any_cpu)
+    init = heads.Head.__init__
+
+    def as_on_a_gpu(self, weight, *args, **kwargs):
+        init(self, weight, *args, **kwargs)
+        if on_gpu:
+            self._on_cpu = False
+            self.blocks = heads._blocks(kwargs["columns"], 128)
+
+    monkeypatch.setattr(heads.Head, "__init__", as_on_a_gpu)
+    hidden, weight, bias, teacher, labels = operands(dtype, distance)
+    expected, gradient = truth(hidden, weight, bias, teacher, labels)
+    captured = kd.capture_expectation(teacher, weight, student_bias=bias)
+    p = torch.softmax(teacher.double(), -1)
+    assert off(captured.expectation, p @ weight.double()) < (2e-5 if dtype == "bf16" else 3e-6)
+    hidden.requires_grad_()
+    loss = kd.linear_kd_loss(hidden, weight, labels=labels, student_bias=bias, teacher_expectation=captured)
+    (found,) = torch.autograd.grad(loss, hidden)
+    assert off(found, gradient) < ROUNDING[dtype] and abs(loss.double() - expected) < 2e-5
+
+
 @dtypes
 def test_what_is_captured(dtype):
     hidden, weight, bias, teacher, _ = operands(dtype)
