@@ -103,7 +103,8 @@ def capture_expectation(
         of_bias = None if weighted is None else torch.empty_like(entropy)
         fp16_range = Fp16Range(entropy.new_ones(()), False) if product == torch.float16 else None
         nothing = made.weight.new_zeros(())
-        row_bytes = columns * (sums.itemsize + dtype.itemsize) + made.row_bytes(0)
+        widened = 0 if dtype == sums else sums.itemsize
+        row_bytes = made.row_bytes(columns) + columns * (dtype.itemsize + widened)
         for rows, count in even_chunks(None, num, budget(chunk_bytes, teacher.device) // row_bytes):
             scores = scratch.logits("teacher logits", count, columns, dtype)
             if projection is None:
