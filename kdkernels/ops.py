@@ -161,7 +161,10 @@ SUMMED_SCHEMAS = {
 # dweight, dbias); a gradient that needs (of hidden, weight and bias) does not ask for is empty.
 LINEAR_TEACHERS = {
     "dense_fwd": "Tensor[] teacher_hidden, Tensor[] teacher_weight, Tensor?[] teacher_bias",
-    "topk_fwd": "Tensor teacher_ids, Tensor teacher_logprobs",
+    # What a teacher known by its expectations adds to a sparse one without entries, see chunked.Expectation.
+    "topk_fwd": (
+        "Tensor teacher_ids, Tensor teacher_logprobs, Tensor? expectation, Tensor? expected_bias, Tensor? entropy"
+    ),
 }
 
 # Patterns that a backend lacks, and why.
