@@ -7,17 +7,20 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from kdkernels import backends, checks, transforms
+from kdkernels import backends, checks, memory, transforms
 from kdkernels.autograd import graph_is_kept, has_saved_tensor_hooks, refuse_second_derivative, scaled
 from kdkernels.chunked import no_autocast
+from kdkernels.functional import pair
 from kdkernels.launch import flat
+from kdkernels.objective import MSEObjective
 from kdkernels.reference.features import LAYERNORM_EPS, NORM_EPS, feature_rows
 
 KINDS = ("mse", "l1", "smooth_l1", "cosine")
 NORMALIZATIONS = ("l2", "layernorm")
 REDUCTIONS = ("mean", "sum", "none")
+IGNORED = -100
 # Of a block's student vectors in fp32, of which some copies are in the caches at a time.
-CPU_BLOCK_BYTES = 2**18
+CPU_BLOCK_BYTES = 2**19
 GPU_BLOCK_BYTES = 2**26
 
 
@@ -42,10 +45,11 @@ def feature_loss(
         "smooth_l1"   mean of (a - b)^2 / (2 beta) where |a - b| < beta, |a - b| - beta / 2 elsewhere
         "cosine"      1 - <a, b> / (|a| |b|)
 
-    Rows are taken in blocks. On a CPU the caches hold a block: both inputs are read from memory once, the gradient is
-    written once, and nothing else of their size is made, where eager PyTorch reads 21 times for a cosine and 25 for
-    normalised vectors. On a GPU a block is larger and saves memory, not time: there is no kernel yet, and
-    ``torch.compile`` around the call is what fuses the formula.
+    "mse" of vectors as they are is the kernel of ``logit_mse_loss``, on a GPU too. For all others rows are taken in
+    blocks. On a CPU the caches hold a block: both inputs are read from memory once, the gradient is written once, and
+    nothing else of their size is made, where eager PyTorch reads 21 times for a cosine and 25 for normalised vectors.
+    On a GPU a block is larger and saves memory, not time: there is no kernel yet, and ``torch.compile`` around the call
+    is what fuses the formula.
 
     Args:
         student: ``(..., D)``, float32, bfloat16 or float16 (float64 on the CPU), projected to the teacher's width by
@@ -58,7 +62,7 @@ def feature_loss(
         mask: bool, of the shape of the rows, True for those that count; what is in the others is not looked at.
         row_weight: one number per row. It does not count in the mean.
         reduction: "mean" over the rows that count, "sum", or "none" for ``(...)``.
-        backend: "auto": the blocks, in PyTorch's operations and with a gradient written by hand; or "torch": the
+        backend: "auto": as above, the blocks in PyTorch's operations with a gradient written by hand; or "torch": the
             formula under autograd, with second derivatives, as under ``torch.compile`` and ``torch.func``.
 
     Returns:
@@ -96,6 +100,10 @@ def feature_loss(
     as_formula = backend == "torch" or torch.compiler.is_compiling()
     if not as_formula and transforms.active():
         as_formula = transforms.takes_part(student) or transforms.takes_part(teacher)
+    if kind == "mse" and normalize is None and not as_formula:
+        labels = None if mask is None else torch.where(mask, 0, IGNORED)
+        objective = MSEObjective.of({"row_weight": row_weight, "reduction": reduction, "ignore_index": IGNORED})
+        return pair("mse_fwd", objective, _by_rows(student), _by_rows(teacher.detach()), labels)
     if as_formula:
         with no_autocast(student):
             losses = _formula(rows, target, call)
@@ -106,6 +114,11 @@ def feature_loss(
     else:
         losses = _run(rows, target, call, None)
     return losses.reshape(student.shape[:-1]) if reduction == "none" else losses.sum()
+
+
+def _by_rows(vectors: Tensor) -> Tensor:
+    """The kernels take rows whose numbers stand side by side."""
+    return vectors if vectors.stride(-1) == 1 or vectors.shape[-1] == 1 else vectors.contiguous()
 
 
 class _Call(NamedTuple):
@@ -144,7 +157,7 @@ class _FeatureLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, call: _Call, by_row: bool) -> Tensor:
-        grad = torch.empty_like(student, memory_format=torch.contiguous_format)
+        grad = memory.empty_like(student)
         losses = _run(student, teacher, call, grad)
         # fp16 waits for a loss scale before it takes constants that it may not hold.
         factor = call.factor if student.dtype == torch.float16 else None

@@ -118,6 +118,17 @@ def test_a_vector_of_length_0_has_no_direction(normalize, backend):
     assert not grad.any()
 
 
+@pytest.mark.parametrize("kind", features.KINDS)
+def test_the_teacher_gets_no_gradient_and_any_stride_will_do(kind):
+    student, teacher = (item.transpose(0, 2).contiguous().transpose(0, 2) for item in vectors())
+    student.requires_grad_(), teacher.requires_grad_()
+    loss = kd.feature_loss(student, teacher, kind=kind)
+    loss.backward()
+    assert teacher.grad is None and student.grad.any()
+    torch.testing.assert_close(loss, kd.feature_loss(*vectors(), kind=kind))
+    assert not kd.feature_loss(student.detach(), teacher, kind=kind).requires_grad
+
+
 def test_vectors_of_any_stride_and_several_backwards():
     student, teacher = vectors()
     other = student.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()

@@ -86,6 +86,12 @@ def linear_tokens(of_rows=False, **options):
     return found if of_rows else found.logprobs
 
 
+def attention(**options):
+    query, key = (torch.randn(2, 4, 5, 6).requires_grad_() for _ in range(2))
+    mask = torch.arange(5) < torch.tensor([5, 3])[:, None]
+    return kd.attention_kd_loss(query, key, query.detach() * 2, key.detach(), mask=mask, **options)
+
+
 PER_ROW = torch.linspace(0.5, 2.0, ROWS)
 TERMS = {"ce_weight": 0.5, "z_loss_weight": 0.1, "label_smoothing": 0.1, "divergence": kd.JSD(0.3)}
 LOSSES = {
@@ -107,6 +113,8 @@ LOSSES = {
     "linear-expectation": lambda: linear_expectation(ce_weight=0.5),
     "linear-expectation-rows": lambda: linear_expectation(reduction="none", divergence="soft_ce"),
     "linear-columns": lambda: linear_topk(tail="renormalize_both"),
+    "attention": lambda: attention(causal=True, divergence=kd.JSD(0.3)),
+    "attention-mse": lambda: attention(kind="mse", chunk_bytes=300),
     "capture": lambda: kd.capture_topk(tensors()[1], K, temperature=2.0).logprobs,
     "capture-rows": lambda: kd.capture_topk(tensors()[1], K, temperature=PER_ROW).logprobs,
     "tokens": lambda: kd.token_logprobs(tensors()[0], tensors()[2], temperature=2.0, softcap=5.0).logprobs,
