@@ -1,13 +1,17 @@
 """kdkernels: fused distillation losses for PyTorch."""
 
 from kdkernels import alignment, divergences, onpolicy
-from kdkernels.capture import TeacherTopK, capture_samples, capture_topk
+from kdkernels.attention import attention_kd_loss, relation_kd_loss
+from kdkernels.capture import TeacherExpectation, TeacherTopK, capture_samples, capture_topk
 from kdkernels.divergences import *  # noqa: F403
+from kdkernels.features import feature_loss
 from kdkernels.functional import dkd_loss, kd_loss, logit_mse_loss, taid_loss, topk_kd_loss
 from kdkernels.linear import linear_kd_loss, linear_topk_kd_loss
+from kdkernels.linear_capture import capture_expectation
 from kdkernels.linear_tokens import linear_gather_logprobs, linear_token_logprobs
 from kdkernels.losses import KDLoss, LinearKDLoss, LinearTopKKDLoss, TopKKDLoss
 from kdkernels.registry import register_divergence, unregister_divergence
+from kdkernels.sinkhorn import sinkhorn_bias
 from kdkernels.stats import KDStats, TokenStats, TopKStats
 from kdkernels.tokens import TokenLogprobs, gather_logprobs, token_logprobs
 
@@ -18,15 +22,19 @@ __all__ = [
     "KDStats",
     "LinearKDLoss",
     "LinearTopKKDLoss",
+    "TeacherExpectation",
     "TeacherTopK",
     "TokenLogprobs",
     "TokenStats",
     "TopKKDLoss",
     "TopKStats",
     "alignment",
+    "attention_kd_loss",
+    "capture_expectation",
     "capture_samples",
     "capture_topk",
     "dkd_loss",
+    "feature_loss",
     "gather_logprobs",
     "kd_loss",
     "linear_gather_logprobs",
@@ -36,6 +44,8 @@ __all__ = [
     "logit_mse_loss",
     "onpolicy",
     "register_divergence",
+    "relation_kd_loss",
+    "sinkhorn_bias",
     "taid_loss",
     "token_logprobs",
     "topk_kd_loss",

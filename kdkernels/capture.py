@@ -30,6 +30,20 @@ class TeacherTopK(NamedTuple):
     tail_logprob: Tensor
 
 
+class TeacherExpectation(NamedTuple):
+    """A teacher by what a student with a frozen head needs of it, for ``linear_kd_loss(..., teacher_expectation=...)``.
+
+    With the teacher's p, and the student's head W and bias b: expectation ``(..., D)`` is ``p W``, entropy ``(...)``
+    that of p in nats, bias ``(...)`` is ``p b``, or None where the head has no bias. temperature is the teacher's, a
+    number or one value per row.
+    """
+
+    expectation: Tensor
+    entropy: Tensor
+    bias: Optional[Tensor] = None
+    temperature: PerRow = 1.0
+
+
 def capture_topk(
     teacher_logits: Tensor,
     k: int,

@@ -31,6 +31,52 @@ CPU_CHUNK_BYTES = 96 * 2**20
 GPU_CHUNK_BYTES = 512 * 2**20
 
 
+class Expectation(NamedTuple):
+    """A teacher of which the expectations under p of a frozen head ``[V, D]`` are known, and no probability.
+
+    The kernel is given a uniform teacher u. Cross entropies are linear in the teacher, so that those of p and u differ
+    by a product of hidden states and a vector of D numbers::
+
+        KL(p || q) = KL(u || q) + log V - H(p) + (h (E_u[w] - E_p[w]) + E_u[b] - E_p[b]) / T
+    """
+
+    weight: Tensor  # [N, D]
+    bias: Optional[Tensor]  # [N]
+    entropy: Optional[Tensor]  # [N]; None where the divergence is the cross entropy
+
+    def chosen(self, rows: Rows) -> Expectation:
+        bias, entropy = (None if item is None else item[rows] for item in (self.bias, self.entropy))
+        return Expectation(self.weight[rows], bias, entropy)
+
+    def rest(self, launch: Launch, hidden: Tensor, mean: tuple[Tensor, Optional[Tensor]]) -> tuple[Tensor, Tensor]:
+        """What the loss ``[R]`` of a uniform teacher lacks, and its gradient ``[R, D]``, with the weights of the rows.
+
+        ``mean`` is that of the head's rows and bias.
+        """
+        get, rows = launch.options, launch.rows
+        temperature = get["temperature"] if rows.student_temperature_rows is None else rows.student_temperature_rows
+        sums = mean[0].dtype
+        gap = mean[0] - self.weight.to(sums)
+        loss = (hidden.to(sums) * gap).sum(-1)
+        if self.bias is not None and mean[1] is not None:
+            loss = loss + (mean[1] - self.bias.to(sums))
+        loss = loss / temperature + math.log(get["vocab_size"])
+        if self.entropy is not None:
+            loss = loss - self.entropy.to(sums)
+        counted = None if rows.labels is None else rows.labels != get["ignore_index"]
+        weights = [item for item in (rows.row_weight, rows.kd_weight_rows) if item is not None]
+        for weight in weights:
+            counted = weight != 0 if counted is None else counted & (weight != 0)
+        if counted is not None:
+            # Nothing of the other rows is looked at, be it NaN.
+            loss, gap = torch.where(counted, loss, 0.0), torch.where(counted[:, None], gap, 0.0)
+        factor = get["scale"] * get["kd_weight"] * (temperature**2 if get["scale_by_t_squared"] else 1.0)
+        factor = loss.new_ones(()) * factor
+        for weight in weights:
+            factor = factor * weight
+        return loss * factor, gap * (factor / temperature).unsqueeze(-1)
+
+
 class Call(NamedTuple):
     """A linear loss but for the student's hidden states ``[N, D]`` and head."""
 
@@ -45,6 +91,7 @@ class Call(NamedTuple):
     num_teachers: int = 1  # that teacher_logits returns
     teacher_probs: bool = False  # it returns rows that add up to 1
     sparse_grad: bool = False
+    expectation: Optional[Expectation] = None  # beside a launch whose sparse teacher is uniform
 
     def dtypes(self, hidden: Tensor) -> tuple[torch.dtype, torch.dtype]:
         """Of the products of these hidden states with their head, and of the logits that they make."""
@@ -176,8 +223,10 @@ def _apart(call: Call) -> tuple[Call, list[Optional[Tensor]]]:
     tensors = [*launch.rows, *launch.sparse_teacher]
     for teacher in teachers:
         tensors.extend(teacher)
+    if call.expectation is not None:
+        tensors.extend(call.expectation)
     bare = launch._replace(rows=RowTensors(), sparse_teacher=())
-    return call._replace(launch=bare, teacher_hidden=(), teacher_weight=(), teacher_bias=()), tensors
+    return call._replace(launch=bare, teacher_hidden=(), teacher_weight=(), teacher_bias=(), expectation=None), tensors
 
 
 def _joined(call: Call, tensors: Sequence[Any]) -> Call:
@@ -185,7 +234,8 @@ def _joined(call: Call, tensors: Sequence[Any]) -> Call:
     count = len(RowTensors._fields)
     rows, rest = RowTensors(*tensors[:count]), tuple(tensors[count:])
     if call.launch.pattern == "topk_fwd":
-        return call._replace(launch=call.launch._replace(rows=rows, sparse_teacher=rest))
+        expectation = Expectation(*rest[2:]) if len(rest) > 2 else None
+        return call._replace(launch=call.launch._replace(rows=rows, sparse_teacher=rest[:2]), expectation=expectation)
     count = len(rest) // 3
     return call._replace(
         launch=call.launch._replace(rows=rows),
@@ -250,7 +300,21 @@ def whole(
             teachers = _teacher_chunk(call, call.launch, asked, len(logits), logits.device)
         if call.launch.pattern == "dense_fwd" and not teachers:
             teachers = [logits.detach()]
-        return run_reference(call.launch, logits, teachers)
+        loss, stats = run_reference(call.launch, logits, teachers)
+        if call.expectation is not None and call.launch.options["kd_weight"]:
+            part = call.expectation if rows is None else call.expectation.chosen(rows)
+            loss = loss + part.rest(call.launch, *_operands_and_mean(call, flat(hidden), weight, bias))[0]
+        return loss, stats
+
+
+def _operands_and_mean(
+    call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor]
+) -> tuple[Tensor, tuple[Tensor, Optional[Tensor]]]:
+    """The hidden states as products know them, and the mean of the head's rows and bias."""
+    product, columns = call.dtypes(hidden)[0], call.launch.options["vocab_size"]
+    sums = sum_dtype(product)
+    mean = weight[:columns].to(product).to(sums).mean(0)
+    return hidden.to(product), (mean, None if bias is None else bias[:columns].to(product).to(sums).mean())
 
 
 def _logits(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
@@ -274,7 +338,7 @@ def execute(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], 
     launch = call.launch
     if call.teacher_logits is not None or call.sparse_grad or launch.backend == "torch":
         return _run(call, hidden, weight, bias, needs)
-    teachers: tuple[Any, ...] = launch.sparse_teacher
+    teachers: tuple[Any, ...] = (*launch.sparse_teacher, *(call.expectation or (None,) * 3))
     if launch.pattern == "dense_fwd":
         teachers = (call.teacher_hidden, call.teacher_weight, call.teacher_bias)
     options = {
@@ -336,6 +400,8 @@ def _logits_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tens
     (dtype, logits_dtype), scratch = call.dtypes(hidden), Scratch(hidden)
     head = Head(weight, bias, columns=columns, dtype=dtype, logits_dtype=logits_dtype, scratch=scratch)
     teachers = _teacher_heads(call, scratch)
+    expectation = call.expectation if launch.options["kd_weight"] else None
+    mean = None if expectation is None else head.mean()
     # A product of 16-bit matrices may read what lies between rows.
     inputs = hidden.to(dtype).contiguous()
     loss, stats = _outputs(hidden, launch)
@@ -358,11 +424,25 @@ def _logits_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tens
         if launch.pattern == "dense_fwd" and not targets:
             # Of no weight, and read where the student is.
             targets = [logits]
-        loss[rows], stats[rows] = _objective(part, logits, targets, any(needs))
+        of_rows, stats[rows] = run_in_place(part, logits, targets, any(needs))
+        added = None
+        if expectation is not None and mean is not None:
+            more, added = expectation.chosen(rows).rest(part, h, mean)
+            of_rows = of_rows + more
+        loss[rows] = of_rows
         if any(needs):
-            dh = head.backward(logits, h, wants_dhidden=needs[0], dweight=dweight, dbias=dbias, fp16_range=fp16_range)
+            dh = head.backward(
+                logits,
+                h,
+                wants_dhidden=needs[0],
+                dweight=dweight,
+                dbias=dbias,
+                fp16_range=fp16_range,
+                with_residual=added is not None,
+            )
             if dhidden is not None and dh is not None:
-                dhidden[rows] = dh.to(dhidden.dtype)
+                # Before it is rounded: both are as large as the head, and near a teacher their sum is small.
+                dhidden[rows] = (dh if added is None else dh + added).to(dhidden.dtype)
     if fp16_range is None:
         return _Sums(loss, stats, dhidden, dweight, dbias)
     rest = fp16_range.sums.reciprocal()
@@ -449,7 +529,7 @@ def _columns_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Ten
         logits = torch.bmm(head, h[:, :, None]).squeeze(2)  # [R, K]
         if bias is not None:
             logits += bias[flat].to(dtype).view_as(logits)
-        loss[rows], stats[rows] = _objective(_of_rows(launch, rows), logits, [], any(needs))
+        loss[rows], stats[rows] = run_in_place(_of_rows(launch, rows), logits, [], any(needs))
         if dhidden is not None:
             dhidden[rows] = torch.bmm(logits[:, None], head).squeeze(1).to(dhidden.dtype)
         if dbias is not None:
@@ -546,7 +626,7 @@ def _of_rows(launch: Launch, rows: Rows) -> Launch:
     )
 
 
-def _objective(launch: Launch, logits: Tensor, teachers: list[Tensor], with_grad: bool) -> tuple[Tensor, Tensor]:
+def run_in_place(launch: Launch, logits: Tensor, teachers: list[Tensor], with_grad: bool) -> tuple[Tensor, Tensor]:
     """Losses and statistics of a chunk ``[R, V]``; the gradient takes the place of the logits."""
     if launch.backend != "torch":
         loss, stats = run(launch, logits, tuple(teachers), logits if with_grad else None)
@@ -584,12 +664,14 @@ def _register(pattern: str, num_teacher: int) -> None:
         teacher, rows = tensors[:num_teacher], tensors[num_teacher:]
         sparse = pattern == "topk_fwd"
         named = RowTensors(**dict(zip(ops.ROW_TENSORS[pattern], rows, strict=True)))
-        launch = Launch(pattern, backend, named, options, teacher if sparse else ())
+        launch = Launch(pattern, backend, named, options, teacher[:2] if sparse else ())
         call = Call(launch, chunk_bytes, product_dtype, logits_dtype, *(() if sparse else map(tuple, teacher)))
+        if sparse and teacher[2] is not None:
+            call = call._replace(expectation=Expectation(*teacher[2:]))
         return _run(call, hidden, weight, bias, needs)[:6]
 
     ops.implement(f"linear_{pattern}", loop)
 
 
 _register("dense_fwd", 3)
-_register("topk_fwd", 2)
+_register("topk_fwd", 5)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from kdkernels import __version__
 
@@ -69,9 +69,8 @@ def _info(args: argparse.Namespace) -> int:
         "teacher": index.identity.teacher or "(no name)",
         "tokenizer": index.identity.tokenizer,
         "vocabulary": f"{index.identity.vocab_size:,}",
-        "top-k": index.identity.k,
+        **_of_kind(index),
         "temperature": f"{index.identity.temperature:g}",
-        "tail": "yes" if index.tail else "no",
         "extras": ", ".join(f"{name} ({dtype})" for name, dtype in index.extras.items()) or "none",
         "shards": f"{len(index.shards):,}",
         "sequences": f"{sum(shard.sequences for shard in index.shards):,}",
@@ -81,6 +80,17 @@ def _info(args: argparse.Namespace) -> int:
     }
     print("\n".join(f"{name:<13}{fact}" for name, fact in facts.items()))
     return 0
+
+
+def _of_kind(index: Any) -> dict[str, Any]:
+    """What a cache of entries has, or one of expectations."""
+    if not index.identity.hidden_size:
+        return {"top-k": index.identity.k, "tail": "yes" if index.tail else "no"}
+    return {
+        "expectation": f"{index.identity.hidden_size:,} ({index.dtype})",
+        "head": index.identity.head,
+        "bias": "yes" if index.bias else "no",
+    }
 
 
 def _verify(args: argparse.Namespace) -> int:

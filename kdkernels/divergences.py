@@ -52,6 +52,8 @@ class Divergence:
     finite_without_teacher: ClassVar[Optional[bool]] = None
     # True where ``f(0, q) = q f(0, 1)``, so that outcomes without a teacher are known by their mass.
     linear_without_teacher: ClassVar[bool] = False
+    # w where ``D = -E_p[log q] - w H(p)``: linear in log q, so that expectations are all it needs of p. None elsewhere.
+    entropy_weight: ClassVar[Optional[float]] = None
 
     def params(self) -> tuple[float, float]:
         """The two run-time numbers handed to the kernels; unused ones are 0."""
@@ -95,6 +97,7 @@ class ForwardKL(Divergence):
     finite_without_teacher = True
     linear_without_teacher = True
     bounded_gradient = True
+    entropy_weight = 1.0
     sweeps = 2
 
     def dual(self) -> Divergence:
@@ -295,6 +298,7 @@ class SoftCE(Divergence):
     finite_without_teacher = True
     linear_without_teacher = True
     bounded_gradient = True
+    entropy_weight = 0.0
     sweeps = 2
 
     def dual(self) -> Divergence:

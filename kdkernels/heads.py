@@ -225,10 +225,13 @@ class Head:
         dweight: Optional[HeadGrad],
         dbias: Optional[HeadGrad],
         fp16_range: Optional[Fp16Range] = None,
+        with_residual: bool = False,
     ) -> Optional[Tensor]:
         """Add the gradients of a chunk to ``dweight`` and ``dbias``; return that of ``hidden``, until the next call.
 
-        With ``fp16_range`` the sums of ``dweight`` come out multiplied by ``fp16_range.sums``.
+        With ``fp16_range`` the sums of ``dweight`` come out multiplied by ``fp16_range.sums``. ``with_residual``, for
+        that of ``hidden`` alone: what the operands of products lose of ``dlogits`` in rounding is multiplied too, and
+        ``dlogits`` is gone afterwards.
         """
         dhidden = scale = total = None
         if wants_dhidden:
@@ -248,7 +251,10 @@ class Head:
                 sums += dblock.sum(0, dtype=sums.dtype)
             dblock = self._operand(dblock, scale)
             if dhidden is not None:
-                self._add(dhidden, dblock, self._block(block), first=block.start == 0)
+                weight = self._block(block)
+                self._add(dhidden, dblock, weight, first=block.start == 0)
+                if with_residual and self.way == "mixed":
+                    self._add(dhidden, self._residual(dlogits[:, block], dblock, scale), weight)
             if dweight is not None:
                 self._add(dweight.sums(block), dblock.t(), hidden)
         if dhidden is not None and total is not None:
@@ -264,6 +270,13 @@ class Head:
             return dblock if self._on_cpu else self._scratch.converted("dlogits", dblock, self._rounded)
         return self._wide("logits", dblock)
 
+    def _residual(self, dblock: Tensor, operand: Tensor, scale: Optional[Tensor]) -> Tensor:
+        """What an operand lacks of the block that it was rounded from, whose place it takes."""
+        if scale is not None:
+            dblock *= scale
+        dblock -= operand.to(self._rounded)
+        return self._operand(dblock, None)
+
     def _add(self, sums: Tensor, a: Tensor, b: Tensor, *, first: bool = False) -> None:
         """``sums += a @ b``; the ``first`` time what is there counts as 0."""
         if self.way == "mixed":
@@ -277,6 +290,14 @@ class Head:
     def _block(self, block: slice) -> Tensor:
         """Rows of the head, rounded to the dtype of the products and widened again."""
         return self._wide("weight", self._scratch.converted("rounded", self.weight[block], self._rounded))
+
+    def mean(self) -> tuple[Tensor, Optional[Tensor]]:
+        """The mean of the head's rows ``[D]`` and of its bias, as the products know them, in the dtype of the sums."""
+        sums = sum_dtype(self._rounded)
+        total = torch.zeros(self.weight.shape[1], dtype=sums, device=self.weight.device)
+        for block in self.blocks:
+            total += self._block(block).sum(0, dtype=sums)
+        return total / len(self.weight), None if self.bias is None else self.bias.to(sums).mean()
 
     def _wide(self, name: str, source: Tensor) -> Tensor:
         return self._scratch.converted(name, source, self._widened)

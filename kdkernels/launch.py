@@ -117,6 +117,30 @@ def topk_launch(
     return Launch("topk_fwd", backend, rows, scalars, teacher, options.gradient_size)
 
 
+def uniform_launch(options: Any, student: Tensor, labels: Any, columns: int) -> Launch:
+    """The call of a dense objective whose teacher is uniform: a sparse one without entries, all of it tail."""
+    backend = backends.choose(options.backend, student, divergence="forward_kl", pattern="topk_fwd")
+    scale, rows = row_tensors(options, student, checks.labels_of(options, labels, student, columns))
+    number, dtype = num_rows(student), checks.sum_dtype(student)
+    rows = rows._replace(
+        teacher_temperature_rows=None, tail_rows=torch.zeros(number, dtype=dtype, device=student.device)
+    )
+    known = (*ops.NUMBERS["topk_fwd"], *ops.CHOICES["topk_fwd"], "stats")
+    scalars = {name: value for name, value in options.scalars.items() if name in known}
+    scalars |= {
+        "divergence": "forward_kl",
+        "teacher_temperature": 1.0,
+        "tail": "uniform",
+        "min_tail": 0.0,
+        "tail_rounding": 0.0,
+        "scale": scale,
+        "vocab_size": columns,
+    }
+    ids = torch.full((number, 1), -1, dtype=torch.int64, device=student.device)
+    logprobs = torch.full((number, 1), -torch.inf, dtype=dtype, device=student.device)
+    return Launch("topk_fwd", backend, rows, scalars, (ids, logprobs), options.gradient_size)
+
+
 def with_stats(loss: Tensor, stats: Optional[Tensor], student: Tensor, kind: Any) -> Any:
     """The loss, with the columns of ``stats`` as a named tuple of type ``kind`` where there are any."""
     if stats is None:

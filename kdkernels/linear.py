@@ -10,9 +10,11 @@ from torch import Tensor
 
 from kdkernels import backends, checks, symbols, transforms
 from kdkernels.autograd import reduced
-from kdkernels.chunked import Call, LinearLoss, LinearRows, Rows, execute, projects_columns, whole
-from kdkernels.launch import dense_launch, flat, topk_launch, with_stats, without_teacher
+from kdkernels.capture import TeacherExpectation
+from kdkernels.chunked import Call, Expectation, LinearLoss, LinearRows, Rows, execute, projects_columns, whole
+from kdkernels.launch import dense_launch, flat, topk_launch, uniform_launch, with_stats, without_teacher
 from kdkernels.objective import LinearObjective, LinearTopKObjective, takes
+from kdkernels.reduction import num_rows
 from kdkernels.stats import KDStats, TopKStats
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ def linear_kd_loss(
     student_bias: Optional[Tensor] = None,
     teacher_bias: Optional[Union[Tensor, Sequence[Optional[Tensor]]]] = None,
     teacher_logits: Optional[Callable[[Rows], Any]] = None,
+    teacher_expectation: Optional[TeacherExpectation] = None,
     return_stats: Literal[False] = False,
     **options: Unpack[LinearOptions],
 ) -> Tensor: ...
@@ -48,6 +51,7 @@ def linear_kd_loss(
     student_bias: Optional[Tensor] = None,
     teacher_bias: Optional[Union[Tensor, Sequence[Optional[Tensor]]]] = None,
     teacher_logits: Optional[Callable[[Rows], Any]] = None,
+    teacher_expectation: Optional[TeacherExpectation] = None,
     return_stats: Literal[True],
     **options: Unpack[LinearOptions],
 ) -> tuple[Tensor, KDStats]: ...
@@ -62,6 +66,7 @@ def linear_kd_loss(
     student_bias: Optional[Tensor] = None,
     teacher_bias: Optional[Union[Tensor, Sequence[Optional[Tensor]]]] = None,
     teacher_logits: Optional[Callable[[Rows], Any]] = None,
+    teacher_expectation: Optional[TeacherExpectation] = None,
     return_stats: bool,
     **options: Unpack[LinearOptions],
 ) -> Union[Tensor, tuple[Tensor, KDStats]]: ...
@@ -76,6 +81,7 @@ def linear_kd_loss(
     student_bias: Optional[Tensor] = None,
     teacher_bias: Optional[Union[Tensor, Sequence[Optional[Tensor]]]] = None,
     teacher_logits: Optional[Callable[[Rows], Any]] = None,
+    teacher_expectation: Optional[TeacherExpectation] = None,
     **options: Any,
 ) -> Any:
     r"""``kd_loss`` of the logits ``hidden @ weight.T + bias`` of student and teacher, which are never stored whole.
@@ -103,6 +109,10 @@ def linear_kd_loss(
             that returns logits ``[R, V]`` on any device (a sequence of them for a mixture). ``rows`` counts the
             flattened rows: a ``slice``, or an int64 tensor where rows are left out; it indexes a tensor ``[N, ...]``.
             With reduction "none" ``backward`` calls it again, and needs the same logits. Eager only.
+        teacher_expectation: in place of the teacher's hidden states and head, what ``capture_expectation`` made of them
+            with this very head of the student, which is frozen: it gets no gradient. For forward KL and soft cross
+            entropy, with all options but the statistics, ``standardize`` and a softcap; the teacher's temperature must
+            be that of the capture. Loss and gradient are exact, see docs/guide/hidden-states.md.
         chunk_bytes: of the logits of a chunk, student's and teachers' together; by default 96 MiB on a CPU and 512 MiB
             on a GPU. It bounds the memory, whatever N is, down to one row.
         logits_dtype: for products of 16-bit operands, their dtype asks for logits rounded to it, in chunks of twice as
@@ -137,6 +147,7 @@ def linear_kd_loss(
         student_bias=student_bias,
         teacher_bias=teacher_bias,
         teacher_logits=teacher_logits,
+        teacher_expectation=teacher_expectation,
     )
 
 
@@ -240,8 +251,12 @@ def dense(
     student_bias: Any,
     teacher_bias: Any,
     teacher_logits: Any,
+    teacher_expectation: Any,
 ) -> Any:
     """``linear_kd_loss`` of an objective."""
+    if teacher_expectation is not None:
+        checks.expectation_alone(objective, teacher_hidden, teacher_weight, teacher_bias, teacher_logits)
+        return _of_expectation(objective, hidden, weight, teacher_expectation, labels, student_bias)
     head, bias, product_dtype, logits = as_student(objective, hidden, weight, student_bias)
     columns = checks.student_of(objective, logits)
     single = objective.teacher_weights is None and not isinstance(teacher_hidden, (list, tuple))
@@ -280,6 +295,26 @@ def dense(
     return without_teacher(result) if alone else result
 
 
+def _of_expectation(
+    objective: LinearObjective, hidden: Any, weight: Any, teacher: TeacherExpectation, labels: Any, student_bias: Any
+) -> Any:
+    """The loss of a uniform teacher, by the kernel, and of what is known of this one, see ``chunked.Expectation``."""
+    head, bias, product_dtype, logits = as_student(objective, hidden, weight, student_bias)
+    columns = checks.student_of(objective, logits)
+    checks.frozen_head(head, bias)
+    checks.expectation(teacher, objective.of_teacher, hidden, logits, bias)
+    num = num_rows(logits)
+    expectation = Expectation(
+        flat(teacher.expectation.detach()),
+        None if teacher.bias is None else teacher.bias.detach().reshape(num),
+        teacher.entropy.detach().reshape(num) if objective.resolved.entropy_weight else None,
+    )
+    launch = uniform_launch(objective, logits, labels, columns)
+    call = Call(launch, objective.chunk_bytes, product_dtype, objective.logits_dtype, expectation=expectation)
+    frozen = head.detach(), None if bias is None else bias.detach()
+    return _result(objective, call, hidden, *frozen, [labels, *expectation], KDStats)
+
+
 def topk(
     objective: LinearTopKObjective,
     hidden: Any,
@@ -304,14 +339,14 @@ def as_student(
     objective: Any, hidden: Any, weight: Any, bias: Any, side: str = "student_"
 ) -> tuple[Tensor, Optional[Tensor], Optional[torch.dtype], Tensor]:
     """The head's weight and bias, the dtype that autocast wants of products, and what stands for the logits."""
-    product_dtype = _autocast_dtype(hidden)
+    product_dtype = autocast_dtype(hidden)
     head, bias = checks.head_tensors(side, weight, bias)
     checks.head(side, hidden, head, bias, product_dtype is not None)
     checks.logits_dtype(objective.logits_dtype, product_dtype or hidden.dtype)
-    return head, bias, product_dtype, _stand_in(hidden, head, product_dtype)
+    return head, bias, product_dtype, stand_in(hidden, head, product_dtype)
 
 
-def _autocast_dtype(hidden: Any) -> Optional[torch.dtype]:
+def autocast_dtype(hidden: Any) -> Optional[torch.dtype]:
     """The dtype that autocast, where it is on, wants of the operands of a product; it leaves fp64 alone."""
     if not isinstance(hidden, Tensor) or hidden.dtype == torch.float64 or hidden.is_meta:
         return None
@@ -319,7 +354,7 @@ def _autocast_dtype(hidden: Any) -> Optional[torch.dtype]:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def _stand_in(hidden: Tensor, weight: Tensor, product_dtype: Optional[torch.dtype]) -> Tensor:
+def stand_in(hidden: Tensor, weight: Tensor, product_dtype: Optional[torch.dtype]) -> Tensor:
     """A tensor of the shape, dtype and device of the logits and the memory of one row: what all checks need of them."""
     row = hidden.new_empty(weight.shape[0], dtype=product_dtype or hidden.dtype)
     return row.expand(*hidden.shape[:-1], -1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import functional, linear
+from kdkernels.capture import TeacherExpectation
 from kdkernels.objective import LinearObjective, LinearTopKObjective, Objective, Options, TopKObjective, takes
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ class LinearKDLoss(_Loss):
         student_bias: Optional[Tensor] = None,
         teacher_bias: Any = None,
         teacher_logits: Optional[Callable[..., Any]] = None,
+        teacher_expectation: Optional[TeacherExpectation] = None,
     ) -> Any:
         return linear.dense(
             self.objective,
@@ -112,6 +114,7 @@ class LinearKDLoss(_Loss):
             student_bias=student_bias,
             teacher_bias=teacher_bias,
             teacher_logits=teacher_logits,
+            teacher_expectation=teacher_expectation,
         )
 
 

@@ -161,7 +161,10 @@ SUMMED_SCHEMAS = {
 # dweight, dbias); a gradient that needs (of hidden, weight and bias) does not ask for is empty.
 LINEAR_TEACHERS = {
     "dense_fwd": "Tensor[] teacher_hidden, Tensor[] teacher_weight, Tensor?[] teacher_bias",
-    "topk_fwd": "Tensor teacher_ids, Tensor teacher_logprobs",
+    # What a teacher known by its expectations adds to a sparse one without entries, see chunked.Expectation.
+    "topk_fwd": (
+        "Tensor teacher_ids, Tensor teacher_logprobs, Tensor? expectation, Tensor? expected_bias, Tensor? entropy"
+    ),
 }
 
 # Patterns that a backend lacks, and why.
@@ -367,6 +370,36 @@ _LINEAR_TOKEN_FAKES: dict[str, Callable[..., Any]] = {
 for _pattern, _schema in LINEAR_TOKENS.items():
     _library.define(f"linear_{_pattern}{_schema}", tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"{NAMESPACE}::linear_{_pattern}", _LINEAR_TOKEN_FAKES[_pattern], lib=_library)
+
+
+# The blocks of attention scores, in one op. Returns (loss, dquery, dkey), in the dtype of the sums where the operand is
+# in fp16; a gradient that needs (of query and key) does not ask for is empty.
+_library.define(
+    "attention_loop(Tensor query, Tensor key, Tensor teacher_query, Tensor teacher_key, Tensor? mask, *, bool causal, "
+    "str kind, float student_scale, float teacher_scale, str reduction, str backend, int? chunk_bytes, bool[] needs, "
+    "str divergence, int vocab_size, float[] numbers, int[] choices, bool stats) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _attention_fake(
+    query: Tensor, key: Tensor, *args: object, needs: Sequence[bool], **kwargs: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss = _sums(query)
+    grads = [
+        torch.empty_like(
+            item,
+            dtype=loss.dtype if item.dtype == torch.float16 else item.dtype,
+            memory_format=torch.contiguous_format,
+        )
+        if need
+        else _sums(query, 0)
+        for item, need in zip((query, key), needs, strict=True)
+    ]
+    return loss, grads[0], grads[1]
+
+
+torch.library.register_fake(f"{NAMESPACE}::attention_loop", _attention_fake, lib=_library)
 
 
 def packed(pattern: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -410,8 +410,8 @@ def test_not_a_cache(tmp_path, folder):
     with pytest.raises(kd_cache.CacheFormatError, match="not a teacher cache"):
         kd_cache.TeacherCache(tmp_path, **IDENTITY)
     path = folder / "index.json"
-    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
-    with pytest.raises(kd_cache.CacheFormatError, match="version 2, and 1 can be read"):
+    path.write_text(path.read_text().replace('"version": 1', '"version": 3'))
+    with pytest.raises(kd_cache.CacheFormatError, match="version 3, and 1 and 2 can be read"):
         kd_cache.TeacherCache(folder, **IDENTITY)
     path.unlink()
     with pytest.raises(kd_cache.CacheFormatError, match="not overwritten"):
@@ -507,7 +507,7 @@ def test_every_malformed_index_is_a_format_error(folder):
             after = after[step]
         assert may_stay(kind, where, before, after), f"{kind} at {where}: {before!r} became {after!r}"
         # The identity is the one in the file, and using the cache works or says what is wrong.
-        assert json.loads(json.dumps(vars(found.identity))) == mutated["identity"]
+        assert json.loads(json.dumps(found.identity.content())) == mutated["identity"]
         stayed.add(where[0] if len(where) == 1 else where[-1])
         with contextlib.suppress(kd_cache.CacheError):
             cache = kd_cache.TeacherCache(folder, **IDENTITY)

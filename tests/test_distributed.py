@@ -62,6 +62,17 @@ def of_rank(tensor, dim=0):
     return tensor.chunk(WORLD, dim)[dist.get_rank()]
 
 
+def check_sinkhorn_of_all_ranks():
+    teacher = 3 * torch.randn(7, 12, generator=torch.Generator().manual_seed(2))
+    mask = torch.arange(7) != 2
+    expected = kd.sinkhorn_bias(teacher, 0.3, mask=mask)
+    found = kd.sinkhorn_bias(of_rank(teacher), 0.3, mask=of_rank(mask), group=dist.group.WORLD)
+    close(found, expected)
+    # All samples are of one rank.
+    share = slice(0, 7 if dist.get_rank() else 0)
+    close(kd.sinkhorn_bias(teacher[share], 0.3, mask=mask[share], group=dist.group.WORLD), expected)
+
+
 # DTensor logits.
 
 

@@ -128,7 +128,7 @@ def test_the_examples_of_hidden_states_run():
     names: dict = {}
     for code in examples(DOCS / "guide" / "hidden-states.md"):
         exec(code, names)
-    assert names["rows"].shape == (64,) and names["loss"].requires_grad
+    assert names["rows"].shape == (64,) and names["states"].grad.any() and names["heads"][1].grad.any()
 
 
 def test_the_table_of_divergences_is_the_code_s():
@@ -138,10 +138,14 @@ def test_the_table_of_divergences_is_the_code_s():
 def test_the_example_of_the_cache_runs(tmp_path, monkeypatch):
     pytest.importorskip("safetensors", reason="the cache writes safetensors")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    (code,) = examples(DOCS / "guide" / "cache.md")
+    code, expectations = examples(DOCS / "guide" / "cache.md")
     names: dict = {}
     exec(code, names)
     assert len(names["cache"]) == 8 and names["batch"]["ids"].shape == (4, 100, 64)
+    exec(expectations, names)
+    assert len(names["cache"]) == 8 and names["batch"]["expectation"].shape == (4, 100, 64)
+    names["loss"].backward()
+    assert names["hidden"].grad.any()
 
 
 def test_the_examples_of_sampled_tokens_run():
@@ -158,11 +162,18 @@ def test_the_examples_of_sampled_tokens_run():
 
 def test_the_sizes_of_the_cache_are_the_code_s():
     pytest.importorskip("safetensors", reason="the cache writes safetensors")
-    from kdkernels.cache.codec import Layout
+    from kdkernels.cache.codec import ExpectationLayout, Layout
 
     edges = {0: 2**16 - 1, 1: 2**17 - 1, 2: 2**18 - 1, 4: 2**20 - 1, 8: 2**24 - 1}
     layouts = [Layout(64, vocab_size, True, {}) for vocab_size in edges.values()]
     assert [layout.high_bits for layout in layouts] == list(edges)
+    text = (DOCS / "guide" / "cache.md").read_text()
+    for width in (896, 2048, 4096):
+        halved, full = (
+            f"{ExpectationLayout(width, dtype, False, {}).token_bytes:,}" for dtype in (torch.float16, torch.float32)
+        )
+        assert f"D = {width:,} | {halved} | {full} |" in text
+    assert f"| top-1024 | {Layout(1024, 128256, True, {}).token_bytes:,} |" in text
     sizes = [str(layout.token_bytes) for layout in layouts]
     assert f"takes {', '.join(sizes[:-1])} and {sizes[-1]} bytes for h = 0, 1, 2, 4 and 8" in " ".join(
         (DOCS / "guide" / "cache.md").read_text().split()

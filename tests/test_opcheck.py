@@ -74,9 +74,22 @@ def linear_topk(**options):
     return kd.linear_topk_kd_loss(*hidden(), ids, logprobs, labels, **options)
 
 
+def linear_expectation(**options):
+    states, head = (item.detach() for item in hidden())
+    teacher = kd.capture_expectation(tensors()[1], head, student_bias=head[:, 0])
+    call = {"labels": tensors()[2], "student_bias": head[:, 0], "teacher_expectation": teacher}
+    return kd.linear_kd_loss(states.requires_grad_(), head, **call, **options)
+
+
 def linear_tokens(of_rows=False, **options):
     found = kd.linear_token_logprobs(*hidden(), tensors()[2], **options)
     return found if of_rows else found.logprobs
+
+
+def attention(**options):
+    query, key = (torch.randn(2, 4, 5, 6).requires_grad_() for _ in range(2))
+    mask = torch.arange(5) < torch.tensor([5, 3])[:, None]
+    return kd.attention_kd_loss(query, key, query.detach() * 2, key.detach(), mask=mask, **options)
 
 
 PER_ROW = torch.linspace(0.5, 2.0, ROWS)
@@ -97,7 +110,11 @@ LOSSES = {
     "linear-rows": lambda: linear_dense(reduction="none", temperature=PER_ROW, row_weight=PER_ROW),
     "linear-topk": lambda: linear_topk(**TERMS),
     "linear-topk-rows": lambda: linear_topk(reduction="none", return_stats=True)[0],
+    "linear-expectation": lambda: linear_expectation(ce_weight=0.5),
+    "linear-expectation-rows": lambda: linear_expectation(reduction="none", divergence="soft_ce"),
     "linear-columns": lambda: linear_topk(tail="renormalize_both"),
+    "attention": lambda: attention(causal=True, divergence=kd.JSD(0.3)),
+    "attention-mse": lambda: attention(kind="mse", chunk_bytes=300),
     "capture": lambda: kd.capture_topk(tensors()[1], K, temperature=2.0).logprobs,
     "capture-rows": lambda: kd.capture_topk(tensors()[1], K, temperature=PER_ROW).logprobs,
     "tokens": lambda: kd.token_logprobs(tensors()[0], tensors()[2], temperature=2.0, softcap=5.0).logprobs,

@@ -2,6 +2,7 @@
 
 Write with ``TeacherCacheWriter``, which loses no closed shard to a kill and goes on where it stopped; read with
 ``TeacherCache`` by the number of the sequence, or with ``TeacherDataset`` and ``collate`` through a ``DataLoader``.
+``ExpectationCacheWriter`` and ``ExpectationCache`` do the same for a teacher's expectations under a student's head.
 ``docs/guide/cache.md`` has the format and its guarantees, ``python -m kdkernels cache --help`` the commands. Needs the
 packages safetensors and numpy, which importing kdkernels itself does not.
 """
@@ -12,7 +13,7 @@ try:
 except ImportError as error:
     raise ImportError(f"kdkernels.cache needs the package {error.name}: pip install numpy safetensors") from error
 
-from kdkernels.cache.codec import TeacherSequence
+from kdkernels.cache.codec import ExpectationSequence, TeacherSequence
 from kdkernels.cache.dataset import TeacherDataset, collate
 from kdkernels.cache.errors import (
     CacheError,
@@ -24,15 +25,18 @@ from kdkernels.cache.errors import (
     TruncatedShardError,
     VocabularyMismatchError,
 )
-from kdkernels.cache.index import Identity, fingerprint
-from kdkernels.cache.reader import TeacherCache
-from kdkernels.cache.writer import TeacherCacheWriter
+from kdkernels.cache.index import Identity, fingerprint, head_fingerprint
+from kdkernels.cache.reader import ExpectationCache, TeacherCache
+from kdkernels.cache.writer import ExpectationCacheWriter, TeacherCacheWriter
 
 __all__ = [
     "CacheError",
     "CacheFormatError",
     "CacheLockedError",
     "ChecksumError",
+    "ExpectationCache",
+    "ExpectationCacheWriter",
+    "ExpectationSequence",
     "Identity",
     "IdentityMismatchError",
     "MissingShardError",
@@ -44,4 +48,5 @@ __all__ = [
     "VocabularyMismatchError",
     "collate",
     "fingerprint",
+    "head_fingerprint",
 ]

@@ -1,4 +1,4 @@
-"""The bytes of a token's K ids and log-probabilities.
+"""The bytes of a token's K ids and log-probabilities, or of its expectations under a student's head.
 
 An id is stored as the code ``id + 1``, 0 for an unused slot: its low 16 bits in one array, the 0, 1, 2, 4 or 8 bits
 above them, as the vocabulary needs, packed into another. A log-probability is rounded to fp16, and the row's ``shift``
@@ -12,7 +12,7 @@ import struct
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -37,9 +37,42 @@ class TeacherSequence(NamedTuple):
     extras: dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Layout:
+class ExpectationSequence(NamedTuple):
+    """A teacher's expectations over the L tokens of one sequence, see ``kdkernels.TeacherExpectation``.
+
+    ``expectation`` ``[L, D]``, ``entropy`` ``[L]`` and ``expected_bias`` ``[L]``, None where the head has no bias, in
+    fp32; ``extras`` the other tensors ``[L]`` by name.
+    """
+
+    expectation: Tensor
+    entropy: Tensor
+    expected_bias: Optional[Tensor]
+    extras: dict[str, Tensor]
+
+
+class Rows:
     """The arrays of a shard, each with one row per token, and how a sequence becomes rows of them."""
+
+    extras: Mapping[str, torch.dtype]
+
+    @property
+    def fields(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """The dtype of each array and the shape of one row of it."""
+        return {EXTRA + name: (dtype, ()) for name, dtype in self.extras.items()}
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token, exactly."""
+        return sum(dtype.itemsize * (shape[0] if shape else 1) for dtype, shape in self.fields.values())
+
+    def decode(self, rows: Mapping[str, Tensor]) -> Any:
+        """Turn rows back; nothing that is returned shares memory with them."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Layout(Rows):
+    """Of K ids and log-probabilities a token."""
 
     k: int
     vocab_size: int
@@ -54,7 +87,6 @@ class Layout:
 
     @property
     def fields(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """The dtype of each array and the shape of one row of it."""
         fields: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "ids_low": (torch.int16, (self.k,)),
             "logprobs": (torch.float16, (self.k,)),
@@ -64,12 +96,7 @@ class Layout:
             fields["ids_high"] = (torch.uint8, (-(-self.k * self.high_bits // 8),))
         if self.tail:
             fields["tail_logprob"] = (torch.float32, ())
-        return fields | {EXTRA + name: (dtype, ()) for name, dtype in self.extras.items()}
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of one token, exactly."""
-        return sum(dtype.itemsize * (shape[0] if shape else 1) for dtype, shape in self.fields.values())
+        return fields | super().fields
 
     def encode(
         self, ids: Tensor, logprobs: Tensor, tail_logprob: Optional[Tensor], extras: Mapping[str, Tensor]
@@ -85,7 +112,6 @@ class Layout:
         return rows | {EXTRA + name: value.clone() for name, value in extras.items()}
 
     def decode(self, rows: Mapping[str, Tensor]) -> TeacherSequence:
-        """Turn rows back; nothing that is returned shares memory with them."""
         codes = rows["ids_low"].to(torch.int32) & 0xFFFF
         if self.high_bits:
             codes |= _unpack(rows["ids_high"], self.high_bits, self.k) << 16
@@ -93,6 +119,46 @@ class Layout:
             ids=codes.sub_(1),
             logprobs=rows["logprobs"].to(torch.float32).add_(rows["shift"][:, None]),
             tail_logprob=rows["tail_logprob"].clone() if self.tail else None,
+            extras={name: rows[EXTRA + name].clone() for name in self.extras},
+        )
+
+
+@dataclass(frozen=True)
+class ExpectationLayout(Rows):
+    """Of the D expectations a token."""
+
+    hidden_size: int
+    dtype: torch.dtype
+    bias: bool
+    extras: Mapping[str, torch.dtype]
+
+    @property
+    def fields(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        fields: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "expectation": (self.dtype, (self.hidden_size,)),
+            "entropy": (torch.float32, ()),
+        }
+        if self.bias:
+            fields["expected_bias"] = (torch.float32, ())
+        return fields | super().fields
+
+    def encode(
+        self, expectation: Tensor, entropy: Tensor, bias: Optional[Tensor], extras: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Turn a checked sequence into rows of the arrays."""
+        rows = {
+            "expectation": expectation.to(self.dtype, copy=True, memory_format=torch.contiguous_format),
+            "entropy": entropy.to(torch.float32, copy=True, memory_format=torch.contiguous_format),
+        }
+        if bias is not None:
+            rows["expected_bias"] = bias.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        return rows | {EXTRA + name: value.clone() for name, value in extras.items()}
+
+    def decode(self, rows: Mapping[str, Tensor]) -> ExpectationSequence:
+        return ExpectationSequence(
+            expectation=rows["expectation"].to(torch.float32, copy=True),
+            entropy=rows["entropy"].clone(),
+            expected_bias=rows["expected_bias"].clone() if self.bias else None,
             extras={name: rows[EXTRA + name].clone() for name in self.extras},
         )
 

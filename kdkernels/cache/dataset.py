@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from kdkernels.cache.reader import TeacherCache
+from kdkernels.cache.codec import ExpectationSequence
+from kdkernels.cache.reader import ExpectationCache, TeacherCache
 
 # A padded row has no entry and all its mass in the tail: with tail="bucket" its divergence is 0.
 PADDING = {"ids": -1, "logprobs": -torch.inf, "tail_logprob": 0.0, "labels": -100}
@@ -19,11 +20,13 @@ PADDING = {"ids": -1, "logprobs": -torch.inf, "tail_logprob": 0.0, "labels": -10
 class TeacherDataset(Dataset[dict[str, Tensor]]):
     """The sequences of a cache as dicts: ``ids``, ``logprobs``, ``tail_logprob`` where there is one, and the extras.
 
+    Of a cache of expectations ``expectation``, ``entropy``, ``expected_bias`` where there is one, and the extras.
+
     Works with any number of ``DataLoader`` workers, forked or spawned. Sequences of one length go into batches by
     themselves, others with ``collate_fn=kdkernels.cache.collate``.
     """
 
-    def __init__(self, cache: TeacherCache) -> None:
+    def __init__(self, cache: Union[TeacherCache, ExpectationCache]) -> None:
         self.cache = cache
 
     def __len__(self) -> int:
@@ -31,6 +34,11 @@ class TeacherDataset(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, item: int) -> dict[str, Tensor]:
         sequence = self.cache[item]
+        if isinstance(sequence, ExpectationSequence):
+            found = {"expectation": sequence.expectation, "entropy": sequence.entropy}
+            if sequence.expected_bias is not None:
+                found["expected_bias"] = sequence.expected_bias
+            return found | sequence.extras
         tensors = {"ids": sequence.ids, "logprobs": sequence.logprobs}
         if sequence.tail_logprob is not None:
             tensors["tail_logprob"] = sequence.tail_logprob
@@ -52,5 +60,6 @@ def collate(
         name: pad_sequence([s[name] for s in sequences], batch_first=True, padding_value=values.get(name, 0))
         for name in sequences[0]
     }
-    batch["length"] = torch.tensor([len(s["ids"]) for s in sequences])
+    first = "ids" if "ids" in sequences[0] else "expectation"
+    batch["length"] = torch.tensor([len(s[first]) for s in sequences])
     return batch

@@ -13,12 +13,13 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 import torch
+from torch import Tensor
 
 from kdkernels import checks
-from kdkernels.cache.codec import MAX_VOCAB_SIZE, Layout
+from kdkernels.cache.codec import MAX_VOCAB_SIZE, ExpectationLayout, Layout
 from kdkernels.cache.errors import (
     CacheFormatError,
     ChecksumError,
@@ -29,7 +30,10 @@ from kdkernels.cache.errors import (
 )
 from kdkernels.checks import sequences
 
-FORMAT, VERSION = "kdkernels-teacher-cache", 1
+FORMAT = "kdkernels-teacher-cache"
+# Of the entries of a teacher, and of its expectations under a student's head.
+ENTRIES, EXPECTATIONS = VERSIONS = 1, 2
+EXPECTATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INDEX_NAME = "index.json"
 SHARD_NAME = "teacher-{:05d}.safetensors"
 # A file under a name that ends like this is not, or not yet, part of the cache.
@@ -41,16 +45,38 @@ ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 @dataclass(frozen=True)
 class Identity:
-    """Whose log-probabilities these are: two caches of equal identity may be read one for the other."""
+    """Whose log-probabilities these are: two caches of equal identity may be read one for the other.
+
+    Those of expectations have no ``k``, but a ``hidden_size`` and the ``head`` of the student, see
+    ``head_fingerprint``.
+    """
 
     tokenizer: str
     vocab_size: int
-    k: int
+    k: int = 0
     temperature: float = 1.0
     teacher: str = ""
+    hidden_size: int = 0
+    head: str = ""
 
-    def require(self, path: Path, **expected: Any) -> None:
+    @property
+    def version(self) -> int:
+        """Of the format that has it."""
+        return EXPECTATIONS if self.hidden_size else ENTRIES
+
+    def content(self) -> dict[str, Any]:
+        """Its fields in a file."""
+        left_out = ("k",) if self.hidden_size else ("hidden_size", "head")
+        return {name: value for name, value in vars(self).items() if name not in left_out}
+
+    def require(self, path: Path, *, expectations: bool, **expected: Any) -> None:
         """Raise for the first of the fields ``expected`` that is not None and not this one's."""
+        if expectations != bool(self.hidden_size):
+            kinds = ("ids and log-probabilities", "expectations under a student's head")
+            reader = "ExpectationCache" if self.hidden_size else "TeacherCache"
+            raise IdentityMismatchError(
+                f"{path} has {kinds[not expectations]}, and {kinds[expectations]} were asked for: {reader} reads it"
+            )
         for name, value in expected.items():
             mine = getattr(self, name)
             if value is not None and value != mine:
@@ -79,10 +105,15 @@ class Index:
     tail: bool
     extras: dict[str, str]
     shards: tuple[Shard, ...] = ()
+    # Of expectations: as what they are stored, and whether there are those of a bias.
+    dtype: str = ""
+    bias: bool = False
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> Union[Layout, ExpectationLayout]:
         extras = {name: getattr(torch, dtype) for name, dtype in self.extras.items()}
+        if self.identity.hidden_size:
+            return ExpectationLayout(self.identity.hidden_size, getattr(torch, self.dtype), self.bias, extras)
         return Layout(self.identity.k, self.identity.vocab_size, self.tail, extras)
 
     def shard_metadata(self, number: int) -> dict[str, str]:
@@ -90,7 +121,8 @@ class Index:
 
         One entry, for safetensors writes several in random order, and equal content gives equal files.
         """
-        content = {"version": VERSION, "shard": number, "identity": dataclasses.asdict(self.identity)}
+        identity = self.identity
+        content = {"version": identity.version, "shard": number, "identity": identity.content()}
         return {FORMAT: canonical_json(content)}
 
     def with_shard(self, shard: Shard) -> Index:
@@ -98,7 +130,10 @@ class Index:
 
     def write(self, folder: Path) -> None:
         """Put this index in the place of the folder's; it is sure to be on the disk after ``sync_folder``."""
-        content = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+        fields = _FIELDS[self.identity.version]
+        content = {name: value for name, value in dataclasses.asdict(self).items() if name in fields}
+        content |= {"identity": self.identity.content()}
+        content = {"format": FORMAT, "version": self.identity.version, **content}
         text = json.dumps({**content, "sha256": _sha256(canonical_json(content))}, indent=1)
         replace_file(folder / INDEX_NAME, text.encode() + b"\n")
 
@@ -118,8 +153,8 @@ class Index:
             if not isinstance(content, dict) or content.get("format") != FORMAT:
                 raise CacheFormatError(f"{path} is not the index of a teacher cache, or it is damaged")
             version = content.get("version")
-            if type(version) is not int or version != VERSION:
-                raise CacheFormatError(f"{path} has version {version!r}, and {VERSION} can be read")
+            if type(version) is not int or version not in VERSIONS:
+                raise CacheFormatError(f"{path} has version {version!r}, and {ENTRIES} and {EXPECTATIONS} can be read")
             if content.pop("sha256", None) != _sha256(canonical_json(content)):
                 raise CacheFormatError(f"{path} is damaged: its checksum is not that of its content")
             return cls._of(content)
@@ -129,24 +164,35 @@ class Index:
     @classmethod
     def _of(cls, content: Any) -> Index:
         """An index of the content of a file, which may be anything; TypeError or ValueError where it is no index."""
-        _keys("index", content, ("format", "version", *(field.name for field in dataclasses.fields(cls))))
+        of_expectations = content["version"] == EXPECTATIONS
+        _keys("index", content, ("format", "version", *_FIELDS[content["version"]]))
         identity, shards = content["identity"], content["shards"]
-        _keys("identity", identity, [field.name for field in dataclasses.fields(Identity)])
-        for name in ("tokenizer", "teacher"):
+        sizes: tuple[str, ...] = ("k",)
+        texts: tuple[str, ...] = ("tokenizer", "teacher")
+        if of_expectations:
+            sizes, texts = ("hidden_size",), (*texts, "head")
+        _keys("identity", identity, ("vocab_size", "temperature", *sizes, *texts))
+        for name in texts:
             checks.text(name, identity[name])
         checks.integer("vocab_size", identity["vocab_size"], low=1, high=MAX_VOCAB_SIZE)
-        checks.integer("k", identity["k"], low=1, high=sys.maxsize)
+        for name in sizes:
+            checks.integer(name, identity[name], low=1, high=sys.maxsize)
         # An int would be another text than the shards have.
         if not isinstance(identity["temperature"], float):
             raise TypeError(f"temperature must be a float, got {type(identity['temperature']).__name__}")
         checks.number("temperature", identity["temperature"], low=0.0, exclusive_low=True)
-        checks.flag("tail", content["tail"])
+        if of_expectations:
+            checks.flag("bias", content["bias"])
+            checks.choice("dtype", content["dtype"], [name_of(dtype) for dtype in EXPECTATION_DTYPES])
+        else:
+            checks.flag("tail", content["tail"])
         if not isinstance(content["extras"], dict):
             raise TypeError(f"extras must be an object, got {type(content['extras']).__name__}")
-        dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in sequences.EXTRA_DTYPES}
+        dtypes = {name_of(dtype): dtype for dtype in sequences.EXTRA_DTYPES}
         for name, dtype in content["extras"].items():
             checks.choice(f"extras[{name!r}]", dtype, tuple(dtypes))
-        sequences.extras_of_tokens({name: dtypes[dtype] for name, dtype in content["extras"].items()})
+        names = sequences.EXPECTATION_NAMES if of_expectations else sequences.ENTRY_NAMES
+        sequences.extras_of_tokens({name: dtypes[dtype] for name, dtype in content["extras"].items()}, names)
         if not isinstance(shards, list):
             raise TypeError(f"shards must be a list, got {type(shards).__name__}")
         for number, shard in enumerate(shards):
@@ -155,10 +201,23 @@ class Index:
             raise ValueError("shards have more sequences than can be counted")
         return cls(
             identity=Identity(**identity),
-            tail=content["tail"],
+            tail=content.get("tail", False),
             extras=content["extras"],
             shards=tuple(Shard(**shard) for shard in shards),
+            dtype=content.get("dtype", ""),
+            bias=content.get("bias", False),
         )
+
+
+# The keys of an index beside the format and its version, by the version.
+_FIELDS = {
+    ENTRIES: ("identity", "tail", "extras", "shards"),
+    EXPECTATIONS: ("identity", "dtype", "bias", "extras", "shards"),
+}
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _check_shard(number: int, shard: Any) -> None:
@@ -210,6 +269,30 @@ def fingerprint(tokenizer: Any) -> str:
             f"tokenizer must be a string, a mapping, or have to_str or get_vocab, got {type(tokenizer).__name__}"
         )
     return f"sha256:{_sha256(canonical_json(content))}"
+
+
+def head_fingerprint(weight: Any, bias: Optional[Tensor] = None) -> str:
+    """The identity of a student's head, ``sha256:`` and the digest of dtypes, shapes and bytes of weight and bias.
+
+    Args:
+        weight: ``[V, D]``, or the module, as ``capture_expectation`` takes it. A string is taken to be a fingerprint
+            already and returned as it is.
+        bias: ``[V]`` or None.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    if isinstance(weight, str):
+        return weight
+    weight, bias = checks.head_tensors("head_", weight, bias)
+    checks.lone_head("head_", weight, bias, weight)
+    digest = hashlib.sha256()
+    for item in (weight, bias):
+        if item is not None:
+            digest.update(f"{name_of(item.dtype)}{list(item.shape)}".encode())
+            for part in item.detach().split(2**16):
+                digest.update(part.cpu().contiguous().view(torch.uint8).numpy().data)
+    return f"sha256:{digest.hexdigest()}"
 
 
 def canonical_json(value: Any) -> str:

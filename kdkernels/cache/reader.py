@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -14,14 +14,88 @@ import torch
 from torch import Tensor
 
 from kdkernels import checks
-from kdkernels.cache.codec import CRC32, OFFSETS, TeacherSequence, checksum
+from kdkernels.cache.codec import CRC32, OFFSETS, ExpectationSequence, TeacherSequence, checksum
 from kdkernels.cache.errors import ChecksumError
-from kdkernels.cache.index import Identity, Index, check_sha256, check_size, fingerprint
+from kdkernels.cache.index import Identity, Index, check_sha256, check_size, fingerprint, head_fingerprint
+from kdkernels.capture import TeacherExpectation
 
 VERIFY = ("lazy", "full", "none")
 
 
-class TeacherCache:
+class _Cache:
+    """The sequences of a cache by their number."""
+
+    def __init__(self, path: Union[str, Path], verify: str, *, expectations: bool, **expected: Any) -> None:
+        checks.choice("verify", verify, VERIFY)
+        self.path = Path(path)
+        self.index = Index.read(self.path)
+        self.identity.require(self.path, expectations=expectations, **expected)
+        self._layout = self.index.layout
+        self._verify = verify
+        for shard in self.index.shards:
+            (check_sha256 if verify == "full" else check_size)(self.path, shard)
+        # Of each shard, the number of its first sequence.
+        self._firsts = list(itertools.accumulate((shard.sequences for shard in self.index.shards), initial=0))
+        self._mapped: dict[int, dict[str, Tensor]] = {}
+
+    @property
+    def identity(self) -> Identity:
+        return self.index.identity
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(shard.tokens for shard in self.index.shards)
+
+    def __len__(self) -> int:
+        return self._firsts[-1]
+
+    def _sequence(self, item: int) -> Any:
+        number = operator.index(item)
+        if number < 0:
+            number += len(self)
+        if not 0 <= number < len(self):
+            raise IndexError(f"sequence {item} of {len(self)}")
+        shard = bisect.bisect_right(self._firsts, number) - 1
+        tensors, row = self._map(shard), number - self._firsts[shard]
+        first, last = tensors[OFFSETS][row : row + 2].tolist()
+        # A slice cannot leave the array, whatever the offsets; both are part of the checksum.
+        rows = {name: tensors[name][first:last] for name in self._layout.fields}
+        if self._verify != "none" and checksum(first, last, rows) != tensors[CRC32][row]:
+            raise ChecksumError(
+                f"{self.path / self.index.shards[shard].file} is damaged: the CRC-32 of its sequence {row} is not that "
+                "of what was written"
+            )
+        return self._layout.decode(rows)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self._sequence(number) for number in range(len(self)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_mapped": {}}
+
+    def _map(self, number: int) -> dict[str, Tensor]:
+        """The arrays of a shard, mapped into memory: nothing of them is read before it is used."""
+        if number not in self._mapped:
+            shard = self.index.shards[number]
+            # Once more: it may have been opened long ago, and a page past the end would kill the process.
+            check_size(self.path, shard)
+            damaged = ChecksumError(f"{self.path / shard.file} is damaged: its header is not what was written")
+            try:
+                with safetensors.safe_open(self.path / shard.file, framework="pt") as file:
+                    tensors = {name: file.get_tensor(name) for name in file.keys()}
+                    metadata = file.metadata()
+            except safetensors.SafetensorError:
+                raise damaged from None
+            fields = {name: (dtype, (shard.tokens, *shape)) for name, (dtype, shape) in self._layout.fields.items()}
+            fields |= {OFFSETS: (torch.int64, (shard.sequences + 1,)), CRC32: (torch.int64, (shard.sequences,))}
+            found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+            if found != fields or metadata != self.index.shard_metadata(number):
+                raise damaged
+            self._mapped[number] = tensors
+        return self._mapped[number]
+
+
+class TeacherCache(_Cache):
     """The sequences of a cache by their number: ``cache[i]`` is a ``TeacherSequence``.
 
     It sees the shards that were closed when it was opened. Pickled or forked, as by the workers of a ``DataLoader``, it
@@ -54,77 +128,65 @@ class TeacherCache:
         teacher: Optional[str] = None,
         verify: str = "lazy",
     ) -> None:
-        checks.choice("verify", verify, VERIFY)
-        self.path = Path(path)
-        self.index = Index.read(self.path)
-        self.identity.require(
-            self.path,
+        super().__init__(
+            path,
+            verify,
+            expectations=False,
             tokenizer=None if tokenizer is None else fingerprint(tokenizer),
             vocab_size=vocab_size,
             k=k,
             temperature=temperature,
             teacher=teacher,
         )
-        self._layout = self.index.layout
-        self._verify = verify
-        for shard in self.index.shards:
-            (check_sha256 if verify == "full" else check_size)(self.path, shard)
-        # Of each shard, the number of its first sequence.
-        self._firsts = list(itertools.accumulate((shard.sequences for shard in self.index.shards), initial=0))
-        self._mapped: dict[int, dict[str, Tensor]] = {}
-
-    @property
-    def identity(self) -> Identity:
-        return self.index.identity
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(shard.tokens for shard in self.index.shards)
-
-    def __len__(self) -> int:
-        return self._firsts[-1]
 
     def __getitem__(self, item: int) -> TeacherSequence:
-        number = operator.index(item)
-        if number < 0:
-            number += len(self)
-        if not 0 <= number < len(self):
-            raise IndexError(f"sequence {item} of {len(self)}")
-        shard = bisect.bisect_right(self._firsts, number) - 1
-        tensors, row = self._map(shard), number - self._firsts[shard]
-        first, last = tensors[OFFSETS][row : row + 2].tolist()
-        # A slice cannot leave the array, whatever the offsets; both are part of the checksum.
-        rows = {name: tensors[name][first:last] for name in self._layout.fields}
-        if self._verify != "none" and checksum(first, last, rows) != tensors[CRC32][row]:
-            raise ChecksumError(
-                f"{self.path / self.index.shards[shard].file} is damaged: the CRC-32 of its sequence {row} is not that "
-                "of what was written"
-            )
-        return self._layout.decode(rows)
+        return self._sequence(item)
 
-    def __iter__(self) -> Iterator[TeacherSequence]:
-        return (self[number] for number in range(len(self)))
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_mapped": {}}
+class ExpectationCache(_Cache):
+    """The sequences of a cache of expectations by their number: ``cache[i]`` is an ``ExpectationSequence``.
 
-    def _map(self, number: int) -> dict[str, Tensor]:
-        """The arrays of a shard, mapped into memory: nothing of them is read before it is used."""
-        if number not in self._mapped:
-            shard = self.index.shards[number]
-            # Once more: it may have been opened long ago, and a page past the end would kill the process.
-            check_size(self.path, shard)
-            damaged = ChecksumError(f"{self.path / shard.file} is damaged: its header is not what was written")
-            try:
-                with safetensors.safe_open(self.path / shard.file, framework="pt") as file:
-                    tensors = {name: file.get_tensor(name) for name in file.keys()}
-                    metadata = file.metadata()
-            except safetensors.SafetensorError:
-                raise damaged from None
-            fields = {name: (dtype, (shard.tokens, *shape)) for name, (dtype, shape) in self._layout.fields.items()}
-            fields |= {OFFSETS: (torch.int64, (shard.sequences + 1,)), CRC32: (torch.int64, (shard.sequences,))}
-            found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-            if found != fields or metadata != self.index.shard_metadata(number):
-                raise damaged
-            self._mapped[number] = tensors
-        return self._mapped[number]
+    As ``TeacherCache`` but for the student's head, to which alone the expectations are of use: any other would learn
+    something else, and nothing would tell.
+
+    Args:
+        path, tokenizer, vocab_size, temperature, teacher, verify: as in ``TeacherCache``.
+        head: the student's head, the module, its weight, weight and bias as a tuple, or its ``head_fingerprint``. None
+            takes any: say so on purpose.
+
+    Raises:
+        IdentityMismatchError: another head, temperature or teacher, or a cache of ids and log-probabilities.
+        Else as ``TeacherCache``.
+    """
+
+    def __init__(
+        self,
+        path: Union[str, Path],
+        *,
+        tokenizer: Any,
+        vocab_size: Optional[int],
+        head: Any,
+        temperature: Optional[float] = None,
+        teacher: Optional[str] = None,
+        verify: str = "lazy",
+    ) -> None:
+        super().__init__(
+            path,
+            verify,
+            expectations=True,
+            tokenizer=None if tokenizer is None else fingerprint(tokenizer),
+            vocab_size=vocab_size,
+            head=None if head is None else head_fingerprint(*(head if isinstance(head, tuple) else (head,))),
+            temperature=temperature,
+            teacher=teacher,
+        )
+
+    def __getitem__(self, item: int) -> ExpectationSequence:
+        return self._sequence(item)
+
+    def teacher(self, tensors: Union[ExpectationSequence, Mapping[str, Tensor]]) -> TeacherExpectation:
+        """What ``linear_kd_loss`` takes of a sequence, or of a batch by ``collate``, with the temperature."""
+        found = tensors._asdict() if isinstance(tensors, ExpectationSequence) else tensors
+        return TeacherExpectation(
+            found["expectation"], found["entropy"], found.get("expected_bias"), self.identity.temperature
+        )

@@ -23,10 +23,13 @@ from kdkernels.checks.dense import (
     why_no_teacher_grad,
     without_teacher,
 )
+from kdkernels.checks.expectations import expectation, expectation_alone, finite_bias, frozen_head
 from kdkernels.checks.hidden import (
     head,
     head_tensors,
     linear_mode_allowed,
+    lone_head,
+    rows_of_head,
     sparse_grad_allowed,
     teacher_callable,
     teacher_chunks,
@@ -46,3 +49,4 @@ from kdkernels.checks.rows import (
 from kdkernels.checks.sparse import sparse_teacher, tail_like
 from kdkernels.checks.tensors import is_dtensor, reads_values, sharded_argument, sharded_student, sum_dtype, with_slots
 from kdkernels.checks.values import choice, flag, in_sums, integer, logits_dtype, number, offsets, softcap, text
+from kdkernels.checks.vectors import attention_mask, attention_operands, features, relation_vectors, sample_mask

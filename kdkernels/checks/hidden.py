@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -15,9 +15,9 @@ from kdkernels.checks.values import flag
 ADAPTER_NAMES = ("base_layer", "modules_to_save", "original_module", "trainable_tokens_delta")
 
 
-def head(side: str, hidden: Any, weight: Any, bias: Any, autocast: bool) -> None:
+def head(side: str, hidden: Any, weight: Any, bias: Any, autocast: bool, name: Optional[str] = None) -> None:
     """Hidden states ``(..., D)``, a head ``[V, D]`` and a bias ``[V]`` or None, of one device, and of one dtype."""
-    names = (f"{side}hidden", f"{side}weight", f"{side}bias")
+    names = (name or f"{side}hidden", f"{side}weight", f"{side}bias")
     for name, value in zip(names, (hidden, weight, bias), strict=True):
         if value is None and name == names[2]:
             continue
@@ -47,6 +47,25 @@ def head(side: str, hidden: Any, weight: Any, bias: Any, autocast: bool) -> None
         raise ValueError(f"{names[1]} must have shape (V, {hidden.shape[-1]}), got {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{names[2]} must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+
+
+def lone_head(side: str, weight: Any, bias: Any, teacher: Any) -> None:
+    """A head without hidden states, on the device of the logits or hidden states ``teacher``."""
+    alike = weight[:1] if isinstance(weight, Tensor) and weight.dim() == 2 else teacher
+    head(side, alike, weight, bias, autocast=True)
+    if isinstance(teacher, Tensor):
+        same_device(f"{side}weight", weight, teacher, "the teacher's")
+
+
+def rows_of_head(weight: Tensor, columns: int, vocab_size: Optional[int]) -> None:
+    """A student's head for a teacher of so many columns."""
+    if vocab_size is None and weight.shape[0] != columns:
+        raise ValueError(
+            f"student_weight must have the teacher's {columns} rows, got {weight.shape[0]}; "
+            "pass vocab_size=... when the two are padded to different widths"
+        )
+    if vocab_size is not None and vocab_size > weight.shape[0]:
+        raise ValueError(f"vocab_size must be at most student_weight's {weight.shape[0]} rows, got {vocab_size}")
 
 
 def head_tensors(side: str, weight: Any, bias: Any) -> tuple[Any, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 import torch
@@ -25,7 +25,12 @@ EXTRA_DTYPES = (
 )
 
 
-def extras_of_tokens(extras: Any) -> dict[str, torch.dtype]:
+# The tensors of a cache beside its extras: of entries, and of expectations.
+ENTRY_NAMES = ("ids", "logprobs", "tail_logprob", "length")
+EXPECTATION_NAMES = ("expectation", "entropy", "expected_bias", "length")
+
+
+def extras_of_tokens(extras: Any, names: Sequence[str] = ENTRY_NAMES) -> dict[str, torch.dtype]:
     """The further tensors of a cache: a mapping of names to dtypes, none of them a name of the cache's own."""
     if extras is None:
         return {}
@@ -34,7 +39,7 @@ def extras_of_tokens(extras: Any) -> dict[str, torch.dtype]:
     for name, dtype in extras.items():
         if not isinstance(name, str) or not name.isidentifier():
             raise ValueError(f"extras must have names that are identifiers, got {name!r}")
-        if name in ("ids", "logprobs", "tail_logprob", "length"):
+        if name in names:
             raise ValueError(f"extras must not have the name {name!r}, which the cache uses")
         if dtype not in EXTRA_DTYPES:
             raise TypeError(f"extras[{name!r}] must be one of {', '.join(map(str, EXTRA_DTYPES))}, got {dtype!r}")
@@ -74,13 +79,45 @@ def captured_sequence(
     # what they are stored in; NaN fails the comparison too.
     if not bool((used <= torch.finfo(torch.float16).max).all()):
         raise ValueError("logprobs must not be NaN or above 65504, where ids is not -1")
+    return ids, logprobs, tail_logprob, _converted(extras, layout, len(ids))
+
+
+def expectation_sequence(
+    expectation: Any, entropy: Any, bias: Any, extras: Mapping[str, Any], layout: Any
+) -> tuple[Tensor, Tensor, Optional[Tensor], dict[str, Tensor]]:
+    """One sequence for a cache: expectations ``[L, D]``, entropy, that of the bias and extras ``[L]``; on the CPU."""
+    given = {"expectation": expectation, "entropy": entropy}
+    if (bias is not None) != layout.bias:
+        raise ValueError(f"bias must {'' if layout.bias else 'not '}be given: the cache has bias={layout.bias}")
+    if bias is not None:
+        given["bias"] = bias
+    if extras.keys() != layout.extras.keys():
+        raise ValueError(f"extras must be {sorted(layout.extras)}, got {sorted(extras)}")
+    found = {}
+    for name, value in given.items():
+        tensor(name, value)
+        floating(name, value)
+        if name == "expectation" and (value.dim() != 2 or value.shape[1] != layout.hidden_size):
+            raise ValueError(f"expectation must have shape (L, {layout.hidden_size}), got {tuple(value.shape)}")
+        found[name] = value.detach().cpu() if name == "expectation" else _of_tokens(name, value, len(expectation))
+        dtype = layout.dtype if name == "expectation" else torch.float32
+        if not bool(found[name].to(dtype).isfinite().all()):
+            raise ValueError(f"{name} must be finite in {dtype_name(dtype)}, in which it is stored")
+    if bool((found["entropy"] < -1e-3).any()):
+        raise ValueError(f"entropy must be at least 0, got {found['entropy'].min().item():g}")
+    converted = _converted(extras, layout, len(expectation))
+    return found["expectation"], found["entropy"], found.get("bias"), converted
+
+
+def _converted(extras: Mapping[str, Any], layout: Any, length: int) -> dict[str, Tensor]:
+    """The further tensors of a sequence, in the dtypes of the cache, where that changes no value."""
     converted = {}
     for name, dtype in layout.extras.items():
-        value = _of_tokens(name, extras[name], len(ids))
+        value = _of_tokens(name, extras[name], length)
         converted[name] = value.to(dtype)
         if value.dtype != dtype and not torch.equal(converted[name].to(value.dtype), value):
             raise ValueError(f"{name} must fit {dtype_name(dtype)}, got {dtype_name(value.dtype)} values that do not")
-    return ids, logprobs, tail_logprob, converted
+    return converted
 
 
 def _no_more_than_certain(name: str, logprobs: Tensor, where: str = "") -> None:

@@ -3,6 +3,8 @@
 Every launch is also checked for accesses out of bounds, reads of what nobody wrote, and races; see emulator.py.
 """
 
+import math
+
 import pytest
 import test_topk
 import torch
@@ -255,6 +257,23 @@ def test_minus_infinity_and_nan_logits(tail):
                 torch.testing.assert_close(got[0][rows], want[0][rows], rtol=1e-5, atol=1e-5)
                 torch.testing.assert_close(got[1][rows], want[1][rows], rtol=1e-4, atol=1e-6)
                 assert bool(got[1][1, ids[1]].isnan().all())
+
+
+def test_a_uniform_teacher_has_no_entry_and_all_of_its_mass_in_the_tail():
+    """The teacher that stands in for one known by its expectations."""
+    s = torch.randn(ROWS, 50) * 3
+    ids, logprobs = torch.full((ROWS, 1), -1), torch.full((ROWS, 1), -torch.inf)
+    options = {"tail": "uniform", "tail_logprob": torch.zeros(ROWS), "temperature": 2.0, "teacher_temperature": 1.0}
+    for form, arch in (("cluster2", 90), ("resident", 90), ("streamed", 80)):
+        with Emulator(arch, limits_for(form, 50, 1, s.dtype)).registered():
+            loss, grad = evaluate(
+                lambda x: kd.topk_kd_loss(x, ids, logprobs, reduction="none", backend="cuda", **options),
+                s,
+                torch.ones(ROWS),
+            )
+        logq = torch.log_softmax(s.double() / 2, -1)
+        torch.testing.assert_close(loss.double(), -4 * (logq.mean(-1) + math.log(50)), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(grad.double(), 2 * (logq.exp() - 1 / 50), rtol=1e-5, atol=1e-6)
 
 
 def test_an_id_out_of_range_spoils_its_row_only(monkeypatch):
