@@ -702,7 +702,7 @@ def dense_fwd(
     probs = teacher_form in PROBS_FORMS
     extras = ce_weight or z_loss_weight or student_softcap or teacher_softcap or probs or stats
     alone = not extras and not standardize
-    light = alone and entry.linear is not None
+    light = alone and entry.linear is not None and (0, 0) in (entry.linear[:2], entry.linear[2:])
     load = tuning.HEAVY if stats or mix_probs else tuning.LIGHT if light else tuning.MEDIUM
     resident_load = _resident_load(entry, alone, stats) if len(teachers) == 1 and not standardize else None
     vec, cut = vectors(vocab_size, student, *teachers, dstudent)

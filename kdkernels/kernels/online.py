@@ -8,6 +8,7 @@ from kdkernels.kernels.rows import (
     NEG_INF,
     empty_tile,
     fold_max,
+    fold_product,
     fold_sum,
     inside,
     lane_lowest,
@@ -46,9 +47,9 @@ def load_mixed(row_ptrs, shares, start, span, softcap, PROBS: tl.constexpr, TILE
 
 
 @triton.jit
-def add_exps(old_max, z, x, scale):
-    """One tile more in the maxima of the lanes and their sums of exponentials."""
-    new_max = tl.maximum(old_max, fold_max(x))
+def add_exps(old_max, z, x, loaded, scale):
+    """One tile more in the maxima of the lanes and their sums of exponentials; loaded: x, or what it was made of."""
+    new_max = tl.maximum(old_max, fold_max(loaded))
     z = z * tl.exp2((old_max - new_max) * scale) + fold_sum(tl.exp2((x - spread(new_max)) * scale))
     return new_max, z
 
@@ -105,6 +106,9 @@ def linear_sweep(
     x over q. skipped: a column that is left out, or None. Then come zs - zt, the student's norm at temperature 1, and
     its sum (s - center), and the first tile of both sides as it was loaded last, of several teachers of one.
     """
+    # Logits are what was loaded: of 16 bits two maxima are one operation.
+    CAPPED: tl.constexpr = student_softcap is not None or teacher_softcap is not None
+    PLAIN: tl.constexpr = len(teacher_ptrs) == 1 and not CAPPED and not TEACHER_PROBS and skipped is None
     C_PP: tl.constexpr = COEFFICIENTS[0]
     C_PQ: tl.constexpr = COEFFICIENTS[1]
     if BOTH:
@@ -147,8 +151,8 @@ def linear_sweep(
             if skipped is not None:
                 s = tl.where(offs_v == skipped, NEG_INF, s)
                 t = tl.where(offs_v == skipped, NEG_INF, t)
-            ns = tl.maximum(ms, fold_max(s))
-            nt = tl.maximum(mt, fold_max(t))
+            ns = tl.maximum(ms, fold_max(raw_s if PLAIN else s))
+            nt = tl.maximum(mt, fold_max(raw_t if PLAIN else t))
             shift_s = (ms - ns) * SMALL
             shift_t = (mt - nt) * SMALL
             factor_s = tl.exp2(shift_s * small_s)
@@ -165,17 +169,17 @@ def linear_sweep(
                 sum_p = rescale_excess(sum_p, excess_z, sum_q, zt, factor_s, factor_t, shift) + fold_sum(
                     mul0(excess, x)
                 )
-                sum_q = rescale(sum_q, zs, factor_s, shift) + fold_sum(mul0(es, x))
+                sum_q = rescale(sum_q, zs, factor_s, shift) + fold_product(es, x)
                 excess_z = tl.fma(excess_z, factor_s, zt * (factor_s - factor_t)) + fold_sum(excess)
                 zt = tl.fma(zt, factor_t, fold_sum(et))
                 zs = zt + excess_z
             else:
                 if C_PP != 0 or C_PQ != 0:
                     sum_p = rescale(sum_p, zt, factor_t, mix_logs(C_PP, shift_t, C_PQ, shift_s, ratio))
-                    sum_p += fold_sum(mul0(et, mix_logs(C_PP, b, C_PQ, a, ratio)))
+                    sum_p += fold_product(et, mix_logs(C_PP, b, C_PQ, a, ratio))
                 if C_QP != 0 or C_QQ != 0:
                     sum_q = rescale(sum_q, zs, factor_s, mix_logs(C_QP, shift_t, C_QQ, shift_s, ratio))
-                    sum_q += fold_sum(mul0(es, mix_logs(C_QP, b, C_QQ, a, ratio)))
+                    sum_q += fold_product(es, mix_logs(C_QP, b, C_QQ, a, ratio))
                 zs = tl.fma(zs, factor_s, fold_sum(es))
                 zt = tl.fma(zt, factor_t, fold_sum(et))
             if HARD:
@@ -230,6 +234,8 @@ def norm_sweep(
     With HARD also the norm at temperature 1 and the sum (s - center), with OVERLAPPING where the tile of the largest
     logit starts; then the first tile of the first row as it was loaded, the last of the sweep.
     """
+    # Logits are what was loaded: of 16 bits two maxima are one operation.
+    PLAIN: tl.constexpr = len(row_ptrs) == 1 and softcap is None and not PROBS and skipped is None
     BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
     offs_tile = tile_offsets(TILE)
     m = lane_lowest(TILE)
@@ -256,7 +262,7 @@ def norm_sweep(
             if skipped is not None:
                 s = tl.where(offs_v == skipped, NEG_INF, s)
                 counted = counted & (offs_v != skipped)
-            n, z = add_exps(m, z, s, scale)
+            n, z = add_exps(m, z, s, raw if PLAIN else s, scale)
             if OVERLAPPING:
                 tile = tl.where(n > m, start, tile)
             if HARD:

@@ -21,6 +21,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 NEG_INF = tl.constexpr(float("-inf"))
 # A running maximum starts at the lowest finite fp32, not at -inf: then no difference of two maxima is -inf minus -inf.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
+# Triton 3.6 spills what a tile is split into.
+SPLITS = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7))
 # The smallest normal fp32: GPUs flush what is below, some instructions sooner than others.
 TINY = tl.constexpr(1.1754943508222875e-38)
 
@@ -502,10 +504,55 @@ def fold_sum(x):
     return tl.sum(tl.sum(x, axis=2), axis=0)
 
 
+@triton.constexpr_function
+def halvings(n):
+    return n.bit_length() - 1
+
+
+@triton.jit
+def halves(x):
+    """A tile [ROLL, LANES, VEC] as two [ROLL / 2, LANES, VEC]; no thread needs another."""
+    HALF: tl.constexpr = x.shape[0] // 2
+    LANES: tl.constexpr = x.shape[1]
+    VEC: tl.constexpr = x.shape[2]
+    return tl.split(tl.permute(tl.reshape(x, [2, HALF, LANES, VEC]), (1, 2, 3, 0)))
+
+
+@triton.jit
+def rolls(x):
+    """The pieces [1, LANES, VEC] of a tile."""
+    pieces = (x,)
+    for _ in tl.static_range(halvings(x.shape[0])):
+        halved = ()
+        for k in tl.static_range(len(pieces)):
+            a, b = halves(pieces[k])
+            halved = halved + (a, b)
+        pieces = halved
+    return pieces
+
+
+@triton.jit
+def fold_product(weight, x):
+    """Sum of weight * x to [LANES], with 0 where the weight is 0 whatever x is."""
+    if SPLITS:
+        weights = rolls(weight)
+        terms = rolls(x)
+        total = tl.zeros(terms[0].shape, tl.float32)
+        for k in tl.static_range(len(terms)):
+            total = add_product(total, weights[k], terms[k])
+    else:
+        total = mul0(weight, x)
+    return fold_sum(total)
+
+
 @triton.jit
 def fold_max(x):
-    """Maximum of a tile [ROLL, LANES, VEC] to [LANES]; a NaN loses against a number."""
-    return tl.max(tl.max(x, axis=2), axis=0)
+    """Maximum of a tile [ROLL, LANES, VEC] to [LANES]; a NaN loses against a number. 16 bits: two columns at a time."""
+    if SPLITS:
+        top = fold_pieces_max(rolls(x))
+    else:
+        top = tl.max(widen(x), axis=2)
+    return tl.max(top, axis=0)
 
 
 @triton.jit

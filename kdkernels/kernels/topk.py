@@ -226,7 +226,7 @@ def sweep_outside(student_ptr, ids_ptr, logprobs_ptr, K, span, softcap, student_
             start = first + tile * BLOCK_V
             s = logits_of(load_tile(student_ptr, start, span, TILE), start + offs_tile, span, softcap, False)
             s = tl.where(marked(word, tile, TILE), NEG_INF, s)
-            m, z = add_exps(m, z, s, student_scale)
+            m, z = add_exps(m, z, s, s, student_scale)
     norm = fold_norm(m, z, student_scale)
     return norm[0], norm[4]
 
