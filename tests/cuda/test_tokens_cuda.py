@@ -15,7 +15,7 @@ from emulator import Emulator
 from test_tokens import N, V, check, check_stats, tokens, with_the_largest
 
 import kdkernels as kd
-from kdkernels import backends, checks, ops
+from kdkernels import backends, ops
 
 pytestmark = pytest.mark.slow
 
@@ -131,7 +131,7 @@ def test_a_tail_beside_the_entropy_takes_a_launch_of_its_own(emulator):
 
 def test_an_id_out_of_range_spoils_its_slot_and_its_gradient(emulator, monkeypatch):
     """On a GPU ids are not read before the launch."""
-    monkeypatch.setattr(checks, "reads_values", lambda value: False)
+    monkeypatch.setattr("kdkernels.checks.rows.reads_values", lambda value: False)
     ids = torch.tensor([[V, 1], [2, -2], [10**6, 3], [2**62, 0], [-(2**63), 0], [3, 4]])
     leaf = torch.randn(N, V, requires_grad=True)
     found, stats = kd.token_logprobs(leaf, ids, return_stats=True, backend="cuda")
