@@ -24,6 +24,18 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+// log2(x) to 2^-22 absolute next to 1, and 1 / x to one ulp, both of a normal number.
+__device__ __forceinline__ float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
@@ -57,6 +69,29 @@ __device__ __forceinline__ X* row_pointer(const LogitsView& view, int64_t row, i
 template <class X>
 constexpr int kLanes = 16 / int(sizeof(X));
 
+// The two halves of a word of 16-bit floats.
+template <class X>
+__device__ __forceinline__ void unpack(uint32_t word, float& low, float& high) {
+  if constexpr (__is_same(X, __nv_bfloat16)) {
+    asm("shl.b32 %0, %1, 16;" : "=f"(low) : "r"(word));
+    asm("and.b32 %0, %1, 0xffff0000;" : "=f"(high) : "r"(word));
+  } else {
+    asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }"
+        : "=f"(low), "=f"(high)
+        : "r"(word));
+  }
+}
+template <class X>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  uint32_t word;
+  if constexpr (__is_same(X, __nv_bfloat16)) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  }
+  return word;
+}
+
 template <class X>
 __device__ __forceinline__ void unpack(const uint4& raw, float (&x)[kLanes<X>]) {
   const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
@@ -64,12 +99,8 @@ __device__ __forceinline__ void unpack(const uint4& raw, float (&x)[kLanes<X>]) 
   for (int i = 0; i < 4; ++i) {
     if constexpr (sizeof(X) == 4) {
       x[i] = __uint_as_float(words[i]);
-    } else if constexpr (__is_same(X, __nv_bfloat16)) {
-      x[2 * i] = __uint_as_float(words[i] << 16);
-      x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
     } else {
-      x[2 * i] = __half2float(__ushort_as_half(uint16_t(words[i] & 0xffffu)));
-      x[2 * i + 1] = __half2float(__ushort_as_half(uint16_t(words[i] >> 16)));
+      unpack<X>(words[i], x[2 * i], x[2 * i + 1]);
     }
   }
 }
@@ -81,15 +112,16 @@ __device__ __forceinline__ uint4 pack(const float (&x)[kLanes<X>]) {
   for (int i = 0; i < 4; ++i) {
     if constexpr (sizeof(X) == 4) {
       words[i] = __float_as_uint(x[i]);
-    } else if constexpr (__is_same(X, __nv_bfloat16)) {
-      const __nv_bfloat162 pair = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
-      words[i] = uint32_t(__bfloat16_as_ushort(pair.x)) | uint32_t(__bfloat16_as_ushort(pair.y)) << 16;
     } else {
-      const __half2 pair = __floats2half2_rn(x[2 * i], x[2 * i + 1]);
-      words[i] = uint32_t(__half_as_ushort(__low2half(pair))) | uint32_t(__half_as_ushort(__high2half(pair))) << 16;
+      words[i] = pack<X>(x[2 * i], x[2 * i + 1]);
     }
   }
   return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// In one access whatever the compiler knows of the address.
+__device__ __forceinline__ void store_global(void* to, const uint4& x) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
 
 // The 16-byte vectors that a row lies on, counted from the 128 bytes that it begins in, so that a warp's accesses cover
@@ -127,7 +159,7 @@ struct Grid {
   __device__ __forceinline__ void store(X* row, int v, int elements, const float (&x)[kLanes<X>]) const {
     const int e = first(v);
     if (whole(row, v, elements)) {
-      *reinterpret_cast<uint4*>(row + e) = pack<X>(x);
+      store_global(row + e, pack<X>(x));
       return;
     }
 #pragma unroll
@@ -141,8 +173,11 @@ struct Grid {
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
 // 16 bytes from global to shared memory, past the registers; complete after copies_done, for the thread that asked.
+__device__ __forceinline__ void copy_async(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+  copy_async(shared_address(shared), global);
 }
 __device__ __forceinline__ void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 

@@ -15,51 +15,12 @@
 #pragma once
 
 #include "device.cuh"
+#include "functors.cuh"
 
 #include <cfloat>
 
-// The functors of divergences.h find these for plain numbers.
-namespace kdk {
-__host__ __device__ __forceinline__ float kdk_log(float x) { return logf(x); }
-__host__ __device__ __forceinline__ double kdk_log(double x) { return log(x); }
-__host__ __device__ __forceinline__ float kdk_exp(float x) { return expf(x); }
-__host__ __device__ __forceinline__ double kdk_exp(double x) { return exp(x); }
-template <class V>
-__host__ __device__ __forceinline__ V kdk_where(bool condition, V a, V b) {
-  return condition ? a : b;
-}
-}  // namespace kdk
-
-#include "topk_plan.h"
-
 namespace kdk {
 namespace cuda {
-
-template <class V>
-struct Scored {
-  V value, score;
-};
-
-template <class V, class... Fs>
-__device__ __forceinline__ Scored<V> eval_functor(Functors<Fs...>, int functor, const Params<V>& params, V p, V logp,
-                                                  V q, V logq) {
-  Scored<V> out{V(), V()};
-  int i = 0;
-  (void)((functor == i++ ? (Fs::eval(params, p, logp, q, logq, out.value, out.score), true) : false) || ...);
-  return out;
-}
-
-// f and df/dlogq of one outcome. It is large where it is inlined: call it in loops that are not unrolled.
-template <class V>
-__device__ __forceinline__ Scored<V> eval(const Linear& c, int functor, const Params<V>& params, V p, V logp, V q,
-                                          V logq) {
-  if (functor != kNoFunctor) return eval_functor<V>(AllFunctors(), functor, params, p, logp, q, logq);
-  // A coefficient of 0 silences an infinite logarithm, and so does a probability of 0.
-  const auto term = [](double coefficient, V log) { return coefficient != 0 ? V(coefficient) * log : V(); };
-  const V over_p = p > V() ? p * (term(c.c_pp, logp) + term(c.c_pq, logq)) : V();
-  const V over_q = q > V() ? q * (term(c.c_qp, logp) + term(c.c_qq, logq)) : V();
-  return {over_p + over_q, V(c.c_pq) * p + V(c.c_qq) * q + over_q};
-}
 
 // The exponent of a logit relative to a maximum: one rounding in one instruction, unless the product of the maximum has
 // lost its fraction; then the difference comes first, and an offset of all logits costs no digits however large it is.
