@@ -415,7 +415,13 @@ def _dense(
     """``given`` are the teachers of the call itself."""
     teacher_grad = torch.is_grad_enabled() and any(teacher.requires_grad for teacher in teachers)
     torch_only = checks.why_no_teacher_grad(objective, mixed=weights is not None) if teacher_grad else None
-    backend = backends.choose(objective.backend, student, divergence=objective.resolved.name, torch_only=torch_only)
+    backend = backends.choose(
+        objective.backend,
+        student,
+        divergence=objective.resolved.name,
+        torch_only=torch_only,
+        cuda_lacks=backends.cuda.lacks_dense(student, teachers, weights is not None, objective.standardize),
+    )
     checks.reverse_mode_only(backend, student, *given, labels, *objective.tensors)
     launch = dense_launch(objective, student, labels, columns, backend, weights, mixture)
     checks.probabilities(objective, teachers, columns, launch.rows.labels, launch.rows.row_weight)
@@ -448,7 +454,7 @@ def pair(pattern: str, options: Any, student: Any, teacher: Any, labels: Any) ->
     if teacher.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"teacher must not require grad in {options.function}: it gets no gradient; detach it")
     checks.apart_in_place(options, student, {"labels": labels}, (teacher,))
-    backend = backends.choose(options.backend, student)
+    backend = backends.choose(options.backend, student, pattern=pattern)
     checks.reverse_mode_only(backend, student, teacher, labels, *options.tensors)
     labels = checks.labels_like(labels, student, columns, options.ignore_index)
     scale, rows = row_tensors(options, student, labels)

@@ -158,14 +158,18 @@ LINEAR_TEACHERS = {
 }
 
 # Patterns that a backend lacks, and why.
-_NOT_IN_CUDA = {"cuda": "the CUDA extension has the sparse top-k losses only"}
+_NOT_IN_CUDA = {"cuda": "the CUDA extension has the losses with a divergence only"}
 LACKING = {
-    "dense_fwd": _NOT_IN_CUDA,
     "dkd_fwd": _NOT_IN_CUDA,
     "mse_fwd": _NOT_IN_CUDA,
     "capture_topk": {"triton": "capture_topk has no Triton kernel"},
     "token_fwd": _NOT_IN_CUDA,
     "token_bwd": _NOT_IN_CUDA,
+}
+
+# Patterns of which a backend runs calls that ask for it by name, and "auto" takes another one: why.
+BY_NAME_ONLY = {
+    "dense_fwd": {"cuda": 'its dense losses have not been timed on a GPU yet; backend="cuda" asks for them'},
 }
 
 _library = torch.library.Library(NAMESPACE, "DEF")

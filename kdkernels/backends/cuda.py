@@ -6,6 +6,7 @@ import functools
 from typing import Optional
 
 import torch
+from torch import Tensor
 
 from kdkernels import build_info
 from kdkernels.backends.cpu import load
@@ -26,3 +27,16 @@ def why_not(device_type: str) -> Optional[str]:
     if device_type != "cuda":
         return f"it runs on CUDA tensors, not on {device_type}"
     return load_error()
+
+
+def lacks_dense(student: Tensor, teachers: tuple[Tensor, ...], mixed: bool, standardize: bool) -> Optional[str]:
+    """Why a dense loss is not among those of the CUDA extension; None where it is."""
+    if mixed:
+        return "it takes one teacher, not a mixture"
+    if standardize:
+        return "it has no standardize"
+    if student.dtype == torch.float64:
+        return "it takes float32, bfloat16 and float16, not float64"
+    if any(teacher.dtype != student.dtype for teacher in teachers):
+        return f"it takes a teacher of the student's dtype, {student.dtype}, not of {teachers[0].dtype}"
+    return None

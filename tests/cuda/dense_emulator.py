@@ -1,5 +1,6 @@
 """The dense CUDA kernels without a GPU: a launcher of the op's signature that executes their PTX; see emulator.py."""
 
+import contextlib
 import ctypes
 import functools
 import shutil
@@ -7,8 +8,11 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 from emulator import CSRC, DTYPES, LIMITS, NAMES, Device, module, need
+
+from kdkernels import backends, ops
 
 STATS = 9
 FILES = {torch.float32: "dense_f32.cu", torch.bfloat16: "dense_bf16.cu", torch.float16: "dense_f16.cu"}
@@ -68,6 +72,37 @@ class DenseEmulator:
         self.arch, self.limits, self.clusters = arch, limits or LIMITS[arch], clusters
         self.multiprocessors, self.schedule = multiprocessors, schedule
         self.reports, self.plans = [], []
+
+    @contextlib.contextmanager
+    def registered(self):
+        """CPU tensors run on ``backend="cuda"``."""
+        library = torch.library.Library("kdkernels", "IMPL")
+        library.impl("dense_fwd_cuda", self._op, "CPU")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(backends.cuda, "why_not", lambda device_type: None)
+            yield self
+        library._destroy()
+
+    def _op(
+        self,
+        student,
+        teachers,
+        dstudent,
+        labels,
+        row_weight,
+        temperatures,
+        teacher_temperatures,
+        param,
+        mixture,
+        *,
+        numbers,
+        choices,
+        **options,
+    ):
+        options |= ops.named("dense_fwd", numbers, choices)
+        assert mixture is None and not options.pop("standardize") and options.pop("mixture") == "probs"
+        rows = {"temperature_rows": temperatures, "teacher_temperature_rows": teacher_temperatures, "param_rows": param}
+        return self(student, teachers, dstudent, labels, row_weight, **rows, **options)
 
     def __call__(
         self,

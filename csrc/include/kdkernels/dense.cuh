@@ -103,9 +103,13 @@ __device__ __forceinline__ float largest(const uint4& raw) {
   unpack<X>(make_uint4(one, one, one, one), x);
   return fmaxf(x[0], x[1]);
 }
+// What the held kernels see past the ends of a row: a number far below all logits, so that no difference is infinite
+// and 0 times it is 0. fp16 has none.
 template <class X>
-__device__ __forceinline__ uint4 minus_infinity() {
-  const uint32_t word = sizeof(X) == 4 ? 0xff800000u : __is_same(X, __nv_bfloat16) ? 0xff80ff80u : 0xfc00fc00u;
+constexpr float kFar = sizeof(X) == 2 && !__is_same(X, __nv_bfloat16) ? -INFINITY : -0x1p100f;
+template <class X>
+__device__ __forceinline__ uint4 far_vector() {
+  const uint32_t word = sizeof(X) == 4 ? 0xf1800000u : __is_same(X, __nv_bfloat16) ? 0xf180f180u : 0xfc00fc00u;
   return make_uint4(word, word, word, word);
 }
 
@@ -113,7 +117,7 @@ __device__ __forceinline__ uint4 minus_infinity() {
 struct Cluster {
   uint32_t control;  // address of the barriers: of the two stages, and of the two slots of reductions
   char* slots;
-  int slot_bytes, thread, threads, warp, warps, block, blocks;
+  int slot_bytes, part_bytes, thread, threads, warp, warps, block, blocks;
   int lanes = 32;  // neighbours that hold all parts of a reduction: a power of two
   int round = 0;
 
@@ -121,6 +125,7 @@ struct Cluster {
       : control(shared_address(shared)),
         slots(shared + kDenseControlBytes),
         slot_bytes(plan.slot_bytes),
+        part_bytes(plan.part_bytes),
         thread(int(threadIdx.x)),
         threads(int(blockDim.x)),
         warp(thread / 32),
@@ -166,7 +171,8 @@ struct Cluster {
     const int slot = round % kReductionSlots, lane = thread % 32;
     const uint32_t parity = round / kReductionSlots & 1;
     char* const base = slots + slot * slot_bytes;
-    T* const mine = reinterpret_cast<T*>(base) + (block * warps + warp);
+    // Of whatever type: nobody but this warp ever writes here, or in the same place of other blocks.
+    T* const mine = reinterpret_cast<T*>(base + (block * warps + warp) * part_bytes);
     ++round;
     if (lane == 0) *mine = value;
     if (blocks == 1) {
@@ -190,8 +196,9 @@ struct Cluster {
       barrier_wait<true>(barrier, parity);
     }
     T total = T();
-#pragma unroll 1
-    for (int i = lane & (lanes - 1); i < parts; i += 32) total = merge(total, reinterpret_cast<const T*>(base)[i]);
+#pragma unroll 4
+    for (int i = lane & (lanes - 1); i < parts; i += 32)
+      total = merge(total, *reinterpret_cast<const T*>(base + i * part_bytes));
     return merge.over_warp(total, lanes);
   }
 };
@@ -291,8 +298,7 @@ struct Place {
       : s(at<const X>(launch, launch.args.student, row)),
         t(at<const X>(launch, launch.args.teachers[0], row)),
         g(launch.args.wants_grad ? at<X>(launch, launch.args.dstudent, row) : nullptr),
-        // Bulk copies begin where the row does.
-        grid(launch.plan.source == Source::kBulk ? nullptr : s) {
+        grid(launch.plan.aligned ? nullptr : s) {
     begin = block * launch.plan.share;
     count = max(0, min(grid.vectors(int(launch.args.columns)) - begin, launch.plan.share));
   }
@@ -306,13 +312,13 @@ struct DenseRows {
   const DenseLaunch& launch;
   const DenseArgs& args;
   Cluster& team;
-  const uint32_t stages;  // address in shared memory
-  const bool bulk, reads_teacher, all_slots;  // all_slots: a stage's vectors past the row's are -inf
+  const uint32_t stages;                               // address in shared memory
+  const bool bulk, aligned, reads_teacher, all_slots;  // all_slots: a stage's vectors past the row's are kFar
   const int columns, capacity, rows, step;
   int stage = 0, uses = 0;  // uses of all stages
   int row, next;
   float next_picked = NAN;
-  Place<X> place;  // with bulk copies its pointers are those of the first row
+  Place<X> place;  // of bulk copies the pointers are those of the first row
 
   __device__ __forceinline__ DenseRows(const DenseLaunch& launch, Cluster& team, char* shared, bool reads_teacher,
                                        bool all_slots)
@@ -321,6 +327,7 @@ struct DenseRows {
         team(team),
         stages(shared_address(shared) + launch.plan.row_at),
         bulk(launch.plan.source == Source::kBulk),
+        aligned(launch.plan.aligned),
         reads_teacher(reads_teacher),
         all_slots(all_slots),
         columns(int(args.columns)),
@@ -385,6 +392,12 @@ struct DenseRows {
     }
   }
   __device__ __forceinline__ void copy(const Place<X>& there, const X* from, uint32_t to) const {
+    if (aligned) {
+      const X* const first = from + there.begin * kL;
+#pragma unroll 1
+      for (int i = team.thread; i < there.count; i += team.threads) copy_async(to + 16 * i, first + i * kL);
+      return;
+    }
     const int limit = all_slots ? capacity : there.count;
 #pragma unroll 1
     for (int i = team.thread; i < limit; i += team.threads) {
@@ -392,7 +405,8 @@ struct DenseRows {
       if (i < there.count && there.grid.whole(from, v, columns)) {
         copy_async(to + 16 * i, from + there.grid.first(v));
       } else {
-        store_shared(to + 16 * i, i < there.count ? there.grid.load(from, v, columns) : minus_infinity<X>());
+        store_shared(to + 16 * i, i < there.count ? there.grid.load(from, v, columns, all_slots ? kFar<X> : -INFINITY)
+                                                  : far_vector<X>());
       }
     }
   }
@@ -403,20 +417,20 @@ struct DenseRows {
       copies_done();
     }
   }
-  // A block's vectors past the row's, which bulk copies never write.
+  // A block's vectors past the row's, once where no copy writes them.
   __device__ __forceinline__ void pad() const {
-    if (!bulk || !all_slots) return;
+    if (!aligned || !all_slots) return;
     for (int which = 0; which < launch.plan.stages; ++which) {
       for (int i = team.thread; i < capacity; i += team.threads) {
         if (i < place.count) continue;
-        store_shared(student(which) + 16 * i, minus_infinity<X>());
-        store_shared(teacher(which) + 16 * i, minus_infinity<X>());
+        store_shared(student(which) + 16 * i, far_vector<X>());
+        store_shared(teacher(which) + 16 * i, far_vector<X>());
       }
     }
   }
 
-  // Begins the next row's copies, where there is another stage. Every thread of the block has to be past the row before:
-  // it is once a reduction of this one is done.
+  // Begins the next row's copies, where there is another stage. Every thread of the block has to be past the row
+  // before: it is once a reduction of this one is done.
   __device__ __forceinline__ void fetch_next() {
     if (launch.plan.stages == 1) return;
     if (bulk && args.wants_grad && team.thread == 0) bulk_stores_have_read();
@@ -466,6 +480,8 @@ struct DenseRows {
   __device__ __forceinline__ void put(int i, const float (&x)[kL]) const {
     if (bulk) {
       store_shared(student(stage) + 16 * i, pack<X>(x));
+    } else if (aligned) {
+      store_global(place.g + (place.begin + i) * kL, pack<X>(x));
     } else {
       place.grid.store(place.g, place.begin + i, int(args.width), x);
     }
@@ -534,7 +550,8 @@ struct HeldRow {
   const Place<X>& place;
   const RowScales& k;
   const float picked;
-  const uint32_t at_s, at_t, stride;  // addresses of the thread's first vectors, and from one to the next
+  const uint32_t at_s, at_t, stride;       // addresses of the thread's first vectors, and from one to the next
+  const int pieces;                        // the threads' vectors that there are
   float es[kPieces][kL], et[kPieces][kL];  // of a pair et becomes its scores, of a reverse KL x
   float top_s, top_t, total_s, total_t, a = 0, b = 0;
 
@@ -547,7 +564,8 @@ struct HeldRow {
         picked(picked),
         at_s(rows.student(rows.stage) + 16 * team.thread),
         at_t(at_s + 16 * rows.capacity),
-        stride(16 * team.threads) {}
+        stride(16 * team.threads),
+        pieces(rows.launch.plan.pieces) {}
 
   __device__ __forceinline__ int slot(int piece) const { return piece * team.threads + team.thread; }
 
@@ -555,6 +573,7 @@ struct HeldRow {
     uint4 most_s = load_shared(at_s), most_t = load_shared(at_t);
 #pragma unroll
     for (int piece = 1; piece < kPieces; ++piece) {
+      if (piece >= pieces) break;
       most_s = packed_max<X>(most_s, load_shared(at_s + piece * stride));
       most_t = packed_max<X>(most_t, load_shared(at_t + piece * stride));
     }
@@ -563,6 +582,9 @@ struct HeldRow {
     tops.t = order_of(largest<X>(most_t));
     tops = team.over(tops, MaxTops());
     top_s = of_order(tops.s), top_t = of_order(tops.t);
+    // A row of -inf is no distribution: all that follows is NaN.
+    if (!(top_s > kFar<X>)) top_s = -INFINITY;
+    if (!(top_t > kFar<X>)) top_t = -INFINITY;
   }
 
   // x of a linear divergence, in units of the teacher's temperature: exactly ds - dt where temperatures are equal.
@@ -570,11 +592,20 @@ struct HeldRow {
     return kReverse ? fmaf(ds, k.ratio, -dt) : fmaf(ds, -k.ratio, dt);
   }
 
+  // Without a look at the weights: 0 times an infinite logarithm makes the sums NaN, which then are made again.
+  static constexpr bool kGuarded = kFar<X> == -INFINITY, kLinear = !kPair;
+  static constexpr int kSums = kBoth ? 4 : kPair && KIND != Held::kSkewKl ? 2 : 3;
+
+  template <bool GUARDED>
+  static __device__ __forceinline__ float add_term(float total, float weight, float x) {
+    return GUARDED ? add_product(total, weight, x) : fmaf(weight, x, total);
+  }
+
   __device__ __forceinline__ void exponentiate() {
-    constexpr int kCount = kBoth ? 4 : kPair && KIND != Held::kSkewKl ? 2 : 3;
     Sums4 sums;
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
+      if (piece >= pieces) break;
       float xs[kL], xt[kL];
       unpack<X>(load_shared(at_s + piece * stride), xs);
       unpack<X>(load_shared(at_t + piece * stride), xt);
@@ -588,25 +619,57 @@ struct HeldRow {
           // Terms of first order cancel one by one.
           const float excess = e - f, x = mixed(ds, dt);
           sums.x[0] += excess;
-          sums.x[2] = add_product(sums.x[2], excess, x);
-          sums.x[3] = add_product(sums.x[3], e, x);
+          sums.x[2] = add_term<kGuarded>(sums.x[2], excess, x);
+          sums.x[3] = add_term<kGuarded>(sums.x[3], e, x);
         } else {
           sums.x[0] += e;
           if constexpr (kReverse) {
-            et[piece][l] = e != 0 ? mixed(ds, dt) : 0.0f;
+            et[piece][l] = !kGuarded || e != 0 ? mixed(ds, dt) : 0.0f;
             sums.x[2] = fmaf(e, et[piece][l], sums.x[2]);
           } else if constexpr (KIND == Held::kForwardKl) {
-            sums.x[2] = add_product(sums.x[2], f, mixed(ds, dt));
+            sums.x[2] = add_term<kGuarded>(sums.x[2], f, mixed(ds, dt));
           } else if constexpr (KIND == Held::kSkewKl) {
             sums.x[2] = fmaf(e, f, sums.x[2]);
           }
         }
       }
     }
-    sums = team.over(sums, AddSums4<kCount>());
+    sums = team.over(sums, AddSums4<kSums>());
     total_t = sums.x[1], a = sums.x[2], b = sums.x[3];
     total_s = kBoth ? sums.x[0] + total_t : sums.x[0];
     if (kBoth) excess_z = sums.x[0];
+    if (kLinear && !kGuarded && (a != a || b != b)) add_terms_again();
+  }
+
+  __device__ __forceinline__ void add_terms_again() {
+    Sums4 sums;
+    if constexpr (kReverse) {
+#pragma unroll
+      for (int piece = 0; piece < kPieces; ++piece) {
+        if (piece >= pieces) break;
+#pragma unroll
+        for (int l = 0; l < kL; ++l) {
+          et[piece][l] = es[piece][l] != 0 ? et[piece][l] : 0.0f;
+          sums.x[0] = fmaf(es[piece][l], et[piece][l], sums.x[0]);
+        }
+      }
+    } else {
+#pragma unroll 1
+      for (int piece = 0; piece < pieces; ++piece) {
+        float xs[kL], xt[kL];
+        unpack<X>(load_shared(at_s + piece * stride), xs);
+        unpack<X>(load_shared(at_t + piece * stride), xt);
+#pragma unroll
+        for (int l = 0; l < kL; ++l) {
+          const float ds = xs[l] - top_s, dt = xt[l] - top_t, x = mixed(ds, dt);
+          const float e = exp2_fast(ds * k.scale_s), f = exp2_fast(dt * k.scale_t);
+          sums.x[0] = add_product(sums.x[0], kBoth ? e - f : f, x);
+          if (kBoth) sums.x[1] = add_product(sums.x[1], e, x);
+        }
+      }
+    }
+    sums = team.over(sums, AddSums4<2>());
+    a = sums.x[0], b = sums.x[1];
   }
   float excess_z = 0;
 
@@ -616,6 +679,7 @@ struct HeldRow {
     Sums4 sums;
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
+      if (piece >= pieces) break;
 #pragma unroll
       for (int l = 0; l < kL; ++l) {
         const float p = et[piece][l], q = es[piece][l] * factor_q;
@@ -638,6 +702,7 @@ struct HeldRow {
       Sums4 sums;
 #pragma unroll 1
       for (int piece = 0; piece < kPieces; ++piece) {
+        if (piece >= pieces) break;
         float xs[kL];
         unpack<X>(load_shared(at_s + piece * stride), xs);
         const int e = place.grid.first(place.begin + slot(piece));
@@ -714,6 +779,7 @@ struct HeldRow {
     const int label_vector = label >= 0 && label < rows.columns ? place.grid.vector_of(int(label)) - place.begin : -1;
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
+      if (piece >= pieces) break;
       float g[kL], xs[kL], xt[kL];
       if constexpr (kBoth) {
         unpack<X>(load_shared(at_s + piece * stride), xs);
@@ -774,7 +840,7 @@ struct alignas(16) Norms {
   float top_s = kLowest, top_t = kLowest, zs = 0, zt = 0, p = 0, q = 0, zh = 0, centered = 0, overlap = 0, pad[3] = {};
 };
 
-struct AddNorms {
+struct MoveNorms {
   float scale_s, scale_t, c_pp, c_pq, c_qp, c_qq;  // c_pq, c_qq: times T_t / T
 
   // total = sum e x to other maxima: e shrinks by factor, x grows by shift; mass is the old sum of e.
@@ -794,17 +860,23 @@ struct AddNorms {
   static __device__ __forceinline__ float combined(float c, float x, float d, float y) {
     return c == 0 ? d * y : d == 0 ? c * x : fmaf(d, y, c * x);
   }
-  __device__ __forceinline__ Norms operator()(Norms a, Norms b) const {
-    const float top_s = fmaxf(a.top_s, b.top_s), top_t = fmaxf(a.top_t, b.top_t);
-    move(a, top_s, top_t);
-    move(b, top_s, top_t);
-    a.zs += b.zs, a.zt += b.zt, a.p += b.p, a.q += b.q, a.zh += b.zh, a.centered += b.centered;
-    a.overlap += b.overlap;
-    return a;
+};
+// Of Norms relative to the same maxima.
+struct AddMoved {
+  __device__ __forceinline__ Norms operator()(const Norms& a, const Norms& b) const {
+    Norms out;
+    out.zs = a.zs + b.zs, out.zt = a.zt + b.zt, out.p = a.p + b.p, out.q = a.q + b.q, out.zh = a.zh + b.zh;
+    out.centered = a.centered + b.centered, out.overlap = a.overlap + b.overlap;
+    return out;
   }
   __device__ __forceinline__ Norms over_warp(Norms value, int lanes) const {
 #pragma unroll 1
-    for (int mask = lanes / 2; mask > 0; mask /= 2) value = (*this)(value, shuffle_xor(value, mask));
+    for (int mask = lanes / 2; mask > 0; mask /= 2) {
+      value.zs += shuffle_xor(value.zs, mask), value.zt += shuffle_xor(value.zt, mask);
+      value.p += shuffle_xor(value.p, mask), value.q += shuffle_xor(value.q, mask);
+      value.zh += shuffle_xor(value.zh, mask), value.centered += shuffle_xor(value.centered, mask);
+      value.overlap += shuffle_xor(value.overlap, mask);
+    }
     return value;
   }
 };
@@ -844,7 +916,7 @@ struct SweptRow {
   const RowScales& k;
   float picked;
   const bool hard, own;  // own: the hard terms' exponentials are not those at T
-  AddNorms add;
+  MoveNorms add;
   float unit;  // of a linear divergence
   Norms n;
   // Of its sums.
@@ -856,8 +928,7 @@ struct SweptRow {
   __device__ __forceinline__ bool teacher() const { return rows.reads_teacher; }
   __device__ __forceinline__ bool distils() const { return launch.kd_weight != 0; }
 
-  __device__ __forceinline__ SweptRow(DenseRows<X>& rows, Cluster& team, const RowScales& scales,
-                                      float label_logit)
+  __device__ __forceinline__ SweptRow(DenseRows<X>& rows, Cluster& team, const RowScales& scales, float label_logit)
       : rows(rows),
         launch(rows.launch),
         args(rows.args),
@@ -972,7 +1043,12 @@ struct SweptRow {
         for (int l = 0; l < kL; ++l) n.centered += first + l >= 0 && first + l < rows.columns ? xs[l] - center : 0.0f;
       }
     });
-    n = team.over(n, add);
+    Tops tops;
+    tops.s = order_of(n.top_s), tops.t = order_of(n.top_t);
+    tops = team.over(tops, MaxTops());
+    add.move(n, of_order(tops.s), of_order(tops.t));
+    n = team.over(n, AddMoved());
+    n.top_s = of_order(tops.s), n.top_t = of_order(tops.t);
     // A row of -inf is no distribution.
     if (!(n.zs > 0)) n.zs = NAN;
     if (!(n.zt > 0)) n.zt = NAN;
@@ -1203,7 +1279,7 @@ struct SweptRow {
 };
 
 template <class X>
-__global__ void __launch_bounds__(kDenseThreads / 2, 2) dense_swept_kernel(const __grid_constant__ DenseLaunch launch) {
+__global__ void __launch_bounds__(kDenseThreads, 2) dense_swept_kernel(const __grid_constant__ DenseLaunch launch) {
   extern __shared__ uint4 shared_memory[];
   char* const shared = reinterpret_cast<char*>(shared_memory);
   Cluster team(shared, launch.plan);

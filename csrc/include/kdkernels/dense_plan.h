@@ -27,15 +27,17 @@ struct DensePlan {
   Held held = Held::kNone;
   Source source = Source::kCopies;
   int cluster = 1, threads = 32, stages = 2;
-  int share = 0;       // 16-byte vectors of a row that a block has
-  int capacity = 0;    // those of a tensor in a stage: what the threads cover
-  int slot_bytes = 0;  // of a reduction
+  int share = 0;                       // 16-byte vectors of a row that a block has
+  int capacity = 0;                    // those of a tensor in a stage: what the threads cover
+  int part_bytes = 0, slot_bytes = 0;  // of a warp's part of a reduction, and of all parts
+  int pieces = 0;                      // vectors of a thread, at most
   int row_at = 0, shared_bytes = 0;
-  bool flat = true;  // all rows of a tensor lie one stride apart
+  bool flat = true;      // all rows of a tensor lie one stride apart
+  bool aligned = false;  // rows begin, and their columns end, on 16 bytes
 };
 
-constexpr int kHeldColumns = 32;        // of a thread, where its exponentials stay in registers
-constexpr int kDenseThreads = 512;      // the most of a block
+constexpr int kHeldColumns = 64;        // of a thread, where its exponentials stay in registers
+constexpr int kDenseThreads = 256;      // the most of a block
 constexpr int kDenseControlBytes = 64;  // barriers
 constexpr int kReductionSlots = 2;      // one is written while the other may still be read
 constexpr int kHeldReduction = 16;      // bytes of a warp
@@ -75,45 +77,49 @@ inline DensePlan plan_dense(const DenseArgs& args, const Limits& limits, int mul
   };
   DensePlan plan;
   plan.flat = flat(args.student) && flat(args.dstudent) && flat(args.teachers[0]);
-  const bool bulk = limits.cluster > 1 && args.columns % lanes == 0 && aligned(args.student) &&
-                    aligned(args.teachers[0]) && aligned(args.dstudent);
-  plan.source = bulk ? Source::kBulk : Source::kCopies;
+  plan.aligned =
+      args.columns % lanes == 0 && aligned(args.student) && aligned(args.teachers[0]) && aligned(args.dstudent);
+  plan.source = plan.aligned && limits.cluster > 1 ? Source::kBulk : Source::kCopies;
   // Of a row that begins anywhere in 128 bytes, unless it begins on 16.
-  const int vectors = ceil_div(args.columns + (bulk ? 0 : 8 * lanes - 1), lanes);
+  const int vectors = ceil_div(args.columns + (plan.aligned ? 0 : 8 * lanes - 1), lanes);
 
   const bool plain = args.kd_weight != 0 && args.stats == nullptr && args.student_softcap == 0 &&
                      args.teacher_softcap == 0 && args.teacher_form == TeacherForm::kLogits;
   plan.held = plain ? held_kind(args.divergence) : Held::kNone;
   const auto lay_out = [&](int reduction) {
+    plan.part_bytes = reduction;
     plan.slot_bytes = plan.cluster * (plan.threads / 32) * reduction;
     plan.row_at = (kDenseControlBytes + kReductionSlots * plan.slot_bytes + 127) / 128 * 128;
     const int64_t bytes = plan.row_at + int64_t(plan.stages) * 2 * plan.capacity * 16;
     plan.shared_bytes = int(std::min<int64_t>(bytes, INT32_MAX));
     return bytes <= limits.shared_per_block;
   };
-  // Blocks of 256 threads: two share a multiprocessor.
   const auto share_of = [&](int blocks) { return ceil_div(vectors, 8 * blocks) * 8; };
-  plan.cluster = 1;
-  while (plan.cluster < limits.cluster && share_of(plan.cluster) > kDenseThreads / 2 * pieces) plan.cluster *= 2;
-  // Few rows are spread over more blocks, down to a warp each.
-  while (plan.cluster < limits.cluster && rows * plan.cluster * 2 <= multiprocessors &&
-         share_of(plan.cluster) > 64 * pieces)
-    plan.cluster *= 2;
-  plan.share = share_of(plan.cluster);
-  plan.threads = std::max(1, ceil_div(plan.share, pieces * 32)) * 32;
-  if (plan.held != Held::kNone && plan.threads <= kDenseThreads) {
-    plan.capacity = plan.threads * pieces;
-    for (plan.stages = 2; plan.stages >= 1; --plan.stages)
+  const auto choose = [&](int most) {
+    plan.cluster = 1;
+    while (plan.cluster < limits.cluster && share_of(plan.cluster) > most) plan.cluster *= 2;
+    // Few rows are spread over more blocks, down to a warp each.
+    while (plan.cluster < limits.cluster && rows * plan.cluster * 2 <= multiprocessors &&
+           share_of(plan.cluster) > 32 * pieces)
+      plan.cluster *= 2;
+    plan.share = share_of(plan.cluster);
+    plan.threads = std::min(std::max(1, ceil_div(plan.share, pieces * 32)) * 32, kDenseThreads);
+  };
+  // Blocks of 128 threads, two of which share the registers of a multiprocessor, or of up to 256.
+  if (plan.held != Held::kNone) {
+    choose(kDenseThreads / 2 * pieces);
+    plan.pieces = ceil_div(plan.share, plan.threads);
+    plan.capacity = plan.threads * plan.pieces;
+    for (plan.stages = 2; plan.stages >= 1 && plan.pieces <= pieces; --plan.stages)
       if (lay_out(kHeldReduction)) return plan;
   }
   plan.held = Held::kNone;
-  plan.threads = std::min(plan.threads, kDenseThreads / 2);
+  choose(kDenseThreads / 2 * pieces);
   plan.capacity = plan.share;
   for (plan.stages = 2; plan.stages >= 1; --plan.stages)
     if (lay_out(kSweptReduction)) return plan;
   // Too wide: every block of a cluster reads its share again and again.
   plan.source = Source::kGlobal;
-  plan.share = ceil_div(ceil_div(args.columns + 8 * lanes - 1, lanes), 8 * plan.cluster) * 8;
   plan.stages = 1;
   plan.capacity = 0;
   lay_out(kSweptReduction);

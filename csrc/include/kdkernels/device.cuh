@@ -144,15 +144,15 @@ struct Grid {
     const int e = first(v);
     return e >= 0 && e + kLanes<X> <= elements && has(row);
   }
-  // Elements past the ends are -inf.
-  __device__ __forceinline__ uint4 load(const X* row, int v, int elements) const {
+  // Elements past the ends are fill.
+  __device__ __forceinline__ uint4 load(const X* row, int v, int elements, float fill = -INFINITY) const {
     const int e = first(v);
     if (whole(row, v, elements)) return *reinterpret_cast<const uint4*>(row + e);
     float x[kLanes<X>];
 #pragma unroll
     for (int i = 0; i < kLanes<X>; ++i) {
       const int at = e + i;
-      x[i] = at >= 0 && at < elements ? to_float(row[at]) : -INFINITY;
+      x[i] = at >= 0 && at < elements ? to_float(row[at]) : fill;
     }
     return pack<X>(x);
   }
