@@ -72,8 +72,7 @@ def select(
         return next(
             name
             for name in BACKENDS
-            if name not in reserved
-            and _refusal(name, device_type, divergence, torch_only, cuda_lacks, pattern) is None
+            if name not in reserved and _refusal(name, device_type, divergence, torch_only, cuda_lacks, pattern) is None
         )
     reason = _refusal(requested, device_type, divergence, torch_only, cuda_lacks, pattern)
     if reason is not None:

@@ -18,7 +18,7 @@ STATS = 9
 FILES = {torch.float32: "dense_f32.cu", torch.bfloat16: "dense_bf16.cu", torch.float16: "dense_f16.cu"}
 # In the order of Held and Source in dense_plan.h.
 HELD = ("forward_kl", "reverse_kl", "jeffreys", "jsd", "tvd", "skew_kl", "skew_reverse_kl", None)
-SOURCES = ("bulk", "copies", "global")
+SOURCES = ("bulk", "copies", "streamed")
 MULTIPROCESSORS = 132
 
 INTEGERS = """batch length columns width ignore_index scale_by_t_squared probs
@@ -65,10 +65,11 @@ class DenseEmulator:
     """Runs dense_fwd as PTX for ``arch``.
 
     limits: as LIMITS, smaller ones to force a form. clusters: how many fit on the GPU, so that each takes several rows.
-    schedule: ``late`` and ``seed`` of ptxrun's launch.
+    schedule: ``late`` and ``seed`` of ptxrun's launch. compiled: another ptxrun module than that of the sources.
     """
 
-    def __init__(self, arch, limits=None, clusters=2, multiprocessors=1, **schedule):
+    def __init__(self, arch, limits=None, clusters=2, multiprocessors=1, compiled=None, **schedule):
+        self.compiled = compiled
         self.arch, self.limits, self.clusters = arch, limits or LIMITS[arch], clusters
         self.multiprocessors, self.schedule = multiprocessors, schedule
         self.reports, self.plans = [], []
@@ -162,7 +163,7 @@ class DenseEmulator:
         self.plans.append(call)
         held = f"dense_held_kernelI{NAMES[student.dtype]}LNS0_4HeldE{call.held}E"
         name = held if HELD[call.held] else f"dense_swept_kernelI{NAMES[student.dtype]}E"
-        mod = module(FILES[student.dtype], self.arch)
+        mod = self.compiled or module(FILES[student.dtype], self.arch)
         (kernel,) = [found for found in mod.kernels if name in found]
         report = launch(
             mod[kernel],

@@ -162,7 +162,7 @@ def test_objective(name, objective, form):
 
 @pytest.mark.parametrize("name", ["reverse_kl", "skew_kl", "soft_ce"])
 def test_padding_views_and_numbers_of_rows(name):
-    """Padded widths, probabilities, numbers of a row, in place, and views [B, L, V] whose rows are not evenly spaced."""
+    """Padded widths, probabilities, numbers of a row, in place, and views [B, L, V] with gaps between batches."""
     student, teacher = torch.full((3, 704), float("nan")), torch.full((3, 304), float("nan"))
     student[:, :256], teacher[:, :256] = torch.randn(3, 256), torch.randn(3, 256)
     labels = torch.tensor([1, -100, 249])
@@ -197,9 +197,9 @@ def test_rows_too_wide_for_shared_memory(name, arch):
     student[0] += torch.arange(8197) / 500
     student[1, :3000] = float("-inf")
     teacher[1, :3100] = float("-inf")
-    limits = (4096, 16384, 1 if arch == 80 else 4)
+    limits = (6000, 16384, 1 if arch == 80 else 4)
     emulator, _, _ = run(student, teacher, arch=arch, limits=limits, cluster=limits[2], **options_of(name))
-    assert SOURCES[emulator.plans[0].source] == "global"
+    assert SOURCES[emulator.plans[0].source] == "streamed"
 
 
 def test_in_place_from_the_public_function():

@@ -113,7 +113,8 @@ __device__ __forceinline__ uint4 far_vector() {
   return make_uint4(word, word, word, word);
 }
 
-// All threads of the blocks that work on a row. Reductions give all threads the same bits.
+// All threads of the blocks that work on a row. Reductions give all threads the same bits. A block has waited for all
+// that others store into it when it leaves.
 struct Cluster {
   uint32_t control;  // address of the barriers: of the two stages, and of the two slots of reductions
   char* slots;
@@ -153,14 +154,6 @@ struct Cluster {
       }
     }
   }
-  // No block leaves while another one may store into it.
-  __device__ __forceinline__ void end() const {
-    if (blocks > 1) {
-      cluster_arrive_relaxed();
-      cluster_wait();
-    }
-  }
-
   // T() is the identity of merge, merge.over_warp gives every lane the same.
   template <class T, class Merge>
   __device__ __forceinline__ T over(T value, Merge merge) {
@@ -279,9 +272,35 @@ struct RowScales {
   }
 };
 
+// The vectors at the ends of a row, and all of one that lies on other vectors than the student, go element by element.
+// One copy of the code.
+template <class X>
+__device__ __noinline__ uint4 load_edge(const X* row, int first, int elements, float fill) {
+  float x[kLanes<X>];
+#pragma unroll
+  for (int l = 0; l < kLanes<X>; ++l) x[l] = first + l >= 0 && first + l < elements ? to_float(row[first + l]) : fill;
+  return pack<X>(x);
+}
+template <class X>
+__device__ __noinline__ void store_edge(X* row, int first, int elements, uint4 raw) {
+  float x[kLanes<X>];
+  unpack<X>(raw, x);
+#pragma unroll
+  for (int l = 0; l < kLanes<X>; ++l)
+    if (first + l >= 0 && first + l < elements) row[first + l] = from_float<X>(x[l]);
+}
+
+// The vectors of a share that one access moves.
+struct Whole {
+  int from = 0, to = 0;
+  __device__ __forceinline__ bool has(int i) const { return unsigned(i - from) < unsigned(to - from); }
+};
+
 // A row's tensors, and the vectors of it that this block has.
 template <class X>
 struct Place {
+  static constexpr int kL = kLanes<X>;
+
   const X *s, *t;
   X* g;
   Grid<X> grid{nullptr};
@@ -302,6 +321,13 @@ struct Place {
     begin = block * launch.plan.share;
     count = max(0, min(grid.vectors(int(launch.args.columns)) - begin, launch.plan.share));
   }
+  // The element that vector i begins with.
+  __device__ __forceinline__ int first(int i) const { return grid.first(begin + i); }
+  __device__ __forceinline__ Whole whole(const void* row, int elements) const {
+    if (!grid.has(row)) return {};
+    const int from = (grid.skew + kL - 1) / kL - begin;
+    return {from, max(from, min((elements + grid.skew) / kL - begin, count))};
+  }
 };
 
 // What is common to the kernels: rows, stages, labels.
@@ -319,6 +345,7 @@ struct DenseRows {
   int row, next;
   float next_picked = NAN;
   Place<X> place;  // of bulk copies the pointers are those of the first row
+  Whole whole_g;
 
   __device__ __forceinline__ DenseRows(const DenseLaunch& launch, Cluster& team, char* shared, bool reads_teacher,
                                        bool all_slots)
@@ -392,22 +419,21 @@ struct DenseRows {
     }
   }
   __device__ __forceinline__ void copy(const Place<X>& there, const X* from, uint32_t to) const {
-    if (aligned) {
-      const X* const first = from + there.begin * kL;
-#pragma unroll 1
-      for (int i = team.thread; i < there.count; i += team.threads) copy_async(to + 16 * i, first + i * kL);
-      return;
-    }
-    const int limit = all_slots ? capacity : there.count;
-#pragma unroll 1
-    for (int i = team.thread; i < limit; i += team.threads) {
-      const int v = there.begin + i;
-      if (i < there.count && there.grid.whole(from, v, columns)) {
-        copy_async(to + 16 * i, from + there.grid.first(v));
-      } else {
-        store_shared(to + 16 * i, i < there.count ? there.grid.load(from, v, columns, all_slots ? kFar<X> : -INFINITY)
-                                                  : far_vector<X>());
-      }
+    const Whole whole = there.whole(from, columns);
+    const int limit = all_slots && !aligned ? capacity : there.count, step = team.threads;
+    const X* vector = from + there.first(team.thread);
+    to += 16 * team.thread;
+#pragma unroll 4
+    for (int i = team.thread; i < limit; i += step, to += 16 * step, vector += kL * step)
+      copy_vector(there, whole, from, vector, i, to);
+  }
+  __device__ __forceinline__ void copy_vector(const Place<X>& there, const Whole& whole, const X* from, const X* vector,
+                                              int i, uint32_t to) const {
+    if (whole.has(i)) {
+      copy_async(to, vector);
+    } else {
+      store_shared(to, i < there.count ? load_edge(from, there.first(i), columns, all_slots ? kFar<X> : -INFINITY)
+                                       : far_vector<X>());
     }
   }
   __device__ __forceinline__ void wait() const {
@@ -452,7 +478,10 @@ struct DenseRows {
     while (row < rows) {
       next = counted(row + step);
       if (per_row) scales.of_row(launch, row);
-      if (!bulk) place = Place<X>(launch, team.block, row);
+      if (!bulk) {
+        place = Place<X>(launch, team.block, row);
+        if (writes) whole_g = place.whole(place.g, int(args.width));
+      }
       const float picked = next_picked;
       wait();
       Row(*this, team, scales, picked).run();
@@ -473,17 +502,17 @@ struct DenseRows {
       if (doubled) stage ^= 1;
     }
     if (bulk && team.thread == 0) bulk_stores_done();
-    team.end();
   }
 
   // Vector i of the block's share of the gradient.
   __device__ __forceinline__ void put(int i, const float (&x)[kL]) const {
+    const uint4 raw = pack<X>(x);
     if (bulk) {
-      store_shared(student(stage) + 16 * i, pack<X>(x));
-    } else if (aligned) {
-      store_global(place.g + (place.begin + i) * kL, pack<X>(x));
+      store_shared(student(stage) + 16 * i, raw);
+    } else if (whole_g.has(i)) {
+      store_global(place.g + place.first(i), raw);
     } else {
-      place.grid.store(place.g, place.begin + i, int(args.width), x);
+      store_edge(place.g, place.first(i), int(args.width), raw);
     }
   }
 };
@@ -705,7 +734,7 @@ struct HeldRow {
         if (piece >= pieces) break;
         float xs[kL];
         unpack<X>(load_shared(at_s + piece * stride), xs);
-        const int e = place.grid.first(place.begin + slot(piece));
+        const int e = place.first(slot(piece));
 #pragma unroll
         for (int l = 0; l < kL; ++l) {
           sums.x[0] += exp2_fast((xs[l] - top_s) * kLog2e);
@@ -809,7 +838,7 @@ struct HeldRow {
                                       float (&g)[kL]) const {
     float xs[kL];
     unpack<X>(load_shared(at_s + piece * stride), xs);
-    const int first = place.grid.first(place.begin + slot(piece));
+    const int first = place.first(slot(piece));
 #pragma unroll
     for (int l = 0; l < kL; ++l) g[l] = fmaf(terms.factor, exp2_fast((xs[l] - top_s) * kLog2e), g[l] - terms.floor);
     if (slot(piece) == label_vector) {
@@ -916,6 +945,7 @@ struct SweptRow {
   const RowScales& k;
   float picked;
   const bool hard, own;  // own: the hard terms' exponentials are not those at T
+  const bool teacher, streamed, special;
   MoveNorms add;
   float unit;  // of a linear divergence
   Norms n;
@@ -925,7 +955,6 @@ struct SweptRow {
   float factor_p = 0, factor_q = 0, post = 1, score_sum = 0, mean_q = 0;
 
   __device__ __forceinline__ bool linear() const { return launch.functor == kNoFunctor; }
-  __device__ __forceinline__ bool teacher() const { return rows.reads_teacher; }
   __device__ __forceinline__ bool distils() const { return launch.kd_weight != 0; }
 
   __device__ __forceinline__ SweptRow(DenseRows<X>& rows, Cluster& team, const RowScales& scales, float label_logit)
@@ -938,7 +967,11 @@ struct SweptRow {
         picked(launch.student_softcap != 0 ? launch.student_softcap * tanhf(label_logit / launch.student_softcap)
                                            : label_logit),
         hard(launch.ce_weight != 0 || launch.z_loss_weight != 0 || args.stats != nullptr),
-        own(hard && k.scale_s != kLog2e) {
+        own(hard && k.scale_s != kLog2e),
+        teacher(rows.reads_teacher),
+        streamed(launch.plan.source == Source::kStreamed),
+        special(launch.student_softcap != 0 || launch.teacher_softcap != 0 ||
+                args.teacher_form == TeacherForm::kProbs) {
     const Linear& c = launch.coefficients;
     // Without the teacher's logarithms the student's temperature is the better unit.
     const bool of_student = c.c_pp == 0 && c.c_qp == 0;
@@ -947,80 +980,138 @@ struct SweptRow {
     add = {k.scale_s, k.scale_t, float(c.c_pp), float(c.c_pq) * ratio, float(c.c_qp), float(c.c_qq) * ratio};
   }
 
-  // Logits as the objective sees them: after softcaps, of probabilities their logarithms; -inf past the row's ends.
-  __device__ __forceinline__ void read(int i, float (&xs)[kL], float (&xt)[kL]) const {
-    const int v = place.begin + i;
-    const bool direct = launch.plan.source == Source::kGlobal;
-    unpack<X>(direct ? place.grid.load(place.s, v, rows.columns) : load_shared(rows.student(rows.stage) + 16 * i), xs);
-    if (launch.student_softcap != 0) {
+  // A vector of both rows.
+  struct Vectors {
+    float s[kL], t[kL];
+  };
+  // Logits as the objective sees them: after softcaps, of probabilities their logarithms; -inf past the row's ends. One
+  // copy of the code.
+  static __device__ __noinline__ Vectors transformed(const DenseLaunch& launch, int first, Vectors x) {
+    const float cap_s = launch.student_softcap, cap_t = launch.teacher_softcap;
+    const bool probs = launch.args.teacher_form == TeacherForm::kProbs;
 #pragma unroll
-      for (float& x : xs) x = launch.student_softcap * tanhf(x / launch.student_softcap);
-      mask(v, xs);
+    for (int l = 0; l < kL; ++l) {
+      if (cap_s != 0) x.s[l] = cap_s * tanhf(x.s[l] / cap_s);
+      if (probs) {
+        x.t[l] = x.t[l] > 0 ? logf(x.t[l]) : x.t[l] == 0 ? -INFINITY : NAN;
+      } else if (cap_t != 0) {
+        x.t[l] = cap_t * tanhf(x.t[l] / cap_t);
+      }
+      if (first + l < 0 || first + l >= int(launch.args.columns)) x.s[l] = x.t[l] = -INFINITY;
     }
-    if (!teacher()) return;
-    unpack<X>(direct ? place.grid.load(place.t, v, rows.columns) : load_shared(rows.teacher(rows.stage) + 16 * i), xt);
-    if (args.teacher_form == TeacherForm::kProbs) {
-#pragma unroll
-      for (float& x : xt) x = x > 0 ? logf(x) : x == 0 ? -INFINITY : NAN;
-      mask(v, xt);
-    } else if (launch.teacher_softcap != 0) {
-#pragma unroll
-      for (float& x : xt) x = launch.teacher_softcap * tanhf(x / launch.teacher_softcap);
-      mask(v, xt);
-    }
+    return x;
   }
-  __device__ __forceinline__ void mask(int v, float (&x)[kL]) const {
-    const int first = place.grid.first(v);
-    if (first >= 0 && first + kL <= rows.columns) return;
-#pragma unroll
-    for (int l = 0; l < kL; ++l)
-      if (first + l < 0 || first + l >= rows.columns) x[l] = -INFINITY;
+  __device__ __forceinline__ void unpack_both(int i, const uint4& s, const uint4& t, Vectors& x) const {
+    unpack<X>(s, x.s);
+    unpack<X>(t, x.t);
+    if (special) x = transformed(launch, place.first(i), x);
   }
 
-  // Calls visit(i, xs, xt) for the thread's vectors.
+  // Calls visit(i, x) for the thread's vectors. A row that is too wide for shared memory comes by copies of the
+  // thread's own, a few vectors ahead.
   template <class Visit>
   __device__ __forceinline__ void sweep(bool backwards, Visit visit) const {
-    const int steps = (place.count + team.threads - 1) / team.threads;
+    const int steps = (place.count - team.thread + team.threads - 1) / team.threads;
+    const uint32_t at_s = rows.student(rows.stage) + 16 * team.thread, at_t = at_s + 16 * rows.capacity;
+    const int stride = 16 * team.threads;
+    const auto vector_of = [&](int j) { return (backwards ? steps - 1 - j : j) * team.threads + team.thread; };
+    Whole whole_s, whole_t;
+    if (streamed) {
+      whole_s = place.whole(place.s, rows.columns), whole_t = place.whole(place.t, rows.columns);
+      for (int j = 0; j < kDenseRing; ++j) copy_ahead(j, steps, vector_of(j), whole_s, whole_t);
+    }
 #pragma unroll 1
     for (int j = 0; j < steps; ++j) {
-      const int i = (backwards ? steps - 1 - j : j) * team.threads + team.thread;
-      if (i >= place.count) continue;
-      float xs[kL], xt[kL];
-      read(i, xs, xt);
-      visit(i, xs, xt);
+      const int turn = backwards ? steps - 1 - j : j, i = turn * team.threads + team.thread;
+      const uint32_t at = (streamed ? j % kDenseRing : turn) * stride;
+      if (streamed) copies_done_but<kDenseRing - 1>();
+      Vectors x;
+      const uint4 raw_s = load_shared(at_s + at), raw_t = load_shared((teacher ? at_t : at_s) + at);
+      if (streamed) copy_ahead(j + kDenseRing, steps, vector_of(j + kDenseRing), whole_s, whole_t);
+      unpack_both(i, raw_s, raw_t, x);
+      visit(i, x);
     }
+    if (streamed) copies_done();
+  }
+  __device__ __forceinline__ void copy_ahead(int j, int steps, int i, const Whole& whole_s,
+                                             const Whole& whole_t) const {
+    if (j < steps) {
+      const uint32_t at = rows.student(0) + 16 * (j % kDenseRing * team.threads + team.thread);
+      rows.copy_vector(place, whole_s, place.s, place.s + place.first(i), i, at);
+      if (teacher) rows.copy_vector(place, whole_t, place.t, place.t + place.first(i), i, at + 16 * rows.capacity);
+    }
+    copies_are_a_group();
   }
 
-  __device__ __forceinline__ void find_norms() {
+  __device__ __forceinline__ void find_tops() {
+    Tops tops;
+    if (streamed) {
+      tops.s = order_of(n.top_s), tops.t = order_of(n.top_t);
+      tops = team.over(tops, MaxTops());
+      add.move(n, of_order(tops.s), of_order(tops.t));
+    } else {
+      uint4 most_s = lowest_vector(), most_t = most_s;
+      const uint32_t at_s = rows.student(rows.stage), at_t = rows.teacher(rows.stage);
+#pragma unroll 2
+      for (int i = team.thread; i < place.count; i += team.threads) {
+        most_s = packed_max<X>(most_s, load_shared(at_s + 16 * i));
+        if (teacher) most_t = packed_max<X>(most_t, load_shared(at_t + 16 * i));
+      }
+      tops.s = order_of(largest<X>(most_s)), tops.t = order_of(largest<X>(most_t));
+      tops = team.over(tops, MaxTops());
+      // Softcaps and logarithms keep the order.
+      Vectors x;
+      x.s[0] = of_order(tops.s), x.t[0] = of_order(tops.t);
+      if (special) {
+#pragma unroll
+        for (int l = 1; l < kL; ++l) x.s[l] = x.s[0], x.t[l] = x.t[0];
+        x = transformed(launch, 0, x);
+      }
+      n.top_s = x.s[0], n.top_t = x.t[0];
+    }
+  }
+  static __device__ __forceinline__ uint4 lowest_vector() {
+    float x[kL];
+#pragma unroll
+    for (float& value : x) value = -INFINITY;
+    return pack<X>(x);
+  }
+
+  // ONLINE: relative to maxima that rise on the way.
+  template <bool ONLINE>
+  __device__ __forceinline__ void add_up() {
     const bool smooths = launch.ce_weight != 0 && launch.label_smoothing != 0;
     const bool over_p = add.c_pp != 0 || add.c_pq != 0, over_q = add.c_qp != 0 || add.c_qq != 0;
     const bool overlaps = launch.kind == Held::kSkewKl;
     const float center = fabsf(picked) < INFINITY ? picked : 0.0f;
-    sweep(false, [&](int i, const float (&xs)[kL], const float (&xt)[kL]) {
-      float high_s = n.top_s, high_t = n.top_t;
+    sweep(false, [&](int i, const Vectors& x) {
+      if constexpr (ONLINE) {
+        float high_s = n.top_s, high_t = n.top_t;
 #pragma unroll
-      for (float x : xs) high_s = fmaxf(high_s, x);
-      if (teacher()) {
+        for (float value : x.s) high_s = fmaxf(high_s, value);
 #pragma unroll
-        for (float x : xt) high_t = fmaxf(high_t, x);
+        for (float value : x.t) high_t = fmaxf(high_t, value);
+        if (high_s > n.top_s || high_t > n.top_t) add.move(n, high_s, high_t);
       }
-      if (high_s > n.top_s || high_t > n.top_t) add.move(n, high_s, high_t);
       float ds[kL], es[kL];
 #pragma unroll
       for (int l = 0; l < kL; ++l) {
-        ds[l] = xs[l] - n.top_s;
+        ds[l] = x.s[l] - n.top_s;
         es[l] = exp2_fast(ds[l] * k.scale_s);
         n.zs += es[l];
       }
-      if (teacher()) {
+      if (teacher) {
         float dt[kL], et[kL];
 #pragma unroll
         for (int l = 0; l < kL; ++l) {
-          dt[l] = xt[l] - n.top_t;
+          dt[l] = x.t[l] - n.top_t;
           et[l] = exp2_fast(dt[l] * k.scale_t);
           n.zt += et[l];
         }
-        if (over_p) {
+        if (add.c_pp == 1) {
+#pragma unroll
+          for (int l = 0; l < kL; ++l) n.p = add_product(n.p, et[l], fmaf(ds[l], add.c_pq, dt[l]));
+        } else if (over_p) {
 #pragma unroll
           for (int l = 0; l < kL; ++l) n.p = add_product(n.p, et[l], fmaf(ds[l], add.c_pq, add.c_pp * dt[l]));
         }
@@ -1038,17 +1129,24 @@ struct SweptRow {
         for (int l = 0; l < kL; ++l) n.zh += exp2_fast(ds[l] * kLog2e);
       }
       if (smooths) {
-        const int first = place.grid.first(place.begin + i);
+        const int first = place.first(i);
 #pragma unroll
-        for (int l = 0; l < kL; ++l) n.centered += first + l >= 0 && first + l < rows.columns ? xs[l] - center : 0.0f;
+        for (int l = 0; l < kL; ++l) n.centered += first + l >= 0 && first + l < rows.columns ? x.s[l] - center : 0.0f;
       }
     });
-    Tops tops;
-    tops.s = order_of(n.top_s), tops.t = order_of(n.top_t);
-    tops = team.over(tops, MaxTops());
-    add.move(n, of_order(tops.s), of_order(tops.t));
+  }
+
+  __device__ __forceinline__ void find_norms() {
+    if (streamed) {
+      add_up<true>();
+      find_tops();
+    } else {
+      find_tops();
+      add_up<false>();
+    }
+    const float top_s = n.top_s, top_t = n.top_t;
     n = team.over(n, AddMoved());
-    n.top_s = of_order(tops.s), n.top_t = of_order(tops.t);
+    n.top_s = top_s, n.top_t = top_t;
     // A row of -inf is no distribution.
     if (!(n.zs > 0)) n.zs = NAN;
     if (!(n.zt > 0)) n.zt = NAN;
@@ -1131,7 +1229,7 @@ struct SweptRow {
 
   __device__ __forceinline__ void add_statistics(int i, const float (&xs)[kL], const float (&xt)[kL],
                                                  Second& sums) const {
-    const int first = place.grid.first(place.begin + i);
+    const int first = place.first(i);
 #pragma unroll 1
     for (int lane = 0; lane < kL; ++lane) {
       float x = xs[0], y = xt[0];
@@ -1159,11 +1257,12 @@ struct SweptRow {
     const bool over_p = distils() && linear() && c.c_pq != 0;
     const bool terms_count = launch.ce_weight != 0 || launch.z_loss_weight != 0;
     const float scale = k.kd * k.unit_s, of_q = scale * unit * inverse_s, pulled = factor_q * score_sum;
-    const float of_p = -float(c.c_pq) * scale * inverse_s, ratio_z = 1 + (n.zs - n.zt) * inverse_t;
+    float of_p = -float(c.c_pq) * scale * inverse_s;
+    float less_ratio_z = -(1 + (n.zs - n.zt) * inverse_t);
     const float cap = launch.student_softcap, inverse_cap = cap != 0 ? 1 / cap : 0.0f;
     const int64_t label = launch.ce_weight != 0 ? args.labels[rows.row] : -1;
     const auto finish = [&](int i, const float (&xs)[kL], float (&g)[kL]) {
-      const int first = place.grid.first(place.begin + i);
+      const int first = place.first(i);
       if (terms_count) {
 #pragma unroll
         for (int l = 0; l < kL; ++l)
@@ -1187,40 +1286,39 @@ struct SweptRow {
     };
     if (scored) {
       with_pair([&](const auto& pair) {
-        sweep(true, [&](int i, const float (&xs)[kL], const float (&xt)[kL]) {
+        sweep(true, [&](int i, const Vectors& x) {
           float g[kL] = {};
-          score_lanes(pair, xs, xt, [&](int lane, const Scored<float>& f) {
+          score_lanes(pair, x.s, x.t, [&](int lane, const Scored<float>& f) {
 #pragma unroll
             for (int l = 0; l < kL; ++l)
-              if (l == lane) g[l] = fmaf(exp2_fast((xs[l] - n.top_s) * k.scale_s), -pulled, f.score) * (scale * post);
+              if (l == lane) g[l] = fmaf(exp2_fast((x.s[l] - n.top_s) * k.scale_s), -pulled, f.score) * (scale * post);
           });
-          finish(i, xs, g);
+          finish(i, x.s, g);
         });
       });
       return;
     }
-    sweep(true, [&](int i, const float (&xs)[kL], const float (&xt)[kL]) {
-      float g[kL] = {};
-      if (over_p || over_q) {
-        float ds[kL], es[kL];
+    // Kept from the compiler, which would negate them for every element.
+    asm volatile("" : "+f"(less_ratio_z), "+f"(of_p));
+    sweep(true, [&](int i, const Vectors& x) {
+      float g[kL], es[kL];
+#pragma unroll
+      for (int l = 0; l < kL; ++l) es[l] = exp2_fast((x.s[l] - n.top_s) * k.scale_s);
+      if (over_p) {
+#pragma unroll
+        for (int l = 0; l < kL; ++l) g[l] = fmaf(exp2_fast((x.t[l] - n.top_t) * k.scale_t), less_ratio_z, es[l]) * of_p;
+      } else {
+#pragma unroll
+        for (int l = 0; l < kL; ++l) g[l] = 0;
+      }
+      if (over_q) {
 #pragma unroll
         for (int l = 0; l < kL; ++l) {
-          ds[l] = xs[l] - n.top_s;
-          es[l] = exp2_fast(ds[l] * k.scale_s);
-        }
-        if (over_p) {
-#pragma unroll
-          for (int l = 0; l < kL; ++l) g[l] = fmaf(exp2_fast((xt[l] - n.top_t) * k.scale_t), -ratio_z, es[l]) * of_p;
-        }
-        if (over_q) {
-#pragma unroll
-          for (int l = 0; l < kL; ++l) {
-            const float slope = fmaf(xt[l] - n.top_t, add.c_qp, add.c_qq * ds[l]) - mean_q;
-            g[l] += product_or_0(es[l], slope * of_q);
-          }
+          const float slope = fmaf(x.t[l] - n.top_t, add.c_qp, add.c_qq * (x.s[l] - n.top_s)) - mean_q;
+          g[l] += product_or_0(es[l], slope * of_q);
         }
       }
-      finish(i, xs, g);
+      finish(i, x.s, g);
     });
   }
 
@@ -1234,15 +1332,15 @@ struct SweptRow {
     }
     float divergence = 0;
     Second sums;
-    if (teacher()) {
+    if (teacher) {
       const bool pair = !linear(), scalable = light();
       if (pair) {
         factor_p = scalable ? 1.0f : inverse_t;
         factor_q = !scalable ? inverse_s : n.zt == n.zs ? 1.0f : n.zt * inverse_s;
         post = scalable ? inverse_t : 1.0f;
         with_pair([&](const auto& functions) {
-          sweep(true, [&](int, const float (&xs)[kL], const float (&xt)[kL]) {
-            score_lanes(functions, xs, xt, [&](int, const Scored<float>& f) {
+          sweep(true, [&](int, const Vectors& x) {
+            score_lanes(functions, x.s, x.t, [&](int, const Scored<float>& f) {
               sums.value += f.value;
               sums.score += f.score;
             });
@@ -1250,8 +1348,7 @@ struct SweptRow {
         });
         if (launch.kind == Held::kJsd) sums.value += sums.score;
       }
-      if (args.stats != nullptr)
-        sweep(true, [&](int i, const float (&xs)[kL], const float (&xt)[kL]) { add_statistics(i, xs, xt, sums); });
+      if (args.stats != nullptr) sweep(true, [&](int i, const Vectors& x) { add_statistics(i, x.s, x.t, sums); });
       if (pair || args.stats != nullptr) sums = team.over(sums, AddSecond());
       divergence = pair ? sums.value * post : linear_value();
       score_sum = sums.score * post;

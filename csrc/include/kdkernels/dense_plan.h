@@ -17,9 +17,9 @@ inline Held held_kind(int divergence) {
   return Held::kNone;
 }
 
-// How the logits come to a block: by bulk copies (rows on 16 bytes, compute capability 9.0 and later) or by copies of
-// each thread's own into shared memory, or not at all: then every sweep reads global memory.
-enum class Source { kBulk, kCopies, kGlobal };
+// How the logits come to a block: by bulk copies (rows on 16 bytes, compute capability 9.0 and later), by copies of
+// each thread's own, or, where they fit no shared memory, by copies of a few vectors a thread, again for every sweep.
+enum class Source { kBulk, kCopies, kStreamed };
 
 // A cluster of blocks works on one row after the other. While it works on one, the next one's logits come into the
 // other stage of shared memory, where there are two.
@@ -39,6 +39,7 @@ struct DensePlan {
 constexpr int kHeldColumns = 64;        // of a thread, where its exponentials stay in registers
 constexpr int kDenseThreads = 256;      // the most of a block
 constexpr int kDenseControlBytes = 64;  // barriers
+constexpr int kDenseRing = 4;           // vectors of a row that a thread has on their way, where they are streamed
 constexpr int kReductionSlots = 2;      // one is written while the other may still be read
 constexpr int kHeldReduction = 16;      // bytes of a warp
 constexpr int kSweptReduction = 48;
@@ -118,12 +119,13 @@ inline DensePlan plan_dense(const DenseArgs& args, const Limits& limits, int mul
   plan.capacity = plan.share;
   for (plan.stages = 2; plan.stages >= 1; --plan.stages)
     if (lay_out(kSweptReduction)) return plan;
-  // Too wide: every block of a cluster reads its share again and again.
-  plan.source = Source::kGlobal;
+  // Too wide.
+  plan.source = Source::kStreamed;
   plan.stages = 1;
-  plan.capacity = 0;
-  lay_out(kSweptReduction);
-  return plan;
+  for (;; plan.threads /= 2) {
+    plan.capacity = kDenseRing * plan.threads;
+    if (lay_out(kSweptReduction) || plan.threads == 32) return plan;
+  }
 }
 
 inline DenseLaunch prepare_dense(const DenseArgs& args, const Limits& limits, int multiprocessors) {
