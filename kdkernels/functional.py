@@ -115,7 +115,8 @@ def kd_loss(
             be the student's own rows, one for one; any other memory in common with a tensor of the call is an error.
             Under ``torch.no_grad()`` there is no gradient, and the logits stay.
         return_stats: also return ``KDStats``.
-        backend: "auto", "triton", "cpu" (C++) or "torch" (plain PyTorch, the reference).
+        backend: "auto", "triton", "cuda" (C++, where it was built; by name only), "cpu" (C++) or "torch" (plain
+            PyTorch, the reference).
 
     Returns:
         The loss: 0-d, or the shape of the rows for "none"; float32 for float32 and 16-bit students, float64 for

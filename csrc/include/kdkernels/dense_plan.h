@@ -122,7 +122,7 @@ inline DensePlan plan_dense(const DenseArgs& args, const Limits& limits, int mul
   // Too wide.
   plan.source = Source::kStreamed;
   plan.stages = 1;
-  for (;; plan.threads /= 2) {
+  for (;; plan.threads = std::max(1, plan.threads / 64) * 32) {
     plan.capacity = kDenseRing * plan.threads;
     if (lay_out(kSweptReduction) || plan.threads == 32) return plan;
   }
