@@ -66,6 +66,17 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
                : "memory");
   return x;
 }
+// Without a branch, around which the compiler would keep too much.
+__device__ __forceinline__ uint4 load_shared_if(bool wanted, uint32_t address) {
+  uint4 x;
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;"
+      " @p ld.shared.v4.b32 {%0, %1, %2, %3}, [%4]; }"
+      : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
+      : "r"(address), "r"(int(wanted))
+      : "memory");
+  return x;
+}
 __device__ __forceinline__ void store_shared(uint32_t address, const uint4& x) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
                : "memory");
@@ -1011,31 +1022,36 @@ struct SweptRow {
   // thread's own, a few vectors ahead.
   template <class Visit>
   __device__ __forceinline__ void sweep(bool backwards, Visit visit) const {
-    const int steps = (place.count - team.thread + team.threads - 1) / team.threads;
+    const int steps = (place.count + team.threads - 1) / team.threads;
     const uint32_t at_s = rows.student(rows.stage) + 16 * team.thread, at_t = at_s + 16 * rows.capacity;
     const int stride = 16 * team.threads;
-    const auto vector_of = [&](int j) { return (backwards ? steps - 1 - j : j) * team.threads + team.thread; };
+    const auto vector_of = [&](int j) {
+      return j < steps ? (backwards ? steps - 1 - j : j) * team.threads + team.thread : place.count;
+    };
     Whole whole_s, whole_t;
     if (streamed) {
       whole_s = place.whole(place.s, rows.columns), whole_t = place.whole(place.t, rows.columns);
-      for (int j = 0; j < kDenseRing; ++j) copy_ahead(j, steps, vector_of(j), whole_s, whole_t);
+      for (int j = 0; j < kDenseRing; ++j) copy_ahead(j, vector_of(j), whole_s, whole_t);
     }
 #pragma unroll 1
     for (int j = 0; j < steps; ++j) {
+      // Together again, so that a warp's accesses are whole sectors.
+      __syncwarp();
       const int turn = backwards ? steps - 1 - j : j, i = turn * team.threads + team.thread;
       const uint32_t at = (streamed ? j % kDenseRing : turn) * stride;
       if (streamed) copies_done_but<kDenseRing - 1>();
       Vectors x;
-      const uint4 raw_s = load_shared(at_s + at), raw_t = load_shared((teacher ? at_t : at_s) + at);
-      if (streamed) copy_ahead(j + kDenseRing, steps, vector_of(j + kDenseRing), whole_s, whole_t);
+      const bool there = i < place.count;
+      const uint4 raw_s = load_shared_if(there, at_s + at), raw_t = load_shared_if(there, (teacher ? at_t : at_s) + at);
+      if (streamed) copy_ahead(j + kDenseRing, vector_of(j + kDenseRing), whole_s, whole_t);
+      if (!there) continue;
       unpack_both(i, raw_s, raw_t, x);
       visit(i, x);
     }
     if (streamed) copies_done();
   }
-  __device__ __forceinline__ void copy_ahead(int j, int steps, int i, const Whole& whole_s,
-                                             const Whole& whole_t) const {
-    if (j < steps) {
+  __device__ __forceinline__ void copy_ahead(int j, int i, const Whole& whole_s, const Whole& whole_t) const {
+    if (i < place.count) {
       const uint32_t at = rows.student(0) + 16 * (j % kDenseRing * team.threads + team.thread);
       rows.copy_vector(place, whole_s, place.s, place.s + place.first(i), i, at);
       if (teacher) rows.copy_vector(place, whole_t, place.t, place.t + place.first(i), i, at + 16 * rows.capacity);

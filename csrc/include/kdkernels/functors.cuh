@@ -18,7 +18,13 @@ __device__ __forceinline__ float kdk_log_ratio(float u, float less_1) {
   series = fmaf(less_1, series, 1.0f / 3);
   series = fmaf(less_1, series, -0.5f);
   series = fmaf(less_1 * less_1, series, less_1);
-  return fabsf(less_1) < 0.125f ? series : cuda::log2_fast(fmaxf(u, 1.17549435e-38f)) * float(cuda::kLn2);
+  const float far = cuda::log2_fast(fmaxf(u, 1.17549435e-38f)) * float(cuda::kLn2);
+  // Not a branch.
+  float out;
+  asm("{ .reg .pred p; setp.lt.f32 p, %3, 0f3e000000; selp.f32 %0, %1, %2, p; }"
+      : "=f"(out)
+      : "f"(series), "f"(far), "f"(fabsf(less_1)));
+  return out;
 }
 template <class V>
 __host__ __device__ __forceinline__ V kdk_where(bool condition, V a, V b) {
