@@ -58,14 +58,6 @@ __device__ __forceinline__ float shuffle_xor(float x, int mask) {
   return out;
 }
 
-__device__ __forceinline__ uint4 load_shared(uint32_t address) {
-  uint4 x;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "r"(address)
-               : "memory");
-  return x;
-}
 // Without a branch, around which the compiler would keep too much.
 __device__ __forceinline__ uint4 load_shared_if(bool wanted, uint32_t address) {
   uint4 x;
@@ -89,31 +81,6 @@ __device__ __forceinline__ int order_of(float x) {
 }
 __device__ __forceinline__ float of_order(int key) { return __int_as_float(key ^ (key >> 31 & 0x7fffffff)); }
 
-// The larger ones of packed logits; a NaN loses against a number.
-template <class X>
-__device__ __forceinline__ uint32_t packed_max(uint32_t a, uint32_t b) {
-  uint32_t out;
-  if constexpr (sizeof(X) == 4) {
-    out = __float_as_uint(fmaxf(__uint_as_float(a), __uint_as_float(b)));
-  } else if constexpr (__is_same(X, __nv_bfloat16)) {
-    asm("max.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
-  } else {
-    asm("max.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
-  }
-  return out;
-}
-template <class X>
-__device__ __forceinline__ uint4 packed_max(const uint4& a, const uint4& b) {
-  return make_uint4(packed_max<X>(a.x, b.x), packed_max<X>(a.y, b.y), packed_max<X>(a.z, b.z), packed_max<X>(a.w, b.w));
-}
-template <class X>
-__device__ __forceinline__ float largest(const uint4& raw) {
-  const uint32_t one = packed_max<X>(packed_max<X>(raw.x, raw.y), packed_max<X>(raw.z, raw.w));
-  if constexpr (sizeof(X) == 4) return __uint_as_float(one);
-  float x[kLanes<X>];
-  unpack<X>(make_uint4(one, one, one, one), x);
-  return fmaxf(x[0], x[1]);
-}
 // What the held kernels see past the ends of a row: a number far below all logits, so that no difference is infinite
 // and 0 times it is 0. fp16 has none.
 template <class X>

@@ -119,6 +119,31 @@ __device__ __forceinline__ uint4 pack(const float (&x)[kLanes<X>]) {
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
+// The larger ones of packed logits; a NaN loses against a number.
+template <class X>
+__device__ __forceinline__ uint32_t packed_max(uint32_t a, uint32_t b) {
+  uint32_t out;
+  if constexpr (sizeof(X) == 4) {
+    out = __float_as_uint(fmaxf(__uint_as_float(a), __uint_as_float(b)));
+  } else if constexpr (__is_same(X, __nv_bfloat16)) {
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+  } else {
+    asm("max.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+  }
+  return out;
+}
+template <class X>
+__device__ __forceinline__ uint4 packed_max(const uint4& a, const uint4& b) {
+  return make_uint4(packed_max<X>(a.x, b.x), packed_max<X>(a.y, b.y), packed_max<X>(a.z, b.z), packed_max<X>(a.w, b.w));
+}
+template <class X>
+__device__ __forceinline__ float largest(const uint4& raw) {
+  const uint32_t one = packed_max<X>(packed_max<X>(raw.x, raw.y), packed_max<X>(raw.z, raw.w));
+  if constexpr (sizeof(X) == 4) return __uint_as_float(one);
+  float x[kLanes<X>];
+  unpack<X>(make_uint4(one, one, one, one), x);
+  return fmaxf(x[0], x[1]);
+}
 // In one access whatever the compiler knows of the address.
 __device__ __forceinline__ void store_global(void* to, const uint4& x) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
@@ -172,6 +197,14 @@ struct Grid {
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
+__device__ __forceinline__ uint4 load_shared(uint32_t address) {
+  uint4 x;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
+}
 // 16 bytes from global to shared memory, past the registers; complete after copies_done, for the thread that asked.
 __device__ __forceinline__ void copy_async(uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
