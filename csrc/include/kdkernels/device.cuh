@@ -288,7 +288,11 @@ struct Team {
   // At most twice a kernel; end() must follow.
   template <class T, class Merge>
   __device__ __forceinline__ T over_cluster(T value, Merge merge) {
-    value = over_block(value, merge);
+    return over_blocks(over_block(value, merge), merge);
+  }
+  // Of what every block has alike in all its threads.
+  template <class T, class Merge>
+  __device__ __forceinline__ T over_blocks(T value, Merge merge) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     if (blocks > 1) {
       T& mine = at<T>(kMaxWarps + round++);

@@ -152,6 +152,20 @@ struct AddFound {
     return out;
   }
 };
+struct High {
+  float value = -FLT_MAX;
+};
+struct MaxHigh {
+  __device__ __forceinline__ High operator()(const High& a, const High& b) const { return {fmaxf(a.value, b.value)}; }
+};
+// Of sums relative to one maximum.
+struct AddOutsideAtOne {
+  __device__ __forceinline__ Outside operator()(const Outside& a, const Outside& b) const {
+    Outside out;
+    out.z = a.z + b.z, out.z1 = a.z1 + b.z1, out.sum_x = a.sum_x + b.sum_x;
+    return out;
+  }
+};
 struct AddOutside {
   float scale;
   __device__ __forceinline__ Outside operator()(const Outside& a, const Outside& b) const {
@@ -227,7 +241,9 @@ struct Logits {
         for (int j = 0; j < BATCH; ++j) {
           const int v = base + j * team.threads;
           raw[j] = make_uint4(0, 0, 0, 0);
-          if (reads && v < to) raw[j] = resident != nullptr ? resident[v - begin] : grid.load(row, v, columns);
+          if (reads && v < to)
+            raw[j] = resident != nullptr ? load_shared(shared_address(resident) + 16 * (v - begin))
+                                         : grid.load(row, v, columns);
         }
 #pragma unroll
         for (int j = 0; j < BATCH; ++j) {
@@ -242,6 +258,7 @@ struct Logits {
             for (float& value : x) value = cap * tanhf(value / cap);
           }
           if (dead != 0) {
+            asm volatile("" ::: "memory");  // a branch, for it is seldom taken
 #pragma unroll
             for (int l = 0; l < kL; ++l)
               if (dead >> l & 1) x[l] = -INFINITY;
@@ -425,7 +442,14 @@ struct TopkRow {
         for (int l = 0; l < kL; ++l) sums.sum_x += dead >> l & 1 ? 0.0f : x[l] - center;
       }
     });
-    return team.over_cluster(sums, AddOutside{scale});
+    // To the block's maximum first, and added up there: a merge of two maxima costs twenty times an addition.
+    const float high = team.over_block(High{sums.high}, MaxHigh()).value;
+    const Exponent y(high, scale), x(high, kLog2e);
+    sums.z *= Exponent(sums.high, scale).to(y);
+    if (own) sums.z1 *= Exponent(sums.high, kLog2e).to(x);
+    sums = team.over_block(sums, AddOutsideAtOne());
+    sums.high = high;
+    return team.over_blocks(sums, AddOutside{scale});
   }
 
   // log of a sum of two parts, each relative to a maximum of its own.
