@@ -398,13 +398,21 @@ struct DenseRows {
   }
   __device__ __forceinline__ void copy(const Place<X>& there, const X* from, uint32_t to) const {
     const Whole whole = there.whole(from, columns);
-    const int limit = all_slots && !aligned ? capacity : there.count, step = team.threads;
-    const X* vector = from + there.first(team.thread);
-    to += 16 * team.thread;
+    const int begin = first_slot(), step = slot_step();
+    const int end = !all_slots ? there.count : aligned ? min(there.count, end_of_slots()) : end_of_slots();
+    const X* vector = from + there.first(begin);
+    to += 16 * begin;
 #pragma unroll 4
-    for (int i = team.thread; i < limit; i += step, to += 16 * step, vector += kL * step)
+    for (int i = begin; i < end; i += step, to += 16 * step, vector += kL * step)
       copy_vector(there, whole, from, vector, i, to);
   }
+  // The vectors of a stage that are the thread's: where all slots count, a run of pieces for each warp, else every
+  // threads-th one.
+  __device__ __forceinline__ int first_slot() const {
+    return all_slots ? team.warp * launch.plan.pieces * 32 + team.thread % 32 : team.thread;
+  }
+  __device__ __forceinline__ int slot_step() const { return all_slots ? 32 : team.threads; }
+  __device__ __forceinline__ int end_of_slots() const { return (team.warp + 1) * launch.plan.pieces * 32; }
   __device__ __forceinline__ void copy_vector(const Place<X>& there, const Whole& whole, const X* from, const X* vector,
                                               int i, uint32_t to) const {
     if (whole.has(i)) {
@@ -425,7 +433,7 @@ struct DenseRows {
   __device__ __forceinline__ void pad() const {
     if (!aligned || !all_slots) return;
     for (int which = 0; which < launch.plan.stages; ++which) {
-      for (int i = team.thread; i < capacity; i += team.threads) {
+      for (int i = first_slot(); i < end_of_slots(); i += slot_step()) {
         if (i < place.count) continue;
         store_shared(student(which) + 16 * i, far_vector<X>());
         store_shared(teacher(which) + 16 * i, far_vector<X>());
@@ -482,11 +490,11 @@ struct DenseRows {
     if (bulk && team.thread == 0) bulk_stores_done();
   }
 
-  // Vector i of the block's share of the gradient.
-  __device__ __forceinline__ void put(int i, const float (&x)[kL]) const {
+  // Vector i of the block's share of the gradient; at: the student's in shared memory.
+  __device__ __forceinline__ void put(int i, uint32_t at, const float (&x)[kL]) const {
     const uint4 raw = pack<X>(x);
     if (bulk) {
-      store_shared(student(stage) + 16 * i, raw);
+      store_shared(at, raw);
     } else if (whole_g.has(i)) {
       store_global(place.g + place.first(i), raw);
     } else {
@@ -557,7 +565,9 @@ struct HeldRow {
   const Place<X>& place;
   const RowScales& k;
   const float picked;
-  const uint32_t at_s, at_t, stride;       // addresses of the thread's first vectors, and from one to the next
+  static constexpr int stride = 32 * 16;  // from one of the thread's vectors to the next
+  const int first_slot;
+  const uint32_t at_s, at_t;               // addresses of the first
   const int pieces;                        // the threads' vectors that there are
   float es[kPieces][kL], et[kPieces][kL];  // of a pair et becomes its scores, of a reverse KL x
   float top_s, top_t, total_s, total_t, a = 0, b = 0;
@@ -569,12 +579,12 @@ struct HeldRow {
         place(rows.place),
         k(scales),
         picked(picked),
-        at_s(rows.student(rows.stage) + 16 * team.thread),
+        first_slot(rows.first_slot()),
+        at_s(rows.student(rows.stage) + 16 * first_slot),
         at_t(at_s + 16 * rows.capacity),
-        stride(16 * team.threads),
         pieces(rows.launch.plan.pieces) {}
 
-  __device__ __forceinline__ int slot(int piece) const { return piece * team.threads + team.thread; }
+  __device__ __forceinline__ int slot(int piece) const { return first_slot + 32 * piece; }
 
   __device__ __forceinline__ void find_tops() {
     uint4 most_s = load_shared(at_s), most_t = load_shared(at_t);
@@ -808,7 +818,7 @@ struct HeldRow {
         }
       }
       if (hard) add(terms, piece, label_vector, int(label), g);
-      if (slot(piece) < place.count) rows.put(slot(piece), g);
+      if (slot(piece) < place.count) rows.put(slot(piece), at_s + piece * stride, g);
     }
   }
 
@@ -1265,7 +1275,7 @@ struct SweptRow {
         for (int l = 0; l < kL; ++l)
           if (first + l >= rows.columns) g[l] = 0;
       }
-      rows.put(i, g);
+      rows.put(i, rows.student(rows.stage) + 16 * i, g);
     };
     if (scored) {
       with_pair([&](const auto& pair) {
