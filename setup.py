@@ -456,7 +456,8 @@ class BuildExt(build_ext):
         Path(result).parent.mkdir(parents=True, exist_ok=True)
         macros = [f"-D{name}={value}" for name, value in ext.define_macros]
         folders = [f"-I{folder}" for folder in ext.include_dirs]
-        self.spawn([ext.nvcc, *ext.extra_compile_args, *macros, *folders, "-c", source, "-o", result])
+        # The GPUs of a file side by side too, as many as there are processors.
+        self.spawn([ext.nvcc, "--threads=0", *ext.extra_compile_args, *macros, *folders, "-c", source, "-o", result])
         return result
 
 

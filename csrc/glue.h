@@ -246,6 +246,64 @@ inline Tensor new_stats(ObjectiveArgs& args, const Tensor& student, int64_t colu
   return stats;
 }
 
+inline LogitsView teacher_view(const Tensor& teacher, const RowArgs& args) {
+  const LogitsView out = view(teacher, "teacher", false);
+  STD_TORCH_CHECK(has_rows(teacher, args, args.columns),
+                  "teacher must have the student's rows and at least vocab_size columns");
+  return out;
+}
+
+// Names of kdkernels.choices.TeacherForm and Mixture by their places.
+enum class Form { kLogits, kLogProbs, kProbs };
+enum class Mixed { kProbs, kLogits };
+
+inline void fill_dense(DenseArgs& args, const DenseNumbers& numbers, const DenseChoices& choices) {
+  const Form form = choice(choices.teacher_form, Form::kProbs, "teacher_form");
+  args.teacher_form = form == Form::kProbs ? TeacherForm::kProbs : TeacherForm::kLogits;
+  args.teacher_softcap = numbers.teacher_softcap;
+  args.standardize = choices.standardize != 0;
+}
+
+// RUN is void (*)(const DenseArgs&, const Tensor& student).
+template <auto FIND, auto RUN>
+std::tuple<Tensor, Tensor> dense_fwd(Tensor student, std::vector<Tensor> teachers, std::optional<Tensor> dstudent,
+                                     std::optional<Tensor> labels, std::optional<Tensor> row_weight,
+                                     std::optional<Tensor> student_temperature_rows,
+                                     std::optional<Tensor> teacher_temperature_rows, std::optional<Tensor> param_rows,
+                                     std::optional<Tensor> kd_weight_rows, std::optional<Tensor> ce_weight_rows,
+                                     std::optional<Tensor> z_loss_weight_rows, std::optional<Tensor> mixture_weights,
+                                     std::string divergence, int64_t vocab_size, std::vector<double> numbers,
+                                     std::vector<int64_t> choices, bool stats) {
+  const auto number = named<DenseNumbers>(numbers);
+  const auto chosen = named<DenseChoices>(choices);
+  DenseArgs args;
+  Tensor loss = fill_rows(args, student, dstudent, labels, row_weight, vocab_size, chosen.ignore_index, number.scale);
+  fill_objective(args, FIND, divergence, number, chosen);
+  fill_objective_rows(args, student, student_temperature_rows, teacher_temperature_rows, param_rows, kd_weight_rows,
+                      ce_weight_rows, z_loss_weight_rows);
+  fill_dense(args, number, chosen);
+  const int64_t rows = args.batch * args.length;
+  STD_TORCH_CHECK(!teachers.empty() && teachers.size() <= size_t(kMaxTeachers), "1 to 4 teachers, got ",
+                  teachers.size());
+  STD_TORCH_CHECK(teachers.size() == 1 || mixture_weights, "a mixture needs mixture_weights");
+  args.num_teachers = int(teachers.size());
+  for (size_t k = 0; k < teachers.size(); ++k) args.teachers[k] = teacher_view(teachers[k], args);
+  if (mixture_weights) {
+    STD_TORCH_CHECK(mixture_weights->dim() == 2 && mixture_weights->size(0) == rows &&
+                        mixture_weights->size(1) == int64_t(teachers.size()) &&
+                        mixture_weights->scalar_type() == sum_dtype(student),
+                    "mixture_weights must be [N, M] in the dtype of the sums");
+    args.mixture_weights = mixture_weights->const_data_ptr();
+    args.mixture_stride_n = mixture_weights->stride(0);
+    args.mixture_stride_m = mixture_weights->stride(1);
+    const Mixed mixed = choice(chosen.mixture, Mixed::kLogits, "mixture");
+    args.mixture = mixed == Mixed::kLogits ? Mixture::kLogits : Mixture::kProbs;
+  }
+  Tensor out_stats = new_stats(args, student, stats ? kStats : 0);
+  if (rows > 0) RUN(args, student);
+  return {loss, out_stats};
+}
+
 // RUN is void (*)(const TopkArgs&, const Tensor& student).
 template <auto FIND, auto RUN>
 std::tuple<Tensor, Tensor> topk_fwd(Tensor student, Tensor teacher_ids, Tensor teacher_logprobs,

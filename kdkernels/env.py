@@ -8,7 +8,7 @@ import platform
 import torch
 
 import kdkernels
-from kdkernels import backends, build_info
+from kdkernels import backends, build_info, ops
 from kdkernels.backends import cpu, cuda
 
 
@@ -64,8 +64,13 @@ def _choice(device_type: str) -> list[str]:
     answers = backends.available(device_type)
     where = " (there is no such device here)" if device_type == "cuda" and not torch.cuda.is_available() else ""
     lines = [f'{device_type} tensors{where}: "auto" takes {backends.select("auto", device_type)!r}']
-    lines += [f"  {answer.name:<8}{'runs' if answer.ok else 'no: ' + answer.reason}" for answer in answers]
+    lines += [f"  {answer.name:<8}{_runs(answer.name) if answer.ok else 'no: ' + answer.reason}" for answer in answers]
     return lines
+
+
+def _runs(backend: str) -> str:
+    reserved = [reasons[backend] for reasons in ops.BY_NAME_ONLY.values() if backend in reasons]
+    return "; ".join(["runs", *(f'not by "auto": {reason}' for reason in reserved)])
 
 
 def report() -> str:

@@ -126,7 +126,8 @@ def kd_loss(
             be the student's own rows, one for one; any other memory in common with a tensor of the call is an error.
             Under ``torch.no_grad()`` there is no gradient, and the logits stay.
         return_stats: also return ``KDStats``.
-        backend: "auto", "triton", "cpu" (C++) or "torch" (plain PyTorch, the reference).
+        backend: "auto", "triton", "cuda" (C++, where it was built; by name only), "cpu" (C++) or "torch" (plain
+            PyTorch, the reference).
 
     Returns:
         The loss: 0-d, or the shape of the rows for "none"; float32 for float32 and 16-bit students, float64 for
@@ -431,7 +432,15 @@ def _dense(
     """``given`` are the teachers of the call itself."""
     teacher_grad = torch.is_grad_enabled() and any(teacher.requires_grad for teacher in teachers)
     torch_only = checks.why_no_teacher_grad(objective, mixed=weights is not None) if teacher_grad else None
-    backend = backends.choose(objective.backend, student, divergence=objective.resolved.name, torch_only=torch_only)
+    backend = backends.choose(
+        objective.backend,
+        student,
+        divergence=objective.resolved.name,
+        torch_only=torch_only,
+        cuda_lacks=backends.cuda.lacks_dense(objective, student, teachers, mixed=weights is not None)
+        if objective.backend == "cuda"
+        else None,
+    )
     checks.reverse_mode_only(backend, student, *given, labels, *objective.tensors)
     launch = dense_launch(objective, student, labels, columns, backend, weights, mixture)
     checks.probabilities(objective, teachers, columns, launch.rows.labels, launch.rows.row_weight)
@@ -464,7 +473,7 @@ def pair(pattern: str, options: Any, student: Any, teacher: Any, labels: Any) ->
     if teacher.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"teacher must not require grad in {options.function}: it gets no gradient; detach it")
     checks.apart_in_place(options, student, {"labels": labels}, (teacher,))
-    backend = backends.choose(options.backend, student)
+    backend = backends.choose(options.backend, student, pattern=pattern)
     checks.reverse_mode_only(backend, student, teacher, labels, *options.tensors)
     labels = checks.labels_like(labels, student, columns, options.ignore_index)
     scale, rows = row_tensors(options, student, labels)

@@ -276,7 +276,14 @@ def dense(
         checks.teacher_callable(teacher_logits, teacher_hidden, teacher_weight, teacher_bias)
         teachers, count = [], 1 if objective.teacher_weights is None else _count(objective.teacher_weights)
     weights = checks.mixture_weights(objective, count, logits, single=single)
-    backend = backends.choose(objective.backend, logits, divergence=objective.resolved.name)
+    backend = backends.choose(
+        objective.backend,
+        logits,
+        divergence=objective.resolved.name,
+        cuda_lacks=backends.cuda.lacks_dense(objective, logits, (), mixed=weights is not None)
+        if objective.backend == "cuda"
+        else None,
+    )
     hiddens, heads, biases = zip(*teachers, strict=True) if teachers else ((), (), ())
     call = Call(
         dense_launch(objective, logits, labels, columns, backend, weights, objective.mixture),

@@ -168,12 +168,16 @@ LINEAR_TEACHERS = {
 }
 
 # Patterns that a backend lacks, and why.
-_NOT_IN_CUDA = {"cuda": "the CUDA extension has the kernels of sparse teachers and of tokens only"}
+_NOT_IN_CUDA = {"cuda": "the CUDA extension has the losses with a divergence and tokens only"}
 LACKING = {
-    "dense_fwd": _NOT_IN_CUDA,
     "dkd_fwd": _NOT_IN_CUDA,
     "mse_fwd": _NOT_IN_CUDA,
     "capture_topk": {"triton": "capture_topk has no Triton kernel"},
+}
+
+# Patterns of which a backend runs calls that ask for it by name, and "auto" takes another one: why.
+BY_NAME_ONLY = {
+    "dense_fwd": {"cuda": 'its dense losses have not been timed on a GPU yet; backend="cuda" asks for them'},
 }
 
 _library = torch.library.Library(NAMESPACE, "DEF")

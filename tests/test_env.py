@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kdkernels
-from kdkernels import backends, build_info, cli, env
+from kdkernels import backends, build_info, cli, env, ops
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -75,10 +75,16 @@ def test_every_backend_is_named_with_the_choice_and_the_reason(device_type):
     header, *lines = env._choice(device_type)
     answers = backends.available(device_type)
     assert header.startswith(f"{device_type} tensors")
-    assert header.endswith(f'"auto" takes {next(a.name for a in answers if a.ok)!r}')
+    by_name = ops.BY_NAME_ONLY["dense_fwd"]
+    assert header.endswith(f'"auto" takes {next(a.name for a in answers if a.ok and a.name not in by_name)!r}')
     for line, answer in zip(lines, answers, strict=True):
-        assert line.split(maxsplit=1) == [answer.name, "runs" if answer.ok else f"no: {answer.reason}"]
+        assert line.split(maxsplit=1) == [answer.name, env._runs(answer.name) if answer.ok else f"no: {answer.reason}"]
     assert all(a.reason for a in answers if not a.ok)
+
+
+def test_what_auto_leaves_to_another_backend_is_said():
+    assert env._runs("triton") == "runs"
+    assert env._runs("cuda") == f'runs; not by "auto": {ops.BY_NAME_ONLY["dense_fwd"]["cuda"]}'
 
 
 def test_a_missing_extension_is_reported_with_its_reason(monkeypatch):

@@ -50,6 +50,7 @@ def select(
     *,
     divergence: str = "forward_kl",
     torch_only: Optional[str] = None,
+    cuda_lacks: Optional[str] = None,
     pattern: str = "dense_fwd",
 ) -> str:
     """The backend that runs a call.
@@ -59,17 +60,21 @@ def select(
         device_type: of the student.
         divergence: the canonical name; those registered at run time are not everywhere.
         torch_only: why only plain PyTorch can run this call, or None.
+        cuda_lacks: why the CUDA extension cannot run it, or None.
         pattern: the name of the op, which not every backend has.
 
     Raises:
         ValueError: when the backend that was asked for cannot run the call, with its reason.
     """
     if requested == "auto":
+        reserved = ops.BY_NAME_ONLY.get(pattern, ())
         for name in KERNELS.get(device_type, ()):
-            if _refusal(name, device_type, divergence, torch_only, pattern) is None:
+            if name in reserved:
+                continue
+            if _refusal(name, device_type, divergence, torch_only, cuda_lacks, pattern) is None:
                 return name
         return "torch"
-    reason = _refusal(requested, device_type, divergence, torch_only, pattern)
+    reason = _refusal(requested, device_type, divergence, torch_only, cuda_lacks, pattern)
     if reason is not None:
         raise ValueError(f"backend {requested!r} cannot run this call: {reason}")
     return requested
@@ -90,15 +95,19 @@ def _warn_of_plain_torch(
     logits: Tensor,
     divergence: str = "forward_kl",
     torch_only: Optional[str] = None,
+    cuda_lacks: Optional[str] = None,
     pattern: str = "dense_fwd",
 ) -> None:
     global _warned
     kernels = KERNELS.get(logits.device.type, ())
     if _warned or not kernels or logits.numel() < LARGE:
         return
-    reasons = "".join(
-        f"\n  {name}: {_refusal(name, logits.device.type, divergence, torch_only, pattern)}" for name in kernels
-    )
+
+    def reason(name: str) -> Optional[str]:
+        refusal = _refusal(name, logits.device.type, divergence, torch_only, cuda_lacks, pattern)
+        return refusal or ops.BY_NAME_ONLY.get(pattern, {}).get(name)
+
+    reasons = "".join(f"\n  {name}: {reason(name)}" for name in kernels)
     # The line to show is the user's: modules call the losses through torch.
     frame, level = sys._getframe(), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("kdkernels", "torch"):
@@ -118,8 +127,17 @@ def _warn_of_plain_torch(
 select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _refusal(name: str, device_type: str, divergence: str, torch_only: Optional[str], pattern: str) -> Optional[str]:
+def _refusal(
+    name: str,
+    device_type: str,
+    divergence: str,
+    torch_only: Optional[str],
+    cuda_lacks: Optional[str],
+    pattern: str,
+) -> Optional[str]:
     reason = ops.LACKING.get(pattern, {}).get(name) or BACKENDS[name].why_not(device_type)
+    if reason is None and name == "cuda":
+        reason = cuda_lacks
     if reason is None and name != "torch":
         reason = torch_only
     if reason is None and name in ("cpu", "cuda") and divergences.registered(divergence):

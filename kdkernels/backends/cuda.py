@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from typing import Optional
+from typing import Any, Optional
 
 import torch
+from torch import Tensor
 
 from kdkernels import build_info
 from kdkernels.backends.cpu import load
@@ -26,3 +27,18 @@ def why_not(device_type: str) -> Optional[str]:
     if device_type != "cuda":
         return f"it runs on CUDA tensors, not on {device_type}"
     return load_error()
+
+
+def lacks_dense(objective: Any, student: Tensor, teachers: tuple[Tensor, ...], *, mixed: bool) -> Optional[str]:
+    """Why a dense loss is not among those of the CUDA extension; None where it is."""
+    if mixed:
+        return "it takes one teacher, not a mixture"
+    if objective.standardize:
+        return "it has no standardize"
+    if any(isinstance(x, Tensor) for x in (objective.kd_weight, objective.ce_weight, objective.z_loss_weight)):
+        return "it takes weights of terms as numbers, not per row"
+    if student.dtype == torch.float64:
+        return "it takes float32, bfloat16 and float16, not float64"
+    if any(teacher.dtype != student.dtype for teacher in teachers):
+        return f"it takes a teacher of the student's dtype, {student.dtype}, not of {teachers[0].dtype}"
+    return None

@@ -9,11 +9,7 @@
 // Bytes: V elements read and 8 K + 4 written a row. Framework-free.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstdint>
-#include <cstring>
+#include "device.cuh"
 
 namespace kdk {
 namespace capture {
@@ -37,9 +33,7 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+using cuda::to_float;
 
 // A logit and its id as one integer, larger for the larger logit, and among equals for the lower id.
 __device__ __forceinline__ Key key_of(float logit, int id) {
@@ -169,6 +163,22 @@ struct State {
   __device__ __forceinline__ float exponential(float logit) const { return exp2_approx(fmaf(logit, c, -reference)); }
 };
 
+// A first threshold from the largest logits that the threads have of a step: k of them are logits of the row, so that
+// no smaller one is among its k largest. Without it all logits of the step would be candidates.
+__device__ __forceinline__ void begin_with(Shared& shared, Key* keys, State& state, float high, int k) {
+  // Behind the candidates, with room for a step's logits.
+  keys += state.count;
+  keys[threadIdx.x] = key_of(isnan(high) ? -infinity() : high, int(threadIdx.x));
+  __syncthreads();
+  // The next number below: what is equal to the bound may be among the k largest.
+  const Key bound = select(shared, keys, kThreads, k);
+  const float threshold = logit_of(bound - (Key(1) << 32));
+  if (logit_of(bound) == -infinity() || threshold == -infinity()) return;
+  // Below 0 stands -0, which is no less.
+  state.threshold = threshold == 0 ? -1.17549435e-38f : threshold;
+  state.reference = state.threshold * state.c;
+}
+
 // Leaves the k largest candidates, raises the threshold to the last of them.
 __device__ __forceinline__ void thin_out(Shared& shared, Key* keys, State& state, int k) {
   __syncthreads();
@@ -219,55 +229,58 @@ struct Row {
     const int vector = (step * kVectors + i / kLanes) * kThreads + int(threadIdx.x);
     return head + vector * kLanes + i % kLanes;
   }
-  // This thread's logits of a step, -inf where there is none.
-  __device__ __forceinline__ void load(int step, float (&out)[kItems]) const {
+  // This thread's logits of a step as they are stored, -inf where there is none.
+  __device__ __forceinline__ void load(int step, uint4 (&out)[kVectors]) const {
+    float none[kLanes];
+#pragma unroll
+    for (float& value : none) value = -infinity();
     if (ragged(step)) {
 #pragma unroll
-      for (int i = 0; i < kItems; ++i) out[i] = -infinity();
-      if (int(threadIdx.x) < (step < 0 ? head : tail)) out[0] = to_float(x[id(step, 0)]);
+      for (int u = 1; u < kVectors; ++u) out[u] = cuda::pack<X>(none);
+      if (int(threadIdx.x) < (step < 0 ? head : tail)) none[0] = to_float(x[id(step, 0)]);
+      out[0] = cuda::pack<X>(none);
       return;
     }
-    uint4 raw[kVectors];
 #pragma unroll
     for (int u = 0; u < kVectors; ++u) {
       const int vector = (step * kVectors + u) * kThreads + int(threadIdx.x);
-      if (vector < vectors) {
-        raw[u] = __ldcs(reinterpret_cast<const uint4*>(x + head) + vector);
-        unpack(raw[u], &out[u * kLanes]);
-      } else {
-#pragma unroll
-        for (int i = 0; i < kLanes; ++i) out[u * kLanes + i] = -infinity();
-      }
-    }
-  }
-  __device__ __forceinline__ static void unpack(const uint4& raw, float* out) {
-    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      if constexpr (sizeof(X) == 4) {
-        out[w] = __uint_as_float(words[w]);
-      } else {
-        X pair[2];
-        memcpy(pair, &words[w], 4);
-        out[2 * w] = to_float(pair[0]);
-        out[2 * w + 1] = to_float(pair[1]);
-      }
+      out[u] = vector < vectors ? __ldcs(reinterpret_cast<const uint4*>(x + head) + vector) : cuda::pack<X>(none);
     }
   }
 };
 
 // Candidates and sum of one step's logits.
 template <class X>
-__device__ __forceinline__ void take(Shared& shared, Key* keys, State& state, const Row<X>& row, int step,
-                                     const float (&x)[kItems]) {
-  unsigned hits = 0;
+__device__ __forceinline__ void take(Shared& shared, Key* keys, State& state, const Row<X>& row, int step, int k,
+                                     const uint4 (&raw)[Row<X>::kVectors]) {
+  constexpr int kLanes = Row<X>::kLanes;
+  float x[kItems];
+  uint4 most = raw[0];
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    const bool hit = x[i] > state.threshold;
-    hits |= unsigned(hit) << i;
-    const float e = state.exponential(x[i]);
-    state.rest += hit ? 0.0f : e;
+  for (int u = 0; u < Row<X>::kVectors; ++u) {
+    float vector[kLanes];
+    cuda::unpack<X>(raw[u], vector);
+#pragma unroll
+    for (int l = 0; l < kLanes; ++l) x[u * kLanes + l] = vector[l];
+    most = cuda::packed_max<X>(most, raw[u]);
   }
+  const float high = cuda::largest<X>(most);
+  if (state.threshold == -infinity() && k <= kThreads && !row.ragged(step)) begin_with(shared, keys, state, high, k);
+  unsigned hits = 0;
+  float rest[kItems];
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) rest[i] = x[i];
+  // Seldom, once the threshold has risen.
+  if (high > state.threshold) {
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      const bool hit = x[i] > state.threshold;
+      hits |= unsigned(hit) << i;
+      rest[i] = hit ? -infinity() : x[i];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) state.rest += state.exponential(rest[i]);
   if (!__syncthreads_or(int(hits))) return;
   int total;
   int place = state.count + scan(shared, __popc(hits), total);
@@ -316,14 +329,14 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   State state;
   state.c = kLog2e / (temperature_rows == nullptr ? temperature : temperature_rows[index * temperature_stride]);
-  float next[kItems];
+  uint4 next[Row<X>::kVectors];
   row.load(row.begin(), next);
   for (int step = row.begin(); step < row.end(); ++step) {
-    float x[kItems];
+    uint4 raw[Row<X>::kVectors];
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) x[i] = next[i];
+    for (int u = 0; u < Row<X>::kVectors; ++u) raw[u] = next[u];
     if (step + 1 < row.end()) row.load(step + 1, next);
-    take(shared, keys, state, row, step, x);
+    take(shared, keys, state, row, step, k, raw);
     // The first threshold comes early, the others when they must.
     if (state.count > k + (state.threshold == -infinity() ? 0 : kSlack)) thin_out(shared, keys, state, k);
   }

@@ -24,6 +24,18 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+// log2(x) to 2^-22 absolute next to 1, and 1 / x to one ulp, both of a normal number.
+__device__ __forceinline__ float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
@@ -57,6 +69,29 @@ __device__ __forceinline__ X* row_pointer(const LogitsView& view, int64_t row, i
 template <class X>
 constexpr int kLanes = 16 / int(sizeof(X));
 
+// The two halves of a word of 16-bit floats.
+template <class X>
+__device__ __forceinline__ void unpack(uint32_t word, float& low, float& high) {
+  if constexpr (__is_same(X, __nv_bfloat16)) {
+    asm("shl.b32 %0, %1, 16;" : "=f"(low) : "r"(word));
+    asm("and.b32 %0, %1, 0xffff0000;" : "=f"(high) : "r"(word));
+  } else {
+    asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }"
+        : "=f"(low), "=f"(high)
+        : "r"(word));
+  }
+}
+template <class X>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  uint32_t word;
+  if constexpr (__is_same(X, __nv_bfloat16)) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  }
+  return word;
+}
+
 template <class X>
 __device__ __forceinline__ void unpack(const uint4& raw, float (&x)[kLanes<X>]) {
   const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
@@ -64,15 +99,8 @@ __device__ __forceinline__ void unpack(const uint4& raw, float (&x)[kLanes<X>]) 
   for (int i = 0; i < 4; ++i) {
     if constexpr (sizeof(X) == 4) {
       x[i] = __uint_as_float(words[i]);
-    } else if constexpr (__is_same(X, __nv_bfloat16)) {
-      // No move in between for what is but another name of the bits.
-      asm("shl.b32 %0, %1, 16;" : "=f"(x[2 * i]) : "r"(words[i]));
-      asm("and.b32 %0, %1, 0xffff0000;" : "=f"(x[2 * i + 1]) : "r"(words[i]));
     } else {
-      __half2 pair;
-      memcpy(&pair, &words[i], 4);
-      x[2 * i] = __low2float(pair);
-      x[2 * i + 1] = __high2float(pair);
+      unpack<X>(words[i], x[2 * i], x[2 * i + 1]);
     }
   }
 }
@@ -84,30 +112,41 @@ __device__ __forceinline__ uint4 pack(const float (&x)[kLanes<X>]) {
   for (int i = 0; i < 4; ++i) {
     if constexpr (sizeof(X) == 4) {
       words[i] = __float_as_uint(x[i]);
-    } else if constexpr (__is_same(X, __nv_bfloat16)) {
-      const __nv_bfloat162 pair = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
-      memcpy(&words[i], &pair, 4);
     } else {
-      const __half2 pair = __floats2half2_rn(x[2 * i], x[2 * i + 1]);
-      memcpy(&words[i], &pair, 4);
+      words[i] = pack<X>(x[2 * i], x[2 * i + 1]);
     }
   }
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// One access of 16 bytes, which a compiler might take apart again.
+// The larger ones of packed logits; a NaN loses against a number.
 template <class X>
-__device__ __forceinline__ void store_lanes(X* at, const float (&x)[kLanes<X>]) {
-  const size_t global = __cvta_generic_to_global(at);
+__device__ __forceinline__ uint32_t packed_max(uint32_t a, uint32_t b) {
+  uint32_t out;
   if constexpr (sizeof(X) == 4) {
-    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(global), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
-                 : "memory");
+    out = __float_as_uint(fmaxf(__uint_as_float(a), __uint_as_float(b)));
+  } else if constexpr (__is_same(X, __nv_bfloat16)) {
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
   } else {
-    const uint4 raw = pack<X>(x);
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(raw.x), "r"(raw.y), "r"(raw.z),
-                 "r"(raw.w)
-                 : "memory");
+    asm("max.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
   }
+  return out;
+}
+template <class X>
+__device__ __forceinline__ uint4 packed_max(const uint4& a, const uint4& b) {
+  return make_uint4(packed_max<X>(a.x, b.x), packed_max<X>(a.y, b.y), packed_max<X>(a.z, b.z), packed_max<X>(a.w, b.w));
+}
+template <class X>
+__device__ __forceinline__ float largest(const uint4& raw) {
+  const uint32_t one = packed_max<X>(packed_max<X>(raw.x, raw.y), packed_max<X>(raw.z, raw.w));
+  if constexpr (sizeof(X) == 4) return __uint_as_float(one);
+  float x[kLanes<X>];
+  unpack<X>(make_uint4(one, one, one, one), x);
+  return fmaxf(x[0], x[1]);
+}
+// In one access whatever the compiler knows of the address.
+__device__ __forceinline__ void store_global(void* to, const uint4& x) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
 
 // The 16-byte vectors that a row lies on, counted from the 128 bytes that it begins in, so that a warp's accesses cover
@@ -130,22 +169,22 @@ struct Grid {
     const int e = first(v);
     return e >= 0 && e + kLanes<X> <= elements && has(row);
   }
-  // Elements past the ends are -inf.
-  __device__ __forceinline__ uint4 load(const X* row, int v, int elements) const {
+  // Elements past the ends are fill.
+  __device__ __forceinline__ uint4 load(const X* row, int v, int elements, float fill = -INFINITY) const {
     const int e = first(v);
     if (whole(row, v, elements)) return *reinterpret_cast<const uint4*>(row + e);
     float x[kLanes<X>];
 #pragma unroll
     for (int i = 0; i < kLanes<X>; ++i) {
       const int at = e + i;
-      x[i] = at >= 0 && at < elements ? to_float(row[at]) : -INFINITY;
+      x[i] = at >= 0 && at < elements ? to_float(row[at]) : fill;
     }
     return pack<X>(x);
   }
   __device__ __forceinline__ void store(X* row, int v, int elements, const float (&x)[kLanes<X>]) const {
     const int e = first(v);
     if (whole(row, v, elements)) {
-      store_lanes<X>(row + e, x);
+      store_global(row + e, pack<X>(x));
       return;
     }
 #pragma unroll
@@ -158,11 +197,29 @@ struct Grid {
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
+__device__ __forceinline__ uint4 load_shared(uint32_t address) {
+  uint4 x;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
+}
 // 16 bytes from global to shared memory, past the registers; complete after copies_done, for the thread that asked.
+__device__ __forceinline__ void copy_async(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+  copy_async(shared_address(shared), global);
 }
 __device__ __forceinline__ void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// The copies that the thread asked for since the last group are one; all but the newest N groups are complete.
+__device__ __forceinline__ void copies_are_a_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+__device__ __forceinline__ void copies_done_but() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
 
 // A struct as 32-bit words, which is what travels between threads.
 template <class T>
@@ -231,7 +288,11 @@ struct Team {
   // At most twice a kernel; end() must follow.
   template <class T, class Merge>
   __device__ __forceinline__ T over_cluster(T value, Merge merge) {
-    value = over_block(value, merge);
+    return over_blocks(over_block(value, merge), merge);
+  }
+  // Of what every block has alike in all its threads.
+  template <class T, class Merge>
+  __device__ __forceinline__ T over_blocks(T value, Merge merge) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     if (blocks > 1) {
       T& mine = at<T>(kMaxWarps + round++);

@@ -248,11 +248,12 @@ struct AlphaBeta : OfAlphaBeta {
     score = (of_q - mixed) * over_a;
     if constexpr (GUARDED) return;
     const V infinite = zero + HUGE_VALF;
-    const auto dead = kdk_dead(p, logp, q, logq);
     value = kdk_where((of_p == infinite) | (of_q == infinite) | (mixed == infinite), infinite, value);
     score = kdk_where((of_q == infinite) & (mixed == infinite), (logq - logp) * kHuge, score);
-    value = kdk_where(dead, zero, value);
-    score = kdk_where(dead, zero, score);
+    // Exactly, where rounding would leave something; and where neither model can give an outcome.
+    const auto same = logp == logq;
+    value = kdk_where(same, zero, value);
+    score = kdk_where(same, zero, score);
   }
 };
 

@@ -393,7 +393,7 @@ struct TokenGradient {
 #pragma unroll
       for (int l = 0; l < kL; ++l) d[l] = x[j * kL + l];
       if (whole) {
-        store_lanes<X>(at + j * (threads * kL), d);
+        store_global(at + j * (threads * kL), pack<X>(d));
         continue;
       }
       if (v == last) {

@@ -15,51 +15,12 @@
 #pragma once
 
 #include "device.cuh"
+#include "functors.cuh"
 
 #include <cfloat>
 
-// The functors of divergences.h find these for plain numbers.
-namespace kdk {
-__host__ __device__ __forceinline__ float kdk_log(float x) { return logf(x); }
-__host__ __device__ __forceinline__ double kdk_log(double x) { return log(x); }
-__host__ __device__ __forceinline__ float kdk_exp(float x) { return expf(x); }
-__host__ __device__ __forceinline__ double kdk_exp(double x) { return exp(x); }
-template <class V>
-__host__ __device__ __forceinline__ V kdk_where(bool condition, V a, V b) {
-  return condition ? a : b;
-}
-}  // namespace kdk
-
-#include "topk_plan.h"
-
 namespace kdk {
 namespace cuda {
-
-template <class V>
-struct Scored {
-  V value, score;
-};
-
-template <class V, class... Fs>
-__device__ __forceinline__ Scored<V> eval_functor(Functors<Fs...>, int functor, const Params<V>& params, V p, V logp,
-                                                  V q, V logq) {
-  Scored<V> out{V(), V()};
-  int i = 0;
-  (void)((functor == i++ ? (Fs::eval(params, p, logp, q, logq, out.value, out.score), true) : false) || ...);
-  return out;
-}
-
-// f and df/dlogq of one outcome. It is large where it is inlined: call it in loops that are not unrolled.
-template <class V>
-__device__ __forceinline__ Scored<V> eval(const Linear& c, int functor, const Params<V>& params, V p, V logp, V q,
-                                          V logq) {
-  if (functor != kNoFunctor) return eval_functor<V>(AllFunctors(), functor, params, p, logp, q, logq);
-  // A coefficient of 0 silences an infinite logarithm, and so does a probability of 0.
-  const auto term = [](double coefficient, V log) { return coefficient != 0 ? V(coefficient) * log : V(); };
-  const V over_p = p > V() ? p * (term(c.c_pp, logp) + term(c.c_pq, logq)) : V();
-  const V over_q = q > V() ? q * (term(c.c_qp, logp) + term(c.c_qq, logq)) : V();
-  return {over_p + over_q, V(c.c_pq) * p + V(c.c_qq) * q + over_q};
-}
 
 // The exponent of a logit relative to a maximum: one rounding in one instruction, unless the product of the maximum has
 // lost its fraction; then the difference comes first, and an offset of all logits costs no digits however large it is.
@@ -191,6 +152,20 @@ struct AddFound {
     return out;
   }
 };
+struct High {
+  float value = -FLT_MAX;
+};
+struct MaxHigh {
+  __device__ __forceinline__ High operator()(const High& a, const High& b) const { return {fmaxf(a.value, b.value)}; }
+};
+// Of sums relative to one maximum.
+struct AddOutsideAtOne {
+  __device__ __forceinline__ Outside operator()(const Outside& a, const Outside& b) const {
+    Outside out;
+    out.z = a.z + b.z, out.z1 = a.z1 + b.z1, out.sum_x = a.sum_x + b.sum_x;
+    return out;
+  }
+};
 struct AddOutside {
   float scale;
   __device__ __forceinline__ Outside operator()(const Outside& a, const Outside& b) const {
@@ -266,7 +241,9 @@ struct Logits {
         for (int j = 0; j < BATCH; ++j) {
           const int v = base + j * team.threads;
           raw[j] = make_uint4(0, 0, 0, 0);
-          if (reads && v < to) raw[j] = resident != nullptr ? resident[v - begin] : grid.load(row, v, columns);
+          if (reads && v < to)
+            raw[j] = resident != nullptr ? load_shared(shared_address(resident) + 16 * (v - begin))
+                                         : grid.load(row, v, columns);
         }
 #pragma unroll
         for (int j = 0; j < BATCH; ++j) {
@@ -281,6 +258,7 @@ struct Logits {
             for (float& value : x) value = cap * tanhf(value / cap);
           }
           if (dead != 0) {
+            asm volatile("" ::: "memory");  // a branch, for it is seldom taken
 #pragma unroll
             for (int l = 0; l < kL; ++l)
               if (dead >> l & 1) x[l] = -INFINITY;
@@ -471,7 +449,14 @@ struct TopkRow {
         for (int l = 0; l < kL; ++l) sums.sum_x += dead >> l & 1 ? 0.0f : x[l] - center;
       }
     });
-    return team.over_cluster(sums, AddOutside{scale});
+    // To the block's maximum first, and added up there: a merge of two maxima costs twenty times an addition.
+    const float high = team.over_block(High{sums.high}, MaxHigh()).value;
+    const Exponent y(high, scale), x(high, kLog2e);
+    sums.z *= Exponent(sums.high, scale).to(y);
+    if (own) sums.z1 *= Exponent(sums.high, kLog2e).to(x);
+    sums = team.over_block(sums, AddOutsideAtOne());
+    sums.high = high;
+    return team.over_blocks(sums, AddOutside{scale});
   }
 
   // log of a sum of two parts, each relative to a maximum of its own.
