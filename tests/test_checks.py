@@ -58,7 +58,7 @@ CALLS = {
         r"student must have stride 1 in the last dimension, got strides \(24, 1, 3\)",
     ),
     # Teacher.
-    "teacher-none": ({"teacher": None}, TypeError, "teacher must be a torch.Tensor, got NoneType"),
+    "teacher-none": ({"teacher": None}, TypeError, "teacher is required unless kd_weight is the number 0"),
     "teacher-bool": (
         {"teacher": torch.ones(N, L, V, dtype=torch.bool)},
         TypeError,
@@ -178,7 +178,11 @@ CALLS = {
         for name in ("kd_weight", "ce_weight", "z_loss_weight")
         for value, expected in ((-0.5, ">= 0"), (NAN, "finite"), (INF, "finite"))
     },
-    "ce_weight-tensor": ({"ce_weight": torch.tensor(1.0)}, TypeError, "ce_weight must be a number, got Tensor"),
+    "ce_weight-rows": (
+        {"ce_weight": torch.ones(3)},
+        ValueError,
+        r"ce_weight must be a number or have one value per row, shape \(2, 3\), got \(3,\)",
+    ),
     "label_smoothing-high": ({"label_smoothing": 1.1}, ValueError, r"label_smoothing must be in \[0, 1\], got 1.1"),
     "label_smoothing-low": ({"label_smoothing": -0.1}, ValueError, r"label_smoothing must be in \[0, 1\], got -0.1"),
     "ignore_index": ({"ignore_index": 1.5}, TypeError, "ignore_index must be an int, got float"),
