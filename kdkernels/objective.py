@@ -76,7 +76,9 @@ class Options:
         object.__setattr__(self, "scalars", self._scalars())
         object.__setattr__(self, "gradient_size", self._gradient_size())
         reduced = getattr(self, "reduction", "none") != "none"
-        object.__setattr__(self, "sums_alike", reduced and not self.tensors and not self.scalars.get("stats"))
+        # Not ``not self.tensors``, which Dynamo does not trace for a tuple of tensors.
+        alike = reduced and len(self.tensors) == 0 and not self.scalars.get("stats")
+        object.__setattr__(self, "sums_alike", alike)
         object.__setattr__(self, "packed", {})
 
     @classmethod

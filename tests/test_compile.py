@@ -435,7 +435,7 @@ def arguments(num_rows, labels=None, **options):
         "ce_weight": 0.0, "z_loss_weight": 0.0, "label_smoothing": 0.0, "scale_by_t_squared": True,
         "teacher_form": "logits", "student_softcap": 0.0, "teacher_softcap": 0.0, "standardize": False, "stats": False,
     }  # fmt: skip
-    return (labels, torch.rand(num_rows), None, None, None, None), {**defaults, **options}
+    return (labels, torch.rand(num_rows), *[None] * (len(ops.ROW_TENSORS["dense_fwd"]) - 2)), {**defaults, **options}
 
 
 @needs_library
