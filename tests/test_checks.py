@@ -178,15 +178,7 @@ CALLS = {
         for name in ("kd_weight", "ce_weight", "z_loss_weight")
         for value, expected in ((-0.5, ">= 0"), (NAN, "finite"), (INF, "finite"))
     },
-<<<<<<< HEAD
     "ce_weight-str": ({"ce_weight": "half"}, TypeError, "ce_weight must be a number, got str"),
-=======
-    "ce_weight-rows": (
-        {"ce_weight": torch.ones(3)},
-        ValueError,
-        r"ce_weight must be a number or have one value per row, shape \(2, 3\), got \(3,\)",
-    ),
->>>>>>> m8
     "label_smoothing-high": ({"label_smoothing": 1.1}, ValueError, r"label_smoothing must be in \[0, 1\], got 1.1"),
     "label_smoothing-low": ({"label_smoothing": -0.1}, ValueError, r"label_smoothing must be in \[0, 1\], got -0.1"),
     "ignore_index": ({"ignore_index": 1.5}, TypeError, "ignore_index must be an int, got float"),
