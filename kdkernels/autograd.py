@@ -224,7 +224,7 @@ def sums_in_one_op(launch: Launch, options: Any, student: Tensor, teachers: tupl
         and rows.mixture_weights is None
         and student.dim() in (2, 3)
         and type(student) in _PLAIN_TENSORS
-        and (not teachers or type(teachers[0]) in _PLAIN_TENSORS)
+        and (len(teachers) == 0 or type(teachers[0]) in _PLAIN_TENSORS)
         and not torch.compiler.is_compiling()
         and not transforms.active()
         and (options.gradient_size is not None or student.dtype != torch.float16)
@@ -334,6 +334,9 @@ class TokenValues(torch.autograd.Function):
         if dlogprobs is None and dentropy is None:
             return None, *nothing
         logits, ids, norm, entropy, temperature_rows = ctx.saved_tensors
+        if not ctx.options["entropy"]:
+            # A graph hands in a gradient of size 0 for what is not there.
+            dentropy = None
         call = TokenCall(ctx.backend, temperature_rows, {**ctx.options, "entropy": dentropy is not None})
         entropy = entropy if dentropy is not None else None
         if dlogprobs is None:

@@ -19,6 +19,7 @@ from kdkernels import checks, ops, symbols, transforms
 from kdkernels.autograd import graph_is_kept, has_saved_tensor_hooks, refuse_second_derivative, scaled
 from kdkernels.heads import Fp16Range, Head, HeadGrad, Scratch, sum_dtype
 from kdkernels.launch import Launch, RowTensors, flat, run, run_reference
+from kdkernels.objective import TERMS
 from kdkernels.reference.topk import distinct, out_of_range
 
 Rows = Union[slice, Tensor]
@@ -608,6 +609,12 @@ def _kept_rows(launch: Launch) -> Optional[Tensor]:
     # One weight for all rows is a normaliser; statistics are taken of rows of weight 0 too.
     if weight is not None and (weight.stride(0) or len(weight) == 1) and not launch.options["stats"]:
         counts = weight != 0 if counts is None else counts & (weight != 0)
+    weights = launch.rows.weights_of_terms()
+    others = [name for name in TERMS if getattr(launch.rows, f"{name}_rows") is None]
+    if weights and not launch.options["stats"] and not any(launch.options[name] for name in others):
+        # A row in which no term has a weight.
+        has_term = torch.stack(weights).amax(0) != 0
+        counts = has_term if counts is None else counts & has_term
     return None if counts is None else indices(counts)
 
 

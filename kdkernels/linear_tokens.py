@@ -212,6 +212,9 @@ class LinearTokens(torch.autograd.Function):
             return (*nothing, *nothing)
         hidden, weight, bias, ids, norm, entropy, temperature_rows = ctx.saved_tensors
         call, needs = ctx.call, list(ctx.needs_input_grad[:3])
+        if not call.tokens.options["entropy"]:
+            # A graph hands in a gradient of size 0 for what is not there.
+            dentropy = None
         options = {**call.tokens.options, "entropy": dentropy is not None}
         call = call._replace(tokens=TokenCall(call.tokens.backend, temperature_rows, options))
         if dlogprobs is None:

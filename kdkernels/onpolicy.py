@@ -170,8 +170,9 @@ def k3_plus(
     (0.8248, tensor([ 0.5000, -1.0000]))
     """
     mask, x, a = _tokens(mask, student_logprobs, teacher_logprobs=teacher_logprobs)
-    # The second term is 0, and has the gradient.
-    return _reduced(_k3(x.detach(), a) + (x - x.detach()) * (x - a).detach(), mask, reduction, normalizer)
+    # The second term is 0, and has the gradient; an infinite one is the largest number there.
+    slope = torch.nan_to_num((x - a).detach(), nan=torch.nan)
+    return _reduced(_k3(x.detach(), a) + (x - x.detach()) * slope, mask, reduction, normalizer)
 
 
 def policy_gradient(
@@ -357,7 +358,11 @@ def ref_kl(
     penalty = checks.number("penalty", penalty, low=0.0)
     mask, x, a, o = _tokens(mask, student_logprobs, teacher_logprobs=teacher_logprobs, old_logprobs=old_logprobs)
     kept = x.detach().exp() - o.exp() >= -max_drop
-    losses = torch.where(kept, -(a - x).detach() * _exp(x - o), 0.0) + penalty * (x - o).square()
+    # Where m is 0 nothing counts, be it infinite: a product of 0 and an infinite number would spoil the gradient.
+    pull = torch.where(kept, (a - x).detach(), 0.0)
+    losses = -pull * _exp(torch.where(kept, x - o, 0.0))
+    if penalty:
+        losses = losses + penalty * (x - o).square()
     return _reduced(losses, mask, reduction, normalizer)
 
 
@@ -392,7 +397,9 @@ def icepop(
     weight = _advantages(advantages, x, mask)
     log_ratio = (x - o).detach()
     inside = (log_ratio >= (math.log(low) if low > 0 else -math.inf)) & (log_ratio <= math.log(high))
-    losses = -weight * (_exp(x - o) if with_ratio else x)
+    # Outside nothing counts, be it infinite: a product of 0 and an infinite weight would spoil the gradient.
+    weight = torch.where(inside, weight, 0.0)
+    losses = -weight * (_exp(torch.where(inside, x - o, 0.0)) if with_ratio else x)
     return _reduced(torch.where(inside, losses, 0.0), mask, reduction, normalizer)
 
 
@@ -515,7 +522,7 @@ def _reduced(losses: Tensor, counted: Optional[Tensor], reduction: str, normaliz
         return losses
     total = losses.sum()
     if normalizer is not None:
-        return total / normalizer
+        return total / (normalizer.reshape(()) if isinstance(normalizer, Tensor) else normalizer)
     if reduction == "sum":
         return total
     if counted is None:

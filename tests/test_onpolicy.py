@@ -534,3 +534,22 @@ def test_every_function_says_where_it_is_from_and_what_it_does_on_average():
         assert ">>> " in text, name
         if name in {key.partition("-")[0] for key in LOSSES}:
             assert "Gradient: " in text and "xpected gradient" in text, name
+
+
+def test_what_a_gate_shuts_out_may_be_infinite():
+    inf = torch.inf
+    x = torch.tensor([-1.0, -3.0], requires_grad=True)
+    for loss in (
+        onpolicy.icepop(x, torch.tensor([-9.0, -30.0]), torch.tensor([-inf, inf])),
+        onpolicy.ref_kl(x[1:], torch.tensor([-inf]), torch.tensor([-0.1]), penalty=0.0),
+        onpolicy.ref_kl(torch.where(x < -2, -inf, x)[1:], torch.tensor([-1.0]), torch.tensor([-0.1]), penalty=0.0),
+    ):
+        assert loss == 0 and torch.equal(torch.autograd.grad(loss, x)[0], torch.zeros(2))
+    loss = onpolicy.k3_plus(x[:1], torch.tensor([-inf]))
+    assert loss == onpolicy.k3(x[:1], torch.tensor([-inf])) == inf
+
+
+def test_a_normalizer_of_any_shape_gives_a_number():
+    x = torch.randn(2, 3)
+    for normalizer in (torch.tensor([5]), torch.tensor([[5.0]])):
+        assert onpolicy.k2(x, x - 1, normalizer=normalizer).shape == ()

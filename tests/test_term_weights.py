@@ -221,3 +221,30 @@ def test_the_cross_entropy_is_told_whatever_it_weighs(backend, rows):
     torch.testing.assert_close(stats.ce[counted], expected)
     _, stats = kd.kd_loss(student, teacher, return_stats=True, backend=backend)
     assert (stats.ce == 0).all()
+
+
+def test_hidden_states_of_a_row_without_a_term_are_not_read(backend):
+    hidden, head = torch.randn(3, 8), torch.randn(V, 8).requires_grad_()
+    hidden[1] = torch.nan
+    weight = torch.tensor([1.0, 0.0, 2.0])
+    teacher = torch.randn(3, 8), torch.randn(V, 8)
+    loss = kd.linear_kd_loss(
+        hidden.requires_grad_(), head, *teacher, kd_weight=weight, reduction="sum", backend=backend
+    )
+    loss.backward()
+    assert loss.isfinite() and head.grad.isfinite().all() and (hidden.grad[1] == 0).all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_one_graph(backend, rows, reduction):
+    student, teacher, labels, weights = rows
+    options = {"reduction": reduction, "backend": backend}
+    student.requires_grad_()
+
+    def loss(student, teacher, labels, weights):
+        return kd.kd_loss(student, teacher, labels, **options, **weights).sum()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    found, expected = (f(student, teacher, labels, weights) for f in (compiled, loss))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(value, student)[0] for value in (found, expected)))

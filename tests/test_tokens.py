@@ -823,3 +823,22 @@ def test_peak_memory(mode, most, backend):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert float(result.stdout) <= most
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("k", [None, 2])
+def test_a_graph_has_the_gradient_with_and_without_an_entropy(backend, entropy, k, forget):
+    logits, ids = torch.randn(N, V), tokens(k)
+    head = torch.randn(V, 8)
+
+    def of_logits(x):
+        return kd.token_logprobs(x, ids, entropy=entropy, backend=backend).logprobs.sum()
+
+    def of_hidden(x):
+        return kd.linear_token_logprobs(x[:, :8], head, ids, entropy=entropy, backend=backend).logprobs.sum()
+
+    for loss in (of_logits, of_hidden):
+        leaf = logits.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(loss(leaf), leaf)
+        compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(torch.autograd.grad(compiled(leaf), leaf)[0], expected)

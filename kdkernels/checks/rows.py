@@ -161,7 +161,7 @@ def per_row(
             bad |= known < torch.finfo(flat.dtype).smallest_normal
         if bool(bad.any()):
             worst = value[bad].reshape(-1)[0].item()
-            expected = f"> {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            expected = f"{'>' if exclusive else '>='} {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
             sums = "" if not math.isfinite(worst) or value.dtype == flat.dtype else f" in {dtype_name(flat.dtype)}"
             raise ValueError(
                 f"{name} must be finite{'' if low == -math.inf else f' and {expected}'}{sums}, got {worst}"
