@@ -224,7 +224,7 @@ def sums_in_one_op(launch: Launch, options: Any, student: Tensor, teachers: tupl
         and rows.mixture_weights is None
         and student.dim() in (2, 3)
         and type(student) in _PLAIN_TENSORS
-        and (not teachers or type(teachers[0]) in _PLAIN_TENSORS)
+        and (len(teachers) == 0 or type(teachers[0]) in _PLAIN_TENSORS)
         and not torch.compiler.is_compiling()
         and not transforms.active()
         and (options.gradient_size is not None or student.dtype != torch.float16)
