@@ -299,7 +299,7 @@ def whole(
         if call.teacher_logits is not None:
             asked = slice(0, len(logits)) if rows is None else rows
             teachers = _teacher_chunk(call, call.launch, asked, len(logits), logits.device)
-        if call.launch.pattern == "dense_fwd" and not teachers:
+        if call.launch.pattern == "dense_fwd" and len(teachers) == 0:
             teachers = [logits.detach()]
         loss, stats = run_reference(call.launch, logits, teachers)
         if call.expectation is not None and call.launch.options["kd_weight"]:
