@@ -205,7 +205,8 @@ def _build_kernel(backend: str) -> Run:
         rows, columns = inputs.pristine.shape
         student, teacher, out = (t.detach().unsqueeze(0) for t in (inputs.student, inputs.teacher, inputs.out))
         options = {**scalars, "mixture": "probs", "scale": 1.0 / rows, "vocab_size": columns}
-        per_row = (None,) * 6  # labels, weights, temperatures, the divergence's parameter, the mixture's weights
+        # Labels, weights, temperatures, the divergence's parameter, the terms' and the mixture's weights.
+        per_row = (None,) * 9
         loss, _ = op(student, [teacher], out, *per_row, **ops.packed("dense_fwd", options))
         return Outcome(loss.sum(), (inputs.out,))
 

@@ -45,7 +45,7 @@ def _build_kernel(backend: str) -> Run:
     def run(inputs: Any) -> Outcome:
         rows, columns = inputs.pristine.shape
         student, out = (t.detach().unsqueeze(0) for t in (inputs.student, inputs.out))
-        per_row = (None,) * 5  # labels, row_weight, temperatures and the divergence's parameter
+        per_row = (None,) * 8  # labels, row_weight, temperatures, the divergence's parameter, the terms' weights
         arguments = ops.packed("topk_fwd", {**scalars, "scale": 1.0 / rows, "vocab_size": columns})
         loss, _ = op(student, inputs.ids, inputs.logprobs, out, *per_row, inputs.tail, **arguments)
         return Outcome(loss.sum(), (inputs.out,))

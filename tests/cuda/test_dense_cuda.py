@@ -225,6 +225,7 @@ def test_what_it_lacks_is_refused_by_name_and_auto_takes_another():
         ({"teacher": [teacher, teacher], "teacher_weights": [0.5, 0.5]}, "a mixture"),
         ({"teacher": teacher, "standardize": True}, "no standardize"),
         ({"teacher": teacher.bfloat16()}, "of the student's dtype"),
+        ({"teacher": teacher, "kd_weight": torch.ones(2)}, "weights of terms as numbers"),
     ]
     with DenseEmulator(90).registered():
         for given, reason in refused:
@@ -232,6 +233,6 @@ def test_what_it_lacks_is_refused_by_name_and_auto_takes_another():
                 kd.kd_loss(student, backend="cuda", **given)
         with pytest.raises(ValueError, match="float64"):
             kd.kd_loss(student.double(), teacher.double(), backend="cuda")
-        with pytest.raises(ValueError, match="losses with a divergence only"):
+        with pytest.raises(ValueError, match="losses with a divergence and tokens only"):
             kd.dkd_loss(student, teacher, torch.tensor([0, 1]), backend="cuda")
         assert backends.select("auto", "cuda") != "cuda" and backends.select("cuda", "cuda") == "cuda"
