@@ -883,9 +883,7 @@ def test_backends_of_a_gpu():
     pytest.importorskip("triton")
     built = backends.cuda.load_error() is None
     assert backends.select("auto", "cuda", pattern="topk_fwd") == ("cuda" if built else "triton")
-    with pytest.raises(
-        ValueError, match="'cuda' cannot run this call: the CUDA extension has the losses with a div"
-    ):
+    with pytest.raises(ValueError, match="'cuda' cannot run this call: the CUDA extension has the losses with a div"):
         kd.logit_mse_loss(torch.zeros(1, 3), torch.zeros(1, 3), backend="cuda")
     with pytest.raises(ValueError, match="'cuda' cannot run this call: it runs on CUDA tensors, not on cpu"):
         kd.topk_kd_loss(torch.zeros(1, 3), torch.zeros(1, 1).long(), torch.zeros(1, 1), backend="cuda")
