@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import kdkernels as kd
-from kdkernels import features, testing
+from kdkernels import backends, features, testing
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 ROUNDING = {"fp32": 5e-6, "bf16": 4e-3, "fp16": 5e-4, "fp64": 1e-12}
@@ -156,8 +156,9 @@ def test_derivatives_beyond_the_first():
     student = student[0, :2].clone().requires_grad_()
     loss = lambda x: kd.feature_loss(x, teacher[0, :2], kind="cosine", normalize="layernorm", backend="torch")  # noqa: E731
     assert torch.autograd.gradgradcheck(loss, (student,))
-    with pytest.raises(RuntimeError, match="second derivative"):
-        torch.autograd.grad(kd.feature_loss(student, teacher[0, :2]), student, create_graph=True)
+    if backends.BACKENDS["cpu"].why_not("cpu") is None:
+        with pytest.raises(RuntimeError, match="second derivative"):
+            torch.autograd.grad(kd.feature_loss(student, teacher[0, :2]), student, create_graph=True)
     found = torch.func.grad(lambda x: kd.feature_loss(x, teacher[0, :2]))(student.detach())
     torch.testing.assert_close(found, torch.autograd.grad(kd.feature_loss(student, teacher[0, :2]), student)[0])
 
