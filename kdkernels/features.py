@@ -89,14 +89,10 @@ def feature_loss(
         checks.sample_mask(mask, student)
     weight: Optional[Tensor] = None
     if row_weight is not None:
-        if not isinstance(row_weight, Tensor):
-            raise TypeError(f"row_weight must be a torch.Tensor, got {type(row_weight).__name__}")
+        checks.tensor("row_weight", row_weight)
         of_rows = checks.per_row("row_weight", row_weight, student)
         assert isinstance(of_rows, Tensor)
         weight = of_rows
-    factor = _factor(student, mask, weight, reduction)
-    call = _Call(kind, normalize, beta, None if mask is None else mask.reshape(-1), factor)
-    rows, target = flat(student), flat(teacher.detach())
     as_formula = backend == "torch" or torch.compiler.is_compiling()
     if not as_formula and transforms.active():
         as_formula = transforms.takes_part(student) or transforms.takes_part(teacher)
@@ -104,6 +100,9 @@ def feature_loss(
         labels = None if mask is None else torch.where(mask, 0, IGNORED)
         objective = MSEObjective.of({"row_weight": row_weight, "reduction": reduction, "ignore_index": IGNORED})
         return pair("mse_fwd", objective, _by_rows(student), _by_rows(teacher.detach()), labels)
+    factor = _factor(student, mask, weight, reduction)
+    call = _Call(kind, normalize, beta, None if mask is None else mask.reshape(-1), factor)
+    rows, target = flat(student), flat(teacher.detach())
     if as_formula:
         with no_autocast(student):
             losses = _formula(rows, target, call)

@@ -437,9 +437,7 @@ def _dense(
         student,
         divergence=objective.resolved.name,
         torch_only=torch_only,
-        cuda_lacks=backends.cuda.lacks_dense(objective, student, teachers, mixed=weights is not None)
-        if objective.backend == "cuda"
-        else None,
+        cuda_lacks=backends.cuda.lacks_dense(objective, student, teachers, mixed=weights is not None),
     )
     checks.reverse_mode_only(backend, student, *given, labels, *objective.tensors)
     launch = dense_launch(objective, student, labels, columns, backend, weights, mixture)

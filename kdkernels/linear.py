@@ -280,9 +280,7 @@ def dense(
         objective.backend,
         logits,
         divergence=objective.resolved.name,
-        cuda_lacks=backends.cuda.lacks_dense(objective, logits, (), mixed=weights is not None)
-        if objective.backend == "cuda"
-        else None,
+        cuda_lacks=backends.cuda.lacks_dense(objective, logits, (), mixed=weights is not None),
     )
     hiddens, heads, biases = zip(*teachers, strict=True) if teachers else ((), (), ())
     call = Call(

@@ -105,8 +105,7 @@ SCHEMAS = {
     # range is NaN, without a read. With tail_mass no id stands twice in a row, and the mass outside is summed for
     # itself: 1 less the others would lose it; -inf where nothing is outside. A row with NaN or +inf, or of -inf alone,
     # has NaN for logprobs (where there is an id), entropy, lse, tail, z and stats, which say of no id that it is the
-    # largest. An id whose logit is -inf has -inf, and
-    # q log q is 0 where q is.
+    # largest. An id whose logit is -inf has -inf, and q log q is 0 where q is.
     # temperature_rows: [N] in the dtype of the sums, of any stride, in place of temperature.
     "token_fwd": (
         f"(Tensor logits, Tensor ids, Tensor? temperature_rows, *, {_ALIKE}) "
@@ -161,7 +160,8 @@ SUMMED_SCHEMAS = {
 # dweight, dbias); a gradient that needs (of hidden, weight and bias) does not ask for is empty.
 LINEAR_TEACHERS = {
     "dense_fwd": "Tensor[] teacher_hidden, Tensor[] teacher_weight, Tensor?[] teacher_bias",
-    # What a teacher known by its expectations adds to a sparse one without entries, see chunked.Expectation.
+    # The last three are of a teacher known by its expectations, beside a sparse one without entries: see
+    # chunked.Expectation.
     "topk_fwd": (
         "Tensor teacher_ids, Tensor teacher_logprobs, Tensor? expectation, Tensor? expected_bias, Tensor? entropy"
     ),

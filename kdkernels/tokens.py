@@ -93,10 +93,9 @@ def token_logprobs(logits: Tensor, ids: Tensor, **options: Any) -> Any:
 
     Returns:
         ``TokenLogprobs(logprobs, entropy, lse)``, float32 (float64 for float64); with ``return_stats`` a pair
-        ``(TokenLogprobs, TokenStats)``. A token of logit -inf has
-        log-probability -inf and a finite gradient. A row with NaN or +inf, or of -inf only, is NaN in all results and
-        in its gradient. A row whose upstream gradients are all 0 gets a gradient of 0 without being read; plain PyTorch
-        reads it, be it NaN.
+        ``(TokenLogprobs, TokenStats)``. A token of logit -inf has log-probability -inf and a finite gradient. A row
+        with NaN or +inf, or of -inf only, is NaN in all results and in its gradient. A row whose upstream gradients are
+        all 0 gets a gradient of 0 without being read; plain PyTorch reads it, be it NaN.
 
     Raises:
         TypeError, ValueError: naming the argument, before anything is launched. Values inside tensors are read on the

@@ -178,7 +178,7 @@ def logits(**options):
     return torch.randn(3, 5, requires_grad=True), {"teacher": torch.randn(3, 5), **options}
 
 
-# What the table says does not work yet, beside missing names and arguments: each must be refused.
+# Calls that the table says do not work yet, beside missing names and arguments: each must be refused.
 REFUSED = {
     'negative `teacher_weights` with `mixture="logits"`': lambda: logits(
         teacher=[torch.randn(3, 5), torch.randn(3, 5)], teacher_weights=[1.0, -0.5], mixture="logits"

@@ -30,7 +30,9 @@ def why_not(device_type: str) -> Optional[str]:
 
 
 def lacks_dense(objective: Any, student: Tensor, teachers: tuple[Tensor, ...], *, mixed: bool) -> Optional[str]:
-    """Why a dense loss is not among those of the CUDA extension; None where it is."""
+    """Why a dense loss that asks for the CUDA extension is not among those there; None where it is."""
+    if objective.backend != "cuda":
+        return None
     if mixed:
         return "it takes one teacher, not a mixture"
     if objective.standardize:

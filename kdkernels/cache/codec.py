@@ -8,6 +8,7 @@ of the row's entropy, and the tail, which is the rest to 1, by as much: many tim
 
 from __future__ import annotations
 
+import abc
 import struct
 import zlib
 from collections.abc import Mapping
@@ -50,7 +51,7 @@ class ExpectationSequence(NamedTuple):
     extras: dict[str, Tensor]
 
 
-class Rows:
+class Rows(abc.ABC):
     """The arrays of a shard, each with one row per token, and how a sequence becomes rows of them."""
 
     extras: Mapping[str, torch.dtype]
@@ -65,9 +66,9 @@ class Rows:
         """Bytes of one token, exactly."""
         return sum(dtype.itemsize * (shape[0] if shape else 1) for dtype, shape in self.fields.values())
 
+    @abc.abstractmethod
     def decode(self, rows: Mapping[str, Tensor]) -> Any:
         """Turn rows back; nothing that is returned shares memory with them."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 class Identity:
     """Whose log-probabilities these are: two caches of equal identity may be read one for the other.
 
-    Those of expectations have no ``k``, but a ``hidden_size`` and the ``head`` of the student, see
+    A cache of expectations has no ``k``, but a ``hidden_size`` and the ``head`` of the student, see
     ``head_fingerprint``.
     """
 

@@ -47,6 +47,14 @@ from kdkernels.checks.rows import (
     token_numbers,
 )
 from kdkernels.checks.sparse import sparse_teacher, tail_like
-from kdkernels.checks.tensors import is_dtensor, reads_values, sharded_argument, sharded_student, sum_dtype, with_slots
+from kdkernels.checks.tensors import (
+    is_dtensor,
+    reads_values,
+    sharded_argument,
+    sharded_student,
+    sum_dtype,
+    tensor,
+    with_slots,
+)
 from kdkernels.checks.values import choice, flag, in_sums, integer, logits_dtype, number, offsets, softcap, text
 from kdkernels.checks.vectors import attention_mask, attention_operands, features, relation_vectors, sample_mask

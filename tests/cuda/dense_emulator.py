@@ -3,14 +3,10 @@
 import contextlib
 import ctypes
 import functools
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
-from emulator import CSRC, DTYPES, LIMITS, NAMES, Device, module, need
+from emulator import DTYPES, LIMITS, NAMES, Device, fields, load_arguments, module
 
 from kdkernels import backends, ops
 
@@ -35,21 +31,12 @@ PLAN = """shared_per_block shared_per_multiprocessor cluster multiprocessors
 class DenseCall(ctypes.Structure):
     """As in dense_arguments.cpp."""
 
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in INTEGERS),
-        *((name, ctypes.c_double) for name in NUMBERS),
-        *((name, ctypes.c_int64) for name in PLAN),
-    ]
+    _fields_ = fields(INTEGERS, NUMBERS, PLAN)
 
 
 @functools.cache
 def library():
-    folder = tempfile.mkdtemp()
-    source, output = Path(__file__).parent / "dense_arguments.cpp", f"{folder}/arguments.so"
-    command = [need("g++"), "-std=c++17", "-O0", "-shared", "-fPIC", f"-I{CSRC / 'include'}", str(source), "-o", output]
-    subprocess.run(command, check=True)
-    loaded = ctypes.CDLL(output)
-    shutil.rmtree(folder)
+    loaded = load_arguments("dense_arguments.cpp")
     loaded.dense_launch_bytes.restype = loaded.dense_launch.restype = ctypes.c_int64
     return loaded
 

@@ -83,24 +83,30 @@ PLAN = """shared_per_block shared_per_multiprocessor cluster
     resident every plan_cluster threads shared_bytes workspace_per_row""".split()
 
 
+def load_arguments(name):
+    """A library of one of the files here, which builds kernels' arguments as the CUDA backend does."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, output = Path(__file__).parent / name, f"{folder}/arguments.so"
+        flags = ["-std=c++17", "-O0", "-shared", "-fPIC", f"-I{CSRC / 'include'}"]
+        subprocess.run([need("g++"), *flags, str(source), "-o", output], check=True)
+        return ctypes.CDLL(output)
+
+
+def fields(integers, numbers, plan):
+    """Of a structure in which everything is 8 bytes wide."""
+    kinds = ((integers, ctypes.c_int64), (numbers, ctypes.c_double), (plan, ctypes.c_int64))
+    return [(name, kind) for names, kind in kinds for name in names]
+
+
 class Call(ctypes.Structure):
     """As in arguments.cpp."""
 
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in INTEGERS),
-        *((name, ctypes.c_double) for name in NUMBERS),
-        *((name, ctypes.c_int64) for name in PLAN),
-    ]
+    _fields_ = fields(INTEGERS, NUMBERS, PLAN)
 
 
 @functools.cache
 def arguments_library():
-    folder = tempfile.mkdtemp()
-    source, output = Path(__file__).parent / "arguments.cpp", f"{folder}/arguments.so"
-    command = [need("g++"), "-std=c++17", "-O0", "-shared", "-fPIC", f"-I{CSRC / 'include'}", str(source), "-o", output]
-    subprocess.run(command, check=True)
-    library = ctypes.CDLL(output)
-    shutil.rmtree(folder)
+    library = load_arguments("arguments.cpp")
     library.topk_launch_bytes.restype = library.topk_launch.restype = ctypes.c_int64
     library.token_args_bytes.restype = ctypes.c_int64
     return library

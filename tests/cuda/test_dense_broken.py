@@ -20,7 +20,7 @@ using namespace kdk::cuda;
 template __global__ void kdk::cuda::dense_held_kernel<__nv_bfloat16, Held::kForwardKl>(
     const __grid_constant__ DenseLaunch);
 """
-# What stands in dense.cuh, and what takes its place.
+# Text of dense.cuh, and the slip that takes its place.
 SLIPS = {
     "none": ("", ""),
     "no wait for a stage": ("barrier_wait<false>(team.full(stage), unsigned(uses / launch.plan.stages) & 1);", ""),

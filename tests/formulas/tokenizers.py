@@ -4,7 +4,7 @@ import math
 
 import torch
 
-# Those of the inputs: the pieces of text that end together, as student's and teacher's tokens.
+# The spans of the inputs: the pieces of text that end together, as student's and teacher's tokens.
 SPANS = [([0, 1], [0]), ([2, 3], [1, 2]), ([4], [3, 4]), ([5], [5])]
 
 

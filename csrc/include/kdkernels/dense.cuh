@@ -49,7 +49,7 @@ __device__ __forceinline__ float add_product(float total, float weight, float x)
 }
 __device__ __forceinline__ float product_or_0(float weight, float x) { return weight != 0 ? weight * x : 0.0f; }
 
-// What rounding leaves below 0 is 0, and NaN stays NaN.
+// A sum that rounding leaves below 0 is 0, and NaN stays NaN.
 __device__ __forceinline__ float at_least_0(float x) { return x < 0 ? 0.0f : x; }
 
 __device__ __forceinline__ float shuffle_xor(float x, int mask) {
@@ -81,7 +81,7 @@ __device__ __forceinline__ int order_of(float x) {
 }
 __device__ __forceinline__ float of_order(int key) { return __int_as_float(key ^ (key >> 31 & 0x7fffffff)); }
 
-// What the held kernels see past the ends of a row: a number far below all logits, so that no difference is infinite
+// The held kernels see this past the ends of a row: a number far below all logits, so that no difference is infinite
 // and 0 times it is 0. fp16 has none.
 template <class X>
 constexpr float kFar = sizeof(X) == 2 && !__is_same(X, __nv_bfloat16) ? -INFINITY : -0x1p100f;
@@ -313,7 +313,7 @@ __device__ __forceinline__ bool values_ce(const DenseLaunch& launch) {
   return launch.ce_weight != 0 || (launch.args.stats != nullptr && launch.args.labels != nullptr);
 }
 
-// What is common to the kernels: rows, stages, labels.
+// The common part of the kernels: rows, stages, labels.
 template <class X>
 struct DenseRows {
   static constexpr int kL = kLanes<X>;

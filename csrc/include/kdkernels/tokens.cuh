@@ -39,7 +39,7 @@ struct StatsSums<true> {
   float squares = 0, mean = 0;
 };
 
-// What forward sums over the columns of a row: e = 2^((x - high) scale), e times its exponent, e^2, and the mean of x.
+// Sums of forward over the columns of a row: e = 2^((x - high) scale), e times its exponent, e^2, and the mean of x.
 template <bool ENTROPY, bool STATS>
 struct TokenSums : EntropySum<ENTROPY>, StatsSums<STATS> {
   float high = -FLT_MAX, z = 0;
