@@ -10,5 +10,9 @@ Mixture = Literal["probs", "logits"]
 Tail = Literal["bucket", "renormalize", "renormalize_both", "uniform", "drop"]
 Backend = Literal["auto", "cuda", "triton", "cpu", "torch"]
 
+Acceptance = Literal["nla", "hybrid"]
+
+# Of an op: "signed" are logits some of whose weights may be below 0.
+MIXTURES = (*get_args(Mixture), "signed")
 # Ops know these by their place.
-CODES = {"teacher_form": get_args(TeacherForm), "mixture": get_args(Mixture), "tail": get_args(Tail)}
+CODES = {"teacher_form": get_args(TeacherForm), "mixture": MIXTURES, "tail": get_args(Tail)}

@@ -68,8 +68,8 @@ SCHEMAS = {
     # Writes the gradient of sum_i loss_i to dstudent, which may be the student itself, and returns (loss [N], stats
     # [N, S]).
     "dense_fwd": (
-        f"(Tensor student, Tensor[] teachers, {_ROWS}, Tensor? mixture_weights, *, str divergence, {_ALIKE}, "
-        "bool stats) -> (Tensor, Tensor)"
+        f"(Tensor student, Tensor[] teachers, {_ROWS}, Tensor? mixture_weights, "
+        f"Tensor? teacher_lse_rows, *, str divergence, {_ALIKE}, bool stats) -> (Tensor, Tensor)"
     ),
     # A teacher of ids [N, K] and log-probabilities [N, K]; a slot of id -1, or of -9000 or less, is unused. tail_rows
     # [N] is the log of its mass outside them, where that is known better than by 1 - sum; that mass counts as at least

@@ -11,7 +11,9 @@ by these.
 
 from kdkernels.checks.dense import (
     logits,
+    mixture_of,
     mixture_weights,
+    part_of_teacher,
     probabilities,
     reverse_mode_only,
     several,
