@@ -407,7 +407,7 @@ class _NegativeLogAcceptance(Divergence):
     name = "lk_nla"
     formula = "-log sum min(p, q)"
     gradient = "q (sum q [q < p] - [q < p]) / (A T)"
-    paper = "vllm-project/speculators"
+    paper = "Samarin et al. 2026 (LK losses), arXiv:2602.23881"
     homogeneous = True
     finite_without_teacher = True
     takes_part_of_teacher = True
@@ -426,7 +426,7 @@ class _LKHybrid(Divergence):
     name = "lk_hybrid"
     formula = "w KL(p || q) + (1 - w) TVD, w = exp(-eta A)"
     gradient = "(w (q - p) + (1 - w) q (sign(q - p) - sum q sign(q - p)) / 2) / T"
-    paper = "vllm-project/speculators"
+    paper = "Samarin et al. 2026 (LK losses), arXiv:2602.23881"
     homogeneous = True
     finite_without_teacher = True
     bounded_gradient = True

@@ -95,7 +95,7 @@ def kd_loss(
         divergence: a name from ``kdkernels.divergences.names()`` (its default parameters) or an instance such as
             ``JSD(0.3)``.
         temperature: T of the student, > 0, a number or one value per row. A tensor that requires grad (CTKD, Li et al.
-            2023, arXiv:2211.16231) gets its gradient from plain PyTorch, which "auto" takes then.
+            2022, arXiv:2211.16231) gets its gradient from plain PyTorch, which "auto" takes then.
         teacher_temperature: T_t, by default ``temperature``.
         scale_by_t_squared: multiply the divergence by ``temperature**2`` (Hinton et al. 2015), in loss and gradient.
         kd_weight, ce_weight, z_loss_weight: weights of the three terms, >= 0, each a number or one value per row: a
@@ -364,7 +364,7 @@ def lk_loss(
     labels: Optional[Tensor] = None,
     **options: Any,
 ) -> Any:
-    r"""Loss of a drafter by the rate at which a speculative decoder accepts its tokens (LK losses).
+    r"""Loss of a drafter by the rate at which its tokens are accepted (Samarin et al. 2026, arXiv:2602.23881).
 
     With ``p = softmax(t / T_t)``, ``q = softmax(s / T)`` and the acceptance rate ``A = sum min(p, q) = 1 - TVD(p, q)``
     of a row, the objective is that of ``kd_loss`` with, in place of a divergence::
