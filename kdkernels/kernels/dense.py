@@ -83,6 +83,7 @@ from kdkernels.kernels.terms import (
     outer_value,
     overlap_decides,
     part_of_teacher,
+    rest_of,
     score_of,
     smoothing_center,
     statistics_of,
@@ -516,7 +517,7 @@ def dense_fwd_kernel(
                         lane_value += fold_sum(
                             value_of(et, logp, q, logq, row.param, param1, COEFFICIENTS, VALUE, TOTAL)
                         )
-                        if OUTER:
+                        if OUTER == 1 or OUTER == 2:
                             # A NaN must not lose against a number.
                             lane_rate += fold_sum(tl.where(et < q, et, q))
                         if OUTER == 2:
@@ -536,7 +537,7 @@ def dense_fwd_kernel(
                             z = tl.where(inside(offs_v, span), (s - pilot - rest_of_mean) / deviation, 0.0)
                             lane_slope += fold_sum(score * z)
                             lane_first += fold_sum(q * z)
-                            if OUTER == 2:
+                            if OUTER >= 2:
                                 lane_of_p += fold_sum(mul0(et, z))
                 if STATS:
                     stats = add_stats(stats, et * inverse_zt, logp, es * inverse_zs, logq, s, key, offs_v)
@@ -544,8 +545,9 @@ def dense_fwd_kernel(
         slope = tl.sum(lane_slope, axis=0) - score_sum * tl.sum(lane_first, axis=0)
         slope_mean = slope / tl.maximum(V - 1, 1)
     of_kl = 0.0
-    of_distance = 1.0
-    if OUTER:
+    if OUTER == 3:
+        of_kl = rest_of(row.param)
+    elif OUTER:
         distance = tl.sum(lane_value, axis=0) * post
         if PART_OF_TEACHER:
             distance += 0.5 * (1.0 - mass)
@@ -558,11 +560,9 @@ def dense_fwd_kernel(
         )
         score_sum *= of_distance
         slope_mean *= of_distance
-        if OUTER == 2:
-            score_sum -= of_kl * mass
-            if STANDARDIZE and GRAD:
-                slope = mass * tl.sum(lane_first, axis=0) - tl.sum(lane_of_p, axis=0)
-                slope_mean += of_kl * slope / tl.maximum(V - 1, 1)
+    if OUTER >= 2 and STANDARDIZE and GRAD:
+        slope = mass * tl.sum(lane_first, axis=0) - tl.sum(lane_of_p, axis=0)
+        slope_mean += of_kl * slope / tl.maximum(V - 1, 1)
 
     ce, lse, hard_loss, hard_scale, lse_scale = hard_terms(
         hard_norm[0],
@@ -636,11 +636,12 @@ def dense_fwd_kernel(
                         lp = logp - log_zt
                         lq = logq - log_zt
                         score = score_of(et * inverse_zt, lp, q, lq, row.param, param1, COEFFICIENTS, SCORE, TOTAL)
-                    if OUTER:
+                    if OUTER == 1 or OUTER == 2:
                         score *= of_distance
-                    if OUTER == 2:
-                        score -= of_kl * et
                     g = score - q * score_sum
+                    if OUTER >= 2:
+                        # That of forward KL by itself: beside a large logarithm it would be lost.
+                        g += of_kl * (q * mass - et)
                     if STANDARDIZE:
                         g -= (s - pilot - rest_of_mean) / deviation * slope_mean
                     g *= g_scale * post
@@ -664,7 +665,7 @@ def dense_fwd_kernel(
         if pad_width is not None:
             zero_tiles(dstudent_ptr, Span(span.stop, pad_stop), TILE)
 
-    if not LINEAR and not OUTER:
+    if not LINEAR and (OUTER == 0 or OUTER == 3):
         divergence = tl.sum(lane_value, axis=0) * post
         if PART_OF_TEACHER:
             divergence += 0.5 * (1.0 - mass)
@@ -825,7 +826,8 @@ def dense_fwd(
         "OVERLAPPING": bool(full and full.overlapping),
         "TOTAL": entry.total,
         "SCALABLE": entry.scalable,
-        "OUTER": entry.outer,
+        # The plain functions of a divergence have all of it.
+        "OUTER": 0 if entry.outer == 3 and full is None else entry.outer,
         "TEACHER_PROBS": probs,
         # Equal logits must give exactly 0: a product fused into one of two equal terms would leave its rounding.
         "enable_fp_fusion": False,

@@ -55,6 +55,7 @@ from kdkernels.kernels.terms import (
     nonnegative,
     outer_value,
     part_of_teacher,
+    rest_of,
     score_of,
     smoothing_center,
     statistics_of,
@@ -534,7 +535,7 @@ def dense_cluster_fwd_kernel(
                 else:
                     p, lp, q, lq = et * inverse_zt, logp - log_zt, es * factor_q, logq - log_zt
                 value = plus(k, value, value_of(p, lp, q, lq, row.param, param1, COEFFICIENTS, VALUE, TOTAL))
-                if OUTER and not STATS:
+                if (OUTER == 1 or OUTER == 2) and not STATS:
                     rate = plus(k, rate, tl.where(p < q, p, q))
                 if OUTER == 2 and not STATS:
                     kl = plus(k, kl, mul0(p, lp - lq))
@@ -562,7 +563,7 @@ def dense_cluster_fwd_kernel(
                 wanted = wanted + (score_total,)
         AFTER_PAIR: tl.constexpr = len(wanted)
         # Statistics have both.
-        if OUTER and not STATS:
+        if (OUTER == 1 or OUTER == 2) and not STATS:
             wanted = wanted + (rate,)
         if OUTER == 2 and not STATS:
             wanted = wanted + (kl,)
@@ -574,7 +575,9 @@ def dense_cluster_fwd_kernel(
                 score_sum = sums[AFTER_STATS + 1] * post
             if PART_OF_TEACHER:
                 divergence += 0.5 * (1.0 - mass)
-            if OUTER:
+            if OUTER == 3:
+                of_kl = rest_of(row.param)
+            elif OUTER:
                 if STATS:
                     accepted, forward_kl = sums[4], sums[0]
                 elif OUTER == 2:
@@ -583,8 +586,6 @@ def dense_cluster_fwd_kernel(
                     accepted, forward_kl = sums[AFTER_PAIR] * post, 0.0
                 divergence, of_kl, of_distance = outer_value(divergence, accepted, forward_kl, row.param, OUTER)
                 score_sum *= of_distance
-                if OUTER == 2:
-                    score_sum -= of_kl * mass
     if TEACHER and not PART_OF_TEACHER:
         divergence = nonnegative(divergence, COEFFICIENTS, SCALABLE)
 
@@ -638,11 +639,13 @@ def dense_cluster_fwd_kernel(
                     g = rest if COEFFICIENTS[1] == 0 else g + rest
             else:
                 score = scores[k]
-                if OUTER:
+                if OUTER == 1 or OUTER == 2:
                     score *= of_distance
-                if OUTER == 2:
-                    score -= of_kl * et
-                g = tl.fma(es, -(score_sum * factor_q), score) * (g_scale * post)
+                g = tl.fma(es, -(score_sum * factor_q), score)
+                if OUTER >= 2:
+                    # That of forward KL by itself: beside a large logarithm it would be lost.
+                    g += of_kl * (es * (factor_q * mass) - et)
+                g *= g_scale * post
             if KD:
                 g = weighed(kd_scale, g, rows)
             if HARD_GRAD:

@@ -55,7 +55,8 @@ class TritonDivergence(NamedTuple):
     # The kernels take the row's largest p as the unit, which keeps logarithms, and their rounding, small.
     scalable: bool = False
     full: Optional[Full] = None
-    # What is made of the distance before its gradient: see terms.outer_value.
+    # What is made of the distance before its gradient, see terms.outer_value; or 3: the full pair's score lacks forward
+    # KL's part, which weighs 1 less the row's parameter.
     outer: int = 0
 
 
@@ -299,9 +300,9 @@ def _mixed_kl_full_value(p, logp, q, logq, code, _):
 
 @triton.jit
 def _mixed_kl_full_score(p, logp, q, logq, code, _):
-    """Less (2 r - 1) q: of near models nothing is left of first order but the difference."""
-    r, w = _fractions(code)
-    return mul0(q * r, logq - logp) + w * (q - p)
+    """That of reverse KL, less a multiple of q; the kernels add the gradient of forward KL (outer)."""
+    r, _ = _fractions(code)
+    return mul0(q * r, logq - logp)
 
 
 @triton.jit
@@ -419,6 +420,7 @@ register(
     score=_mixed_kl_score,
     full=Full(_mixed_kl_full_value, _mixed_kl_full_score, _no_offset),
     total=True,
+    outer=3,
 )
 register("triangular", value=_triangular_value, score=_triangular_score, total=True)
 _TVD = Full(_tvd_value, _tvd_score, _tvd_offset)

@@ -149,6 +149,12 @@ def outer_value(distance, rate, kl, param, OUTER: tl.constexpr):
 
 
 @triton.jit
+def rest_of(code):
+    """1 less a fraction, from what ``divergences.coded`` gave, or from the fraction itself."""
+    return tl.where(code < 0, -code, 1.0 - code)
+
+
+@triton.jit
 def part_of_teacher(rows, index, top, unit, z, exists=None):
     """Of a teacher that is normalised elsewhere the log of its mass here, and the z that its p is made by.
 
