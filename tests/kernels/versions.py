@@ -86,7 +86,8 @@ def row(result):
 
 def interpreter_tests(arguments):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", INTERPRETED, *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     lines = done.stdout.strip().splitlines() or [done.stderr.strip()[-200:]]
     print("\n".join(line for line in lines if line.startswith(("FAILED", "ERROR"))), flush=True)
     return {"status": done.returncode, "line": re.sub(r" in [\d.]+s.*|=+", "", lines[-1]).strip()}
