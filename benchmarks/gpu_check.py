@@ -74,6 +74,7 @@ def steps(folder: Path, device: str, capability: str) -> list[Step]:
 
     def one_call(name: str, backend: str, limit: float, **more: Any) -> Step:
         command = ["tests/gpu/one_call.py", "--device", device, "--backend", backend]
+        command += ["--compiled"] if "tool" in more else []
         return Step(name, command, limit, read=read_calls, **more)
 
     # torch's allocator hides the ends of tensors from the sanitizer.

@@ -7,9 +7,12 @@ for each call: "ok NAME", "wrong NAME: WHY", or "absent NAME: WHY" for what the 
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import kdkernels as kd
 from kdkernels import backends, ops
@@ -155,6 +158,19 @@ def check(call, device, backend):
     return None
 
 
+def launch(number):
+    """The launches of a call in a process that only compiles them."""
+    CALLS[number].run(make(CALLS[number], "cpu"), "triton")
+
+
+def compile_calls(**options):
+    """What Triton's kernels need for all calls, from all processors."""
+    from ahead import compile_ahead
+
+    calls = [(launch, number) for number, call in enumerate(CALLS) if "triton" not in ops.LACKING.get(call.pattern, {})]
+    return compile_ahead(calls, **options)
+
+
 def lacking(call, device, backend):
     """Why the backend has no kernel for a call."""
     reason = backends.BACKENDS[backend].why_not(device)
@@ -165,8 +181,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--backend", choices=("cuda", "triton", "cpu"), default="triton")
+    parser.add_argument("--compiled", action="store_true", help="an earlier run has filled Triton's cache")
     options = parser.parse_args()
     wrong = False
+    if (options.device, options.backend, options.compiled) == ("cuda", "triton", False):
+        for line in compile_calls():
+            print(f"not compiled ahead: {line}", flush=True)
     for call in CALLS:
         name = call.name.replace(":", "")
         reason = lacking(call, options.device, options.backend)
