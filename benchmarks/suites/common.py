@@ -15,7 +15,7 @@ from torch import Tensor
 
 import kdkernels as kd
 from benchmarks.model import Absent, Candidate, Candidates, Case, Outcome, Run
-from kdkernels import memory, ops
+from kdkernels import memory, ops, testing
 from kdkernels.backends import Availability, available
 from kdkernels.objective import Objective
 
@@ -96,7 +96,8 @@ def truth(inputs: Any, ours: Ours) -> Outcome:
     for start in range(0, rows, step):
         part = slice(start, start + step)
         block = inputs.block(part)
-        value = ours(block, "torch", "none", False).sum() / rows
+        with testing.float64_anywhere():
+            value = ours(block, "torch", "none", False).sum() / rows
         value.backward()
         total += value.detach()
         gradient[part] = block.student.grad
