@@ -47,7 +47,7 @@ class Step:
         tool: a program that runs the command.
         background: the next step begins beside it.
         read: the results of a step that ended, from its output; None has none.
-        more: arguments that follow from the records of earlier steps.
+        more: arguments that follow from the records of earlier steps and the seconds it has.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Step:
     background: bool = False
     environment: dict[str, str] = field(default_factory=dict)
     read: Optional[Callable[[str], dict[str, Any]]] = None
-    more: Optional[Callable[[list[dict[str, Any]]], list[str]]] = None
+    more: Optional[Callable[[list[dict[str, Any]], float], list[str]]] = None
 
 
 def steps(folder: Path, device: str, capability: str) -> list[Step]:
@@ -83,7 +83,7 @@ def steps(folder: Path, device: str, capability: str) -> list[Step]:
         ("compute-sanitizer", "--tool", tool, "--error-exitcode", str(SANITIZER_FOUND))
         for tool in ("memcheck", "racecheck")
     )
-    measure = ["-m", "benchmarks", "--suite", "gpu", "--device", device, "--seconds", "150"]
+    measure = ["-m", "benchmarks", "--suite", "gpu", "--device", device]
     measure += ["--output-dir", str(folder / "measured")] + (["--quick"] if device == "cpu" else [])
     files = gpu_tests()
     return [
@@ -104,9 +104,9 @@ def steps(folder: Path, device: str, capability: str) -> list[Step]:
             limit=190,
             least=60,
             read=lambda output: read_measured(folder / "measured"),
-            more=hanging,
+            more=within,
         ),
-        tests("graphs", ["tests/gpu/test_graphs.py"], 45, least=15),
+        tests("graphs", ["tests/gpu/test_graphs.py"], 45, least=20),
         one_call("cuda, memcheck", "cuda", 60, least=15, after=["build"], tool=memcheck, environment=bare),
         one_call("triton, memcheck", "triton", 60, least=15, tool=memcheck, environment=bare),
         tests("two devices", ["tests/gpu/test_two_devices.py"], 40, least=10),
@@ -148,10 +148,12 @@ def read_calls(output: str) -> dict[str, Any]:
     }
 
 
-def hanging(records: list[dict[str, Any]]) -> list[str]:
-    """Of the suite: to leave out a backend that did not come back from a call, for it would not come back again."""
+def within(records: list[dict[str, Any]], limit: float) -> list[str]:
+    """Of the suite: its seconds, and to leave out a backend that did not come back from a call: it would not again."""
     names = {record["name"].split()[0].strip(",") for record in records if record["status"] == "timed out"}
-    return [word for name in ("cuda", "triton") if name in names for word in ("--without", name)]
+    without = [word for name in ("cuda", "triton") if name in names for word in ("--without", name)]
+    # Each case may be late by what a process takes to start.
+    return ["--seconds", str(max(10, round(limit - 30))), *without]
 
 
 def read_measured(folder: Path) -> dict[str, Any]:
@@ -195,7 +197,7 @@ class Run:
             self.write(self.records)
             return
         print(f"{step.name}: at most {limit:.0f} s", flush=True)
-        more = step.more(self.records[:-1]) if step.more is not None else ()
+        more = step.more(self.records[:-1], limit) if step.more is not None else ()
         self.running[step.name] = _Process(step, record, limit, self.python, self.folder, more)
         if not step.background:
             self.wait(step.name)

@@ -47,6 +47,10 @@ def test_against_the_reference(columns, dtype):
         options = {"divergence": name, "temperature": 2.0, **(HARD if number % 2 else {})}
         (loss, grad), (want, dwant) = both(student, teacher, labels, **options)
         torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-4)
+        if name == "tvd":
+            # Where the two are as likely to a rounding, the gradient may lie on either side of its jump.
+            p, q = (torch.log_softmax(x.double() / 2.0, -1) for x in (teacher, student))
+            grad = torch.where((p - q).abs() < 1e-5, dwant, grad)
         # Rounded when it is stored, and again when grad_output multiplies it; fp16 has no numbers below 6e-8.
         eps = torch.finfo(DTYPES[dtype]).eps
         torch.testing.assert_close(grad, dwant, rtol=3 * eps + 1e-4, atol=1e-6)

@@ -63,7 +63,7 @@ def test_stream_and_device_are_respected():
         late = logits.clone()
         found = kd.token_logprobs(late, ids, backend="cuda").logprobs
     stream.synchronize()
-    assert found.device == device
+    assert found.device == logits.device
     torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
 
 

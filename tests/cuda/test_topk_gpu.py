@@ -60,7 +60,7 @@ def test_stream_and_device_are_respected():
         late = s.clone()
         loss = kd.topk_kd_loss(late, ids, logprobs, labels, backend="cuda")
     stream.synchronize()
-    assert loss.device == device
+    assert loss.device == s.device
     torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-4)
 
 

@@ -7,6 +7,7 @@ hangs or crashes where a test asks for that.
 import dataclasses
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -18,8 +19,9 @@ import pytest
 import torch
 from one_call import CALLS, check, lacking
 
+import kdkernels as kd
 from benchmarks import evidence, gpu_check, machine
-from kdkernels import ops
+from kdkernels import ops, testing
 
 STUB = """#!{python} -SE
 import json, os, signal, subprocess, sys, time
@@ -167,7 +169,7 @@ def test_a_step_that_hangs_is_ended_with_all_that_it_started(rehearse):
             pytest.fail(f"process {child} outlived its step")
     # A backend that does not come back is not measured.
     [measure] = (call for call in calls if call.name == "measure" and call.what == "begin")
-    assert measure.arguments[-2:] == ["--without", "triton"]
+    assert measure.arguments[-4:] == ["--seconds", "160", "--without", "triton"]
 
 
 @pytest.mark.parametrize("how", ["fail", "crash", "skip", "nothing written"])
@@ -279,7 +281,8 @@ def test_every_file_with_a_test_for_a_gpu_is_run():
     planned = {word for step in gpu_check.steps(gpu_check.ROOT, "cuda", "9.0") for word in step.command}
     for path in (gpu_check.ROOT / "tests").rglob("test_*.py"):
         name, text = path.relative_to(gpu_check.ROOT).as_posix(), path.read_text()
-        if "pytest.mark.gpu" in text and name != "tests/gpu/test_gpu_check.py":
+        # The calls of test_calls.py are those of one_call.py.
+        if "pytest.mark.gpu" in text and name not in ("tests/gpu/test_gpu_check.py", "tests/gpu/test_calls.py"):
             assert name in planned
     assert {"tests/kernels/test_gpu.py", "tests/gpu/test_graphs.py", "tests/test_linear.py"} < planned
 
@@ -312,3 +315,23 @@ def test_the_calls_are_right_on_the_cpu(call):
     # A result that is wrong is noticed.
     broken = call._replace(run=lambda x, backend: [y * (1 + 0.1 * (backend == "cpu")) for y in call.run(x, backend)])
     assert check(broken, "cpu", "cpu") is not None
+
+
+def test_truth_in_float64_on_a_device_that_users_are_refused():
+    student, teacher = (torch.randn(3, 50, device="meta", dtype=torch.float64) for _ in range(2))
+    with pytest.raises(TypeError, match="float64 on the CPU only"):
+        kd.kd_loss(student, teacher, backend="torch")
+    with testing.float64_anywhere():
+        assert kd.kd_loss(student, teacher, backend="torch").dtype == torch.float64
+    with pytest.raises(TypeError, match="float64 on the CPU only"):
+        kd.kd_loss(student, teacher, backend="torch")
+
+
+def test_the_gpu_tests_run_to_their_end_on_a_stub_device():
+    """Some of them, on the CPU's kernels: a slip in a test shows here, and not in the first minutes on a GPU."""
+    environment = {**os.environ, "PYTHONPATH": f"{gpu_check.ROOT}:{gpu_check.ROOT / 'tests/gpu'}"}
+    tests = ["tests/gpu/test_calls.py", "tests/cuda/test_dense_gpu.py", "tests/cuda/test_topk_gpu.py"]
+    command = [sys.executable, "-m", "pytest", "-p", "stub_device", "-q", "-m", "gpu", "-p", "no:cacheprovider", *tests]
+    command += ["-k", "1001 or mse or dkd or 61-bucket-fp32 or 7-fp32 or (stream and device)"]
+    done = subprocess.run(command, cwd=gpu_check.ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and re.search(r"\b\d+ passed", done.stdout), done.stdout[-2000:]
