@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
@@ -24,6 +25,8 @@ except ModuleNotFoundError as error:
 
 SEED = 20240607
 SMALLEST_MEMORY_UNIT = 4 * 2**20
+# Seconds that a process takes before it measures, and by which it may be late.
+STARTING = 8.0
 
 DESCRIPTION = """\
 Times loss + backward of kdkernels beside eager PyTorch and torch.compile.
@@ -60,6 +63,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     if without is not None:
         print(without, file=sys.stderr)
         return 1
+    failed = False
     for name, suite in options.suite:
         try:
             found = _run_suite(name, suite, device, options)
@@ -69,7 +73,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         paths = report.write(found, options.output_dir)
         print(report.text(found, tablefmt="simple"))
         print("\n".join(f"wrote {path}" for path in paths))
-    return 0
+        failed |= bool(report.failures(found))
+    return int(failed)
 
 
 def resolve_device(name: str) -> str:
@@ -98,13 +103,19 @@ def _run_suite(name: str, suite: Suite, device: str, options: argparse.Namespace
     about, asked = machine.describe(device), {"rounds": rounds, "processes": options.processes, "threads": threads}
     job: dict[str, Any] = {"suite": name, "device": device, "seed": SEED}
     timed = {}
+    seconds = options.seconds or suite.seconds
+    if seconds is not None and not options.quick:
+        threads = asked["threads"] = threads[-1:]
+        job |= {"threads": threads[0], "without": options.without}
+        timed[threads[0]] = _within(suite, listed, seconds, {**job, "rounds": rounds})
+        threads = []
     for count in threads:
         task = {**job, "mode": "time", "cases": listed, "threads": count, "rounds": rounds}
         timed[count] = pooled([worker.run({**task, "seed": SEED + index}) for index in range(options.processes)])
     memory: dict[str, dict[str, int]] = {}
     memory_note = _why_no_memory(suite, cases, device, options)
     if memory_note is None:
-        memory = _memory(suite, cases, job, max(threads))
+        memory = _memory(suite, cases, job, max(timed))
     return Report(
         suite=suite,
         machine=about,
@@ -115,6 +126,23 @@ def _run_suite(name: str, suite: Suite, device: str, options: argparse.Namespace
         memory=memory,
         memory_note=memory_note,
     )
+
+
+def _within(suite: Suite, cases: list[dict[str, Any]], seconds: float, job: dict[str, Any]) -> dict[str, Any]:
+    """The answer for some seconds: bandwidths first, then each case in a process, with its part of what is left."""
+    begun = time.monotonic()
+    limits = worker.run({**job, "mode": "limits", "cases": []})["limits"]
+    print(", ".join(f"{name} {value} GB/s" for name, value in limits.items() if name != "measured_by"), flush=True)
+    results = []
+    for number, case in enumerate(cases):
+        part = max(1.0, (seconds - time.monotonic() + begun) / (len(cases) - number))
+        task = {**job, "mode": "within", "cases": [case], "seconds": max(1.0, part - STARTING)}
+        try:
+            results.append(worker.run(task, limit=part + STARTING)["result"])
+        except worker.WorkerFailed as error:
+            failure = {"name": "every candidate", "group": "x".join(map(str, case["shape"])), "reason": str(error)}
+            results.append({"candidates": [], "absent": [], "failed": [failure]})
+    return {"limits": limits, "results": results}
 
 
 def pooled(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -142,8 +170,10 @@ def _plan(suite: Suite, device: str, options: argparse.Namespace) -> tuple[list[
 
 
 def _why_no_memory(suite: Suite, cases: list[Case], device: str, options: argparse.Namespace) -> Optional[str]:
-    if not options.memory:
+    if options.memory is False:
         return "--no-memory"
+    if options.memory is None and suite.seconds is not None:
+        return "--memory asks for it"
     if device == "cpu" and not measure.peak_can_be_reset():
         return "this system does not let a process reset its peak"
     if all(suite.unit_bytes(case) < SMALLEST_MEMORY_UNIT for case in cases):
@@ -191,7 +221,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--output-dir", Path, "DIR", results, default=Path("out/benchmarks"))
     parser.add_argument("--quick", action="store_true", help="one small shape, one dtype, few rounds")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
-    parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out the peak memory")
+    apart = "peak memory, each in a process of its own (default: of suites that have no limit of time)"
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, help=apart)
+    within = (
+        "for a suite's cases together: what they do not allow is left out, and said (default: gpu 230, others none)"
+    )
+    add("--seconds", _count, "N", within)
+    word = "leave out candidates with this word in their name; may be repeated"
+    parser.add_argument("--without", action="append", default=[], metavar="WORD", help=word)
     plain = "measure also where no kernel of kdkernels runs on the device"
     parser.add_argument("--allow-plain-torch", action="store_true", help=plain)
     return parser

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import json
 import mmap
 import os
 import platform
@@ -19,7 +20,7 @@ from typing import Any, Optional
 import torch
 
 import kdkernels
-from benchmarks import measure
+from benchmarks import gpu_check, measure
 from kdkernels import build_info
 from kdkernels.backends import cpu
 
@@ -180,3 +181,23 @@ def _huge_pages() -> str:
     except OSError:
         return "unknown"
     return setting.partition("[")[2].partition("]")[0]
+
+
+def main() -> int:
+    """Print, as one line of JSON, what ``gpu_check`` asks of a machine before all else: its bandwidth is measured."""
+    device = sys.argv[1] if len(sys.argv) > 1 else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        print(f"torch {torch.__version__} finds no CUDA device")
+        return gpu_check.NO_DEVICE
+    found: dict[str, Any] = {"limits_gb_per_s": limits(device, 1), "machine": describe(device), "versions": versions()}
+    if device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        gpu = torch.cuda.get_device_properties(0)
+        found |= {"capability": f"{major}.{minor}", "multiprocessors": gpu.multi_processor_count}
+        found["devices"] = torch.cuda.device_count()
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

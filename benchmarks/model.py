@@ -25,6 +25,10 @@ SUITES = (
 )
 
 
+class NotHere(Exception):
+    """Raised by a run that cannot be had on this case, with the reason: the candidate is absent, not wrong."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One workload: a shape (rows, vocabulary, and what else a suite needs), a dtype and a device."""
@@ -130,6 +134,8 @@ class Suite:
         bandwidth: the measured limit that the floor is held against, "triad" or "copy".
         check: takes the place of the comparison with ``expected``, for runs that go on where they stopped.
         rounds: how many are timed, and with --quick.
+        seconds: for all cases together. Each then has a process and a part of the time; a candidate that fails or is
+            wrong is listed and the others go on, and what the time does not allow is left out, and said.
     """
 
     name: str
@@ -152,6 +158,7 @@ class Suite:
     bandwidth: str = "triad"
     check: Optional[Check] = None
     rounds: tuple[int, int] = (15, 5)
+    seconds: Optional[float] = None
 
 
 def load_suite(name: str) -> Suite:

@@ -12,7 +12,7 @@ from typing import Any, Optional
 from tabulate import tabulate
 
 from benchmarks import plots
-from benchmarks.model import Case
+from benchmarks.model import Case, Suite
 from benchmarks.summary import Report, Spread, bound, processor, rows, where
 
 SCHEMA = 1
@@ -23,7 +23,7 @@ LEGEND = (
     "median."
 )
 LIMIT = (
-    ' "of limit": the least time that the {bandwidth} bandwidth allows for the bytes that must move, over the time '
+    ' "of {limit}": the least time that the {bandwidth} bandwidth allows for the bytes that must move, over the time '
     "taken (more than 100 % is cache: a gradient written in place may stay there)."
 )
 
@@ -43,6 +43,9 @@ def text(report: Report, *, tablefmt: str) -> str:
                     f"The limit, {least.floor_seconds * 1e3:.2f} ms, and an autograd.Function that does nothing "
                     f"together: {least.seconds.median * 1e3:.2f} ms, {eager} x eager, {compiled} x compile."
                 )
+    failed = failures(report)
+    if failed:
+        parts.append("Failed or wrong, and no figure:\n" + "\n".join(f"- {line}" for line in failed))
     absent: dict[str, dict[str, None]] = {}
     for answer in report.timed.values():
         for result in answer["results"]:
@@ -53,8 +56,18 @@ def text(report: Report, *, tablefmt: str) -> str:
     if report.memory_note:
         parts.append(f"Peak memory was not measured: {report.memory_note}.")
     legend = LEGEND + ("" if suite.floor_bytes is None else LIMIT)
-    parts.append(textwrap.fill(legend.format(**vars(suite)), 120))
+    parts.append(textwrap.fill(legend.format(**vars(suite), limit=_limit(suite)), 120))
     return "\n\n".join(parts) + "\n"
+
+
+def failures(report: Report) -> list[str]:
+    """A line for each candidate that raised or was wrong, in suites that go on without them."""
+    return [
+        f"{case}, {item['group']} / {item['name']}: {item['reason']}"
+        for answer in report.timed.values()
+        for case, result in zip(report.cases, answer["results"], strict=True)
+        for item in result.get("failed", ())
+    ]
 
 
 def heading(report: Report) -> str:
@@ -85,11 +98,13 @@ def _table(report: Report, case: Case, threads: int, tablefmt: str) -> str:
             "x eager": _ratio(row.faster_than_eager),
             "x compile": _ratio(row.faster_than_compile),
             f"of {report.suite.probe}": _ratio(row.of_probe),
-            "of limit": "" if row.of_bandwidth is None else f"{row.of_bandwidth:.0%}",
+            f"of {_limit(report.suite)}": "" if row.of_bandwidth is None else f"{row.of_bandwidth:.0%}",
             f"of {report.suite.baseline_group}": _ratio(row.of_baseline) if several else "",
             "memory": "" if row.peak_units is None else f"{row.peak_units:.2f}",
         }
         lines.append(line | {name: f"{value:.4g}" for name, value in row.figures.items() if isinstance(value, float)})
+    if not lines:
+        return "nothing was measured"
     columns = [name for name in dict.fromkeys(key for line in lines for key in line) if any(x.get(name) for x in lines)]
     cells = [[line.get(name, "") for name in columns] for line in lines]
     align = ["left" if name in ("of", "candidate") else "right" for name in columns]
@@ -124,6 +139,7 @@ def as_json(report: Report) -> dict[str, Any]:
                     "candidates": [asdict(row) for row in rows(report, case, threads)],
                     "bound": None if least is None else asdict(least),
                     "absent": report.result(case, threads)["absent"],
+                    "failed": report.result(case, threads).get("failed", []),
                 }
             )
     return {
@@ -137,6 +153,11 @@ def as_json(report: Report) -> dict[str, Any]:
         "limits_gb_per_s": {str(threads): answer["limits"] for threads, answer in report.timed.items()},
         "results": results,
     }
+
+
+def _limit(suite: Suite) -> str:
+    """The limit in a word: a share of the copy bandwidth is called that."""
+    return "copy" if suite.bandwidth == "copy" else "limit"
 
 
 def _ratio(value: Optional[Spread]) -> str:

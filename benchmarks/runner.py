@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
-from typing import Any, Optional
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks import measure
-from benchmarks.model import Absent, Candidate, Case, Outcome, Run, Suite
+from benchmarks.model import Absent, Candidate, Case, NotHere, Outcome, Run, Suite
 from kdkernels import memory
 
 # Largest relative errors against fp64: (loss and whole gradient, worst row of the gradient). Eager PyTorch in 16 bits
@@ -21,6 +22,10 @@ TOLERANCE = {"fp32": (1e-4, 1e-3), "fp16": (2e-2, 0.2), "bf16": (0.2, 0.9)}
 OWN_TOLERANCE = {"fp32": (5e-6, 1e-4), "fp16": (1e-3, 2e-3), "bf16": (4e-3, 8e-3)}
 OWN_FAMILIES = ("kdkernels", "kernel", "reference")
 SETTLING_ROUNDS = 2
+# Of a case whose time is limited: the part after which no candidate is built any more, and that after which none is
+# timed; the rest is for the second check.
+BUILDING, TIMING = 0.6, 0.85
+OVER = "the time was over"
 
 
 class CheckFailed(Exception):
@@ -115,6 +120,138 @@ def measure_memory(suite: Suite, case: Case, group: str, name: str, *, seed: int
     return max(0, peak - before)
 
 
+def measure_within(
+    suite: Suite,
+    case: Case,
+    *,
+    rounds: int,
+    seed: int,
+    seconds: float,
+    without: Sequence[str] = (),
+    save: Callable[[dict[str, Any]], None] = lambda result: None,
+) -> dict[str, Any]:
+    """As ``measure_time`` within some seconds, and with no failure but of the candidate that fails.
+
+    Args:
+        without: words; candidates that have one in their name are left out.
+        save: takes the result so far, of one run a candidate: the next one may never end.
+
+    Returns:
+        The dict of ``measure_time``, and ``failed``: candidates that raised or were wrong, and how.
+    """
+    begun = time.monotonic()
+    torch.compiler.reset()
+    listed = suite.make_candidates(case)
+    absent = [item for item in listed if isinstance(item, Absent)]
+    failed: dict[str, tuple[Candidate, str]] = {}
+    built: dict[str, tuple[Candidate, Run, float]] = {}
+
+    def passed(share: float) -> bool:
+        return time.monotonic() - begun > share * seconds
+
+    def attempt(candidate: Candidate, work: Any) -> Any:
+        try:
+            return work()
+        except NotHere as reason:
+            absent.append(Absent(candidate.name, candidate.group, str(reason)))
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            failed[candidate.key] = candidate, f"{type(error).__name__}: {lines[0][:300]}"
+        built.pop(candidate.key, None)
+        return None
+
+    buffers = [suite.make_inputs(case, seed + index) for index in range(_buffer_count(suite, case))]
+    errors: dict[str, dict[str, float]] = {}
+    truths: dict[str, Outcome] = {}
+
+    def check_one(candidate: Candidate, run: Run) -> None:
+        found, wrong = check_candidate(suite, case, candidate, run, buffers[0], truths)
+        if wrong:
+            failed[candidate.key] = candidate, "; ".join(wrong)
+            built.pop(candidate.key, None)
+        errors[candidate.key] = found
+
+    taken: dict[str, list[float]] = {}
+
+    def result() -> dict[str, Any]:
+        return {
+            "candidates": [
+                {
+                    "name": candidate.name,
+                    "group": candidate.group,
+                    "family": candidate.family,
+                    "seconds": taken[key],
+                    "first_run_seconds": first,
+                    "errors": errors[key],
+                    "figures": {},
+                }
+                for key, (candidate, _, first) in built.items()
+            ],
+            "absent": [{"name": item.name, "group": item.group, "reason": item.reason} for item in absent],
+            "failed": [{"name": item.name, "group": item.group, "reason": why} for item, why in failed.values()],
+        }
+
+    for candidate in (item for item in listed if isinstance(item, Candidate)):
+        out = set(candidate.name.replace(",", "").split()) & set(without)
+        if out or passed(BUILDING):
+            absent.append(Absent(candidate.name, candidate.group, f"left out: {min(out)}" if out else OVER))
+            continue
+
+        def build(candidate: Candidate = candidate) -> tuple[Candidate, Run, float]:
+            run = candidate.build()
+            return candidate, run, measure.seconds(case.device, run, buffers[0])
+
+        made = attempt(candidate, build)
+        _recover(buffers[0], case)
+        if made is not None:
+            built[candidate.key] = made
+            if len(truths) and candidate.group not in truths:
+                truths.clear()
+            attempt(candidate, lambda made=made: check_one(*made[:2]))
+            _recover(buffers[0], case)
+        if candidate.key in built:
+            run = built[candidate.key][1]
+            once = attempt(candidate, lambda run=run: measure.seconds(case.device, run, buffers[0]))
+            taken[candidate.key] = [once]
+            _recover(buffers[0], case)
+        save(result())
+    truths.clear()
+
+    taken |= {key: [] for key in built}
+    order, turn = np.random.default_rng(seed), 0
+    gc.collect()
+    gc.disable()
+    try:
+        for r in range(SETTLING_ROUNDS + rounds):
+            # A round of what settles is no figure; one that counts is enough for a number, not for its quartiles.
+            if r > SETTLING_ROUNDS and passed(TIMING):
+                break
+            for key in order.permutation(list(built)).tolist():
+                candidate, run, _ = built[key]
+                inputs = buffers[turn % len(buffers)]
+                turn += 1
+                took = attempt(candidate, lambda run=run, inputs=inputs: measure.seconds(case.device, run, inputs))
+                _recover(inputs, case)
+                if took is not None and r >= SETTLING_ROUNDS:
+                    taken[key].append(took)
+    finally:
+        gc.enable()
+    for candidate, run, _ in list(built.values()):
+        if len(truths) and candidate.group not in truths:
+            truths.clear()
+        attempt(candidate, lambda candidate=candidate, run=run: check_one(candidate, run))
+        _recover(buffers[0], case)
+    return result()
+
+
+def _recover(inputs: Any, case: Case) -> None:
+    """Inputs as they were, and the memory of a candidate that failed half way, where the device still answers."""
+    try:
+        inputs.reset()
+    except Exception:
+        pass  # the device is lost: every candidate that follows says so
+
+
 def check(suite: Suite, case: Case, runs: Sequence[tuple[Candidate, Run]], inputs: Any) -> dict[str, dict[str, float]]:
     """Errors of every candidate's loss and gradients, keyed by ``Candidate.key``.
 
@@ -122,39 +259,52 @@ def check(suite: Suite, case: Case, runs: Sequence[tuple[Candidate, Run]], input
         CheckFailed: naming all that are wrong.
     """
     if suite.check is not None:
-        errors, wrong = suite.check(runs, inputs)
-        if wrong:
-            raise CheckFailed(f"{suite.name} {case}: " + "; ".join(wrong))
-        return errors
-    assert suite.expected is not None
-    errors, wrong = {}, []
+        found_by_key, lines = suite.check(runs, inputs)
+        if lines:
+            raise CheckFailed(f"{suite.name} {case}: " + "; ".join(lines))
+        return found_by_key
+    errors: dict[str, dict[str, float]] = {}
+    truths: dict[str, Outcome] = {}
+    wrong = []
     for group in dict.fromkeys(candidate.group for candidate, _ in runs):
-        truth: Optional[Outcome] = None
+        truths.clear()
         for candidate, run in runs:
-            if candidate.group != group:
-                continue
-            if candidate.expected is not None:
-                expected = candidate.expected(inputs)
-            else:
-                truth = expected = suite.expected(inputs, group) if truth is None else truth
-            if hasattr(inputs, "poison"):
-                inputs.poison()
-            outcome = run(inputs)
-            found = _errors(outcome, expected)
-            del outcome
-            inputs.reset()
-            errors[candidate.key] = found
-            exact = candidate.family in OWN_FAMILIES and (case.dtype == "fp32" or not suite.rounds_logits)
-            bounds = (OWN_TOLERANCE if exact else TOLERANCE)[case.dtype]
-            for what, error in found.items():
-                if expected.jumps and what.startswith("worst row"):
-                    continue
-                bound = bounds[what.startswith("worst row")]
-                if not error <= bound:  # also when it is NaN
-                    wrong.append(f"{candidate.key}: {what} is off by {error:.2e}, allowed {bound:.2e}")
+            if candidate.group == group:
+                found, lines = check_candidate(suite, case, candidate, run, inputs, truths)
+                errors[candidate.key] = found
+                wrong += [f"{candidate.key}: {line}" for line in lines]
     if wrong:
         raise CheckFailed(f"{suite.name} {case}: " + "; ".join(wrong))
     return errors
+
+
+def check_candidate(
+    suite: Suite, case: Case, candidate: Candidate, run: Run, inputs: Any, truths: dict[str, Outcome]
+) -> tuple[dict[str, float], list[str]]:
+    """Errors of one candidate, and a line for each that is more than allowed; ``truths`` keeps the one of its group."""
+    assert suite.expected is not None
+    if candidate.expected is not None:
+        expected = candidate.expected(inputs)
+    else:
+        if candidate.group not in truths:
+            truths[candidate.group] = suite.expected(inputs, candidate.group)
+        expected = truths[candidate.group]
+    if hasattr(inputs, "poison"):
+        inputs.poison()
+    outcome = run(inputs)
+    found = _errors(outcome, expected)
+    del outcome
+    inputs.reset()
+    exact = candidate.family in OWN_FAMILIES and (case.dtype == "fp32" or not suite.rounds_logits)
+    bounds = (OWN_TOLERANCE if exact else TOLERANCE)[case.dtype]
+    wrong = []
+    for what, error in found.items():
+        if expected.jumps and what.startswith("worst row"):
+            continue
+        bound = bounds[what.startswith("worst row")]
+        if not error <= bound:  # also when it is NaN
+            wrong.append(f"{what} is off by {error:.2e}, allowed {bound:.2e}")
+    return found, wrong
 
 
 def _errors(outcome: Outcome, expected: Outcome) -> dict[str, float]:

@@ -13,12 +13,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Optional, Union
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdkernels import divergences
+from kdkernels import checks, divergences
 from kdkernels.backends import cpu
 from kdkernels.divergences import Divergence
 from kdkernels.functional import KDStats, kd_loss, lk_loss
@@ -47,6 +48,16 @@ KINDS = {
     "mixed-inf": "-inf in different places",
     "one-hot": "a teacher that is -inf but for one token",
 }
+
+
+@contextlib.contextmanager
+def float64_anywhere() -> Iterator[None]:
+    """Inside, ``backend="torch"`` takes float64 logits on a GPU too: the truth of a test on that GPU.
+
+    Ask for no other backend inside: the kernels of GPUs have no float64.
+    """
+    with mock.patch.object(checks.dense, "FLOAT64_DEVICES", ("cpu", "cuda", "xpu", "meta")):
+        yield
 
 
 def make_inputs(kind: str, num_rows: int, vocab_size: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:

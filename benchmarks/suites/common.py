@@ -15,11 +15,13 @@ from torch import Tensor
 
 import kdkernels as kd
 from benchmarks.model import Absent, Candidate, Candidates, Case, Outcome, Run
-from kdkernels import memory, ops
+from kdkernels import memory, ops, testing
 from kdkernels.backends import Availability, available
 from kdkernels.objective import Objective
 
 TEMPERATURE = 2.0
+# Elements of a block of rows that goes through fp64.
+CPU_BLOCK, GPU_BLOCK = 2**22, 2**26
 FUSED = ("cpu", "triton")
 
 # From (inputs or a block of their rows, backend, reduction, inplace) to kdkernels' loss.
@@ -38,14 +40,21 @@ class LogitInputs:
 
     def __init__(self, case: Case, seed: int) -> None:
         rows, columns = case.shape
-        generator = torch.Generator().manual_seed(seed)
-        labels = torch.randint(0, columns, (rows, 1), generator=generator)
-        teacher = torch.randn(rows, columns, generator=generator).mul_(2)
-        teacher.scatter_add_(1, labels, torch.full((rows, 1), 8.0))
-        student = torch.randn(rows, columns, generator=generator).add_(teacher, alpha=0.8)
-        self.pristine = student.to(case.torch_dtype).to(case.device)
-        self.teacher = teacher.to(case.torch_dtype).to(case.device)
-        self.labels = labels.squeeze(1).to(case.device)
+        generator = torch.Generator(case.device).manual_seed(seed)
+        made: dict[str, Any] = {"generator": generator, "device": case.device}
+        labels = torch.randint(0, columns, (rows, 1), **made)
+        self.labels = labels.squeeze(1)
+        self.pristine, self.teacher = (
+            torch.empty(rows, columns, dtype=case.torch_dtype, device=case.device) for _ in range(2)
+        )
+        # On a GPU in blocks: the fp32 numbers of all rows may not fit beside the rest.
+        step = rows if case.device == "cpu" else max(1, GPU_BLOCK // columns)
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            teacher = torch.randn(labels[part].shape[0], columns, **made).mul_(2)
+            teacher.scatter_add_(1, labels[part], torch.full_like(labels[part], 8.0, dtype=torch.float32))
+            student = torch.randn(teacher.shape, **made).add_(teacher, alpha=0.8)
+            self.pristine[part], self.teacher[part] = student, teacher
         self.student = self.pristine.clone().requires_grad_()
         self.leaves = (self.student,)
         self.out = torch.empty_like(self.pristine)
@@ -61,8 +70,8 @@ class LogitInputs:
         self.out.fill_(float("nan"))
 
     def block(self, part: slice) -> SimpleNamespace:
-        """Some rows in fp64, on the CPU, where kdkernels takes fp64."""
-        picked = {name: getattr(self, name)[part].cpu() for name in self.PER_ROW}
+        """Some rows in fp64, on their device."""
+        picked = {name: getattr(self, name)[part] for name in self.PER_ROW}
         block = {name: t.double() if t.is_floating_point() else t for name, t in picked.items()}
         return SimpleNamespace(**block, student=block["pristine"].clone().requires_grad_())
 
@@ -80,13 +89,15 @@ def kd_loss(name: Any) -> Ours:
 def truth(inputs: Any, ours: Ours) -> Outcome:
     """Loss and gradient of the reference in fp64, in blocks of rows, for the sake of the intermediates' size."""
     rows, columns = inputs.pristine.shape
-    step = max(1, 2**22 // columns)
-    total = torch.zeros((), dtype=torch.float64)
-    gradient = torch.empty(rows, columns, dtype=torch.float64)
+    device = inputs.pristine.device
+    step = max(1, (CPU_BLOCK if device.type == "cpu" else GPU_BLOCK) // columns)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    gradient = torch.empty(rows, columns, dtype=torch.float64, device=device)
     for start in range(0, rows, step):
         part = slice(start, start + step)
         block = inputs.block(part)
-        value = ours(block, "torch", "none", False).sum() / rows
+        with testing.float64_anywhere():
+            value = ours(block, "torch", "none", False).sum() / rows
         value.backward()
         total += value.detach()
         gradient[part] = block.student.grad
@@ -147,10 +158,18 @@ def each_backend(
     return found
 
 
-def ours(group: str, loss: Ours, case: Case, *, inplace: bool = False, pattern: str = "dense_fwd") -> Candidates:
+def ours(
+    group: str,
+    loss: Ours,
+    case: Case,
+    *,
+    inplace: bool = False,
+    pattern: str = "dense_fwd",
+    backends: Sequence[str] = FUSED,
+) -> Candidates:
     """kdkernels through autograd, one candidate per backend."""
     label = "kdkernels {}, in place" if inplace else "kdkernels {}"
-    return each_backend(group, case, label, partial(_build_ours, loss, inplace), pattern=pattern)
+    return each_backend(group, case, label, partial(_build_ours, loss, inplace), pattern=pattern, backends=backends)
 
 
 def availability(case: Case, names: Sequence[str] = FUSED, pattern: str = "dense_fwd") -> list[Availability]:

@@ -16,6 +16,8 @@ from kdkernels.checks.tensors import FLOATING, dtype_name, no_tensor, plain, rea
 from kdkernels.checks.values import in_sums, integer, number
 
 MAX_TEACHERS = 4
+# Kernels of GPUs have no float64. ``kdkernels.testing.float64_anywhere`` widens this for the truth of a test.
+FLOAT64_DEVICES: tuple[str, ...] = ("cpu",)
 
 
 def logits(name: str, value: Any) -> None:
@@ -26,7 +28,7 @@ def logits(name: str, value: Any) -> None:
     dtype, shape = value.dtype, value.shape
     if dtype not in FLOATING:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {dtype_name(dtype)}")
-    if dtype == torch.float64 and value.device.type != "cpu":
+    if dtype == torch.float64 and value.device.type not in FLOAT64_DEVICES:
         raise TypeError(f"{name} may be float64 on the CPU only, got a tensor on {value.device}")
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")

@@ -5,6 +5,7 @@ import torch
 
 import kdkernels as kd
 from kdkernels import backends
+from kdkernels.testing import float64_anywhere
 
 pytestmark = pytest.mark.gpu
 
@@ -29,7 +30,9 @@ def both(student, teacher, labels, **options):
         loss.backward(torch.linspace(-1.5, 2.0, len(s), device=s.device, dtype=loss.dtype))
         return loss.detach().double(), leaf.grad.double()
 
-    return evaluate(student, teacher, "cuda"), evaluate(student.double(), teacher.double(), "torch")
+    got = evaluate(student, teacher, "cuda")
+    with float64_anywhere():
+        return got, evaluate(student.double(), teacher.double(), "torch")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -44,6 +47,10 @@ def test_against_the_reference(columns, dtype):
         options = {"divergence": name, "temperature": 2.0, **(HARD if number % 2 else {})}
         (loss, grad), (want, dwant) = both(student, teacher, labels, **options)
         torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-4)
+        if name == "tvd":
+            # Where the two are as likely to a rounding, the gradient may lie on either side of its jump.
+            p, q = (torch.log_softmax(x.double() / 2.0, -1) for x in (teacher, student))
+            grad = torch.where((p - q).abs() < 1e-5, dwant, grad)
         # Rounded when it is stored, and again when grad_output multiplies it; fp16 has no numbers below 6e-8.
         eps = torch.finfo(DTYPES[dtype]).eps
         torch.testing.assert_close(grad, dwant, rtol=3 * eps + 1e-4, atol=1e-6)
@@ -51,7 +58,8 @@ def test_against_the_reference(columns, dtype):
 
 def test_stream_in_place_and_deterministic():
     student, teacher = (torch.randn(300, 32000, device="cuda").bfloat16() for _ in range(2))
-    want = kd.kd_loss(student.double(), teacher.double(), backend="torch")
+    with float64_anywhere():
+        want = kd.kd_loss(student.double(), teacher.double(), backend="torch")
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10_000_000)

@@ -1,4 +1,4 @@
-"""The CUDA kernels of token log-probabilities on a GPU, against plain PyTorch in fp64 on the CPU."""
+"""The CUDA kernels of token log-probabilities on a GPU, against plain PyTorch in fp64 there."""
 
 import pytest
 import test_tokens
@@ -6,6 +6,7 @@ import torch
 
 import kdkernels as kd
 from kdkernels import backends
+from kdkernels.testing import float64_anywhere
 
 pytestmark = pytest.mark.gpu
 
@@ -23,18 +24,19 @@ def results(logits, ids, **options):
     leaf = logits.detach().requires_grad_()
     found, stats = kd.token_logprobs(leaf, ids, entropy=True, return_stats=True, **options)
     (grad,) = torch.autograd.grad(found.logprobs.sum() - found.entropy.sum(), leaf)
-    return [item.detach().double().cpu() for item in (*found, *stats, grad)]
+    return [item.detach().double() for item in (*found, *stats, grad)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [1, 61, 4099, 50257, 128256, 262144])
 def test_against_the_reference(columns, dtype):
-    logits = (torch.randn(6, columns) * 3).to(DTYPES[dtype])
+    logits = (torch.randn(6, columns, device="cuda") * 3).to(DTYPES[dtype])
     for k in (None, 1, 50):
-        ids = test_tokens.tokens(k, columns=columns)
+        ids = test_tokens.tokens(k, columns=columns).cuda()
         for options in ({}, {"temperature": 0.7, "softcap": 30.0}):
-            *got, grad = results(logits.cuda(), ids.cuda(), backend="cuda", **options)
-            *want, exact = results(logits.double(), ids, backend="torch", **options)
+            *got, grad = results(logits, ids, backend="cuda", **options)
+            with float64_anywhere():
+                *want, exact = results(logits.double(), ids, backend="torch", **options)
             for value, wanted in zip(got, want, strict=True):
                 torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-4)
             torch.testing.assert_close(grad, exact, rtol=2 * torch.finfo(DTYPES[dtype]).eps + 1e-4, atol=1e-5)
@@ -42,12 +44,13 @@ def test_against_the_reference(columns, dtype):
 
 @pytest.mark.parametrize("k", [3, 2048])
 def test_tails_against_the_reference(k):
-    logits = torch.randn(4, 151937).bfloat16()
-    ids = torch.stack([torch.randperm(151937)[:k] for _ in range(4)])
-    got = kd.gather_logprobs(logits.cuda(), ids.cuda(), backend="cuda")
-    want = kd.gather_logprobs(logits.double(), ids, backend="torch")
+    logits = torch.randn(4, 151937, device="cuda").bfloat16()
+    ids = torch.stack([torch.randperm(151937, device="cuda")[:k] for _ in range(4)])
+    got = kd.gather_logprobs(logits, ids, backend="cuda")
+    with float64_anywhere():
+        want = kd.gather_logprobs(logits.double(), ids, backend="torch")
     for value, wanted in zip(got[1:], want[1:], strict=True):
-        torch.testing.assert_close(value.double().cpu(), wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_stream_and_device_are_respected():
@@ -60,7 +63,7 @@ def test_stream_and_device_are_respected():
         late = logits.clone()
         found = kd.token_logprobs(late, ids, backend="cuda").logprobs
     stream.synchronize()
-    assert found.device == device
+    assert found.device == logits.device
     torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
 
 

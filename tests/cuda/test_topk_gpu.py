@@ -1,4 +1,4 @@
-"""The CUDA backend on a GPU, through the public function, against plain PyTorch in fp64 on the CPU."""
+"""The CUDA backend on a GPU, through the public function, against plain PyTorch in fp64 there."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from test_topk import DIVERGENCES, evaluate, ragged, temperatures
 import kdkernels as kd
 from kdkernels import backends
 from kdkernels.choices import CODES
+from kdkernels.testing import float64_anywhere
 
 pytestmark = pytest.mark.gpu
 
@@ -23,22 +24,22 @@ def needs_extension():
 
 def both(s, ids, logprobs, labels, **options):
     """Loss and gradient on the GPU, and those of the reference."""
-    grad_output = torch.linspace(-1.5, 2.0, len(s))
+    grad_output = torch.linspace(-1.5, 2.0, len(s), device=s.device)
 
     def loss(x, backend):
-        teacher = [tensor.to(x.device) for tensor in (ids, logprobs, labels)]
-        return kd.topk_kd_loss(x, *teacher, reduction="none", backend=backend, **options)
+        return kd.topk_kd_loss(x, ids, logprobs, labels, reduction="none", backend=backend, **options)
 
-    got = evaluate(lambda x: loss(x, "cuda"), s.cuda(), grad_output.cuda())
-    want = evaluate(lambda x: loss(x, "torch"), s.double(), grad_output)
-    return [tensor.double().cpu() for tensor in got], want
+    got = evaluate(lambda x: loss(x, "cuda"), s, grad_output)
+    with float64_anywhere():
+        want = evaluate(lambda x: loss(x, "torch"), s.double(), grad_output)
+    return [tensor.double() for tensor in got], want
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tail", CODES["tail"])
 @pytest.mark.parametrize("columns", [61, 4099, 50257, 128256, 262144])
 def test_against_the_reference(columns, tail, dtype):
-    s, ids, logprobs, labels = ragged(6, columns, 50, DTYPES[dtype])
+    s, ids, logprobs, labels = (tensor.cuda() for tensor in ragged(6, columns, 50, DTYPES[dtype]))
     for name in NAMES:
         if tail in ("renormalize", "drop") and name == "reverse_kl":
             continue
@@ -59,7 +60,7 @@ def test_stream_and_device_are_respected():
         late = s.clone()
         loss = kd.topk_kd_loss(late, ids, logprobs, labels, backend="cuda")
     stream.synchronize()
-    assert loss.device == device
+    assert loss.device == s.device
     torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-4)
 
 

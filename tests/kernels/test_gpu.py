@@ -1,12 +1,14 @@
 """The Triton kernels on a GPU: ``pytest -m gpu``. The same tests run in the emulator, smaller, as a dry run."""
 
 import contextlib
+from unittest import mock
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from ahead import compile_ahead
 from launches import dense
 from oracle import check, dense_rows
 
@@ -31,7 +33,7 @@ def device(request):
 
 
 def make(device, N, V, dtype):
-    return tuple((torch.randn(N, V) * 3).to(dtype).to(device) for _ in range(2))
+    return tuple((torch.randn(N, V, device=device) * 3).to(dtype) for _ in range(2))
 
 
 def options_of(name, **more):
@@ -43,28 +45,54 @@ def names(device):
     return divergences.names() if device == "cuda" else ("forward_kl", "jsd")
 
 
+WIDTHS = {"cuda": (1, 1000, 4097, 32000, 131072, 151936, 262144), "cpu": (7, 4097)}
+# Of test_every_plan.
+WIDE = {"cuda": 131072, "cpu": 4096}
+PLANS = 4
+TEMPERATURES = {"temperature": 2.0, "teacher_temperature": 2.0}
+
+
+def launch(device, dtype, V, name, plan=None):
+    """The launch of a check, with nothing to compare: what is compiled for it is the same."""
+    student, teacher = make(device, 3 if V < 100000 else 2, V, DTYPES[dtype])
+    with planned(plan):
+        dense(student, [teacher], torch.empty_like(student), **options_of(name, **({} if plan else TEMPERATURES)))
+
+
+def planned(number):
+    """Inside, the plan of this number, from 1 on, runs, or the last where there are fewer."""
+
+    def pick(plans, *_):
+        return plans[min(number, len(plans)) - 1]
+
+    return contextlib.nullcontext() if number is None else mock.patch.object(tuning, "fastest", pick)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    """On a GPU every kernel of the two tests that have hundreds, from all processors and not from one."""
+    if torch.cuda.is_available():
+        widths = [("cpu", dtype, V, name) for V in WIDTHS["cuda"] for dtype in DTYPES for name in divergences.names()]
+        plans = [("cpu", "bf16", WIDE["cuda"], name, 1 + plan) for plan in range(PLANS) for name in divergences.names()]
+        compile_ahead([(launch, *arguments) for arguments in (*widths, *plans)])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_widths(device, dtype):
     """Narrow, odd, and wide rows of every divergence."""
-    widths = (1, 1000, 4097, 32000, 131072, 151936, 262144) if device == "cuda" else (7, 4097)
-    for V in widths:
+    for V in WIDTHS[device]:
         for name in names(device):
             student, teacher = make(device, 3 if V < 100000 else 2, V, DTYPES[dtype])
-            check(dense, dense_rows, student, [teacher], **options_of(name, temperature=2.0, teacher_temperature=2.0))
+            check(dense, dense_rows, student, [teacher], **options_of(name, **TEMPERATURES))
 
 
 def test_every_plan(device):
     """Each way to run a row that the tuning table knows, not only the one it would take."""
-    V = 131072 if device == "cuda" else 4096
-    student, teacher = make(device, 2, V, torch.bfloat16)
-    choose = tuning.fastest
-    for number in range(4):
-        tuning.fastest = lambda plans, *_, number=number: plans[min(number, len(plans) - 1)]
-        try:
+    student, teacher = make(device, 2, WIDE[device], torch.bfloat16)
+    for number in range(PLANS):
+        with planned(1 + number):
             for name in names(device):
                 check(dense, dense_rows, student, [teacher], **options_of(name))
-        finally:
-            tuning.fastest = choose
 
 
 def test_whole_objective_in_place(device):
@@ -86,16 +114,28 @@ def test_whole_objective_in_place(device):
 
 
 def test_trials(device, monkeypatch, tmp_path):
-    """On a GPU the shortlist is timed once and the choice is kept; elsewhere the first plan is taken."""
+    """On a GPU the shortlist, one pass in a block or a cluster and two sweeps, is timed once and the choice is kept."""
     monkeypatch.setattr(tuning, "WORTH_A_TRIAL", 0)
     monkeypatch.setattr(tuning, "_cache_file", lambda: tmp_path / "plans.json")
+    monkeypatch.setattr(tuning, "_CHOSEN_NOW", {})
+    monkeypatch.delenv("KDKERNELS_AUTOTUNE", raising=False)
+    listed, fastest = [], tuning.fastest
+
+    def watched(plans, *rest):
+        listed.append(plans)
+        return fastest(plans, *rest)
+
+    monkeypatch.setattr(tuning, "fastest", watched)
     tuning._chosen.cache_clear()
     student, teacher = make(device, 4, 8192, torch.bfloat16)
     for _ in range(2):
         check(dense, dense_rows, student, [teacher], inplace=True, **options_of("forward_kl"))
     tuning._chosen.cache_clear()
-    assert len(tuning._chosen()) == (device == "cuda")
+    kept = list(tuning._chosen().values())
     tuning._chosen.cache_clear()
+    # One block has such a row whatever the GPU and the Triton, so that there is something to choose from.
+    assert all(len(plans) >= 2 and plans[-1].pattern == "sweeps" for plans in listed) or device == "cpu"
+    assert len(kept) == (device == "cuda") and set(kept) <= {str(tuple(plan)) for plan in listed[0]}
 
 
 @pytest.mark.gpu
