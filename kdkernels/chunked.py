@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Optional, Union
 import torch
 from torch import Tensor
 
-from kdkernels import checks, ops, symbols, transforms
+from kdkernels import checks, memory, ops, symbols, transforms
 from kdkernels.autograd import graph_is_kept, has_saved_tensor_hooks, refuse_second_derivative, scaled
 from kdkernels.heads import Fp16Range, Head, HeadGrad, Scratch, sum_dtype
 from kdkernels.launch import Launch, RowTensors, flat, run, run_reference
@@ -30,6 +30,10 @@ TeacherChunks = Callable[[Rows], Any]
 # 1000 rows before it is bound by arithmetic and not by reading the head.
 CPU_CHUNK_BYTES = 96 * 2**20
 GPU_CHUNK_BYTES = 512 * 2**20
+# A chunk stays in half of a GPU's L2 cache where it may be so small: with that many rows; with products that take
+# longer than the launches around them, about 100 us on an H100; and if what it moves of the heads is less than it saves.
+GPU_PRODUCT_ROWS = 1024
+GPU_CHUNK_OPERATIONS = 8e10
 
 
 class Expectation(NamedTuple):
@@ -412,7 +416,8 @@ def _logits_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tens
     fp16_range, launch = _fp16_range(launch, loss, head) if dtype == torch.float16 and any(needs) else (None, launch)
 
     row_bytes = head.row_bytes(columns) + sum(columns * teacher.logits_dtype.itemsize for teacher, _ in teachers)
-    for rows, count in _chunks(launch, len(hidden), budget(call.chunk_bytes, device) // row_bytes):
+    products = Products.of(columns, hidden, dtype, [states for _, states in teachers], needs)
+    for rows, count in _chunks(launch, len(hidden), chunk_rows(call.chunk_bytes, device, row_bytes, products)):
         h, part = inputs[rows], _of_rows(launch, rows)
         logits = scratch.logits("student logits", count, columns, logits_dtype)
         head.project(h, logits)
@@ -520,7 +525,7 @@ def _columns_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Ten
     dbias = HeadGrad(bias, [slice(0, len(bias))]) if needs[2] and bias is not None else None
 
     row_bytes = num_ids * width * (sums.itemsize + (weight.dtype.itemsize if weight.dtype != sums else 0))
-    for rows, count in _chunks(launch, len(hidden), budget(call.chunk_bytes, device) // row_bytes):
+    for rows, count in _chunks(launch, len(hidden), chunk_rows(call.chunk_bytes, device, row_bytes)):
         h, flat = hidden[rows].to(dtype).to(sums), ids[rows].reshape(-1)
         gathered = scratch.empty("gathered", (len(flat), width), weight.dtype)
         torch.index_select(weight, 0, flat, out=gathered)
@@ -574,11 +579,44 @@ def _outputs(hidden: Tensor, launch: Launch) -> tuple[Tensor, Tensor]:
     return hidden.new_zeros(len(hidden), dtype=dtype), hidden.new_zeros(len(hidden), width, dtype=dtype)
 
 
-def budget(chunk_bytes: Optional[int], device: torch.device) -> int:
-    """Bytes of the logits of a chunk."""
+class Products(NamedTuple):
+    """The matrix products of a chunk."""
+
+    row_operations: int
+    head_bytes: int  # of heads and sums, read and written once a chunk
+
+    @classmethod
+    def of(
+        cls, columns: int, hidden: Tensor, dtype: torch.dtype, teachers: Sequence[Tensor], needs: Sequence[bool]
+    ) -> Products:
+        """For the loop's arguments, operands in ``dtype``; the hidden states of the teachers are such already."""
+        width, of_teachers = hidden.shape[1], sum(states.shape[1] for states in teachers)
+        moved = width * dtype.itemsize * (1 + needs[0]) + width * 2 * sum_dtype(dtype).itemsize * needs[1]
+        moved += sum(states.shape[1] * states.dtype.itemsize for states in teachers)
+        return cls(2 * columns * (width * (1 + sum(needs[:2])) + of_teachers), columns * moved)
+
+
+def chunk_rows(
+    chunk_bytes: Optional[int], device: torch.device, row_bytes: int, products: Optional[Products] = None
+) -> int:
+    """Rows of a chunk of ``row_bytes`` a row."""
     if chunk_bytes is not None:
-        return chunk_bytes
-    return CPU_CHUNK_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES
+        return chunk_bytes // row_bytes
+    if device.type == "cpu":
+        return CPU_CHUNK_BYTES // row_bytes
+    return gpu_chunk_rows(memory.l2_bytes(device), row_bytes, products)
+
+
+def gpu_chunk_rows(l2_bytes: int, row_bytes: int, products: Optional[Products]) -> int:
+    """As ``chunk_rows``: what half of the L2 cache holds, if that is enough for the products.
+
+    A logit in the cache saves about twice the bytes that it has in a chunk, so that the chunk saves ``l2_bytes``.
+    """
+    rows = l2_bytes // 2 // row_bytes
+    if products is not None and rows >= GPU_PRODUCT_ROWS and products.head_bytes <= l2_bytes:
+        if rows * products.row_operations >= GPU_CHUNK_OPERATIONS:
+            return rows
+    return GPU_CHUNK_BYTES // row_bytes
 
 
 def _chunks(launch: Launch, num_rows: int, size: int) -> Iterator[tuple[Rows, int]]:

@@ -114,7 +114,8 @@ def linear_kd_loss(
             entropy, with all options but the statistics, ``standardize`` and a softcap; the teacher's temperature must
             be that of the capture. Loss and gradient are exact, see docs/guide/hidden-states.md.
         chunk_bytes: of the logits of a chunk, student's and teachers' together; by default 96 MiB on a CPU and 512 MiB
-            on a GPU. It bounds the memory, whatever N is, down to one row.
+            on a GPU, or half of its L2 cache where that holds enough rows. It bounds the memory, whatever N is, down
+            to one row.
         logits_dtype: for products of 16-bit operands, their dtype asks for logits rounded to it, in chunks of twice as
             many rows. The gradient is a difference of two distributions, which then drowns in rounding where the
             teacher is near: see docs/guide/hidden-states.md. By default logits are float32.

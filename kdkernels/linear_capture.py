@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdkernels import checks
 from kdkernels.capture import PerRow, TeacherExpectation
-from kdkernels.chunked import budget, even_chunks, no_autocast, product_dtypes
+from kdkernels.chunked import chunk_rows, even_chunks, no_autocast, product_dtypes
 from kdkernels.heads import Fp16Range, Head, Scratch, sum_dtype
 from kdkernels.launch import flat
 from kdkernels.linear import autocast_dtype, stand_in
@@ -105,7 +105,7 @@ def capture_expectation(
         nothing = made.weight.new_zeros(())
         widened = 0 if dtype == sums else sums.itemsize
         row_bytes = made.row_bytes(columns) + columns * (dtype.itemsize + widened)
-        for rows, count in even_chunks(None, num, budget(chunk_bytes, teacher.device) // row_bytes):
+        for rows, count in even_chunks(None, num, chunk_rows(chunk_bytes, teacher.device, row_bytes)):
             scores = scratch.logits("teacher logits", count, columns, dtype)
             if projection is None:
                 scores.copy_(given[rows, :columns])

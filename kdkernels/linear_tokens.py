@@ -11,7 +11,7 @@ from torch import Tensor
 from kdkernels import checks, ops, reference, symbols, transforms
 from kdkernels.autograd import TokenCall, refuse_second_derivative, scaled
 from kdkernels.capture import TeacherTopK
-from kdkernels.chunked import Rows, budget, even_chunks, indices, logits_of_whole, no_autocast, product_dtypes
+from kdkernels.chunked import Rows, chunk_rows, even_chunks, indices, logits_of_whole, no_autocast, product_dtypes
 from kdkernels.heads import Fp16Range, Head, HeadGrad, Scratch, sum_dtype
 from kdkernels.launch import flat
 from kdkernels.linear import as_student, is_transformed
@@ -318,7 +318,7 @@ class _Loop(NamedTuple):
         dtype, logits_dtype = product_dtypes(hidden, call.product_dtype, call.logits_dtype)
         columns, scratch = call.tokens.options["vocab_size"], Scratch(hidden)
         head = Head(weight, bias, columns=columns, dtype=dtype, logits_dtype=logits_dtype, scratch=scratch)
-        size = budget(call.chunk_bytes, hidden.device) // (head.row_bytes(columns) + extra_bytes)
+        size = chunk_rows(call.chunk_bytes, hidden.device, head.row_bytes(columns) + extra_bytes)
         # A product of 16-bit matrices may read what lies between rows.
         return cls(head, hidden.to(dtype).contiguous(), scratch, dtype, logits_dtype, columns, size)
 

@@ -48,6 +48,13 @@ def kept_blocks(use: str = "gradient") -> list[int]:
     return torch.ops.kdkernels.kept_blocks(use) if cpu.load_error() is None else []
 
 
+def l2_bytes(device: torch.device) -> int:
+    """The size of a GPU's L2 cache, or 0 where torch does not say it."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 0
+    return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0))
+
+
 def empty_like(logits: Tensor) -> Tensor:
     """An uninitialised contiguous tensor of the shape, dtype and device of logits; a large one is in kept memory."""
     return empty(logits, logits.shape, logits.dtype, "gradient")

@@ -9,6 +9,8 @@
 // Bytes: V elements read and 8 K + 4 written a row. Framework-free.
 #pragma once
 
+#include <utility>
+
 #include "device.cuh"
 
 namespace kdk {
@@ -38,8 +40,10 @@ using cuda::to_float;
 // A logit and its id as one integer, larger for the larger logit, and among equals for the lower id.
 __device__ __forceinline__ Key key_of(float logit, int id) {
   const uint32_t bits = __float_as_uint(logit + 0.0f);  // -0 becomes 0
-  const uint32_t ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-  return Key(ordered) << 32 | uint32_t(~id);
+  const uint32_t ordered = bits ^ (uint32_t(int(bits) >> 31) | 0x80000000u);
+  Key key;
+  asm("mov.b64 %0, {%1, %2};" : "=l"(key) : "r"(~id), "r"(ordered));
+  return key;
 }
 __device__ __forceinline__ float logit_of(Key key) {
   const uint32_t ordered = uint32_t(key >> 32);
@@ -47,35 +51,62 @@ __device__ __forceinline__ float logit_of(Key key) {
 }
 __device__ __forceinline__ int id_of(Key key) { return int(~uint32_t(key)); }
 
+// visit(0), ... visit(N - 1), of numbers that are types.
+template <int... I, class Visit>
+__device__ __forceinline__ void for_numbers(std::integer_sequence<int, I...>, Visit visit) {
+  (visit(std::integral_constant<int, I>()), ...);
+}
+template <int N, class Visit>
+__device__ __forceinline__ void for_numbers(Visit visit) {
+  for_numbers(std::make_integer_sequence<int, N>(), visit);
+}
+
 // Shared by the threads of a block; keys follow in dynamic shared memory.
 struct Shared {
+  uint4 counts[2];  // of each warp, 16 bits; two in turn, so that one barrier a scan is enough
   unsigned histogram[256];
-  int counts[kWarps];
   float numbers[kWarps];
   unsigned digit, above;
 };
+static_assert(kWarps == 8, "counts of a scan");
 
-// Sum of the numbers of the threads before this one, and of all threads.
-__device__ __forceinline__ int scan(Shared& shared, int mine, int& total) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int up_to = mine;
+__device__ __forceinline__ int halves(unsigned word) { return int(word & 0xffff) + int(word >> 16); }
+
+// Sums of the numbers, below 2^16, of the threads before this one and of all threads.
+struct Scan {
+  int turn = 0, total = 0;
+  unsigned before[4];  // masks of the counts of the warps before this one
+
+  __device__ __forceinline__ Scan() {
+    const int warp = threadIdx.x / 32;
 #pragma unroll
-  for (int d = 1; d < 32; d *= 2) {
-    const int before = __shfl_up_sync(~0u, up_to, d);
-    if (lane >= d) up_to += before;
+    for (int pair = 0; pair < 4; ++pair) {
+      before[pair] = warp > 2 * pair + 1 ? ~0u : warp > 2 * pair ? 0xffffu : 0u;
+      // Kept from the compiler, which would make them again for every scan.
+      asm volatile("" : "+r"(before[pair]));
+    }
   }
-  if (lane == 31) shared.counts[warp] = up_to;
-  __syncthreads();
-  int earlier = 0;
-  total = 0;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    if (w < warp) earlier += shared.counts[w];
-    total += shared.counts[w];
+  // none: the number is 0 in all threads of the warp.
+  __device__ __forceinline__ int operator()(Shared& shared, int mine, bool none) {
+    int up_to = mine;
+    if (!none) {
+      for_numbers<5>([&](auto power) {
+        asm volatile("{ .reg .pred p; .reg .b32 x; shfl.sync.up.b32 x|p, %0, %1, 0, -1; @p add.s32 %0, %0, x; }"
+                     : "+r"(up_to)
+                     : "n"(1 << decltype(power)::value));
+      });
+    }
+    if (threadIdx.x % 32 == 31) reinterpret_cast<uint16_t*>(&shared.counts[turn])[threadIdx.x / 32] = uint16_t(up_to);
+    __syncthreads();
+    const uint4 counts = shared.counts[turn];
+    turn ^= 1;
+    // No half passes 2^16, for the total does not.
+    total = halves(counts.x + counts.y + counts.z + counts.w);
+    if (none) return 0;
+    return up_to - mine +
+           halves((counts.x & before[0]) + (counts.y & before[1]) + (counts.z & before[2]) + (counts.w & before[3]));
   }
-  __syncthreads();
-  return earlier + up_to - mine;
-}
+};
 
 // One number of all threads, combined in a fixed order.
 template <class Combine>
@@ -94,12 +125,24 @@ __device__ __forceinline__ float sum(Shared& shared, float mine) {
   return reduce(shared, mine, [](float a, float b) { return a + b; });
 }
 
-// A lower bound that exactly k of count distinct keys reach, with the logit of the k-th largest: radix select, a byte
-// at a time. The bytes of the ids are looked at only where logits are equal.
-__device__ __forceinline__ Key select(Shared& shared, const Key* keys, int count, int k) {
+// A lower bound that exactly k of count distinct keys reach: radix select, a byte at a time. The bytes of the ids are
+// looked at only where logits are equal, and not where columns is 0: at least k keys reach the bound then. No logit
+// that is larger than the k-th largest is below it.
+template <class X>
+__device__ __forceinline__ Key select(Shared& shared, const Key* keys, int count, int k, int columns) {
   Key bound = 0, mask = 0;
   unsigned wanted = unsigned(k);
   for (int shift = 56; shift >= 0; shift -= 8) {
+    if (__is_same(X, __nv_bfloat16) && shift == 40) {
+      // All the same in both bytes: a bf16 as a float, whose bits are turned where it is negative.
+      if (!(bound >> 63)) bound |= Key(0xffff) << 32;
+      shift = 24;
+    }
+    if (shift == 24) {
+      if (columns == 0) break;
+      for (; shift > 0 && columns >> shift == 0; shift -= 8) bound |= Key(255) << shift;
+      mask = ~Key(0) << (shift + 8);
+    }
     shared.histogram[threadIdx.x] = 0;
     __syncthreads();
     for (int i = threadIdx.x; i < count; i += kThreads)
@@ -128,11 +171,13 @@ __device__ __forceinline__ Key select(Shared& shared, const Key* keys, int count
     wanted -= shared.above;
     bound |= Key(digit) << shift;
     mask |= Key(255) << shift;
-    if (shift <= 32 && shared.histogram[digit] == wanted) break;
+    // Not before there are a few digits: a bound far below lets many logits pass.
+    const bool all = shift <= 48 && shared.histogram[digit] == wanted;
     __syncthreads();
+    if (all) break;
   }
-  __syncthreads();
-  return bound;
+  // The first bytes alone may be those of a NaN below -inf.
+  return max(bound, Key(0x007fffff) << 32);
 }
 
 // The larger keys first; there is room up to a power of two.
@@ -141,21 +186,31 @@ __device__ __forceinline__ void sort(Key* keys, int count) {
   while (size < count) size *= 2;
   for (int i = count + int(threadIdx.x); i < size; i += kThreads) keys[i] = 0;
   __syncthreads();
-  for (int run = 2; run <= size; run *= 2) {
-    for (int step = run / 2; step > 0; step /= 2) {
-      for (int i = threadIdx.x; i < size / 2; i += kThreads) {
-        const int a = i / step * 2 * step + i % step, b = a + step;
-        const Key low = keys[a], high = keys[b];
-        if ((low < high) == ((a & run) == 0)) keys[a] = high, keys[b] = low;
+  // Pairs up to 32 apart stay among the 64 keys of a warp: no other one waits for them, nor takes part in the sort of
+  // 64 keys.
+  if (size > 64 || threadIdx.x < 32) {
+    for (int run = 2; run <= size; run *= 2) {
+      for (int step = run / 2; step > 0; step /= 2) {
+        for (int i = threadIdx.x; i < size / 2; i += kThreads) {
+          const int a = 2 * i - (i & (step - 1)), b = a + step;
+          const Key low = keys[a], high = keys[b];
+          if ((low < high) == ((a & run) == 0)) keys[a] = high, keys[b] = low;
+        }
+        if (step > 32 || (step == 1 && run > 32 && run < size)) {
+          __syncthreads();
+        } else {
+          __syncwarp();
+        }
       }
-      __syncthreads();
     }
   }
+  __syncthreads();
 }
 
 // A block's state of its row; the same in all threads but for rest.
 struct State {
-  int count = 0;                  // of candidates
+  int count = 0;  // of candidates
+  Scan scan;
   float threshold = -infinity();  // no logit up to here is among the k largest any more
   float c = 0, reference = 0;     // x = logit c - reference
   float rest = 0;                 // sum of 2^x of this thread's logits that are no candidates
@@ -165,13 +220,14 @@ struct State {
 
 // A first threshold from the largest logits that the threads have of a step: k of them are logits of the row, so that
 // no smaller one is among its k largest. Without it all logits of the step would be candidates.
+template <class X>
 __device__ __forceinline__ void begin_with(Shared& shared, Key* keys, State& state, float high, int k) {
   // Behind the candidates, with room for a step's logits.
   keys += state.count;
   keys[threadIdx.x] = key_of(isnan(high) ? -infinity() : high, int(threadIdx.x));
   __syncthreads();
   // The next number below: what is equal to the bound may be among the k largest.
-  const Key bound = select(shared, keys, kThreads, k);
+  const Key bound = select<X>(shared, keys, kThreads, k, 0);
   const float threshold = logit_of(bound - (Key(1) << 32));
   if (logit_of(bound) == -infinity() || threshold == -infinity()) return;
   // Below 0 stands -0, which is no less.
@@ -180,9 +236,10 @@ __device__ __forceinline__ void begin_with(Shared& shared, Key* keys, State& sta
 }
 
 // Leaves the k largest candidates, raises the threshold to the last of them.
-__device__ __forceinline__ void thin_out(Shared& shared, Key* keys, State& state, int k) {
+template <class X>
+__device__ __forceinline__ void thin_out(Shared& shared, Key* keys, State& state, int k, int columns) {
   __syncthreads();
-  const Key bound = select(shared, keys, state.count, k);
+  const Key bound = select<X>(shared, keys, state.count, k, columns);
   state.threshold = logit_of(bound);
   const float reference = state.threshold * state.c;
   // The first reference may be far above; then there is no sum yet.
@@ -194,10 +251,9 @@ __device__ __forceinline__ void thin_out(Shared& shared, Key* keys, State& state
     const Key key = i < state.count ? keys[i] : 0;
     const bool keep = i < state.count && key >= bound;
     if (i < state.count && !keep) state.rest += state.exponential(logit_of(key));
-    int total;
-    const int place = kept + scan(shared, keep, total);
+    const int place = kept + state.scan(shared, keep, !__any_sync(~0u, keep));
     if (keep) keys[place] = key;
-    kept += total;
+    kept += state.scan.total;
   }
   state.count = kept;
   __syncthreads();
@@ -209,7 +265,8 @@ struct Row {
   static constexpr int kLanes = 16 / int(sizeof(X)), kVectors = kItems / kLanes;
 
   const X* x;
-  int n, head, vectors, tail;
+  int n, head, vectors, tail, tiles;
+  const uint4* mine;  // this thread's first vector
 
   __device__ __forceinline__ Row(const X* logits, int columns) : x(logits), n(columns) {
     // The vectors of a warp begin with a sector of 32 bytes, of which they would share the last one otherwise.
@@ -217,17 +274,19 @@ struct Row {
     head = min(n, misaligned == 0 ? 0 : (32 - misaligned) / int(sizeof(X)));
     vectors = (n - head) / kLanes;
     tail = n - head - vectors * kLanes;
+    tiles = (vectors + kThreads * kVectors - 1) / (kThreads * kVectors);
+    mine = reinterpret_cast<const uint4*>(x + head) + threadIdx.x;
+    // Kept from the compiler, which would make them again for every step.
+    asm volatile("" : "+r"(head), "+r"(vectors), "+r"(tiles), "+l"(mine));
   }
   __device__ __forceinline__ int begin() const { return head > 0 ? -1 : 0; }
-  __device__ __forceinline__ int tiles() const { return (vectors + kThreads * kVectors - 1) / (kThreads * kVectors); }
-  __device__ __forceinline__ int end() const { return tiles() + (tail > 0); }
-  __device__ __forceinline__ bool ragged(int step) const { return step < 0 || step >= tiles(); }
+  __device__ __forceinline__ int end() const { return tiles + (tail > 0); }
+  __device__ __forceinline__ bool ragged(int step) const { return unsigned(step) >= unsigned(tiles); }
 
-  // The id of this thread's i-th logit of a step.
-  __device__ __forceinline__ int id(int step, int i) const {
+  // The id of this thread's first logit of a step.
+  __device__ __forceinline__ int id(int step) const {
     if (ragged(step)) return (step < 0 ? 0 : n - tail) + int(threadIdx.x);
-    const int vector = (step * kVectors + i / kLanes) * kThreads + int(threadIdx.x);
-    return head + vector * kLanes + i % kLanes;
+    return head + (step * kVectors * kThreads + int(threadIdx.x)) * kLanes;
   }
   // This thread's logits of a step as they are stored, -inf where there is none.
   __device__ __forceinline__ void load(int step, uint4 (&out)[kVectors]) const {
@@ -237,57 +296,87 @@ struct Row {
     if (ragged(step)) {
 #pragma unroll
       for (int u = 1; u < kVectors; ++u) out[u] = cuda::pack<X>(none);
-      if (int(threadIdx.x) < (step < 0 ? head : tail)) none[0] = to_float(x[id(step, 0)]);
+      if (int(threadIdx.x) < (step < 0 ? head : tail)) none[0] = to_float(x[id(step)]);
       out[0] = cuda::pack<X>(none);
       return;
     }
+    const int first = step * kVectors * kThreads, left = vectors - first - int(threadIdx.x);
 #pragma unroll
-    for (int u = 0; u < kVectors; ++u) {
-      const int vector = (step * kVectors + u) * kThreads + int(threadIdx.x);
-      out[u] = vector < vectors ? __ldcs(reinterpret_cast<const uint4*>(x + head) + vector) : cuda::pack<X>(none);
-    }
+    for (int u = 0; u < kVectors; ++u)
+      out[u] = u * kThreads < left ? __ldcs(mine + first + u * kThreads) : cuda::pack<X>(none);
   }
 };
 
+// x, or -inf where it is above the threshold; then bit 31 - I is set.
+template <int I>
+__device__ __forceinline__ float not_above(float x, float threshold, unsigned& hits) {
+  float out;
+  asm("{ .reg .pred p; setp.gt.f32 p, %2, %3; selp.f32 %0, 0fFF800000, %2, p; @p or.b32 %1, %1, %4; }"
+      : "=&f"(out), "+r"(hits)
+      : "f"(x), "f"(threshold), "n"(0x80000000u >> I));
+  return out;
+}
+template <int FIRST, int N, int... I>
+__device__ __forceinline__ void add_up(State& state, const float (&x)[N], unsigned& hits,
+                                       std::integer_sequence<int, I...>) {
+  ((state.rest += state.exponential(not_above<FIRST + I>(x[I], state.threshold, hits))), ...);
+}
+
+template <class X>
+__device__ __forceinline__ float load_logit(uint32_t address) {
+  if constexpr (sizeof(X) == 4) {
+    float x;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
+    return x;
+  } else {
+    uint16_t bits;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(address) : "memory");
+    float low, high;
+    cuda::unpack<X>(bits, low, high);
+    return low;
+  }
+}
+
 // Candidates and sum of one step's logits.
 template <class X>
-__device__ __forceinline__ void take(Shared& shared, Key* keys, State& state, const Row<X>& row, int step, int k,
-                                     const uint4 (&raw)[Row<X>::kVectors]) {
-  constexpr int kLanes = Row<X>::kLanes;
-  float x[kItems];
+__device__ __forceinline__ void take(Shared& shared, Key* keys, uint4* taken, State& state, const Row<X>& row, int step,
+                                     int k, const uint4 (&raw)[Row<X>::kVectors]) {
+  constexpr int kLanes = Row<X>::kLanes, kVectors = Row<X>::kVectors;
   uint4 most = raw[0];
 #pragma unroll
-  for (int u = 0; u < Row<X>::kVectors; ++u) {
-    float vector[kLanes];
-    cuda::unpack<X>(raw[u], vector);
-#pragma unroll
-    for (int l = 0; l < kLanes; ++l) x[u * kLanes + l] = vector[l];
-    most = cuda::packed_max<X>(most, raw[u]);
-  }
+  for (int u = 1; u < kVectors; ++u) most = cuda::packed_max<X>(most, raw[u]);
   const float high = cuda::largest<X>(most);
-  if (state.threshold == -infinity() && k <= kThreads && !row.ragged(step)) begin_with(shared, keys, state, high, k);
+  if (state.threshold == -infinity() && k <= kThreads && !row.ragged(step)) begin_with<X>(shared, keys, state, high, k);
   unsigned hits = 0;
-  float rest[kItems];
+  const bool any = __any_sync(~0u, high > state.threshold);
+  for_numbers<kVectors>([&](auto number) {
+    constexpr int u = decltype(number)::value;
+    float x[kLanes];
+    cuda::unpack<X>(raw[u], x);
+    if (any) {
+      add_up<u * kLanes>(state, x, hits, std::make_integer_sequence<int, kLanes>());
+    } else {
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) rest[i] = x[i];
-  // Seldom, once the threshold has risen.
-  if (high > state.threshold) {
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      const bool hit = x[i] > state.threshold;
-      hits |= unsigned(hit) << i;
-      rest[i] = hit ? -infinity() : x[i];
+      for (float value : x) state.rest += state.exponential(value);
     }
+  });
+  int place = state.count + state.scan(shared, __popc(hits), !any);
+  state.count += state.scan.total;
+  if (hits == 0) return;
+  // Which one it is decides at run time, so that it has to have an address.
+#pragma unroll
+  for (int u = 0; u < kVectors; ++u) taken[u * kThreads + int(threadIdx.x)] = raw[u];
+  const uint32_t at = cuda::shared_address(taken + threadIdx.x);
+  const int id = row.id(step);
+  uint32_t to = cuda::shared_address(keys + place);
+  while (hits != 0) {
+    const int i = __clz(int(hits)), vector = i / kLanes;
+    hits ^= 0x80000000u >> i;
+    const float logit = load_logit<X>(at + i * int(sizeof(X)) + vector * (kThreads * 16 - 16));
+    asm volatile("st.shared.b64 [%0], %1;" ::"r"(to), "l"(key_of(logit, id + i + vector * (kThreads - 1) * kLanes))
+                 : "memory");
+    to += sizeof(Key);
   }
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) state.rest += state.exponential(rest[i]);
-  if (!__syncthreads_or(int(hits))) return;
-  int total;
-  int place = state.count + scan(shared, __popc(hits), total);
-#pragma unroll
-  for (int i = 0; i < kItems; ++i)
-    if (hits >> i & 1) keys[place++] = key_of(x[i], row.id(step, i));
-  state.count += total;
 }
 
 // Base-2 logarithm of the mass outside, relative to a reference; keys are sorted.
@@ -321,6 +410,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                         float* logprobs, float* tail) {
   extern __shared__ __align__(16) unsigned char dynamic_shared[];
   __shared__ Shared shared;
+  __shared__ uint4 taken[kThreads * Row<X>::kVectors];  // each thread's own
   Key* keys = reinterpret_cast<Key*>(dynamic_shared);
   const int64_t index = blockIdx.x;
   const Row<X> row(logits + index / length * stride_b + index % length * stride_l, columns);
@@ -336,11 +426,11 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
     for (int u = 0; u < Row<X>::kVectors; ++u) raw[u] = next[u];
     if (step + 1 < row.end()) row.load(step + 1, next);
-    take(shared, keys, state, row, step, k, raw);
+    take(shared, keys, taken, state, row, step, k, raw);
     // The first threshold comes early, the others when they must.
-    if (state.count > k + (state.threshold == -infinity() ? 0 : kSlack)) thin_out(shared, keys, state, k);
+    if (state.count > k + (state.threshold == -infinity() ? 0 : kSlack)) thin_out<X>(shared, keys, state, k, columns);
   }
-  if (state.count > k) thin_out(shared, keys, state, k);
+  if (state.count > k) thin_out<X>(shared, keys, state, k, columns);
   __syncthreads();
   const float rest = sum(shared, state.rest);
   sort(keys, state.count);
