@@ -228,6 +228,11 @@ def logit_mse(student: Tensor, teacher: Tensor, labels: Tensor, temperature: flo
     return F.mse_loss(student, teacher)
 
 
+def uld(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    q, p = ((x / temperature).softmax(-1, dtype=torch.float32).sort(-1, descending=True) for x in (student, teacher))
+    return (q.values - p.values).abs().sum(-1).mean()
+
+
 def topk_kl(student: Tensor, ids: Tensor, logprobs: Tensor, tail: Tensor) -> Tensor:
     """Forward KL to K log-probabilities and one outcome more for all other tokens, summed in fp32."""
     return _bucketed_kl(F.log_softmax(student, -1, dtype=torch.float32).gather(-1, ids), logprobs, tail)

@@ -47,6 +47,7 @@ class Variation:
     function: Callable[..., Any] = kd.kd_loss
     arguments: common.Arguments = common.logits_and_labels
     eager_only: Optional[Callable[..., Tensor]] = None  # a formulation that no compiler takes whole
+    pattern: str = "dense_fwd"
 
     def ours(self, inputs: Any, backend: str, reduction: str, inplace: bool) -> Tensor:
         call = {"reduction": reduction, "inplace": inplace, "backend": backend, **self.options}
@@ -97,6 +98,7 @@ VARIATIONS: dict[str, Variation] = {
     "TAID": Variation(eager.taid, {"interpolation": INTERPOLATION}, function=kd.taid_loss),
     "DKD": Variation(eager.dkd, {"alpha": DKD_ALPHA, "beta": DKD_BETA}, _labels, function=kd.dkd_loss),
     "logit MSE": Variation(eager.logit_mse, function=kd.logit_mse_loss),
+    "ULD": Variation(eager.uld, function=kd.uld_loss, pattern="uld_fwd"),
 }
 
 
@@ -108,7 +110,7 @@ def make_candidates(case: Case) -> Candidates:
             found.append(common.eager("eager, counted rows selected", name, variation.eager_only, variation.arguments))
         found += [
             common.compiled("torch.compile, fewest passes", name, variation.formulation, case, variation.arguments),
-            *common.ours(name, variation.ours, case),
+            *common.ours(name, variation.ours, case, pattern=variation.pattern),
         ]
     return found
 
