@@ -79,7 +79,6 @@ LOSSES = {
     "topk": of_logits(lambda s, t, **o: kd.topk_kd_loss(s, *sparse(t), LABELS, **o)),
     "dkd": of_logits(lambda s, t, **o: kd.dkd_loss(s, t, LABELS, **o)),
     "mse": of_logits(lambda s, t, **o: kd.logit_mse_loss(s, t, **o)),
-    "uld": of_logits(lambda s, t, **o: kd.uld_loss(s, t, **o)),
     "taid": of_logits(lambda s, t, **o: kd.taid_loss(s, t, interpolation=0.7, **o)),
     "linear": of_hidden(linear),
     "linear-topk": of_hidden(linear_topk),
