@@ -1,11 +1,12 @@
 """kdkernels: fused distillation losses for PyTorch."""
 
 from kdkernels import alignment, divergences, onpolicy
+from kdkernels.akl import akl_ratio
 from kdkernels.attention import attention_kd_loss, relation_kd_loss
-from kdkernels.capture import TeacherExpectation, TeacherTopK, capture_samples, capture_topk
+from kdkernels.capture import TeacherExpectation, TeacherTopK, capture_samples, capture_topk, capture_topp
 from kdkernels.divergences import *  # noqa: F403
 from kdkernels.features import feature_loss
-from kdkernels.functional import dkd_loss, kd_loss, lk_loss, logit_mse_loss, taid_loss, topk_kd_loss
+from kdkernels.functional import dkd_loss, kd_loss, lk_loss, logit_mse_loss, taid_loss, topk_kd_loss, uld_loss
 from kdkernels.linear import linear_kd_loss, linear_lk_loss, linear_topk_kd_loss
 from kdkernels.linear_capture import capture_expectation
 from kdkernels.linear_tokens import linear_gather_logprobs, linear_token_logprobs
@@ -28,11 +29,13 @@ __all__ = [
     "TokenStats",
     "TopKKDLoss",
     "TopKStats",
+    "akl_ratio",
     "alignment",
     "attention_kd_loss",
     "capture_expectation",
     "capture_samples",
     "capture_topk",
+    "capture_topp",
     "dkd_loss",
     "feature_loss",
     "gather_logprobs",
@@ -51,6 +54,7 @@ __all__ = [
     "taid_loss",
     "token_logprobs",
     "topk_kd_loss",
+    "uld_loss",
     "unregister_divergence",
 ]
 __all__ += divergences.__all__

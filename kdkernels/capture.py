@@ -98,6 +98,85 @@ def capture_topk(
 
 
 @torch.no_grad()
+def capture_topp(
+    teacher_logits: Tensor,
+    p: float,
+    *,
+    min_k: int = 1,
+    max_k: Optional[int] = None,
+    temperature: PerRow = 1.0,
+    vocab_size: Optional[int] = None,
+    backend: str = "auto",
+) -> TeacherTopK:
+    r"""The fewest tokens of each row that have a mass of p together, and the mass of all others (a nucleus).
+
+    With ``p_v = softmax(t / T)`` in descending order, equal ones by the lower id, a row has::
+
+        K = min k such that sum_{r <= k} p_(r) >= p          tail_logprob = log of the mass of all others
+
+    tokens: the one that crosses p is among them. There is no bound on K but the vocabulary's size, unless ``max_k``
+    sets one. The number of slots is the largest K of the rows; the others of a row are not used. The compiled backend
+    finds K without a sort, and then takes the K largest as ``capture_topk`` does. The tail is summed, never subtracted.
+
+    Args:
+        teacher_logits: ``(..., V)``, as in ``capture_topk``. No gradient flows to them.
+        p: in (0, 1]; with 1 a row has all tokens whose logit is above -inf.
+        min_k: the fewest slots of a row, as far as it has tokens of a logit above -inf.
+        max_k: the most slots of a row; the mass of what does not fit is in the tail.
+        temperature: T > 0, a number or one value per row; for the tail "bucket", that of the loss.
+        vocab_size: columns from there on are padding: no probability.
+        backend: "auto", "cpu" (C++), "torch" (plain PyTorch: a full sort). On a GPU the sort finds K, and
+            ``capture_topk`` does the rest. The largest K is read, which waits for the device.
+
+    Returns:
+        ``TeacherTopK`` of ids int32 ``(..., K)``, -1 in slots that are not used, logprobs ``(..., K)``, -inf there, and
+        tail_logprob ``(...)``, for ``topk_kd_loss`` and ``kdkernels.cache``. Rows without a distribution as in
+        ``capture_topk``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, before anything is launched.
+
+    Example:
+        A teacher's 99 %, of at most 512 tokens, and the rest as one ghost token::
+
+            teacher = kd.capture_topp(teacher_logits, 0.99, max_k=512)
+            loss = kd.topk_kd_loss(student, *teacher[:2], tail_logprob=teacher.tail_logprob, tail="bucket")
+
+    Reference:
+        Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", arXiv:1904.09751, for the nucleus.
+    """
+    columns, temperature = _checked(teacher_logits, vocab_size, temperature)
+    p = checks.number("p", p, low=0.0, high=1.0, exclusive_low=True)
+    checks.integer("min_k", min_k, low=1)
+    most = columns
+    if max_k is not None:
+        checks.integer("max_k", max_k, low=1)
+        if min_k > max_k:
+            raise ValueError(f"min_k must be at most max_k {max_k}, got {min_k}")
+        most = min(max_k, columns)
+    checks.choice("backend", backend, get_args(Backend))
+    logits = teacher_logits.detach()
+    name = backends.choose(backend, logits, pattern="topp_count")
+    if name == "torch":
+        counts = _counted_in_blocks(logits.reshape(-1, logits.shape[-1]), p, temperature, columns)
+    else:
+        rows, number = (temperature, 1.0) if isinstance(temperature, Tensor) else (None, temperature)
+        options = {"p": p, "temperature": number, "vocab_size": columns}
+        counts = ops.call("topp_count", name, (as_rows((logits,))[0], rows), options)
+    counts = counts.clamp(min=min_k).clamp(max=most)
+    k = int(counts.max()) if counts.numel() else min(min_k, most)
+    of_rows = temperature.reshape(logits.shape[:-1]) if isinstance(temperature, Tensor) else temperature
+    found = capture_topk(logits, k, temperature=of_rows, vocab_size=vocab_size, backend=backend)
+    used = torch.arange(k, device=logits.device) < counts.reshape(*logits.shape[:-1], 1)
+    others = torch.logsumexp(torch.where(used, -torch.inf, found.logprobs), -1)
+    return TeacherTopK(
+        torch.where(used, found.ids, -1),
+        torch.where(used, found.logprobs, -torch.inf),
+        torch.logaddexp(found.tail_logprob, others).clamp(max=0.0),
+    )
+
+
+@torch.no_grad()
 def capture_samples(
     teacher_logits: Tensor,
     n: int,
@@ -159,6 +238,17 @@ def capture_samples(
     ]
     ids, logprobs = (torch.cat(parts) for parts in zip(*blocks, strict=True))
     return _shaped(teacher_logits, ids, logprobs, logprobs.new_full((len(flat),), -torch.inf))
+
+
+def _counted_in_blocks(logits: Tensor, p: float, temperature: PerRow, columns: int) -> Tensor:
+    """Some rows at a time: sorting takes copies of the logits."""
+    step = max(1, SAMPLE_BLOCK // logits.shape[-1])
+    counts = []
+    for start in range(0, max(len(logits), 1), step):
+        rows = slice(start, start + step)
+        of_rows = temperature[rows] if isinstance(temperature, Tensor) else temperature
+        counts.append(reference.topp_rows(logits[rows], p=p, temperature=of_rows, vocab_size=columns))
+    return torch.cat(counts)
 
 
 def _checked(logits: Tensor, vocab_size: Optional[int], temperature: PerRow) -> tuple[int, PerRow]:

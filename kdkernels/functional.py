@@ -27,6 +27,7 @@ from kdkernels.objective import (
     Objective,
     TAIDObjective,
     TopKObjective,
+    ULDObjective,
     takes,
 )
 from kdkernels.reduction import num_rows
@@ -35,7 +36,15 @@ from kdkernels.stats import KDStats, TopKStats
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from kdkernels.options import DKDOptions, LKOptions, MSEOptions, ObjectiveOptions, TAIDOptions, TopKOptions
+    from kdkernels.options import (
+        DKDOptions,
+        LKOptions,
+        MSEOptions,
+        ObjectiveOptions,
+        TAIDOptions,
+        TopKOptions,
+        ULDOptions,
+    )
 
 Teachers = Union[Tensor, Sequence[Tensor], None]
 
@@ -465,6 +474,64 @@ def logit_mse_loss(
     return pair("mse_fwd", MSEObjective.of(options), student, teacher, labels)
 
 
+@takes(ULDObjective)
+def uld_loss(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Optional[Tensor] = None,
+    **options: Unpack[ULDOptions],
+) -> Tensor:
+    r"""Universal logit distillation: the distance of the two distributions with their tokens forgotten.
+
+    With ``q = softmax(s / T)`` and ``p = softmax(t / T_t)``, each in descending order, and 0 where the smaller
+    vocabulary has ended::
+
+        loss = sum_r |q_(r) - p_(r)|          dloss/ds_v = q_v / T (e_v - sum_u q_u e_u)
+
+    ``e_v`` is the sign of ``q_(r) - p_(r)`` at the rank of column v, 0 where they are equal; columns of one logit have
+    the mean sign of their ranks, so that it does not matter in which order a sort would leave them. The vocabularies
+    need not have one token in common, nor one size. Which rows belong together is the caller's to say: see
+    ``kdkernels.alignment``.
+
+    The compiled backend sorts nothing: it counts the columns by the bits of a 16-bit logit, and walks over the values
+    that a row has, some thousands. That is exact. Logits in fp32 are counted in bins of T / 256 unless ``exact``: the
+    loss is then off by less than 0.004, by some 1e-5 as a rule and 5e-4 where the models are within 1 % of each other,
+    and logits closer to each other than T / 256 may share a sign as equal ones do.
+
+    Args:
+        student: logits ``(..., V)``, as in ``kd_loss``.
+        teacher: logits ``(..., V_t)`` of the same leading shape and device, which must not require grad; its width and
+            dtype may differ.
+        labels: int64 or int32 of the leading shape; only a mask: rows equal to ``ignore_index`` give loss 0 and
+            gradient 0, and their logits are not read.
+        temperature: T > 0 of the student, a number or one value per row.
+        teacher_temperature: T_t > 0, by default ``temperature``.
+        ignore_index, row_weight, reduction, normalizer, inplace: as in ``kd_loss``.
+        vocab_size: columns of the student from there on are padding: no probability, gradient 0.
+        teacher_vocab_size: the same of the teacher's.
+        exact: sort logits in fp32 instead, at about four times the time. 16-bit logits, float64 and the "torch"
+            backend are exact anyway.
+        backend: "auto", "cpu" (C++) or "torch" (plain PyTorch, two sorts; the only one on a GPU).
+
+    Returns:
+        The loss, from 0 to 2 a row: 0-d, or the shape of the rows for "none"; float32 for float32 and 16-bit students,
+        float64 for float64. A row of either model with NaN or +inf, or of -inf only, gives NaN.
+
+    Raises:
+        TypeError, ValueError: as ``kd_loss``.
+
+    Example:
+        A teacher of another tokenizer, on the positions where both texts' tokens end together::
+
+            loss = kd.uld_loss(logits[own_ends], teacher_logits[teacher_ends])
+
+    Reference:
+        Boizard et al. 2024, "Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss for LLMs",
+        arXiv:2402.12030.
+    """
+    return pair("uld_fwd", ULDObjective.of(options), student, teacher, labels)
+
+
 def dense(objective: Objective, student: Any, teacher: Any, labels: Any = None) -> Any:
     """``kd_loss`` of an objective."""
     if distributed.among((student, teacher, labels, objective.teacher_weights, *objective.tensors)):
@@ -543,12 +610,17 @@ def topk(
 
 
 def pair(pattern: str, options: Any, student: Any, teacher: Any, labels: Any) -> Tensor:
-    """The loss of one teacher that gets no gradient: ``dkd_loss`` or ``logit_mse_loss`` of their options."""
+    """The loss of one teacher that gets no gradient: ``dkd_loss``, ``logit_mse_loss`` or ``uld_loss``."""
     if distributed.among((student, teacher, labels, *options.tensors)):
-        loss = dkd_loss if pattern == "dkd_fwd" else logit_mse_loss
-        return distributed.of_all_ranks(loss, student, {"teacher": teacher, "labels": labels, **options.given()})
+        return distributed.of_all_ranks(
+            _PAIRS[pattern], student, {"teacher": teacher, "labels": labels, **options.given()}
+        )
     columns = checks.student_of(options, student)
-    checks.teacher_like("teacher", teacher, student, options.vocab_size)
+    widths = {}
+    if pattern == "uld_fwd":
+        widths["teacher_vocab_size"] = checks.teacher_of_width("teacher", teacher, student, options.teacher_vocab_size)
+    else:
+        checks.teacher_like("teacher", teacher, student, options.vocab_size)
     if teacher.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"teacher must not require grad in {options.function}: it gets no gradient; detach it")
     checks.apart_in_place(options, student, {"labels": labels}, (teacher,))
@@ -556,8 +628,11 @@ def pair(pattern: str, options: Any, student: Any, teacher: Any, labels: Any) ->
     checks.reverse_mode_only(backend, student, teacher, labels, *options.tensors)
     labels = checks.labels_like(labels, student, columns, options.ignore_index)
     scale, rows = row_tensors(options, student, labels)
-    scalars = {**options.scalars, "scale": scale, "vocab_size": columns}
+    scalars = {**options.scalars, "scale": scale, "vocab_size": columns, **widths}
     # 2 (s - t) / V: half of s - t is kept, which fits fp16 however far apart two of its numbers are.
     size = 1024.0 / columns if pattern == "mse_fwd" else options.gradient_size
     launch = Launch(pattern, backend, rows, scalars, gradient_size=size)
     return evaluate(launch, options, student, (teacher,))[0]
+
+
+_PAIRS: dict[str, Any] = {"dkd_fwd": dkd_loss, "mse_fwd": logit_mse_loss, "uld_fwd": uld_loss}

@@ -294,9 +294,11 @@ def run_reference(launch: Launch, student: Tensor, teachers: Sequence[Tensor]) -
         if options["stats"]:
             stats = torch.stack([column for column in columns if column is not None], -1)
     else:
-        of_rows: Any = reference.dkd_rows if launch.pattern == "dkd_fwd" else reference.mse_rows
-        loss = of_rows(student, teachers[0], rows.labels, **options)
+        loss = _PAIRS[launch.pattern](student, teachers[0], rows.labels, **options)
     return loss * scale if rows.row_weight is None else loss * (scale * rows.row_weight), stats
+
+
+_PAIRS: dict[str, Any] = {"dkd_fwd": reference.dkd_rows, "mse_fwd": reference.mse_rows, "uld_fwd": reference.uld_rows}
 
 
 def as_rows(tensors: tuple[Tensor, ...]) -> list[Tensor]:

@@ -191,10 +191,9 @@ class _OnHidden(Options):
 
 
 @_options
-class _Tempered(Options):
+class _Temperatures(Options):
     temperature: PerRow = 1.0
     teacher_temperature: Optional[PerRow] = None
-    scale_by_t_squared: bool = True
 
     def _check(self) -> None:
         super()._check()
@@ -203,20 +202,30 @@ class _Tempered(Options):
             if not isinstance(value, Tensor) and (name == "temperature" or value is not None):
                 checks.number(name, value, low=0.0, exclusive_low=True)
                 checks.in_sums(name, value, positive=True)
-        checks.flag("scale_by_t_squared", self.scale_by_t_squared)
 
     def _scalars(self) -> dict[str, Any]:
         return {
             **super()._scalars(),
             "temperature": _number(self.temperature),
             "teacher_temperature": _number(self.of_teacher),
-            "scale_by_t_squared": self.scale_by_t_squared,
         }
 
     @property
     def of_teacher(self) -> PerRow:
         """The teacher's temperature."""
         return self.temperature if self.teacher_temperature is None else self.teacher_temperature
+
+
+@_options
+class _Tempered(_Temperatures):
+    scale_by_t_squared: bool = True
+
+    def _check(self) -> None:
+        super()._check()
+        checks.flag("scale_by_t_squared", self.scale_by_t_squared)
+
+    def _scalars(self) -> dict[str, Any]:
+        return {**super()._scalars(), "scale_by_t_squared": self.scale_by_t_squared}
 
 
 @_options
@@ -535,6 +544,28 @@ class MSEObjective(_OnLogits, RowOptions):
 
     def _scalars(self) -> dict[str, Any]:
         return {**super()._scalars(), "centered": self.centered}
+
+
+@_options
+class ULDObjective(_OnLogits, RowOptions, _Temperatures):
+    """The options of ``uld_loss``."""
+
+    teacher_vocab_size: Optional[int] = None
+    exact: bool = False
+
+    function = "uld_loss"
+
+    def _check(self) -> None:
+        super()._check()
+        if self.teacher_vocab_size is not None:
+            checks.integer("teacher_vocab_size", self.teacher_vocab_size, low=1)
+        checks.flag("exact", self.exact)
+
+    def _scalars(self) -> dict[str, Any]:
+        return {**super()._scalars(), "exact": self.exact}
+
+    def _gradient_size(self) -> Optional[float]:
+        return None if isinstance(self.temperature, Tensor) else 1.0 / self.scalars["temperature"]
 
 
 def gradient_size(divergence: Divergence, scalars: dict[str, Any], *, rows: bool) -> Optional[float]:

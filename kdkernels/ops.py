@@ -44,6 +44,8 @@ NUMBERS = {
     "topk_fwd": (*_NUMBERS, "min_tail", "tail_rounding"),
     "dkd_fwd": ("scale", "alpha", "beta", "temperature", "teacher_temperature"),
     "mse_fwd": ("scale",),
+    "uld_fwd": ("scale", "temperature", "teacher_temperature"),
+    "topp_count": ("p", "temperature"),
     "capture_topk": ("temperature",),
     "token_fwd": ("temperature", "softcap"),
     "token_bwd": ("temperature", "softcap"),
@@ -53,6 +55,8 @@ CHOICES = {
     "topk_fwd": ("ignore_index", "scale_by_t_squared", "tail"),
     "dkd_fwd": ("ignore_index", "scale_by_t_squared"),
     "mse_fwd": ("ignore_index", "centered"),
+    "uld_fwd": ("ignore_index", "exact"),
+    "topp_count": (),
     "capture_topk": (),
     "token_fwd": ("ignore_index", "entropy", "tail_mass", "stats"),
     "token_bwd": ("ignore_index", "entropy", "tail_mass", "stats"),
@@ -89,6 +93,17 @@ SCHEMAS = {
         "(Tensor student, Tensor teacher, Tensor(a!)? dstudent, Tensor? labels, Tensor? row_weight, *, "
         f"{_ALIKE}) -> Tensor"
     ),
+    # As dense_fwd, of probabilities in order, the largest first, whose teacher may have another width. The gradient of
+    # columns of one logit is that of the mean sign of their ranks. Unless ``exact``, of logits in fp32 those within
+    # T / 256 of each other may count as equal ones.
+    "uld_fwd": (
+        "(Tensor student, Tensor teacher, Tensor(a!)? dstudent, Tensor? labels, Tensor? row_weight, "
+        "Tensor? student_temperature_rows, Tensor? teacher_temperature_rows, *, int vocab_size, "
+        "int teacher_vocab_size, float[] numbers, int[] choices) -> Tensor"
+    ),
+    # How many columns of each row, the most probable first, have a mass of p together: int64 [N], at least 1. All that
+    # are above -inf where p is 1, and 1 where a row has no distribution.
+    "topp_count": (f"(Tensor logits, Tensor? temperature_rows, *, {_ALIKE}) -> Tensor"),
     # Log-probabilities of the ids [N, K] of each row, in one read. With x the logits below vocab_size after the softcap
     # (0: none), m the largest of them, z = sum_v exp((x_v - m) / T), which is at least 1, and q = exp((x - m) / T) / z,
     #
@@ -169,9 +184,12 @@ LINEAR_TEACHERS = {
 
 # Patterns that a backend lacks, and why.
 _NOT_IN_CUDA = {"cuda": "the CUDA extension has the losses with a divergence and tokens only"}
+_NOT_ON_GPU = {name: f"{name} has no kernel for the order of a row" for name in ("cuda", "triton")}
 LACKING = {
     "dkd_fwd": _NOT_IN_CUDA,
     "mse_fwd": _NOT_IN_CUDA,
+    "uld_fwd": _NOT_ON_GPU,
+    "topp_count": _NOT_ON_GPU,
     "capture_topk": {"triton": "capture_topk has no Triton kernel"},
 }
 
@@ -247,6 +265,10 @@ def _capture_fake(teacher: Tensor, *args: object, k: int, **kwargs: object) -> t
     return torch.empty_like(logprobs, dtype=torch.int32), logprobs, _rows(teacher)
 
 
+def _counts_fake(logits: Tensor, *args: object, **kwargs: object) -> Tensor:
+    return logits.new_empty(logits.shape[0] * logits.shape[1], dtype=torch.int64)
+
+
 def _token_fake(
     logits: Tensor, ids: Tensor, *args: object, choices: Sequence[int], **kwargs: object
 ) -> tuple[Tensor, ...]:
@@ -285,6 +307,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "capture_topk": _capture_fake,
     "dkd_fwd": _rows_fake,
     "mse_fwd": _rows_fake,
+    "uld_fwd": _rows_fake,
+    "topp_count": _counts_fake,
     "token_fwd": _token_fake,
     "token_bwd": _none_fake,
     "scale_grad": _none_fake,

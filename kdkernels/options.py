@@ -123,6 +123,15 @@ class MSEOptions(_OnLogits, RowOptions, total=False):
     centered: bool
 
 
+class ULDOptions(_OnLogits, RowOptions, total=False):
+    """Of ``uld_loss``."""
+
+    temperature: PerRow
+    teacher_temperature: Optional[PerRow]
+    teacher_vocab_size: Optional[int]
+    exact: bool
+
+
 class _Tokens(TypedDict, total=False):
     temperature: PerRow
     entropy: bool

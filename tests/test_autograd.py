@@ -139,6 +139,7 @@ PATTERNS = {
     ),
     "mse": lambda s, t, b: kd.logit_mse_loss(s, t, LABELS, reduction="none", backend=b),
     "mse-centered": lambda s, t, b: kd.logit_mse_loss(s, t, centered=True, vocab_size=7, backend=b),
+    "uld": lambda s, t, b: kd.uld_loss(s, t, LABELS, temperature=2.0, reduction="none", backend=b),
 }
 
 

@@ -656,6 +656,7 @@ OPTIONS_OF = {
     "topk_kd_loss": lambda **o: kd.topk_kd_loss(torch.zeros(2, 3), *sparse_zeros(), **o),
     "dkd_loss": lambda **o: kd.dkd_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), **o),
     "logit_mse_loss": lambda **o: kd.logit_mse_loss(torch.zeros(2, 3), torch.zeros(2, 3), **o),
+    "uld_loss": lambda **o: kd.uld_loss(torch.zeros(2, 3), torch.zeros(2, 4), **o),
     "linear_kd_loss": lambda **o: kd.linear_kd_loss(*[torch.zeros(2, 3), torch.zeros(5, 3)] * 2, **o),
     "linear_topk_kd_loss": lambda **o: kd.linear_topk_kd_loss(
         torch.zeros(2, 3), torch.zeros(5, 3), *sparse_zeros(), **o
@@ -693,6 +694,7 @@ CALLS = {
     kd.topk_kd_loss: (LOGITS, IDS, LOGPROBS),
     kd.dkd_loss: (LOGITS, LOGITS, IDS[:, 0]),
     kd.logit_mse_loss: (LOGITS, LOGITS),
+    kd.uld_loss: (LOGITS, LOGITS),
     kd.linear_kd_loss: (LOGITS, LOGITS, LOGITS, LOGITS),
     kd.linear_topk_kd_loss: (LOGITS, LOGITS, IDS.clamp(max=1), LOGPROBS),
 }
@@ -733,6 +735,7 @@ IN_PLACE = {
     "taid_loss": lambda s, t, **o: kd.taid_loss(s, t, interpolation=0.3, **o),
     "dkd_loss": lambda s, t, **o: kd.dkd_loss(s, t, torch.zeros(s.shape[:-1], dtype=torch.int64), **o),
     "logit_mse_loss": lambda s, t, **o: kd.logit_mse_loss(s, t, **o),
+    "uld_loss": lambda s, t, **o: kd.uld_loss(s, t, **o),
 }
 
 

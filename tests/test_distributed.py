@@ -101,6 +101,7 @@ def losses(student, teacher, labels):
         "topk tail": (kd.topk_kd_loss, {**sparse, "tail_logprob": top.tail_logprob, "divergence": "reverse_kl"}),
         "dkd": (kd.dkd_loss, {"teacher": teacher, "labels": labels}),
         "mse": (kd.logit_mse_loss, {"teacher": teacher, "labels": labels}),
+        "uld": (kd.uld_loss, {"teacher": teacher[..., 1:], "labels": labels}),
         "taid": (kd.taid_loss, {"teacher": teacher, "labels": labels, "interpolation": weight / 2}),
     }
 

@@ -23,6 +23,7 @@ LOSSES = {
     ),
     "dkd": lambda x, **o: kd.dkd_loss(x["student"], x["teacher"], x["labels"], **o),
     "mse": lambda x, **o: kd.logit_mse_loss(x["student"], x["teacher"], **o),
+    "uld": lambda x, **o: kd.uld_loss(x["student"], x["teacher"], **o),
     "mse-labels": lambda x, **o: kd.logit_mse_loss(x["student"], x["teacher"], x["labels"], centered=True, **o),
     "taid": lambda x, **o: kd.taid_loss(x["student"], x["teacher"], interpolation=0.3, **o),
     "linear": lambda x, **o: kd.linear_kd_loss(x["hidden"], x["head"], x["hidden2"], x["head2"], **o),

@@ -36,6 +36,7 @@ LOSSES = {
     "topk_kd_loss": lambda s, t, **o: kd.topk_kd_loss(s, *sparse(t)[:2], normalizer=1e5, **o),
     "dkd_loss": lambda s, t, **o: kd.dkd_loss(s, t, LABELS, normalizer=1e5, **o),
     "logit_mse_loss": lambda s, t, **o: kd.logit_mse_loss(s, t, **o),
+    "uld_loss": lambda s, t, **o: kd.uld_loss(s, t, normalizer=1e5, **o),
     "taid_loss": lambda s, t, **o: kd.taid_loss(s, t, interpolation=0.5, normalizer=1e5, **o),
 }
 names = pytest.mark.parametrize("name", LOSSES)

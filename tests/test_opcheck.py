@@ -104,6 +104,8 @@ LOSSES = {
     "topk-rows": lambda: topk(reduction="none", tail="uniform", row_weight=PER_ROW, return_stats=True)[0],
     "dkd": lambda: kd.dkd_loss(*tensors()[:3]),
     "mse": lambda: kd.logit_mse_loss(*tensors()[:3], centered=True),
+    "uld": lambda: kd.uld_loss(*tensors()[:2], temperature=PER_ROW),
+    "topp": lambda: kd.capture_topp(tensors()[1], 0.7, temperature=2.0).logprobs,
     "taid": lambda: kd.taid_loss(*tensors()[:3], interpolation=0.3),
     "linear": lambda: linear_dense(**TERMS),
     "linear-stats": lambda: linear_dense(return_stats=True)[0],

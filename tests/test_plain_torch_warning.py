@@ -34,6 +34,8 @@ CALLS = {
     "KDLoss": lambda: kd.KDLoss()(STUDENT, TEACHER),
     "dkd_loss": lambda: kd.dkd_loss(STUDENT, TEACHER, torch.zeros(40).long()),
     "logit_mse_loss": lambda: kd.logit_mse_loss(STUDENT, TEACHER),
+    "uld_loss": lambda: kd.uld_loss(STUDENT, TEACHER),
+    "capture_topp": lambda: kd.capture_topp(TEACHER, 0.5, max_k=4),
     "taid_loss": lambda: kd.taid_loss(STUDENT, TEACHER, interpolation=0.5),
     "topk_kd_loss": topk,
     "linear_kd_loss": linear,

@@ -29,6 +29,7 @@ LOSSES = {
     "topk": lambda s, t, **o: kd.topk_kd_loss(s, *sparse(t), LABELS, **o),
     "dkd": lambda s, t, **o: kd.dkd_loss(s, t, LABELS, **o),
     "mse": lambda s, t, **o: kd.logit_mse_loss(s, t, **o),
+    "uld": lambda s, t, **o: kd.uld_loss(s, t, **o),
     "taid": lambda s, t, **o: kd.taid_loss(s, t, interpolation=0.3, **o),
 }
 losses = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)

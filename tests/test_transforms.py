@@ -21,6 +21,7 @@ LOSSES = {
     "topk_kd_loss": lambda s, t, **o: kd.topk_kd_loss(s, *sparse(t), **o),
     "dkd_loss": lambda s, t, **o: kd.dkd_loss(s, t, LABELS, **o),
     "logit_mse_loss": lambda s, t, **o: kd.logit_mse_loss(s, t, **o),
+    "uld_loss": lambda s, t, **o: kd.uld_loss(s, t, **o),
     "taid_loss": lambda s, t, **o: kd.taid_loss(s, t, interpolation=0.3, **o),
 }
 names = pytest.mark.parametrize("name", LOSSES)

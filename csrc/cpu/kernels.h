@@ -18,6 +18,8 @@ struct KernelTable {
   void (*scale)(const ScaleArgs&, int64_t begin, int64_t end);
   void (*capture)(const CaptureArgs&, int64_t begin, int64_t end);
   void (*tokens)(const TokenArgs&, int64_t begin, int64_t end);
+  void (*uld)(const UldArgs&, int64_t begin, int64_t end);
+  void (*topp)(const ToppArgs&, int64_t begin, int64_t end);
 };
 
 const KernelTable& baseline_kernels();

@@ -360,6 +360,52 @@ Tensor mse_fwd(Tensor student, Tensor teacher, std::optional<Tensor> dstudent, s
   return loss;
 }
 
+Tensor uld_fwd(Tensor student, Tensor teacher, std::optional<Tensor> dstudent, std::optional<Tensor> labels,
+               std::optional<Tensor> row_weight, std::optional<Tensor> student_temperature_rows,
+               std::optional<Tensor> teacher_temperature_rows, int64_t vocab_size, int64_t teacher_vocab_size,
+               std::vector<double> numbers, std::vector<int64_t> choices) {
+  const auto number = named<UldNumbers>(numbers);
+  const auto chosen = named<UldChoices>(choices);
+  UldArgs args;
+  Tensor loss = fill_rows(args, student, dstudent, labels, row_weight, vocab_size, chosen.ignore_index, number.scale);
+  args.teacher = view(teacher, "teacher", false);
+  STD_TORCH_CHECK(teacher_vocab_size >= 1 && has_rows(teacher, args, teacher_vocab_size),
+                  "teacher must have the student's rows and at least teacher_vocab_size columns");
+  STD_TORCH_CHECK(std::max(vocab_size, teacher_vocab_size) < INT32_MAX, "there are too many columns");
+  args.teacher_columns = teacher_vocab_size;
+  const int64_t rows = args.batch * args.length;
+  args.student_temperature = per_row(student_temperature_rows, sum_dtype(student), rows, "student_temperature_rows");
+  args.teacher_temperature = per_row(teacher_temperature_rows, sum_dtype(student), rows, "teacher_temperature_rows");
+  args.temperature = number.temperature;
+  args.teacher_temperature_value = number.teacher_temperature;
+  args.exact = chosen.exact != 0;
+  prepare(args);
+  const KernelTable& table = kernels();
+  parallel_rows(rows, args.width, [&](int64_t begin, int64_t end) { table.uld(args, begin, end); });
+  return loss;
+}
+
+Tensor topp_count(Tensor logits, std::optional<Tensor> temperature_rows, int64_t vocab_size,
+                  std::vector<double> numbers, std::vector<int64_t> choices) {
+  STD_TORCH_CHECK(choices.empty(), "the op takes no choices, got ", choices.size());
+  const auto number = named<ToppNumbers>(numbers);
+  ToppArgs args;
+  args.logits = view(logits, "logits", false);
+  args.length = logits.size(1);
+  args.columns = vocab_size;
+  const int64_t rows = logits.size(0) * logits.size(1);
+  STD_TORCH_CHECK(vocab_size >= 1 && vocab_size <= logits.size(2) && vocab_size < INT32_MAX,
+                  "vocab_size must be in [1, ", logits.size(2), "], got ", vocab_size);
+  args.temperature_rows = per_row(temperature_rows, sum_dtype(logits), rows, "temperature_rows");
+  args.p = number.p;
+  args.temperature = number.temperature;
+  Tensor counts = new_tensor(logits, {rows}, ScalarType::Long);
+  args.counts = static_cast<int64_t*>(counts.mutable_data_ptr());
+  const KernelTable& table = kernels();
+  parallel_rows(rows, vocab_size, [&](int64_t begin, int64_t end) { table.topp(args, begin, end); });
+  return counts;
+}
+
 std::string cpu_isa() { return kernels().name; }
 
 }  // namespace
@@ -374,6 +420,8 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
   m.impl("mse_fwd_cpu", TORCH_BOX(&kdk::mse_fwd));
   m.impl("token_bwd_cpu", TORCH_BOX(&kdk::token_bwd<kdk::run_tokens>));
   m.impl("token_fwd_cpu", TORCH_BOX(&kdk::token_fwd<kdk::run_tokens>));
+  m.impl("topp_count_cpu", TORCH_BOX(&kdk::topp_count));
+  m.impl("uld_fwd_cpu", TORCH_BOX(&kdk::uld_fwd));
   m.impl("topk_call_cpu", TORCH_BOX(&kdk::topk_call));
   m.impl("topk_loss_cpu", TORCH_BOX(&kdk::topk_loss));
   m.impl("topk_fwd_cpu", TORCH_BOX((&kdk::topk_fwd<kdk::find_divergence, kdk::run_topk>)));

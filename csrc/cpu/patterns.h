@@ -1,6 +1,6 @@
 // The patterns of one instruction set by the type of the logits. dense_<type>_<isa>.cpp compiles the dense ones of a
-// type and sparse_<isa>.cpp the sparse ones, so that no file takes the compiler long; table_<isa>.cpp chooses among
-// them.
+// type, sparse_<isa>.cpp the sparse ones and order_<isa>.cpp those on the order of a row, so that no file takes the
+// compiler long; table_<isa>.cpp chooses among them.
 #pragma once
 
 #include "io.h"
@@ -23,6 +23,10 @@ template <class X>
 void capture_rows(const CaptureArgs& args, int64_t begin, int64_t end);
 template <class X>
 void token_rows(const TokenArgs& args, int64_t begin, int64_t end);
+template <class X>
+void uld_rows(const UldArgs& args, int64_t begin, int64_t end);
+template <class X>
+void topp_rows(const ToppArgs& args, int64_t begin, int64_t end);
 
 }  // namespace KDK_ISA
 }  // namespace kdk

@@ -30,8 +30,15 @@ inline void run_tokens(const TokenArgs& args, int64_t begin, int64_t end) {
   with_dtype(args.logits.dtype, [&](auto x) { token_rows<decltype(x)>(args, begin, end); });
 }
 
+inline void run_uld(const UldArgs& args, int64_t begin, int64_t end) {
+  with_dtype(args.student.dtype, [&](auto x) { uld_rows<decltype(x)>(args, begin, end); });
+}
+inline void run_topp(const ToppArgs& args, int64_t begin, int64_t end) {
+  with_dtype(args.logits.dtype, [&](auto x) { topp_rows<decltype(x)>(args, begin, end); });
+}
+
 inline KernelTable table(const char* name) {
-  return {name, run_dense, run_dkd, run_mse, run_topk, run_scale, run_capture, run_tokens};
+  return {name, run_dense, run_dkd, run_mse, run_topk, run_scale, run_capture, run_tokens, run_uld, run_topp};
 }
 
 }  // namespace KDK_ISA

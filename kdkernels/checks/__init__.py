@@ -19,6 +19,7 @@ from kdkernels.checks.dense import (
     several,
     student_of,
     teacher_like,
+    teacher_of_width,
     teacher_probs,
     teachers_of,
     vocabulary,

@@ -76,6 +76,22 @@ def teacher_like(name: str, teacher: Any, student: Tensor, vocab_size: Optional[
         raise ValueError(f"vocab_size must be at most {name}'s width {teacher.shape[-1]}, got {vocab_size}")
 
 
+def teacher_of_width(name: str, teacher: Any, student: Tensor, vocab_size: Optional[int]) -> int:
+    """The teacher's leading shape and device are the student's, and its width its own; the columns that count."""
+    logits(name, teacher)
+    if teacher.device != student.device:
+        raise ValueError(f"{name} must be on the student's device {student.device}, got {teacher.device}")
+    if teacher.shape[:-1] != student.shape[:-1]:
+        leading = ", ".join([*map(str, student.shape[:-1]), "V"])
+        raise ValueError(f"{name} must have shape ({leading}), the student's rows, got {tuple(teacher.shape)}")
+    width = teacher.shape[-1]
+    if vocab_size is None:
+        return width
+    if vocab_size > width:
+        raise ValueError(f"teacher_vocab_size must be at most {name}'s width {width}, got {vocab_size}")
+    return vocab_size
+
+
 def teachers_of(options: Any, teacher: Any, student: Tensor) -> tuple[Tensor, ...]:
     """A teacher, or a sequence of some, beside the student."""
     if not isinstance(teacher, (list, tuple)):

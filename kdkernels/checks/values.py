@@ -33,7 +33,13 @@ def flag(name: str, value: object) -> None:
 
 
 def number(
-    name: str, value: Any, *, low: float = -math.inf, high: float = math.inf, exclusive_low: bool = False
+    name: str,
+    value: Any,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    exclusive_low: bool = False,
+    exclusive_high: bool = False,
 ) -> float:
     """``value`` must be a finite Python number (a symbol counts) in ``[low, high]``."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
@@ -43,8 +49,12 @@ def number(
     if not -LARGEST <= value <= LARGEST:
         raise ValueError(f"{name} must be finite, got {symbols.shown(value)}")
     # Not ``== low``: that would pin a symbol, of which the message has no name.
-    if value < low or value > high or (exclusive_low and not value > low):
-        expected = f"> {low:g}" if exclusive_low else (f">= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]")
+    outside = value < low or value > high
+    if outside or (exclusive_low and not value > low) or (exclusive_high and not value < high):
+        if high == math.inf:
+            expected = f"{'>' if exclusive_low else '>='} {low:g}"
+        else:
+            expected = f"in {'(' if exclusive_low else '['}{low:g}, {high:g}{')' if exclusive_high else ']'}"
         raise ValueError(f"{name} must be {expected}, got {symbols.shown(value)}")
     return symbols.as_float(value)
 

@@ -2,6 +2,7 @@
 
 from kdkernels.reference.capture import capture_rows, sample_rows
 from kdkernels.reference.dense import dense_rows, dkd_rows, mse_rows
+from kdkernels.reference.order import topp_rows, uld_rows
 from kdkernels.reference.tokens import TokenRows, token_gradient, token_rows
 from kdkernels.reference.topk import topk_rows
 
@@ -15,4 +16,6 @@ __all__ = [
     "token_gradient",
     "token_rows",
     "topk_rows",
+    "topp_rows",
+    "uld_rows",
 ]

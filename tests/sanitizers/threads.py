@@ -41,6 +41,9 @@ def losses(dtype):
         },
         "dkd": lambda s: kd.dkd_loss(s, teacher, labels, **options),
         "mse": lambda s: kd.logit_mse_loss(s, teacher, labels, centered=True, backend="cpu"),
+        "uld": lambda s: kd.uld_loss(s, teacher, labels, backend="cpu"),
+        "uld exact": lambda s: kd.uld_loss(s, teacher, labels, exact=True, backend="cpu"),
+        "capture p": lambda s: kd.capture_topp(s.detach(), 0.9, backend="cpu").tail_logprob.sum() + 0 * s.sum(),
         "capture": lambda s: kd.capture_topk(s.detach(), K, backend="cpu").logprobs.sum() + 0 * s.sum(),
     }
 

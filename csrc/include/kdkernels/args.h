@@ -126,6 +126,24 @@ struct MseArgs : RowArgs {
   bool centered = false;
 };
 
+// Probabilities in order, of vocabularies that may differ.
+struct UldArgs : RowArgs {
+  LogitsView teacher;
+  int64_t teacher_columns = 0;
+  PerRow student_temperature, teacher_temperature;
+  double temperature = 1, teacher_temperature_value = 1;
+  bool exact = false;  // sorts what is not counted by its bits
+};
+
+struct ToppArgs {
+  int64_t length = 0;   // rows of a batch, as in RowArgs
+  int64_t columns = 0;  // V
+  LogitsView logits;
+  PerRow temperature_rows;
+  double p = 1, temperature = 1;
+  int64_t* counts = nullptr;  // [N]
+};
+
 struct ScaleArgs {
   int64_t batch = 0, length = 0, width = 0;
   LogitsView grad;

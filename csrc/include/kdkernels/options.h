@@ -41,6 +41,17 @@ struct MseChoices {
   int64_t ignore_index, centered;
 };
 
+struct UldNumbers {
+  double scale, temperature, teacher_temperature;
+};
+struct UldChoices {
+  int64_t ignore_index, exact;
+};
+
+struct ToppNumbers {
+  double p, temperature;
+};
+
 struct CaptureNumbers {
   double temperature;
 };
