@@ -83,6 +83,11 @@ def attention_kd_loss(
     Reference:
         Jiao et al. 2020 (TinyBERT), arXiv:1909.10351, for "mse", which there counts the masked entries as zeros; Wang
         et al. 2020 (MiniLM), arXiv:2002.10957, for the divergence.
+
+    Example:
+        >>> query, key, teacher_query, teacher_key = torch.randn(4, 2, 3, 5, 8)  # B, H, n, d
+        >>> attention_kd_loss(query, key, teacher_query, teacher_key, causal=True).shape
+        torch.Size([])
     """
     call = _checked(
         (student_query, student_key, teacher_query, teacher_key),
@@ -139,6 +144,11 @@ def relation_kd_loss(
 
     Reference:
         Wang et al. 2021 (MiniLMv2), arXiv:2012.15828.
+
+    Example:
+        >>> query_key_value, of_teacher = torch.randn(3, 2, 5, 24), torch.randn(3, 2, 5, 64)
+        >>> relation_kd_loss([*query_key_value], [*of_teacher], heads=4).shape
+        torch.Size([])
     """
     checks.integer("heads", heads, low=1)
     sides = {"student": _split("student", student, heads), "teacher": _split("teacher", teacher, heads)}

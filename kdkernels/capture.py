@@ -77,6 +77,11 @@ def capture_topk(
 
     Raises:
         TypeError, ValueError: naming the argument, before anything is launched.
+
+    Example:
+        >>> teacher = capture_topk(torch.tensor([[0.0, 2, 1, 0]]), 2)
+        >>> teacher.ids.tolist(), [round(x, 2) for x in teacher.logprobs[0].exp().tolist()]
+        ([[1, 2]], [0.61, 0.22])
     """
     columns, temperature = _checked(teacher_logits, vocab_size, temperature)
     checks.integer("k", k, low=1)
@@ -215,6 +220,11 @@ def capture_samples(
 
     Reference:
         Anshumann et al. 2025, "Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs", arXiv:2503.16870.
+
+    Example:
+        >>> teacher = capture_samples(torch.tensor([[0.0, 99, 0, 0]]), 8)
+        >>> teacher.ids[teacher.ids >= 0].unique().tolist()
+        [1]
     """
     columns, temperature = _checked(teacher_logits, vocab_size, temperature)
     checks.integer("n", n, low=1)

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
+import sys
+from pathlib import Path
+from typing import Any
 
 import torch
 
 import kdkernels
 from kdkernels import backends, build_info, ops
 from kdkernels.backends import cpu, cuda
+
+# Losses and what makes them; those on hidden states make the dense or the sparse one of each chunk.
+LOSSES = {
+    "kd_loss, taid_loss, linear_kd_loss": "dense_fwd",
+    "topk_kd_loss, linear_topk_kd_loss": "topk_fwd",
+    "dkd_loss": "dkd_fwd",
+    "logit_mse_loss": "mse_fwd",
+    "capture_topk": "capture_topk",
+    "token_logprobs": "token_fwd",
+}
 
 
 def _version(package: str) -> str:
@@ -73,10 +87,18 @@ def _runs(backend: str) -> str:
     return "; ".join(["runs", *(f'not by "auto": {reason}' for reason in reserved)])
 
 
-def report() -> str:
-    """Text of one fact a line: the versions here, the libraries, and the backend that "auto" takes."""
+def _of_losses(device_type: str) -> dict[str, str]:
+    """The backend that "auto" takes for each loss."""
+    return {names: backends.select("auto", device_type, pattern=pattern) for names, pattern in LOSSES.items()}
+
+
+def _losses_line(device_type: str) -> str:
+    return "  " + "; ".join(f"{names}: {backend}" for names, backend in _of_losses(device_type).items())
+
+
+def _facts() -> dict[str, str]:
     built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
-    facts = {
+    return {
         "kdkernels": _kdkernels(),
         "package": _package(),
         "python": f"{platform.python_version()} ({platform.system()} {platform.machine()})",
@@ -87,8 +109,45 @@ def report() -> str:
         "threads": str(torch.get_num_threads()),
         "gpu": _gpu(),
     }
-    lines = [f"{name:<11}{fact}" for name, fact in facts.items()]
-    return "\n".join([*lines, *_choice("cpu"), *_choice("cuda")])
+
+
+def report() -> str:
+    """Text of one fact a line: the versions here, the libraries, and the backend that "auto" takes."""
+    lines = [f"{name:<11}{fact}" for name, fact in _facts().items()]
+    for device_type in ("cpu", "cuda"):
+        lines += [*_choice(device_type), _losses_line(device_type)]
+    return "\n".join(lines)
+
+
+def to_json() -> str:
+    """The facts of ``report`` as JSON, for reports of faults: no name of this machine, and no path of its user."""
+    facts: dict[str, Any] = {name: fact for name, fact in _facts().items() if name != "package"}
+    for name, backend, module in (("extension", "cpu", cpu), ("cuda ext", "cuda", cuda)):
+        path = build_info.find(backend)
+        reason = module.load_error()
+        facts[name] = {"loads": reason is None}
+        if path is not None:
+            facts[name]["built"] = build_info.summary(backend, build_info.read(path.parent))
+        if reason is not None:
+            facts[name]["reason"] = reason
+    if cpu.load_error() is None:
+        facts["extension"]["runs"] = cpu.isa()
+    facts["source tree"] = build_info.source_tree() is not None
+    facts["devices"] = {
+        device_type: {
+            "auto": backends.select("auto", device_type),
+            "backends": {answer.name: answer.reason or "runs" for answer in backends.available(device_type)},
+            "losses": _of_losses(device_type),
+        }
+        for device_type in ("cpu", "cuda")
+    }
+    packages = ("numpy", "safetensors", "transformers", "accelerate", "trl", "peft")
+    facts["packages"] = {name: _version(name) for name in packages}
+    text = json.dumps(facts, indent=1)
+    hidden = {sys.executable: "python", str(build_info.PACKAGE.parent): "<source>", str(Path.home()): "~"}
+    for path_of_user, name in hidden.items():
+        text = text.replace(path_of_user, name)
+    return text
 
 
 if __name__ == "__main__":

@@ -75,6 +75,10 @@ def feature_loss(
     Reference:
         Romero et al. 2015 (FitNets), arXiv:1412.6550, "mse"; Sun et al. 2019 (PKD), arXiv:1908.09355, "mse" of "l2";
         Sanh et al. 2019 (DistilBERT), arXiv:1910.01108, "cosine".
+
+    Example:
+        >>> feature_loss(torch.ones(2, 3, 4), 2 * torch.ones(2, 3, 4), kind="cosine").item()
+        0.0
     """
     checks.features(student, teacher)
     checks.choice("kind", kind, KINDS)

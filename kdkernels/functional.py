@@ -157,6 +157,13 @@ def kd_loss(
     Raises:
         TypeError, ValueError: naming the argument, before anything is launched. Values inside tensors are read on the
             CPU always, on a GPU only when ``KDKERNELS_DEBUG=1``.
+
+    Example:
+        >>> student, teacher = torch.zeros(2, 4, requires_grad=True), torch.tensor([[9.0, 0, 0, 0], [0, 0, 0, 9.0]])
+        >>> loss = kd_loss(student, teacher, temperature=2.0, divergence="forward_kl")
+        >>> loss.backward()
+        >>> round(loss.item(), 3), student.grad.argmin(-1).tolist()
+        (4.834, [0, 3])
     """
     return dense(Objective.of(options), student, teacher, labels)
 
@@ -262,8 +269,8 @@ def topk_kd_loss(
             equal probabilities to ``1 / T_t`` as well. With "bucket" and "drop" the mass outside S at T_t cannot be
             known, and T_t must be 1: take the log-probabilities at the temperature of the loss, and pass
             ``teacher_temperature=1.0``.
-        scale_by_t_squared, kd_weight, ce_weight, z_loss_weight, label_smoothing, ignore_index, row_weight, reduction,
-            normalizer, vocab_size, student_softcap, row_param, inplace: as in ``kd_loss``.
+        scale_by_t_squared, kd_weight, ce_weight, z_loss_weight, label_smoothing, ignore_index: as in ``kd_loss``.
+        row_weight, reduction, normalizer, vocab_size, student_softcap, row_param, inplace: as in ``kd_loss``.
         return_stats: also return ``TopKStats``.
         backend: "auto", "cuda" (C++, where it was built), "triton", "cpu" (C++) or "torch" (plain PyTorch, the
             reference).
@@ -276,6 +283,11 @@ def topk_kd_loss(
         TypeError, ValueError: naming the argument, before anything is launched. Values inside tensors are read on the
             CPU always, on a GPU only when ``KDKERNELS_DEBUG=1``; the row of an id out of range that was not seen gives
             NaN.
+
+    Example:
+        >>> ids, logprobs = torch.tensor([[3, 1]]), torch.tensor([[0.6, 0.3]]).log()
+        >>> round(topk_kd_loss(torch.zeros(1, 10), ids, logprobs).item(), 3)
+        1.197
     """
     objective = TopKObjective.of(options)
     return topk(objective, student, teacher_ids, teacher_logprobs, labels, tail_logprob=tail_logprob)
@@ -335,6 +347,11 @@ def taid_loss(
     Raises:
         TypeError, ValueError: as ``kd_loss``; also for ``teacher_temperature``, ``teacher_form``, ``teacher_weights``,
             ``mixture`` and ``teacher_lse``, which have no meaning here.
+
+    Example:
+        >>> student, teacher = torch.zeros(1, 4), torch.tensor([[4.0, 2, 0, 0]])
+        >>> taid_loss(student, teacher, interpolation=0.0).item()  # the student itself is the target
+        0.0
     """
     return taid(TAIDObjective.of(options), student, teacher, labels)
 
@@ -436,6 +453,12 @@ def dkd_loss(
 
     Raises:
         TypeError, ValueError: as ``kd_loss``.
+
+    Example:
+        >>> student, teacher = torch.zeros(1, 4, requires_grad=True), torch.tensor([[4.0, 2, 0, 0]])
+        >>> dkd_loss(student, teacher, torch.tensor([0]), alpha=1.0, beta=8.0).backward()
+        >>> student.grad.argmin().item()  # the second class, which the teacher prefers among the others
+        1
     """
     if labels is None:
         raise TypeError("labels are required by dkd_loss")
@@ -470,6 +493,10 @@ def logit_mse_loss(
 
     Raises:
         TypeError, ValueError: as ``kd_loss``.
+
+    Example:
+        >>> logit_mse_loss(torch.zeros(1, 4), torch.tensor([[2.0, 0, 0, 0]])).item()
+        1.0
     """
     return pair("mse_fwd", MSEObjective.of(options), student, teacher, labels)
 

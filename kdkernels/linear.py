@@ -123,10 +123,12 @@ def linear_kd_loss(
         reduction: as in ``kd_loss``. The gradient of "none" is made in ``backward``, where each row's ``grad_output``
             is known: it repeats the products of the rows whose ``grad_output`` is not 0. Where the weights of the rows
             are known before, ``row_weight`` and "sum" do without.
-        divergence, temperature, teacher_temperature, scale_by_t_squared, kd_weight, ce_weight, z_loss_weight,
-            label_smoothing, ignore_index, row_weight, normalizer, teacher_weights, mixture, vocab_size,
-            student_softcap, teacher_softcap, standardize, teacher_lse, row_param, return_stats, backend: as in
-            ``kd_loss``, but that a temperature gets no gradient. Columns from ``vocab_size`` on are not even projected.
+        divergence, teacher_temperature, scale_by_t_squared, kd_weight, ce_weight, z_loss_weight: as in ``kd_loss``.
+        temperature: as in ``kd_loss``; it gets no gradient.
+        label_smoothing, ignore_index, row_weight, normalizer, teacher_weights, mixture: as in ``kd_loss``.
+        student_softcap, teacher_softcap, standardize, teacher_lse, row_param, return_stats: as in ``kd_loss``.
+        backend: as in ``kd_loss``.
+        vocab_size: as in ``kd_loss``; columns from there on are not even projected.
 
     Under autocast the operands of the products are rounded to its dtype. Sums, losses and statistics are float32.
     Under ``torch.compile`` the loop is one op of the graph; backend "torch" makes all logits at once there.
@@ -137,6 +139,13 @@ def linear_kd_loss(
     Raises:
         TypeError, ValueError: naming the argument, before anything is launched; for what ``teacher_logits`` returns,
             when it does.
+
+    Example:
+        >>> hidden, head = torch.randn(8, 16, requires_grad=True), torch.nn.Linear(16, 100)
+        >>> teacher_hidden, teacher_head = torch.randn(8, 24), torch.nn.Linear(24, 100)
+        >>> linear_kd_loss(hidden, head, teacher_hidden, teacher_head, temperature=2.0).backward()
+        >>> hidden.grad.shape, head.weight.grad.shape
+        (torch.Size([8, 16]), torch.Size([100, 16]))
     """
     return dense(
         LinearObjective.of(options),
@@ -263,15 +272,23 @@ def linear_topk_kd_loss(
         sparse_grad: give ``student_weight`` its gradient as a sparse COO tensor of the rows that have one, as
             ``torch.nn.Embedding(sparse=True)`` does, for ``torch.optim.SparseAdam`` or ``SGD``. Eager only, and only
             where only K columns are projected.
-        tail, divergence, temperature, teacher_temperature, scale_by_t_squared, kd_weight, ce_weight, z_loss_weight,
-            label_smoothing, ignore_index, row_weight, normalizer, vocab_size, student_softcap, row_param, return_stats,
-            backend: as in ``topk_kd_loss``.
+        tail, divergence, temperature, teacher_temperature, scale_by_t_squared, kd_weight: as in ``topk_kd_loss``.
+        ce_weight, z_loss_weight, label_smoothing, ignore_index, row_weight, normalizer: as in ``topk_kd_loss``.
+        vocab_size, student_softcap, row_param, return_stats, backend: as in ``topk_kd_loss``.
 
     Returns:
         As ``topk_kd_loss``.
 
     Raises:
         TypeError, ValueError: naming the argument, before anything is launched.
+
+    Example:
+        >>> from kdkernels import capture_topk
+        >>> hidden, head = torch.randn(8, 16, requires_grad=True), torch.nn.Linear(16, 100)
+        >>> teacher = capture_topk(torch.randn(8, 100), 5)
+        >>> linear_topk_kd_loss(hidden, head, *teacher[:2], tail_logprob=teacher.tail_logprob).backward()
+        >>> hidden.grad.shape
+        torch.Size([8, 16])
     """
     return topk(
         LinearTopKObjective.of(options),

@@ -62,6 +62,11 @@ def capture_expectation(
 
     Raises:
         TypeError, ValueError: naming the argument, before anything is computed.
+
+    Example:
+        >>> head = torch.nn.Linear(16, 100).requires_grad_(False)
+        >>> capture_expectation(torch.randn(8, 100), head).expectation.shape
+        torch.Size([8, 16])
     """
     head, offset = checks.head_tensors("student_", student_weight, student_bias)
     checks.lone_head("student_", head, offset, teacher)

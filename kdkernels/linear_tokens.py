@@ -95,6 +95,12 @@ def linear_token_logprobs(
 
             now = kd.linear_token_logprobs(hidden, model.lm_head, tokens, temperature=0.7).logprobs
             loss = kd.onpolicy.ppo(now, old_logprobs, advantages, mask=mask)
+
+    Example:
+        >>> hidden, head = torch.randn(8, 16, requires_grad=True), torch.randn(100, 16)
+        >>> linear_token_logprobs(hidden, head, torch.arange(8)).logprobs.sum().backward()
+        >>> hidden.grad.shape
+        torch.Size([8, 16])
     """
     given = LinearTokenOptions.of(options)
     call, head, offset, tokens, logits = _prepared(given, hidden, weight, ids, bias, "")
@@ -144,6 +150,11 @@ def linear_gather_logprobs(
 
     Example:
         ``teacher = kd.linear_gather_logprobs(teacher_hidden, teacher.lm_head, kd.capture_topk(logits, 100).ids)``
+
+    Example:
+        >>> hidden, head = torch.randn(8, 16), torch.randn(100, 16)
+        >>> linear_gather_logprobs(hidden, head, torch.arange(24).reshape(8, 3)).logprobs.shape
+        torch.Size([8, 3])
     """
     options = {"temperature": temperature, "vocab_size": vocab_size, "softcap": softcap, "backend": backend}
     given = LinearTokenOptions.of(

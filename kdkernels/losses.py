@@ -39,6 +39,11 @@ class KDLoss(_Loss):
     """``kd_loss`` as a module: ``KDLoss(**options)(student, teacher, labels)``, with the options of ``kd_loss``.
 
     Options are checked when the module is built, tensors when it is called. ``objective`` holds them.
+
+    Example:
+        >>> loss = KDLoss(temperature=2.0, reduction="batchmean")
+        >>> loss(torch.zeros(2, 4), torch.zeros(2, 4)).item()
+        0.0
     """
 
     kind = Objective
@@ -56,6 +61,11 @@ class TopKKDLoss(_Loss):
 
     See ``kdkernels.topk_kd_loss`` for the options; they are checked when the module is built, tensors when it is
     called. A captured ``tail_logprob`` goes to the call.
+
+    Example:
+        >>> loss = TopKKDLoss(tail="renormalize")
+        >>> round(loss(torch.zeros(1, 4), torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]]).log()).item(), 4)  # log 2
+        0.6931
     """
 
     kind = TopKObjective
@@ -83,6 +93,11 @@ class LinearKDLoss(_Loss):
 
     See ``kdkernels.linear_kd_loss`` for the options; they are checked when the module is built, tensors when it is
     called. It holds no weight: heads are handed in, as tensors or as the modules that they are the weights of.
+
+    Example:
+        >>> hidden, head = torch.randn(8, 16), torch.nn.Linear(16, 100)
+        >>> LinearKDLoss(temperature=2.0)(hidden, head, hidden, head).item() < 1e-6
+        True
     """
 
     kind = LinearObjective
@@ -124,6 +139,11 @@ class LinearTopKKDLoss(_Loss):
     See ``kdkernels.linear_topk_kd_loss`` for the options; they are checked when the module is built, tensors when it is
     called. It holds no weight: the head is handed in, as a tensor or as a module. A captured ``tail_logprob`` goes to
     the call.
+
+    Example:
+        >>> hidden, head = torch.randn(2, 16), torch.nn.Linear(16, 100)
+        >>> LinearTopKKDLoss()(hidden, head, torch.tensor([[1], [2]]), torch.zeros(2, 1)).shape
+        torch.Size([])
     """
 
     kind = LinearTopKObjective

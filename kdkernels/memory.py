@@ -23,12 +23,83 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
 from kdkernels.backends import cpu
+
+
+class Rung(NamedTuple):
+    """A way to take a loss, by the memory that it needs beside models and hidden states.
+
+    logits: tensors ``[N, V]`` at the peak, the logits of the models included. entries: K ids (int32) and
+    log-probabilities (float32) a row. chunks: a chunk of logits, and the gradients of head and hidden states.
+    """
+
+    call: str
+    logits: int
+    entries: int
+    chunks: int
+
+
+LADDER = (
+    Rung("F.kl_div", 7, 0, 0),
+    Rung("kd_loss", 3, 0, 0),
+    Rung("kd_loss, inplace", 2, 0, 0),
+    Rung("topk_kd_loss", 2, 1, 0),
+    Rung("topk_kd_loss, inplace", 1, 1, 0),
+    Rung("linear_kd_loss", 0, 0, 1),
+    Rung("linear_topk_kd_loss", 0, 1, 1),
+)
+
+
+def estimate(
+    rows: int,
+    vocab_size: int,
+    *,
+    hidden_size: Optional[int] = None,
+    k: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    chunk_bytes: Optional[int] = None,
+) -> dict[str, int]:
+    """Bytes that a loss and its gradient need beside models and hidden states, for each rung of the ladder.
+
+    Args:
+        rows: N, the tokens of a step: batch times length.
+        vocab_size: V.
+        hidden_size: D of the student; without it the losses on hidden states are left out.
+        k: K of a sparse teacher.
+        dtype: of the logits of both models, and of the hidden states.
+        chunk_bytes: of the losses on hidden states, by default that of a GPU, 512 MiB.
+
+    Example:
+        >>> from kdkernels import memory
+        >>> {call: size // 2**20 for call, size in memory.estimate(8192, 151936).items()}["kd_loss"]
+        7122
+    """
+    from kdkernels.chunked import GPU_CHUNK_BYTES
+
+    one = rows * vocab_size * dtype.itemsize
+    chunk = GPU_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
+    # Logits of a chunk are float32, of student and teacher.
+    chunk = min(chunk, 2 * 4 * rows * vocab_size)
+    found = {}
+    for rung in LADDER:
+        if rung.chunks and hidden_size is None:
+            continue
+        gradients = (4 * vocab_size + rows * dtype.itemsize) * (hidden_size or 0) if rung.chunks else 0
+        found[rung.call] = rung.logits * one + rung.entries * rows * k * 8 + rung.chunks * chunk + gradients
+    return found
+
+
+def ladder_table() -> str:
+    """``LADDER`` as the table of docs/guide/memory.md, from which the calculator of that page reads its numbers."""
+    lines = ["| call | tensors [N, V] | K entries a row | a chunk and gradients |", "| --- | --- | --- | --- |"]
+    lines += [f"| `{rung.call}` | {rung.logits} | {rung.entries} | {rung.chunks} |" for rung in LADDER]
+    return "\n".join(lines)
+
 
 # Smaller tensors are not kept (kMinBytes of csrc/cpu/memory.cpp), so torch makes them.
 MIN_BYTES = 8 * 2**20

@@ -36,6 +36,16 @@ def register_divergence(
     Raises:
         TypeError: when ``cls`` is no subclass of ``Divergence``, or no frozen dataclass of its own.
         ValueError: when the name is taken or no identifier, or only one of the Triton functions is given.
+
+    Example:
+        >>> import dataclasses, torch, kdkernels as kd
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Hellinger(kd.Divergence):
+        ...     name = "hellinger"
+        >>> kd.register_divergence(Hellinger, lambda p, logp, q, logq, a, b: 0.5 * (p.sqrt() - q.sqrt()) ** 2)
+        >>> kd.kd_loss(torch.zeros(1, 4), torch.zeros(1, 4), divergence="hellinger").item()
+        0.0
+        >>> kd.unregister_divergence("hellinger")
     """
     if not (isinstance(cls, type) and issubclass(cls, Divergence)):
         raise TypeError(f"cls must be a subclass of kdkernels.Divergence, got {cls!r}")

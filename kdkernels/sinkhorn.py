@@ -58,6 +58,12 @@ def sinkhorn_bias(
 
     Reference:
         Caron et al. 2020 (SwAV), arXiv:2006.09882; Oquab et al. 2023 (DINOv2), arXiv:2304.07193.
+
+    Example:
+        >>> scores = torch.randn(8, 4)
+        >>> balanced = scores + sinkhorn_bias(scores, temperature=0.1)
+        >>> balanced.shape
+        torch.Size([8, 4])
     """
     checks.logits("teacher", teacher)
     temperature = checks.number("temperature", temperature, low=0.0, exclusive_low=True)

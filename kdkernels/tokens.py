@@ -108,6 +108,11 @@ def token_logprobs(logits: Tensor, ids: Tensor, **options: Any) -> Any:
             student = kd.token_logprobs(logits, tokens).logprobs
             teacher = kd.token_logprobs(teacher_logits.detach(), tokens).logprobs
             loss = ((student - teacher).detach() * student)[mask].mean()
+
+    Example:
+        >>> found = token_logprobs(torch.zeros(1, 4), torch.tensor([2]))
+        >>> round(found.logprobs.item(), 4)  # log 1/4
+        -1.3863
     """
     given = TokenOptions.of(options)
     checks.logits("logits", logits)
@@ -177,6 +182,11 @@ def gather_logprobs(
             ids = kd.capture_topk(logits, 100).ids
             teacher = kd.gather_logprobs(teacher_logits, ids)
             loss = kd.topk_kd_loss(logits, *teacher[:2], tail_logprob=teacher.tail_logprob, divergence="reverse_kl")
+
+    Example:
+        >>> found = gather_logprobs(torch.zeros(1, 4), torch.tensor([[0, 2]]))
+        >>> [round(x.exp().item(), 4) for x in (*found.logprobs[0], found.tail_logprob)]
+        [0.25, 0.25, 0.5]
     """
     given = TokenOptions.of(
         {"temperature": temperature, "vocab_size": vocab_size, "softcap": softcap, "backend": backend}

@@ -1,7 +1,12 @@
 """Documentation: text that the code writes is the code's, links lead somewhere, names exist, and lines are short."""
 
 import ast
+import doctest
+import importlib
+import inspect
 import re
+import subprocess
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -9,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdkernels import divergences
+import kdkernels
+from kdkernels import divergences, memory
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -122,6 +128,75 @@ def test_the_examples_of_a_training_loop_run():
     accumulated, weight.grad = weight.grad, None
     loss(names["student"](names["inputs"]), names["teacher_logits"], names["labels"]).backward()
     torch.testing.assert_close(accumulated, weight.grad)
+
+
+@pytest.mark.parametrize("page", ["README", "guide/five-minutes", "guide/vocabularies", "guide/memory", "guide/faq"])
+def test_the_examples_of_a_page_run(page):
+    blocks, names = examples(DOCS / f"{page}.md"), {}
+    for code in blocks:
+        exec(code, names)
+    assert blocks
+    if page == "guide/five-minutes":
+        assert names["distilled"] > names["alone"] + 0.05
+
+
+def test_the_examples_of_several_devices_run():
+    """In a process of its own: they make a process group."""
+    code = "".join(examples(DOCS / "guide" / "devices.md"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert code.count(".backward()") == 3 and done.returncode == 0, done.stderr[-2000:]
+
+
+def documented():
+    """Modules of the package whose docstrings have examples."""
+    names = {getattr(kdkernels, name).__module__ for name in kdkernels.__all__ if callable(getattr(kdkernels, name))}
+    return sorted(names | {"kdkernels.memory", "kdkernels.onpolicy", "kdkernels.alignment"})
+
+
+@pytest.mark.parametrize("module", documented())
+def test_the_examples_of_docstrings_are_right(module):
+    assert not doctest.testmod(importlib.import_module(module)).failed
+
+
+def test_every_public_function_and_module_has_an_example():
+    public = {name: getattr(kdkernels, name) for name in kdkernels.__all__}
+    wanted = {
+        name: item
+        for name, item in public.items()
+        if inspect.isfunction(item) or inspect.isclass(item) and issubclass(item, torch.nn.Module)
+    }
+    assert len(wanted) > 20
+    assert not [name for name, item in wanted.items() if ">>> " not in item.__doc__ and name != "unregister_divergence"]
+
+
+def test_every_public_name_is_on_the_page_of_the_api():
+    text = (DOCS / "reference" / "api.md").read_text()
+    listed = set(re.findall(r"^::: kdkernels\.([\w.]+)$", text, flags=re.M))
+    assert listed | set(divergences.__all__) >= set(kdkernels.__all__)
+
+
+def test_every_page_is_in_the_menu():
+    menu = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
+    listed = re.findall(r"[\w/-]+\.md", menu)
+    assert sorted(listed) == sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+
+
+def test_every_environment_variable_is_listed():
+    folders = ("kdkernels", "csrc", "tests", "benchmarks")
+    files = [ROOT / "setup.py", *(path for folder in folders for path in (ROOT / folder).rglob("*.*"))]
+    text = "".join(path.read_text() for path in files if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh"))
+    read = set(re.findall(r"KDKERNELS_[A-Z]+(?:_[A-Z]+)*", text))
+    listed = set(re.findall(r"^\| `(KDKERNELS_\w+)`", (DOCS / "reference" / "environment.md").read_text(), flags=re.M))
+    assert listed == read
+
+
+def test_the_ladder_of_memory_is_the_code_s():
+    assert memory.ladder_table() in (DOCS / "guide" / "memory.md").read_text()
+    one = 8192 * 151936 * 2
+    sizes = memory.estimate(8192, 151936, hidden_size=4096, k=8, chunk_bytes=2**20)
+    assert sizes["kd_loss"] == 3 * one and sizes["topk_kd_loss"] == 2 * one + 8192 * 8 * (4 + 4)
+    assert sizes["linear_kd_loss"] == 2**20 + 151936 * 4096 * 4 + 8192 * 4096 * 2
+    assert "linear_kd_loss" not in memory.estimate(8192, 151936)
 
 
 def test_the_examples_of_hidden_states_run():

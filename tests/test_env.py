@@ -16,8 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_the_command_has_a_version(capsys):
-    with pytest.raises(SystemExit, match="^0$"):
-        cli.main(["--version"])
+    assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"kdkernels {kdkernels.__version__}\n"
 
 
@@ -80,6 +79,21 @@ def test_every_backend_is_named_with_the_choice_and_the_reason(device_type):
     for line, answer in zip(lines, answers, strict=True):
         assert line.split(maxsplit=1) == [answer.name, env._runs(answer.name) if answer.ok else f"no: {answer.reason}"]
     assert all(a.reason for a in answers if not a.ok)
+
+
+def test_the_report_as_json_has_no_path_of_the_user(capsys):
+    assert cli.main(["env", "--json"]) == 0
+    text = capsys.readouterr().out
+    facts = json.loads(text)
+    assert facts["torch"].startswith(torch.__version__) and facts["extension"]["loads"] == (
+        not backends.cpu.load_error()
+    )
+    for device_type in ("cpu", "cuda"):
+        assert facts["devices"][device_type]["auto"] == backends.select("auto", device_type)
+        losses = facts["devices"][device_type]["losses"]
+        assert losses["capture_topk"] == backends.select("auto", device_type, pattern="capture_topk")
+    assert set(env.LOSSES.values()) == ops.SCHEMAS.keys() - {"token_bwd", "scale_grad"}
+    assert str(ROOT) not in text and str(Path.home()) not in text.replace("~", "")
 
 
 def test_what_auto_leaves_to_another_backend_is_said():

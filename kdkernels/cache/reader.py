@@ -156,7 +156,7 @@ class ExpectationCache(_Cache):
 
     Raises:
         IdentityMismatchError: another head, temperature or teacher, or a cache of ids and log-probabilities.
-        Else as ``TeacherCache``.
+        CacheError: as ``TeacherCache``.
     """
 
     def __init__(

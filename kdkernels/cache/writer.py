@@ -311,7 +311,7 @@ class ExpectationCacheWriter(_Writer):
         extras: as in ``TeacherCacheWriter``, under other names than "expectation", "entropy" and "expected_bias".
 
     Raises:
-        As ``TeacherCacheWriter``.
+        CacheError: as ``TeacherCacheWriter``.
     """
 
     def __init__(

@@ -1,0 +1,247 @@
+"""The commands that need Typer and rich, and the capture of a teacher from a causal language model."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+import kdkernels as kd
+from kdkernels import bench, cli, divergences, testing
+
+pytest.importorskip("typer", reason="the command line needs the package typer")
+pytest.importorskip("safetensors", reason="the cache writes safetensors")
+
+from kdkernels import cache as kd_cache  # noqa: E402
+from kdkernels.cache import capture  # noqa: E402
+
+V, K = 40, 5
+
+
+# Without the packages
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["env"], ["env", "--json"]])
+def test_what_a_report_needs_works_without_the_packages(arguments, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "typer", None)
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    assert cli.main(arguments) == 0
+    assert kd.__version__ in capsys.readouterr().out
+
+
+def test_another_command_without_the_packages_names_them(monkeypatch, capsys):
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["bench"]) == 1
+    assert capsys.readouterr().err == f"kdkernels: {cli.NEEDS}\n"
+
+
+def test_the_version_is_also_an_option_of_the_app(capsys):
+    assert cli.main(["--version", "env"]) == 0
+    assert capsys.readouterr().out == f"kdkernels {kd.__version__}\n"
+
+
+# bench and check
+
+
+def test_bench_has_three_bars_and_the_ratios_of_rounds(capsys, monkeypatch):
+    # Without the half minute of a compiler.
+    monkeypatch.setattr(bench.torch, "compile", lambda loss, **options: loss)
+    assert cli.main(["bench", "--shape", "32x500", "--dtype", "fp32", "--rounds", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "32 x 500 fp32" in lines[0] and "medians of 3" in lines[0]
+    bars = {line[:13].strip(): line.count("#") for line in lines[1:]}
+    assert set(bars) == {"eager PyTorch", "torch.compile", "kdkernels"} and max(bars.values()) == 32
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_bench_as_json(divergence, capsys):
+    asked = ["bench", "--shape", "8x50", "--dtype", "fp32", "--rounds", "3", "--no-compile", "--json"]
+    assert cli.main([*asked, "--divergence", divergence]) == 0
+    [result] = json.loads(capsys.readouterr().out)
+    assert result["divergence"] == divergence and list(result["seconds"]) == ["eager PyTorch", "kdkernels"]
+    assert result["ratios"]["eager PyTorch"] == 1.0 and result["backend"] == kd.backends.select("auto", "cpu")
+
+
+@pytest.mark.parametrize("name", divergences.names())
+def test_what_bench_compares_with_is_the_loss(name):
+    student, teacher = testing.make_inputs("normal", 4, 30, torch.float64)
+    mine = bench.written_out(divergences.resolve(name), student, teacher)
+    torch.testing.assert_close(mine, kd.kd_loss(student, teacher, divergence=name, temperature=bench.TEMPERATURE))
+
+
+def test_bench_times_nothing_where_a_gradient_is_wrong(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "kd_loss", lambda s, t, **options: 1.01 * kd.kd_loss(s, t, **options))
+    assert cli.main(["bench", "--shape", "8x50", "--dtype", "fp32", "--no-compile"]) == 1
+    out, err = capsys.readouterr()
+    assert "the gradient of kdkernels is off by 1.0%" in err and not out
+
+
+def test_check_passes_and_notices_a_wrong_loss(monkeypatch, capsys):
+    asked = ["check", "--shape", "4x33", "--dtype", "fp32"]
+    assert cli.main(asked) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(divergences.names()) + 1 and lines[-1].endswith(" 0 wrong")
+    monkeypatch.setattr(testing, "kd_loss", lambda s, t, *rest, **options: 1.01 * kd.kd_loss(s, t, *rest, **options))
+    assert cli.main([*asked, "--divergence", "jsd"]) == 1
+    assert "4 x 33 fp32 jsd  WRONG: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape", ["12", "x5", "0x5", "2xa"])
+def test_a_shape_that_is_none_is_wrong_usage(shape, capsys):
+    assert cli.main(["check", "--shape", shape]) == 2
+    assert "a shape is NxV" in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_unknown_divergence_is_an_error_and_no_traceback(capsys):
+    assert cli.main(["bench", "--divergence", "kl", "--no-compile"]) == 1
+    assert capsys.readouterr().err.startswith("kdkernels: ValueError: ")
+
+
+# capture, of any model
+
+WEIGHTS = torch.randn(V, V + 8, generator=torch.Generator().manual_seed(0))
+SEQUENCES = [torch.randint(0, V, (3 + i % 4,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(23)]
+
+
+def model(ids, mask):
+    assert ids.shape == mask.shape and mask.any(-1).all()
+    return WEIGHTS[ids]
+
+
+def run(folder, sequences=SEQUENCES, model=model, **options):
+    return capture.run(model, sequences, folder, tokenizer="t", vocab_size=V, k=K, **{"batch_size": 4, **options})
+
+
+def check_cache(parts):
+    caches = [kd_cache.TeacherCache(part, tokenizer="t", vocab_size=V) for part in parts]
+    found = [cache[i] for cache in caches for i in range(len(cache))]
+    assert len(found) == len(SEQUENCES)
+    for sequence, ids in zip(found, SEQUENCES, strict=True):
+        assert sequence.extras["input_ids"].tolist() == ids
+        wanted = kd.capture_topk(WEIGHTS[torch.tensor(ids)], K, vocab_size=V)
+        assert sequence.ids.sort(-1).values.tolist() == wanted.ids.sort(-1).values.tolist()
+        torch.testing.assert_close(sequence.tail_logprob, wanted.tail_logprob)
+
+
+def test_a_capture_has_every_sequence_and_no_padding(tmp_path):
+    lines = []
+    check_cache([run(tmp_path / "cache", tell=lines.append)])
+    assert lines[-1].endswith("23 of 23 sequences") and 5 <= len(lines) <= 10
+
+
+def test_a_capture_that_was_stopped_goes_on(tmp_path):
+    calls = []
+
+    def stopped(ids, mask):
+        calls.append(len(ids))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return model(ids, mask)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, model=stopped)
+    calls.clear()
+    rest = []
+    run(tmp_path, model=lambda ids, mask: rest.append(len(ids)) or model(ids, mask))
+    assert sum(rest) == len(SEQUENCES) - 8
+    check_cache([tmp_path])
+
+
+def test_processes_have_parts_that_are_the_whole_in_order(tmp_path):
+    check_cache([run(tmp_path, rank=rank, world_size=3) for rank in range(3)])
+    with pytest.raises(capture.CaptureError, match="begun by 3 processes"):
+        run(tmp_path, rank=0, world_size=2)
+    with pytest.raises(capture.CaptureError, match="begun by 3 processes"):
+        run(tmp_path)
+    run(tmp_path / "one")
+    with pytest.raises(capture.CaptureError, match="begun by one process"):
+        run(tmp_path / "one", rank=0, world_size=2)
+
+
+def test_another_text_or_setting_is_refused(tmp_path):
+    run(tmp_path, settings={"length": 8})
+    with pytest.raises(capture.CaptureError, match="begun with sha256"):
+        run(tmp_path, [*SEQUENCES[:-1], [1, 2]], settings={"length": 8})
+    with pytest.raises(capture.CaptureError, match="begun with length 8, and 9"):
+        run(tmp_path, settings={"length": 9})
+    with pytest.raises(kd_cache.IdentityMismatchError):
+        run(tmp_path, settings={"length": 8}, temperature=2.0)
+
+
+# capture, of a model of transformers
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A tiny random model with a tokenizer, padded to a width that is not its vocabulary."""
+    transformers = pytest.importorskip("transformers", reason="the command captures models of transformers")
+    tokenizers = pytest.importorskip("tokenizers", reason="the command captures models of transformers")
+    folder = tmp_path_factory.mktemp("teacher")
+    words = {word: i for i, word in enumerate(["[UNK]", *"abcdefghij"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32, "bos_token_id": 0, "eos_token_id": 0}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=16, **sizes)).save_pretrained(folder)
+    (folder / "texts.txt").write_text("a b c d\n\nj i h\nb b b b b b\n")
+    (folder / "rows.jsonl").write_text('{"text": "a b c"}\n{"input_ids": [1, 2, 3, 4]}\n')
+    return folder
+
+
+def test_the_command_captures_a_model(teacher, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path / "cache"
+    asked = ["cache", "capture", str(folder), "--model", str(teacher), "--data", str(teacher / "texts.txt")]
+    asked += ["--k", "4", "--length", "5", "--batch-size", "2", "--dtype", "fp32", "--device", "cpu"]
+    assert cli.main(asked) == 0
+    cache = kd_cache.TeacherCache(folder, tokenizer=AutoTokenizer.from_pretrained(teacher), vocab_size=11)
+    assert [len(item.ids) for item in cache] == [4, 3, 5] and cache.identity.vocab_size == 11
+    ids = cache[1].extras["input_ids"][None].long()
+    assert ids.tolist() == [[10, 9, 8]]
+    logits = AutoModelForCausalLM.from_pretrained(teacher)(ids).logits.detach()[0]
+    wanted = kd.capture_topk(logits, 4, vocab_size=11)
+    torch.testing.assert_close(cache[1].tail_logprob, wanted.tail_logprob, rtol=1e-4, atol=1e-5)
+    capsys.readouterr()
+    assert cli.main(asked) == 0  # nothing is left to do
+    assert "after 3 of 3 sequences" in capsys.readouterr().out
+    assert cli.main([*asked, "--temperature", "2"]) == 1
+    assert "temperature" in capsys.readouterr().err
+
+
+def test_the_processes_of_torchrun_capture_parts(teacher, tmp_path, capsys, monkeypatch):
+    """As torchrun starts them: each knows its number, and they do not speak with each other."""
+    from transformers import AutoTokenizer
+
+    asked = ["cache", "capture", str(tmp_path), "--model", str(teacher), "--data", str(teacher / "rows.jsonl")]
+    asked += ["--k", "4", "--dtype", "fp32", "--device", "cpu"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert cli.main(asked) == 0
+    parts = sorted(tmp_path.iterdir())
+    own = {"tokenizer": AutoTokenizer.from_pretrained(teacher), "vocab_size": 11}
+    whole = [kd_cache.TeacherCache(part, **own)[0].extras["input_ids"].tolist() for part in parts]
+    assert whole == [[1, 2, 3], [1, 2, 3, 4]]
+    assert cli.main(["cache", "verify", str(tmp_path)]) == 0
+    assert "2 shards, 0 damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [("missing.jsonl", "there is no file"), ("bad.jsonl", "neither text nor input_ids"), ("empty.txt", "no sequence")],
+)
+def test_texts_that_are_of_no_use_are_an_error(teacher, tmp_path, capsys, data, message):
+    (tmp_path / "bad.jsonl").write_text('{"words": 1}\n')
+    (tmp_path / "empty.txt").write_text("\n")
+    asked = ["cache", "capture", str(tmp_path / "cache"), "--model", str(teacher), "--data", str(tmp_path / data)]
+    assert cli.main([*asked, "--device", "cpu"]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_package_of_the_capture_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    asked = ["cache", "capture", str(tmp_path), "--model", "m", "--data", "d.txt"]
+    assert cli.main(asked) == 1
+    assert "pip install transformers" in capsys.readouterr().err
