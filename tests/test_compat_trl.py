@@ -2,13 +2,16 @@
 
 import importlib
 import inspect
+import os
 import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-trl = pytest.importorskip("trl", reason="compares with TRL: pip install trl")
+# Everything is made here: nothing is to be looked for elsewhere.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+pytest.importorskip("trl", reason="compares with TRL: pip install trl")
 
 from kdkernels.compat import trl as compat  # noqa: E402
 
@@ -62,15 +65,15 @@ REDUCTIONS.append({"num_items_in_batch": torch.tensor(3)})
 @betas
 @pytest.mark.parametrize("labels", [LABELS, None], ids=["labels", "whole"])
 @pytest.mark.parametrize("reduced", REDUCTIONS, ids=["batchmean", "sum", "mean", "items", "items-tensor"])
-def test_gkd_and_gold(original, beta, labels, reduced):
+@pytest.mark.parametrize("module, kind", [("gkd", "GKDTrainer"), ("gold", "GOLDTrainer")])
+def test_gkd_and_gold(original, beta, labels, reduced, module, kind):
     options = {"labels": labels, "beta": beta, "temperature": 0.9, **reduced}
-    for module, kind in (("gkd", "GKDTrainer"), ("gold", "GOLDTrainer")):
-        theirs = original(module, "generalized_jsd_loss", kind)
-        agree(
-            lambda s: compat.generalized_jsd_loss(s, TEACHER, **options),
-            lambda s: theirs(s, TEACHER, **options),
-            STUDENT,
-        )  # noqa: B023,E501
+    theirs = original(module, "generalized_jsd_loss", kind)
+    agree(
+        lambda s: compat.generalized_jsd_loss(s, TEACHER, **options),
+        lambda s: theirs(s, TEACHER, **options),
+        STUDENT,
+    )
 
 
 @betas
@@ -183,6 +186,110 @@ def test_asynchronous_distillation(original, beta, tail):
 def test_a_loss_per_element_is_refused():
     with pytest.raises(ValueError, match="TRL's generalized_jsd_loss is one number per row and token"):
         compat.generalized_jsd_loss(STUDENT, TEACHER, reduction="none")
+
+
+# Trainers
+
+
+def tokenizer():
+    """One token per byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = ["<pad>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    inner = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    outer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
+    outer.chat_template = (
+        "{% for m in messages %}{{ m['role'][0] }}:{% generation %}{{ m['content'] }}{% endgeneration %};{% endfor %}"
+        "{% if add_generation_prompt %}a:{% endif %}"
+    )
+    return outer
+
+
+def model(path, seed, width, words):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": width, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokens = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
+    config = LlamaConfig(vocab_size=len(words), num_key_value_heads=2, initializer_range=0.5, **sizes, **tokens)
+    LlamaForCausalLM(config).save_pretrained(path)
+    words.save_pretrained(path)
+    return LlamaForCausalLM.from_pretrained(path)
+
+
+# Each trainer: its module, whether it has a teacher apart, and options of its own.
+TRAINERS = {
+    "GKD": ("trl.experimental.gkd", True, {"lmbda": 0.0, "max_length": 16}),
+    "GOLD": ("trl.experimental.gold", True, {"lmbda": 0.0, "max_length": 16, "max_completion_length": 4}),
+    "Distillation": ("trl", True, {"max_completion_length": 4, "beta": 0.5}),
+    "IWOPD": (
+        "trl.experimental.iw_opd",
+        True,
+        {"max_completion_length": 4, "max_length": 16, "distillation_objective": "jsd", "beta": 0.5, "lmbda": 0.0},
+    ),
+    "SDFT": (
+        "trl.experimental.sdft",
+        False,
+        {"max_completion_length": 4, "teacher_model_kind": "live", "num_generations": 2, "distillation_topk": 5},
+    ),
+    "SDPO": (
+        "trl.experimental.sdpo",
+        False,
+        {
+            "max_completion_length": 4,
+            "teacher_model_kind": "live",
+            "num_generations": 2,
+            "distillation_mode": "full_logits",
+        }
+        | {"include_environment_feedback": True},
+    ),
+}
+
+
+def losses_of_training(name, path):
+    from datasets import Dataset
+
+    module, has_teacher, options = TRAINERS[name]
+    module = importlib.import_module(module)
+    words = tokenizer()
+    given = {"model": model(path / "student", 0, 16, words), "processing_class": words}
+    if has_teacher:
+        given["teacher_model"] = model(path / "teacher", 1, 24, words)
+    rows = [{"prompt": f"ab{c}", "privileged_context": f"{c}d"} for c in "abcd"]
+    if name in ("GKD", "GOLD", "IWOPD"):
+        turns = [("user", "assistant"), ("ab", "de")]
+        rows = [{"messages": [{"role": r, "content": x + c} for r, x in zip(*turns, strict=True)]} for c in "abcd"]
+    if name == "SDPO":
+        given["reward_funcs"] = lambda completions, **_: [float(i % 2) for i in range(len(completions))]
+    options = options | {"max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1, "learning_rate": 1e-2}
+    options |= {"report_to": [], "use_cpu": True, "bf16": False, "save_strategy": "no", "disable_tqdm": True}
+    args = getattr(module, f"{name}Config")(output_dir=str(path / "out"), **options)
+    trainer = getattr(module, f"{name}Trainer")(args=args, train_dataset=Dataset.from_list(rows), **given)
+    trainer.train()
+    return [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_trainer_has_the_same_losses_patched_and_not(name, tmp_path, monkeypatch):
+    pytest.importorskip("datasets", reason="TRL's trainers take data sets: pip install datasets")
+    expected = losses_of_training(name, tmp_path / "plain")
+    calls = []
+    loss = compat.kd.kd_loss, compat.kd.topk_kd_loss, compat.kd.linear_kd_loss
+    for function in loss:
+        counted = (lambda f: lambda *args, **options: (calls.append(f), f(*args, **options))[1])(function)
+        monkeypatch.setattr(compat.kd, function.__name__, counted)
+    compat.patch()
+    try:
+        found = losses_of_training(name, tmp_path / "patched")
+    finally:
+        compat.unpatch()
+    assert len(found) == 2 and len(calls) >= 2
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=2e-4, atol=1e-5)
 
 
 # Patching
