@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Union, get_args
+from typing import Any, NamedTuple, Optional, Union, get_args
 
 import torch
 from torch import Tensor
 
-from kdkernels import backends, checks, ops, reference
+from kdkernels import backends, checks, ops, reference, servers
 from kdkernels.choices import Backend
 from kdkernels.launch import as_rows
 
@@ -23,11 +23,117 @@ class TeacherTopK(NamedTuple):
 
     ids: int32 ``(..., K)``, -1 in slots that are not used. logprobs: natural log-probabilities ``(..., K)``.
     tail_logprob: ``(...)``, the log of the probability of all other ids together.
+
+    ``capture_topk`` makes one of logits, and the class methods of what servers and data sets have. Their tail is what
+    the entries leave, and no less than the rounding of float32 leaves open; a row without entries is all tail.
     """
 
     ids: Tensor
     logprobs: Tensor
     tail_logprob: Tensor
+
+    @classmethod
+    def from_vllm(cls, prompt_logprobs: Any, k: Optional[int] = None, *, device: Any = None) -> TeacherTopK:
+        r"""Of vLLM's ``prompt_logprobs``, for the logits ``[:-1]`` of the same tokens.
+
+        The first position, None, is left out, so that row i is about token i + 1: what the logits of token i are about.
+        vLLM adds the token of the text to its K likeliest ones. It is an entry like the others, and a row then has
+        K + 1; with ``k`` those of a rank above it are left out.
+
+        Args:
+            prompt_logprobs: of a ``RequestOutput`` of ``SamplingParams(prompt_logprobs=K)``, or of a server's JSON:
+                a list of None or dicts from id to ``Logprob`` or ``{"logprob": ..., "rank": ...}``. ``logprobs`` of a
+                ``CompletionOutput``, which has no None, has the rows of the generated tokens. A list of such lists is a
+                batch, padded by rows without entries.
+            k: keep the k likeliest entries.
+            device: where the tensors are made.
+
+        Returns:
+            ``TeacherTopK`` of ``(L - 1, K)`` or ``(B, L - 1, K)``, the likeliest first.
+
+        Raises:
+            TypeError, ValueError: naming what is not as above.
+        """
+        texts, several = servers.vllm_texts(prompt_logprobs, k)
+        return cls(*servers.tensors(texts, several=several, k=k, device=device))
+
+    @classmethod
+    def from_sglang(cls, input_top_logprobs: Any, k: Optional[int] = None, *, device: Any = None) -> TeacherTopK:
+        r"""Of SGLang's ``meta_info["input_top_logprobs"]``, for the logits ``[:-1]`` of the same tokens.
+
+        Args:
+            input_top_logprobs: of ``return_logprob=True, top_logprobs_num=K, logprob_start_len=0``: a list of None or
+                lists of ``(logprob, token id, text)``. ``output_top_logprobs``, which has no None, has the rows of the
+                generated tokens. A list of such lists is a batch.
+            k, device: as of ``from_vllm``.
+
+        Returns:
+            As ``from_vllm``.
+
+        Raises:
+            TypeError, ValueError: naming what is not as above.
+        """
+        texts, several = servers.sglang_texts(input_top_logprobs)
+        return cls(*servers.tensors(texts, several=several, k=k, device=device))
+
+    @classmethod
+    def from_openai(
+        cls, logprobs: Any, token_ids: Any, k: Optional[int] = None, *, missing: str = "error", device: Any = None
+    ) -> TeacherTopK:
+        r"""Of ``choice.logprobs`` of an API like OpenAI's, which names tokens by their texts.
+
+        Rows are those of the generated tokens, for the logits of the positions before them; of a completion with
+        ``echo=True`` also those of the prompt, whose first, None, is left out. Entries of -9999, by which such servers
+        say that they have no number, are left out.
+
+        Args:
+            logprobs: ``choice.logprobs`` of a chat (``logprobs=True, top_logprobs=20``) or of a completion
+                (``logprobs=20``), as an object or as a dict; or a list of them, which is a batch.
+            token_ids: the tokenizer of the teacher, whose ids must be the student's; or a mapping from tokens to ids,
+                by bytes or by text; or a function of the text. ``"token_id:17"``, as vLLM writes tokens with
+                ``return_tokens_as_token_ids``, is 17 without it.
+            k, device: as of ``from_vllm``.
+            missing: "error", or "tail", which leaves tokens that ``token_ids`` does not know to the tail.
+
+        Returns:
+            As ``from_vllm``.
+
+        Raises:
+            TypeError, ValueError: naming what is not as above.
+        """
+        texts, several = servers.openai_texts(logprobs, token_ids, missing)
+        return cls(*servers.tensors(texts, several=several, k=k, device=device))
+
+    @classmethod
+    def from_mask(cls, ids: Tensor, logprobs: Tensor, mask: Tensor) -> TeacherTopK:
+        r"""Of ids and log-probabilities ``(..., K)`` with a mask of the slots that are used, as collators have them.
+
+        Args:
+            ids: int64 or int32; what stands in unused slots is not looked at.
+            logprobs: natural log-probabilities, of the same shape; those of -9000 or less are unused too.
+            mask: bool or 0 and 1, of the same shape, or of the shape of the rows.
+
+        Returns:
+            ``TeacherTopK`` with id -1 and log-probability -inf in unused slots.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+        """
+        for name, value in (("ids", ids), ("logprobs", logprobs), ("mask", mask)):
+            checks.tensor(name, value)
+        if ids.dim() == 0 or ids.shape != logprobs.shape:
+            raise ValueError(f"logprobs must have the shape of ids {tuple(ids.shape)}, got {tuple(logprobs.shape)}")
+        if mask.shape == ids.shape[:-1]:
+            mask = mask.unsqueeze(-1)
+        elif mask.shape != ids.shape:
+            raise ValueError(
+                f"mask must have the shape of ids {tuple(ids.shape)} or of its rows, got {tuple(mask.shape)}"
+            )
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise TypeError(f"ids must be int64 or int32, got {ids.dtype}")
+        used = mask.bool() & (logprobs > servers.LEAST_LOGPROB) & (ids >= 0)
+        values = torch.where(used, logprobs.detach(), -torch.inf)
+        return cls(torch.where(used, ids, -1).int(), values, servers.tail(values).to(checks.sum_dtype(values)))
 
 
 class TeacherExpectation(NamedTuple):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Optional, Union, overload
 import torch
 from torch import Tensor
 
-from kdkernels import backends, checks, symbols, transforms
+from kdkernels import backends, checks, modules, symbols, transforms
 from kdkernels.autograd import reduced
 from kdkernels.capture import TeacherExpectation
 from kdkernels.chunked import Call, Expectation, LinearLoss, LinearRows, Rows, execute, projects_columns, whole
@@ -94,14 +94,17 @@ def linear_kd_loss(
         student_hidden: ``(..., D)``, float32, bfloat16 or float16 (float64 on the CPU).
         student_weight: the head ``[V, D]``: a plain tensor, with everything that makes the logits in it; or the module
             that it is the weight of, such as a model's ``lm_head`` (an ``nn.Linear`` or a tied ``nn.Embedding``), whose
-            bias then counts too. A module that does more than multiply (adapters, hooks, quantised weights) is an
-            error: its weight alone would be another model. A sharded parameter is gathered first: FSDP2 does it in the
-            forward of the module it shards, and elsewhere ``weight.full_tensor(grad_placements=[Partial("avg")])`` has
-            the gradient that FSDP2 means, see docs/guide/hidden-states.md. An adapter is merged by the caller
-            (``weight + scale * B @ A``) and gets its gradient through that sum; a scale of logits is multiplied in.
+            bias then counts too; or that module with peft's LoRA on it, whose factors learn, or in ``modules_to_save``;
+            or the whole model (transformers), whose factor and softcap of the logits then count too. A module that
+            does more (other adapters, hooks, quantised weights) is an error: its weight alone would be another model. A
+            sharded parameter is gathered first: FSDP2 does it in the forward of the module it shards, and elsewhere
+            ``weight.full_tensor(grad_placements=[Partial("avg")])`` has the gradient that FSDP2 means, see
+            docs/guide/hidden-states.md.
         teacher_hidden, teacher_weight: the same of the teacher, ``(..., D')`` and ``[V, D']``; or sequences of up to 4
             for a mixture, see ``teacher_weights``. They get no gradient, whether they require one or not: they are
-            detached. Neither is given where ``kd_weight`` is the number 0: cross entropy and z-loss alone.
+            detached. A teacher's module that does more than multiply, such as a quantised one, is called on the hidden
+            states of a chunk, in eager mode. Neither is given where ``kd_weight`` is the number 0: cross entropy and
+            z-loss alone.
         labels: as in ``kd_loss``. Rows equal to ``ignore_index``, and rows of ``row_weight`` 0 unless ``return_stats``,
             are left out of the products. On a GPU the number of the others is waited for, once.
         student_bias, teacher_bias: ``[V]`` or None.
@@ -316,16 +319,27 @@ def dense(
     teacher_expectation: Any,
 ) -> Any:
     """``linear_kd_loss`` of an objective."""
+    objective, hidden, weight, student_bias = modules.student(objective, hidden, weight, student_bias)
     if teacher_expectation is not None:
         checks.expectation_alone(objective, teacher_hidden, teacher_weight, teacher_bias, teacher_logits)
         return _of_expectation(objective, hidden, weight, teacher_expectation, labels, student_bias)
     head, bias, product_dtype, logits = as_student(objective, hidden, weight, student_bias)
     columns = checks.student_of(objective, logits)
     single = objective.teacher_weights is None and not isinstance(teacher_hidden, (list, tuple))
+    called = None
+    if teacher_logits is None:
+        given = modules.teachers(objective, teacher_hidden, teacher_weight, teacher_bias)
+        objective, teacher_hidden, teacher_weight, teacher_bias = given
+        called = modules.called(teacher_hidden, teacher_weight, teacher_bias, logits.shape[:-1])
     alone = all(item is None for item in (teacher_hidden, teacher_weight, teacher_bias, teacher_logits))
+    teachers: list[tuple[Any, Any, Any]] = []
     if alone:
         checks.without_teacher(objective)
-        teachers, count = [], 0
+        count = 0
+    elif called is not None:
+        (teacher_logits, count), form = called, objective.teacher_form
+        if form != "logits":
+            raise ValueError(f"teacher_form must be 'logits' unless teacher_logits is given, got {form!r}")
     elif teacher_logits is None:
         teachers = _teachers(teacher_hidden, teacher_weight, teacher_bias)
         for teacher in teachers:
@@ -336,7 +350,7 @@ def dense(
             raise ValueError(f"teacher_form must be 'logits' unless teacher_logits is given, got {form!r}")
     else:
         checks.teacher_callable(teacher_logits, teacher_hidden, teacher_weight, teacher_bias)
-        teachers, count = [], 1 if objective.teacher_weights is None else _count(objective.teacher_weights)
+        count = 1 if objective.teacher_weights is None else _count(objective.teacher_weights)
     weights = checks.mixture_weights(objective, count, logits, single=single)
     backend = backends.choose(
         objective.backend,
@@ -357,8 +371,8 @@ def dense(
         count,
         objective.teacher_form == "probs",
     )
-    given = [item for teacher in teachers for item in teacher]
-    result = _result(objective, call, hidden, head, bias, [*given, labels], KDStats)
+    tensors = [item for teacher in teachers for item in teacher]
+    result = _result(objective, call, hidden, head, bias, [*tensors, labels], KDStats)
     return without_teacher(result) if alone else result
 
 
@@ -394,6 +408,7 @@ def topk(
     tail_logprob: Any,
 ) -> Any:
     """``linear_topk_kd_loss`` of an objective."""
+    objective, hidden, weight, student_bias = modules.student(objective, hidden, weight, student_bias)
     head, bias, product_dtype, logits = as_student(objective, hidden, weight, student_bias)
     columns = checks.student_of(objective, logits)
     launch = topk_launch(objective, logits, (ids, logprobs), labels, tail_logprob, columns)

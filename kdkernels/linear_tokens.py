@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Optional, Union, ove
 import torch
 from torch import Tensor
 
-from kdkernels import checks, ops, reference, symbols, transforms
+from kdkernels import checks, modules, ops, reference, symbols, transforms
 from kdkernels.autograd import TokenCall, refuse_second_derivative, scaled
 from kdkernels.capture import TeacherTopK
 from kdkernels.chunked import Rows, chunk_rows, even_chunks, indices, logits_of_whole, no_autocast, product_dtypes
@@ -103,6 +103,7 @@ def linear_token_logprobs(
         torch.Size([8, 16])
     """
     given = LinearTokenOptions.of(options)
+    given, hidden, weight, bias = modules.student(given, hidden, weight, bias, "")
     call, head, offset, tokens, logits = _prepared(given, hidden, weight, ids, bias, "")
     inputs = tuple(item for item in (hidden, head, offset) if item is not None)
     checks.reverse_mode_only(call.tokens.backend, *inputs)
@@ -160,6 +161,8 @@ def linear_gather_logprobs(
     given = LinearTokenOptions.of(
         {**options, "chunk_bytes": chunk_bytes, "logits_dtype": logits_dtype, "ignore_index": -1}
     )
+    given, *teacher = modules.student(given, teacher_hidden, teacher_weight, teacher_bias, "teacher_")
+    teacher_hidden, teacher_weight, teacher_bias = teacher
     operands = (teacher_hidden, teacher_weight, ids, teacher_bias)
     call, head, offset, tokens, _ = _prepared(given, *operands, "teacher_")
     if ids.dim() != teacher_hidden.dim():

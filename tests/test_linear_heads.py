@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import types
 
 import pytest
 import torch
@@ -250,13 +251,13 @@ class TestModules:
         ],
     )  # fmt: skip
     def test_a_module_that_does_more_is_refused(self, head, message):
-        hidden, good, teacher, _ = make()
+        hidden, _, teacher, _ = make()
         with pytest.raises(TypeError, match=f"student_weight must be .*{message}"):
             kd.linear_kd_loss(hidden, head(), *teacher)
         with pytest.raises(TypeError, match=f"student_weight must be .*{message}"):
             kd.linear_topk_kd_loss(hidden, head(), *sparse())
-        with pytest.raises(TypeError, match=f"teacher_weight must be .*{message}"):
-            kd.linear_kd_loss(hidden, good, hidden.detach(), head())
+        with pytest.raises(TypeError, match=f"weight must be .*{message}"):
+            kd.linear_token_logprobs(hidden, head(), torch.zeros(N, dtype=torch.int64))
 
     def test_what_the_message_says_to_pass_is_the_module(self):
         """The merged weight of an adapter is the module's, and its factors learn."""
@@ -278,9 +279,7 @@ if importlib.util.find_spec("peft") is not None:
 
         hidden, _, teacher, _ = make()
         for config in (
-            peft.LoraConfig(target_modules=["lm_head"], r=2),
             peft.LoraConfig(target_modules=["lm_head"], r=2, use_dora=True),
-            peft.LoraConfig(target_modules=["other"], r=2, modules_to_save=["lm_head"]),
             peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[]),
         ):
             model = nn.Sequential()
@@ -291,6 +290,223 @@ if importlib.util.find_spec("peft") is not None:
                 kd.linear_kd_loss(hidden, adapted.base_model.model.lm_head, *teacher)
             merged = adapted.merge_and_unload()
             kd.linear_kd_loss(hidden, merged.lm_head, *teacher).backward()
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"target_modules": ["lm_head"], "r": 2, "lora_alpha": 3},
+            {"target_modules": ["lm_head"], "r": 2, "lora_bias": True},
+            {"target_modules": ["other"], "r": 2, "modules_to_save": ["lm_head"]},
+            {"target_modules": ["lm_head"], "r": 2, "lora_dropout": 0.5},
+        ],
+        ids=["lora", "lora-bias", "modules-to-save", "dropout"],
+    )
+    def test_lora_of_peft_itself_counts_and_learns(options):
+        import peft
+
+        hidden, _, teacher, _ = make()
+        model = nn.Sequential()
+        model.add_module("other", nn.Linear(D, D))
+        model.add_module("lm_head", nn.Linear(D, V))
+        adapted = peft.get_peft_model(model, peft.LoraConfig(**options, init_lora_weights=False))
+        learns_and_agrees(adapted.base_model.model.lm_head, hidden, teacher)
+        if "lm_head" in options["target_modules"]:
+            with adapted.disable_adapter():
+                learns_and_agrees(adapted.base_model.model.lm_head, hidden, teacher)
+            adapted.merge_adapter()
+            learns_and_agrees(adapted.base_model.model.lm_head, hidden, teacher)
+
+
+def learns_and_agrees(head, hidden, teacher, logits=None):
+    """A module as a head has the loss of its own logits, and the gradients of all that learns in it."""
+    learning = [hidden, *(p for p in head.parameters() if p.requires_grad)]
+    results = []
+    for loss in (
+        lambda: kd.linear_kd_loss(hidden, head, *teacher),
+        lambda: kd.kd_loss((logits or head)(hidden), teacher[1](teacher[0]).detach()),
+    ):
+        torch.manual_seed(3)  # dropout
+        value = loss()
+        grads = torch.autograd.grad(value, learning, allow_unused=True)
+        results.append([value, *(torch.zeros(()) if g is None or not g.any() else g for g in grads)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+class PeftLora(LoraLinear):
+    """The look-alike with all that the forward of peft's layer is made of."""
+
+    def __init__(self, base, bias=False):
+        super().__init__(base)
+        self.base_layer.requires_grad_(False)
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, base.out_features, bias=bias)})
+        self.scaling, self.active_adapters = {"default": 1.5}, ["default"]
+        self.lora_dropout = nn.ModuleDict({"default": nn.Identity()})
+        self.disable_adapters = self.merged = False
+
+    def forward(self, x):
+        base = self.base_layer(x)
+        if self.disable_adapters or self.merged:
+            return base
+        inner = self.lora_A["default"](self.lora_dropout["default"](x))
+        return base + self.lora_B["default"](inner) * self.scaling["default"]
+
+
+class SavedCopy(ModulesToSave):
+    active_adapters = ["default"]
+    disable_adapters = False
+
+    def forward(self, x):
+        return (self.original_module if self.disable_adapters else self.modules_to_save["default"])(x)
+
+
+class Model(nn.Module):
+    """A model of transformers, as far as its head goes."""
+
+    def __init__(self, head, **config):
+        super().__init__()
+        self.lm_head, self.config = head, types.SimpleNamespace(**config)
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def logits(self, hidden):
+        config = self.config
+        x = self.lm_head(hidden) * getattr(config, "logit_scale", 1.0)
+        if hasattr(config, "logits_scaling"):
+            x = x / config.logits_scaling
+        cap = getattr(config, "final_logit_softcapping", None)
+        return x if cap is None else cap * torch.tanh(x / cap)
+
+
+CONFIGS = [{}, {"logit_scale": 0.3}, {"logits_scaling": 4.0}, {"final_logit_softcapping": 0.7}]
+CONFIGS.append({"logit_scale": 2.0, "final_logit_softcapping": 0.7})
+configs = pytest.mark.parametrize("config", CONFIGS, ids=lambda c: "-".join(c) or "plain")
+
+
+class TestModulesThatAreMore:
+    @pytest.mark.parametrize("bias", [False, True])
+    @pytest.mark.parametrize("off", [None, "disable_adapters", "merged"])
+    def test_the_factors_of_lora_learn(self, bias, off):
+        hidden, _, teacher, _ = make()
+        head = PeftLora(nn.Linear(D, V), bias)
+        if off:
+            setattr(head, off, True)
+        learns_and_agrees(head, hidden, teacher)
+
+    def test_an_adapter_that_is_small_beside_its_base_survives_16_bits(self):
+        hidden, _, teacher, _ = make()
+        head = PeftLora(nn.Linear(D, V, bias=False))
+        with torch.no_grad():
+            head.lora_B["default"].weight *= 1e-3
+        exact = torch.autograd.grad(kd.linear_kd_loss(hidden, head, *teacher), list(head.lora_B.parameters()))[0]
+        head, hidden = head.bfloat16(), hidden.detach().bfloat16().requires_grad_()
+        teacher = [teacher[0].bfloat16(), teacher[1].bfloat16()]
+        found = kd.linear_kd_loss(hidden, head, *teacher)
+        without = kd.linear_kd_loss(hidden, head.base_layer, *teacher)
+        assert found != without
+        grad = torch.autograd.grad(found, list(head.lora_B.parameters()))[0]
+        assert (grad.float() - exact).norm() < 0.05 * exact.norm()
+
+    @pytest.mark.parametrize("off", [False, True])
+    def test_the_copy_that_peft_trains_is_the_head(self, off):
+        hidden, _, teacher, _ = make()
+        head = SavedCopy(nn.Linear(D, V))
+        head.disable_adapters = off
+        learns_and_agrees(head, hidden, teacher)
+
+    def test_lora_that_is_not_known_stays_an_error(self):
+        hidden, _, teacher, _ = make()
+        head = PeftLora(nn.Linear(D, V))
+        head.use_dora = {"default": True}
+        with pytest.raises(TypeError, match="with an adapter .*: of adapters only peft's LoRA is known"):
+            kd.linear_kd_loss(hidden, head, *teacher)
+        head = PeftLora(nn.Linear(D, V))
+        head.base_layer.register_forward_hook(lambda *_: None)
+        with pytest.raises(TypeError, match="must be a module without hooks"):
+            kd.linear_kd_loss(hidden, head, *teacher)
+
+    @configs
+    def test_a_model_has_its_scale_and_softcap(self, config):
+        hidden, head, teacher, labels = make()
+        model = Model(head, **config)
+        learns_and_agrees(model, hidden, teacher, model.logits)
+        values = kd.linear_topk_kd_loss(hidden, model, *sparse(), labels, ce_weight=0.5)
+        torch.testing.assert_close(values, kd.topk_kd_loss(model.logits(hidden), *sparse(), labels, ce_weight=0.5))
+        tokens = labels.clamp_min(0)
+        torch.testing.assert_close(
+            kd.linear_token_logprobs(hidden, model, tokens).logprobs,
+            kd.token_logprobs(model.logits(hidden), tokens).logprobs,
+        )
+        found = kd.linear_gather_logprobs(hidden.detach(), model, tokens[:, None]).logprobs
+        torch.testing.assert_close(found, kd.gather_logprobs(model.logits(hidden), tokens[:, None]).logprobs)
+
+    @configs
+    def test_a_teacher_s_model_too(self, config):
+        hidden, head, (states, teacher), _ = make()
+        model = Model(teacher, **config)
+        loss = kd.linear_kd_loss(hidden, head, states, model)
+        torch.testing.assert_close(loss, kd.kd_loss(head(hidden), model.logits(states).detach()))
+
+    def test_a_softcap_that_contradicts_the_model_is_an_error(self):
+        hidden, head, teacher, _ = make()
+        model = Model(head, final_logit_softcapping=30.0)
+        assert kd.linear_kd_loss(hidden, model, *teacher, student_softcap=30.0) > 0
+        with pytest.raises(ValueError, match="student_softcap must be None or the model's own, 30, got 20"):
+            kd.linear_kd_loss(hidden, model, *teacher, student_softcap=20.0)
+        with pytest.raises(ValueError, match="models of one softcap"):
+            kd.linear_kd_loss(
+                hidden, head, [teacher[0]] * 2, [teacher[1], Model(teacher[1], final_logit_softcapping=3.0)]
+            )
+        with pytest.raises(TypeError, match="must be a model with a head, got Model, whose get_output_embeddings"):
+            kd.linear_kd_loss(hidden, Model(None), *teacher)
+
+    @pytest.mark.parametrize(
+        "head",
+        [
+            lambda: Scaled(TEACHER_D, V),
+            lambda: ScaledCall(TEACHER_D, V),
+            lambda: nn.Sequential(nn.Linear(TEACHER_D, V), nn.Tanh()),
+            lambda: LoraLinear(nn.Linear(TEACHER_D, V)),
+            lambda: PeftLora(nn.Linear(TEACHER_D, V)),
+            lambda: Int8(TEACHER_D, V),
+        ],
+        ids=["scaled", "scaled-call", "sequence", "adapter", "lora", "int8"],
+    )
+    def test_a_teacher_s_head_that_does_more_is_called(self, head, backend):
+        hidden, student, (states, plain), labels = make()
+        head = head()
+        options = {"labels": labels, "ce_weight": 0.5, "chunk_bytes": 1000, "backend": backend}
+        loss = kd.linear_kd_loss(hidden, student, states, head, **options)
+        expected = kd.kd_loss(student(hidden), head(states).detach(), labels, ce_weight=0.5, backend=backend)
+        torch.testing.assert_close(loss, expected)
+        for a, b in zip(*(torch.autograd.grad(x, [hidden, student.weight]) for x in (loss, expected)), strict=True):
+            torch.testing.assert_close(a, b)
+        both = kd.linear_kd_loss(hidden, student, [states] * 2, [plain, head], backend=backend)
+        teachers = [plain(states).detach(), head(states).detach()]
+        torch.testing.assert_close(both, kd.kd_loss(student(hidden), teachers, backend=backend))
+
+    def test_what_a_teacher_s_head_would_lose_is_an_error(self):
+        hidden, student, (states, _), _ = make()
+        for head in (ScaledElsewhere(TEACHER_D, V), ScaledTable(V, TEACHER_D)):
+            with pytest.raises(TypeError, match="teacher_weight must be"):
+                kd.linear_kd_loss(hidden, student, states, head)
+        with pytest.raises(ValueError, match="teacher_bias must be None where teacher_weight is a module that is call"):
+            kd.linear_kd_loss(hidden, student, states, Scaled(TEACHER_D, V), teacher_bias=torch.zeros(V))
+        with pytest.raises(ValueError, match=r"teacher_hidden must have shape \(9, 'D'\) as the student's"):
+            kd.linear_kd_loss(hidden, student, states[1:], Scaled(TEACHER_D, V))
+
+
+class Int8(nn.Module):
+    """A quantised head: 8 bits and a factor per row."""
+
+    def __init__(self, columns, rows):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randint(-128, 127, (rows, columns), dtype=torch.int8), requires_grad=False)
+        self.factor = torch.rand(rows) / 64
+
+    def forward(self, x):
+        return x @ self.weight.to(x.dtype).T * self.factor
 
 
 class TestTeachers:

@@ -32,6 +32,7 @@ from kdkernels.checks.hidden import (
     head_tensors,
     linear_mode_allowed,
     lone_head,
+    no_hooks,
     rows_of_head,
     sparse_grad_allowed,
     teacher_callable,

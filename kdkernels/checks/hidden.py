@@ -83,7 +83,7 @@ def head_tensors(side: str, weight: Any, bias: Any) -> tuple[Any, Any]:
         # ``head`` refuses it, and says what to pass.
         return found, bias
     _no_adapters(name, weight)
-    _no_hooks(name, weight)
+    no_hooks(name, weight)
     quantised = (
         f"{name} must be a module with a weight of floating point, got {kind}, {{}}: pass the dequantised weight, such "
         "as weight.dequantize(), and the bias apart"
@@ -126,9 +126,10 @@ def _no_adapters(name: str, module: torch.nn.Module) -> None:
         listed = ", ".join(dict.fromkeys(adapters))
         raise TypeError(
             f"{name} must be a head whose weight is all of it, got {type(module).__name__} with an adapter ({listed}), "
-            "which would neither count nor learn. Merge it: pass the tensor base.weight + scaling * lora_B.weight @ "
-            "lora_A.weight, through which the factors get their gradient, or call merge_and_unload() where they are "
-            "frozen. Of a module trained in full (modules_to_save) pass modules_to_save['default'] itself"
+            "which would neither count nor learn: of adapters only peft's LoRA is known. Merge it: pass the tensor "
+            "base.weight + scaling * lora_B.weight @ lora_A.weight, through which the factors get their gradient, or "
+            "call merge_and_unload() where they are frozen. Of a module trained in full (modules_to_save) pass "
+            "modules_to_save['default'] itself"
         )
     if children:
         raise TypeError(
@@ -137,7 +138,8 @@ def _no_adapters(name: str, module: torch.nn.Module) -> None:
         )
 
 
-def _no_hooks(name: str, module: torch.nn.Module) -> None:
+def no_hooks(name: str, module: torch.nn.Module) -> None:
+    """Nothing beside a module's own forward would run."""
     for kind in ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks"):
         if getattr(module, f"_{kind}"):
             raise TypeError(
