@@ -389,6 +389,10 @@ def logit_mse_loss(
 
 def dense(objective: Objective, student: Any, teacher: Any, labels: Any = None) -> Any:
     """``kd_loss`` of an objective."""
+    if objective.process_group is not None:
+        from kdkernels.parallel.dense import kd_loss as of_shards
+
+        return of_shards(objective, student, teacher, labels)
     if distributed.among((student, teacher, labels, objective.teacher_weights, *objective.tensors)):
         options = {"teacher": teacher, "labels": labels, **objective.given()}
         return distributed.of_all_ranks(kd_loss, student, options)

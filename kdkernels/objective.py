@@ -147,6 +147,7 @@ class RowOptions(Options):
     reduction: Reduction = "mean"
     normalizer: Optional[PerRow] = None
     vocab_size: Optional[int] = None
+    process_group: Any = None
     backend: Backend = "auto"
 
     def _check(self) -> None:
@@ -403,6 +404,7 @@ class TokenOptions(Options):
     vocab_size: Optional[int] = None
     ignore_index: int = -100
     inplace_backward: bool = False
+    process_group: Any = None
     backend: Backend = "auto"
 
     function = "token_logprobs"
@@ -438,7 +440,7 @@ class LinearTokenOptions(_OnHidden, TokenOptions):
     """The options of ``linear_token_logprobs``."""
 
     function = "linear_token_logprobs"
-    without = ("inplace_backward",)
+    without = ("inplace_backward", "process_group")
 
 
 @_options

@@ -7,10 +7,13 @@ dataclasses. ``return_stats`` is in the signatures, where it decides on the resu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Optional, TypedDict, Union
+from typing import TYPE_CHECKING, Optional, TypedDict, Union
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 from kdkernels.choices import Backend, Mixture, Reduction, Tail, TeacherForm
 from kdkernels.divergences import Divergence, DivergenceName
@@ -23,6 +26,7 @@ class RowOptions(TypedDict, total=False):
     normalizer: Optional[PerRow]
     ignore_index: int
     vocab_size: Optional[int]
+    process_group: Optional[ProcessGroup]
     backend: Backend
 
 
@@ -116,6 +120,7 @@ class TokenOptions(_Tokens, total=False):
     """Of ``token_logprobs``."""
 
     inplace_backward: bool
+    process_group: Optional[ProcessGroup]
 
 
 class LinearTokenOptions(_OnHidden, _Tokens, total=False):

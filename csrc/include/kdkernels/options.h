@@ -41,6 +41,10 @@ struct MseChoices {
   int64_t ignore_index, centered;
 };
 
+struct ShardOptions {
+  double param0, param1, student_softcap, teacher_softcap;
+};
+
 struct CaptureNumbers {
   double temperature;
 };
