@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Optional, Union, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union, get_args
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from torch import Tensor
 from kdkernels import backends, checks, ops, reference, servers
 from kdkernels.choices import Backend
 from kdkernels.launch import as_rows
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 PerRow = Union[float, Tensor]
 # The buffer of candidates in a GPU's shared memory holds as many.
@@ -156,6 +159,7 @@ def capture_topk(
     *,
     temperature: PerRow = 1.0,
     vocab_size: Optional[int] = None,
+    process_group: Optional[ProcessGroup] = None,
     backend: str = "auto",
 ) -> TeacherTopK:
     r"""The k most likely tokens of each row, and the mass of all others, in one read of the logits.
@@ -189,6 +193,10 @@ def capture_topk(
         >>> teacher.ids.tolist(), [round(x, 2) for x in teacher.logprobs[0].exp().tolist()]
         ([[1, 2]], [0.61, 0.22])
     """
+    if process_group is not None:
+        from kdkernels.parallel import calls
+
+        return calls.capture_topk(process_group, teacher_logits, k, temperature, vocab_size, backend)
     columns, temperature = _checked(teacher_logits, vocab_size, temperature)
     checks.integer("k", k, low=1)
     if k > columns:

@@ -561,6 +561,10 @@ def uld_loss(
 
 def dense(objective: Objective, student: Any, teacher: Any, labels: Any = None) -> Any:
     """``kd_loss`` of an objective."""
+    if objective.process_group is not None:
+        from kdkernels.parallel.dense import kd_loss as of_shards
+
+        return of_shards(objective, student, teacher, labels)
     if distributed.among((student, teacher, labels, objective.teacher_weights, *objective.tensors)):
         options = {"teacher": teacher, "labels": labels, **objective.given()}
         loss = lk_loss if isinstance(objective, LKObjective) else kd_loss

@@ -177,6 +177,13 @@ class _OnLogits(Options):
 
 
 @_options
+class _OnShards(Options):
+    """Options of losses whose vocabulary may be sharded."""
+
+    process_group: Any = None
+
+
+@_options
 class _OnHidden(Options):
     """Options of losses that are given hidden states."""
 
@@ -393,14 +400,14 @@ class _Acceptance(_Dense):
 
 
 @_options
-class Objective(_OnLogits, RowOptions, _Dense):
+class Objective(_OnLogits, _OnShards, RowOptions, _Dense):
     """The options of ``kd_loss``."""
 
     function = "kd_loss"
 
 
 @_options
-class TopKObjective(_OnLogits, RowOptions, _Sparse):
+class TopKObjective(_OnLogits, _OnShards, RowOptions, _Sparse):
     """The options of ``topk_kd_loss``."""
 
     function = "topk_kd_loss"
@@ -437,6 +444,7 @@ class TokenOptions(Options):
     vocab_size: Optional[int] = None
     ignore_index: int = -100
     inplace_backward: bool = False
+    process_group: Any = None
     backend: Backend = "auto"
 
     function = "token_logprobs"
@@ -472,7 +480,7 @@ class LinearTokenOptions(_OnHidden, TokenOptions):
     """The options of ``linear_token_logprobs``."""
 
     function = "linear_token_logprobs"
-    without = ("inplace_backward",)
+    without = ("inplace_backward", "process_group")
 
 
 @_options
@@ -482,7 +490,7 @@ class TAIDObjective(Objective):
     interpolation: PerRow
 
     function = "taid_loss"
-    without = ("teacher_temperature", "teacher_form", "teacher_weights", "mixture", "teacher_lse")
+    without = ("teacher_temperature", "teacher_form", "teacher_weights", "mixture", "teacher_lse", "process_group")
 
 
 @_options
@@ -490,7 +498,7 @@ class LKObjective(Objective, _Acceptance):
     """The options of ``lk_loss``: those of ``kd_loss`` but for the divergence, and the kind."""
 
     function = "lk_loss"
-    without = ("divergence", "row_param")
+    without = ("divergence", "row_param", "process_group")
 
 
 @_options

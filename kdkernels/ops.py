@@ -22,6 +22,23 @@ from kdkernels.stats import KDStats, TopKStats
 
 NAMESPACE = "kdkernels"
 PATTERN_BACKENDS = ("cpu", "cuda", "triton")
+# The id of a token whose column another rank has, see token_bwd.
+ELSEWHERE = -(2**63)
+# Of a row for shard_fwd; csrc/include/kdkernels/args.h has the same names.
+SHARD_NUMBERS = (
+    "student_unit",
+    "student_top",
+    "student_log_z",
+    "teacher_unit",
+    "teacher_top",
+    "teacher_log_z",
+    "of_score",
+    "of_q",
+    "of_hard",
+    "hard_log_z",
+    "constant",
+    "at_label",
+)
 # Columns of the second results of dense_fwd and topk_fwd.
 STATS, TOPK_STATS = KDStats._fields, TopKStats._fields
 
@@ -47,6 +64,7 @@ NUMBERS = {
     "uld_fwd": ("scale", "temperature", "teacher_temperature"),
     "topp_count": ("p", "temperature"),
     "capture_topk": ("temperature",),
+    "shard_fwd": ("param0", "param1", "student_softcap", "teacher_softcap"),
     "token_fwd": ("temperature", "softcap"),
     "token_bwd": ("temperature", "softcap"),
 }
@@ -58,6 +76,7 @@ CHOICES = {
     "uld_fwd": ("ignore_index", "exact"),
     "topp_count": (),
     "capture_topk": (),
+    "shard_fwd": (),
     "token_fwd": ("ignore_index", "entropy", "tail_mass", "stats"),
     "token_bwd": ("ignore_index", "entropy", "tail_mass", "stats"),
 }
@@ -104,6 +123,19 @@ SCHEMAS = {
     # How many columns of each row, the most probable first, have a mass of p together: int64 [N], at least 1. All that
     # are above -inf where p is 1, and 1 where a row has no distribution.
     "topp_count": (f"(Tensor logits, Tensor? temperature_rows, *, {_ALIKE}) -> Tensor"),
+    # Some of the columns of rows whose softmax is known: row_numbers [N, 12] are SHARD_NUMBERS in the dtype of the sums.
+    # With log q = (s - student_top) student_unit - student_log_z and log p likewise, both of softcapped logits, returns
+    # sum f and sum df/dlogq over the columns, [N, 2]; or where there is a dstudent, which may be the student, writes
+    #
+    #     of_score df/dlogq - of_q q + of_hard e^(s - student_top - hard_log_z) + constant
+    #
+    # and at_label more in the column of labels [N] (-1: none), through the softcap, and returns [0, 2]. A row of
+    # student_unit 0 is not read for the sums; nor is one without a factor for the gradient, which is 0, or the teacher's
+    # where of_score and of_q are 0.
+    "shard_fwd": (
+        "(Tensor student, Tensor teacher, Tensor(a!)? dstudent, Tensor? labels, Tensor row_numbers, "
+        f"Tensor? param_rows, *, str divergence, {_ALIKE}) -> Tensor"
+    ),
     # Log-probabilities of the ids [N, K] of each row, in one read. With x the logits below vocab_size after the softcap
     # (0: none), m the largest of them, z = sum_v exp((x_v - m) / T), which is at least 1, and q = exp((x - m) / T) / z,
     #
@@ -115,6 +147,7 @@ SCHEMAS = {
     # in the dtype of the sums. entropy is [0] unless the choice "entropy" asks for it, tail unless "tail_mass" does,
     # and stats unless "stats" does.
     # x - m is made first, so that logits of 1e4 keep their bits and those of 3e38 overflow to -inf alone.
+    # A row of -inf alone has a norm of the lowest number and 0, which a shard of a row may have beside others.
     # ids: int64, contiguous; -1 and ignore_index (which may be a column's number) are slots without an id, whose
     # logprob is 0. A row in which no slot has an id is not read: all its results are 0. The logprob of an id out of
     # range is NaN, without a read. With tail_mass no id stands twice in a row, and the mass outside is summed for
@@ -136,7 +169,8 @@ SCHEMAS = {
     # contiguous in the dtype of the sums. entropy and dentropy are both there where the choice "entropy" says so, or
     # neither is; "tail_mass" and "stats" say nothing here. A row without an id, or with nothing but zeros in dentropy
     # and in the dlogprobs of its ids, gets 0 in all columns and is not read. A row whose z is NaN, or with an id out of
-    # range, gets NaN below vocab_size. Where q_v is 0 the last term is 0, though log q_v is -inf: the gradient is
+    # range, gets NaN below vocab_size; ELSEWHERE is not out of range: it has no column, and its dlogprobs count in the sum.
+    # Where q_v is 0 the last term is 0, though log q_v is -inf: the gradient is
     # finite beside a logit of -inf, and at its id.
     "token_bwd": (
         "(Tensor logits, Tensor ids, Tensor norm, Tensor? entropy, Tensor dlogprobs, Tensor? dentropy, "
@@ -190,6 +224,7 @@ LACKING = {
     "mse_fwd": _NOT_IN_CUDA,
     "uld_fwd": _NOT_ON_GPU,
     "topp_count": _NOT_ON_GPU,
+    "shard_fwd": _NOT_IN_CUDA,
     "capture_topk": {"triton": "capture_topk has no Triton kernel"},
 }
 
@@ -236,6 +271,10 @@ def _topk_fake(student: Tensor, *args: object, stats: bool, **kwargs: object) ->
 
 def _rows_fake(student: Tensor, *args: object, **kwargs: object) -> Tensor:
     return _rows(student)
+
+
+def _shard_fake(student: Tensor, teacher: Tensor, dstudent: Optional[Tensor], *args: object, **kwargs: object) -> Tensor:
+    return _rows(student, 2) if dstudent is None else _sums(student, 0, 2)
 
 
 def _linear_fake(columns: Sequence[str]) -> Callable[..., Any]:
@@ -309,6 +348,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "mse_fwd": _rows_fake,
     "uld_fwd": _rows_fake,
     "topp_count": _counts_fake,
+    "shard_fwd": _shard_fake,
     "token_fwd": _token_fake,
     "token_bwd": _none_fake,
     "scale_grad": _none_fake,

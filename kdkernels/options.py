@@ -30,6 +30,10 @@ class _OnLogits(TypedDict, total=False):
     inplace: bool
 
 
+class _OnShards(TypedDict, total=False):
+    process_group: Optional[torch.distributed.ProcessGroup]
+
+
 class _OnHidden(TypedDict, total=False):
     chunk_bytes: Optional[int]
     logits_dtype: Optional[torch.dtype]
@@ -75,11 +79,11 @@ class _Acceptance(_Teacher, _Weighed, total=False):
     eps: float
 
 
-class ObjectiveOptions(_OnLogits, _Teacher, _Terms, total=False):
+class ObjectiveOptions(_OnLogits, _OnShards, _Teacher, _Terms, total=False):
     """Of ``kd_loss``."""
 
 
-class TopKOptions(_OnLogits, _Sparse, total=False):
+class TopKOptions(_OnLogits, _OnShards, _Sparse, total=False):
     """Of ``topk_kd_loss``."""
 
 
@@ -145,6 +149,7 @@ class TokenOptions(_Tokens, total=False):
     """Of ``token_logprobs``."""
 
     inplace_backward: bool
+    process_group: Optional[torch.distributed.ProcessGroup]
 
 
 class LinearTokenOptions(_OnHidden, _Tokens, total=False):

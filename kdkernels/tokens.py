@@ -16,6 +16,7 @@ from kdkernels.reduction import num_rows
 from kdkernels.stats import TokenStats
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
     from kdkernels import options as keywords
@@ -115,6 +116,10 @@ def token_logprobs(logits: Tensor, ids: Tensor, **options: Any) -> Any:
         -1.3863
     """
     given = TokenOptions.of(options)
+    if given.process_group is not None:
+        from kdkernels.parallel import calls
+
+        return calls.token_logprobs(given, logits, ids)
     checks.logits("logits", logits)
     if given.inplace_backward:
         checks.inplace_allowed(logits, "inplace_backward", "logits tensor")
@@ -149,6 +154,7 @@ def gather_logprobs(
     temperature: PerRow = 1.0,
     vocab_size: Optional[int] = None,
     softcap: Optional[float] = None,
+    process_group: Optional[ProcessGroup] = None,
     backend: str = "auto",
 ) -> TeacherTopK:
     r"""A teacher's log-probabilities at ids of somebody's choice, and the mass of all others, as a ``TeacherTopK``.
@@ -189,13 +195,22 @@ def gather_logprobs(
         [0.25, 0.25, 0.5]
     """
     given = TokenOptions.of(
-        {"temperature": temperature, "vocab_size": vocab_size, "softcap": softcap, "backend": backend}
+        {
+            "temperature": temperature,
+            "vocab_size": vocab_size,
+            "softcap": softcap,
+            "process_group": process_group,
+            "backend": backend,
+        }
     )
+    if process_group is not None:
+        from kdkernels.parallel import calls
+
+        return calls.gather_logprobs(given, teacher_logits, ids)
     checks.logits("teacher_logits", teacher_logits)
     columns = checks.vocabulary(vocab_size, teacher_logits, "teacher_logits")
     tokens = checks.token_ids(ids, teacher_logits, columns, -1)
-    if ids.dim() != teacher_logits.dim():
-        raise ValueError(f"ids must have shape {checks.with_slots(teacher_logits.shape[:-1])}, got {tuple(ids.shape)}")
+    checks.slots_of_rows(ids, teacher_logits)
     tokens, logits = first_of_equals(tokens), teacher_logits.detach()
     call = token_call(given, logits, tokens, columns)
     call = call._replace(options={**call.options, "tail_mass": True, "ignore_index": -1})

@@ -17,6 +17,7 @@ struct KernelTable {
   void (*topk)(const TopkArgs&, int64_t begin, int64_t end);
   void (*scale)(const ScaleArgs&, int64_t begin, int64_t end);
   void (*capture)(const CaptureArgs&, int64_t begin, int64_t end);
+  void (*shards)(const ShardArgs&, int64_t begin, int64_t end);
   void (*tokens)(const TokenArgs&, int64_t begin, int64_t end);
   void (*uld)(const UldArgs&, int64_t begin, int64_t end);
   void (*topp)(const ToppArgs&, int64_t begin, int64_t end);

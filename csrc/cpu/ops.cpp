@@ -258,6 +258,53 @@ void run_tokens(const TokenArgs& args, const Tensor&) {
                 [&](int64_t begin, int64_t end) { table.tokens(args, begin, end); });
 }
 
+Tensor shard_fwd(Tensor student, Tensor teacher, std::optional<Tensor> dstudent, std::optional<Tensor> labels,
+                 Tensor row_numbers, std::optional<Tensor> param_rows, std::string divergence, int64_t vocab_size,
+                 std::vector<double> numbers, std::vector<int64_t> choices) {
+  STD_TORCH_CHECK(choices.empty(), "the op takes no choices, got ", choices.size());
+  const auto number = named<ShardOptions>(numbers);
+  ShardArgs args;
+  args.student = view(student, "student", false);
+  fill_shape(args, student);
+  args.columns = vocab_size;
+  const int64_t rows = args.batch * args.length;
+  STD_TORCH_CHECK(vocab_size >= 1 && vocab_size <= args.width, "vocab_size must be in [1, ", args.width, "], got ",
+                  vocab_size);
+  args.teacher = view(teacher, "teacher", false);
+  STD_TORCH_CHECK(has_rows(teacher, args, args.columns),
+                  "the teacher must have the student's rows, and a column for each that counts");
+  constexpr int64_t of_row = int64_t(sizeof(ShardNumbers<float>) / sizeof(float));
+  STD_TORCH_CHECK(row_numbers.dim() == 2 && row_numbers.size(0) == rows && row_numbers.size(1) == of_row &&
+                      row_numbers.is_contiguous() && row_numbers.scalar_type() == sum_dtype(student),
+                  "row_numbers must be contiguous [N, ", of_row, "] in the dtype of the sums");
+  args.numbers = row_numbers.const_data_ptr();
+  args.param = per_row(param_rows, sum_dtype(student), rows, "param_rows");
+  args.divergence = find_divergence(divergence.c_str(), number.param0, number.param1);
+  STD_TORCH_CHECK(args.divergence >= 0, "this backend does not know the divergence ", divergence);
+  args.param0 = number.param0;
+  args.param1 = number.param1;
+  args.student_softcap = number.student_softcap;
+  args.teacher_softcap = number.teacher_softcap;
+  if (labels) {
+    STD_TORCH_CHECK(labels->dim() == 1 && labels->size(0) == rows && labels->scalar_type() == ScalarType::Long &&
+                        labels->is_contiguous(),
+                    "labels must be contiguous int64 [N]");
+    args.labels = static_cast<const int64_t*>(labels->const_data_ptr());
+  }
+  Tensor sums = new_rows(student, {dstudent ? 0 : rows, 2});
+  if (dstudent) {
+    args.dstudent = view(*dstudent, "dstudent", true);
+    STD_TORCH_CHECK(has_rows(*dstudent, args, args.width) && dstudent->size(dstudent->dim() - 1) == args.width &&
+                        args.dstudent.dtype == args.student.dtype,
+                    "dstudent must have the student's shape and dtype");
+  } else {
+    args.sums = sums.mutable_data_ptr();
+  }
+  const KernelTable& table = kernels();
+  parallel_rows(rows, args.width, [&](int64_t begin, int64_t end) { table.shards(args, begin, end); });
+  return sums;
+}
+
 enum class Slot { kUnused, kUsed, kBad };
 
 template <class I, class Judge>
@@ -418,6 +465,7 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
   m.impl("dense_loss_cpu", TORCH_BOX(&kdk::dense_loss));
   m.impl("dkd_fwd_cpu", TORCH_BOX(&kdk::dkd_fwd));
   m.impl("mse_fwd_cpu", TORCH_BOX(&kdk::mse_fwd));
+  m.impl("shard_fwd_cpu", TORCH_BOX(&kdk::shard_fwd));
   m.impl("token_bwd_cpu", TORCH_BOX(&kdk::token_bwd<kdk::run_tokens>));
   m.impl("token_fwd_cpu", TORCH_BOX(&kdk::token_fwd<kdk::run_tokens>));
   m.impl("topp_count_cpu", TORCH_BOX(&kdk::topp_count));

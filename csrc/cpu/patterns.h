@@ -22,6 +22,8 @@ void topk_rows(const TopkArgs& args, int64_t begin, int64_t end);
 template <class X>
 void capture_rows(const CaptureArgs& args, int64_t begin, int64_t end);
 template <class X>
+void shard_rows(const ShardArgs& args, int64_t begin, int64_t end);
+template <class X>
 void token_rows(const TokenArgs& args, int64_t begin, int64_t end);
 template <class X>
 void uld_rows(const UldArgs& args, int64_t begin, int64_t end);

@@ -26,6 +26,9 @@ inline void run_capture(const CaptureArgs& args, int64_t begin, int64_t end) {
   with_dtype(args.teacher.dtype, [&](auto x) { capture_rows<decltype(x)>(args, begin, end); });
 }
 
+inline void run_shards(const ShardArgs& args, int64_t begin, int64_t end) {
+  with_dtype(args.student.dtype, [&](auto x) { shard_rows<decltype(x)>(args, begin, end); });
+}
 inline void run_tokens(const TokenArgs& args, int64_t begin, int64_t end) {
   with_dtype(args.logits.dtype, [&](auto x) { token_rows<decltype(x)>(args, begin, end); });
 }
@@ -38,7 +41,8 @@ inline void run_topp(const ToppArgs& args, int64_t begin, int64_t end) {
 }
 
 inline KernelTable table(const char* name) {
-  return {name, run_dense, run_dkd, run_mse, run_topk, run_scale, run_capture, run_tokens, run_uld, run_topp};
+  return {name,        run_dense,  run_dkd,    run_mse, run_topk, run_scale,
+          run_capture, run_shards, run_tokens, run_uld, run_topp};
 }
 
 }  // namespace KDK_ISA

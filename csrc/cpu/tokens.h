@@ -259,7 +259,7 @@ void token_gradient_rows_of(const TokenArgs& args, int64_t begin, int64_t end) {
     for (Token& token : tokens) {
       const bool inside = token.id >= 0 && token.id < args.columns;
       if (inside) token.logit = to_compute(s[token.id]);
-      if (!inside) token.gradient = sum = std::numeric_limits<double>::quiet_NaN();
+      if (!inside && token.id != kElsewhere) token.gradient = sum = std::numeric_limits<double>::quiet_NaN();
     }
     tokens.erase(std::remove_if(tokens.begin(), tokens.end(),
                                 [&](const Token& token) { return token.id < 0 || token.id >= args.columns; }),

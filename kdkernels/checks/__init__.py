@@ -17,10 +17,12 @@ from kdkernels.checks.dense import (
     probabilities,
     reverse_mode_only,
     several,
+    shard,
     student_of,
     teacher_like,
     teacher_of_width,
     teacher_probs,
+    teacher_shard,
     teachers_of,
     vocabulary,
     why_no_teacher_grad,
@@ -46,6 +48,7 @@ from kdkernels.checks.rows import (
     normalizer_like,
     per_row,
     reduction_name,
+    slots_of_rows,
     token_ids,
     token_mask,
     token_numbers,
@@ -60,5 +63,5 @@ from kdkernels.checks.tensors import (
     tensor,
     with_slots,
 )
-from kdkernels.checks.values import choice, flag, in_sums, integer, logits_dtype, number, offsets, softcap, text
+from kdkernels.checks.values import choice, flag, group_of_ranks, in_sums, integer, logits_dtype, number, offsets, softcap, text
 from kdkernels.checks.vectors import attention_mask, attention_operands, features, relation_vectors, sample_mask

@@ -20,8 +20,8 @@ MAX_TEACHERS = 4
 FLOAT64_DEVICES: tuple[str, ...] = ("cpu",)
 
 
-def logits(name: str, value: Any) -> None:
-    """A floating tensor ``(..., V)`` with unit stride in the last dimension; fp64 on the CPU only."""
+def logits(name: str, value: Any, *, least: int = 1) -> None:
+    """A floating tensor ``(..., V)`` with unit stride in the last dimension, V >= ``least``; fp64 on the CPU only."""
     if not isinstance(value, Tensor):
         raise no_tensor(name, value)
     plain(name, value)
@@ -32,10 +32,27 @@ def logits(name: str, value: Any) -> None:
         raise TypeError(f"{name} may be float64 on the CPU only, got a tensor on {value.device}")
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
-    if not shape or shape[-1] == 0:
+    if not shape or shape[-1] < least:
         raise ValueError(f"{name} must have shape (..., V) with V >= 1, got {tuple(shape)}")
     if shape[-1] > 1 and value.stride(-1) != 1:
         raise ValueError(f"{name} must have stride 1 in the last dimension, got strides {tuple(value.stride())}")
+
+
+def shard(name: str, value: Any) -> None:
+    """The logits of this rank's columns, of which there may be none."""
+    logits(name, value, least=0)
+
+
+def teacher_shard(name: str, teacher: Any, student: Tensor) -> None:
+    """The teacher's columns of this rank, which are the student's."""
+    shard(name, teacher)
+    if teacher.device != student.device:
+        raise ValueError(f"{name} must be on the student's device {student.device}, got {teacher.device}")
+    if teacher.shape != student.shape:
+        raise ValueError(
+            f"{name} must have the columns of the student on every rank, and its shape {tuple(student.shape)}, got "
+            f"{tuple(teacher.shape)}"
+        )
 
 
 def student_of(options: Any, student: Any) -> int:

@@ -88,6 +88,12 @@ def token_ids(value: Any, logits: Tensor, columns: int, ignore_index: int) -> Te
     return flat
 
 
+def slots_of_rows(ids: Tensor, logits: Tensor) -> None:
+    """Ids have a dimension of slots after those of the rows."""
+    if ids.dim() != logits.dim():
+        raise ValueError(f"ids must have shape {with_slots(logits.shape[:-1])}, got {tuple(ids.shape)}")
+
+
 def token_numbers(name: str, value: Any, like: Optional[Tensor] = None, *, expand: bool = False) -> None:
     """A floating tensor with one number per token, of any shape or that of ``like``; 1 expands where it may."""
     tensor(name, value)
@@ -172,7 +178,7 @@ def per_row(
             raise ValueError(
                 f"{name} must be finite{'' if low == -math.inf else f' and {expected}'}{sums}, got {worst}"
             )
-    num_rows = student.numel() // student.shape[-1]
+    num_rows = math.prod(student.shape[:-1])
     return flat.reshape(()).expand(num_rows) if value.numel() == 1 and num_rows != 1 else flat.reshape(-1)
 
 

@@ -32,6 +32,17 @@ def flag(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
 
 
+def group_of_ranks(group: Any) -> None:
+    """A process group of torch.distributed that this process is in."""
+    import torch.distributed as dist
+
+    if not isinstance(group, dist.ProcessGroup):
+        hint = "; dist.group.WORLD is that of all ranks" if dist.is_available() else ""
+        raise TypeError(f"process_group must be a torch.distributed.ProcessGroup, got {type(group).__name__}{hint}")
+    if dist.get_rank(group) < 0:
+        raise ValueError("process_group must be a group that this process is in")
+
+
 def number(
     name: str,
     value: Any,

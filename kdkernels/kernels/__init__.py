@@ -15,6 +15,7 @@ def launchers() -> dict[str, Callable[..., Any]]:
     from kdkernels.kernels.dkd import dkd_fwd
     from kdkernels.kernels.mse import mse_fwd
     from kdkernels.kernels.scale import scale_grad
+    from kdkernels.kernels.shards import shard_fwd
     from kdkernels.kernels.tokens import token_bwd, token_fwd
     from kdkernels.kernels.topk import topk_fwd
 
@@ -23,6 +24,7 @@ def launchers() -> dict[str, Callable[..., Any]]:
         "topk_fwd": topk_fwd,
         "dkd_fwd": dkd_fwd,
         "mse_fwd": mse_fwd,
+        "shard_fwd": shard_fwd,
         "token_fwd": token_fwd,
         "token_bwd": token_bwd,
     }

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kdkernels import ops
 from kdkernels.kernels import tuning
 from kdkernels.kernels.arguments import aligned_width, contiguous, num_rows, on_device_of
 from kdkernels.kernels.arguments import logits as row_strides_of
@@ -42,6 +43,8 @@ from kdkernels.kernels.rows import (
 )
 from kdkernels.kernels.terms import through_cap
 
+# A token whose column is in another shard of the vocabulary.
+ELSEWHERE = tl.constexpr(ops.ELSEWHERE)
 # An exponent whose power of two is 0, in place of -inf: 0 * FLOOR is 0.
 FLOOR = tl.constexpr(-65536.0)
 # Bits of the word in which a lane marks the columns it holds.
@@ -188,7 +191,8 @@ def token_fwd_kernel(
     z *= fast_exp2(shift)
     if ENTROPY:
         total = tl.sum(tl.fma(total, fast_exp2(shift), z * shift), axis=0)
-    z = defined(tl.sum(z, axis=0))
+    all_z = tl.sum(z, axis=0)
+    z = defined(all_z)
     log_z = tl.log(z)
 
     logp = (picked - top) * unit - log_z
@@ -198,7 +202,7 @@ def token_fwd_kernel(
         tl.store(entropy_ptr + row64, log_z - total / z * LN2)
     tl.store(lse_ptr + row64, top * unit + log_z)
     tl.store(norm_ptr, top)
-    tl.store(norm_ptr + 1, z)
+    tl.store(norm_ptr + 1, all_z)
     if STATS:
         stats_ptr += row64 * (2 + K)
         largest = tl.where(z > 0, tl.where(known & (picked == top), 1.0, 0.0), 0.0)
@@ -295,7 +299,8 @@ def token_tail_kernel(
     outer_z = tl.sum(z * fast_exp2((m - outer) * scale), axis=0)
     top = tl.maximum(outer, tl.max(tl.where(known, picked, NEG_INF), axis=0))
     inner_z = tl.sum(tl.where(known, fast_exp2((picked - top) * scale), 0.0), axis=0)
-    z = defined(inner_z + outer_z * fast_exp2((outer - top) * scale))
+    all_z = inner_z + outer_z * fast_exp2((outer - top) * scale)
+    z = defined(all_z)
     log_z = tl.log(z)
 
     logp = (picked - top) * unit - log_z
@@ -306,7 +311,7 @@ def token_tail_kernel(
     tl.store(tail_ptr + row64, tl.where(tail > 0, 0.0, tail))
     tl.store(lse_ptr + row64, top * unit + log_z)
     tl.store(norm_ptr, top)
-    tl.store(norm_ptr + 1, z)
+    tl.store(norm_ptr + 1, all_z)
 
 
 @triton.jit
@@ -374,7 +379,7 @@ def token_bwd_kernel(
     unit, scale = of_row(temperature, temperature_ptr, row64, stride_tn)
     top = tl.load(norm_ptr + row64 * 2)
     z = tl.load(norm_ptr + row64 * 2 + 1)
-    spoilt = tl.where(any_of(used & (known == 0)), float("nan"), 0.0)
+    spoilt = tl.where(any_of(used & (known == 0) & (ids != ELSEWHERE)), float("nan"), 0.0)
     slope = tl.sum(g, axis=0) + spoilt
     if ENTROPY:
         # log q + H is a ln 2 less its mean: a in powers of two, and H - log z of the mean.

@@ -10,6 +10,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from kdkernels.ops import ELSEWHERE
 from kdkernels.reference.dense import PerRow, apply_softcap, column, log_softmax
 
 
@@ -52,7 +53,7 @@ def token_rows(
     x = torch.where(counted.unsqueeze(-1), _capped(logits, columns, softcap), 0.0)
     logp = log_softmax(x, column(temperature))
     # A factor, so that a token out of range spoils the gradient too.
-    factor = torch.where(used & ~inside, torch.nan, 1.0).to(logp.dtype)
+    factor = torch.where(used & ~inside & (ids != ELSEWHERE), torch.nan, 1.0).to(logp.dtype)
     logprobs = torch.where(used, logp.gather(1, ids.clamp(0, columns - 1)) * factor, 0.0)
     of_entropy = tail = of_stats = None
     if entropy:
@@ -94,8 +95,9 @@ def token_gradient(
     q = scaled.exp() / norm[:, 1:]
     g = torch.where(used, dlogprobs, 0.0)
     known = (ids >= 0) & (ids < vocab_size)
-    g = torch.where(used & ~known, torch.nan, g)
-    grad = torch.zeros_like(x).scatter_add(1, ids.clamp(0, vocab_size - 1), g) - q * g.sum(-1, keepdim=True)
+    g = torch.where(used & ~known & (ids != ELSEWHERE), torch.nan, g)
+    own = torch.where(known, g, 0.0)
+    grad = torch.zeros_like(x).scatter_add(1, ids.clamp(0, vocab_size - 1), own) - q * g.sum(-1, keepdim=True)
     counted = (g != 0).any(-1)
     if dentropy is not None and entropy is not None:
         logq = scaled - norm[:, 1:].log()

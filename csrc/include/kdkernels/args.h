@@ -13,6 +13,9 @@ enum class Tail { kBucket, kRenormalize, kRenormalizeBoth, kUniform, kDrop };
 
 // A sparse teacher's log-probability that is no larger marks a slot that is unused, as an id of -1 does.
 constexpr double kNoEntry = -9000;
+// A token whose column is in another shard of the vocabulary, as kdkernels.ops.ELSEWHERE: its gradient counts in the
+// sum that all columns take part of.
+constexpr int64_t kElsewhere = INT64_MIN;
 
 constexpr int kMaxTeachers = 4;
 constexpr int kStats = 9, kTopkStats = 6;
@@ -113,6 +116,29 @@ struct TokenArgs {
   void* stats = nullptr;                     // [N, 2 + K], or null
   void* norm = nullptr;                      // [N, 2]: a logit, and the sum of exponentials relative to it
   const void *dlogprobs = nullptr, *dentropy = nullptr;
+};
+
+// Of a row, in the dtype of the sums: the softmax of both models over all shards, log q = (s - top) unit - log z, where
+// a unit of 0 marks a row that is not read, and the gradient
+//   of_score score - of_q q + of_hard e^(s - top - hard_log_z) + constant, and at_label more at the label.
+template <class C>
+struct ShardNumbers {
+  C student_unit, student_top, student_log_z, teacher_unit, teacher_top, teacher_log_z;
+  C of_score, of_q, of_hard, hard_log_z, constant, at_label;
+};
+
+// Some of the columns of a divergence's rows: their sums, or where there is dstudent their gradient.
+struct ShardArgs {
+  int64_t batch = 0, length = 0;
+  int64_t columns = 0;  // V: the real columns
+  int64_t width = 0;    // of the student, padding included
+  LogitsView student, teacher, dstudent;
+  const int64_t* labels = nullptr;  // [N]; a column, or -1
+  const void* numbers = nullptr;    // ShardNumbers [N]
+  PerRow param;
+  int divergence = 0;  // index into divergence_table.h
+  double param0 = 0, param1 = 0, student_softcap = 0, teacher_softcap = 0;
+  void* sums = nullptr;  // [N, 2]: of values and of scores, or null
 };
 
 struct DkdArgs : RowArgs {

@@ -52,6 +52,10 @@ struct ToppNumbers {
   double p, temperature;
 };
 
+struct ShardOptions {
+  double param0, param1, student_softcap, teacher_softcap;
+};
+
 struct CaptureNumbers {
   double temperature;
 };

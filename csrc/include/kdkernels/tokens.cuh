@@ -325,6 +325,7 @@ struct TokenForward {
       z = of_ids.z * exp2_fast(exponent_of(of_ids.high, top, r.scale)) +
           outside * exp2_fast(exponent_of(sums.high, top, r.scale));
     }
+    const float sum_of_all = z;
     if (z == 0) z = NAN;  // nothing in the row is finite
     const float log_z = logf(z);
     for (int j = r.team.thread; j < slots; j += r.team.threads) {
@@ -339,7 +340,7 @@ struct TokenForward {
       if constexpr (ENTROPY) entropy = log_z - sums.weighted / z * float(kLn2);
       float tail = (sums.high - top) * r.unit + (logf(outside) - log_z);
       if (outside == 0 && z > 0) tail = -INFINITY;
-      write_row(top * r.unit + log_z, top, z, entropy, tail > 0 ? 0.0f : tail);
+      write_row(top * r.unit + log_z, top, sum_of_all, entropy, tail > 0 ? 0.0f : tail);
       if constexpr (STATS) {
         const float squares = logf(sums.squares) - 2 * log_z;
         stats[0] = squares > 0 ? 0.0f : squares;
@@ -429,7 +430,7 @@ __global__ void __launch_bounds__(kTokenThreads, 4) token_bwd_kernel(const __gri
     const float upstream = used ? static_cast<const float*>(args.dlogprobs)[r.row * slots + j] : 0.0f;
     some = some || used;
     any = any || upstream != 0;
-    ids[j] = known ? int(id) : used ? -2 : -1;
+    ids[j] = known ? int(id) : used && id != kElsewhere ? -2 : -1;
     given[j] = upstream;
   }
   if (ENTROPY) {

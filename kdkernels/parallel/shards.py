@@ -1,0 +1,190 @@
+"""A process group whose ranks have the columns of one vocabulary, and the words they exchange."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Optional, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kdkernels import checks, ops
+
+# How long a rank looks for the one that no longer answers.
+PATIENCE = datetime.timedelta(seconds=5)
+
+_ResultT = TypeVar("_ResultT")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """The columns of a vocabulary, in the order of the ranks."""
+
+    group: Any
+    rank: int
+    # Columns of each rank that are no padding.
+    widths: tuple[int, ...]
+
+    @property
+    def first(self) -> int:
+        """The vocabulary's number of this rank's first column."""
+        return sum(self.widths[: self.rank])
+
+    @property
+    def columns(self) -> int:
+        """How many columns this rank has."""
+        return self.widths[self.rank]
+
+    @property
+    def total(self) -> int:
+        """The size of the vocabulary."""
+        return sum(self.widths)
+
+    def here(self, ids: Tensor) -> Tensor:
+        """True for ids that are columns of this rank."""
+        return (ids >= self.first) & (ids < self.first + self.columns)
+
+    def local(self, ids: Tensor, ignore_index: int = -1) -> Tensor:
+        """Ids of the vocabulary as columns of this rank: those of others are ``ELSEWHERE``, those that are none -1.
+
+        An id that no rank has is ``ELSEWHERE`` too.
+        """
+        mapped = torch.where(self.here(ids), ids - self.first, ops.ELSEWHERE)
+        return torch.where((ids == -1) | (ids == ignore_index), -1, mapped)
+
+    def largest(self, *values: Tensor) -> list[Tensor]:
+        """Of each tensor the largest numbers over all ranks, by one reduction."""
+        return self._reduced(values, dist.ReduceOp.MAX)
+
+    def sum(self, *values: Tensor) -> list[Tensor]:
+        """The sum of each tensor over all ranks, by one reduction."""
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def _reduced(self, values: Sequence[Tensor], op: Any) -> list[Tensor]:
+        packed = torch.cat([value.detach().reshape(-1) for value in values])
+        if packed.numel():
+            _together(self.group, lambda: dist.all_reduce(packed, op, group=self.group))
+        parts = packed.split([value.numel() for value in values])
+        return [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
+
+    def gathered(self, value: Tensor) -> list[Tensor]:
+        """The tensors of all ranks, which have one shape."""
+        mine = value.contiguous()
+        found = [torch.empty_like(mine) for _ in self.widths]
+        if mine.numel():
+            _together(self.group, lambda: dist.all_gather(found, mine, group=self.group))
+        return found
+
+
+def shards_of(
+    group: Any,
+    logits: Tensor,
+    vocab_size: Optional[int],
+    facts: Mapping[str, Any],
+    check: Callable[[int], _ResultT],
+) -> tuple[Shards, _ResultT]:
+    """The shards of a call, and what ``check(total)`` says of its other arguments, on all ranks or on none.
+
+    An error of a rank's own is raised there, and is an error on all other ranks too, so that none of them waits for
+    what will not come. On a GPU that is asked once for every set of facts, unless ``KDKERNELS_DEBUG=1``: each time it
+    would wait for the device.
+
+    Args:
+        logits: this rank's columns.
+        vocab_size: the vocabulary's size without its padding; None: all columns of all ranks.
+        facts: numbers and texts that all ranks have in common, by name.
+    """
+    checks.group_of_ranks(group)
+    size = dist.get_world_size(group)
+    width = logits.shape[-1]
+    known = {name: fact if isinstance(fact, int) else zlib.crc32(str(fact).encode()) for name, fact in facts.items()}
+    key = (group.group_name, width, vocab_size, *known.values())
+    widths = _seen.get(key)
+    if widths is None or checks.reads_values(logits):
+        mine = torch.tensor([0, width, *known.values()], dtype=torch.int64, device=logits.device)
+        table = [torch.empty_like(mine) for _ in range(size)]
+        _together(group, lambda: dist.all_gather(table, mine, group=group))
+        rows = [row.tolist() for row in table]
+        _same_on_all(group, list(facts), [row[2:] for row in rows])
+        widths = tuple(row[1] for row in rows)
+    shards = Shards(group, dist.get_rank(group), _without_padding(widths, vocab_size))
+    fault: Optional[Exception] = None
+    try:
+        result = check(shards.total)
+    except Exception as error:
+        fault = error
+    if checks.reads_values(logits) or key not in _seen:
+        _none_refused(group, fault, logits.device)
+    if fault is not None:
+        raise fault
+    if len(_seen) > 1024:
+        _seen.clear()
+    _seen[key] = widths
+    return shards, result
+
+
+# Widths of the shards by the facts of a call, which all ranks have asked for.
+_seen: dict[Any, tuple[int, ...]] = {}
+
+
+def _without_padding(widths: tuple[int, ...], vocab_size: Optional[int]) -> tuple[int, ...]:
+    total = sum(widths)
+    if vocab_size is not None and vocab_size > total:
+        raise ValueError(f"vocab_size must be at most the number of columns of all ranks {total}, got {vocab_size}")
+    left = total if vocab_size is None else vocab_size
+    real = []
+    for width in widths:
+        real.append(min(width, left))
+        left -= real[-1]
+    return tuple(real)
+
+
+def _same_on_all(group: Any, names: Sequence[str], rows: Sequence[Sequence[int]]) -> None:
+    for k, name in enumerate(names):
+        for rank, row in enumerate(rows):
+            if row[k] != rows[0][k]:
+                first, other = (dist.get_global_rank(group, r) for r in (0, rank))
+                told = f", got {rows[0][k]} on rank {first} and {row[k]} on rank {other}"
+                text = name in _TEXTS
+                raise ValueError(
+                    f"{name} must be the same on all ranks of process_group"
+                    + (f": rank {other} has others than rank {first}" if text else told)
+                )
+
+
+# Facts of which the number says nothing.
+_TEXTS = ("options", "dtype")
+
+
+def _none_refused(group: Any, fault: Optional[Exception], device: torch.device) -> None:
+    mine = torch.tensor([int(fault is not None)], device=device)
+    table = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    _together(group, lambda: dist.all_gather(table, mine, group=group))
+    refused = [str(dist.get_global_rank(group, r)) for r, flag in enumerate(table) if flag.item()]
+    if fault is None and refused:
+        raise RuntimeError(f"rank {', '.join(refused)} of process_group refused its arguments: its own error says why")
+
+
+def _together(group: Any, collective: Callable[[], Any]) -> None:
+    """Run a collective; where it fails, say who does not answer."""
+    try:
+        collective()
+    except Exception as error:
+        raise RuntimeError(
+            f"rank {dist.get_rank()} lost the other ranks of its process_group"
+            f"{dist.get_process_group_ranks(group)}: {_who_is_missing(group) or error}"
+        ) from error
+
+
+def _who_is_missing(group: Any) -> str:
+    if dist.get_backend(group) != "gloo":
+        return ""
+    try:
+        dist.monitored_barrier(group, timeout=PATIENCE, wait_all_ranks=True)
+    except Exception as error:
+        return str(error).partition("\n")[0]
+    return ""

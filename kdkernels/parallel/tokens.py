@@ -1,0 +1,267 @@
+"""Log-probabilities of tokens over a sharded vocabulary, by the kernels that a whole one has.
+
+Of rows [N] a shard tells its largest logit m and z, the sum of exponentials relative to it. With the largest M of all
+shards and Z = sum z e^((m - M) / T), a column's q is e^((x - M) / T) / Z wherever it is, so that backward is the kernel
+of a whole vocabulary with M and Z for its norm: an id of another shard is a token without a column, ``ELSEWHERE``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from kdkernels import memory, ops, reference
+from kdkernels.autograd import TokenCall, graph_is_kept, has_saved_tensor_hooks, refuse_second_derivative
+from kdkernels.launch import as_rows
+from kdkernels.parallel.shards import Shards
+from kdkernels.reference.dense import PerRow, apply_softcap, column
+
+
+class Values(NamedTuple):
+    """The results of rows and slots over all shards; ``log_outside`` is that of the mass outside the ids."""
+
+    logprobs: Tensor  # [N, K]
+    entropy: Tensor  # [N], or [0]
+    lse: Tensor  # [N]
+    log_outside: Tensor  # [N], or [0]
+    stats: Tensor  # [N, 2 + K], or [0]
+    norm: Tensor  # [N, 2]
+
+
+class ShardedTokens(torch.autograd.Function):
+    """``Values`` of this rank's logits ``[..., V]``, with the gradient that all ranks together have in them.
+
+    All ranks make the same of the results, and so have the same gradients of them: backward sends nothing.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, ids: Tensor, rows: Optional[Tensor], call: TokenCall, shards: Shards, inplace: bool
+    ) -> tuple[Tensor, ...]:
+        found = values_of(call, rows_of(logits.detach()), logits.detach(), ids, shards)
+        entropy, tail = call.options["entropy"], call.options["tail_mass"]
+        kept_tail = found.log_outside if tail else None
+        ctx.save_for_backward(
+            logits, ids, found.norm, found.entropy if entropy else None, rows, found.logprobs, kept_tail
+        )
+        ctx.call, ctx.shards = call, shards
+        ctx.inplace, ctx.shared = inplace, has_saved_tensor_hooks()
+        without = [found.stats, *([] if entropy else [found.entropy]), *([] if tail else [found.log_outside])]
+        ctx.mark_non_differentiable(*without)
+        ctx.set_materialize_grads(False)
+        return found.logprobs, found.entropy, found.lse, found.log_outside, found.stats
+
+    @staticmethod
+    def backward(ctx: Any, *given: Any) -> tuple[Any, ...]:
+        refuse_second_derivative()
+        dlogprobs, dentropy, dlse, dtail, _ = given
+        nothing = (None,) * 5
+        if all(item is None for item in (dlogprobs, dentropy, dlse, dtail)):
+            return None, *nothing
+        logits, ids, norm, entropy, rows, logprobs, tail = ctx.saved_tensors
+        shards, options = ctx.shards, ctx.call.options
+        local = shards.local(ids, options["ignore_index"])
+        upstream = torch.zeros_like(logprobs) if dlogprobs is None else dlogprobs
+        missing = (local == ops.ELSEWHERE) & ((ids < 0) | (ids >= shards.total))
+        upstream = torch.where(missing, torch.nan, upstream)
+        if dtail is not None:
+            # d tail = -sum_S q_id / tail (dlogprobs_id): outside S that leaves q (1 - tail) / tail.
+            share = torch.where(torch.isneginf(tail), 0.0, dtail).unsqueeze(-1)
+            upstream = upstream - torch.where(local == -1, 0.0, share * (logprobs - tail.unsqueeze(-1)).exp())
+        if dlse is not None:
+            # A token that no rank has, of which all columns take their part.
+            local = torch.cat([local, torch.full_like(local[:, :1], ops.ELSEWHERE)], 1)
+            upstream = torch.cat([upstream, -dlse.unsqueeze(-1)], 1)
+        gradient = _gradient(ctx, logits, local, norm, entropy, upstream.contiguous(), dentropy, rows)
+        return gradient, *nothing
+
+
+def _gradient(
+    ctx: Any,
+    logits: Tensor,
+    ids: Tensor,
+    norm: Tensor,
+    entropy: Optional[Tensor],
+    dlogprobs: Tensor,
+    dentropy: Optional[Tensor],
+    rows: Optional[Tensor],
+) -> Tensor:
+    call: TokenCall = ctx.call
+    if ctx.shards.columns == 0:
+        return torch.zeros_like(logits)
+    options = {**call.options, "vocab_size": ctx.shards.columns, "ignore_index": -1, "stats": False, "tail_mass": False}
+    call = TokenCall(call.backend, rows, {**options, "entropy": dentropy is not None})
+    entropy = None if dentropy is None else entropy
+    over = ctx.inplace and not ctx.shared and not graph_is_kept()
+    plain = call.backend == "torch" or ctx.shards.columns <= 1
+    if plain:
+        # A kernel takes a column that is alone for a sure one.
+        found = reference.token_gradient(
+            rows_of(logits), ids, norm, entropy, dlogprobs, dentropy, **call.gradient_options()
+        ).reshape(logits.shape)
+        return logits.detach().copy_(found) if over else found
+    gradient = logits.detach() if over else memory.empty_like(logits)
+    source, destination = as_rows((logits.detach(), gradient))
+    dentropy = None if dentropy is None else dentropy.contiguous()
+    operands = (source, ids, norm, entropy, dlogprobs, dentropy, destination, rows)
+    ops.call("token_bwd", call.backend, operands, call.options)
+    if over:
+        torch.autograd.graph.increment_version(logits)
+    return gradient
+
+
+class Part(NamedTuple):
+    """A shard's own: m, z and what else of its rows is relative to them, all ``[N]``; ``picked [N, K]``."""
+
+    top: Tensor
+    z: Tensor
+    weighted: Optional[Tensor]  # sum e^a a, a = (x - m) / T
+    outside: Optional[Tensor]  # sum of e^a outside the ids
+    squares: Optional[Tensor]  # sum e^2a
+    mean: Optional[Tensor]  # the sum of its logits over the size of the vocabulary
+    highest: Optional[Tensor]  # the largest logit, of which m is but near
+
+
+def values_of(call: TokenCall, rows: Tensor, logits: Tensor, ids: Tensor, shards: Shards) -> Values:
+    """The results of rows ``[N, V]``, which are ``logits`` of any leading shape."""
+    options = call.options
+    local = shards.local(ids, options["ignore_index"])
+    temperature = call.reference_options()["temperature"]
+    part = part_of(call, rows, logits, local, shards)
+    picked = torch.where(local >= 0, picked_logits(rows, local, options["softcap"], part.z.dtype), 0.0)
+    counted = (local != -1).any(-1)
+    maxima = [part.top] if part.highest is None else [part.top, part.highest]
+    top, *highest = shards.largest(*maxima)
+    shift = (part.top - top) / temperature
+    fall = torch.where(part.z == 0, 0.0, shift.exp())
+
+    def relative(value: Optional[Tensor], factor: Tensor) -> list[Tensor]:
+        return [] if value is None else [torch.where(part.z == 0, 0.0, value * factor)]
+
+    # Of a shard far below the others e^shift is 0, and shift may be -inf.
+    shift = torch.where(fall == 0, 0.0, shift)
+    weighted = None if part.weighted is None else part.weighted + part.z * shift
+    mean = [] if part.mean is None else [part.mean]
+    x = torch.where(local >= 0, picked - top.unsqueeze(-1), 0.0)
+    sums = [
+        part.z * fall,
+        x,
+        *relative(weighted, fall),
+        *relative(part.outside, fall),
+        *relative(part.squares, fall.square()),
+        *mean,
+    ]
+    z, x, *others = shards.sum(*sums)
+    rest = iter(others)
+    z = torch.where(z == 0, torch.nan, z)  # nothing in the row is finite
+    log_z = z.log()
+    nothing, zero = z.new_empty(0), torch.zeros_like(z)
+    known = (ids >= 0) & (ids < shards.total)
+    logprobs = x / column(temperature) - log_z.unsqueeze(-1)
+    if shards.total == 1:
+        logprobs = logprobs - logprobs  # one class alone is certain
+    logprobs = torch.where(known, logprobs.clamp(max=0.0), torch.nan)
+    logprobs = torch.where(local == -1, 0.0, logprobs)
+    lse = torch.where(counted, top / temperature + log_z, zero)
+    entropy, outside, stats = nothing, nothing.clone(), nothing.clone()
+    if weighted is not None:
+        entropy = torch.where(counted, (log_z - next(rest) / z).clamp(min=0.0), zero)
+    if part.outside is not None:
+        outside = torch.where(counted, (next(rest).log() - log_z).clamp(max=0.0), zero)
+    if part.squares is not None:
+        squares = torch.where(counted, (next(rest).log() - 2 * log_z).clamp(max=0.0), zero)
+        of_mean = torch.where(counted, next(rest) + 0 * log_z, zero)
+        largest = (local != -1) & known & (x + top.unsqueeze(-1) == highest[0].unsqueeze(-1)) & ~z.isnan().unsqueeze(-1)
+        stats = torch.cat([squares.unsqueeze(-1), of_mean.unsqueeze(-1), largest.to(z.dtype)], 1)
+    norm = torch.stack([torch.where(counted, top, zero), torch.where(counted, z, zero)], -1)
+    return Values(logprobs, entropy, lse, outside, stats, norm)
+
+
+def part_of(call: TokenCall, rows: Tensor, logits: Tensor, local: Tensor, shards: Shards) -> Part:
+    """What this rank's columns tell of every row."""
+    options, columns = call.options, shards.columns
+    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    entropy, tail, stats = options["entropy"], options["tail_mass"], options["stats"]
+    if columns == 0:
+        zero = torch.zeros(len(rows), dtype=dtype, device=rows.device)
+        lowest = torch.full_like(zero, torch.finfo(dtype).min)
+        return Part(
+            lowest,
+            zero,
+            zero if entropy else None,
+            zero if tail else None,
+            zero if stats else None,
+            zero if stats else None,
+            lowest if stats else None,
+        )
+    if call.backend == "torch":
+        return _part_in_torch(call, rows[:, :columns], local, shards.total)
+    taken = {**options, "vocab_size": columns, "ignore_index": -1}
+    operands = (as_rows((logits,))[0], local, call.temperature_rows)
+    _, of_entropy, _, of_tail, norm, of_stats = ops.call("token_fwd", call.backend, operands, taken)
+    top, z = norm.unbind(-1)
+    highest = None
+    if stats:
+        capped = rows[:, :columns].amax(-1).to(dtype)
+        highest = apply_softcap(capped, options["softcap"])
+    mean = None
+    if stats:
+        # Of columns of -inf alone the kernel tells nothing.
+        mean = torch.where(z == 0, -torch.inf, of_stats[:, 1] * (columns / shards.total))
+    return Part(
+        top,
+        z,
+        z * (z.log() - of_entropy) if entropy else None,
+        z * of_tail.exp() if tail else None,
+        z.square() * of_stats[:, 0].exp() if stats else None,
+        mean,
+        highest,
+    )
+
+
+def _part_in_torch(call: TokenCall, rows: Tensor, local: Tensor, total: int) -> Part:
+    options, temperature = call.options, column(call.reference_options()["temperature"])
+    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    counted = (local != -1).any(-1, keepdim=True)
+    x = torch.where(counted, apply_softcap(rows.to(dtype), options["softcap"]), 0.0)
+    top = x.amax(-1, keepdim=True).clamp(min=torch.finfo(dtype).min)
+    a = (x - top) / temperature
+    e = a.exp()
+    weighted = outside = squares = mean = None
+    if options["entropy"]:
+        weighted = (e * torch.where(e == 0, 0.0, a)).sum(-1)
+    if options["tail_mass"]:
+        among = torch.zeros(x.shape[0], x.shape[1] + 1, dtype=torch.bool, device=x.device)
+        among = among.scatter(1, torch.where(local >= 0, local, x.shape[1]), True)[:, :-1]
+        outside = torch.where(among, 0.0, e).sum(-1)
+    if options["stats"]:
+        squares, mean = e.square().sum(-1), (x / total).sum(-1)
+    highest = x.amax(-1) if options["stats"] else None
+    return Part(top.squeeze(-1), e.sum(-1), weighted, outside, squares, mean, highest)
+
+
+def picked_logits(rows: Tensor, local: Tensor, softcap: float, dtype: torch.dtype) -> Tensor:
+    """The logits of the ids ``[N, K]`` that are columns here; those of column 0 for others."""
+    if rows.shape[-1] == 0:
+        return torch.zeros(local.shape, dtype=dtype, device=rows.device)
+    return apply_softcap(rows.gather(1, local.clamp(min=0)).to(dtype), softcap)
+
+
+def rows_of(logits: Tensor) -> Tensor:
+    """``[N, V]``, also of no columns."""
+    return logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
+
+
+def sharded_values(
+    call: TokenCall, logits: Tensor, ids: Tensor, shards: Shards, *, inplace: bool = False
+) -> tuple[Tensor, ...]:
+    """Log-probabilities, entropy, lse, the log of the mass outside the ids, and statistics."""
+    rows: PerRow = call.temperature_rows if call.temperature_rows is not None else 1.0
+    of_rows = rows if isinstance(rows, Tensor) else None
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return ShardedTokens.apply(logits, ids, of_rows, call, shards, inplace)
+    logits = logits.detach()
+    return tuple(values_of(call, rows_of(logits), logits, ids, shards)[:-1])
