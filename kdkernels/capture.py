@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union, get_args
 import torch
 from torch import Tensor
 
-from kdkernels import backends, checks, ops, reference, servers
+from kdkernels import backends, checks, distributed, ops, reference, servers
 from kdkernels.choices import Backend
 from kdkernels.launch import as_rows
 
@@ -193,6 +193,9 @@ def capture_topk(
         >>> teacher.ids.tolist(), [round(x, 2) for x in teacher.logprobs[0].exp().tolist()]
         ([[1, 2]], [0.61, 0.22])
     """
+    if distributed.among((teacher_logits, temperature)):
+        options = {"k": k, "temperature": temperature, "vocab_size": vocab_size, "backend": backend}
+        return distributed.of_tokens(capture_topk, teacher_logits, None, {**options, "process_group": process_group})
     if process_group is not None:
         from kdkernels.parallel import calls
 

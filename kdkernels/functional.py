@@ -561,14 +561,14 @@ def uld_loss(
 
 def dense(objective: Objective, student: Any, teacher: Any, labels: Any = None) -> Any:
     """``kd_loss`` of an objective."""
-    if objective.process_group is not None:
-        from kdkernels.parallel.dense import kd_loss as of_shards
-
-        return of_shards(objective, student, teacher, labels)
     if distributed.among((student, teacher, labels, objective.teacher_weights, *objective.tensors)):
         options = {"teacher": teacher, "labels": labels, **objective.given()}
         loss = lk_loss if isinstance(objective, LKObjective) else kd_loss
         return distributed.of_all_ranks(loss, student, options)
+    if objective.process_group is not None:
+        from kdkernels.parallel.dense import kd_loss as of_shards
+
+        return of_shards(objective, student, teacher, labels)
     columns = checks.student_of(objective, student)
     if teacher is None:
         checks.without_teacher(objective)
@@ -632,6 +632,10 @@ def topk(
     if distributed.among((student, ids, logprobs, labels, tail_logprob, *objective.tensors)):
         tensors = {"teacher_ids": ids, "teacher_logprobs": logprobs, "labels": labels, "tail_logprob": tail_logprob}
         return distributed.of_all_ranks(topk_kd_loss, student, {**tensors, **objective.given()})
+    if objective.process_group is not None:
+        from kdkernels.parallel.topk import topk_kd_loss as of_shards
+
+        return of_shards(objective, student, ids, logprobs, labels, tail_logprob)
     columns = checks.student_of(objective, student)
     launch = topk_launch(objective, student, (ids, logprobs), labels, tail_logprob, columns)
     checks.reverse_mode_only(launch.backend, student, ids, logprobs, labels, tail_logprob, *objective.tensors)

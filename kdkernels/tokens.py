@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Optional, Union, ove
 import torch
 from torch import Tensor
 
-from kdkernels import backends, checks, reference, symbols
+from kdkernels import backends, checks, distributed, reference, symbols
 from kdkernels.autograd import TokenCall, token_values
 from kdkernels.capture import MAX_K_ON_GPU, SAMPLE_BLOCK, TeacherTopK
 from kdkernels.launch import flat
@@ -116,6 +116,8 @@ def token_logprobs(logits: Tensor, ids: Tensor, **options: Any) -> Any:
         -1.3863
     """
     given = TokenOptions.of(options)
+    if distributed.among((logits, ids, *given.tensors)):
+        return distributed.of_tokens(token_logprobs, logits, ids, given.given())
     if given.process_group is not None:
         from kdkernels.parallel import calls
 
@@ -203,6 +205,8 @@ def gather_logprobs(
             "backend": backend,
         }
     )
+    if distributed.among((teacher_logits, ids, *given.tensors)):
+        return distributed.of_tokens(gather_logprobs, teacher_logits, ids, given.given())
     if process_group is not None:
         from kdkernels.parallel import calls
 

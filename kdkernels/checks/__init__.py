@@ -55,8 +55,10 @@ from kdkernels.checks.rows import (
 )
 from kdkernels.checks.sparse import sparse_teacher, tail_like
 from kdkernels.checks.tensors import (
+    column_dims,
     is_dtensor,
     reads_values,
+    same_mesh,
     sharded_argument,
     sharded_student,
     sum_dtype,

@@ -87,8 +87,21 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).replace("torch.", "")
 
 
-def sharded_student(student: Any, others: Sequence[str]) -> None:
-    """The student is a DTensor as ``others`` are, whole on every rank or sharded in dimensions of its rows."""
+def column_dims(value: Any) -> list[int]:
+    """The dimensions of a DTensor's mesh over which its last dimension is sharded."""
+    last = value.dim() - 1
+    return [k for k, placement in enumerate(value.placements) if getattr(placement, "dim", -1) == last]
+
+
+def same_mesh(name: str, value: Any, student: Any) -> None:
+    """A DTensor on the student's mesh."""
+    if value.device_mesh != student.device_mesh:
+        raise ValueError(f"{name} must be on the student's mesh {student.device_mesh}, got {value.device_mesh}")
+
+
+def sharded_student(student: Any, others: Sequence[str], *, columns: bool) -> None:
+    """The student is a DTensor as ``others`` are, whole on every rank or sharded in dimensions of its rows; ``columns``
+    may be sharded over one dimension of the mesh where the loss can take them."""
     if not is_dtensor(student):
         kind = "plain tensor" if isinstance(student, Tensor) else type(student).__name__
         raise TypeError(
@@ -97,6 +110,8 @@ def sharded_student(student: Any, others: Sequence[str]) -> None:
         )
     if student.dim() == 0:
         raise ValueError("student must have shape (..., V) with V >= 1, got ()")
+    if columns and len(column_dims(student)) == 1:
+        return
     _sharded_by_rows("student", student, student.dim() - 1)
 
 
@@ -116,8 +131,7 @@ def sharded_argument(name: str, value: Any, student: Any, *, by_row: bool) -> No
                 f"distribute_tensor({name}, mesh, {placements}) where it is all of it"
             )
         return
-    if value.device_mesh != student.device_mesh:
-        raise ValueError(f"{name} must be on the student's mesh {student.device_mesh}, got {value.device_mesh}")
+    same_mesh(name, value, student)
     if not by_row:
         if not _whole(value):
             raise ValueError(
@@ -146,7 +160,7 @@ def _sharded_by_rows(name: str, value: Any, num_dims: int) -> None:
     state, reason = "a sum over ranks that is still to be made", ""
     if not any(placement.is_partial() for placement in placements):
         state = "sharded in its last dimension"
-        reason = ": losses of a sharded vocabulary (vocabulary-parallel) are not there yet"
+        reason = ": kd_loss and topk_kd_loss take a vocabulary that is sharded over one dimension of the mesh"
     raise ValueError(
         f"{name} must not be {state}, got placements {_listed(placements)}{reason}; pass "
         f"{name}.redistribute(placements=[{wanted}])"

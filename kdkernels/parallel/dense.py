@@ -59,6 +59,7 @@ def refuse_what_is_missing(given: Objective, teacher: Any) -> None:
     """Options that a sharded vocabulary has no kernel for."""
     missing = {
         "mixture of teachers": isinstance(teacher, (list, tuple)),
+        "teacher_lse": given.teacher_lse is not None,
         f"teacher_form={given.teacher_form!r}": given.teacher_form not in ("logits", "log_probs"),
         "standardize": given.standardize,
         "return_stats": given.return_stats,
@@ -90,7 +91,7 @@ class ShardedLoss(torch.autograd.Function):
         ctx: Any, student: Tensor, teacher: Optional[Tensor], launch: Launch, shards: Shards, inplace: bool
     ) -> Tensor:
         student = student.detach()
-        counted = _counted(launch, student)
+        counted = counted_rows(launch, student)
         found = _summed(launch, shards, student, teacher, counted)
         loss = _losses(launch, found, counted)
         ctx.save_for_backward(student, teacher, counted, *found.student, *found.teacher, *found[2:])
@@ -113,14 +114,14 @@ class ShardedLoss(torch.autograd.Function):
         return gradient, *nothing
 
 
-def _counted(launch: Launch, student: Tensor) -> Tensor:
+def counted_rows(launch: Launch, student: Tensor) -> Tensor:
     labels = launch.rows.labels
     if labels is None:
         return torch.ones(student.shape[:-1].numel(), dtype=torch.bool, device=student.device)
     return labels != launch.options["ignore_index"]
 
 
-def _temperatures(launch: Launch) -> tuple[PerRow, PerRow]:
+def temperatures(launch: Launch) -> tuple[PerRow, PerRow]:
     rows, options = launch.rows, launch.options
     of_student, of_teacher = rows.student_temperature_rows, rows.teacher_temperature_rows
     return (
@@ -149,7 +150,7 @@ def _norms(
 
 def _summed(launch: Launch, shards: Shards, student: Tensor, teacher: Optional[Tensor], counted: Tensor) -> Rows:
     options, rows = launch.options, launch.rows
-    temperature, teacher_temperature = _temperatures(launch)
+    temperature, teacher_temperature = temperatures(launch)
     smoothed = bool(options["label_smoothing"]) and rows.labels is not None and is_there(options["ce_weight"])
     hard = is_there(options["z_loss_weight"]) or (rows.labels is not None and is_there(options["ce_weight"]))
     at_one = not isinstance(temperature, Tensor) and temperature == 1
@@ -228,7 +229,7 @@ def _numbers(
     launch: Launch, counted: Tensor, student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], **factors: Tensor
 ) -> Tensor:
     """``row_numbers`` of ``shard_fwd``."""
-    temperature, teacher_temperature = _temperatures(launch)
+    temperature, teacher_temperature = temperatures(launch)
     zero = torch.zeros_like(student[0])
     given = {
         "student_unit": torch.where(counted, zero + 1 / temperature, zero),
@@ -280,7 +281,7 @@ def _linear_parts(
     teacher_top: Tensor,
 ) -> list[Tensor]:
     """The parts in p and in q of a linear divergence, times the shard's sums of exponentials."""
-    temperature, teacher_temperature = _temperatures(launch)
+    temperature, teacher_temperature = temperatures(launch)
     own_s, own_t = (torch.where(part.z == 0, 0.0, part.z.log()) for part in (of_student, of_teacher))
     numbers = _numbers(launch, counted, (of_student.top, own_s), (of_teacher.top, own_t))
     value, score = _shard(launch, shards, student, teacher, None, None, numbers).unbind(-1)
@@ -331,17 +332,26 @@ def _weight(launch: Launch, term: str) -> PerRow:
 
 
 def _terms(launch: Launch, found: Rows) -> list[tuple[PerRow, Tensor]]:
+    ce = None
+    if launch.rows.labels is not None and is_there(launch.options["ce_weight"]):
+        smoothing = launch.options["label_smoothing"]
+        ce = found.log_z1 - (1 - smoothing) * found.label_logit
+        ce = ce - smoothing * found.mean if smoothing else ce
+    return terms_of_rows(launch, found.divergence, ce, found.student[0] + found.log_z1)
+
+
+def terms_of_rows(
+    launch: Launch, divergence: Tensor, ce: Optional[Tensor], lse: Optional[Tensor]
+) -> list[tuple[PerRow, Tensor]]:
+    """The weights of an objective's terms, and the terms ``[N]``."""
     options, terms = launch.options, []
-    temperature = _temperatures(launch)[0]
+    temperature = temperatures(launch)[0]
     if is_there(options["kd_weight"]):
         squared = temperature * temperature if options["scale_by_t_squared"] else 1.0
-        terms.append((_weight(launch, "kd_weight"), squared * found.divergence))
-    if launch.rows.labels is not None and is_there(options["ce_weight"]):
-        smoothing = options["label_smoothing"]
-        ce = found.log_z1 - (1 - smoothing) * found.label_logit
-        terms.append((_weight(launch, "ce_weight"), ce - smoothing * found.mean if smoothing else ce))
-    if is_there(options["z_loss_weight"]):
-        lse = found.student[0] + found.log_z1
+        terms.append((_weight(launch, "kd_weight"), squared * divergence))
+    if ce is not None:
+        terms.append((_weight(launch, "ce_weight"), ce))
+    if lse is not None and is_there(options["z_loss_weight"]):
         terms.append((_weight(launch, "z_loss_weight"), lse.square()))
     return terms
 
@@ -362,7 +372,7 @@ def _differentiate(
     each = torch.where(counted, dloss.reshape(-1).to(zero.dtype) * options["scale"], zero)
     if rows.row_weight is not None:
         each = each * rows.row_weight
-    temperature = _temperatures(launch)[0]
+    temperature = temperatures(launch)[0]
     factors = {}
     if teacher is not None and is_there(options["kd_weight"]):
         of_score = each * _weight(launch, "kd_weight")

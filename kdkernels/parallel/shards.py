@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional, TypeVar
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from kdkernels import checks, ops
 
-# How long a rank looks for the one that no longer answers.
-PATIENCE = datetime.timedelta(seconds=5)
+# Seconds for which a rank waits for the others to say that they are there.
+PATIENCE = 5.0
 
 _ResultT = TypeVar("_ResultT")
 
@@ -175,16 +176,30 @@ def _together(group: Any, collective: Callable[[], Any]) -> None:
         collective()
     except Exception as error:
         raise RuntimeError(
-            f"rank {dist.get_rank()} lost the other ranks of its process_group"
+            f"rank {dist.get_rank()} lost the other ranks of its process_group "
             f"{dist.get_process_group_ranks(group)}: {_who_is_missing(group) or error}"
         ) from error
 
 
 def _who_is_missing(group: Any) -> str:
-    if dist.get_backend(group) != "gloo":
-        return ""
+    """A roll call in the store through which the ranks found each other."""
+    global _calls
+    _calls += 1
+    missing = []
     try:
-        dist.monitored_barrier(group, timeout=PATIENCE, wait_all_ranks=True)
-    except Exception as error:
-        return str(error).partition("\n")[0]
-    return ""
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"kdkernels/{_calls}/{dist.get_rank()}", "here")
+        until = time.monotonic() + PATIENCE
+        for rank in dist.get_process_group_ranks(group):
+            left = datetime.timedelta(seconds=max(until - time.monotonic(), 0.1))
+            try:
+                store.wait([f"kdkernels/{_calls}/{rank}"], left)
+            except Exception:
+                missing.append(str(rank))
+    except Exception:
+        # The store was the lost rank's.
+        return ""
+    return f"rank {', '.join(missing)} does not answer" if missing else ""
+
+
+_calls = 0

@@ -65,12 +65,13 @@ class ShardedTokens(torch.autograd.Function):
         shards, options = ctx.shards, ctx.call.options
         local = shards.local(ids, options["ignore_index"])
         upstream = torch.zeros_like(logprobs) if dlogprobs is None else dlogprobs
-        missing = (local == ops.ELSEWHERE) & ((ids < 0) | (ids >= shards.total))
+        missing = (local == ops.ELSEWHERE) & (ids != ops.ELSEWHERE) & ((ids < 0) | (ids >= shards.total))
         upstream = torch.where(missing, torch.nan, upstream)
         if dtail is not None:
             # d tail = -sum_S q_id / tail (dlogprobs_id): outside S that leaves q (1 - tail) / tail.
             share = torch.where(torch.isneginf(tail), 0.0, dtail).unsqueeze(-1)
-            upstream = upstream - torch.where(local == -1, 0.0, share * (logprobs - tail.unsqueeze(-1)).exp())
+            none = (local == -1) | (ids == ops.ELSEWHERE)
+            upstream = upstream - torch.where(none, 0.0, share * (logprobs - tail.unsqueeze(-1)).exp())
         if dlse is not None:
             # A token that no rank has, of which all columns take their part.
             local = torch.cat([local, torch.full_like(local[:, :1], ops.ELSEWHERE)], 1)
@@ -164,7 +165,7 @@ def values_of(call: TokenCall, rows: Tensor, logits: Tensor, ids: Tensor, shards
     if shards.total == 1:
         logprobs = logprobs - logprobs  # one class alone is certain
     logprobs = torch.where(known, logprobs.clamp(max=0.0), torch.nan)
-    logprobs = torch.where(local == -1, 0.0, logprobs)
+    logprobs = torch.where((local == -1) | (ids == ops.ELSEWHERE), 0.0, logprobs)
     lse = torch.where(counted, top / temperature + log_z, zero)
     entropy, outside, stats = nothing, nothing.clone(), nothing.clone()
     if weighted is not None:

@@ -1,0 +1,199 @@
+"""``topk_kd_loss`` over a sharded vocabulary.
+
+The loss is a function of the student's log-probabilities at the teacher's ids and of its mass outside them, which
+``tokens`` has from one read of the logits, with a gradient from another. A tail that looks at every column by itself
+("uniform", and those with a divergence that is not linear in q where p is 0) is plain PyTorch on this rank's columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from kdkernels import checks, ops, reference
+from kdkernels.autograd import TokenCall
+from kdkernels.divergences import by_name
+from kdkernels.launch import Launch, topk_launch
+from kdkernels.objective import TopKObjective
+from kdkernels.parallel.calls import facts_of
+from kdkernels.parallel.dense import counted_rows, temperatures, terms_of_rows
+from kdkernels.parallel.reduce import OfAllShards, SumOfShards
+from kdkernels.parallel.shards import Shards, shards_of
+from kdkernels.parallel.tokens import rows_of, sharded_values
+from kdkernels.reference import divergences
+from kdkernels.reference.dense import PerRow, apply_softcap, column, is_there
+
+
+def topk_kd_loss(given: TopKObjective, student: Any, ids: Any, logprobs: Any, labels: Any, tail_logprob: Any) -> Any:
+    """``kdkernels.topk_kd_loss`` of a shard."""
+    checks.shard("student", student)
+    for what, is_wanted in {"inplace": given.inplace, "return_stats": given.return_stats}.items():
+        if is_wanted:
+            raise NotImplementedError(f"topk_kd_loss has no {what} with process_group")
+    facts = facts_of(given, student, ids=getattr(ids, "shape", None), labels=labels is not None)
+
+    def check(total: int) -> Launch:
+        launch = topk_launch(given, student, (ids, logprobs), labels, tail_logprob, total)
+        checks.reverse_mode_only("cpu", student, ids, logprobs, labels, tail_logprob, *given.tensors)
+        return launch
+
+    shards, launch = shards_of(given.process_group, student, given.vocab_size, facts, check)
+    loss = _losses(launch, shards, student)
+    return loss.reshape(student.shape[:-1]) if given.reduction == "none" else loss.sum()
+
+
+class _Student(NamedTuple):
+    """What the student says of a row's distinct ids ``[N, K]``, of all others together, and of its label."""
+
+    picked: Tensor  # log-probabilities at the loss's temperature
+    log_outside: Tensor
+    lse: Tensor
+    label_logprob: Optional[Tensor]  # at temperature 1
+    lse1: Optional[Tensor]
+
+
+def _losses(launch: Launch, shards: Shards, student: Tensor) -> Tensor:
+    options, rows = launch.options, launch.rows
+    counted = counted_rows(launch, student)
+    given_ids, given_logprobs = launch.sparse_teacher
+    exact = torch.float32 if student.device.type == "mps" else torch.float64
+    ids = torch.where(counted.unsqueeze(-1), given_ids, -1)
+    spoilt = reference.topk.out_of_range(ids, given_logprobs, shards.total)
+    ids, given, used = reference.topk.distinct(ids, given_logprobs.to(exact), shards.total)
+    outside = shards.total - used.sum(-1)
+    log_rest = None if rows.tail_rows is None else rows.tail_rows.to(exact)
+    if rows.tail_rows is not None:
+        spoilt = spoilt | (rows.tail_rows.isnan() & used.any(-1))
+    teacher = reference.topk.resolve_teacher(
+        given,
+        used,
+        outside,
+        options["tail"],
+        temperatures(launch)[1],
+        log_rest,
+        options["min_tail"],
+        options["tail_rounding"],
+    )
+    found = _of_student(launch, shards, student, torch.where(used, ids, -1), counted)
+    zero = torch.zeros_like(found.lse)
+    d = _divergence(launch, shards, student, found, ids, used, outside, teacher, counted)
+    d = torch.where(teacher.known, d, 0.0) + torch.where(spoilt | (found.lse.isnan() & counted), torch.nan, 0.0)
+    ce = None
+    if found.label_logprob is not None:
+        smoothing = options["label_smoothing"]
+        ce = -(1 - smoothing) * found.label_logprob
+        if smoothing:
+            assert found.lse1 is not None
+            ce = ce + smoothing * (found.lse1 - _mean_logit(launch, shards, student, counted))
+    loss = zero
+    for weight, value in terms_of_rows(launch, d, ce, found.lse1):
+        loss = loss + (torch.where(weight != 0, weight * value, zero) if isinstance(weight, Tensor) else weight * value)
+    loss = torch.where(counted, loss * options["scale"], zero)
+    return loss if rows.row_weight is None else loss * rows.row_weight
+
+
+def _call(launch: Launch, temperature: PerRow, *, tail: bool) -> TokenCall:
+    by_rows = temperature if isinstance(temperature, Tensor) else None
+    options = {
+        "temperature": 1.0 if by_rows is not None else temperature,
+        "softcap": launch.options["student_softcap"],
+        "ignore_index": -1,
+        "entropy": False,
+        "tail_mass": tail,
+        "stats": False,
+    }
+    return TokenCall(launch.backend, by_rows, options)
+
+
+def _of_student(launch: Launch, shards: Shards, student: Tensor, ids: Tensor, counted: Tensor) -> _Student:
+    options, labels = launch.options, launch.rows.labels
+    temperature = temperatures(launch)[0]
+    with_label = labels is not None and is_there(options["ce_weight"])
+    hard = with_label or is_there(options["z_loss_weight"])
+    at_one = not isinstance(temperature, Tensor) and temperature == 1
+    K = ids.shape[1]
+    label = torch.full_like(ids[:, 0], -1)
+    if with_label:
+        assert labels is not None
+        label = torch.where(counted, labels, -1)
+    among = ids == label.unsqueeze(-1)
+    known = among.any(-1)
+    # At one temperature the label is one more id, unless it is one already.
+    aside = ~known & (label != -1) if at_one else torch.zeros_like(known)
+    slots = torch.cat([ids, torch.where(aside, label, -1).unsqueeze(-1)], 1)
+    # A row is read for its ids.
+    lone = (slots == -1).all(-1) & counted
+    slots[:, K] = torch.where(lone, ops.ELSEWHERE, slots[:, K])
+    logprobs, _, lse, log_outside, _ = sharded_values(_call(launch, temperature, tail=True), student, slots, shards)
+    picked, of_label = logprobs[:, :K], torch.where(aside, logprobs[:, K], 0.0)
+    log_outside = torch.where(aside, torch.logaddexp(log_outside, of_label), log_outside)
+    label_logprob = lse1 = None
+    if hard and at_one:
+        at = among.to(torch.int8).argmax(-1, keepdim=True)
+        label_logprob = torch.where(known, picked.gather(1, at).squeeze(1), of_label) if with_label else None
+        lse1 = lse
+    elif hard:
+        slot = torch.where(counted & (label == -1), ops.ELSEWHERE, label).unsqueeze(-1)
+        of_label, _, lse1, _, _ = sharded_values(_call(launch, 1.0, tail=False), student, slot, shards)
+        label_logprob = of_label.squeeze(-1) if with_label else None
+    return _Student(picked, log_outside, lse, label_logprob, lse1)
+
+
+def _divergence(
+    launch: Launch,
+    shards: Shards,
+    student: Tensor,
+    found: _Student,
+    ids: Tensor,
+    used: Tensor,
+    outside: Tensor,
+    teacher: reference.topk.Teacher,
+    counted: Tensor,
+) -> Tensor:
+    options, rows = launch.options, launch.rows
+    name, tail = options["divergence"], options["tail"]
+    param0 = options["param0"] if rows.param_rows is None else rows.param_rows[:, None, None]
+
+    def pointwise(logp: Tensor, logq: Tensor) -> Tensor:
+        """``f`` of every element of ``[N, M]``."""
+        return divergences.TABLE[name](logp.to(logq.dtype)[..., None], logq[..., None], param0, options["param1"])
+
+    picked, present = found.picked, used
+    if tail == "renormalize_both":
+        present = used & teacher.known[:, None]
+        # A row without entries must not take the log-softmax of nothing.
+        picked = torch.log_softmax(torch.where(used | ~teacher.known[:, None], picked, -torch.inf), -1)
+    # p = q = 1 stands in for slots that are not used.
+    f = pointwise(torch.where(present, teacher.logp, 0.0), torch.where(present, picked, 0.0))
+    d = torch.where(present, f, 0.0).sum(-1)
+    if tail == "renormalize_both":
+        return d
+    if tail == "bucket":
+        assert teacher.log_rest is not None
+        f = pointwise(teacher.log_rest[:, None], found.log_outside[:, None]).squeeze(1)
+        return d + torch.where(outside > 0, f, 0.0)
+    if tail in ("renormalize", "drop") and by_name(name).linear_without_teacher:
+        # The terms at p = 0 add up to f(0, 1) sum q.
+        one = torch.zeros_like(d)[:, None]
+        return d + pointwise(one - torch.inf, one).squeeze(1) * found.log_outside.exp()
+    log_each = torch.full_like(d, -torch.inf) if teacher.log_each is None else teacher.log_each
+    # Every column by itself: of this rank's, in plain PyTorch.
+    local = shards.local(torch.where(used, ids, -1))
+    x = _logits(launch, shards, student, counted)
+    logq = x / column(temperatures(launch)[0]) - OfAllShards.apply(found.lse, shards).unsqueeze(-1)
+    among = torch.zeros(x.shape[0], x.shape[1] + 1, dtype=torch.bool, device=x.device)
+    among = among.scatter(1, torch.where(local >= 0, local, x.shape[1]), True)[:, :-1]
+    f = pointwise(log_each[:, None].expand_as(logq), torch.where(among, 0.0, logq))
+    return d + SumOfShards.apply(torch.where(among, 0.0, f).sum(-1), shards)
+
+
+def _logits(launch: Launch, shards: Shards, student: Tensor, counted: Tensor) -> Tensor:
+    """This rank's logits ``[N, V]`` after the softcap, in the dtype of the sums."""
+    x = rows_of(student)[:, : shards.columns].to(checks.sum_dtype(student))
+    return apply_softcap(torch.where(counted.unsqueeze(-1), x, 0.0), launch.options["student_softcap"])
+
+
+def _mean_logit(launch: Launch, shards: Shards, student: Tensor, counted: Tensor) -> Tensor:
+    return SumOfShards.apply((_logits(launch, shards, student, counted) / shards.total).sum(-1), shards)

@@ -1,0 +1,490 @@
+"""Two and four processes (gloo), each with some columns of a vocabulary, against one process with all of them.
+
+This file is also the program of the processes. Each runs every function ``check_*`` in turn and writes down what came
+of it; the tests read that.
+"""
+
+import contextlib
+import datetime
+import json
+import os
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import kdkernels as kd
+from kdkernels import backends
+
+SECONDS = 300
+# A machine need not know its own name.
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+# Both; the compiled one only where it was built, which other tests insist on.
+BACKENDS = ("cpu", "torch") if backends.cpu.load_error() is None else ("torch",)
+VOCABULARY = 37
+# Columns of each rank: uneven, one alone, none.
+WIDTHS = {2: ((20, 17), (36, 1), (37, 0)), 4: ((10, 9, 9, 9), (1, 0, 35, 1))}
+DIVERGENCES = (
+    "forward_kl",
+    "reverse_kl",
+    "jeffreys",
+    "soft_ce",
+    "jsd",
+    "tvd",
+    kd.SkewKL(0.1),
+    kd.SkewReverseKL(0.3),
+    kd.AlphaBeta(0.3, 0.7),
+    kd.AlphaBeta(0.0, 1.2),
+    kd.MixedKL(0.25),
+    kd.Triangular(),
+)
+ROWS = 6
+BY_ROW = torch.tensor([0.0, 1, 2, 3, 4, 0])
+
+
+def group():
+    return dist.group.WORLD
+
+
+def widths():
+    return WIDTHS[dist.get_world_size()]
+
+
+def columns_of_rank(of_ranks):
+    first = sum(of_ranks[: dist.get_rank()])
+    return slice(first, first + of_ranks[dist.get_rank()])
+
+
+def inputs(seed, dtype=torch.float32, size=VOCABULARY):
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = ((3 * torch.randn(ROWS, size, generator=generator)).to(dtype) for _ in range(2))
+    labels = torch.randint(size, (ROWS,), generator=generator)
+    labels[3] = -100
+    student[3] = torch.nan
+    return student, teacher, labels
+
+
+def bars(dtype):
+    """Of values and of gradients."""
+    if dtype == torch.float64:
+        return {"rtol": 1e-10, "atol": 1e-11}, {"rtol": 1e-9, "atol": 1e-11}
+    gradient = {"rtol": 3e-5, "atol": 3e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-3}
+    return {"rtol": 5e-6, "atol": 5e-6}, gradient
+
+
+def same(one, shards, student, of_ranks, what):
+    """Hold loss and gradient of the shards to those of one process."""
+    columns, (of_value, of_gradient) = columns_of_rank(of_ranks), bars(student.dtype)
+    whole = student.clone().requires_grad_()
+    mine = student[:, columns].clone().requires_grad_()
+    expected, got = one(whole), shards(mine, columns)
+    told = {"msg": lambda text: f"{what}: {text}", "equal_nan": True}
+    torch.testing.assert_close(got, expected, **of_value, **told)
+    upstream = torch.linspace(0.5, 1.5, expected.numel()).to(expected.dtype).view(expected.shape)
+    expected.backward(upstream)
+    got.backward(upstream)
+    torch.testing.assert_close(mine.grad, whole.grad[:, columns], **of_gradient, **told)
+
+
+DENSE_OPTIONS = (
+    {},
+    {
+        "temperature": 2.0,
+        "teacher_temperature": 1.5,
+        "ce_weight": 0.3,
+        "z_loss_weight": 1e-2,
+        "label_smoothing": 0.1,
+        "kd_weight": 0.7,
+        "student_softcap": 5.0,
+        "teacher_softcap": 6.0,
+    },
+    {
+        "ce_weight": BY_ROW,
+        "kd_weight": torch.tensor([0.0, 1, 2, 0, 1, 0]),
+        "temperature": torch.tensor([1.0, 2, 3, 1, 2, 1]),
+        "reduction": "none",
+        "row_weight": BY_ROW,
+    },
+)
+
+
+def check_every_divergence_with_its_options():
+    for seed, of_ranks in enumerate(widths()):
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            for divergence in DIVERGENCES:
+                for options in DENSE_OPTIONS if dtype == torch.float32 else DENSE_OPTIONS[:2]:
+                    student, teacher, labels = inputs(seed, dtype)
+                    options = {**options, "divergence": divergence}
+                    for backend in BACKENDS:
+                        same(
+                            lambda s, o=options: kd.kd_loss(s, teacher, labels, backend="torch", **o),
+                            lambda s, c, o=options, b=backend: kd.kd_loss(
+                                s, teacher[:, c].contiguous(), labels, backend=b, process_group=group(), **o
+                            ),
+                            student,
+                            of_ranks,
+                            (of_ranks, dtype, backend, options),
+                        )
+
+
+def check_cross_entropy_alone():
+    student, _, labels = inputs(1)
+    for of_ranks in widths():
+        for options in ({"ce_weight": 1.0}, {"ce_weight": 1.0, "label_smoothing": 0.2, "z_loss_weight": 0.1}):
+            same(
+                lambda s, o=options: kd.kd_loss(s, None, labels, kd_weight=0.0, backend="torch", **o),
+                lambda s, c, o=options: kd.kd_loss(s, None, labels, kd_weight=0.0, process_group=group(), **o),
+                student,
+                of_ranks,
+                options,
+            )
+
+
+def check_padded_columns_at_the_end_of_the_vocabulary():
+    student, teacher, labels = inputs(2)
+    labels = labels.clamp(max=29)
+    for of_ranks in widths():
+        options = {"vocab_size": 30, "ce_weight": 0.5, "divergence": "jsd", "label_smoothing": 0.1}
+        same(
+            lambda s, o=options: kd.kd_loss(s, teacher, labels, **o),
+            lambda s, c, o=options: kd.kd_loss(s, teacher[:, c].contiguous(), labels, process_group=group(), **o),
+            student,
+            of_ranks,
+            of_ranks,
+        )
+
+
+TAILS = ("bucket", "renormalize", "renormalize_both", "uniform", "drop")
+
+
+def check_sparse_teachers_of_every_tail():
+    for seed, of_ranks in enumerate(widths()):
+        student, teacher, labels = inputs(seed)
+        top = kd.capture_topk(teacher, 5)
+        ids = top.ids.clone()
+        ids[2, 3:], ids[5], ids[1, 1] = -1, -1, ids[1, 0]
+        labels[0] = ids[0, 2]
+        for tail in TAILS:
+            for divergence in ("forward_kl", "jsd", "tvd", kd.SkewKL(0.1), kd.AlphaBeta(0.3, 0.7)):
+                for options in (
+                    {"ce_weight": 0.5, "z_loss_weight": 0.01},
+                    {"temperature": 2.0, "teacher_temperature": 1.0, "ce_weight": 0.3, "label_smoothing": 0.1},
+                ):
+                    options = {**options, "tail": tail, "divergence": divergence}
+                    for backend in BACKENDS:
+                        same(
+                            lambda s, o=options: kd.topk_kd_loss(s, ids, top.logprobs, labels, backend="torch", **o),
+                            lambda s, c, o=options, b=backend: kd.topk_kd_loss(
+                                s, ids, top.logprobs, labels, backend=b, process_group=group(), **o
+                            ),
+                            student,
+                            of_ranks,
+                            (of_ranks, backend, options),
+                        )
+
+
+def check_tokens_gathered_and_captured():
+    for seed, of_ranks in enumerate(widths()):
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            for backend in BACKENDS:
+                for temperature in (1.0, 2.5):
+                    _tokens(seed, of_ranks, dtype, {"backend": backend, "temperature": temperature})
+
+
+def _tokens(seed, of_ranks, dtype, options):
+    columns, (of_value, _) = columns_of_rank(of_ranks), bars(dtype)
+    logits, _, _ = inputs(seed, dtype)
+    logits[2, : of_ranks[0]] = -torch.inf
+    ids = torch.randint(VOCABULARY, (ROWS, 4), generator=torch.Generator().manual_seed(seed))
+    ids[0, 1], ids[4], ids[5, 1] = -1, -1, ids[5, 0]
+
+    def all_of(logits, **more):
+        found, stats = kd.token_logprobs(logits, ids, entropy=True, return_stats=True, **options, **more)
+        return torch.cat([found.logprobs.flatten(), found.entropy, found.lse, *(item.flatten() for item in stats)])
+
+    def graded(logits, **more):
+        found = kd.token_logprobs(logits, ids, entropy=True, **options, **more)
+        return torch.cat([found.logprobs, found.entropy[:, None]], 1)[[0, 1, 4, 5]]
+
+    mine = logits[:, columns]
+    torch.testing.assert_close(all_of(mine, process_group=group()), all_of(logits), equal_nan=True, **of_value)
+    # Plain PyTorch has NaN for a row without a distribution whose upstream gradient is 0.
+    without = logits.isnan() | logits.isneginf().all(-1, keepdim=True)
+    finite = torch.where(without, 1.0, logits).to(dtype)
+    same(graded, lambda s, c: graded(s, process_group=group()), finite, of_ranks, (of_ranks, options))
+    expected = kd.gather_logprobs(logits, ids, **options)
+    for got, truth in zip(kd.gather_logprobs(mine, ids, process_group=group(), **options), expected, strict=True):
+        torch.testing.assert_close(got, truth, equal_nan=True, **of_value)
+    # Equal logits on both sides of a cut.
+    logits[1, 5 : of_ranks[0] + 3] = 7.0
+    for k in (1, 5, 30, VOCABULARY):
+        expected = kd.capture_topk(logits, k, **options)
+        got = kd.capture_topk(mine, k, process_group=group(), **options)
+        for one, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(one, other, equal_nan=True, **of_value)
+
+
+def check_over_the_logits_and_twice_the_same_bits():
+    student, teacher, labels = inputs(5)
+    columns = columns_of_rank(widths()[0])
+    found = []
+    for inplace in (False, False, True):
+        leaf = student[:, columns].clone().requires_grad_()
+        # Not a leaf, which autograd guards against writing.
+        logits = leaf * 1
+        loss = kd.kd_loss(
+            logits,
+            teacher[:, columns].contiguous(),
+            labels,
+            divergence="jsd",
+            ce_weight=0.5,
+            inplace=inplace,
+            process_group=group(),
+        )
+        loss.backward()
+        assert not inplace or torch.equal(logits.detach(), leaf.grad)
+        found.append((loss.detach(), leaf.grad))
+    for loss, gradient in found[1:]:
+        assert torch.equal(loss, found[0][0]) and torch.equal(gradient, found[0][1])
+    ranks = [torch.empty_like(found[0][0]) for _ in range(dist.get_world_size())]
+    dist.all_gather(ranks, found[0][0])
+    assert all(torch.equal(item, ranks[0]) for item in ranks)
+
+
+def check_what_travels_does_not_grow_with_the_vocabulary():
+    sent = []
+
+    @contextlib.contextmanager
+    def counted():
+        kept = {name: getattr(dist, name) for name in ("all_reduce", "all_gather")}
+
+        def all_reduce(tensor, *rest, **options):
+            sent[-1].append(("all_reduce", tensor.numel()))
+            return kept["all_reduce"](tensor, *rest, **options)
+
+        def all_gather(tensors, tensor, **options):
+            sent[-1].append(("all_gather", tensor.numel()))
+            return kept["all_gather"](tensors, tensor, **options)
+
+        dist.all_reduce, dist.all_gather = all_reduce, all_gather
+        try:
+            yield
+        finally:
+            dist.all_reduce, dist.all_gather = kept["all_reduce"], kept["all_gather"]
+
+    world = dist.get_world_size()
+    for size in (40, 4000):
+        student, teacher, labels = inputs(6, size=size)
+        columns = columns_of_rank((size // world,) * world)
+        mine, its = student[:, columns].clone().requires_grad_(), teacher[:, columns].contiguous()
+        top = kd.capture_topk(teacher, 4)
+        calls = {
+            "forward_kl": lambda s, t, y=labels: kd.kd_loss(s, t, y, ce_weight=0.5, process_group=group()),
+            "jsd": lambda s, t, y=labels: kd.kd_loss(s, t, y, divergence="jsd", process_group=group()),
+            "topk": lambda s, t, y=labels, k=top: kd.topk_kd_loss(
+                s, k.ids, k.logprobs, y, ce_weight=0.5, process_group=group()
+            ),
+            "tokens": lambda s, t, y=labels: kd.token_logprobs(s, y, process_group=group()).logprobs.sum(),
+        }
+        sent.append([])
+        with counted():
+            for call in calls.values():
+                call(mine, its).backward()
+        numbers = [entry for entry in sent[-1] if entry[0] == "all_reduce"]
+        # A maximum and a sum each; a second sum where the scores need the normalisers.
+        assert len(numbers) == 2 + 3 + 2 + 2, numbers
+    assert sent[0] == sent[1]
+
+
+def refused(error, match, call):
+    with pytest.raises(error, match=match):
+        call()
+
+
+def check_ranks_that_disagree_are_told():
+    student, teacher, labels = inputs(7)
+    columns, rank = columns_of_rank(widths()[0]), dist.get_rank()
+    s, t = student[:, columns].clone(), teacher[:, columns].contiguous()
+    here = {"process_group": group()}
+    rows = ROWS - (rank == 1)
+    refused(ValueError, "rows must be the same .*6 on rank 0 and 5 on rank 1", lambda: kd.kd_loss(s[:rows], t[:rows], **here))
+    temperature = 1.0 + rank
+    refused(ValueError, "options must be the same", lambda: kd.kd_loss(s, t, temperature=temperature, **here))
+    refused(ValueError, "dtype must be the same", lambda: kd.kd_loss(s.to((torch.float32, torch.bfloat16)[rank == 1]), t, **here))
+    # An error of one rank alone.
+    wrong = labels.clone()
+    if rank == 1:
+        wrong[0] = VOCABULARY
+    error, text = (ValueError, "labels") if rank == 1 else (RuntimeError, "rank 1 of process_group refused")
+    refused(error, text, lambda: kd.kd_loss(s, t, wrong, ce_weight=1.0, **here))
+    # And on.
+    kd.kd_loss(s, t, labels, **here)
+
+
+def check_what_is_missing_is_named():
+    student, teacher, labels = inputs(8)
+    columns = columns_of_rank(widths()[0])
+    s, t = student[:, columns].clone().requires_grad_(), teacher[:, columns].contiguous()
+    here = {"process_group": group()}
+    refused(NotImplementedError, "standardize with process_group", lambda: kd.kd_loss(s, t, standardize=True, **here))
+    refused(NotImplementedError, "mixture of teachers", lambda: kd.kd_loss(s, [t, t], **here))
+    refused(NotImplementedError, "return_stats", lambda: kd.kd_loss(s, t, return_stats=True, **here))
+    refused(TypeError, "process_group must be a torch.distributed.ProcessGroup", lambda: kd.kd_loss(s, t, process_group=1))
+    refused(ValueError, "columns of the student on every rank", lambda: kd.kd_loss(s, teacher, **here))
+    refused(ValueError, "vocab_size must be at most", lambda: kd.kd_loss(s, t, vocab_size=VOCABULARY + 1, **here))
+    loss = kd.kd_loss(s, t, labels, **here)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, s, create_graph=True)
+
+
+def check_dtensors_sharded_by_columns_and_rows():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    world = dist.get_world_size()
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (3 * torch.randn(4, 2, VOCABULARY, generator=generator) for _ in range(2))
+    labels = torch.randint(VOCABULARY, (4, 2), generator=generator)
+    labels[1, 0] = -100
+    top = kd.capture_topk(teacher, 5)
+    layouts = [((world,), [Shard(-1)]), ((1, world), [Shard(0), Shard(-1)]), ((world, 1), [Shard(0), Shard(2)])]
+    layouts += [((2, world // 2), [Replicate(), Shard(2)]), ((2, world // 2), [Shard(0), Shard(2)])]
+    for shape, placements in layouts:
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("rows", "columns")[: len(shape)])
+        placements = distribute_tensor(student, mesh, placements).placements
+        by_rows = [Replicate() if getattr(p, "dim", 0) == 2 else p for p in placements]
+        y = distribute_tensor(labels, mesh, by_rows)
+        for reduction in ("mean", "none"):
+            for of_teacher in (placements, by_rows):
+                t = distribute_tensor(teacher, mesh, of_teacher)
+                captured = kd.capture_topk(t, 5)
+                torch.testing.assert_close(captured.logprobs.full_tensor(), top.logprobs)
+                assert torch.equal(captured.ids.full_tensor(), top.ids)
+                for call in (
+                    lambda s, t, y, k, r=reduction: kd.kd_loss(s, t, y, ce_weight=0.5, divergence="jsd", reduction=r),
+                    lambda s, t, y, k, r=reduction: kd.topk_kd_loss(s, k.ids, k.logprobs, y, ce_weight=0.5, reduction=r),
+                ):
+                    whole = student.clone().requires_grad_()
+                    mine = distribute_tensor(student, mesh, placements).requires_grad_()
+                    expected, got = call(whole, teacher, labels, top), call(mine, t, y, captured)
+                    torch.testing.assert_close(got.full_tensor(), expected)
+                    (expected * expected).sum().backward()
+                    (got * got).sum().backward()
+                    assert mine.grad.placements == placements
+                    torch.testing.assert_close(mine.grad.full_tensor(), whole.grad, rtol=1e-4, atol=1e-6)
+        found = kd.token_logprobs(distribute_tensor(student, mesh, placements), y, entropy=True)
+        expected = kd.token_logprobs(student, labels, entropy=True)
+        torch.testing.assert_close(found.logprobs.full_tensor(), expected.logprobs)
+        torch.testing.assert_close(found.entropy.full_tensor(), expected.entropy)
+
+
+CHECKS = {name: check for name, check in list(globals().items()) if name.startswith("check_")}
+
+
+def start(rank, world, folder, seconds):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=seconds),
+    )
+
+
+def main(rank, world, folder):
+    start(rank, world, folder, 60)
+    results, broken = {}, None
+    for name, check in CHECKS.items():
+        # The other ranks may wait in a collective for one that failed: nothing after it means anything.
+        results[name] = broken and f"not run after {broken} failed"
+        if broken is None:
+            try:
+                check()
+                dist.barrier()
+            except BaseException:
+                results[name], broken = traceback.format_exc(), name
+    (Path(folder) / f"rank{rank}.json").write_text(json.dumps(results))
+    if broken is None:
+        dist.destroy_process_group()
+
+
+def die(rank, world, folder):
+    """The last rank ends before the others' second loss."""
+    start(rank, world, folder, 20)
+    student, teacher, labels = inputs(0)
+    columns = columns_of_rank(widths()[0])
+    s, t = student[:, columns].clone(), teacher[:, columns].contiguous()
+    kd.kd_loss(s, t, labels, process_group=group())
+    if rank == world - 1:
+        os._exit(7)
+    try:
+        kd.kd_loss(s, t, labels, process_group=group())
+        text = "no error"
+    except RuntimeError as error:
+        text = str(error)
+    (Path(folder) / f"rank{rank}.json").write_text(json.dumps(text))
+    os._exit(0)
+
+
+def run(program, world, folder):
+    """What each rank wrote down."""
+    # The package that this process tests, wherever it is.
+    path = os.pathsep.join([str(Path(kd.__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, program, str(rank), str(world), str(folder)],
+            env={**os.environ, "PYTHONPATH": path, **LOOPBACK},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        texts = [process.communicate(timeout=SECONDS)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    found = {}
+    for rank, text in enumerate(texts):
+        file = folder / f"rank{rank}.json"
+        if program == "die" and rank == world - 1:
+            continue
+        assert file.exists(), f"rank {rank} ended without results:\n{text}"
+        found[rank] = json.loads(file.read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """The result of each check on each rank, by the number of ranks; one run serves all tests of this file."""
+    found = {}
+
+    def of(world):
+        if world not in found:
+            found[world] = run("main", world, tmp_path_factory.mktemp(f"ranks{world}"))
+        return found[world]
+
+    return of
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("world", WIDTHS)
+def test_processes(world, check, results):
+    for rank, found in results(world).items():
+        assert found[check] is None, f"rank {rank}: {found[check]}"
+
+
+def test_a_rank_that_dies_is_named(tmp_path):
+    for text in run("die", 2, tmp_path).values():
+        assert "lost the other ranks of its process_group [0, 1]" in text, text
+        assert "rank 1 does not answer" in text, text
+
+
+if __name__ == "__main__":
+    {"main": main, "die": die}[sys.argv[1]](int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
