@@ -173,8 +173,9 @@ def _of_options(options: Any, logp: Tensor, logq: Tensor, row_param: Optional[Te
         share = torch.exp(-options.get("eta", 3.0) * rate.detach())
         return share * _times(p, logp - logq).sum(-1) + (1 - share) * distance
     if options.get("kind") == "nla":
-        floored = rate.detach().clamp(min=options.get("eps", 1e-5))
-        return torch.where(rate > 0.5, -torch.log1p(-distance), -floored.log() - (rate - rate.detach()) / floored)
+        floored, near = rate.detach().clamp(min=options.get("eps", 1e-5)), rate > 0.5
+        of_far = -floored.log() - (rate - rate.detach()) / floored
+        return torch.where(near, -torch.log1p(-torch.where(near, distance, 0.0)), of_far)
     divergence = divergences.resolve(options.get("divergence", "forward_kl"))
     if part and divergence.name == "tvd":
         return distance

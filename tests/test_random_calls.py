@@ -81,6 +81,7 @@ def draw(seed):
         options["row_param"] = (1.4 * torch.rand(rows, generator=generator) - 0.2).clamp(0, 1)
     if tame and chance(0.15):
         del options["divergence"]
+        options.pop("row_param", None)
         options["kind"] = draws.choice(["nla", "hybrid"])
         options |= {"eta": draws.uniform(0, 6)} if options["kind"] == "hybrid" else {"eps": draws.choice([1e-5, 0.1])}
     part = options.get("divergence") in ("forward_kl", "soft_ce", "tvd") or "kind" in options

@@ -136,8 +136,9 @@ def _mixed_kl(logp: Tensor, logq: Tensor, reverse: Param, _1: Param) -> Tensor:
 
 def _triangular(logp: Tensor, logq: Tensor, _0: Param, _1: Param) -> Tensor:
     p, q = logp.exp(), logq.exp()
-    m = p + q
-    return ((p - q).square() / torch.where(m == 0, torch.ones_like(m), m)).sum(-1)
+    # Its derivative divides by the sum twice.
+    m = torch.where(p + q < torch.finfo(p.dtype).smallest_normal, torch.ones_like(p), p + q)
+    return ((p - q) * ((p - q) / m)).sum(-1)
 
 
 def acceptance(logp: Tensor, logq: Tensor) -> Tensor:
