@@ -17,12 +17,14 @@ def launchers() -> dict[str, Callable[..., Any]]:
     from kdkernels.kernels.scale import scale_grad
     from kdkernels.kernels.tokens import token_bwd, token_fwd
     from kdkernels.kernels.topk import topk_fwd
+    from kdkernels.kernels.uld import uld_fwd
 
     by_name: dict[str, Callable[..., Any]] = {
         "dense_fwd": dense_fwd,
         "topk_fwd": topk_fwd,
         "dkd_fwd": dkd_fwd,
         "mse_fwd": mse_fwd,
+        "uld_fwd": uld_fwd,
         "token_fwd": token_fwd,
         "token_bwd": token_bwd,
     }
