@@ -408,7 +408,7 @@ def uld_loss(
     ``kdkernels.alignment``.
 
     The kernels sort nothing: they count the columns by the bits of a 16-bit logit, and go over the values that a row
-    has, some thousands. That is exact. On a CPU logits in fp32 are counted in bins of T / 256 unless ``exact``: the loss
+    has, some thousands. That is exact. On a CPU fp32 logits are counted in bins of T / 256 unless ``exact``: the loss
     is then off by less than 0.004, by some 1e-5 as a rule and 5e-4 where the models are within 1 % of each other, and
     logits closer to each other than T / 256 may share a sign as equal ones do.
 
