@@ -520,10 +520,10 @@ def uld_loss(
     need not have one token in common, nor one size. Which rows belong together is the caller's to say: see
     ``kdkernels.alignment``.
 
-    The compiled backend sorts nothing: it counts the columns by the bits of a 16-bit logit, and walks over the values
-    that a row has, some thousands. That is exact. Logits in fp32 are counted in bins of T / 256 unless ``exact``: the
-    loss is then off by less than 0.004, by some 1e-5 as a rule and 5e-4 where the models are within 1 % of each other,
-    and logits closer to each other than T / 256 may share a sign as equal ones do.
+    The kernels sort nothing: they count the columns by the bits of a 16-bit logit, and go over the values that a row
+    has, some thousands. That is exact. On a CPU fp32 logits are counted in bins of T / 256 unless ``exact``: the loss
+    is then off by less than 0.004, by some 1e-5 as a rule and 5e-4 where the models are within 1 % of each other, and
+    logits closer to each other than T / 256 may share a sign as equal ones do.
 
     Args:
         student: logits ``(..., V)``, as in ``kd_loss``.
@@ -538,7 +538,8 @@ def uld_loss(
         teacher_vocab_size: the same of the teacher's.
         exact: sort logits in fp32 instead, at about four times the time. 16-bit logits, float64 and the "torch"
             backend are exact anyway.
-        backend: "auto", "cpu" (C++) or "torch" (plain PyTorch, two sorts; the only one on a GPU).
+        backend: "auto", "triton" (16-bit logits), "cpu" (C++) or "torch" (plain PyTorch, two sorts: on a GPU for
+            logits in fp32).
 
     Returns:
         The loss, from 0 to 2 a row: 0-d, or the shape of the rows for "none"; float32 for float32 and 16-bit students,
@@ -659,7 +660,10 @@ def pair(pattern: str, options: Any, student: Any, teacher: Any, labels: Any) ->
     if teacher.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"teacher must not require grad in {options.function}: it gets no gradient; detach it")
     checks.apart_in_place(options, student, {"labels": labels}, (teacher,))
-    backend = backends.choose(options.backend, student, pattern=pattern)
+    torch_only = None
+    if pattern == "uld_fwd" and (student.device.type != "cpu" or options.backend == "triton"):
+        torch_only = checks.why_not_counted(student, teacher)
+    backend = backends.choose(options.backend, student, pattern=pattern, torch_only=torch_only)
     checks.reverse_mode_only(backend, student, teacher, labels, *options.tensors)
     labels = checks.labels_like(labels, student, columns, options.ignore_index)
     scale, rows = row_tensors(options, student, labels)

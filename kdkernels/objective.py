@@ -573,7 +573,8 @@ class ULDObjective(_OnLogits, RowOptions, _Temperatures):
         return {**super()._scalars(), "exact": self.exact}
 
     def _gradient_size(self) -> Optional[float]:
-        return None if isinstance(self.temperature, Tensor) else 1.0 / self.scalars["temperature"]
+        # Temperatures of rows leave room from 0.004 on; a copy in fp32 would not be counted by its bits.
+        return 1.0 / self.scalars["temperature"]
 
 
 def gradient_size(divergence: Divergence, scalars: dict[str, Any], *, rows: bool) -> Optional[float]:

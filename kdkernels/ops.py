@@ -218,12 +218,11 @@ LINEAR_TEACHERS = {
 
 # Patterns that a backend lacks, and why.
 _NOT_IN_CUDA = {"cuda": "the CUDA extension has the losses with a divergence and tokens only"}
-_NOT_ON_GPU = {name: f"{name} has no kernel for the order of a row" for name in ("cuda", "triton")}
 LACKING = {
     "dkd_fwd": _NOT_IN_CUDA,
     "mse_fwd": _NOT_IN_CUDA,
-    "uld_fwd": _NOT_ON_GPU,
-    "topp_count": _NOT_ON_GPU,
+    "uld_fwd": _NOT_IN_CUDA,
+    "topp_count": {name: f"capture_topp has no kernel of {name}'s to count with" for name in ("cuda", "triton")},
     "shard_fwd": _NOT_IN_CUDA,
     "capture_topk": {"triton": "capture_topk has no Triton kernel"},
 }

@@ -239,7 +239,11 @@ ERRORS = {
         "temperature must be > 0",
     ),
     "option": (lambda s: kd.uld_loss(s, torch.zeros(2, 5), tau=2.0), TypeError, "did you mean 'temperature'"),
-    "cuda": (lambda s: kd.uld_loss(s, torch.zeros(2, 5), backend="cuda"), ValueError, "order of a row"),
+    "cuda": (
+        lambda s: kd.uld_loss(s, torch.zeros(2, 5), backend="cuda"),
+        ValueError,
+        "the CUDA extension has the losses with a divergence",
+    ),
     "p-0": (lambda s: kd.capture_topp(s, 0.0), ValueError, r"p must be in \(0, 1\], got 0"),
     "p-2": (lambda s: kd.capture_topp(s, 1.5), ValueError, r"p must be in \(0, 1\], got 1.5"),
     "min-k": (lambda s: kd.capture_topp(s, 0.5, min_k=4, max_k=3), ValueError, "min_k must be at most max_k 3, got 4"),

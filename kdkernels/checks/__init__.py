@@ -26,6 +26,7 @@ from kdkernels.checks.dense import (
     teachers_of,
     vocabulary,
     why_no_teacher_grad,
+    why_not_counted,
     without_teacher,
 )
 from kdkernels.checks.expectations import expectation, expectation_alone, finite_bias, frozen_head

@@ -109,6 +109,12 @@ def teacher_of_width(name: str, teacher: Any, student: Tensor, vocab_size: Optio
     return vocab_size
 
 
+def why_not_counted(*tensors: Tensor) -> Optional[str]:
+    """Why a GPU cannot count these logits by their bits, where it cannot."""
+    wide = [tensor.dtype for tensor in tensors if tensor.dtype not in (torch.bfloat16, torch.float16)]
+    return f"a GPU counts logits of 16 bits, and sorts others, got {dtype_name(wide[0])}" if wide else None
+
+
 def teachers_of(options: Any, teacher: Any, student: Tensor) -> tuple[Tensor, ...]:
     """A teacher, or a sequence of some, beside the student."""
     if not isinstance(teacher, (list, tuple)):

@@ -18,6 +18,7 @@ def launchers() -> dict[str, Callable[..., Any]]:
     from kdkernels.kernels.shards import shard_fwd
     from kdkernels.kernels.tokens import token_bwd, token_fwd
     from kdkernels.kernels.topk import topk_fwd
+    from kdkernels.kernels.uld import uld_fwd
 
     by_name: dict[str, Callable[..., Any]] = {
         "dense_fwd": dense_fwd,
@@ -25,6 +26,7 @@ def launchers() -> dict[str, Callable[..., Any]]:
         "dkd_fwd": dkd_fwd,
         "mse_fwd": mse_fwd,
         "shard_fwd": shard_fwd,
+        "uld_fwd": uld_fwd,
         "token_fwd": token_fwd,
         "token_bwd": token_bwd,
     }

@@ -17,6 +17,7 @@ from kdkernels.kernels.dkd import dkd_fwd
 from kdkernels.kernels.mse import mse_fwd
 from kdkernels.kernels.tokens import token_bwd, token_fwd
 from kdkernels.kernels.topk import topk_fwd
+from kdkernels.kernels.uld import uld_fwd
 
 DENSE_ONLY = ("mixture", "teacher_form", "teacher_softcap", "standardize")
 DENSE = {
@@ -55,6 +56,7 @@ DKD = {
     "scale_by_t_squared": True,
 }
 MSE = {"centered": False, "ignore_index": -100, "scale": 1.0}
+ULD = {"temperature": 1.0, "teacher_temperature": 1.0, "ignore_index": -100, "scale": 1.0, "exact": False}
 TOKENS = {"temperature": 1.0, "softcap": 0.0, "ignore_index": -100, "entropy": False}
 TOKENS |= {"tail_mass": False, "stats": False}
 
@@ -112,6 +114,11 @@ def dkd(student, teacher, dstudent, labels, row_weight=None, **options):
 def mse(student, teacher, dstudent=None, labels=None, row_weight=None, **options):
     options = {**MSE, "vocab_size": student.shape[-1], **options}
     return mse_fwd(student, teacher, dstudent, labels, row_weight, **options)
+
+
+def uld(student, teacher, dstudent=None, labels=None, row_weight=None, temperatures=(None, None), **options):
+    sizes = {"vocab_size": student.shape[-1], "teacher_vocab_size": teacher.shape[-1]}
+    return uld_fwd(student, teacher, dstudent, labels, row_weight, *temperatures, **{**ULD, **sizes, **options})
 
 
 def tokens(logits, ids, *, temperature_rows=None, **options):

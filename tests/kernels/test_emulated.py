@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 pytest.importorskip("ptxrun", reason="the package ptxrun, which executes PTX on the CPU, is not installed")
 
 import triton
-from launches import dense, dkd, mse, tokens, tokens_back, topk
+from launches import dense, dkd, mse, tokens, tokens_back, topk, uld
 from oracle import ROUNDING, check, dense_rows, dkd_rows, mse_rows, topk_rows
 from ptxrun.triton_bridge import patched
 
@@ -262,6 +262,22 @@ def test_other_patterns(arch):
     last = V - (triton.cdiv(V, wide) - 1) * wide
     for report, reads in zip(reports, (4 - 2 * block / V, 2, 4 - 2 * last / V), strict=True):
         assert_traffic(report, student, reads, 1, N, V)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_counts_of_a_program_meet_no_race(arch):
+    """The phases of a row hand over counters and ranks through memory."""
+    # At a low temperature few of the 65,536 counters are within reach: a second in place of ten.
+    student = (3 * torch.randn(2, 300)).bfloat16()
+    teacher = ((3 * torch.randn(2, 500)) / 2).round().mul(2).half()
+    grad, options = torch.full_like(student, torch.nan), {"temperature": 0.1, "teacher_temperature": 0.2}
+    with mock.patch("kdkernels.kernels.uld.PROGRAMS", 1), executed(arch) as reports:
+        loss = uld(student, teacher, grad, **options)
+    assert reports[0].ok, reports[0]
+    wide = student.double().requires_grad_()
+    rows = reference.uld_rows(wide, teacher.double(), **options)
+    torch.testing.assert_close(loss.double(), rows.detach(), rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(grad.double(), torch.autograd.grad(rows.sum(), wide)[0], rtol=2**-8, atol=2e-6)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
