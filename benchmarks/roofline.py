@@ -383,8 +383,8 @@ The model takes the longest of four times:
 - transcendental operations at their rate;
 - rows: the phases of a row in series, over the rows in flight. Start {START} us, {LATENCY} us for each load
   that is waited for, the transfer at {PORT} bytes a clock and multiprocessor, arithmetic, {CLUSTER_BARRIER} us for
-  each barrier of a cluster with its fence, {DRAIN} us for the last stores. The dense CUDA kernel has the next row on its way
-  meanwhile, and waits for arithmetic and two trips of {TRIP} us through its cluster.
+  each barrier of a cluster with its fence, {DRAIN} us for the last stores. The dense CUDA kernel has the next row on
+  its way meanwhile, and waits for arithmetic and two trips of {TRIP} us through its cluster.
 
 These microseconds are guesses, and the first thing that a profile of one launch replaces.
 
@@ -449,7 +449,7 @@ def draw(path: Path) -> None:
         range(len(SHOWN)), [name.replace(" + ", "\n+ ").replace("(log", "\n(log") for name in SHOWN], fontsize=8
     )
     ax.invert_yaxis()
-    ax.set_xlim(0, 8)
+    ax.set_xlim(0, 9)
     ax.set_xlabel("predicted time, in times of the floor (dashed: 2 reads and 1 write at 90 % of the peak)", fontsize=9)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(title="hatched: predicted, none measured", fontsize=8, title_fontsize=8, loc="upper right")
