@@ -383,8 +383,8 @@ The model takes the longest of four times:
 - transcendental operations at their rate;
 - rows: the phases of a row in series, over the rows in flight. Start {START} us, {LATENCY} us for each load
   that is waited for, the transfer at {PORT} bytes a clock and multiprocessor, arithmetic, {CLUSTER_BARRIER} us for
-  each barrier of a cluster with its fence, {DRAIN} us for the last stores. The dense CUDA kernel has the next row on
-  its way meanwhile, and waits for arithmetic and two trips of {TRIP} us through its cluster.
+  each barrier of a cluster with its fence, {DRAIN} us for the last stores. The dense CUDA kernel has the next row
+  on its way meanwhile, and waits for arithmetic and two trips of {TRIP} us through its cluster.
 
 These microseconds are guesses, and the first thing that a profile of one launch replaces.
 
