@@ -16,6 +16,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,9 @@ def compiled(source, arch):
             part = kept.with_suffix(".part")
             part.write_text(json.dumps(compile_anew(source, arch)))
             part.replace(kept)
+            for other in KEPT.iterdir():
+                if not other.name.startswith(inputs()) and time.time() - other.stat().st_mtime > 86400:
+                    other.unlink(missing_ok=True)
     text, usage = json.loads(kept.read_text())
     return text, {name: tuple(numbers) for name, numbers in usage.items()}
 
