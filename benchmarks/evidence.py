@@ -33,6 +33,8 @@ def why_not(result: dict[str, Any]) -> list[str]:
     status = {record["name"]: record["status"] for record in result["steps"]}
     reasons += [f"{name}: {status.get(name, 'not run')}" for name in MUST_PASS if status.get(name) != "passed"]
     reasons += [f"{name}: {status[name]}" for name in MUST_NOT_FAIL if status.get(name) in ("failed", "timed out")]
+    if result.get("commit", "unknown") == "unknown":
+        reasons.append("nobody knows of which commit")
     if result.get("changed", True):
         reasons.append("the sources were changed after their commit")
     ratios = dict(times(result))

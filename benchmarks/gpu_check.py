@@ -311,7 +311,11 @@ def about(python: str, device: str, folder: Path) -> dict[str, Any]:
     return {"reason": record["reason"], "tail": record.get("tail", []), "no_device": process.code == NO_DEVICE}
 
 
-def commit() -> dict[str, Any]:
+def commit(named: Optional[str]) -> dict[str, Any]:
+    """The commit of the sources, and whether they were changed since: as far as git knows."""
+    if named is not None:
+        return {"commit": named, "changed": False}
+
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
         return done.stdout.strip()
@@ -334,6 +338,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything (default: %(default)s)")
     parser.add_argument("--only", default="", help="names of steps, separated by semicolons (default: all)")
     parser.add_argument("--python", default=sys.executable, help="the interpreter of the steps")
+    parser.add_argument("--commit", help="of the sources, where this is a copy without .git")
     rehearse = "cpu rehearses: the same steps on a machine without a GPU, whose results are no evidence"
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=rehearse)
     options = parser.parse_args(arguments)
@@ -351,7 +356,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         print(f"{found['tail'][-1]}; --device cpu rehearses without one", file=sys.stderr)
         return 2
     print(f"card: {card}; {'; '.join(f'{k} {v}' for k, v in found.get('limits_gb_per_s', {}).items())}", flush=True)
-    head = {"schema": SCHEMA, "device": options.device, "card": card, **commit(), "about": found}
+    head = {"schema": SCHEMA, "device": options.device, "card": card, **commit(options.commit), "about": found}
 
     def write(records: list[dict[str, Any]]) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -229,6 +229,7 @@ LACKING = {
 
 # Patterns of which a backend runs calls that ask for it by name, and "auto" takes another one: why.
 BY_NAME_ONLY = {
+    # Until a file in benchmarks/results/gpu shows them right and faster (benchmarks/evidence.py).
     "dense_fwd": {"cuda": 'its dense losses have not been timed on a GPU yet; backend="cuda" asks for them'},
 }
 

@@ -19,22 +19,67 @@ def test_page_is_up_to_date():
     page = roofline.PAGE.read_text()
     fixed = roofline.section().split("Constants:")
     assert all(part.strip() in page for part in fixed), "run python -m benchmarks.roofline"
-    assert "a prediction, not a measurement" in page
+    assert "a prediction, not a measurement" in page and "No GPU has run these kernels yet" in page
+
+
+def device(name):
+    return next(device for device in roofline.DEVICES if device.name == name)
 
 
 def test_prediction():
-    H100 = next(device for device in roofline.DEVICES if device.name == "H100")
-    floor, bound = roofline.predict(roofline.FLOOR, H100)
-    assert bound == "memory"
+    H100 = device("H100")
+    (floor, same), bound = roofline.predict(roofline.FLOOR, H100)
+    assert bound == "memory" and floor == same
     # 3 passes of 2 GiB at 90 % of 3.35 TB/s.
     assert floor == pytest.approx(3 * 2 * 2**30 / (0.9 * 3.35e12) * 1e3)
     assert roofline.predict(roofline.Work(2, 1, instructions=1000.0), H100)[1] == "issue"
     assert roofline.predict(roofline.Work(2, 1, 1.0, transcendental=100.0), H100)[1] == "transcendental"
     twice = dataclasses.replace(H100, terabytes=2 * H100.terabytes)
-    assert roofline.predict(roofline.FLOOR, twice)[0] == pytest.approx(floor / 2)
-    for device in roofline.DEVICES:
-        for work in roofline.ours(device).values():
-            assert roofline.predict(work, device)[0] >= roofline.predict(roofline.FLOOR, device)[0]
+    assert roofline.predict(roofline.FLOOR, twice)[0].low == pytest.approx(floor / 2)
+    for each in roofline.DEVICES:
+        for work in roofline.ours(each).values():
+            low, high = roofline.predict(work, each)[0]
+            assert high >= low >= roofline.predict(roofline.FLOOR, each)[0].low
+
+
+def test_what_l2_serves_is_not_read_again():
+    """Two sweeps of so few rows in flight that they fit cost what one does; of many, nearly both."""
+    few, many = (roofline.Work(4, 1, rows=roofline.Rows(1, 1024, resident, 2)) for resident in (1, 64))
+    H100, floor = device("H100"), roofline.predict(roofline.FLOOR, device("H100"))[0].low
+    large = dataclasses.replace(H100, l2=10_000)
+    assert roofline._memory(few, large).high * 1e3 == pytest.approx(floor)
+    low, high = roofline._memory(many, H100)
+    assert 5 / 3 * floor > high * 1e3 > low * 1e3 > 1.6 * floor
+
+
+def test_phases_of_a_row():
+    """More rows in flight hide them, barriers add to them, and what fetches ahead has no start, latency or end."""
+    H200 = device("H200")
+
+    def seconds(**more):
+        rows = roofline.Rows(**{"blocks": 16, "threads": 128, "resident": 2, **more})
+        return roofline._rows(roofline.Work(2, 1, 22.0, rows=rows), H200)
+
+    one = seconds()
+    assert one.low < one.high and seconds(resident=4).low == pytest.approx(one.low * 16 / 33)
+    added = seconds(barriers=7)
+    # 8192 rows, 16 at a time.
+    assert added.low - one.low == pytest.approx(512 * 7 * roofline.CLUSTER_BARRIER.low * 1e-6)
+    ahead = seconds(ahead=True, trips=2)
+    assert ahead.low == pytest.approx(512 * (22 * 131072 / (16 * 128 * 1.98e9) + 2 * roofline.TRIP.low * 1e-6))
+
+
+def test_every_time_of_ours_has_an_instruction_count():
+    for name, works in roofline.rows():
+        if name.startswith("kdkernels"):
+            assert all(work.instructions for work in works.values()), name
+    by_name = dict(roofline.rows())
+    # What has none of an AMD GPU's own has no milliseconds there.
+    assert "MI300X" not in by_name["kdkernels topk_kd_loss, Triton"]
+    assert "MI300X" not in by_name["Fast-LLM forward/reverse KL"]
+    amd = roofline.ours(device("MI300X"))["forward_kl"]
+    entry = roofline.budgets()["gfx942/forward_kl"]
+    assert amd.instructions == entry["valu"] + 3 * entry["transcendental"]
 
 
 def test_command(tmp_path):

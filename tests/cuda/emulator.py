@@ -6,12 +6,17 @@ kernels as they are shipped. ``reports`` has the accesses of each launch.
 
 import contextlib
 import ctypes
+import fcntl
 import functools
+import hashlib
+import json
+import os
 import re
 import shutil
 import struct
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +43,42 @@ def need(name):
     return path
 
 
+# Processes of one run of the tests, and later ones, compile a source once: the name of a result is made of all that goes
+# into it.
+KEPT = Path(os.environ.get("KDKERNELS_PTX_CACHE") or Path(tempfile.gettempdir()) / f"kdkernels-ptx-{os.getuid()}")
+
+
+@functools.cache
+def inputs():
+    """A hash of the sources, the compiler and this file, which has its flags."""
+    found = hashlib.sha256(subprocess.run([need("nvcc"), "--version"], capture_output=True).stdout)
+    found.update(f"{torch.__version__} {torch.__file__}".encode())
+    for path in sorted([Path(__file__), *(x for part in ("include", "cuda") for x in (CSRC / part).rglob("*"))]):
+        if path.is_file():
+            found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()[:32]
+
+
 @functools.cache
 def compiled(source, arch):
     """PTX of ``csrc/cuda/<source>`` and what ptxas says of its kernels: {name: (registers, spilled bytes)}."""
+    need("nvcc")
+    KEPT.mkdir(mode=0o700, exist_ok=True)
+    kept = KEPT / f"{inputs()}-{source}-{arch}.json"
+    with kept.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.exists():
+            part = kept.with_suffix(".part")
+            part.write_text(json.dumps(compile_anew(source, arch)))
+            part.replace(kept)
+            for other in KEPT.iterdir():
+                if not other.name.startswith(inputs()) and time.time() - other.stat().st_mtime > 86400:
+                    other.unlink(missing_ok=True)
+    text, usage = json.loads(kept.read_text())
+    return text, {name: tuple(numbers) for name, numbers in usage.items()}
+
+
+def compile_anew(source, arch):
     nvcc, code = need("nvcc"), "90a" if arch == 90 else str(arch)
     include = Path(torch.__file__).parent / "include"
     # The code of the host is compiled once.

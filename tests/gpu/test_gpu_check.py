@@ -94,7 +94,7 @@ def rehearse(tmp_path, monkeypatch):
     tools.mkdir()
     monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
     monkeypatch.setattr(gpu_check, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(gpu_check, "commit", lambda: {"commit": "0" * 40, "changed": False})
+    monkeypatch.setattr(gpu_check, "commit", lambda named: {"commit": "0" * 40, "changed": False})
     python, real = program(tmp_path / "python", STUB.format(python=sys.executable)), gpu_check.steps
     limits = {}
 
@@ -245,6 +245,7 @@ def test_results_that_are_no_evidence(rehearse, measured, reason):
     assert {"cuda tests: not run", "graphs: not run"} < set(reasons)
     assert reason is None or reason in reasons
     assert "the sources were changed after their commit" in evidence.why_not({**found, "changed": True})
+    assert "nobody knows of which commit" in evidence.why_not({**found, "commit": "unknown"})
     assert "no GPU took part" in evidence.why_not({**found, "device": "cpu"})
 
 

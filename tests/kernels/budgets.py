@@ -10,6 +10,9 @@ Of a form on a target, compiled ahead of time with the specialisation of a real 
   kernel that sweeps is counted in PTX: the bodies of its sweeps over the columns a thread takes in one round, of rows
   whose ends cut vectors in the rounds between. The compiler may unroll those;
 - reductions over the cluster, and barriers of the cluster, a row.
+
+``budgets_amd.json`` has the instructions an element of the loops of AMD's forms, which the same command writes, or with
+``--amd`` it alone.
 """
 
 import contextlib
@@ -29,6 +32,7 @@ from kdkernels.kernels import divergences, tuning
 from kdkernels.kernels.scale import scale_grad
 
 TABLE = Path(__file__).with_name("budgets.json")
+TABLE_AMD = Path(__file__).with_name("budgets_amd.json")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HARD = {"ce_weight": 0.5, "label_smoothing": 0.1, "z_loss_weight": 1e-4}
 CAPS = {"student_softcap": 30.0, "teacher_softcap": 20.0}
@@ -142,7 +146,18 @@ CASES = [
     ),
 ]
 # Two-sweep kernels are the only ones there.
-AMD_FORMS = ("forward_kl", "jsd", "jeffreys-hard", "dkd", "mse", "topk-bucket", "topk-uniform", *SOME_TOKENS)
+AMD_FORMS = (
+    "forward_kl",
+    "jsd",
+    "tvd",
+    "alpha_beta",
+    "jeffreys-hard",
+    "dkd",
+    "mse",
+    "topk-bucket",
+    "topk-uniform",
+    *SOME_TOKENS,
+)
 CASES_HIP = [(target, form) for target in HIP for form in AMD_FORMS]
 
 
@@ -279,6 +294,32 @@ def sweeps(ptx, columns, ends=None):
     return instructions, transcendental
 
 
+def measure_amd(form, target):
+    """The entry of a form that sweeps on an AMD GPU: instructions an element of the loops that load columns, by kind.
+
+    VALU: vector arithmetic, transcendental operations among them; memory: global memory and LDS.
+    """
+    launch = launch_of(form, target)
+    binary = compile_for(launch, target)
+    each = tuning_block(launch.kwargs["TILE"]) / (64 * launch.kwargs["num_warps"])
+    lines = [line.strip() for line in binary.text.splitlines()]
+    labels = {line.split(":")[0]: number for number, line in enumerate(lines) if re.match(r"\.LBB\w+:", line)}
+    counts = Counter()
+    for number, line in enumerate(lines):
+        jump = re.search(r"\bs_c?branch\w*\s+(\.LBB\w+)", line)
+        if jump is None or labels.get(jump[1], number + 1) > number:
+            continue
+        body = [x for x in lines[labels[jump[1]] : number] if re.match(r"(v|s|global|buffer|ds|flat)_", x)]
+        if any("load_dwordx4" in x for x in body):
+            counts.update(KINDS.get(x.split("_")[0], "memory") for x in body)
+            counts["transcendental"] += sum(bool(re.match(r"v_(exp|log|rcp|sqrt|rsq)_", x)) for x in body)
+    counts = {kind: round(counts[kind] / each, 2) for kind in ("valu", "scalar", "memory", "transcendental")}
+    return {"registers": binary.registers, "spilled": binary.spilled, "columns": int(each), **counts}
+
+
+KINDS = {"v": "valu", "s": "scalar"}
+
+
 def excesses(found, budget):
     """The names of what is not as the budget says. Counts of instructions may grow by 2 %, another compiler's whim."""
     limits = {name: 1.02 if name in ("instructions", "transcendental") else 1.0 for name in AT_MOST}
@@ -295,13 +336,23 @@ def read():
     return json.loads(TABLE.read_text())
 
 
-def main():
+def read_amd():
+    return json.loads(TABLE_AMD.read_text())
+
+
+def write(table, cases, measured):
     lines = []
-    for target, form in CASES:
-        entry = measure(form, target)
+    for target, form in cases:
+        entry = measured(form, target)
         print(key(target, form), entry, flush=True)
         lines.append(f"{json.dumps(key(target, form))}: {json.dumps(entry)}")
-    TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    table.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def main():
+    write(TABLE_AMD, CASES_HIP, measure_amd)
+    if "--amd" not in sys.argv:
+        write(TABLE, CASES, measure)
 
 
 if __name__ == "__main__":
