@@ -250,24 +250,6 @@ struct RowScales {
   }
 };
 
-// The vectors at the ends of a row, and all of one that lies on other vectors than the student, go element by element.
-// One copy of the code.
-template <class X>
-__device__ __noinline__ uint4 load_edge(const X* row, int first, int elements, float fill) {
-  float x[kLanes<X>];
-#pragma unroll
-  for (int l = 0; l < kLanes<X>; ++l) x[l] = first + l >= 0 && first + l < elements ? to_float(row[first + l]) : fill;
-  return pack<X>(x);
-}
-template <class X>
-__device__ __noinline__ void store_edge(X* row, int first, int elements, uint4 raw) {
-  float x[kLanes<X>];
-  unpack<X>(raw, x);
-#pragma unroll
-  for (int l = 0; l < kLanes<X>; ++l)
-    if (first + l >= 0 && first + l < elements) row[first + l] = from_float<X>(x[l]);
-}
-
 // The vectors of a share that one access moves.
 struct Whole {
   int from = 0, to = 0;

@@ -152,20 +152,6 @@ struct AddFound {
     return out;
   }
 };
-struct High {
-  float value = -FLT_MAX;
-};
-struct MaxHigh {
-  __device__ __forceinline__ High operator()(const High& a, const High& b) const { return {fmaxf(a.value, b.value)}; }
-};
-// Of sums relative to one maximum.
-struct AddOutsideAtOne {
-  __device__ __forceinline__ Outside operator()(const Outside& a, const Outside& b) const {
-    Outside out;
-    out.z = a.z + b.z, out.z1 = a.z1 + b.z1, out.sum_x = a.sum_x + b.sum_x;
-    return out;
-  }
-};
 struct AddOutside {
   float scale;
   __device__ __forceinline__ Outside operator()(const Outside& a, const Outside& b) const {
@@ -178,9 +164,31 @@ struct AddOutside {
     return out;
   }
 };
+// Of threads: first to their maximum, for a merge of two maxima costs twenty times an addition.
+struct AddOutsideOfThreads {
+  float scale;
+  bool own, adds;  // z1 and sum_x are of use
+  template <class Lanes>
+  __device__ __forceinline__ Outside operator()(Outside a, Lanes) const {
+    float high = a.high;
+#pragma unroll
+    for (int mask = Lanes::value / 2; mask > 0; mask /= 2) high = fmaxf(high, shuffle_xor(high, mask));
+    a.z *= Exponent(a.high, scale).to(Exponent(high, scale));
+    if (own) a.z1 *= Exponent(a.high, kLog2e).to(Exponent(high, kLog2e));
+    a.high = high;
+#pragma unroll
+    for (int mask = Lanes::value / 2; mask > 0; mask /= 2) {
+      a.z += shuffle_xor(a.z, mask);
+      if (own) a.z1 += shuffle_xor(a.z1, mask);
+      if (adds) a.sum_x += shuffle_xor(a.sum_x, mask);
+    }
+    return a;
+  }
+};
 
 // The logits of a row as a block sees them: its share of the vectors, in shared memory where the row is resident, and
-// the marks of those that are no outcome outside the entries: entries, and what lies past the ends of the row.
+// what is no outcome outside the entries, which is entries, and what lies past the ends of the row: marked, or -inf in
+// shared memory where nobody has to tell it from a logit.
 template <class X>
 struct Logits {
   static constexpr int kL = kLanes<X>;
@@ -192,16 +200,31 @@ struct Logits {
   uint4* resident;  // null: the row is read from global memory by every sweep
   uint32_t* marks;
   int capacity;     // vectors that the marks cover
-  int marked = -1;  // the segment that they are of
+  bool marks_all;   // false: entries are -inf in shared memory
+  int marked = -1;  // the segment that the marks are of
 
   // Begins to copy the share; complete after copies_done.
   __device__ __forceinline__ void fetch(const Team& team) const {
+    const WholeVectors<X, const X> whole(grid, row, columns);
+    uint32_t to = shared_address(resident + team.thread);
+    const X* from = whole.at(begin + team.thread);
+#pragma unroll 4
     for (int v = begin + team.thread; v < end; v += team.threads) {
-      if (grid.whole(row, v, columns)) {
-        copy_async(&resident[v - begin], row + grid.first(v));
+      if (whole.has(v)) {
+        copy_async(to, from);
       } else {
-        resident[v - begin] = grid.load(row, v, columns);
+        resident[v - begin] = load_edge(row, grid.first(v), columns, -INFINITY);
       }
+      to += 16 * team.threads, from += kL * team.threads;
+    }
+  }
+
+  // Between barriers, of a share that has come.
+  __device__ __forceinline__ void leave_out(const Team& team, const Entries& entries) const {
+    X* const first = reinterpret_cast<X*>(resident) - grid.first(begin);
+    for (int j = team.thread; j < entries.slots; j += team.threads) {
+      const int id = entries.ids[j], v = grid.vector_of(id);
+      if (id >= 0 && v >= begin && v < end) first[id] = from_float<X>(-INFINITY);
     }
   }
 
@@ -221,53 +244,86 @@ struct Logits {
     team.sync();
   }
 
-  // Calls visit(v, x, marks) for the vectors of the share; marked logits are -inf. Where it does not read the logits
-  // are 0.
-  // BATCH: a thread's loads in flight, and copies of the code of visit.
-  template <int BATCH, class Visit>
-  __device__ __forceinline__ void sweep(const Team& team, const Entries& entries, bool reads, bool backwards,
+  // -inf where there is a mark.
+  static __device__ __forceinline__ uint4 without(const uint4& raw, uint32_t dead) {
+    float x[kL];
+    unpack<X>(raw, x);
+#pragma unroll
+    for (int l = 0; l < kL; ++l)
+      if (dead >> l & 1) x[l] = -INFINITY;
+    return pack<X>(x);
+  }
+
+  // Calls prepare(raw) for some vectors of the share at once, by whole warps, then visit(v, x, marks) for each; marked
+  // logits are -inf.
+  // MARKS: marks_all. BATCH: a thread's loads in flight, and copies of the code of visit.
+  template <int BATCH, bool MARKS, class Prepare, class Visit>
+  __device__ __forceinline__ void sweep(const Team& team, const Entries& entries, bool backwards, Prepare prepare,
                                         Visit visit) {
-    const int segments = (end - begin + capacity - 1) / capacity;
+    const int segments = MARKS ? (end - begin + capacity - 1) / capacity : 1;
     for (int k = 0; k < segments; ++k) {
       const int segment = backwards ? segments - 1 - k : k;
-      mark(team, entries, segment);
-      const int from = begin + segment * capacity, to = min(from + capacity, end);
-      const int step = team.threads * BATCH, steps = (to - from + step - 1) / step;
+      if (MARKS) mark(team, entries, segment);
+      const int from = begin + segment * capacity, to = MARKS ? min(from + capacity, end) : end;
+      const int step = team.threads * BATCH, whole = (to - from) / step, first = from + team.thread;
+      // The vectors that fill no batch are the last ones.
+      const auto rest = [&] {
+        if (from + whole * step < to) batch<BATCH, MARKS, false>(team, from, first + whole * step, to, prepare, visit);
+      };
+      if (backwards) rest();
 #pragma unroll 1
-      for (int i = 0; i < steps; ++i) {
-        const int base = from + (backwards ? steps - 1 - i : i) * step + team.thread;
-        uint4 raw[BATCH];
-#pragma unroll
-        for (int j = 0; j < BATCH; ++j) {
-          const int v = base + j * team.threads;
-          raw[j] = make_uint4(0, 0, 0, 0);
-          if (reads && v < to)
-            raw[j] = resident != nullptr ? load_shared(shared_address(resident) + 16 * (v - begin))
-                                         : grid.load(row, v, columns);
-        }
-#pragma unroll
-        for (int j = 0; j < BATCH; ++j) {
-          const int v = base + j * team.threads;
-          if (v >= to) continue;
-          const int bit = (v - from) * kL;
-          const uint32_t dead = marks[bit / 32] >> (bit % 32) & ((1u << kL) - 1);
-          float x[kL];
-          unpack<X>(raw[j], x);
-          if (cap != 0) {
-#pragma unroll
-            for (float& value : x) value = cap * tanhf(value / cap);
-          }
-          if (dead != 0) {
-            asm volatile("" ::: "memory");  // a branch, for it is seldom taken
-#pragma unroll
-            for (int l = 0; l < kL; ++l)
-              if (dead >> l & 1) x[l] = -INFINITY;
-          }
-          visit(v, x, dead);
-        }
-      }
+      for (int i = 0; i < whole; ++i)
+        batch<BATCH, MARKS, true>(team, from, first + (backwards ? whole - 1 - i : i) * step, to, prepare, visit);
+      if (!backwards) rest();
     }
   }
+  // WHOLE: all of its vectors are before the last one.
+  template <int BATCH, bool MARKS, bool WHOLE, class Prepare, class Visit>
+  __device__ __forceinline__ void batch(const Team& team, int from, int first, int to, Prepare& prepare,
+                                        Visit& visit) const {
+    uint4 raw[BATCH];
+    uint32_t dead[BATCH];
+    const WholeVectors<X, const X> whole(grid, row, columns);
+#pragma unroll
+    for (int j = 0; j < BATCH; ++j) {
+      // In shared memory the last one stands for those after it, until they are visited.
+      const int v = WHOLE ? first + j * team.threads : min(first + j * team.threads, to - 1);
+      if (!MARKS || resident != nullptr) {
+        raw[j] = load_shared(shared_address(resident) + 16 * (v - begin));
+      } else if (!WHOLE && first + j * team.threads >= to) {
+        raw[j] = lowest<X>();
+      } else {
+        raw[j] = whole.has(v) ? *reinterpret_cast<const uint4*>(whole.at(v))
+                              : load_edge(row, grid.first(v), columns, -INFINITY);
+      }
+      dead[j] = 0;
+      if (!MARKS) continue;
+      const int bit = (v - from) * kL;
+      dead[j] = marks[bit / 32] >> (bit % 32) & ((1u << kL) - 1);
+      if (dead[j] != 0) {
+        asm volatile("" ::: "memory");  // a branch, for it is seldom taken
+        raw[j] = without(raw[j], dead[j]);
+      }
+    }
+    prepare(raw);
+#pragma unroll
+    for (int j = 0; j < BATCH; ++j) {
+      const int v = first + j * team.threads;
+      if (!WHOLE && v >= to) break;
+      float x[kL];
+      unpack<X>(raw[j], x);
+      if (MARKS && cap != 0) {
+#pragma unroll
+        for (int l = 0; l < kL; ++l) x[l] = dead[j] >> l & 1 ? -INFINITY : cap * tanhf(x[l] / cap);
+      }
+      visit(v, x, dead[j]);
+    }
+  }
+};
+// For sweep: nothing has to be known of several vectors.
+struct Unprepared {
+  template <class Raw>
+  __device__ __forceinline__ void operator()(const Raw&) const {}
 };
 
 template <class X>
@@ -349,7 +405,7 @@ struct TopkRow {
     n.center = isfinite(n.picked) ? n.picked : 0.0;
   }
 
-  __device__ __forceinline__ Found read_entries() const {
+  __device__ __forceinline__ Found read_entries() {
     Found found;
     for (int j = team.thread; j < entries.slots; j += team.threads) {
       const int64_t at = row * entries.slots + j;
@@ -376,7 +432,7 @@ struct TopkRow {
       found.high_x = fmaxf(found.high_x, entries.x[j]);
       found.sum_x += double(entries.x[j]) - n.center;
     });
-    return team.over_block(found, AddFound());
+    return team.over_block(found, AddFound(), entries.slots);
   }
 
   // Equal ids: the first slot takes the sum of their probabilities, the others become unused.
@@ -413,7 +469,7 @@ struct TopkRow {
     n.known = n.teacher_high != -INFINITY;
   }
 
-  __device__ __forceinline__ Masses sum_entries() const {
+  __device__ __forceinline__ Masses sum_entries() {
     Masses masses;
     const bool teacher = tempered() && n.known;
     for_entries([&](int j) {
@@ -424,7 +480,7 @@ struct TopkRow {
       masses.student += exp(below * n.nats);
       if (n.own) masses.student1 += exp(below);
     });
-    return team.over_block(masses, AddMasses());
+    return team.over_block(masses, AddMasses(), entries.slots);
   }
 
   // The student outside the entries.
@@ -432,30 +488,42 @@ struct TopkRow {
     Outside sums;
     const float scale = n.scale, center = float(n.center);
     const bool own = n.own, adds = smooths();
-    logits.template sweep<4>(team, entries, true, false, [&](int, const float (&x)[kL], uint32_t dead) {
-      float next = sums.high;
+    if (!logits.marks_all) {
+      team.sync();
+      logits.leave_out(team, entries);
+      team.sync();
+    }
+    Exponent y(sums.high, scale), at1(sums.high, kLog2e);
+    const auto prepare = [&](const auto& raw) {
+      uint4 most = raw[0];
 #pragma unroll
-      for (float value : x) next = fmaxf(next, value);
-      const Exponent y(next, scale);
-      if (next > sums.high) {
-        sums.z *= Exponent(sums.high, scale).to(y);
-        if (own) sums.z1 *= Exponent(sums.high, kLog2e).to(Exponent(next, kLog2e));
-        sums.high = next;
+      for (int j = 1; j < int(sizeof(raw) / sizeof(raw[0])); ++j) most = packed_max<X>(most, raw[j]);
+      // One maximum a warp: a new one is seldom then, once a few vectors are through.
+      const float high = capped(largest<X>(most));
+      if (__any_sync(~0u, high > sums.high)) {
+        sums.high = fmaxf(sums.high, high);
+#pragma unroll
+        for (int mask = 16; mask > 0; mask /= 2) sums.high = fmaxf(sums.high, shuffle_xor(sums.high, mask));
+        const Exponent next(sums.high, scale), next1(sums.high, kLog2e);
+        sums.z *= y.to(next);
+        if (own) sums.z1 *= at1.to(next1);
+        y = next, at1 = next1;
       }
+    };
+    const auto visit = [&](int, const float (&x)[kL], uint32_t dead) {
       sums.z += y.sum(x);
-      if (own) sums.z1 += Exponent(next, kLog2e).sum(x);
+      if (own) sums.z1 += at1.sum(x);
       if (adds) {
 #pragma unroll
         for (int l = 0; l < kL; ++l) sums.sum_x += dead >> l & 1 ? 0.0f : x[l] - center;
       }
-    });
-    // To the block's maximum first, and added up there: a merge of two maxima costs twenty times an addition.
-    const float high = team.over_block(High{sums.high}, MaxHigh()).value;
-    const Exponent y(high, scale), x(high, kLog2e);
-    sums.z *= Exponent(sums.high, scale).to(y);
-    if (own) sums.z1 *= Exponent(sums.high, kLog2e).to(x);
-    sums = team.over_block(sums, AddOutsideAtOne());
-    sums.high = high;
+    };
+    if (logits.marks_all) {
+      logits.template sweep<4, true>(team, entries, false, prepare, visit);
+    } else {
+      logits.template sweep<4, false>(team, entries, false, prepare, visit);
+    }
+    sums = team.over_block_by(sums, kMaxThreads, AddOutsideOfThreads{scale, own, adds});
     return team.over_blocks(sums, AddOutside{scale});
   }
 
@@ -504,7 +572,7 @@ struct TopkRow {
 
   // The divergence over the entries and, as one more outcome, those outside: the bucket, or where the teacher has no
   // mass there q f(0, 1), for f is linear there. Leaves the scores and q of the entries.
-  __device__ __forceinline__ Sums eval_entries() const {
+  __device__ __forceinline__ Sums eval_entries() {
     const bool bucket = args.tail == Tail::kBucket && n.others > 0;
     const bool no_teacher =
         !launch.plan.every && (args.tail == Tail::kRenormalize || args.tail == Tail::kDrop) && n.others > 0;
@@ -536,7 +604,7 @@ struct TopkRow {
         entries.q[j] = q;
       }
     }
-    return team.over_block(sums, AddSums());
+    return team.over_block(sums, AddSums(), entries.slots + 1);
   }
 
   // Calls visit(lane, f) for the outcomes outside in a vector; in a loop that is not unrolled, with lanes chosen by
@@ -563,7 +631,7 @@ struct TopkRow {
 
   __device__ __forceinline__ Sums eval_outside() {
     Sums sums;
-    logits.template sweep<1>(team, entries, true, true, [&](int, const float (&x)[kL], uint32_t dead) {
+    logits.template sweep<1, true>(team, entries, true, Unprepared(), [&](int, const float (&x)[kL], uint32_t dead) {
       float value = 0, score = 0;
       eval_lanes(x, dead, [&](int, const Scored<float>& f) {
         value += f.value;
@@ -640,9 +708,19 @@ struct TopkRow {
     const Exponent y(n.outside.high, n.scale), at1(n.outside.high, kLog2e);
     const float a = n.a, c1 = n.c1, c0 = float(n.c0), w = float(n.w);
     const float inverse_cap = logits.cap != 0 ? 1 / logits.cap : 0.0f;
-    const int label_vector = n.step != 0 ? grid.vector_of(int(label)) : -1;
+    const int label_vector = EVERY && n.step != 0 ? grid.vector_of(int(label)) : -1;
     const bool own = c1 != 0;
-    logits.template sweep<EVERY ? 1 : 4>(team, entries, swept(), true, [&](int v, const float (&x)[kL], uint32_t dead) {
+    if (!swept()) {
+      // Nothing depends on the logits outside the entries.
+      float out[kL];
+#pragma unroll
+      for (float& lane : out) lane = c0;
+      for (int v = logits.begin + team.thread; v < logits.end; v += team.threads) grid.store(g, v, columns, out);
+      fill_zero(team, g, grid, last + 1, grid.vectors(width), width);
+      return;
+    }
+    const WholeVectors<X, X> whole(grid, g, width);
+    const auto visit = [&](int v, const float (&x)[kL], uint32_t dead) {
       float out[kL];
 #pragma unroll
       for (int l = 0; l < kL; ++l) out[l] = c0;
@@ -655,7 +733,7 @@ struct TopkRow {
             if (l == lane) out[l] = fmaf(w, f.score, out[l]);
         });
       }
-      if (v == label_vector) {
+      if (EVERY && v == label_vector) {
 #pragma unroll
         for (int l = 0; l < kL; ++l)
           if (grid.first(v) + l == int(label)) out[l] -= float(n.step);
@@ -664,21 +742,42 @@ struct TopkRow {
 #pragma unroll
         for (int l = 0; l < kL; ++l) out[l] *= 1 - (x[l] * inverse_cap) * (x[l] * inverse_cap);
       }
-      if (v == last) {
-#pragma unroll
-        for (int l = 0; l < kL; ++l)
-          if (grid.first(v) + l >= columns) out[l] = 0;
+      const uint4 raw = pack<X>(out);
+      if (whole.has(v)) {
+        store_global(whole.at(v), raw);
+      } else {
+        store_edge(g, grid.first(v), width, raw);
       }
-      grid.store(g, v, width, out);
-    });
+    };
+    if (EVERY || logits.marks_all) {
+      logits.template sweep<EVERY ? 1 : 4, true>(team, entries, true, Unprepared(), visit);
+    } else {
+      logits.template sweep<4, false>(team, entries, true, Unprepared(), visit);
+    }
     fill_zero(team, g, grid, last + 1, grid.vectors(width), width);
   }
 
-  // Over what the sweep wrote there.
-  __device__ __forceinline__ void write_entries(int64_t label) const {
+  __device__ __forceinline__ bool has(int id) const {
+    const int v = logits.grid.vector_of(id);
+    return v >= logits.begin && v < logits.end;
+  }
+
+  // Over what the sweep wrote there: the entries, the label, and what follows the columns in their last vector.
+  __device__ __forceinline__ void write_some(int64_t label) const {
+    if (team.thread == 0 && !launch.plan.every && n.step != 0 && has(int(label)) && entries.find(int(label)) < 0) {
+      const float x = float(n.picked);
+      float out = float(n.c0) + n.a * exp2_fast(Exponent(n.outside.high, n.scale)(x));
+      if (n.c1 != 0) out += n.c1 * exp2_fast(Exponent(n.outside.high, kLog2e)(x));
+      out -= float(n.step);
+      if (logits.cap != 0) out *= 1 - x / logits.cap * (x / logits.cap);
+      g[label] = from_float<X>(out);
+    }
+    const int columns = int(args.columns), after = min(int(args.width), logits.grid.first(logits.end));
+    if (logits.begin < logits.end && logits.end == logits.grid.vectors(columns))
+      for (int e = columns + team.thread; e < after; e += team.threads) g[e] = from_float<X>(0.0f);
     for_entries([&](int j) {
-      const int id = entries.ids[j], v = logits.grid.vector_of(id);
-      if (v < logits.begin || v >= logits.end) return;
+      const int id = entries.ids[j];
+      if (!has(id)) return;
       const double x = double(entries.x[j]);
       double out = n.c0;
       if (n.w != 0) out += n.w * (entries.logp[j] - entries.q[j] * n.score);
@@ -725,7 +824,7 @@ struct TopkRow {
         write_outside<false>(label);
       }
       team.sync();
-      write_entries(label);
+      write_some(label);
     }
     team.end();
   }
@@ -743,7 +842,9 @@ __global__ void __launch_bounds__(kMaxThreads, 2) topk_fwd_kernel(const __grid_c
   const X* s = row_pointer<const X>(args.student, row, args.length);
   X* g = args.wants_grad ? row_pointer<X>(args.dstudent, row, args.length) : nullptr;
   // Where the two lie on different grids the stores are the wide ones.
-  const Grid<X> grid(g != nullptr ? g : s);
+  Grid<X> grid(g != nullptr ? g : s);
+  // Kept from the compiler, which would make it again for every vector.
+  asm volatile("" : "+r"(grid.skew));
 
   const int64_t label = args.labels == nullptr ? 0 : args.labels[row];
   if (args.labels != nullptr && label == args.ignore_index) {
@@ -758,6 +859,9 @@ __global__ void __launch_bounds__(kMaxThreads, 2) topk_fwd_kernel(const __grid_c
   void* const memory = launch.workspace == nullptr
                            ? static_cast<void*>(shared + plan.entries_at)
                            : static_cast<char*>(launch.workspace) + row * plan.workspace_per_row;
+  // What needs to know which logits are entries: softcaps, sums of logits, outcomes one by one.
+  const bool smooths = args.label_smoothing != 0 && (args.ce_weight != 0 || args.stats != nullptr);
+  const bool marks_all = !plan.resident || plan.every || smooths || args.student_softcap != 0;
   const int vectors = grid.vectors(columns), begin = min(vectors, team.block * plan.share);
   TopkRow<X>{launch,
              args,
@@ -769,7 +873,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) topk_fwd_kernel(const __grid_c
              Entries(memory, int(args.entries), plan.table),
              Logits<X>{s, grid, columns, begin, min(vectors, begin + plan.share), float(args.student_softcap),
                        plan.resident ? reinterpret_cast<uint4*>(shared + plan.row_at) : nullptr,
-                       reinterpret_cast<uint32_t*>(shared + kFixedBytes), plan.marks * 32 / kLanes<X>}}
+                       reinterpret_cast<uint32_t*>(shared + kFixedBytes), plan.marks * 32 / kLanes<X>, marks_all}}
       .run(label);
 }
 
