@@ -30,8 +30,8 @@ TeacherChunks = Callable[[Rows], Any]
 # 1000 rows before it is bound by arithmetic and not by reading the head.
 CPU_CHUNK_BYTES = 96 * 2**20
 GPU_CHUNK_BYTES = 512 * 2**20
-# A chunk stays in half of a GPU's L2 cache where it may be so small: with that many rows; with products that take
-# longer than the launches around them, about 100 us on an H100; and if what it moves of the heads is less than it saves.
+# A chunk stays in half of a GPU's L2 cache where it may be so small: with that many rows, with products that take
+# longer than the launches around them (100 us on an H100), and where it moves fewer bytes of the heads than it saves.
 GPU_PRODUCT_ROWS = 1024
 GPU_CHUNK_OPERATIONS = 8e10
 

@@ -114,11 +114,13 @@ def test_temperature_and_padding():
 
 # One read of the logits, 16 bytes at a time; V = 50257 leaves the rows at every alignment.
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("name,width", [("bf16", 50257), ("fp32", 32000)])
+@pytest.mark.parametrize("name,width", [("bf16", 32000), ("bf16", 50257), ("fp32", 32000)])
 def test_traffic(name, width, arch):
     logits = (torch.randn(2, width) * 3).to(TYPES[name][1])
     report = check(logits, 64, arch=arch, name=name)
     size = logits.numel() * logits.element_size()
     assert report.global_load_bytes == size
     assert 32 * report.load_sectors <= 1.03 * size
+    # The floor is 4.6 of bf16: docs/internals/cuda.md.
+    assert name != "bf16" or report.thread_instr <= 24 * logits.numel()
     assert report.global_store_bytes == 2 * (64 * 8 + 4)

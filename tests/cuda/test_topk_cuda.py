@@ -383,6 +383,16 @@ def test_traffic(arch, reads, columns, dtype):
     assert wide >= 0.97 * (reads + 1) * bytes_of_rows
 
 
+@pytest.mark.parametrize("arch,columns", [(90, 32000), (90, 128256), (80, 32000), (80, 128256)])
+def test_instructions(arch, columns):
+    """An element, of loss and gradient. The floor is 9.5: docs/internals/cuda.md."""
+    s = torch.randn(1, columns).bfloat16()
+    logprobs, ids = torch.log_softmax(torch.randn(1, columns), -1).topk(64)
+    with Emulator(arch).registered() as emulator:
+        kd.topk_kd_loss(s.requires_grad_(), ids.int(), logprobs, backend="cuda")
+    assert emulator.reports[0].thread_instr <= 23.5 * columns
+
+
 def test_plans():
     """Two blocks a multiprocessor; rows on chip up to 262144 columns of bf16 where there are clusters."""
     for columns, blocks in ((32000, 1), (50257, 1), (128256, 4), (151936, 4), (262144, 8)):

@@ -144,6 +144,12 @@ __device__ __forceinline__ float largest(const uint4& raw) {
   unpack<X>(make_uint4(one, one, one, one), x);
   return fmaxf(x[0], x[1]);
 }
+// 16 bytes of -inf.
+template <class X>
+__device__ __forceinline__ uint4 lowest() {
+  const uint32_t word = sizeof(X) == 4 ? 0xff800000u : __is_same(X, __nv_bfloat16) ? 0xff80ff80u : 0xfc00fc00u;
+  return make_uint4(word, word, word, word);
+}
 // In one access whatever the compiler knows of the address.
 __device__ __forceinline__ void store_global(void* to, const uint4& x) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
@@ -193,6 +199,40 @@ struct Grid {
       if (at >= 0 && at < elements) row[at] = from_float<X>(x[i]);
     }
   }
+};
+
+// The vectors at the ends of a row, and all of one that lies on other vectors than the chosen row, go element by
+// element. One copy of the code.
+template <class X>
+__device__ __noinline__ uint4 load_edge(const X* row, int first, int elements, float fill) {
+  float x[kLanes<X>];
+#pragma unroll
+  for (int l = 0; l < kLanes<X>; ++l) x[l] = first + l >= 0 && first + l < elements ? to_float(row[first + l]) : fill;
+  return pack<X>(x);
+}
+template <class X>
+__device__ __noinline__ void store_edge(X* row, int first, int elements, uint4 raw) {
+  float x[kLanes<X>];
+  unpack<X>(raw, x);
+#pragma unroll
+  for (int l = 0; l < kLanes<X>; ++l)
+    if (first + l >= 0 && first + l < elements) row[first + l] = from_float<X>(x[l]);
+}
+
+// The vectors of a row that lie whole in it, for loops over them: a comparison and an addition each.
+template <class X, class P>
+struct WholeVectors {
+  P* base;  // of vector 0
+  int from = 0;
+  unsigned count = 0;
+
+  __device__ __forceinline__ WholeVectors(const Grid<X>& grid, P* row, int elements) : base(row - grid.skew) {
+    if (!grid.has(row)) return;
+    from = (grid.skew + kLanes<X> - 1) / kLanes<X>;
+    count = unsigned(max(0, (elements + grid.skew) / kLanes<X> - from));
+  }
+  __device__ __forceinline__ bool has(int v) const { return unsigned(v - from) < count; }
+  __device__ __forceinline__ P* at(int v) const { return reinterpret_cast<P*>(uintptr_t(base) + int64_t(v) * 16); }
 };
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
@@ -246,15 +286,15 @@ __device__ __forceinline__ T shuffle_xor(const T& value, int mask) {
 }
 
 // A block's share of a reduction, for the other blocks of its cluster to read.
-constexpr int kReductionBytes = 64, kMaxWarps = 16;
+constexpr int kReductionBytes = 64, kMaxWarps = 16, kMaxCluster = 16;
 constexpr int kScratchBytes = (kMaxWarps + 2) * kReductionBytes;
 
-// All threads of a block, or of a cluster of blocks, that work on one row. T() is the identity of merge, and results
-// are the same in every thread: lane 0 speaks for its warp, and all warps merge in one order.
+// All threads of a block, or of a cluster of blocks, that work on one row. T() is the identity of merge. Results are
+// those of the first warp, the same in each of its threads: all warps merge in one order.
 struct Team {
   char* scratch;  // kScratchBytes of shared memory
   int thread, threads, block, blocks;
-  int round = 0;
+  int round = 0, turn = 0;
 
   __device__ __forceinline__ Team(char* scratch, int blocks)
       : scratch(scratch),
@@ -266,23 +306,44 @@ struct Team {
   __device__ __forceinline__ bool leads() const { return thread == 0 && block == 0; }
   __device__ __forceinline__ void sync() const { __syncthreads(); }
 
-  template <class T, class Merge>
+  // Merged over the warp: of LANES neighbours each.
+  template <int LANES = 32, class T, class Merge>
   static __device__ __forceinline__ T over_warp(T value, Merge merge) {
 #pragma unroll
-    for (int mask = 16; mask > 0; mask /= 2) value = merge(value, shuffle_xor(value, mask));
+    for (int mask = LANES / 2; mask > 0; mask /= 2) value = merge(value, shuffle_xor(value, mask));
     return value;
   }
 
-  template <class T, class Merge>
-  __device__ __forceinline__ T over_block(T value, Merge merge) const {
+  // values: how many threads, from the first on, have a value. over<LANES>(x) merges over LANES neighbours.
+  template <class T, class Over>
+  __device__ __forceinline__ T over_block_by(T value, int values, const Over& over) {
     static_assert(sizeof(T) <= kReductionBytes);
-    const int lane = thread % 32, warps = threads / 32;
-    value = over_warp(value, merge);
-    if (lane == 0) at<T>(thread / 32) = value;
+    const int lane = thread % 32, warp = thread / 32, parts = min(threads, values + 31) / 32;
+    if (warp < parts) value = over(value, Lanes<32>());
+    if (parts <= 1) return value;
+    // One half of the parts is written while the other may still be read.
+    T* const mine = &at<T>(turn);
+    turn = kMaxWarps / 2 - turn;
+    if (lane == 0 && warp < parts) part(mine, warp) = value;
     sync();
-    value = over_warp(lane < warps ? at<T>(lane) : T(), merge);
-    sync();
+    if (warp == 0) value = over(lane < parts ? part(mine, lane) : T(), Lanes<kMaxWarps / 2>());
     return value;
+  }
+  template <int N>
+  struct Lanes {
+    static constexpr int value = N;
+  };
+  template <class Merge>
+  struct Plain {
+    Merge merge;
+    template <class T, int LANES>
+    __device__ __forceinline__ T operator()(const T& value, Lanes<LANES>) const {
+      return over_warp<LANES>(value, merge);
+    }
+  };
+  template <class T, class Merge>
+  __device__ __forceinline__ T over_block(T value, Merge merge, int values = kMaxWarps * 32) {
+    return over_block_by(value, values, Plain<Merge>{merge});
   }
 
   // At most twice a kernel; end() must follow.
@@ -290,7 +351,7 @@ struct Team {
   __device__ __forceinline__ T over_cluster(T value, Merge merge) {
     return over_blocks(over_block(value, merge), merge);
   }
-  // Of what every block has alike in all its threads.
+  // Of what the first warp of each block has alike in its threads.
   template <class T, class Merge>
   __device__ __forceinline__ T over_blocks(T value, Merge merge) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -298,8 +359,7 @@ struct Team {
       T& mine = at<T>(kMaxWarps + round++);
       if (thread == 0) mine = value;
       sync_cluster();
-      const int lane = thread % 32;
-      value = over_warp(lane < blocks ? read_from(mine, lane) : T(), merge);
+      if (thread < 32) value = over_warp<kMaxCluster>(thread < blocks ? read_from(mine, thread) : T(), merge);
     }
 #endif
     return value;
@@ -319,6 +379,10 @@ struct Team {
   template <class T>
   __device__ __forceinline__ T& at(int slot) const {
     return *reinterpret_cast<T*>(scratch + slot * kReductionBytes);
+  }
+  template <class T>
+  static __device__ __forceinline__ T& part(T* first, int number) {
+    return *reinterpret_cast<T*>(reinterpret_cast<char*>(first) + number * kReductionBytes);
   }
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   template <class T>

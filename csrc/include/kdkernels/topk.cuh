@@ -1,9 +1,9 @@
 // The sparse top-k pattern on CUDA: loss and gradient of a row in one launch, from one read of its logits where they
 // fit into the shared memory of a block or of a cluster of blocks, else from two.
 //
-// The entries of the teacher are computed with in double, by every block of a cluster alike; they are marked in a
-// bitmap over the row. The sweep over the row leaves marked logits out: it returns the mass of the outcomes outside
-// the entries relative to their own maximum, so that nothing has to be subtracted and nothing leaves the range
+// The entries of the teacher are computed with in double, by every block of a cluster alike; in shared memory they
+// become -inf, or a bitmap over the row marks them. The sweep leaves them out: it returns the mass of the outcomes
+// outside the entries relative to their own maximum, so that nothing has to be subtracted and nothing leaves the range
 // of fp32, however far the student is ahead or behind on the entries. In most modes that mass and one factor are all
 // that is needed of the outcomes outside, for their gradient is proportional to q. Where it is not (TopkPlan::every),
 // their values and scores are computed in fp32, once for their sums and once for the gradient. The gradients of the
@@ -14,269 +14,10 @@
 // so that an offset of all logits, up to the largest finite number, costs no digits.
 #pragma once
 
-#include "device.cuh"
-#include "functors.cuh"
-
-#include <cfloat>
+#include "topk_logits.cuh"
 
 namespace kdk {
 namespace cuda {
-
-// The exponent of a logit relative to a maximum: one rounding in one instruction, unless the product of the maximum has
-// lost its fraction; then the difference comes first, and an offset of all logits costs no digits however large it is.
-struct Exponent {
-  float high, scale, at;
-  bool fused;
-
-  __device__ __forceinline__ Exponent(float high, float scale)
-      : high(high), scale(scale), at(high * scale), fused(fabsf(at) < 16777216.0f) {}
-  // Both forms are a loop of their own where there is one: a choice for each logit would cost as much as both.
-  __device__ __forceinline__ float by_fusing(float x) const { return fmaf(x, scale, -at); }
-  __device__ __forceinline__ float by_difference(float x) const { return (x - high) * scale; }
-  __device__ __forceinline__ float operator()(float x) const { return fused ? by_fusing(x) : by_difference(x); }
-  // The reference that exponents are relative to.
-  __device__ __forceinline__ double reference() const { return fused ? double(at) : double(high) * double(scale); }
-  // By how much sums relative to this one shrink relative to another.
-  __device__ __forceinline__ float to(const Exponent& other) const {
-    return exp2_fast(float(reference() - other.reference()));
-  }
-  template <int N>
-  __device__ __forceinline__ float sum(const float (&x)[N]) const {
-    float total = 0;
-    if (fused) {
-#pragma unroll
-      for (float value : x) total += exp2_fast(by_fusing(value));
-    } else {
-#pragma unroll
-      for (float value : x) total += exp2_fast(by_difference(value));
-    }
-    return total;
-  }
-  // out += factor * 2^exponent.
-  template <int N>
-  __device__ __forceinline__ void add(float factor, const float (&x)[N], float (&out)[N]) const {
-    if (fused) {
-#pragma unroll
-      for (int l = 0; l < N; ++l) out[l] = fmaf(factor, exp2_fast(by_fusing(x[l])), out[l]);
-    } else {
-#pragma unroll
-      for (int l = 0; l < N; ++l) out[l] = fmaf(factor, exp2_fast(by_difference(x[l])), out[l]);
-    }
-  }
-};
-
-// The slots of a teacher's row. A slot is live when it holds a valid id, the first one of equal ids.
-struct Entries {
-  double *logp, *q;  // logp makes room for the score
-  float* x;
-  int *ids, *table;  // ids: -1 for a slot that is not live
-  int slots, mask;
-
-  __device__ __forceinline__ Entries(void* memory, int slots, int places)
-      : logp(static_cast<double*>(memory)),
-        q(logp + slots),
-        x(reinterpret_cast<float*>(q + slots)),
-        ids(reinterpret_cast<int*>(x + slots)),
-        table(ids + slots),
-        slots(slots),
-        mask(places - 1) {}
-
-  // Open addressing. Which ids displace which depends on the order of arrival, what is found does not: every id comes
-  // to name its first slot.
-  __device__ __forceinline__ int place(int id) const { return int(unsigned(id) * 2654435769u >> 7) & mask; }
-  // True where the id was there already.
-  __device__ __forceinline__ bool insert(int slot) const {
-    const int id = ids[slot];
-    for (int at = place(id);; at = (at + 1) & mask) {
-      const int held = atomicCAS(&table[at], -1, slot);
-      if (held == -1) return false;
-      if (ids[held] == id) {
-        atomicMin(&table[at], slot);
-        return true;
-      }
-    }
-  }
-  // The first slot of an id, or -1.
-  __device__ __forceinline__ int find(int id) const {
-    for (int at = place(id);; at = (at + 1) & mask) {
-      const int held = table[at];
-      if (held == -1 || ids[held] == id) return held;
-    }
-  }
-};
-
-__device__ __forceinline__ double log_add(double a, double b) {
-  const double high = fmax(a, b), low = fmin(a, b);
-  return isinf(high) ? high : high + log1p(exp(low - high));
-}
-
-// Of the live entries: how many, the mass as given, sum p |log p|, the largest log-probability and logit, and the sum
-// of logits less the label's.
-struct Found {
-  int count = 0, invalid = 0;
-  double mass = 0, nats = 0, high_logp = -INFINITY, sum_x = 0;
-  float high_x = -INFINITY, pad = 0;
-};
-// Sums of exponentials relative to those.
-struct Masses {
-  double teacher = 0, student = 0, student1 = 0;
-};
-// Of the logits outside the entries: their maximum, the sums of exponentials relative to it at temperature T and at 1,
-// their sum less the label's.
-struct Outside {
-  float high = -FLT_MAX, z = 0, z1 = 0, sum_x = 0;
-};
-struct Sums {
-  double value = 0, score = 0, score_outside = 0;
-};
-struct AddMasses {
-  __device__ __forceinline__ Masses operator()(Masses a, const Masses& b) const {
-    return {a.teacher + b.teacher, a.student + b.student, a.student1 + b.student1};
-  }
-};
-struct AddSums {
-  __device__ __forceinline__ Sums operator()(Sums a, const Sums& b) const {
-    return {a.value + b.value, a.score + b.score, a.score_outside + b.score_outside};
-  }
-};
-struct AddFound {
-  __device__ __forceinline__ Found operator()(const Found& a, const Found& b) const {
-    Found out;
-    out.count = a.count + b.count;
-    out.invalid = a.invalid | b.invalid;
-    out.mass = a.mass + b.mass;
-    out.nats = a.nats + b.nats;
-    out.high_logp = fmax(a.high_logp, b.high_logp);
-    out.sum_x = a.sum_x + b.sum_x;
-    out.high_x = fmaxf(a.high_x, b.high_x);
-    return out;
-  }
-};
-struct High {
-  float value = -FLT_MAX;
-};
-struct MaxHigh {
-  __device__ __forceinline__ High operator()(const High& a, const High& b) const { return {fmaxf(a.value, b.value)}; }
-};
-// Of sums relative to one maximum.
-struct AddOutsideAtOne {
-  __device__ __forceinline__ Outside operator()(const Outside& a, const Outside& b) const {
-    Outside out;
-    out.z = a.z + b.z, out.z1 = a.z1 + b.z1, out.sum_x = a.sum_x + b.sum_x;
-    return out;
-  }
-};
-struct AddOutside {
-  float scale;
-  __device__ __forceinline__ Outside operator()(const Outside& a, const Outside& b) const {
-    Outside out;
-    out.high = fmaxf(a.high, b.high);
-    const Exponent y(out.high, scale), x(out.high, kLog2e);
-    out.z = a.z * Exponent(a.high, scale).to(y) + b.z * Exponent(b.high, scale).to(y);
-    out.z1 = a.z1 * Exponent(a.high, kLog2e).to(x) + b.z1 * Exponent(b.high, kLog2e).to(x);
-    out.sum_x = a.sum_x + b.sum_x;
-    return out;
-  }
-};
-
-// The logits of a row as a block sees them: its share of the vectors, in shared memory where the row is resident, and
-// the marks of those that are no outcome outside the entries: entries, and what lies past the ends of the row.
-template <class X>
-struct Logits {
-  static constexpr int kL = kLanes<X>;
-
-  const X* row;
-  Grid<X> grid;
-  int columns, begin, end;  // vectors
-  float cap;
-  uint4* resident;  // null: the row is read from global memory by every sweep
-  uint32_t* marks;
-  int capacity;     // vectors that the marks cover
-  int marked = -1;  // the segment that they are of
-
-  // Begins to copy the share; complete after copies_done.
-  __device__ __forceinline__ void fetch(const Team& team) const {
-    for (int v = begin + team.thread; v < end; v += team.threads) {
-      if (grid.whole(row, v, columns)) {
-        copy_async(&resident[v - begin], row + grid.first(v));
-      } else {
-        resident[v - begin] = grid.load(row, v, columns);
-      }
-    }
-  }
-
-  __device__ __forceinline__ void mark(const Team& team, const Entries& entries, int segment) {
-    if (segment == marked) return;
-    marked = segment;
-    const int from = begin + segment * capacity, vectors = min(capacity, end - from);
-    const int first = grid.first(from), last = first + vectors * kL;
-    const auto set = [&](int element) { atomicOr(&marks[(element - first) / 32], 1u << (element - first) % 32); };
-    team.sync();
-    for (int i = team.thread; i * 32 < vectors * kL; i += team.threads) marks[i] = 0;
-    team.sync();
-    for (int j = team.thread; j < entries.slots; j += team.threads)
-      if (entries.ids[j] >= max(first, 0) && entries.ids[j] < last) set(entries.ids[j]);
-    for (int e = first + team.thread; e < 0; e += team.threads) set(e);
-    for (int e = max(columns, first) + team.thread; e < last; e += team.threads) set(e);
-    team.sync();
-  }
-
-  // Calls visit(v, x, marks) for the vectors of the share; marked logits are -inf. Where it does not read the logits
-  // are 0.
-  // BATCH: a thread's loads in flight, and copies of the code of visit.
-  template <int BATCH, class Visit>
-  __device__ __forceinline__ void sweep(const Team& team, const Entries& entries, bool reads, bool backwards,
-                                        Visit visit) {
-    const int segments = (end - begin + capacity - 1) / capacity;
-    for (int k = 0; k < segments; ++k) {
-      const int segment = backwards ? segments - 1 - k : k;
-      mark(team, entries, segment);
-      const int from = begin + segment * capacity, to = min(from + capacity, end);
-      const int step = team.threads * BATCH, steps = (to - from + step - 1) / step;
-#pragma unroll 1
-      for (int i = 0; i < steps; ++i) {
-        const int base = from + (backwards ? steps - 1 - i : i) * step + team.thread;
-        uint4 raw[BATCH];
-#pragma unroll
-        for (int j = 0; j < BATCH; ++j) {
-          const int v = base + j * team.threads;
-          raw[j] = make_uint4(0, 0, 0, 0);
-          if (reads && v < to)
-            raw[j] = resident != nullptr ? load_shared(shared_address(resident) + 16 * (v - begin))
-                                         : grid.load(row, v, columns);
-        }
-#pragma unroll
-        for (int j = 0; j < BATCH; ++j) {
-          const int v = base + j * team.threads;
-          if (v >= to) continue;
-          const int bit = (v - from) * kL;
-          const uint32_t dead = marks[bit / 32] >> (bit % 32) & ((1u << kL) - 1);
-          float x[kL];
-          unpack<X>(raw[j], x);
-          if (cap != 0) {
-#pragma unroll
-            for (float& value : x) value = cap * tanhf(value / cap);
-          }
-          if (dead != 0) {
-            asm volatile("" ::: "memory");  // a branch, for it is seldom taken
-#pragma unroll
-            for (int l = 0; l < kL; ++l)
-              if (dead >> l & 1) x[l] = -INFINITY;
-          }
-          visit(v, x, dead);
-        }
-      }
-    }
-  }
-};
-
-template <class X>
-__device__ __forceinline__ void fill_zero(const Team& team, X* row, const Grid<X>& grid, int begin, int end,
-                                          int width) {
-  float zero[kLanes<X>] = {};
-  for (int v = begin + team.block * team.threads + team.thread; v < end; v += team.blocks * team.threads)
-    grid.store(row, v, width, zero);
-}
 
 // The numbers of a row, in shared memory: one thread computes them, for arithmetic in double is slow.
 struct RowNumbers {
@@ -349,7 +90,7 @@ struct TopkRow {
     n.center = isfinite(n.picked) ? n.picked : 0.0;
   }
 
-  __device__ __forceinline__ Found read_entries() const {
+  __device__ __forceinline__ Found read_entries() {
     Found found;
     for (int j = team.thread; j < entries.slots; j += team.threads) {
       const int64_t at = row * entries.slots + j;
@@ -376,7 +117,7 @@ struct TopkRow {
       found.high_x = fmaxf(found.high_x, entries.x[j]);
       found.sum_x += double(entries.x[j]) - n.center;
     });
-    return team.over_block(found, AddFound());
+    return team.over_block(found, AddFound(), entries.slots);
   }
 
   // Equal ids: the first slot takes the sum of their probabilities, the others become unused.
@@ -413,7 +154,7 @@ struct TopkRow {
     n.known = n.teacher_high != -INFINITY;
   }
 
-  __device__ __forceinline__ Masses sum_entries() const {
+  __device__ __forceinline__ Masses sum_entries() {
     Masses masses;
     const bool teacher = tempered() && n.known;
     for_entries([&](int j) {
@@ -424,7 +165,7 @@ struct TopkRow {
       masses.student += exp(below * n.nats);
       if (n.own) masses.student1 += exp(below);
     });
-    return team.over_block(masses, AddMasses());
+    return team.over_block(masses, AddMasses(), entries.slots);
   }
 
   // The student outside the entries.
@@ -432,30 +173,42 @@ struct TopkRow {
     Outside sums;
     const float scale = n.scale, center = float(n.center);
     const bool own = n.own, adds = smooths();
-    logits.template sweep<4>(team, entries, true, false, [&](int, const float (&x)[kL], uint32_t dead) {
-      float next = sums.high;
+    if (!logits.marks_all) {
+      team.sync();
+      logits.leave_out(team, entries);
+      team.sync();
+    }
+    Exponent y(sums.high, scale), at1(sums.high, kLog2e);
+    const auto prepare = [&](const auto& raw) {
+      uint4 most = raw[0];
 #pragma unroll
-      for (float value : x) next = fmaxf(next, value);
-      const Exponent y(next, scale);
-      if (next > sums.high) {
-        sums.z *= Exponent(sums.high, scale).to(y);
-        if (own) sums.z1 *= Exponent(sums.high, kLog2e).to(Exponent(next, kLog2e));
-        sums.high = next;
+      for (int j = 1; j < int(sizeof(raw) / sizeof(raw[0])); ++j) most = packed_max<X>(most, raw[j]);
+      // One maximum a warp: a new one is seldom then, once a few vectors are through.
+      const float high = capped(largest<X>(most));
+      if (__any_sync(~0u, high > sums.high)) {
+        sums.high = fmaxf(sums.high, high);
+#pragma unroll
+        for (int mask = 16; mask > 0; mask /= 2) sums.high = fmaxf(sums.high, shuffle_xor(sums.high, mask));
+        const Exponent next(sums.high, scale), next1(sums.high, kLog2e);
+        sums.z *= y.to(next);
+        if (own) sums.z1 *= at1.to(next1);
+        y = next, at1 = next1;
       }
+    };
+    const auto visit = [&](int, const float (&x)[kL], uint32_t dead) {
       sums.z += y.sum(x);
-      if (own) sums.z1 += Exponent(next, kLog2e).sum(x);
+      if (own) sums.z1 += at1.sum(x);
       if (adds) {
 #pragma unroll
         for (int l = 0; l < kL; ++l) sums.sum_x += dead >> l & 1 ? 0.0f : x[l] - center;
       }
-    });
-    // To the block's maximum first, and added up there: a merge of two maxima costs twenty times an addition.
-    const float high = team.over_block(High{sums.high}, MaxHigh()).value;
-    const Exponent y(high, scale), x(high, kLog2e);
-    sums.z *= Exponent(sums.high, scale).to(y);
-    if (own) sums.z1 *= Exponent(sums.high, kLog2e).to(x);
-    sums = team.over_block(sums, AddOutsideAtOne());
-    sums.high = high;
+    };
+    if (logits.marks_all) {
+      logits.template sweep<4, true>(team, entries, false, prepare, visit);
+    } else {
+      logits.template sweep<4, false>(team, entries, false, prepare, visit);
+    }
+    sums = team.over_block_by(sums, kMaxThreads, AddOutsideOfThreads{scale, own, adds});
     return team.over_blocks(sums, AddOutside{scale});
   }
 
@@ -504,7 +257,7 @@ struct TopkRow {
 
   // The divergence over the entries and, as one more outcome, those outside: the bucket, or where the teacher has no
   // mass there q f(0, 1), for f is linear there. Leaves the scores and q of the entries.
-  __device__ __forceinline__ Sums eval_entries() const {
+  __device__ __forceinline__ Sums eval_entries() {
     const bool bucket = args.tail == Tail::kBucket && n.others > 0;
     const bool no_teacher =
         !launch.plan.every && (args.tail == Tail::kRenormalize || args.tail == Tail::kDrop) && n.others > 0;
@@ -536,7 +289,7 @@ struct TopkRow {
         entries.q[j] = q;
       }
     }
-    return team.over_block(sums, AddSums());
+    return team.over_block(sums, AddSums(), entries.slots + 1);
   }
 
   // Calls visit(lane, f) for the outcomes outside in a vector; in a loop that is not unrolled, with lanes chosen by
@@ -563,7 +316,7 @@ struct TopkRow {
 
   __device__ __forceinline__ Sums eval_outside() {
     Sums sums;
-    logits.template sweep<1>(team, entries, true, true, [&](int, const float (&x)[kL], uint32_t dead) {
+    logits.template sweep<1, true>(team, entries, true, Unprepared(), [&](int, const float (&x)[kL], uint32_t dead) {
       float value = 0, score = 0;
       eval_lanes(x, dead, [&](int, const Scored<float>& f) {
         value += f.value;
@@ -640,9 +393,19 @@ struct TopkRow {
     const Exponent y(n.outside.high, n.scale), at1(n.outside.high, kLog2e);
     const float a = n.a, c1 = n.c1, c0 = float(n.c0), w = float(n.w);
     const float inverse_cap = logits.cap != 0 ? 1 / logits.cap : 0.0f;
-    const int label_vector = n.step != 0 ? grid.vector_of(int(label)) : -1;
+    const int label_vector = EVERY && n.step != 0 ? grid.vector_of(int(label)) : -1;
     const bool own = c1 != 0;
-    logits.template sweep<EVERY ? 1 : 4>(team, entries, swept(), true, [&](int v, const float (&x)[kL], uint32_t dead) {
+    if (!swept()) {
+      // Nothing depends on the logits outside the entries.
+      float out[kL];
+#pragma unroll
+      for (float& lane : out) lane = c0;
+      for (int v = logits.begin + team.thread; v < logits.end; v += team.threads) grid.store(g, v, columns, out);
+      fill_zero(team, g, grid, last + 1, grid.vectors(width), width);
+      return;
+    }
+    const WholeVectors<X, X> whole(grid, g, width);
+    const auto visit = [&](int v, const float (&x)[kL], uint32_t dead) {
       float out[kL];
 #pragma unroll
       for (int l = 0; l < kL; ++l) out[l] = c0;
@@ -655,7 +418,7 @@ struct TopkRow {
             if (l == lane) out[l] = fmaf(w, f.score, out[l]);
         });
       }
-      if (v == label_vector) {
+      if (EVERY && v == label_vector) {
 #pragma unroll
         for (int l = 0; l < kL; ++l)
           if (grid.first(v) + l == int(label)) out[l] -= float(n.step);
@@ -664,21 +427,42 @@ struct TopkRow {
 #pragma unroll
         for (int l = 0; l < kL; ++l) out[l] *= 1 - (x[l] * inverse_cap) * (x[l] * inverse_cap);
       }
-      if (v == last) {
-#pragma unroll
-        for (int l = 0; l < kL; ++l)
-          if (grid.first(v) + l >= columns) out[l] = 0;
+      const uint4 raw = pack<X>(out);
+      if (whole.has(v)) {
+        store_global(whole.at(v), raw);
+      } else {
+        store_edge(g, grid.first(v), width, raw);
       }
-      grid.store(g, v, width, out);
-    });
+    };
+    if (EVERY || logits.marks_all) {
+      logits.template sweep<EVERY ? 1 : 4, true>(team, entries, true, Unprepared(), visit);
+    } else {
+      logits.template sweep<4, false>(team, entries, true, Unprepared(), visit);
+    }
     fill_zero(team, g, grid, last + 1, grid.vectors(width), width);
   }
 
-  // Over what the sweep wrote there.
-  __device__ __forceinline__ void write_entries(int64_t label) const {
+  __device__ __forceinline__ bool has(int id) const {
+    const int v = logits.grid.vector_of(id);
+    return v >= logits.begin && v < logits.end;
+  }
+
+  // Over what the sweep wrote there: the entries, the label, and what follows the columns in their last vector.
+  __device__ __forceinline__ void write_some(int64_t label) const {
+    if (team.thread == 0 && !launch.plan.every && n.step != 0 && has(int(label)) && entries.find(int(label)) < 0) {
+      const float x = float(n.picked);
+      float out = float(n.c0) + n.a * exp2_fast(Exponent(n.outside.high, n.scale)(x));
+      if (n.c1 != 0) out += n.c1 * exp2_fast(Exponent(n.outside.high, kLog2e)(x));
+      out -= float(n.step);
+      if (logits.cap != 0) out *= 1 - x / logits.cap * (x / logits.cap);
+      g[label] = from_float<X>(out);
+    }
+    const int columns = int(args.columns), after = min(int(args.width), logits.grid.first(logits.end));
+    if (logits.begin < logits.end && logits.end == logits.grid.vectors(columns))
+      for (int e = columns + team.thread; e < after; e += team.threads) g[e] = from_float<X>(0.0f);
     for_entries([&](int j) {
-      const int id = entries.ids[j], v = logits.grid.vector_of(id);
-      if (v < logits.begin || v >= logits.end) return;
+      const int id = entries.ids[j];
+      if (!has(id)) return;
       const double x = double(entries.x[j]);
       double out = n.c0;
       if (n.w != 0) out += n.w * (entries.logp[j] - entries.q[j] * n.score);
@@ -725,7 +509,7 @@ struct TopkRow {
         write_outside<false>(label);
       }
       team.sync();
-      write_entries(label);
+      write_some(label);
     }
     team.end();
   }
@@ -743,7 +527,9 @@ __global__ void __launch_bounds__(kMaxThreads, 2) topk_fwd_kernel(const __grid_c
   const X* s = row_pointer<const X>(args.student, row, args.length);
   X* g = args.wants_grad ? row_pointer<X>(args.dstudent, row, args.length) : nullptr;
   // Where the two lie on different grids the stores are the wide ones.
-  const Grid<X> grid(g != nullptr ? g : s);
+  Grid<X> grid(g != nullptr ? g : s);
+  // Kept from the compiler, which would make it again for every vector.
+  asm volatile("" : "+r"(grid.skew));
 
   const int64_t label = args.labels == nullptr ? 0 : args.labels[row];
   if (args.labels != nullptr && label == args.ignore_index) {
@@ -758,6 +544,9 @@ __global__ void __launch_bounds__(kMaxThreads, 2) topk_fwd_kernel(const __grid_c
   void* const memory = launch.workspace == nullptr
                            ? static_cast<void*>(shared + plan.entries_at)
                            : static_cast<char*>(launch.workspace) + row * plan.workspace_per_row;
+  // What needs to know which logits are entries: softcaps, sums of logits, outcomes one by one.
+  const bool smooths = args.label_smoothing != 0 && (args.ce_weight != 0 || args.stats != nullptr);
+  const bool marks_all = !plan.resident || plan.every || smooths || args.student_softcap != 0;
   const int vectors = grid.vectors(columns), begin = min(vectors, team.block * plan.share);
   TopkRow<X>{launch,
              args,
@@ -769,7 +558,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) topk_fwd_kernel(const __grid_c
              Entries(memory, int(args.entries), plan.table),
              Logits<X>{s, grid, columns, begin, min(vectors, begin + plan.share), float(args.student_softcap),
                        plan.resident ? reinterpret_cast<uint4*>(shared + plan.row_at) : nullptr,
-                       reinterpret_cast<uint32_t*>(shared + kFixedBytes), plan.marks * 32 / kLanes<X>}}
+                       reinterpret_cast<uint32_t*>(shared + kFixedBytes), plan.marks * 32 / kLanes<X>, marks_all}}
       .run(label);
 }
 
