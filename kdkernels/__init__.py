@@ -1,5 +1,7 @@
 """kdkernels: fused distillation losses for PyTorch."""
 
+from typing import TYPE_CHECKING
+
 from kdkernels import alignment, divergences, onpolicy
 from kdkernels.akl import akl_ratio
 from kdkernels.attention import attention_kd_loss, relation_kd_loss
@@ -58,3 +60,10 @@ __all__ = [
     "unregister_divergence",
 ]
 __all__ += divergences.__all__
+
+if not TYPE_CHECKING:
+    # Hidden from type checkers, to which every name would exist.
+    def __getattr__(name):
+        from kdkernels.checks import meant
+
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{meant(name, __all__)}")

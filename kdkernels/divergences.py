@@ -510,7 +510,11 @@ def resolve(divergence: Union[str, Divergence]) -> Divergence:
     """
     if isinstance(divergence, str):
         if divergence not in names():
-            raise ValueError(f"divergence must be one of {', '.join(names())} or an instance, got {divergence!r}")
+            # Not at the top: the checks know divergences.
+            from kdkernels.checks.values import meant
+
+            hint = meant(divergence, names())
+            raise ValueError(f"divergence must be one of {', '.join(names())} or an instance, got {divergence!r}{hint}")
         divergence = _TABLE[divergence]()
     if not isinstance(divergence, Divergence):
         got = getattr(divergence, "__name__", divergence)

@@ -24,6 +24,25 @@ PerRow = Union[float, Tensor]
 
 # Names of other libraries for an option.
 ALIASES = {"T": "temperature", "tau": "temperature", "temp": "temperature", "alpha": "kd_weight"}
+# What stands for an option of another library, where that is no option's name.
+ELSEWHERE = {
+    "beta": "divergence=kdkernels.JSD(beta)",
+    "jsd_beta": "divergence=kdkernels.JSD(beta)",
+    "lmbda": "nothing: it is a trainer's share of on-policy data",
+    "log_target": "teacher_form='log_probs'",
+    "size_average": "reduction",
+    "reduce": "reduction",
+    "num_items_in_batch": "normalizer",
+    "weight_soft_loss": "kd_weight",
+    "weight_hard_loss": "ce_weight",
+    "mask": "labels, with -100 where a row does not count",
+    "attention_mask": "labels, with -100 where a row does not count",
+    "weight": "row_weight",
+    "eps": "nothing: no epsilon is needed",
+    "dim": "nothing: the classes are the last dimension",
+    "top_k": "kdkernels.topk_kd_loss",
+    "topk": "kdkernels.topk_kd_loss",
+}
 # The weights of a loss's terms.
 TERMS = ("kd_weight", "ce_weight", "z_loss_weight")
 # A z-loss has a gradient of 2 lse q, which fits fp16 at any lse so.
@@ -97,6 +116,8 @@ class Options:
             if name not in cls.defaults:
                 meant = ALIASES.get(name) or next(iter(difflib.get_close_matches(name, cls.defaults, 1)), None)
                 hint = f"; did you mean {meant!r}?" if meant in cls.defaults else ""
+                if name in ELSEWHERE and ALIASES.get(name) not in cls.defaults:
+                    hint = f"; here it is {ELSEWHERE[name]}"
                 raise TypeError(f"{cls.function} got an unexpected option {name!r}{hint}")
         for name, default in cls.defaults.items():
             if default is dataclasses.MISSING and name not in options:

@@ -66,5 +66,17 @@ from kdkernels.checks.tensors import (
     tensor,
     with_slots,
 )
-from kdkernels.checks.values import choice, flag, group_of_ranks, in_sums, integer, logits_dtype, number, offsets, softcap, text
+from kdkernels.checks.values import (
+    choice,
+    flag,
+    group_of_ranks,
+    in_sums,
+    integer,
+    logits_dtype,
+    meant,
+    number,
+    offsets,
+    softcap,
+    text,
+)
 from kdkernels.checks.vectors import attention_mask, attention_operands, features, relation_vectors, sample_mask

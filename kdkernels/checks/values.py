@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import sys
 from collections.abc import Sequence
@@ -23,7 +24,38 @@ def choice(name: str, value: object, allowed: Sequence[str]) -> None:
     if not isinstance(value, str):
         raise TypeError(f"{name} must be one of {', '.join(allowed)}, got {type(value).__name__}")
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}{meant(value, allowed)}")
+
+
+# Other libraries' words for a choice.
+SYNONYMS = {
+    "average": "mean",
+    "avg": "mean",
+    "gpu": "cuda",
+    "eager": "torch",
+    "pytorch": "torch",
+    "probabilities": "probs",
+    "logprobs": "log_probs",
+    "zero": "renormalize",
+    "symmetric_uniform": "bucket",
+    "kl": "forward_kl",
+    "fkl": "forward_kl",
+    "kl_div": "forward_kl",
+    "rkl": "reverse_kl",
+    "js": "jsd",
+    "js_div": "jsd",
+    "generalized_jsd": "jsd",
+    "tv": "tvd",
+    "ce": "soft_ce",
+}
+
+
+def meant(value: str, allowed: Sequence[str]) -> str:
+    """A question after the name that was meant by one that is none, or nothing."""
+    plain = value.lower().replace("-", "_").replace(" ", "_")
+    found = [SYNONYMS.get(plain, plain), *difflib.get_close_matches(plain, allowed, 1)]
+    best = next((name for name in found if name in allowed), None)
+    return f"; did you mean {best!r}?" if best else ""
 
 
 def flag(name: str, value: object) -> None:

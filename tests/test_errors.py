@@ -1,0 +1,137 @@
+"""Errors that teach: the page that lists them is the code's, and names that were meant are told."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import kdkernels as kd
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "reference" / "errors.md"
+# Kernels and programs; what they raise is no error of a public function.
+WITHOUT = ("kernels", "testing.py", "__main__.py", "cli.py", "bench", "build_info.py")
+
+
+def text_of(node, names):
+    """The text of an expression, with ``…`` for what is known when it is raised."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return text_of(node.left, names) + text_of(node.right, names)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "format":
+        return re.sub(r"\{\w*\}", "…", text_of(node.func.value, names))
+    return names.get(node.id, "…") if isinstance(node, ast.Name) else "…"
+
+
+def errors_of(source):
+    """The kind and text of every error that a module makes."""
+    for function in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)):
+        assigned = [node for node in ast.walk(function) if isinstance(node, ast.Assign) and len(node.targets) == 1]
+        names = {
+            node.targets[0].id: text_of(node.value, {}) for node in assigned if isinstance(node.targets[0], ast.Name)
+        }
+        for node in ast.walk(function):
+            call = node.exc if isinstance(node, ast.Raise) else node.value if isinstance(node, ast.Return) else None
+            if (
+                isinstance(call, ast.Call)
+                and isinstance(call.func, ast.Name)
+                and call.func.id.endswith("Error")
+                and call.args
+            ):
+                text = re.sub("…+", "…", text_of(call.args[0], names))
+                if text != "…":
+                    yield call.func.id, text
+
+
+def errors():
+    folder = ROOT / "kdkernels"
+    for path in sorted(folder.rglob("*.py")):
+        if path.relative_to(folder).parts[0] not in WITHOUT:
+            yield from errors_of(path.read_text())
+
+
+def rows(text):
+    """Kind, text and cure of the page's tables."""
+    for line in text.splitlines():
+        if match := re.fullmatch(r"\| (\w+Error) \| (.+?) \| (.+?) \|", line):
+            yield match[1], match[2].replace("\\|", "|").strip("`"), match[3]
+
+
+def test_the_page_has_every_error_with_its_cure_and_no_other():
+    listed = list(rows(PAGE.read_text()))
+    raised = set(errors())
+    # As the page writes it, but for the cure.
+    missing = [
+        f"| {kind} | `{text.replace('|', chr(92) + '|')}` | cure |" for kind, text in raised - {r[:2] for r in listed}
+    ]
+    assert sorted(missing) == []
+    assert sorted({row[:2] for row in listed} - raised) == []
+    assert len(listed) == len({row[:2] for row in listed}) > 200
+    assert all(len(cure) > 8 for _, _, cure in listed)
+
+
+def test_the_reading_of_errors():
+    source = """
+def f(x):
+    m = f"{x} is small"
+    if x:
+        raise ValueError(m + f", got {x}{y}")
+    return TypeError("a {} b".format(x))
+"""
+    assert set(errors_of(source)) == {("ValueError", "… is small, got …"), ("TypeError", "a … b")}
+    assert list(rows("| ValueError | `a \\| b` | Do that. |\n| no | error | here |")) == [
+        ("ValueError", "a | b", "Do that.")
+    ]
+
+
+S, T = torch.randn(2, 3, 5)
+OPTIONS = {
+    "average": ({"reduction": "average"}, "got 'average'; did you mean 'mean'?"),
+    "kl": ({"divergence": "kl"}, "got 'kl'; did you mean 'forward_kl'?"),
+    "forward-kl": ({"divergence": "forward-kl"}, "got 'forward-kl'; did you mean 'forward_kl'?"),
+    "TVD": ({"divergence": "TVD"}, "got 'TVD'; did you mean 'tvd'?"),
+    "logprobs": ({"teacher_form": "logprobs"}, "got 'logprobs'; did you mean 'log_probs'?"),
+    "eager": ({"backend": "eager"}, "got 'eager'; did you mean 'torch'?"),
+    "nothing": ({"reduction": "xyzzy"}, "got 'xyzzy'$"),
+}
+KEYWORDS = {
+    "T": "unexpected option 'T'; did you mean 'temperature'?",
+    "temprature": "did you mean 'temperature'?",
+    "alpha": "did you mean 'kd_weight'?",
+    "beta": r"unexpected option 'beta'; here it is divergence=kdkernels.JSD\(beta\)",
+    "lmbda": "here it is nothing: it is a trainer's share of on-policy data",
+    "log_target": "here it is teacher_form='log_probs'",
+    "num_items_in_batch": "here it is normalizer",
+    "weight_hard_loss": "here it is ce_weight",
+    "xyzzy": "got an unexpected option 'xyzzy'$",
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_choice_that_was_meant_is_told(name):
+    options, message = OPTIONS[name]
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        kd.kd_loss(S, T, **options)
+
+
+@pytest.mark.parametrize("name", KEYWORDS)
+def test_a_keyword_that_was_meant_is_told(name):
+    with pytest.raises(TypeError, match=KEYWORDS[name].replace("?", r"\?")):
+        kd.kd_loss(S, T, **{name: 1.0})
+
+
+def test_dkd_has_an_alpha_and_a_beta_of_its_own():
+    assert kd.dkd_loss(S, T, torch.tensor([0, 1, 2]), alpha=1.0, beta=8.0) > 0
+
+
+def test_a_function_that_was_meant_is_told():
+    with pytest.raises(AttributeError, match=r"has no attribute 'kdloss'; did you mean '\w+'\?"):
+        kd.kdloss  # noqa: B018
+    with pytest.raises(AttributeError, match="has no attribute 'xyzzy'$"):
+        kd.xyzzy  # noqa: B018
+    assert not hasattr(kd, "__path_of_nothing__")
