@@ -289,6 +289,12 @@ def jobs(files: int) -> int:
     return max(1, min(files, os.cpu_count() or 1, memory // BYTES_PER_JOB))
 
 
+def minutes_left(done: int, total: int, seconds: float) -> str:
+    """By the files that are there, of which the slow ones begin first: rather too much than too little."""
+    left = seconds * (total - done) / done / 60
+    return "" if done == total else f"; about {left:.0f} min left" if left >= 1 else "; less than a minute left"
+
+
 def say(text: str) -> None:
     print(f"kdkernels: {text}", flush=True)
 
@@ -415,7 +421,8 @@ class BuildExt(build_ext):
                 for number, future in enumerate(as_completed(compiled), 1):
                     source = compiled[future]
                     objects[source] = future.result()
-                    say(f"compiled {source} ({number} of {len(sources)}, {time.monotonic() - begun:.0f} s)")
+                    spent = time.monotonic() - begun
+                    say(f"compiled {number} of {len(sources)}, {source}{minutes_left(number, len(sources), spent)}")
             except Exception:
                 pool.shutdown(cancel_futures=True)
                 raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,6 +26,7 @@ FAMILIES = {
     "reference": ("#fbe6d5", "its reference in plain PyTorch"),
     "probe": ("#ffffff", "yardstick"),
     "fixed": ("#e6e3b8", "what any loss costs"),
+    "alone": ("#b9a7d6", "no teacher"),
 }
 EDGE: dict[str, Any] = {"edgecolor": "#555555", "linewidth": 0.6}
 # Width of a letter of a bar's label beside a panel's width: labels make room for themselves.
@@ -39,7 +41,8 @@ def draw(report: Report, path: Path) -> None:
     memory = any(row.peak_units is not None for row in first)
     losses = any(row.figures.get("losses") for row in first)
     heights = [max(2.2, 0.75 + 0.27 * (len(line[0]) + len({row.group for row in line[0]}))) for line in every]
-    panels = len(threads) + memory + losses
+    scores = any(_score(row) for row in first)
+    panels = len(threads) + memory + losses + scores
     # A Figure of its own, not pyplot's: no window system, no state shared with the caller.
     figure = Figure(figsize=(2.7 + 4.1 * panels, sum(heights) + 1.8), layout="constrained")
     axes = figure.subplots(len(every), panels, squeeze=False, height_ratios=heights)
@@ -66,6 +69,13 @@ def draw(report: Report, path: Path) -> None:
                 ax.plot(row.figures.get("losses", []), color=FAMILIES[row.family][0], linewidth=width)
             ax.set_yscale("log")
             _frame(ax, "step", f"{case}, loss of every student")
+        if scores:
+            ax = next(panel)
+            scored = [(row, score) for row in line[0] if (score := _score(row)) is not None]
+            _scores(ax, scored)
+            name = scored[0][1][0]
+            better = "lower" if name == "perplexity" else "higher"
+            _frame(ax, "after the steps above, on data that no student saw", f"{case}, {name} ({better} is better)")
     shown = [family for family in FAMILIES if any(row.family == family for row in first)]
     handles = [Patch(facecolor=FAMILIES[family][0], label=FAMILIES[family][1], **EDGE) for family in shown]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(shown), frameon=False, fontsize=9)
@@ -78,14 +88,45 @@ def draw(report: Report, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def _score(row: Row) -> Optional[tuple[str, float, float]]:
+    """What a trained student's score is called, the teacher's, and its own; None where there is none."""
+    for name, value in row.figures.items():
+        if found := re.fullmatch(r"(\w+) \(teacher: (.*)\)", name):
+            return found[1], float(found[2]), value
+    return None
+
+
+def _scores(ax: Axes, scored: Sequence[tuple[Row, tuple[str, float, float]]]) -> None:
+    """One bar for the teacher and one for every kind of student: those of a kind agree, as their losses do."""
+    shown: dict[str, tuple[str, float]] = {}
+    for row, score in scored:
+        shown.setdefault("teacher", ("#dddddd", score[1]))
+        words = {"alone": "no teacher", "eager": "distilled, eager"}.get(row.family, "distilled, kdkernels")
+        shown.setdefault(words, (FAMILIES[row.family][0], score[2]))
+    for position, (name, (color, value)) in enumerate(shown.items()):
+        ax.barh(position, value, 0.76, color=color, **EDGE)
+        ax.text(0, position, f"  {name}: {f'{value:.1%}' if value <= 1 else f'{value:.0f}'}", va="center", fontsize=8)
+    ax.set_yticks([])
+    ax.set_ylim(len(shown) - 0.3, -0.7)
+
+
 def _label(report: Report, row: Row) -> str:
     label = f"{_digits(1e3 * row.seconds.median)} ms"
     if row.family in ("kdkernels", "kernel"):
         for name, ratio in (("eager", row.faster_than_eager), ("compile", row.faster_than_compile)):
             label += "" if ratio is None else f", {_digits(ratio.median)}x {name}"
+        if report.suite.probe == "rest" and (alone := _of_the_loss_alone(row)) is not None:
+            label += f" (its loss: {_digits(alone)}x)"
         if row.of_baseline is not None and row.group != report.suite.baseline_group:
             label += f", {row.of_baseline.median:.2f} of {report.suite.baseline_group}"
     return label
+
+
+def _of_the_loss_alone(row: Row) -> Optional[float]:
+    """How many times faster than eager without the step around the loss; None where noise is larger than the loss."""
+    if row.faster_than_eager is None or row.of_probe is None or row.of_probe.median <= 1.02:
+        return None
+    return (row.faster_than_eager.median * row.of_probe.median - 1) / (row.of_probe.median - 1)
 
 
 def _bars(

@@ -442,14 +442,17 @@ def test_seconds_are_seconds(monkeypatch):
 @pytest.mark.slow
 def test_students_trained_with_any_loss_have_one_curve(tmp_path):
     """On the models of the examples."""
-    for package in ("sklearn", "tokenizers", "safetensors"):
+    for package in ("tokenizers", "safetensors"):
         pytest.importorskip(package, reason=f"{package} is not installed; the extra 'examples' brings it")
     options = ["--shapes", "128x10,256x8192", "--rounds", 12, "--threads", 1, "--no-memory", "--output-dir", tmp_path]
     done = run_command("--suite", "training", "--device", "cpu", *options)
     assert done.returncode == 0, done.stderr
     digits, models = json.loads((tmp_path / "training.json").read_text())["results"]
     for result in (digits, models):
-        students = [row for row in result["candidates"] if row["family"] != "probe"]
+        students = [row for row in result["candidates"] if row["family"] not in ("probe", "alone")]
+        [alone] = [row for row in result["candidates"] if row["family"] == "alone"]
+        # A loss of another kind: it has a score beside the others', and is held against none of them.
+        assert not alone["errors"] and list(alone["figures"]) == [x for x in students[0]["figures"] if x != "losses"]
         first: dict = {}
         for row in students:
             curve = first.setdefault(row["group"], row["figures"]["losses"])
@@ -460,7 +463,7 @@ def test_students_trained_with_any_loss_have_one_curve(tmp_path):
             assert set(row["errors"]) == {"first loss", "loss curve"}
         assert len(first) == len({row["group"] for row in students})
     scores = [value for row in models["candidates"] for name, value in row["figures"].items() if "perplexity" in name]
-    assert len(scores) == len(students) and all(1 < score < 8192 / 4 for score in scores)
+    assert len(scores) == len(students) + 1 and all(1 < score < 8192 / 4 for score in scores)
     assert "accuracy (teacher: 0.9" in done.stdout
     assert_is_picture(tmp_path / "training.png")
     if any(backend.name == "cpu" and backend.ok for backend in available("cpu")) and measure.peak_can_be_reset():
@@ -475,7 +478,7 @@ def test_students_trained_with_any_loss_have_one_curve(tmp_path):
 @pytest.mark.parametrize("change, agree", [(1.0, True), (1.0005, True), (1.01, False), (float("nan"), False)], ids=str)
 @pytest.mark.parametrize("step", [0, 13])
 def test_a_curve_that_leaves_the_eager_one_is_wrong(change, agree, step):
-    for package in ("sklearn", "tokenizers", "safetensors"):
+    for package in ("tokenizers", "safetensors"):
         pytest.importorskip(package, reason=f"{package} is not installed; the extra 'examples' brings it")
     training = load_suite("training")
     make_run = sys.modules["benchmarks.suites.training"].Training

@@ -2,8 +2,9 @@
 
 import ast
 import doctest
-import importlib
+import importlib.util
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -182,12 +183,24 @@ def test_every_page_is_in_the_menu():
 
 
 def test_every_environment_variable_is_listed():
-    folders = ("kdkernels", "csrc", "tests", "benchmarks")
-    files = [ROOT / "setup.py", *(path for folder in folders for path in (ROOT / folder).rglob("*.*"))]
+    folders = [Path(kdkernels.__file__).parent, *(ROOT / name for name in ("csrc", "tests", "benchmarks"))]
+    files = [ROOT / "setup.py", *(path for folder in folders for path in folder.rglob("*.*"))]
     text = "".join(path.read_text() for path in files if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh"))
     read = set(re.findall(r"KDKERNELS_[A-Z]+(?:_[A-Z]+)*", text))
     listed = set(re.findall(r"^\| `(KDKERNELS_\w+)`", (DOCS / "reference" / "environment.md").read_text(), flags=re.M))
     assert listed == read
+
+
+def test_the_tables_of_support_are_made_of_the_records():
+    spec = importlib.util.spec_from_file_location("support_matrix", ROOT / "scripts" / "support_matrix.py")
+    matrix = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(matrix)
+    records = json.loads(matrix.RECORDS.read_text())
+    assert matrix.generated(records) in matrix.PAGE.read_text()
+    assert all(record["passed"] > 500 for record in records)
+    assert matrix.cell(records, "3.14", "2.10") == "not tested"
+    wrong = [{"python": "3.11.1", "torch": "2.13.0+cpu", "passed": 9, "failed": 2}]
+    assert matrix.cell(wrong, "3.11", "2.13") == "2 fail"
 
 
 def test_the_ladder_of_memory_is_the_code_s():

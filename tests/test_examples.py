@@ -40,7 +40,6 @@ def losses(done):
 
 @pytest.mark.slow
 def test_digits():
-    pytest.importorskip("sklearn", reason="distill_digits takes its images from scikit-learn")
     done = run("distill_digits", "--steps", 400, "--teacher-steps", 300)
     assert printed(done, "teacher:")[0] > 95 and printed(done, "student:")[0] > 90
     first, *_, last = losses(done)

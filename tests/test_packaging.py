@@ -81,7 +81,7 @@ def faults(line, extras):
         path = ROOT.joinpath(*module.split("."))
         if not (path / "__main__.py").is_file() and not path.with_suffix(".py").is_file():
             yield module
-    for script in re.findall(r"(?<![\w./-])(?:\./)?((?:scripts|\.ci)/[\w-]+)", line):
+    for script in re.findall(r"(?<![\w./-])(?:\./)?((?:scripts|\.ci)/[\w-]+(?:\.\w+)?)", line):
         if not (ROOT / script).is_file():
             yield script
 
@@ -425,6 +425,12 @@ def test_a_build_without_an_extension_takes_the_one_of_an_earlier_build_away(set
         (tmp_path / name).write_text("")
     setup_module.write_record(tmp_path, {"cpu": {"built": True}, "cuda": {"built": False}})
     assert sorted(path.name for path in tmp_path.glob("_*")) == ["_C.abi3.so", "_build_info.json"]
+
+
+def test_a_build_says_how_many_minutes_are_left(setup_module):
+    assert setup_module.minutes_left(1, 4, 100.0) == "; about 5 min left"
+    assert setup_module.minutes_left(3, 4, 100.0) == "; less than a minute left"
+    assert setup_module.minutes_left(4, 4, 100.0) == ""
 
 
 @pytest.mark.slow

@@ -1,8 +1,9 @@
 """Students trained side by side, one for each way to compute the loss: the time of a step, and one loss curve.
 
 Models and data are those of ``examples``. A round is one step of every student, all from the same weights on the same
-batches. The first loss of each is held against the reference in fp64, its curve against the eager student's. A case of
-10 classes is that of the digits; every other one is of the language models, in sequences of 128 tokens.
+batches. The first loss of each is held against the reference in fp64, its curve against the eager student's; one
+student learns from labels alone, to show what the teacher is worth. A case of 10 classes is that of the digits; every
+other one is of the language models, in sequences of 128 tokens.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -47,6 +49,7 @@ class Task:
     teacher: Any
     student: Any
     batches: Sequence[Tensor]
+    labels: Sequence[Tensor]  # of the rows of a batch's logits, -100 where there is none
     temperature: float
     learning_rate: float
     score: str
@@ -72,10 +75,13 @@ def make_task(case: Case, seed: int) -> Task:
 
 def _digits(case: Case) -> Task:
     images, test_images, labels, test_labels = (part.to(case.device) for part in distill_digits.load_images())
+    teacher, student = distill_digits.train_teacher(images, labels, 400), distill_digits.make_student()
+    drawn = [torch.randint(len(images), (case.shape[0],)) for _ in range(BATCHES)]
     return Task(
-        distill_digits.train_teacher(images, labels, 400),
-        distill_digits.make_student().to(case.device),
-        [images[torch.randint(len(images), (case.shape[0],))] for _ in range(BATCHES)],
+        teacher,
+        student.to(case.device),
+        [images[index] for index in drawn],
+        [labels[index] for index in drawn],
         temperature=4.0,
         learning_rate=1e-2,
         score="accuracy",
@@ -94,10 +100,13 @@ def _language_models(case: Case) -> Task:
     teacher, training, held_out = language_model.load_teacher(TEACHERS, steps, case.device)
     held_out = held_out[: 32 * (language_model.LENGTH + 1)]
     torch.manual_seed(0)
+    student = language_model.LanguageModel(training, **language_model.STUDENT)
+    batches = [language_model.windows(training, language_model.LENGTH, batch_size) for _ in range(BATCHES)]
     return Task(
         teacher,
-        language_model.LanguageModel(training, **language_model.STUDENT),
-        [language_model.windows(training, language_model.LENGTH, batch_size) for _ in range(BATCHES)],
+        student,
+        batches,
+        [F.pad(batch[:, 1:], (0, 1), value=-100).flatten() for batch in batches],
         temperature=2.0,
         learning_rate=5e-3,
         score="perplexity",
@@ -125,10 +134,12 @@ class Training:
         return Outcome(loss.detach(), ())
 
     def figures(self, task: Task) -> dict[str, Any]:
+        return {"losses": torch.stack(self.losses).tolist(), **self.scores(task)}
+
+    def scores(self, task: Task) -> dict[str, float]:
         if "teacher" not in task.rest:
             task.rest["teacher"] = task.evaluate(task.teacher)
-        name = f"{task.score} (teacher: {task.rest['teacher']:.4g})"
-        return {"losses": torch.stack(self.losses).tolist(), name: task.evaluate(self.student)}
+        return {f"{task.score} (teacher: {task.rest['teacher']:.4g})": task.evaluate(self.student)}
 
 
 class Rest(Training):
@@ -148,6 +159,19 @@ class Rest(Training):
 
     def figures(self, task: Task) -> dict[str, Any]:
         return {}
+
+
+class Alone(Training):
+    """A student without a teacher: its losses are of another kind, and its score tells what a teacher is worth."""
+
+    def __init__(self) -> None:
+        super().__init__(self._of_labels)
+
+    def _of_labels(self, student: Any, task: Task, number: int) -> Tensor:
+        return F.cross_entropy(student(task.batches[number]).flatten(0, -2), task.labels[number])
+
+    def figures(self, task: Task) -> dict[str, Any]:
+        return self.scores(task)
 
 
 def of_logits(formulation: Callable[[Tensor, Tensor, float], Tensor], student: Any, task: Task, number: int) -> Tensor:
@@ -216,6 +240,7 @@ def make_candidates(case: Case) -> Candidates:
 
     group = DIGITS if case.shape[1] == distill_digits.CLASSES else MODELS
     found.append(Candidate("a step with no loss", group, "probe", Rest))
+    found.append(Candidate("labels alone, no teacher", group, "alone", Alone))
     add("eager, log_target", group, lambda: partial(of_logits, eager_kl), "eager")
     names = _backends(case, "dense_fwd", group, found)
     for name in names:
@@ -245,7 +270,7 @@ def check(runs: Sequence[tuple[Candidate, Run]], task: Task) -> tuple[dict[str, 
     for candidate, run in runs:
         assert isinstance(run, Training)
         errors[candidate.key] = {}
-        if candidate.family == "probe":
+        if candidate.family in ("probe", "alone"):
             continue
         if not run.losses:
             run(task)
