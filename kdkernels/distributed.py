@@ -125,7 +125,9 @@ def of_tokens(function: Callable[..., Any], logits: Any, ids: Any, options: Mapp
         if values is None:
             return None
         shape = torch.Size((*rows, *values.shape[len(rows) :]))
-        return DTensor.from_local(values, mesh, placements, shape=shape, stride=torch.empty(shape, device="meta").stride())
+        return DTensor.from_local(
+            values, mesh, placements, shape=shape, stride=torch.empty(shape, device="meta").stride()
+        )
 
     def wrapped(result: Any) -> Any:
         if not isinstance(result, tuple):
@@ -156,7 +158,8 @@ class _Columns:
         names = self.mesh.mesh_dim_names
         if self.others and names is None:
             raise ValueError(
-                "student must have a mesh whose dimensions have names (mesh_dim_names) where columns and rows are sharded"
+                "student must have a mesh whose dimensions have names (mesh_dim_names) where rows are sharded beside "
+                "columns"
             )
         self.rest = self.mesh[tuple(names[k] for k in self.others)] if self.others else None
 

@@ -123,15 +123,15 @@ SCHEMAS = {
     # How many columns of each row, the most probable first, have a mass of p together: int64 [N], at least 1. All that
     # are above -inf where p is 1, and 1 where a row has no distribution.
     "topp_count": (f"(Tensor logits, Tensor? temperature_rows, *, {_ALIKE}) -> Tensor"),
-    # Some of the columns of rows whose softmax is known: row_numbers [N, 12] are SHARD_NUMBERS in the dtype of the sums.
+    # Some of the columns of rows whose softmax is known: row_numbers [N, 12] are SHARD_NUMBERS in the dtype of sums.
     # With log q = (s - student_top) student_unit - student_log_z and log p likewise, both of softcapped logits, returns
     # sum f and sum df/dlogq over the columns, [N, 2]; or where there is a dstudent, which may be the student, writes
     #
     #     of_score df/dlogq - of_q q + of_hard e^(s - student_top - hard_log_z) + constant
     #
     # and at_label more in the column of labels [N] (-1: none), through the softcap, and returns [0, 2]. A row of
-    # student_unit 0 is not read for the sums; nor is one without a factor for the gradient, which is 0, or the teacher's
-    # where of_score and of_q are 0.
+    # student_unit 0 is not read for the sums. Of one without a factor the gradient is 0, and it is not read for it; nor
+    # is the teacher's where of_score and of_q are 0.
     "shard_fwd": (
         "(Tensor student, Tensor teacher, Tensor(a!)? dstudent, Tensor? labels, Tensor row_numbers, "
         f"Tensor? param_rows, *, str divergence, {_ALIKE}) -> Tensor"
@@ -169,9 +169,9 @@ SCHEMAS = {
     # contiguous in the dtype of the sums. entropy and dentropy are both there where the choice "entropy" says so, or
     # neither is; "tail_mass" and "stats" say nothing here. A row without an id, or with nothing but zeros in dentropy
     # and in the dlogprobs of its ids, gets 0 in all columns and is not read. A row whose z is NaN, or with an id out of
-    # range, gets NaN below vocab_size; ELSEWHERE is not out of range: it has no column, and its dlogprobs count in the sum.
-    # Where q_v is 0 the last term is 0, though log q_v is -inf: the gradient is
-    # finite beside a logit of -inf, and at its id.
+    # range, gets NaN below vocab_size; ELSEWHERE is not out of range: it has no column, and its dlogprobs count in the
+    # sum. Where q_v is 0 the last term is 0, though log q_v is -inf: the gradient is finite beside a logit of -inf, and
+    # at its id.
     "token_bwd": (
         "(Tensor logits, Tensor ids, Tensor norm, Tensor? entropy, Tensor dlogprobs, Tensor? dentropy, "
         f"Tensor(a!) dlogits, Tensor? temperature_rows, *, {_ALIKE}) -> ()"
@@ -273,7 +273,9 @@ def _rows_fake(student: Tensor, *args: object, **kwargs: object) -> Tensor:
     return _rows(student)
 
 
-def _shard_fake(student: Tensor, teacher: Tensor, dstudent: Optional[Tensor], *args: object, **kwargs: object) -> Tensor:
+def _shard_fake(
+    student: Tensor, teacher: Tensor, dstudent: Optional[Tensor], *args: object, **kwargs: object
+) -> Tensor:
     return _rows(student, 2) if dstudent is None else _sums(student, 0, 2)
 
 

@@ -72,7 +72,7 @@ def gather_logprobs(given: TokenOptions, teacher_logits: Tensor, ids: Any) -> Te
 
 
 class _Candidates:
-    """The k largest of each shard's columns, those of all shards side by side in the order of the ranks ``[N, R k]``."""
+    """The k largest of a shard's columns ``[N, k]``."""
 
     def __init__(self, shards: Shards, logits: Tensor, ids: Tensor, k: int) -> None:
         """``ids [N, <= k]`` are columns of this rank in the order of their ``logits``, -1 where there is none."""

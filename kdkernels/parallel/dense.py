@@ -308,7 +308,12 @@ def _linear_parts(
 
 
 def _of_linear(
-    coefficients: tuple[float, ...], sums: list[Tensor], z: Tensor, teacher_z: Tensor, log_z: Tensor, log_teacher: Tensor
+    coefficients: tuple[float, ...],
+    sums: list[Tensor],
+    z: Tensor,
+    teacher_z: Tensor,
+    log_z: Tensor,
+    log_teacher: Tensor,
 ) -> tuple[Tensor, Tensor]:
     c_pp, c_pq, c_qp, c_qq = coefficients
     of_p = sums[0] / teacher_z - c_pp * log_teacher - c_pq * log_z
@@ -392,5 +397,3 @@ def _differentiate(
     factors["of_hard"], factors["hard_log_z"] = hard, found.log_z1
     numbers = _numbers(launch, counted, found.student, found.teacher, **factors)
     _shard(launch, shards, student, teacher, gradient, labels, numbers)
-
-

@@ -100,6 +100,10 @@ def shards_of(
         facts: numbers and texts that all ranks have in common, by name.
     """
     checks.group_of_ranks(group)
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "losses of a sharded vocabulary do not run inside a graph: wrap the call in torch.compiler.disable"
+        )
     size = dist.get_world_size(group)
     width = logits.shape[-1]
     known = {name: fact if isinstance(fact, int) else zlib.crc32(str(fact).encode()) for name, fact in facts.items()}
