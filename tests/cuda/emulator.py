@@ -43,8 +43,8 @@ def need(name):
     return path
 
 
-# Processes of one run of the tests, and later ones, compile a source once: the name of a result is made of all that goes
-# into it.
+# Processes of one run of the tests, and later ones, compile a source once: the name of a result is made of all that
+# goes into it.
 KEPT = Path(os.environ.get("KDKERNELS_PTX_CACHE") or Path(tempfile.gettempdir()) / f"kdkernels-ptx-{os.getuid()}")
 
 
