@@ -5,10 +5,16 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 Reduction = Literal["none", "sum", "mean", "batchmean"]
+StudentForm = Literal["logits", "log_probs"]
 TeacherForm = Literal["logits", "log_probs", "probs", "unnormalized_probs"]
 Mixture = Literal["probs", "logits"]
 Tail = Literal["bucket", "renormalize", "renormalize_both", "uniform", "drop"]
 Backend = Literal["auto", "cuda", "triton", "cpu", "torch"]
 
 # Ops know these by their place.
-CODES = {"teacher_form": get_args(TeacherForm), "mixture": get_args(Mixture), "tail": get_args(Tail)}
+CODES = {
+    "teacher_form": get_args(TeacherForm),
+    "mixture": get_args(Mixture),
+    "tail": get_args(Tail),
+    "student_form": get_args(StudentForm),
+}

@@ -15,7 +15,8 @@ from kdkernels.reduction import num_rows, row_weights
 
 
 class RowTensors(NamedTuple):
-    """The tensors of a call beside logits: one number per row ``[N]`` each, and the mixture's weights ``[N, M]``."""
+    """The tensors of a call beside logits: one number per row ``[N]`` each, and the mixture's weights ``[N, M]``; those
+    named in ``OF_COLUMNS`` have one number per column ``[V]``."""
 
     labels: Optional[Tensor] = None
     row_weight: Optional[Tensor] = None
@@ -27,6 +28,9 @@ class RowTensors(NamedTuple):
     z_loss_weight_rows: Optional[Tensor] = None
     mixture_weights: Optional[Tensor] = None
     tail_rows: Optional[Tensor] = None
+    student_offsets: Optional[Tensor] = None
+    teacher_offsets: Optional[Tensor] = None
+    teacher_columns: Optional[Tensor] = None
 
     def weights_of_terms(self) -> list[Tensor]:
         """The weights of terms that are tensors."""
@@ -35,7 +39,15 @@ class RowTensors(NamedTuple):
 
     def chosen(self, rows: Any) -> RowTensors:
         """The tensors of some rows, which are an index."""
-        return RowTensors(*(None if item is None else item[rows] for item in self))
+        return RowTensors(
+            *(
+                item if item is None or name in OF_COLUMNS else item[rows]
+                for name, item in zip(self._fields, self, strict=True)
+            )
+        )
+
+
+OF_COLUMNS = ("student_offsets", "teacher_offsets", "teacher_columns")
 
 
 class Launch(NamedTuple):
@@ -49,6 +61,8 @@ class Launch(NamedTuple):
     sparse_teacher: tuple[Tensor, ...] = ()
     # About the largest entry of a row's gradient before ``scale`` and the row's weight; None where nobody knows.
     gradient_size: Optional[float] = 1.0
+    # Where the classes stand in the tensors of the caller; before the last the rows lie next to each other.
+    class_dim: int = -1
 
     def operands(self) -> list[Optional[Tensor]]:
         """The tensors that the op takes after ``dstudent``."""
@@ -95,12 +109,20 @@ def dense_launch(
     backend: str,
     weights: Optional[Tensor],
     mixture: str,
+    of_columns: Optional[dict[str, Tensor]] = None,
+    class_dim: int = -1,
 ) -> Launch:
-    """The call of a dense objective, with the ``weights`` of its mixture ``[N, M]``."""
+    """The call of a dense objective, with the ``weights`` of its mixture ``[N, M]`` and the tensors ``OF_COLUMNS``."""
     scale, rows = row_tensors(options, student, checks.labels_of(options, labels, student, columns))
     scalars = {**options.scalars, "mixture": mixture, "scale": scale, "vocab_size": columns}
     rows = rows if weights is None else rows._replace(mixture_weights=weights)
-    return Launch("dense_fwd", backend, rows, scalars, gradient_size=options.gradient_size)
+    rows = rows._replace(**of_columns) if of_columns else rows
+    launch = Launch("dense_fwd", backend, rows, scalars, gradient_size=options.gradient_size)
+    if class_dim == -1 or backend == "torch":
+        return launch
+    known = (*ops.NUMBERS["pixel_fwd"], *ops.CHOICES["pixel_fwd"], "divergence", "vocab_size", "stats")
+    scalars = {name: scalars[name] for name in known}
+    return launch._replace(pattern="pixel_fwd", options=scalars, class_dim=class_dim)
 
 
 def topk_launch(
@@ -201,7 +223,15 @@ def dual(launch: Launch, options: Any, teacher: Tensor) -> Launch:
         "teacher_softcap": launch.options["student_softcap"],
         "stats": False,
     }
-    rows = RowTensors(rows.labels, weight, rows.teacher_temperature_rows, temperatures, param)
+    rows = RowTensors(
+        rows.labels,
+        weight,
+        rows.teacher_temperature_rows,
+        temperatures,
+        param,
+        student_offsets=rows.teacher_offsets,
+        teacher_offsets=None if rows.student_offsets is None else rows.student_offsets.detach(),
+    )
     of_rows = rows.student_temperature_rows is not None or launch.rows.kd_weight_rows is not None
     size = objective.gradient_size(swapped, scalars, rows=of_rows)
     return launch._replace(rows=rows, options=scalars, gradient_size=size)
@@ -253,6 +283,7 @@ def run_reference(launch: Launch, student: Tensor, teachers: Sequence[Tensor]) -
         loss, stats = reference.topk_rows(student, ids, logprobs, rows.labels, tail_rows=rows.tail_rows, **options)
     elif launch.pattern == "dense_fwd":
         weights = rows.mixture_weights
+        options |= {name: getattr(rows, name) for name in OF_COLUMNS}
         loss, *columns = reference.dense_rows(student, teachers, rows.labels, mixture_weights=weights, **options)
         if options["stats"]:
             stats = torch.stack([column for column in columns if column is not None], -1)

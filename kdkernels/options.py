@@ -12,7 +12,7 @@ from typing import Optional, TypedDict, Union
 import torch
 from torch import Tensor
 
-from kdkernels.choices import Backend, Mixture, Reduction, Tail, TeacherForm
+from kdkernels.choices import Backend, Mixture, Reduction, StudentForm, Tail, TeacherForm
 from kdkernels.divergences import Divergence, DivergenceName
 from kdkernels.objective import PerRow
 
@@ -67,6 +67,9 @@ class _Sparse(_Terms, total=False):
 
 class ObjectiveOptions(_OnLogits, _Dense, total=False):
     """Of ``kd_loss``."""
+
+    student_form: StudentForm
+    dim: int
 
 
 class TopKOptions(_OnLogits, _Sparse, total=False):
