@@ -246,22 +246,44 @@ inline Tensor new_stats(ObjectiveArgs& args, const Tensor& student, int64_t colu
   return stats;
 }
 
-inline LogitsView teacher_view(const Tensor& teacher, const RowArgs& args) {
+inline LogitsView teacher_view(const Tensor& teacher, const RowArgs& args, int64_t columns) {
   const LogitsView out = view(teacher, "teacher", false);
-  STD_TORCH_CHECK(has_rows(teacher, args, args.columns),
+  STD_TORCH_CHECK(has_rows(teacher, args, columns),
                   "teacher must have the student's rows and at least vocab_size columns");
   return out;
+}
+inline LogitsView teacher_view(const Tensor& teacher, const RowArgs& args) {
+  return teacher_view(teacher, args, args.columns);
 }
 
 // Names of kdkernels.choices.TeacherForm and MIXTURES by their places.
 enum class Form { kLogits, kLogProbs, kProbs };
 enum class Mixed { kProbs, kLogits, kSigned };
+// And of StudentForm.
+enum class OfStudent { kLogits, kLogProbs };
 
 inline void fill_dense(DenseArgs& args, const DenseNumbers& numbers, const DenseChoices& choices) {
   const Form form = choice(choices.teacher_form, Form::kProbs, "teacher_form");
   args.teacher_form = form == Form::kProbs ? TeacherForm::kProbs : TeacherForm::kLogits;
   args.teacher_softcap = numbers.teacher_softcap;
   args.standardize = choices.standardize != 0;
+  args.student_log_probs = choice(choices.student_form, OfStudent::kLogProbs, "student_form") == OfStudent::kLogProbs;
+}
+
+// Fills what is shared by all rows: one number or index for each of ``columns``.
+inline void fill_columns(ColumnArgs& args, const Tensor& student, int64_t columns,
+                         const std::optional<Tensor>& student_bias, const std::optional<Tensor>& teacher_bias,
+                         const std::optional<Tensor>& teacher_columns) {
+  const auto of_columns = [&](const std::optional<Tensor>& values, ScalarType dtype, const char* name) -> const void* {
+    if (!values) return nullptr;
+    STD_TORCH_CHECK(
+        values->dim() == 1 && values->size(0) == columns && values->is_contiguous() && values->scalar_type() == dtype,
+        name, " must be contiguous and hold one value per column: biases in the dtype of the sums, columns in int32");
+    return values->const_data_ptr();
+  };
+  args.student_bias = of_columns(student_bias, sum_dtype(student), "student_bias");
+  args.teacher_bias = of_columns(teacher_bias, sum_dtype(student), "teacher_bias");
+  args.teacher_columns = static_cast<const int32_t*>(of_columns(teacher_columns, ScalarType::Int, "teacher_columns"));
 }
 
 // RUN is void (*)(const DenseArgs&, const Tensor& student).
@@ -272,8 +294,10 @@ std::tuple<Tensor, Tensor> dense_fwd(Tensor student, std::vector<Tensor> teacher
                                      std::optional<Tensor> teacher_temperature_rows, std::optional<Tensor> param_rows,
                                      std::optional<Tensor> kd_weight_rows, std::optional<Tensor> ce_weight_rows,
                                      std::optional<Tensor> z_loss_weight_rows, std::optional<Tensor> mixture_weights,
-                                     std::optional<Tensor> teacher_lse_rows, std::string divergence, int64_t vocab_size,
-                                     std::vector<double> numbers, std::vector<int64_t> choices, bool stats) {
+                                     std::optional<Tensor> teacher_lse_rows, std::optional<Tensor> student_bias,
+                                     std::optional<Tensor> teacher_bias, std::optional<Tensor> teacher_columns,
+                                     std::string divergence, int64_t vocab_size, std::vector<double> numbers,
+                                     std::vector<int64_t> choices, bool stats) {
   const auto number = named<DenseNumbers>(numbers);
   const auto chosen = named<DenseChoices>(choices);
   DenseArgs args;
@@ -288,7 +312,13 @@ std::tuple<Tensor, Tensor> dense_fwd(Tensor student, std::vector<Tensor> teacher
                   teachers.size());
   STD_TORCH_CHECK(teachers.size() == 1 || mixture_weights, "a mixture needs mixture_weights");
   args.num_teachers = int(teachers.size());
-  for (size_t k = 0; k < teachers.size(); ++k) args.teachers[k] = teacher_view(teachers[k], args);
+  fill_columns(args.of_columns, student, args.columns, student_bias, teacher_bias, teacher_columns);
+  const bool changed = student_bias || args.of_columns.change_teacher() || args.student_log_probs;
+  STD_TORCH_CHECK(!changed || (teachers.size() == 1 && !args.standardize),
+                  "biases, teacher_columns and log-probabilities of a student take one teacher and no standardize");
+  for (size_t k = 0; k < teachers.size(); ++k)
+    args.teachers[k] = teacher_view(teachers[k], args, teacher_columns ? 1 : args.columns);
+  args.of_columns.teacher_width = teachers[0].size(teachers[0].dim() - 1);
   if (mixture_weights) {
     STD_TORCH_CHECK(mixture_weights->dim() == 2 && mixture_weights->size(0) == rows &&
                         mixture_weights->size(1) == int64_t(teachers.size()) &&
@@ -300,6 +330,74 @@ std::tuple<Tensor, Tensor> dense_fwd(Tensor student, std::vector<Tensor> teacher
     const Mixed mixed = choice(chosen.mixture, Mixed::kSigned, "mixture");
     args.mixture = mixed == Mixed::kProbs ? Mixture::kProbs : Mixture::kLogits;
   }
+  Tensor out_stats = new_stats(args, student, stats ? kStats : 0);
+  if (rows > 0) RUN(args, student);
+  return {loss, out_stats};
+}
+
+// A view [B, L, V] of logits whose rows lie next to each other.
+inline LogitsView pixel_view(const Tensor& tensor, const char* name, bool written, int64_t& class_stride) {
+  STD_TORCH_CHECK(tensor.dim() == 3 && (tensor.stride(1) == 1 || tensor.size(1) == 1), name,
+                  " must be [B, L, V] with unit stride in the dimension of the rows");
+  LogitsView out;
+  out.data = written ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
+  out.stride_b = tensor.stride(0);
+  out.stride_l = 1;
+  out.dtype = dtype_of(tensor);
+  class_stride = tensor.stride(2);
+  return out;
+}
+
+// RUN is void (*)(const PixelArgs&, const Tensor& student).
+template <auto FIND, auto RUN>
+std::tuple<Tensor, Tensor> pixel_fwd(Tensor student, Tensor teacher, std::optional<Tensor> dstudent,
+                                     std::optional<Tensor> labels, std::optional<Tensor> row_weight,
+                                     std::optional<Tensor> student_temperature_rows,
+                                     std::optional<Tensor> teacher_temperature_rows, std::optional<Tensor> param_rows,
+                                     std::optional<Tensor> kd_weight_rows, std::optional<Tensor> ce_weight_rows,
+                                     std::optional<Tensor> z_loss_weight_rows, std::optional<Tensor> student_bias,
+                                     std::optional<Tensor> teacher_bias, std::optional<Tensor> teacher_columns,
+                                     std::string divergence, int64_t vocab_size, std::vector<double> numbers,
+                                     std::vector<int64_t> choices, bool stats) {
+  const auto number = named<PixelNumbers>(numbers);
+  const auto chosen = named<PixelChoices>(choices);
+  PixelArgs args;
+  args.student = pixel_view(student, "student", false, args.student_stride);
+  fill_shape(args, student);
+  args.columns = vocab_size;
+  STD_TORCH_CHECK(vocab_size >= 1 && vocab_size <= args.width, "vocab_size must be in [1, ", args.width, "], got ",
+                  vocab_size);
+  const int64_t rows = args.batch * args.length;
+  if (dstudent) {
+    args.wants_grad = true;
+    args.dstudent = pixel_view(*dstudent, "dstudent", true, args.dstudent_stride);
+    STD_TORCH_CHECK(has_rows(*dstudent, args, args.width) && dstudent->size(2) == args.width &&
+                        args.dstudent.dtype == args.student.dtype,
+                    "dstudent must have the student's shape and dtype");
+  }
+  if (labels) {
+    STD_TORCH_CHECK(labels->dim() == 1 && labels->size(0) == rows && labels->scalar_type() == ScalarType::Long &&
+                        labels->is_contiguous(),
+                    "labels must be contiguous int64 [N]");
+    args.labels = static_cast<const int64_t*>(labels->const_data_ptr());
+  }
+  args.ignore_index = chosen.ignore_index;
+  args.row_weight = per_row(row_weight, sum_dtype(student), rows, "row_weight");
+  args.scale = number.scale;
+  Tensor loss = new_rows(student, {rows});
+  args.loss = loss.mutable_data_ptr();
+  fill_objective(args, FIND, divergence, number, chosen);
+  fill_objective_rows(args, student, student_temperature_rows, teacher_temperature_rows, param_rows, kd_weight_rows,
+                      ce_weight_rows, z_loss_weight_rows);
+  args.teacher_form = choice(chosen.teacher_form, Form::kProbs, "teacher_form") == Form::kProbs ? TeacherForm::kProbs
+                                                                                                : TeacherForm::kLogits;
+  args.teacher_softcap = number.teacher_softcap;
+  args.student_log_probs = choice(chosen.student_form, OfStudent::kLogProbs, "student_form") == OfStudent::kLogProbs;
+  fill_columns(args.of_columns, student, args.columns, student_bias, teacher_bias, teacher_columns);
+  args.teacher = pixel_view(teacher, "teacher", false, args.teacher_stride);
+  STD_TORCH_CHECK(has_rows(teacher, args, teacher_columns ? 1 : args.columns),
+                  "teacher must have the student's rows and at least vocab_size columns");
+  args.of_columns.teacher_width = teacher.size(2);
   Tensor out_stats = new_stats(args, student, stats ? kStats : 0);
   if (rows > 0) RUN(args, student);
   return {loss, out_stats};

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import memory, ops, reference, symbols, transforms
-from kdkernels.launch import Launch, as_rows, flat, run, run_reference
+from kdkernels.launch import OF_COLUMNS, Launch, as_rows, flat, run, run_reference
 from kdkernels.objective import RowOptions
 
 # A gradient in fp16 holds 2^-24 to 65504. It is kept as large as leaves this much room above Launch.gradient_size.
@@ -74,14 +74,18 @@ def run_in_pieces(
     """
     views = as_rows((logits, gradient, *others))
     found, of_stats, factors = [], [], []
-    for batch, length, rows in _pieces(views[0]):
+    neighbours = launch.class_dim != -1
+    for batch, length, rows in _pieces(views[0], whole=neighbours):
         source, target, *rest = (view[batch, length] for view in views)
         wide = source.float()
+        if neighbours:
+            wide = wide.transpose(1, 2).contiguous().transpose(1, 2)
         part = launch._replace(
             rows=launch.rows.chosen(rows), sparse_teacher=tuple(item[rows] for item in launch.sparse_teacher)
         )
         # A graph writes to nothing that it reads; in place a CPU has less to bring into its caches.
-        made = wide if launch.backend == "cpu" and not torch.compiler.is_compiling() else torch.empty_like(wide)
+        in_place = launch.backend == "cpu" and not torch.compiler.is_compiling()
+        made = wide if in_place else empty_gradient(wide, 1 if neighbours else -1)
         loss, stats = run(part, wide, tuple(rest), made)
         # Not vector_norm, which takes a CPU twenty times as long.
         largest = torch.maximum(made.amax(-1), -made.amin(-1))
@@ -96,10 +100,17 @@ def run_in_pieces(
     return torch.cat(found), stats, torch.cat(factors)
 
 
-def _pieces(logits: Tensor) -> list[tuple[slice, slice, slice]]:
-    """Parts of logits ``[B, L, V]`` in order: of B, of L, and of the rows that these are."""
+def empty_gradient(logits: Tensor, class_dim: int = -1) -> Tensor:
+    """Memory for the gradient of logits ``(..., V)``, in which the classes stand where the logits' own do."""
+    if class_dim == -1:
+        return memory.empty_like(logits)
+    return memory.empty_like(logits.movedim(-1, class_dim)).movedim(class_dim, -1)
+
+
+def _pieces(logits: Tensor, *, whole: bool = False) -> list[tuple[slice, slice, slice]]:
+    """Parts of logits ``[B, L, V]`` in order: of B, of L, and of the rows that these are; one part if ``whole``."""
     everything = slice(None)
-    if torch.compiler.is_compiling() or not symbols.has_values(logits):
+    if whole or torch.compiler.is_compiling() or not symbols.has_values(logits):
         return [(everything, everything, everything)]
     batch, length, width = logits.shape
     budget = PIECE_BYTES if logits.device.type == "cpu" else GPU_PIECE_BYTES
@@ -139,6 +150,7 @@ class RowLoss(torch.autograd.Function):
         dual: Optional[Launch],
         per_row: bool,
         inplace: bool,
+        student_offsets: Optional[Tensor] = None,
     ) -> Any:
         dteacher: Optional[Tensor] = None
         dteacher_factor: Union[None, float, Tensor] = None
@@ -148,20 +160,22 @@ class RowLoss(torch.autograd.Function):
             if dual.options["kd_weight"] == 0:
                 dteacher = torch.zeros_like(teacher)
             else:
-                dteacher = memory.empty_like(teacher)
+                dteacher = empty_gradient(teacher, launch.class_dim)
                 dteacher_factor = run_with_gradient(dual, teacher, (student,), dteacher)[2]
         dstudent = None
         teachers = () if teacher is None else (teacher, *more_teachers)
-        if ctx.needs_input_grad[0]:
-            dstudent = student.detach() if inplace else memory.empty_like(student)
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[7]:
+            over = inplace and ctx.needs_input_grad[0]
+            dstudent = student.detach() if over else empty_gradient(student, launch.class_dim)
             rows, stats, dstudent_factor = run_with_gradient(launch, student, teachers, dstudent)
         else:
             rows, stats = run(launch, student, teachers, None)
-        if inplace and dstudent is not None:
+        if inplace and ctx.needs_input_grad[0]:
             torch.autograd.graph.increment_version(student)
         factors = (_as_tensor(factor, rows) for factor in (dstudent_factor, dteacher_factor))
         ctx.save_for_backward(dstudent, dteacher, *factors)
-        ctx.backend, ctx.shared = launch.backend, has_saved_tensor_hooks()
+        ctx.backend, ctx.shared, ctx.class_dim = launch.backend, has_saved_tensor_hooks(), launch.class_dim
+        ctx.num_offsets = 0 if student_offsets is None else len(student_offsets)
         loss = rows if per_row else rows.sum()
         if stats is None:
             return loss
@@ -173,11 +187,17 @@ class RowLoss(torch.autograd.Function):
         refuse_second_derivative()
         dstudent, dteacher, *factors = ctx.saved_tensors
         shared = ctx.shared or torch.compiler.is_compiling() or graph_is_kept()
-        grads = (
-            scaled(grad, dloss, factor, ctx.backend, shared=shared)
+        dstudent, dteacher = (
+            scaled(grad, dloss, factor, ctx.backend, shared=shared, class_dim=ctx.class_dim)
             for grad, factor in zip((dstudent, dteacher), factors, strict=True)
         )
-        return (*grads, None, None, None, None, None)
+        doffsets = None
+        if ctx.needs_input_grad[7]:
+            assert dstudent is not None
+            # One more read of the gradient; of all rows in a fixed order.
+            sums = torch.promote_types(dstudent.dtype, torch.float32)
+            doffsets = dstudent.sum(list(range(dstudent.dim() - 1)), dtype=sums)[: ctx.num_offsets]
+        return dstudent if ctx.needs_input_grad[0] else None, dteacher, None, None, None, None, None, doffsets
 
 
 class SummedLoss(torch.autograd.Function):
@@ -223,6 +243,7 @@ def sums_in_one_op(launch: Launch, options: Any, student: Tensor, teachers: tupl
         and rows.row_weight is None
         and rows.mixture_weights is None
         and rows.teacher_lse_rows is None
+        and all(getattr(rows, name) is None for name in OF_COLUMNS)
         and student.dim() in (2, 3)
         and type(student) in _PLAIN_TENSORS
         and (len(teachers) == 0 or type(teachers[0]) in _PLAIN_TENSORS)
@@ -263,10 +284,14 @@ def evaluate(
         loss, stats = run_reference(launch, flat(student), [flat(teacher) for teacher in teachers])
         return reduced(loss, options, student), stats
     # An exported program is its ops and no more: none of them could hand out what forward leaves for backward.
-    with_grad = torch.is_grad_enabled() and (student.requires_grad or dual is not None)
+    offsets = launch.rows.student_offsets
+    offsets = offsets if offsets is not None and offsets.requires_grad else None
+    with_grad = torch.is_grad_enabled() and (student.requires_grad or dual is not None or offsets is not None)
+    if offsets is not None:
+        launch = launch._replace(rows=launch.rows._replace(student_offsets=offsets.detach()))
     if with_grad and not symbols.traces_ops():
         teacher = teachers[0] if teachers else None
-        result = RowLoss.apply(student, teacher, teachers[1:], launch, dual, per_row, options.inplace)
+        result = RowLoss.apply(student, teacher, teachers[1:], launch, dual, per_row, options.inplace, offsets)
         loss, stats = result if isinstance(result, tuple) else (result, None)
     else:
         loss, stats = run(launch, student.detach(), tuple(item.detach() for item in teachers), None)
@@ -386,7 +411,13 @@ def _run_token_fwd(call: TokenCall, logits: Tensor, ids: Tensor) -> tuple[Tensor
 
 
 def scaled(
-    grad: Optional[Tensor], dloss: Tensor, factor: Union[None, float, Tensor], backend: str, *, shared: bool
+    grad: Optional[Tensor],
+    dloss: Tensor,
+    factor: Union[None, float, Tensor],
+    backend: str,
+    *,
+    shared: bool,
+    class_dim: int = -1,
 ) -> Optional[Tensor]:
     """``grad * (dloss * factor)``, the product in the dtype of the sums and rounded once.
 
@@ -407,8 +438,13 @@ def scaled(
     # The value of a number on the CPU costs less than a launch; elsewhere only the kernel looks at it.
     one = dloss.is_cpu and dloss.dim() == 0 and symbols.has_values(dloss) and dloss.item() == 1
     if shared:
-        grad = memory.empty_like(grad).copy_(grad)
-    if not one:
+        grad = empty_gradient(grad, class_dim).copy_(grad)
+    if not one and class_dim != -1:
+        if dloss.dim() > 0:
+            # Of neighbours each has a factor of its own.
+            return grad.copy_(grad * dloss.reshape(*grad.shape[:-1], 1))
+        ops.op("scale_grad", backend)(as_rows((grad.movedim(-1, class_dim),))[0], dloss)
+    elif not one:
         ops.op("scale_grad", backend)(as_rows((grad,))[0], dloss)
     return grad
 

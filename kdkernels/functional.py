@@ -55,6 +55,9 @@ def kd_loss(
     teacher: Teachers = None,
     labels: Optional[Tensor] = None,
     *,
+    student_bias: Optional[Tensor] = None,
+    teacher_bias: Optional[Tensor] = None,
+    teacher_columns: Optional[Tensor] = None,
     return_stats: Literal[False] = False,
     **options: Unpack[ObjectiveOptions],
 ) -> Tensor: ...
@@ -64,6 +67,9 @@ def kd_loss(
     teacher: Teachers = None,
     labels: Optional[Tensor] = None,
     *,
+    student_bias: Optional[Tensor] = None,
+    teacher_bias: Optional[Tensor] = None,
+    teacher_columns: Optional[Tensor] = None,
     return_stats: Literal[True],
     **options: Unpack[ObjectiveOptions],
 ) -> tuple[Tensor, KDStats]: ...
@@ -73,6 +79,9 @@ def kd_loss(
     teacher: Teachers = None,
     labels: Optional[Tensor] = None,
     *,
+    student_bias: Optional[Tensor] = None,
+    teacher_bias: Optional[Tensor] = None,
+    teacher_columns: Optional[Tensor] = None,
     return_stats: bool,
     **options: Unpack[ObjectiveOptions],
 ) -> Union[Tensor, tuple[Tensor, KDStats]]: ...
@@ -81,6 +90,10 @@ def kd_loss(
     student: Tensor,
     teacher: Teachers = None,
     labels: Optional[Tensor] = None,
+    *,
+    student_bias: Optional[Tensor] = None,
+    teacher_bias: Optional[Tensor] = None,
+    teacher_columns: Optional[Tensor] = None,
     **options: Any,
 ) -> Any:
     r"""Distillation loss between the tempered distributions of a student and a teacher, with its gradient in one pass.
@@ -130,9 +143,32 @@ def kd_loss(
         vocab_size: columns from there on are padding: no probability, gradient 0. Student and teacher may then be
             padded to different widths.
         student_softcap, teacher_softcap: cap > 0 of ``cap * tanh(logits / cap)``, applied first (Gemma 2).
+        student_bias, teacher_bias: ``[V]``, one number for each column, added to the logits of every row before the
+            softcap (DINO's centre is ``teacher_bias=-center``, logit adjustment ``student_bias=log prior``). The
+            student's gets a gradient where it requires one: the sums of the columns of the logits' gradient as it is
+            rounded, in a fixed order, for one more read of it; the teacher's gets none.
+        teacher_columns: int64 or int32 ``[V]``: column v of the student is compared with the teacher's column
+            ``teacher_columns[v]``, or with none (-1: ``p = 0``). The teacher may then have any width: a draft
+            vocabulary, an extended or a permuted one. ``p`` is normalised over the columns that are named, as
+            ``teacher[..., teacher_columns]`` would be; ``teacher_bias`` belongs to the student's columns. The
+            divergences that are infinite at ``p = 0`` are so in a row with such a column.
+        student_form: what ``student`` holds: "logits", or "log_probs", log-probabilities that are themselves the leaf,
+            as users of ``F.kl_div`` have them: ``q = exp(x)`` of each x by itself, nothing is normalised, and the
+            gradient of D is ``df/dlogq`` (of forward KL ``-p``), without the part ``- q sum(df/dlogq)`` that a softmax
+            adds. ``CE = -(1 - label_smoothing) x[label] - label_smoothing mean_v(x_v)``, as ``F.nll_loss``. They have
+            been taken at a temperature already: ``temperature`` must be 1, the teacher's is ``teacher_temperature``,
+            and T^2 goes into ``kd_weight``. No z-loss, softcap, standardize and ``student_bias``. D may be negative
+            where the x are no log-probabilities. A teacher gets a gradient from backend "torch" only.
+        dim: the dimension of the classes, in all tensors of logits; labels and other values of rows have the remaining
+            ones. Where the classes of ``(B, C, *spatial)`` lie next to each other, as in ``channels_last``, this is a
+            view and costs nothing. Where the rows do, as in a contiguous tensor, ``dim=1`` has a kernel of its own
+            (CPU and Triton): no copy is made, and the gradient is laid out as the student. Of other layouts nothing is
+            copied silently: they are an error that says what to pass.
         standardize: replace the logits of both in the divergence by ``(x - mean(x)) / std(x)`` per row before the
             temperature (logit standardisation, Sun et al. 2024, arXiv:2403.01427), with ``torch.std``, which divides by
-            V - 1, as the authors' code has it. Cross entropy keeps the raw logits.
+            V - 1, as the authors' code has it. Cross entropy keeps the raw logits. Neither it nor a mixture of teachers
+            nor ``teacher_lse`` goes with a bias, ``teacher_columns``, log-probabilities of a student, or rows next to
+            each other, but for backend "torch".
         teacher_lse: the teacher's log-normaliser, where that is not the logsumexp of the columns given: a number or
             one value per row, of ``t / T_t`` over all columns that the teacher has. Then ``p_v = exp(t_v / T_t -
             teacher_lse)``, whose sum P may be below 1, as where the student has a part of the teacher's vocabulary.
@@ -165,7 +201,8 @@ def kd_loss(
         >>> round(loss.item(), 3), student.grad.argmin(-1).tolist()
         (4.834, [0, 3])
     """
-    return dense(Objective.of(options), student, teacher, labels)
+    of_columns = (student_bias, teacher_bias, teacher_columns)
+    return dense(Objective.of(options), student, teacher, labels, of_columns)
 
 
 @overload
@@ -339,14 +376,14 @@ def taid_loss(
         labels: as in ``kd_loss``: the classes for ``ce_weight``, and the mask.
         interpolation: lam in [0, 1], a number or one value per row: 0 is the student itself, 1 the teacher.
         options: the other keyword arguments of ``kd_loss``, but for ``teacher_temperature``, ``teacher_form``,
-            ``teacher_weights``, ``mixture`` and ``teacher_lse``.
+            ``teacher_weights``, ``mixture``, ``teacher_lse``, ``student_form``, ``dim`` and ``process_group``.
 
     Returns:
         As ``kd_loss``.
 
     Raises:
         TypeError, ValueError: as ``kd_loss``; also for ``teacher_temperature``, ``teacher_form``, ``teacher_weights``,
-            ``mixture`` and ``teacher_lse``, which have no meaning here.
+            ``mixture``, ``teacher_lse``, ``student_form``, ``dim`` and ``process_group``, which have no meaning here.
 
     Example:
         >>> student, teacher = torch.zeros(1, 4), torch.tensor([[4.0, 2, 0, 0]])
@@ -560,26 +597,74 @@ def uld_loss(
     return pair("uld_fwd", ULDObjective.of(options), student, teacher, labels)
 
 
-def dense(objective: Objective, student: Any, teacher: Any, labels: Any = None) -> Any:
-    """``kd_loss`` of an objective."""
-    if distributed.among((student, teacher, labels, objective.teacher_weights, *objective.tensors)):
+def dense(
+    objective: Objective,
+    student: Any,
+    teacher: Any,
+    labels: Any = None,
+    of_columns: tuple[Any, Any, Any] = (None, None, None),
+) -> Any:
+    """``kd_loss`` of an objective; ``of_columns`` are its biases and ``teacher_columns``."""
+    if distributed.among((student, teacher, labels, objective.teacher_weights, *of_columns, *objective.tensors)):
         options = {"teacher": teacher, "labels": labels, **objective.given()}
+        given = zip(("student_bias", "teacher_bias", "teacher_columns"), of_columns, strict=True)
+        options |= {name: value for name, value in given if value is not None}
         loss = lk_loss if isinstance(objective, LKObjective) else kd_loss
         return distributed.of_all_ranks(loss, student, options)
     if objective.process_group is not None:
         from kdkernels.parallel.dense import kd_loss as of_shards
 
-        return of_shards(objective, student, teacher, labels)
-    columns = checks.student_of(objective, student)
+        return of_shards(objective, student, teacher, labels, of_columns)
+    class_dim, strided = -1, False
+    if objective.dim != -1:
+        class_dim = checks.class_dimension(objective, student)
+    if class_dim != -1:
+        student, teacher, strided = _classes_last(objective, class_dim, student, teacher)
+    columns = checks.student_of(objective, student, strided=strided)
+    teachers: tuple[Tensor, ...]
     if teacher is None:
         checks.without_teacher(objective)
-        alone = (student.detach(),)
-        checks.apart_in_place(objective, student, {"labels": labels}, alone)
-        return without_teacher(_dense(objective, student, alone, labels, columns, None, objective.mixture, alone))
-    teachers = checks.teachers_of(objective, teacher, student)
-    weights = checks.mixture_weights(objective, len(teachers), student, single=not isinstance(teacher, (list, tuple)))
-    checks.apart_in_place(objective, student, {"labels": labels}, teachers)
-    return _dense(objective, student, teachers, labels, columns, weights, checks.mixture_of(objective), teachers)
+        teachers, weights = (student.detach(),), None
+    else:
+        mapped = of_columns[2] is not None
+        teachers = checks.teachers_of(objective, teacher, student, strided=strided, mapped=mapped)
+        single = not isinstance(teacher, (list, tuple))
+        weights = checks.mixture_weights(objective, len(teachers), student, single=single)
+    student_bias, teacher_bias, teacher_columns = of_columns
+    others = {
+        "labels": labels,
+        "student_bias": student_bias,
+        "teacher_bias": teacher_bias,
+        "teacher_columns": teacher_columns,
+    }
+    checks.apart_in_place(objective, student, others, teachers)
+    given_teachers = () if teacher is None else teachers
+    shared = checks.of_columns(objective, student, given_teachers, columns, *of_columns)
+    found = _dense(
+        objective,
+        student,
+        teachers,
+        labels,
+        columns,
+        weights,
+        checks.mixture_of(objective),
+        teachers,
+        shared,
+        class_dim if strided else -1,
+    )
+    return without_teacher(found) if teacher is None else found
+
+
+def _classes_last(objective: Objective, dim: int, student: Any, teacher: Any) -> tuple[Any, Any, bool]:
+    """Views whose classes come last, and whether it is the rows that lie next to each other."""
+    several = teacher if isinstance(teacher, (list, tuple)) else () if teacher is None else (teacher,)
+    names = ["teacher"] if len(several) == 1 else [f"teacher[{k}]" for k in range(len(several))]
+    for name, item in zip(names, several, strict=True):
+        checks.same_dims(name, item, student)
+    tensors = [("student", student), *zip(names, several, strict=True)]
+    strided = checks.rows_are_neighbours(dim, tensors, objective.backend)
+    moved = [item.movedim(dim, -1) for item in several]
+    return student.movedim(dim, -1), moved if isinstance(teacher, (list, tuple)) else next(iter(moved), None), strided
 
 
 def taid(objective: TAIDObjective, student: Any, teacher: Any, labels: Any = None) -> Any:
@@ -606,24 +691,47 @@ def _dense(
     weights: Optional[Tensor],
     mixture: str,
     given: tuple[Tensor, ...],
+    of_columns: Optional[dict[str, Tensor]] = None,
+    class_dim: int = -1,
 ) -> Any:
-    """``given`` are the teachers of the call itself."""
+    """``given`` are the teachers of the call itself; ``of_columns`` the tensors ``launch.OF_COLUMNS`` that it has.
+
+    ``class_dim`` is where the classes stood, if the rows lie next to each other.
+    """
+    of_columns = of_columns or {}
+    mixed, changed = weights is not None, [_NAMES[name] for name in of_columns]
+    if objective.student_form == "log_probs":
+        changed.append("student_form='log_probs'")
+    if class_dim != -1:
+        changed.append(f"dim={objective.dim}")
+    checks.one_plain_teacher(objective, changed, mixed=mixed)
     teacher_grad = torch.is_grad_enabled() and any(teacher.requires_grad for teacher in teachers)
-    torch_only = checks.why_no_teacher_grad(objective, mixed=weights is not None) if teacher_grad else None
+    mapped = "teacher_columns" in of_columns
+    torch_only = checks.why_no_teacher_grad(objective, mixed=mixed, mapped=mapped) if teacher_grad else None
     torch_only = torch_only or why_temperatures_learn(objective)
     backend = backends.choose(
         objective.backend,
         student,
         divergence=objective.resolved.name,
         torch_only=torch_only,
-        cuda_lacks=backends.cuda.lacks_dense(objective, student, teachers, mixed=weights is not None),
+        cuda_lacks=backends.cuda.lacks_dense(objective, student, teachers, mixed=mixed, changed=changed),
+        pattern="dense_fwd" if class_dim == -1 else "pixel_fwd",
     )
-    checks.reverse_mode_only(backend, student, *given, labels, *objective.tensors)
+    checks.reverse_mode_only(backend, student, *given, labels, *of_columns.values(), *objective.tensors)
     learns = backend == "torch"
-    launch = dense_launch(objective, student, labels, columns, backend, weights, mixture, learns=learns)
+    launch = dense_launch(
+        objective, student, labels, columns, backend, weights, mixture, of_columns, class_dim, learns=learns
+    )
     checks.probabilities(objective, teachers, columns, launch.rows.labels, launch.rows.row_weight)
     swapped = dual(launch, objective, teachers[0]) if teacher_grad and backend != "torch" else None
     return with_stats(*evaluate(launch, objective, student, teachers, swapped), student, KDStats)
+
+
+_NAMES = {
+    "student_offsets": "student_bias",
+    "teacher_offsets": "teacher_bias",
+    "teacher_columns": "teacher_columns",
+}
 
 
 def topk(

@@ -15,7 +15,8 @@ from kdkernels.reduction import num_rows, row_weights
 
 
 class RowTensors(NamedTuple):
-    """The tensors of a call beside logits: one number per row ``[N]`` each, and the mixture's weights ``[N, M]``."""
+    """The tensors of a call beside logits: one number per row ``[N]`` each, and the mixture's weights ``[N, M]``; those
+    named in ``OF_COLUMNS`` have one number per column ``[V]``."""
 
     labels: Optional[Tensor] = None
     row_weight: Optional[Tensor] = None
@@ -28,6 +29,9 @@ class RowTensors(NamedTuple):
     mixture_weights: Optional[Tensor] = None
     tail_rows: Optional[Tensor] = None
     teacher_lse_rows: Optional[Tensor] = None
+    student_offsets: Optional[Tensor] = None
+    teacher_offsets: Optional[Tensor] = None
+    teacher_columns: Optional[Tensor] = None
 
     def weights_of_terms(self) -> list[Tensor]:
         """The weights of terms that are tensors."""
@@ -36,7 +40,15 @@ class RowTensors(NamedTuple):
 
     def chosen(self, rows: Any) -> RowTensors:
         """The tensors of some rows, which are an index."""
-        return RowTensors(*(None if item is None else item[rows] for item in self))
+        return RowTensors(
+            *(
+                item if item is None or name in OF_COLUMNS else item[rows]
+                for name, item in zip(self._fields, self, strict=True)
+            )
+        )
+
+
+OF_COLUMNS = ("student_offsets", "teacher_offsets", "teacher_columns")
 
 
 class Launch(NamedTuple):
@@ -50,6 +62,8 @@ class Launch(NamedTuple):
     sparse_teacher: tuple[Tensor, ...] = ()
     # About the largest entry of a row's gradient before ``scale`` and the row's weight; None where nobody knows.
     gradient_size: Optional[float] = 1.0
+    # Where the classes stand in the tensors of the caller; before the last the rows lie next to each other.
+    class_dim: int = -1
 
     def operands(self) -> list[Optional[Tensor]]:
         """The tensors that the op takes after ``dstudent``."""
@@ -122,14 +136,18 @@ def dense_launch(
     backend: str,
     weights: Optional[Tensor],
     mixture: str,
+    of_columns: Optional[dict[str, Tensor]] = None,
+    class_dim: int = -1,
     *,
     learns: bool = False,
 ) -> Launch:
-    """The call of a dense objective, with the ``weights`` of its mixture ``[N, M]``; ``learns`` as ``row_tensors``."""
+    """The call of a dense objective, with the ``weights`` of its mixture ``[N, M]`` and the tensors ``OF_COLUMNS``;
+    ``learns`` as ``row_tensors``."""
     labels = checks.labels_of(options, labels, student, columns)
     scale, rows = row_tensors(options, student, labels, learns=learns)
     scalars = {**options.scalars, "mixture": mixture, "scale": scale, "vocab_size": columns}
     rows = rows if weights is None else rows._replace(mixture_weights=weights)
+    rows = rows._replace(**of_columns) if of_columns else rows
     if options.teacher_lse is not None:
         if weights is not None:
             raise ValueError("teacher_lse needs one teacher, got a sequence of teachers")
@@ -137,7 +155,12 @@ def dense_launch(
         if not isinstance(lse, Tensor):
             lse = symbols.as_tensor(lse, checks.sum_dtype(student), student.device).expand(num_rows(student))
         rows = rows._replace(teacher_lse_rows=lse)
-    return Launch("dense_fwd", backend, rows, scalars, gradient_size=options.gradient_size)
+    launch = Launch("dense_fwd", backend, rows, scalars, gradient_size=options.gradient_size)
+    if class_dim == -1 or backend == "torch":
+        return launch
+    known = (*ops.NUMBERS["pixel_fwd"], *ops.CHOICES["pixel_fwd"], "divergence", "vocab_size", "stats")
+    scalars = {name: scalars[name] for name in known}
+    return launch._replace(pattern="pixel_fwd", options=scalars, class_dim=class_dim)
 
 
 def topk_launch(
@@ -238,7 +261,15 @@ def dual(launch: Launch, options: Any, teacher: Tensor) -> Launch:
         "teacher_softcap": launch.options["student_softcap"],
         "stats": False,
     }
-    rows = RowTensors(rows.labels, weight, rows.teacher_temperature_rows, temperatures, param)
+    rows = RowTensors(
+        rows.labels,
+        weight,
+        rows.teacher_temperature_rows,
+        temperatures,
+        param,
+        student_offsets=rows.teacher_offsets,
+        teacher_offsets=None if rows.student_offsets is None else rows.student_offsets.detach(),
+    )
     of_rows = rows.student_temperature_rows is not None or launch.rows.kd_weight_rows is not None
     size = objective.gradient_size(swapped, scalars, rows=of_rows)
     return launch._replace(rows=rows, options=scalars, gradient_size=size)
@@ -290,6 +321,7 @@ def run_reference(launch: Launch, student: Tensor, teachers: Sequence[Tensor]) -
         loss, stats = reference.topk_rows(student, ids, logprobs, rows.labels, tail_rows=rows.tail_rows, **options)
     elif launch.pattern == "dense_fwd":
         options |= {"mixture_weights": rows.mixture_weights, "teacher_lse": rows.teacher_lse_rows}
+        options |= {name: getattr(rows, name) for name in OF_COLUMNS}
         loss, *columns = reference.dense_rows(student, teachers, rows.labels, **options)
         if options["stats"]:
             stats = torch.stack([column for column in columns if column is not None], -1)

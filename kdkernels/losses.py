@@ -52,8 +52,18 @@ class KDLoss(_Loss):
 
         def __init__(self, *, return_stats: bool = False, **options: Unpack[ObjectiveOptions]) -> None: ...
 
-    def forward(self, student: Tensor, teacher: functional.Teachers = None, labels: Optional[Tensor] = None) -> Any:
-        return functional.dense(self.objective, student, teacher, labels)
+    def forward(
+        self,
+        student: Tensor,
+        teacher: functional.Teachers = None,
+        labels: Optional[Tensor] = None,
+        *,
+        student_bias: Optional[Tensor] = None,
+        teacher_bias: Optional[Tensor] = None,
+        teacher_columns: Optional[Tensor] = None,
+    ) -> Any:
+        of_columns = (student_bias, teacher_bias, teacher_columns)
+        return functional.dense(self.objective, student, teacher, labels, of_columns)
 
 
 class TopKKDLoss(_Loss):

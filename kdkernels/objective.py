@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import checks, divergences, reference, symbols
-from kdkernels.choices import Acceptance, Backend, Mixture, Reduction, Tail, TeacherForm
+from kdkernels.choices import Acceptance, Backend, Mixture, Reduction, StudentForm, Tail, TeacherForm
 from kdkernels.divergences import Divergence, DivergenceName
 
 PerRow = Union[float, Tensor]
@@ -343,6 +343,7 @@ class _Dense(_Terms):
             "teacher_form": "probs" if self.teacher_form == "unnormalized_probs" else self.teacher_form,
             "teacher_softcap": checks.softcap("teacher_softcap", self.teacher_softcap),
             "standardize": self.standardize,
+            "student_form": "logits",
         }
 
 
@@ -424,7 +425,20 @@ class _Acceptance(_Dense):
 class Objective(_OnLogits, _OnShards, RowOptions, _Dense):
     """The options of ``kd_loss``."""
 
+    student_form: StudentForm = "logits"
+    dim: int = -1
+
     function = "kd_loss"
+
+    def _check(self) -> None:
+        super()._check()
+        checks.choice("student_form", self.student_form, get_args(StudentForm))
+        checks.integer("dim", self.dim)
+        if self.student_form == "log_probs":
+            checks.log_probs_alone(self)
+
+    def _scalars(self) -> dict[str, Any]:
+        return {**super()._scalars(), "student_form": self.student_form}
 
 
 @_options
@@ -511,7 +525,16 @@ class TAIDObjective(Objective):
     interpolation: PerRow
 
     function = "taid_loss"
-    without = ("teacher_temperature", "teacher_form", "teacher_weights", "mixture", "teacher_lse", "process_group")
+    without = (
+        "teacher_temperature",
+        "teacher_form",
+        "teacher_weights",
+        "mixture",
+        "teacher_lse",
+        "student_form",
+        "dim",
+        "process_group",
+    )
 
 
 @_options
@@ -519,7 +542,7 @@ class LKObjective(Objective, _Acceptance):
     """The options of ``lk_loss``: those of ``kd_loss`` but for the divergence, and the kind."""
 
     function = "lk_loss"
-    without = ("divergence", "row_param", "process_group")
+    without = ("divergence", "row_param", "student_form", "dim", "process_group")
 
 
 @_options

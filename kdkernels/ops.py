@@ -58,6 +58,7 @@ _NUMBERS = (
 )
 NUMBERS = {
     "dense_fwd": (*_NUMBERS, "teacher_softcap"),
+    "pixel_fwd": (*_NUMBERS, "teacher_softcap"),
     "topk_fwd": (*_NUMBERS, "min_tail", "tail_rounding"),
     "dkd_fwd": ("scale", "alpha", "beta", "temperature", "teacher_temperature"),
     "mse_fwd": ("scale",),
@@ -69,7 +70,8 @@ NUMBERS = {
     "token_bwd": ("temperature", "softcap"),
 }
 CHOICES = {
-    "dense_fwd": ("ignore_index", "scale_by_t_squared", "teacher_form", "mixture", "standardize"),
+    "dense_fwd": ("ignore_index", "scale_by_t_squared", "teacher_form", "mixture", "standardize", "student_form"),
+    "pixel_fwd": ("ignore_index", "scale_by_t_squared", "teacher_form", "student_form"),
     "topk_fwd": ("ignore_index", "scale_by_t_squared", "tail"),
     "dkd_fwd": ("ignore_index", "scale_by_t_squared"),
     "mse_fwd": ("ignore_index", "centered"),
@@ -85,14 +87,22 @@ _ROWS = (
     "Tensor? teacher_temperature_rows, Tensor? param_rows, Tensor? kd_weight_rows, Tensor? ce_weight_rows, "
     "Tensor? z_loss_weight_rows"
 )
+# Of all rows, one for each column: numbers added to the logits, in the dtype of the sums, and the teacher's column,
+# int32, -1 for none.
+_COLUMNS = "Tensor? student_offsets, Tensor? teacher_offsets, Tensor? teacher_columns"
 _ALIKE = "int vocab_size, float[] numbers, int[] choices"
 
 SCHEMAS = {
     # Writes the gradient of sum_i loss_i to dstudent, which may be the student itself, and returns (loss [N], stats
     # [N, S]).
     "dense_fwd": (
-        f"(Tensor student, Tensor[] teachers, {_ROWS}, Tensor? mixture_weights, "
-        f"Tensor? teacher_lse_rows, *, str divergence, {_ALIKE}, bool stats) -> (Tensor, Tensor)"
+        f"(Tensor student, Tensor[] teachers, {_ROWS}, Tensor? mixture_weights, Tensor? teacher_lse_rows, {_COLUMNS}, *, "
+        f"str divergence, {_ALIKE}, bool stats) -> (Tensor, Tensor)"
+    ),
+    # As dense_fwd of one teacher, for [B, L, V] whose stride is 1 in L: the rows lie next to each other.
+    "pixel_fwd": (
+        f"(Tensor student, Tensor teacher, {_ROWS}, {_COLUMNS}, *, str divergence, {_ALIKE}, bool stats) "
+        "-> (Tensor, Tensor)"
     ),
     # A teacher of ids [N, K] and log-probabilities [N, K]; a slot of id -1, or of -9000 or less, is unused. tail_rows
     # [N] is the log of its mass outside them, where that is known better than by 1 - sum; that mass counts as at least
@@ -219,6 +229,7 @@ LINEAR_TEACHERS = {
 # Patterns that a backend lacks, and why.
 _NOT_IN_CUDA = {"cuda": "the CUDA extension has the losses with a divergence and tokens only"}
 LACKING = {
+    "pixel_fwd": {"cuda": "the CUDA extension has no losses of rows that lie next to each other"},
     "dkd_fwd": _NOT_IN_CUDA,
     "mse_fwd": _NOT_IN_CUDA,
     "uld_fwd": _NOT_IN_CUDA,
@@ -263,6 +274,12 @@ def _dense_fake(
     student: Tensor, teachers: Sequence[Tensor], *args: object, stats: bool, **kwargs: object
 ) -> tuple[Tensor, Tensor]:
     return _rows(student), _rows(student, len(STATS) if stats else 0)
+
+
+def _pixel_fake(
+    student: Tensor, teacher: Tensor, *args: object, stats: bool, **kwargs: object
+) -> tuple[Tensor, Tensor]:
+    return _dense_fake(student, [teacher], stats=stats)
 
 
 def _topk_fake(student: Tensor, *args: object, stats: bool, **kwargs: object) -> tuple[Tensor, Tensor]:
@@ -344,6 +361,7 @@ def _none_fake(*args: object, **kwargs: object) -> None:
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "dense_fwd": _dense_fake,
+    "pixel_fwd": _pixel_fake,
     "topk_fwd": _topk_fake,
     "capture_topk": _capture_fake,
     "dkd_fwd": _rows_fake,

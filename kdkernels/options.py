@@ -12,7 +12,7 @@ from typing import Optional, TypedDict, Union
 import torch
 from torch import Tensor
 
-from kdkernels.choices import Acceptance, Backend, Mixture, Reduction, Tail, TeacherForm
+from kdkernels.choices import Acceptance, Backend, Mixture, Reduction, StudentForm, Tail, TeacherForm
 from kdkernels.divergences import Divergence, DivergenceName
 from kdkernels.objective import PerRow
 
@@ -81,6 +81,9 @@ class _Acceptance(_Teacher, _Weighed, total=False):
 
 class ObjectiveOptions(_OnLogits, _OnShards, _Teacher, _Terms, total=False):
     """Of ``kd_loss``."""
+
+    student_form: StudentForm
+    dim: int
 
 
 class TopKOptions(_OnLogits, _OnShards, _Sparse, total=False):

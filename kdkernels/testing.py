@@ -231,20 +231,30 @@ def textbook_objective(
         value = torch.as_tensor(value, dtype=dtype, device=student.device)
         return (value.reshape(-1) if value.numel() == len(counts) else value.expand(len(counts)))[counts]
 
-    def logits(tensor: Tensor) -> Tensor:
-        return tensor.reshape(-1, tensor.shape[-1])[counts, :width].to(dtype)
+    def logits(tensor: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+        rows = tensor.reshape(-1, tensor.shape[-1])[counts, :width].to(dtype)
+        return rows if bias is None else rows + bias.to(dtype)[:width]
+
+    def of_columns(teacher: Tensor) -> Tensor:
+        columns = get("teacher_columns")
+        if columns is None:
+            return teacher
+        nothing = 0.0 if get("teacher_form") in ("probs", "unnormalized_probs") else -torch.inf
+        return torch.where(columns >= 0, teacher[..., columns.clamp(min=0)], nothing)
 
     temperature = rows(get("temperature"))
     teacher_temperature = rows(get("teacher_temperature"), get("temperature", 1.0))
     scores: Callable[[Tensor], Tensor] = _z_scores if get("standardize") else (lambda x: x)
-    s = _capped(logits(student), get("student_softcap"))
-    logq = torch.log_softmax(_tempered(scores(s), temperature, exact), -1)
+    s = _capped(logits(student, get("student_bias")), get("student_softcap"))
+    free = get("student_form") == "log_probs"
+    logq = s if free else torch.log_softmax(_tempered(scores(s), temperature, exact), -1)
 
-    teachers = [teacher] if isinstance(teacher, Tensor) else list(teacher)
+    teachers = [of_columns(t) for t in ([teacher] if isinstance(teacher, Tensor) else teacher)]
+    teacher_bias = get("teacher_bias")
     as_logits = [
-        logits(t).log()
+        logits(t.log(), teacher_bias)
         if get("teacher_form") in ("probs", "unnormalized_probs")
-        else _capped(logits(t), get("teacher_softcap"))
+        else _capped(logits(t, teacher_bias), get("teacher_softcap"))
         for t in teachers
     ]
     tempered = [_tempered(scores(t), teacher_temperature, exact) for t in as_logits]
@@ -270,7 +280,11 @@ def textbook_objective(
     ce = torch.zeros_like(d)
     if labels is not None:
         smoothing = get("label_smoothing", 0.0)
-        ce = F.cross_entropy(s, labels.reshape(-1)[counts].long(), label_smoothing=smoothing, reduction="none")
+        classes = labels.reshape(-1)[counts].long()
+        if free:
+            ce = (1 - smoothing) * F.nll_loss(s, classes, reduction="none") - smoothing * s.mean(-1)
+        else:
+            ce = F.cross_entropy(s, classes, label_smoothing=smoothing, reduction="none")
     tau = temperature**2 if get("scale_by_t_squared", True) else torch.ones_like(temperature)
     return Objective(counts, d, ce, torch.logsumexp(s, -1), logp, logq, tau, temperature, teacher_temperature)
 
@@ -568,7 +582,7 @@ def kd_oracle(
     epsilon = allowed_epsilon(student.dtype)
     lost: dict[str, Tensor] = {}
     doubtful = None
-    if isinstance(teacher, Tensor) and student.dtype != torch.float64:
+    if isinstance(teacher, Tensor) and student.dtype != torch.float64 and options.get("teacher_columns") is None:
         parts = textbook_objective(student.double(), teacher.double(), labels, exact=True, **options)
         lost = _lost(parts, student, teacher)
         doubtful = lost["student"].any(-1) | lost["teacher"].any(-1)
@@ -610,10 +624,20 @@ def check_kd_loss(
     Raises:
         AssertionError: where loss or gradient are worse than ``Oracle.check`` allows.
     """
-    oracle = kd_oracle(student, teacher, labels, **options)
+    dim = options.pop("dim", -1)
+    moved = [x.movedim(dim, -1) for x in ([student, teacher] if isinstance(teacher, Tensor) else [student, *teacher])]
+    oracle = kd_oracle(moved[0], moved[1] if isinstance(teacher, Tensor) else moved[1:], labels, **options)
     options = {**options, "reduction": "none", "backend": backend}
+    if dim != -1:
+        options["dim"] = dim
     loss: Any = lk_loss if "kind" in options else kd_loss
-    return oracle.check(lambda s, t: loss(s, t, labels, **options))
+
+    def as_given(x: Any) -> Any:
+        if dim == -1:
+            return x
+        return x.movedim(-1, dim).contiguous() if isinstance(x, Tensor) else [as_given(item) for item in x]
+
+    return oracle.check(lambda s, t: loss(as_given(s), as_given(t), labels, **options))
 
 
 @contextlib.contextmanager

@@ -158,6 +158,7 @@ def test_the_flags_of_a_divergence_are_what_its_formula_says(name):
 HEADER = Path(__file__).parents[1] / "csrc" / "include" / "kdkernels" / "options.h"
 STRUCTS = {
     "dense_fwd": "Dense",
+    "pixel_fwd": "Pixel",
     "topk_fwd": "Topk",
     "dkd_fwd": "Dkd",
     "mse_fwd": "Mse",

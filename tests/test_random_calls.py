@@ -96,7 +96,32 @@ def draw(seed):
         if tame and options.get(name, name == "kd_weight") and chance(0.1):
             weight = torch.rand(rows, generator=generator)
             options[name] = torch.where(weight < 0.2, 0.0, weight)
-    return strided(student, draws.choice([0, 0, 1, 3, 8])), teacher, labels, options
+    student = strided(student, draws.choice([0, 0, 1, 3, 8]))
+    if tame and isinstance(teacher, torch.Tensor) and "standardize" not in options:
+        return change_reading(random.Random(seed + 10**6), generator, student, teacher, labels, options)
+    return student, teacher, labels, options
+
+
+def change_reading(draws, generator, student, teacher, labels, options):
+    """The call with operands that change how its rows are read, and numbers of its own for these."""
+    columns = student.shape[1]
+    if draws.random() < 0.15:
+        student = student.double().log_softmax(-1).to(student.dtype)
+        options.setdefault("teacher_temperature", options.pop("temperature", 1.0))
+        options.pop("z_loss_weight", None), options.pop("student_softcap", None)
+        options["student_form"] = "log_probs"
+    elif draws.random() < 0.2:
+        options["student_bias"] = torch.randn(columns, generator=generator)
+    if draws.random() < 0.2:
+        options["teacher_bias"] = torch.randn(columns, generator=generator)
+    if draws.random() < 0.2:
+        # Finite everywhere: a column without a teacher's has its tests in test_columns.py.
+        options["teacher_columns"] = torch.randint(columns, (columns,), generator=generator)
+    if draws.random() < 0.25:
+        options["dim"] = 0
+        # The planes of classes, whose rows lie next to each other.
+        student, teacher = student.t().contiguous(), teacher.t().contiguous()
+    return student, teacher, labels, options
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -1,6 +1,7 @@
 // The dense pattern: a teacher's distribution over all columns.
 #pragma once
 
+#include "log_probs.h"
 #include "objective.h"
 #include "patterns.h"
 #include "teacher.h"
@@ -61,6 +62,19 @@ void dense_direct(const DenseArgs& args, int64_t begin, int64_t end) {
   });
 }
 
+// The student's row in C, with its bias and after its softcap; returns the sum.
+template <class C>
+double student_row(const DenseArgs& args, int64_t row, C* out) {
+  const C* bias = static_cast<const C*>(args.of_columns.student_bias);
+  const int64_t n = args.columns;
+  if (bias == nullptr) return capped_row(args.student, row, args.length, n, args.student_softcap, out, AsIs());
+  const double cap = args.student_softcap;
+  return widen_row(args.student, row, args.length, n, out, [=](int64_t j, Vec<C> x) KDK_LAMBDA_INLINE {
+    x += load_within(bias, j, n);
+    return cap == 0 ? x : C(cap) * tanh_fast(x * C(1 / cap));
+  });
+}
+
 // Anything else: rows are first brought to logits in C, and the gradient is taken back through what was done to the
 // student.
 template <class X>
@@ -74,7 +88,7 @@ void dense_generic(const DenseArgs& args, int64_t begin, int64_t end) {
     const double tempered = num.student_scale;
     const C* t = teacher_row<C>(args, row, num.teacher_scale);
     C* s = scratch.get(kStudentRow, n);
-    const double sum = capped_row(args.student, row, args.length, n, args.student_softcap, s, AsIs());
+    const double sum = student_row(args, row, s);
     C* g = out == nullptr ? nullptr : scratch.get(kGradientRow, n);
     RowResult result;
     C centre = 0, mean = 0, slope = 0;
@@ -106,7 +120,7 @@ void dense_generic(const DenseArgs& args, int64_t begin, int64_t end) {
         slope = 0;
       }
       if (m.unit != 1) {
-        capped_row(args.student, row, args.length, n, args.student_softcap, s, AsIs());
+        student_row(args, row, s);
         centre = 0;
       }
       if (hard) add_hard_terms(args, num, s, centre, label, g, result);
@@ -132,9 +146,11 @@ void dense_generic(const DenseArgs& args, int64_t begin, int64_t end) {
 template <class X>
 void dense_rows(const DenseArgs& args, int64_t begin, int64_t end) {
   using C = typename Io<X>::C;
-  if (args.student_softcap != 0 || args.standardize) return dense_generic<X>(args, begin, end);
-  const bool logits_alone =
-      args.mixture == Mixture::kNone && args.teacher_form == TeacherForm::kLogits && args.teacher_softcap == 0;
+  if (args.student_log_probs) return log_prob_rows<X>(args, begin, end);
+  if (args.student_softcap != 0 || args.standardize || args.of_columns.student_bias != nullptr)
+    return dense_generic<X>(args, begin, end);
+  const bool logits_alone = args.mixture == Mixture::kNone && args.teacher_form == TeacherForm::kLogits &&
+                            args.teacher_softcap == 0 && !args.of_columns.change_teacher();
   const DType teacher = args.teachers[0].dtype;
   if (logits_alone && teacher == args.student.dtype) return dense_direct<X, X, false>(args, begin, end);
   if constexpr (std::is_same_v<X, BFloat16>)

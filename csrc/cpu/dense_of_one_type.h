@@ -16,6 +16,8 @@ inline namespace KDK_ISA {
 
 KDK_ROWS_IN_F32 RowResult ObjectiveRows<float>::add(const RowNumbers&, const float*, const float*, int64_t, float*,
                                                     float*);
+KDK_ROWS_IN_F32 RowResult log_prob_row(const DenseArgs&, const RowNumbers&, const float*, const float*, int64_t,
+                                       float*);
 KDK_ROWS_IN_F32 double DkdRows<float>::add(double, const float*, const float*, int64_t, float*);
 KDK_ROWS_IN_F32 const float* teacher_row(const DenseArgs&, int64_t, double&);
 

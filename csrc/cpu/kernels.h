@@ -12,6 +12,7 @@ namespace kdk {
 struct KernelTable {
   const char* name;
   void (*dense)(const DenseArgs&, int64_t begin, int64_t end);
+  void (*pixels)(const PixelArgs&, int64_t begin, int64_t end);
   void (*dkd)(const DkdArgs&, int64_t begin, int64_t end);
   void (*mse)(const MseArgs&, int64_t begin, int64_t end);
   void (*topk)(const TopkArgs&, int64_t begin, int64_t end);

@@ -112,6 +112,13 @@ void run_dense_op(const DenseArgs& args, const Tensor&) {
   run_dense(args);
 }
 
+void run_pixels(const PixelArgs& args, const Tensor&) {
+  clear_stats(args, kStats);
+  const KernelTable& table = kernels();
+  parallel_rows(args.batch * args.length, args.width,
+                [&](int64_t begin, int64_t end) { table.pixels(args, begin, end); });
+}
+
 void run_topk_rows(const TopkArgs& args) {
   const KernelTable& table = kernels();
   parallel_rows(args.batch * args.length, args.width,
@@ -465,6 +472,7 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
   m.impl("dense_loss_cpu", TORCH_BOX(&kdk::dense_loss));
   m.impl("dkd_fwd_cpu", TORCH_BOX(&kdk::dkd_fwd));
   m.impl("mse_fwd_cpu", TORCH_BOX(&kdk::mse_fwd));
+  m.impl("pixel_fwd_cpu", TORCH_BOX((&kdk::pixel_fwd<kdk::find_divergence, kdk::run_pixels>)));
   m.impl("shard_fwd_cpu", TORCH_BOX(&kdk::shard_fwd));
   m.impl("token_bwd_cpu", TORCH_BOX(&kdk::token_bwd<kdk::run_tokens>));
   m.impl("token_fwd_cpu", TORCH_BOX(&kdk::token_fwd<kdk::run_tokens>));

@@ -11,6 +11,9 @@ inline namespace KDK_ISA {
 
 template <class X>
 void dense_rows(const DenseArgs& args, int64_t begin, int64_t end);
+// By the type of the sums.
+template <class C>
+void pixel_rows(const PixelArgs& args, int64_t begin, int64_t end);
 template <class X>
 void dkd_rows(const DkdArgs& args, int64_t begin, int64_t end);
 template <class X>

@@ -10,6 +10,9 @@ inline namespace KDK_ISA {
 inline void run_dense(const DenseArgs& args, int64_t begin, int64_t end) {
   with_dtype(args.student.dtype, [&](auto x) { dense_rows<decltype(x)>(args, begin, end); });
 }
+inline void run_pixels(const PixelArgs& args, int64_t begin, int64_t end) {
+  args.student.dtype == DType::kFloat64 ? pixel_rows<double>(args, begin, end) : pixel_rows<float>(args, begin, end);
+}
 inline void run_dkd(const DkdArgs& args, int64_t begin, int64_t end) {
   with_dtype(args.student.dtype, [&](auto x) { dkd_rows<decltype(x)>(args, begin, end); });
 }
@@ -41,8 +44,8 @@ inline void run_topp(const ToppArgs& args, int64_t begin, int64_t end) {
 }
 
 inline KernelTable table(const char* name) {
-  return {name,        run_dense,  run_dkd,    run_mse, run_topk, run_scale,
-          run_capture, run_shards, run_tokens, run_uld, run_topp};
+  return {name,      run_dense,   run_pixels, run_dkd,    run_mse, run_topk,
+          run_scale, run_capture, run_shards, run_tokens, run_uld, run_topp};
 }
 
 }  // namespace KDK_ISA

@@ -69,20 +69,75 @@ Moments<C> moments(C* x, int64_t n, double sum) {
   return {centre, rest, std::sqrt(variance)};
 }
 
+// The logarithm of probabilities, which may be 0, subnormal or NaN.
+template <class C>
+KDK_INLINE Vec<C> log_of_probability(Vec<C> p) {
+  // kdk_log takes no numbers below the normal range, and of NaN it makes a number.
+  const Vec<C> zero = {}, low = zero - std::numeric_limits<C>::infinity(), nan = low - low;
+  const C smallest = std::numeric_limits<C>::min(), raised = C(0x1p64), log_raised = C(64 * kLn2);
+  const auto small = p < smallest;
+  const Vec<C> log_p = kdk_log(kdk_where(small, p * raised, p)) - kdk_where(small, zero + log_raised, zero);
+  return kdk_where(p > zero, log_p, kdk_where(p == zero, low, nan));
+}
+
 // A teacher's row as logits in C, seen by map; returns their sum.
 template <class C, class Map>
 double logits_of_teacher(const DenseArgs& args, int k, int64_t row, C* out, Map map) {
   const LogitsView& view = args.teachers[k];
   if (args.teacher_form != TeacherForm::kProbs)
     return capped_row(view, row, args.length, args.columns, args.teacher_softcap, out, map);
-  // kdk_log takes no numbers below the normal range, and of NaN it makes a number.
-  const Vec<C> zero = {}, low = zero - std::numeric_limits<C>::infinity(), nan = low - low;
-  const C smallest = std::numeric_limits<C>::min(), raised = C(0x1p64), log_raised = C(64 * kLn2);
-  return widen_row(view, row, args.length, args.columns, out, [=](int64_t j, Vec<C> p) KDK_LAMBDA_INLINE {
-    const auto small = p < smallest;
-    const Vec<C> log_p = kdk_log(kdk_where(small, p * raised, p)) - kdk_where(small, zero + log_raised, zero);
-    return map(j, kdk_where(p > zero, log_p, kdk_where(p == zero, low, nan)));
+  return widen_row(view, row, args.length, args.columns, out,
+                   [=](int64_t j, Vec<C> p) KDK_LAMBDA_INLINE { return map(j, log_of_probability<C>(p)); });
+}
+
+// Of a row or a bias of n numbers the vector from j on, filled up with a number of which nothing is used.
+template <class C>
+KDK_INLINE Vec<C> load_within(const C* x, int64_t j, int64_t n, C filling = 0) {
+  if (j + kLanes<C> <= n) return load<Vec<C>>(x + j);
+  C last[kLanes<C>];
+  std::fill(last, last + kLanes<C>, filling);
+  std::copy(x + j, x + n, last);
+  return load<Vec<C>>(last);
+}
+
+// A teacher's row in C, of the columns that the student's are compared with; a probability of 0 where there is none.
+template <class C>
+void gather_columns(const DenseArgs& args, int64_t row, C* out) {
+  const ColumnArgs& columns = args.of_columns;
+  const C nothing = args.teacher_form == TeacherForm::kProbs ? C(0) : -std::numeric_limits<C>::infinity();
+  const LogitsView& view = args.teachers[0];
+  with_dtype(view.dtype, [&](auto of_type) {
+    const auto* t = row_pointer<decltype(of_type)>(view, row, args.length);
+    for (int64_t j = 0; j < args.columns; ++j) {
+      const int64_t id = columns.teacher_columns[j];
+      // A column out of range is nobody's; its number must not be one.
+      out[j] = id >= 0 && id < columns.teacher_width ? C(to_compute(t[id]))
+               : id == -1                            ? nothing
+                                                     : std::numeric_limits<C>::quiet_NaN();
+    }
   });
+}
+
+// The row of a single teacher with a bias, or of other columns, as logits in C.
+template <class C>
+__attribute__((noinline)) void changed_teacher(const DenseArgs& args, int64_t row, C* out) {
+  using V = Vec<C>;
+  const int64_t n = args.columns;
+  const C* bias = static_cast<const C*>(args.of_columns.teacher_bias);
+  if (args.of_columns.teacher_columns != nullptr) {
+    gather_columns(args, row, out);
+  } else {
+    widen_row(args.teachers[0], row, args.length, n, out, AsIs());
+  }
+  const bool probs = args.teacher_form == TeacherForm::kProbs;
+  const double cap = probs ? 0 : args.teacher_softcap;
+  for (int64_t j = 0; j < n; j += kLanes<C>) {
+    V x = load<V>(out + j);
+    if (probs) x = log_of_probability<C>(x);
+    if (bias != nullptr) x += load_within(bias, j, n);
+    if (cap != 0) x = C(cap) * tanh_fast(x * C(1 / cap));
+    store(out + j, x);
+  }
 }
 
 template <class C>
@@ -144,6 +199,10 @@ const C* teacher_row(const DenseArgs& args, int64_t row, double& scale) {
   const int64_t n = args.columns;
   C* out = scratch.get(kTeacherRow, n);
   if (args.mixture == Mixture::kNone) {
+    if (args.of_columns.change_teacher()) {
+      changed_teacher(args, row, out);
+      return out;
+    }
     const double sum = logits_of_teacher(args, 0, row, out, AsIs());
     if (args.standardize) scale /= moments(out, n, sum).std;
     return out;

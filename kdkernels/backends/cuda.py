@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, Optional
 
 import torch
@@ -29,10 +30,14 @@ def why_not(device_type: str) -> Optional[str]:
     return load_error()
 
 
-def lacks_dense(objective: Any, student: Tensor, teachers: tuple[Tensor, ...], *, mixed: bool) -> Optional[str]:
+def lacks_dense(
+    objective: Any, student: Tensor, teachers: tuple[Tensor, ...], *, mixed: bool, changed: Sequence[str] = ()
+) -> Optional[str]:
     """Why a dense loss that asks for the CUDA extension is not among those there; None where it is."""
     if objective.backend != "cuda":
         return None
+    if changed:
+        return f"it has no {changed[0]}"
     if mixed:
         return "it takes one teacher, not a mixture"
     if objective.standardize:

@@ -9,6 +9,14 @@ A caller says ``checks.NAME``; a check stands in the module of its subject. ``se
 by these.
 """
 
+from kdkernels.checks.columns import (
+    class_dimension,
+    log_probs_alone,
+    of_columns,
+    one_plain_teacher,
+    rows_are_neighbours,
+    same_dims,
+)
 from kdkernels.checks.dense import (
     logits,
     mixture_of,

@@ -20,8 +20,9 @@ MAX_TEACHERS = 4
 FLOAT64_DEVICES: tuple[str, ...] = ("cpu",)
 
 
-def logits(name: str, value: Any, *, least: int = 1) -> None:
-    """A floating tensor ``(..., V)`` with unit stride in the last dimension, V >= ``least``; fp64 on the CPU only."""
+def logits(name: str, value: Any, *, least: int = 1, strided: bool = False) -> None:
+    """A floating tensor ``(..., V)`` with V >= ``least`` and unit stride in the last dimension, unless it may be
+    ``strided``; fp64 on the CPU only."""
     if not isinstance(value, Tensor):
         raise no_tensor(name, value)
     plain(name, value)
@@ -34,7 +35,7 @@ def logits(name: str, value: Any, *, least: int = 1) -> None:
         raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
     if not shape or shape[-1] < least:
         raise ValueError(f"{name} must have shape (..., V) with V >= 1, got {tuple(shape)}")
-    if shape[-1] > 1 and value.stride(-1) != 1:
+    if not strided and shape[-1] > 1 and value.stride(-1) != 1:
         raise ValueError(f"{name} must have stride 1 in the last dimension, got strides {tuple(value.stride())}")
 
 
@@ -55,13 +56,13 @@ def teacher_shard(name: str, teacher: Any, student: Tensor) -> None:
         )
 
 
-def student_of(options: Any, student: Any) -> int:
+def student_of(options: Any, student: Any, *, strided: bool = False) -> int:
     """The student's logits suit options; the number of columns that count."""
-    logits("student", student)
+    logits("student", student, strided=strided)
     if options.reduction == "batchmean":
         batch_dimension(student)
     if getattr(options, "inplace", False):
-        inplace_allowed(student)
+        inplace_allowed(student, two_dims=strided)
     return vocabulary(options.vocab_size, student)
 
 
@@ -76,20 +77,33 @@ def vocabulary(vocab_size: Optional[int], student: Tensor, of: str = "student") 
     return vocab_size
 
 
-def teacher_like(name: str, teacher: Any, student: Tensor, vocab_size: Optional[int]) -> None:
-    """The teacher's leading shape and device are the student's; so is its width, unless ``vocab_size`` is given."""
-    logits(name, teacher)
+def teacher_like(
+    name: str,
+    teacher: Any,
+    student: Tensor,
+    vocab_size: Optional[int],
+    *,
+    strided: bool = False,
+    mapped: bool = False,
+) -> None:
+    """The teacher's leading shape and device are the student's; so is its width, unless ``vocab_size`` is given or its
+    columns are ``mapped``."""
+    logits(name, teacher, strided=strided)
     if teacher.device != student.device:
         raise ValueError(f"{name} must be on the student's device {student.device}, got {teacher.device}")
-    same = teacher.shape == student.shape if vocab_size is None else teacher.shape[:-1] == student.shape[:-1]
+    any_width = mapped or vocab_size is not None
+    same = teacher.shape[:-1] == student.shape[:-1] if any_width else teacher.shape == student.shape
     if not same:
         hint = ""
         if teacher.shape[:-1] == student.shape[:-1]:
-            hint = "; pass vocab_size=... when the two are padded to different widths"
+            hint = (
+                "; pass vocab_size=... when the two are padded to different widths, teacher_columns=... when their "
+                "columns differ"
+            )
         raise ValueError(
             f"{name} must have the student's shape {tuple(student.shape)}, got {tuple(teacher.shape)}{hint}"
         )
-    if vocab_size is not None and vocab_size > teacher.shape[-1]:
+    if vocab_size is not None and not mapped and vocab_size > teacher.shape[-1]:
         raise ValueError(f"vocab_size must be at most {name}'s width {teacher.shape[-1]}, got {vocab_size}")
 
 
@@ -115,14 +129,17 @@ def why_not_counted(*tensors: Tensor) -> Optional[str]:
     return f"a GPU counts logits of 16 bits, and sorts others, got {dtype_name(wide[0])}" if wide else None
 
 
-def teachers_of(options: Any, teacher: Any, student: Tensor) -> tuple[Tensor, ...]:
+def teachers_of(
+    options: Any, teacher: Any, student: Tensor, *, strided: bool = False, mapped: bool = False
+) -> tuple[Tensor, ...]:
     """A teacher, or a sequence of some, beside the student."""
     if not isinstance(teacher, (list, tuple)):
-        teacher_like("teacher", teacher, student, options.vocab_size)
+        teacher_like("teacher", teacher, student, options.vocab_size, strided=strided, mapped=mapped)
         return (teacher,)
     several(teacher)
     for k, item in enumerate(teacher):
-        teacher_like("teacher" if len(teacher) == 1 else f"teacher[{k}]", item, student, options.vocab_size)
+        name = "teacher" if len(teacher) == 1 else f"teacher[{k}]"
+        teacher_like(name, item, student, options.vocab_size, strided=strided, mapped=mapped)
     return tuple(teacher)
 
 
@@ -210,10 +227,14 @@ def part_of_teacher(options: Any) -> None:
         raise ValueError("teacher_lse needs one teacher, got teacher_weights")
 
 
-def why_no_teacher_grad(options: Any, *, mixed: bool) -> Optional[str]:
+def why_no_teacher_grad(options: Any, *, mixed: bool, mapped: bool = False) -> Optional[str]:
     """Why the kernels have no gradient for the teachers, if they have none."""
     if mixed:
         return "a mixture of teachers gets a gradient from plain PyTorch only; detach the teachers"
+    if options.student_form == "log_probs":
+        return "beside log-probabilities of a student a teacher gets a gradient from plain PyTorch only; detach it"
+    if mapped:
+        return "with teacher_columns a teacher gets a gradient from plain PyTorch only; detach it"
     if options.teacher_form in ("probs", "unnormalized_probs"):
         return "teacher probabilities get a gradient from plain PyTorch only; detach the teacher"
     if options.resolved.of_acceptance or options.teacher_lse is not None:

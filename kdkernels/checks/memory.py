@@ -12,13 +12,16 @@ from torch import Tensor
 from kdkernels import symbols, transforms
 
 
-def inplace_allowed(student: Tensor, option: str = "inplace", name: str = "student") -> None:
-    """``inplace`` is for eager mode, for a student that gets a gradient, and for rows that are views of their own."""
+def inplace_allowed(student: Tensor, option: str = "inplace", name: str = "student", *, two_dims: bool = False) -> None:
+    """``inplace`` is for eager mode, for a student that gets a gradient, and for rows that are views of their own.
+
+    two_dims: those of the rows are known to make two.
+    """
     if torch.compiler.is_compiling():
         raise ValueError(f"{option}=True works in eager mode only; under torch.compile leave it out")
     if torch.is_grad_enabled() and not student.requires_grad:
         raise ValueError(f"{option}=True needs a {name} that requires grad: there is no gradient to write otherwise")
-    if student.dim() > 3 and not student.is_contiguous():
+    if student.dim() > 3 and not two_dims and not student.is_contiguous():
         raise ValueError(
             f"{option} needs a contiguous {name} or at most 3 dimensions, got strides {tuple(student.stride())}"
         )
@@ -84,8 +87,8 @@ def _extent(tensor: Tensor, below: float = math.inf) -> int:
 
 
 def _same_rows(teacher: Tensor, student: Tensor) -> bool:
-    """True if every row of the teacher begins where the student's row of that number does."""
-    leading = zip(teacher.shape[:-1], teacher.stride()[:-1], student.stride()[:-1], strict=True)
+    """True if every row of the teacher stands where the student's row of that number does."""
+    leading = zip(teacher.shape, teacher.stride(), student.stride(), strict=True)
     return (
         teacher.data_ptr() == student.data_ptr()
         and teacher.dtype == student.dtype

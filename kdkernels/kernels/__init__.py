@@ -13,6 +13,7 @@ def launchers() -> dict[str, Callable[..., Any]]:
     """The launcher of every pattern, by the name of its op."""
     from kdkernels.kernels.dense import dense_fwd
     from kdkernels.kernels.dkd import dkd_fwd
+    from kdkernels.kernels.mapped import mapped_fwd
     from kdkernels.kernels.mse import mse_fwd
     from kdkernels.kernels.scale import scale_grad
     from kdkernels.kernels.shards import shard_fwd
@@ -22,6 +23,7 @@ def launchers() -> dict[str, Callable[..., Any]]:
 
     by_name: dict[str, Callable[..., Any]] = {
         "dense_fwd": dense_fwd,
+        "pixel_fwd": mapped_fwd,
         "topk_fwd": topk_fwd,
         "dkd_fwd": dkd_fwd,
         "mse_fwd": mse_fwd,

@@ -36,6 +36,7 @@ from kdkernels.kernels.arguments import (
     vectors,
 )
 from kdkernels.kernels.dense_cluster import dense_cluster_fwd_kernel
+from kdkernels.kernels.mapped import mapped_fwd
 from kdkernels.kernels.online import defined, linear_sweep, load_mixed, norm_sweep, overlap_of_tile
 from kdkernels.kernels.rows import (
     LN2,
@@ -719,6 +720,9 @@ def dense_fwd(
     z_loss_weight_rows: Optional[Tensor],
     mixture_weights: Optional[Tensor],
     teacher_lse_rows: Optional[Tensor] = None,
+    student_offsets: Optional[Tensor] = None,
+    teacher_offsets: Optional[Tensor] = None,
+    teacher_columns: Optional[Tensor] = None,
     *,
     divergence: str,
     param0: float,
@@ -739,6 +743,7 @@ def dense_fwd(
     teacher_softcap: float,
     standardize: bool,
     stats: bool,
+    student_form: str = "logits",
 ) -> tuple[Tensor, Tensor]:
     """Loss of every row, and its gradient where dstudent is given, in one launch.
 
@@ -750,10 +755,45 @@ def dense_fwd(
         student_temperature_rows, teacher_temperature_rows, param_rows, the weights of terms: fp32 [N].
         mixture_weights: fp32 [N, M], any strides; read for more than one teacher.
         teacher_lse_rows: fp32 [N], of one teacher.
+        student_offsets, teacher_offsets, teacher_columns, student_form: see ``mapped``, whose kernel has them.
 
     Returns:
         Loss fp32 [N], and statistics fp32 [N, 9] in the order of ``kdkernels.ops.STATS`` ([N, 0] unless asked for).
     """
+    of_columns = (student_offsets, teacher_offsets, teacher_columns)
+    if student_form != "logits" or any(item is not None for item in of_columns):
+        return mapped_fwd(
+            student,
+            teachers[0],
+            dstudent,
+            labels,
+            row_weight,
+            student_temperature_rows,
+            teacher_temperature_rows,
+            param_rows,
+            kd_weight_rows,
+            ce_weight_rows,
+            z_loss_weight_rows,
+            *of_columns,
+            divergence=divergence,
+            param0=param0,
+            param1=param1,
+            vocab_size=vocab_size,
+            ignore_index=ignore_index,
+            scale=scale,
+            temperature=temperature,
+            teacher_temperature=teacher_temperature,
+            kd_weight=kd_weight,
+            ce_weight=ce_weight,
+            z_loss_weight=z_loss_weight,
+            label_smoothing=label_smoothing,
+            scale_by_t_squared=scale_by_t_squared,
+            teacher_form=teacher_form,
+            student_form=student_form,
+            student_softcap=student_softcap,
+            teacher_softcap=teacher_softcap,
+            stats=stats,
+        )
     N = num_rows(student)
     loss = student.new_empty(N, dtype=torch.float32)
     row_stats = student.new_empty((N, NUM_STATS.value if stats else 0), dtype=torch.float32)

@@ -7,6 +7,7 @@ the log-probabilities the sums relative to a shard's own normalisers tell those 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -31,7 +32,7 @@ LINEAR = {
 }
 
 
-def kd_loss(given: Objective, student: Any, teacher: Any, labels: Any) -> Any:
+def kd_loss(given: Objective, student: Any, teacher: Any, labels: Any, of_columns: Sequence[Any] = ()) -> Any:
     """``kdkernels.kd_loss`` of a shard."""
     checks.shard("student", student)
     if given.inplace:
@@ -39,10 +40,10 @@ def kd_loss(given: Objective, student: Any, teacher: Any, labels: Any) -> Any:
     facts = facts_of(given, student, labels=labels is not None, teacher=teacher is not None)
 
     def check(total: int) -> Launch:
+        refuse_what_is_missing(given, teacher, of_columns)
         if teacher is None:
             checks.without_teacher(given)
         else:
-            refuse_what_is_missing(given, teacher)
             checks.teacher_shard("teacher", teacher, student)
         backend = backends.choose(given.backend, student, divergence=given.resolved.name, pattern="shard_fwd")
         others = () if teacher is None else (teacher,)
@@ -55,11 +56,14 @@ def kd_loss(given: Objective, student: Any, teacher: Any, labels: Any) -> Any:
     return loss.reshape(student.shape[:-1]) if given.reduction == "none" else loss.sum()
 
 
-def refuse_what_is_missing(given: Objective, teacher: Any) -> None:
+def refuse_what_is_missing(given: Objective, teacher: Any, of_columns: Sequence[Any]) -> None:
     """Options that a sharded vocabulary has no kernel for."""
     missing = {
         "mixture of teachers": isinstance(teacher, (list, tuple)),
         "teacher_lse": given.teacher_lse is not None,
+        "bias, teacher_columns": any(item is not None for item in of_columns),
+        "student_form='log_probs'": given.student_form != "logits",
+        f"dim={given.dim}": given.dim != -1,
         f"teacher_form={given.teacher_form!r}": given.teacher_form not in ("logits", "log_probs"),
         "standardize": given.standardize,
         "return_stats": given.return_stats,

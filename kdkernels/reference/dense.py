@@ -86,8 +86,13 @@ def _teacher_log_probs(
     standardize: bool,
     steep: bool,
     lse: Optional[Tensor] = None,
+    offsets: Optional[Tensor] = None,
 ) -> Tensor:
-    logits = [teacher.log() if form == "probs" else apply_softcap(teacher, softcap) for teacher in teachers]
+    logits = [teacher.log() if form == "probs" else teacher for teacher in teachers]
+    if offsets is not None:
+        logits = [item + offsets for item in logits]
+    if form != "probs":
+        logits = [apply_softcap(item, softcap) for item in logits]
     if standardize:
         logits = [_standardized(item) for item in logits]
     if lse is not None:
@@ -109,6 +114,24 @@ def _teacher_log_probs(
     rows = [torch.where(w != 0, item, torch.zeros_like(item)) for w, item in zip(columns, logits, strict=True)]
     terms = [w.log() + log_softmax(item, temperature) for w, item in zip(columns, rows, strict=True)]
     return torch.logsumexp(torch.stack(terms), 0)
+
+
+def nll(log_probs: Tensor, labels: Tensor, counted: Tensor, label_smoothing: float) -> Tensor:
+    """As ``cross_entropy``, of log-probabilities, which nothing normalises."""
+    columns = log_probs.shape[-1]
+    inside = (labels >= 0) & (labels < columns)
+    picked = log_probs.gather(1, labels.clamp(0, columns - 1)[:, None]).squeeze(1)
+    picked = torch.where(inside | ~counted, picked, torch.full_like(picked, float("nan")))
+    of_label = -(1 - label_smoothing) * picked if label_smoothing != 1 else torch.zeros_like(picked)
+    return of_label - (log_probs * (label_smoothing / columns)).sum(-1) if label_smoothing else of_label
+
+
+def _of_columns(teacher: Tensor, columns: Tensor, form: str) -> Tensor:
+    """The teacher's columns that the student's are compared with; nothing where there is none, and NaN out of range."""
+    inside = (columns >= 0) & (columns < teacher.shape[-1])
+    nothing = torch.where(columns == -1, 0.0 if form == "probs" else -torch.inf, torch.nan).to(teacher.dtype)
+    picked = teacher.index_select(-1, torch.where(inside, columns, 0).long())
+    return torch.where(inside, picked, nothing)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, counted: Tensor, label_smoothing: float) -> Tensor:
@@ -147,6 +170,10 @@ def dense_rows(
     mixture: str = "probs",
     mixture_weights: Optional[Tensor] = None,
     teacher_lse: Optional[Tensor] = None,
+    student_form: str = "logits",
+    student_offsets: Optional[Tensor] = None,
+    teacher_offsets: Optional[Tensor] = None,
+    teacher_columns: Optional[Tensor] = None,
     stats: bool = True,
 ) -> DenseRows:
     """The objective of each row, by the formulas in ``kdkernels.kd_loss``.
@@ -156,11 +183,15 @@ def dense_rows(
         labels: ``[N]`` int64; rows equal to ``ignore_index`` give 0 everywhere and pass no gradient.
         temperature, teacher_temperature, params[0], the weights of terms: a float or ``[N]``.
         teacher_lse: ``[N]``, the teacher's log-normaliser where that is not the one of its logits here.
+        student_offsets, teacher_offsets: added to the logits ``[V]``.
+        teacher_columns: integers ``[V]``, the columns of the teacher that the student's are compared with, -1 for none.
 
     Returns:
         ``DenseRows``; statistics are detached, and None unless ``stats``.
     """
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    if teacher_columns is not None:
+        teachers = [_of_columns(teacher, teacher_columns, teacher_form) for teacher in teachers]
     columns = min([vocab_size or student.shape[-1], student.shape[-1], *(t.shape[-1] for t in teachers)])
     s = student[:, :columns].to(dtype)
     ts = [teacher[:, :columns].to(dtype) for teacher in teachers]
@@ -169,10 +200,14 @@ def dense_rows(
     s = torch.where(counted[:, None], s, torch.zeros_like(s))
     ts = [torch.where(counted[:, None], t, torch.ones_like(t)) for t in ts]
 
+    if student_offsets is not None:
+        s = s + student_offsets[:columns].to(dtype)
+    # Log-probabilities are taken as they are: nothing is done to their sum, nor to their gradient.
+    free = student_form == "log_probs"
     capped = apply_softcap(s, student_softcap)
     tempered = _standardized(capped) if standardize else capped
     steep = divergence == "alpha_beta"
-    logq = log_softmax(tempered, column(temperature), steep=steep)
+    logq = tempered if free else log_softmax(tempered, column(temperature), steep=steep)
     logp = _teacher_log_probs(
         ts,
         mixture_weights,
@@ -183,6 +218,7 @@ def dense_rows(
         standardize=standardize,
         steep=steep,
         lse=teacher_lse,
+        offsets=None if teacher_offsets is None else teacher_offsets[:columns].to(dtype),
     )
 
     # A loss without any term is 0, and so is its gradient, which is there.
@@ -194,7 +230,7 @@ def dense_rows(
         part = teacher_lse is not None
         table = divergences.PART_OF_TEACHER if part else divergences.TABLE
         d = table[divergence](weighed, logq, column(params[0]), params[1])
-        if divergence in divergences.BUILT_IN and not part:
+        if divergence in divergences.BUILT_IN and not part and not free:
             # Of two distributions none is negative: that is rounding, and has no gradient of its own.
             d = d - d.detach().clamp(max=0)
         # The derivative of a NaN need not be NaN (that of abs is 0): the gradient must show what the loss shows.
@@ -204,7 +240,7 @@ def dense_rows(
     lse = torch.logsumexp(capped, -1) if is_there(z_loss_weight) or stats else torch.zeros_like(loss)
     ce = torch.zeros_like(loss)
     if labels is not None and (is_there(ce_weight) or stats):
-        ce = cross_entropy(capped, labels, counted, label_smoothing)
+        ce = (nll if free else cross_entropy)(capped, labels, counted, label_smoothing)
     if is_there(ce_weight) and labels is not None:
         loss = loss + term(ce_weight, ce)
     if is_there(z_loss_weight):

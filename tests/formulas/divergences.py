@@ -18,6 +18,10 @@ def forward_kl(x):
     return F.kl_div(logq, p, reduction="batchmean") * 4
 
 
+def log_prob_leaf(x):
+    return F.kl_div(x.log_probs, F.softmax(x.teacher, -1), reduction="batchmean")
+
+
 def with_labels(x):
     _, logp, _, logq = softmaxes(x, 4.0)
     return 0.9 * 16 * kl(logp, logq).mean() + 0.1 * F.cross_entropy(x.student, x.labels)
@@ -181,6 +185,7 @@ def listmle(x):
 
 FORMULAS = {
     "forward-kl": forward_kl,
+    "log-probabilities-as-the-leaf": log_prob_leaf,
     "forward-kl-with-labels": with_labels,
     "from-hidden-states": hidden,
     "reverse-kl": reverse_kl,

@@ -98,6 +98,7 @@ def inputs():
         "center": normal(V),
         "patches_in_image": torch.tensor([2, 2, 3, 3, 3, 1]),
         "images": 3,
+        "log_probs": normal(N, V).log_softmax(-1).requires_grad_(),
     }
     # A sampler near the student, but for two tokens outside every band; a sure teacher and an unsure one beside others.
     picked = given["logits"].detach().log_softmax(-1).gather(-1, given["tokens"].clamp_min(0)[..., None])[..., 0]

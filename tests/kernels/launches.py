@@ -14,6 +14,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from kdkernels.kernels.dense import dense_fwd
 from kdkernels.kernels.dkd import dkd_fwd
+from kdkernels.kernels.mapped import mapped_fwd
 from kdkernels.kernels.mse import mse_fwd
 from kdkernels.kernels.tokens import token_bwd, token_fwd
 from kdkernels.kernels.topk import topk_fwd
@@ -85,6 +86,12 @@ def dense(
         mixture_weights,
     )
     return dense_fwd(student, teachers, dstudent, *tensors, **options)
+
+
+def mapped(student, teacher, dstudent=None, labels=None, *, of_columns=(None, None, None), **options):
+    known = {name: value for name, value in DENSE.items() if name not in ("mixture", "standardize")}
+    options = {**known, "student_form": "logits", "vocab_size": student.shape[-1], **options}
+    return mapped_fwd(student, teacher, dstudent, labels, *(None,) * 7, *of_columns, **options)
 
 
 def topk(

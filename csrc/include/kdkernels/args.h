@@ -69,6 +69,15 @@ struct ObjectiveArgs : RowArgs {
   }
 };
 
+// Numbers that all rows share, one for each column, in the type of the sums; and the teacher's column that each column
+// is compared with, -1 for none.
+struct ColumnArgs {
+  const void *student_bias = nullptr, *teacher_bias = nullptr;
+  const int32_t* teacher_columns = nullptr;
+  int64_t teacher_width = 0;
+  bool change_teacher() const { return teacher_bias != nullptr || teacher_columns != nullptr; }
+};
+
 struct DenseArgs : ObjectiveArgs {
   LogitsView teachers[kMaxTeachers];
   int num_teachers = 1;
@@ -78,6 +87,19 @@ struct DenseArgs : ObjectiveArgs {
   TeacherForm teacher_form = TeacherForm::kLogits;
   double teacher_softcap = 0;
   bool standardize = false;
+  bool student_log_probs = false;
+  ColumnArgs of_columns;
+};
+
+// As DenseArgs with one teacher, for logits whose rows lie next to each other: the stride of a row is 1, and that of a
+// class is given.
+struct PixelArgs : ObjectiveArgs {
+  LogitsView teacher;
+  int64_t student_stride = 0, teacher_stride = 0, dstudent_stride = 0;  // from class to class
+  TeacherForm teacher_form = TeacherForm::kLogits;
+  double teacher_softcap = 0;
+  bool student_log_probs = false;
+  ColumnArgs of_columns;
 };
 
 struct TopkArgs : ObjectiveArgs {

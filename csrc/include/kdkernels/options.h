@@ -17,7 +17,14 @@ struct DenseNumbers : ObjectiveNumbers {
   double teacher_softcap;
 };
 struct DenseChoices : ObjectiveChoices {
-  int64_t teacher_form, mixture, standardize;
+  int64_t teacher_form, mixture, standardize, student_form;
+};
+
+struct PixelNumbers : ObjectiveNumbers {
+  double teacher_softcap;
+};
+struct PixelChoices : ObjectiveChoices {
+  int64_t teacher_form, student_form;
 };
 
 struct TopkNumbers : ObjectiveNumbers {
