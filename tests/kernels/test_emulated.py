@@ -18,6 +18,7 @@ from ptxrun.triton_bridge import patched
 from kdkernels import reference
 from kdkernels.kernels import divergences, tuning
 from kdkernels.kernels.scale import scale_grad
+from kdkernels.kernels.shards import shard_fwd
 
 pytestmark = pytest.mark.slow
 
@@ -278,6 +279,28 @@ def test_counts_of_a_program_meet_no_race(arch):
     rows = reference.uld_rows(wide, teacher.double(), **options)
     torch.testing.assert_close(loss.double(), rows.detach(), rtol=1e-5, atol=2e-6)
     torch.testing.assert_close(grad.double(), torch.autograd.grad(rows.sum(), wide)[0], rtol=2**-8, atol=2e-6)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("V", [20480, 1001])
+def test_phases_of_a_shard(arch, V):
+    """A read of both models for the sums, and one with a write for the gradient."""
+    N, name = 2, "jsd"
+    student, teacher = make(N, V, torch.bfloat16)
+    rows = torch.tensor([[0.5, 4.0, 7.0, 0.5, 4.0, 7.0, 1.5, -0.4, 0.7, 7.0, 0.01, -0.6]] * N)
+    options = {**options_of(name), "student_softcap": 0.0, "teacher_softcap": 0.0, "vocab_size": V}
+    gradient, labels = torch.full_like(student, torch.nan), torch.tensor([3, -1])
+    with executed(arch) as reports:
+        sums = shard_fwd(student, teacher, None, None, rows, None, **options)
+        shard_fwd(student, teacher, gradient, labels, rows, None, **options)
+    wide = [x.double()[None] for x in (student, teacher)]
+    expected = torch.empty_like(wide[0])
+    of_rows = reference.shards.shard_rows(*wide, None, None, rows.double(), None, **options)
+    reference.shards.shard_rows(*wide, expected, labels, rows.double(), None, **options)
+    torch.testing.assert_close(sums.double(), of_rows, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient.double(), expected[0], rtol=2**-8, atol=2e-6)
+    assert_traffic(reports[0], student, 2, 0, N, V)
+    assert_traffic(reports[1], student, 2, 1, N, V)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
