@@ -17,7 +17,7 @@ def backend():
     return "triton"
 
 
-@pytest.fixture(params=["resident", "swept"], autouse=True)
+@pytest.fixture(params=["resident", "swept"])
 def plans(request, monkeypatch):
     """Rows that stay in registers, and rows that are swept."""
     from kdkernels.kernels import tuning
@@ -31,14 +31,14 @@ def plans(request, monkeypatch):
     monkeypatch.setattr(tuning, "dense_plans", chosen)
 
 
-def test_mixed_kl(backend):
+def test_mixed_kl(backend, plans):
     on_cpu.test_mixed_kl_of_a_value_per_row_on_the_closed_interval(backend, torch.float32)
     on_cpu.test_mixed_kl_at_0_and_1_is_forward_and_reverse_kl_where_the_other_is_infinite(backend)
 
 
 @pytest.mark.parametrize("kind", ["nla", "hybrid"])
 @pytest.mark.parametrize("others", ["alone", "hard", "standardize", "mixture"])
-def test_lk_loss(backend, kind, others):
+def test_lk_loss(backend, kind, others, plans):
     on_cpu.test_lk_loss_beside_other_options(backend, kind, others)
 
 
@@ -49,7 +49,7 @@ def test_signed_mixtures(backend):
 
 
 @pytest.mark.parametrize("part", on_cpu.PARTS)
-def test_teacher_lse(backend, part):
+def test_teacher_lse(backend, part, plans):
     on_cpu.test_teacher_lse_beside_other_options(backend, part, "caps")
 
 
