@@ -10,7 +10,7 @@ from torch import Tensor
 from kdkernels import checks
 from kdkernels.capture import PerRow, capture_topp
 from kdkernels.functional import kd_loss
-from kdkernels.tokens import gather_logprobs
+from kdkernels.tokens import token_logprobs
 
 
 @torch.no_grad()
@@ -76,11 +76,11 @@ def akl_ratio(
         reduction="none",
         **alike,
     )
-    own = gather_logprobs(student, head.ids, **alike)
+    own = token_logprobs(student, head.ids, **alike)
     p, q = head.logprobs.double().exp(), own.logprobs.double().exp()
     inside = p.cumsum(-1) <= mu
     inside[..., 0] = True
-    of_head = torch.where(inside, (p - q).abs(), 0.0).sum(-1).to(distance.dtype)
+    of_head = torch.where(inside & (head.ids >= 0), (p - q).abs(), 0.0).sum(-1).to(distance.dtype)
     # Masked by 0 a NaN would be no more.
     of_head = of_head + 0 * distance
     return torch.where(distance == 0, 0.5, of_head / distance).clamp(max=1.0)

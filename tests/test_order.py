@@ -10,9 +10,7 @@ from kdkernels import testing
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 # Student and teacher.
-widths = pytest.mark.parametrize(
-    "widths", [(1, 1), (7, 7), (1, 5), (33, 20), (2000, 3001)], ids=lambda w: f"V{w[0]}-{w[1]}"
-)
+widths = pytest.mark.parametrize("widths", [(1, 1), (1, 5), (33, 20), (1000, 1501)], ids=lambda w: f"V{w[0]}-{w[1]}")
 LABELS = torch.tensor([0, 0, -100, 0, 0, 0])
 ROWS = len(LABELS)
 UPSTREAM = torch.tensor([1.0, -0.5, 2.0, 0.25, 3.0, 1.5], dtype=torch.float64)
@@ -278,7 +276,7 @@ def nucleus(row, p, min_k=1, max_k=None):
 
 @dtypes
 @pytest.mark.parametrize("kind", ["normal", "ties", "inf", "flat"])
-@pytest.mark.parametrize("width", [1, 9, 5000])
+@pytest.mark.parametrize("width", [1, 9, 2000])
 def test_topp_has_the_fewest_tokens_of_that_mass(kind, width, dtype, backend):
     x = logits(dtype, width, kind)
     for p, bounds in ((0.3, {}), (0.9, {"max_k": 7}), (0.99, {"min_k": 5})):

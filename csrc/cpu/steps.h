@@ -63,12 +63,23 @@ struct Steps {
       C* at = probs.data() + j;
       store(at, exp2_fast<5>(clamp_exponent(affine(load<V>(at)))));
     }
-    double sums[4] = {};
-    for (int64_t j = 0; j < count; ++j) sums[j % 4] += double(probs[size_t(j)]) * columns(j);
-    const double z = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    const double z = mean_of([&](int64_t, int32_t columns) KDK_LAMBDA_INLINE { return columns; });
     log2_z = std::log2(z);
     // Not by an inverse: what is alone has a probability of 1.
-    for (int64_t j = 0; j < count; ++j) probs[size_t(j)] = C(double(probs[size_t(j)]) / z);
+    C* const p = probs.data();
+    for (int64_t j = 0; j < count; ++j) p[j] = C(double(p[j]) / z);
+  }
+  // The sum over the steps of a probability times value(step, columns), in four chains of additions.
+  template <class Value>
+  KDK_INLINE double mean_of(Value value) const {
+    const C* const p = probs.data();
+    const int32_t* const end = ends.data();
+    double sums[4] = {double(p[0]) * value(0, end[0])};
+    int64_t j = 1;
+    for (; j + 4 <= count; j += 4)
+      for (int64_t k = 0; k < 4; ++k) sums[k] += double(p[j + k]) * value(j + k, end[j + k] - end[j + k - 1]);
+    for (; j < count; ++j) sums[0] += double(p[j]) * value(j, end[j] - end[j - 1]);
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
   }
 };
 
@@ -152,8 +163,9 @@ struct Counters {
     counts[kSign] = 0;
     if (positive >= 0) collect<false>(steps, 0, positive);
     if (negative > kSign) collect<true>(steps, kSign, negative);
-    for (int64_t k = 0; k < steps.count; ++k)
-      steps.probs[size_t(k)] = C(to_compute(X{uint16_t(steps.keys[size_t(k)])}));
+    const int32_t* const keys = steps.keys.data();
+    C* const logits = steps.probs.data();
+    for (int64_t k = 0; k < steps.count; ++k) logits[k] = C(to_compute(X{uint16_t(keys[k])}));
     steps.normalize(scale);
   }
 };

@@ -41,8 +41,14 @@ int64_t topp_of_row(const X* row, int64_t n, double scale, double p) {
       std::vector<float> within;
       Bins& bins = Bins::mine();
       bins.tiles(row, n, Bins::Ruler(steps.top, scale), [&](int64_t begin, int64_t end) KDK_LAMBDA_INLINE {
-        for (int64_t j = begin; j < end; ++j)
-          if (int32_t(bins.places[size_t(j - begin)] >> kPlaceBits) == steps.keys[size_t(k)]) within.push_back(row[j]);
+        const VecU bin = VecU{} + uint32_t(steps.keys[size_t(k)]);
+        for (int64_t j = 0; j < end - begin; j += kLanes<float>) {
+          uint32_t hits = lane_bits(bit_cast<VecI>((load<VecU>(bins.places.data() + j) >> kPlaceBits) == bin));
+          for (; hits != 0; hits &= hits - 1) {
+            const int64_t column = begin + j + __builtin_ctz(hits);
+            if (column < end) within.push_back(row[column]);
+          }
+        }
       });
       std::sort(within.begin(), within.end(), std::greater<float>());
       int64_t count = steps.begin(k);

@@ -167,15 +167,14 @@ void uld_rows(const UldArgs& args, int64_t begin, int64_t end) {
     const double area = uld::between(student, teacher, signs.data());
     if (out == nullptr) return area;
     slopes.resize(size_t(student.count));
-    double means[4] = {};
-    for (int64_t k = 0; k < student.count; ++k) {
-      const int32_t sum = signs[size_t(k)] - (k == 0 ? 0 : signs[size_t(k - 1)]);
-      means[k % 4] += double(student.probs[size_t(k)]) * sum;
-      slopes[size_t(k)] = C(sum) / C(student.columns(k));
-    }
-    const double mean = (means[0] + means[1]) + (means[2] + means[3]);
-    const C factor = C(weight / temperature);
-    for (C& slope : slopes) slope = factor * (slope - C(mean));
+    const int32_t *const sum = signs.data(), *const ends = student.ends.data();
+    const double mean =
+        student.mean_of([&](int64_t k, int32_t) KDK_LAMBDA_INLINE { return k == 0 ? sum[0] : sum[k] - sum[k - 1]; });
+    const C factor = C(weight / temperature), less = C(mean);
+    C* const slope = slopes.data();
+    slope[0] = factor * (C(sum[0]) / C(ends[0]) - less);
+    for (int64_t k = 1; k < student.count; ++k)
+      slope[k] = factor * (C(sum[k] - sum[k - 1]) / C(ends[k] - ends[k - 1]) - less);
     uld::write(s, args.columns, scale, found, student, slopes.data(), out);
     return area;
   });

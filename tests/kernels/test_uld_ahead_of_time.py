@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from budgets import CUDA, HIP
+from budgets import HIP
 from launches import compile_for, recorded, specialisation, uld
 
 
@@ -16,7 +16,7 @@ def launch(rows=4, V=32000, teacher_V=128256):
     return launches[0]
 
 
-@pytest.mark.parametrize("target", (*CUDA, *HIP))
+@pytest.mark.parametrize("target", ("sm_80", "sm_90", "sm_120", HIP[0]))
 def test_it_compiles_without_a_spill(target):
     found = compile_for(launch(), target)
     # A block has 512 threads, on AMD 1024.
