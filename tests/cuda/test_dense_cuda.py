@@ -144,7 +144,7 @@ OBJECTIVES = {
 }
 
 
-# In a cluster what else is summed over it: of a linear divergence and of the swept kernel, and of a pair with all terms.
+# In a cluster what else is summed over it: of a linear divergence, of the swept kernel, and of a pair with all terms.
 OBJECTIVE_CASES = [
     (form, objective, name)
     for form in ("bulk", "copies", "cluster")
