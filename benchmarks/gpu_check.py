@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import xml.etree.ElementTree
 from collections import Counter
@@ -251,6 +252,13 @@ class _Process:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        self.ended: Optional[float] = None
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        """One of the background ends long before anybody waits for it."""
+        self.process.wait()
+        self.ended = time.monotonic()
 
     def wait(self) -> None:
         over = False
@@ -274,7 +282,7 @@ class _Process:
                 # pytest's status for no test is 5; a skip of everything is 0 there.
                 if not over and not found.get("failed") and found.get("passed") == 0 and code in (0, 5):
                     status, reason = "nothing ran", "; ".join(found["skipped"]) or "there was nothing to run"
-        self.record |= {"status": status, "seconds": round(time.monotonic() - self.begun, 1), **found}
+        self.record |= {"status": status, "seconds": round((self.ended or time.monotonic()) - self.begun, 1), **found}
         if status != "passed":
             self.record |= {"reason": reason, "tail": [portable(x) for x in output.splitlines()[-TAIL_LINES:]]}
 

@@ -131,6 +131,8 @@ def test_everything_passes(rehearse):
     assert code == 0 and found["card"] == "NVIDIA H200" and statuses(found) == dict.fromkeys(NAMES, "passed")
     begun = {call.name: call.at for call in calls if call.what == "begin"}
     ended = {call.name: call.at for call in calls if call.what == "end"}
+    took = {record["name"]: record["seconds"] for record in found["steps"]}
+    assert took["build"] <= 0.1 + ended["build"] - begun["build"] + 0.5
     # The build is for the card alone, runs beside the Triton tests, and is waited for.
     assert [call.archs for call in calls if call.name == "build"] == ["9.0", "9.0"]
     assert begun["pytest triton"] < ended["build"] and begun["build"] < ended["pytest triton"]
