@@ -37,8 +37,6 @@ def lacks_dense(objective: Any, student: Tensor, teachers: tuple[Tensor, ...], *
         return "it takes one teacher, not a mixture"
     if objective.standardize:
         return "it has no standardize"
-    if any(isinstance(x, Tensor) for x in (objective.kd_weight, objective.ce_weight, objective.z_loss_weight)):
-        return "it takes weights of terms as numbers, not per row"
     if student.dtype == torch.float64:
         return "it takes float32, bfloat16 and float16, not float64"
     if any(teacher.dtype != student.dtype for teacher in teachers):

@@ -207,7 +207,7 @@ struct HeldRow {
       if (own) zh = sums.x[0];
       centered = sums.x[1];
     }
-    return HardTerms(launch, k.weight, top_s, zh, picked, centered, center);
+    return HardTerms(launch, rows.row, k.weight, top_s, zh, picked, centered, center);
   }
 
   __device__ __forceinline__ void run() {
