@@ -280,6 +280,34 @@ struct DenseRows {
   }
 };
 
+__host__ __device__ constexpr bool is_pair(Held kind) { return int(kind) >= int(Held::kJsd) && kind != Held::kNone; }
+
+// JSD with one series, as in kdkernels/kernels/divergences.py. With h = (q - p) / m and w = 1 - beta the summand is
+// m (beta psi(-w h) + w psi(beta h)) for psi(x) = (1 + x) log(1 + x) - x: the terms of first order, whose sum is 0, are
+// left out. Four terms are right to 1e-6 for |h| < 1/8 and beta = 1/2; beyond that the logarithms of p / m and q / m
+// are large enough themselves.
+struct JsdBySeries {
+  float beta, w, beta2, w2, c2, c3, c4, c5;  // beta2, w2: in units of a logarithm to base 2
+
+  __device__ __forceinline__ explicit JsdBySeries(const Params<float>& k) : beta(k.x0), w(k.rest) {
+    const float c = beta * w, b = beta * beta, u = w * w;
+    beta2 = beta * kLn2f, w2 = w * kLn2f;
+    c2 = 0.5f * c, c3 = c * (u - b) * (1.0f / 6), c4 = c * (u * w + b * beta) * (1.0f / 12);
+    c5 = c * (u * u - b * b) * (1.0f / 20);
+  }
+  __device__ __forceinline__ void operator()(float p, float q, float& value, float& score) const {
+    const float over_m = reciprocal_fast(fmaf(q, w, fmaf(p, beta, kTiny))), difference = q - p;
+    const float h = difference * over_m;
+    const float near = difference * h * fmaf(h, fmaf(h, fmaf(h, c5, c4), c3), c2);
+    score = q * w2 * log2_fast(fmaf(q, over_m, kTiny));
+    const float far = fmaf(p * beta2, log2_fast(fmaf(p, over_m, kTiny)), score);
+    // Not a branch.
+    asm("{ .reg .pred p; .reg .f32 x; abs.f32 x, %3; setp.lt.f32 p, x, 0f3e000000; selp.f32 %0, %1, %2, p; }"
+        : "=f"(value)
+        : "f"(near), "f"(far), "f"(h));
+  }
+};
+
 // Cross entropy and z-loss of a row, and their part of the gradient: factor e^ds - step at the label - floor.
 struct HardTerms {
   float loss = 0, ce = 0, lse = 0, factor = 0, step = 0, floor = 0;

@@ -252,12 +252,20 @@ struct SweptRow {
       return out;
     }
   };
+  struct LightJsd {
+    JsdBySeries jsd;
+    __device__ __forceinline__ Scored<float> operator()(float p, float, float q, float) const {
+      Scored<float> out;
+      jsd(p, q, out.value, out.score);
+      return out;
+    }
+  };
   template <class Visit>
   __device__ __forceinline__ void with_pair(Visit visit) const {
     const Params<float> params{k.param, launch.param1, k.rest};
     const bool equal = n.zt == n.zs, decides = equal || (n.zt < 4 && n.zs < 4);
     switch (launch.kind) {
-      case Held::kJsd: return visit(Light<Jsd, Score::kPlain>{params});
+      case Held::kJsd: return visit(LightJsd{JsdBySeries(params)});
       case Held::kTvd:
         return equal ? visit(Light<Tvd, Score::kPlain>{params}) : visit(Light<Tvd, Score::kApart>{params});
       case Held::kSkewKl:
@@ -297,7 +305,7 @@ struct SweptRow {
   }
   template <class Pair>
   struct IsLight {
-    static constexpr bool value = false;
+    static constexpr bool value = __is_same(Pair, LightJsd);
   };
   template <class F, Score FORM>
   struct IsLight<Light<F, FORM>> {
@@ -424,7 +432,6 @@ struct SweptRow {
             });
           });
         });
-        if (launch.kind == Held::kJsd) sums.value += sums.score;
       }
       if (args.stats != nullptr) sweep(true, [&](int i, const Vectors& x) { add_statistics(i, x.s, x.t, sums); });
       if (pair || args.stats != nullptr) sums = team.over(sums, AddSecond());
