@@ -15,6 +15,7 @@ struct Call {
   int64_t labels, loss, stats;
   int64_t row_weight, row_weight_stride, student_temperature, student_temperature_stride;
   int64_t teacher_temperature, teacher_temperature_stride, param, param_stride;
+  int64_t kd_weights, kd_weights_stride, ce_weights, ce_weights_stride, z_loss_weights, z_loss_weights_stride;
   double scale, param0, param1, temperature, teacher_temperature_value;
   double kd_weight, ce_weight, z_loss_weight, label_smoothing, student_softcap, teacher_softcap;
   int64_t shared_per_block, shared_per_multiprocessor, cluster, multiprocessors;
@@ -46,6 +47,9 @@ extern "C" int64_t dense_launch(Call* c, const char* divergence, void* out) {
   a.student_temperature = per_row(c->student_temperature, c->student_temperature_stride);
   a.teacher_temperature = per_row(c->teacher_temperature, c->teacher_temperature_stride);
   a.param = per_row(c->param, c->param_stride);
+  a.kd_weights = per_row(c->kd_weights, c->kd_weights_stride);
+  a.ce_weights = per_row(c->ce_weights, c->ce_weights_stride);
+  a.z_loss_weights = per_row(c->z_loss_weights, c->z_loss_weights_stride);
   a.divergence = cuda::find_divergence(divergence, c->param0, c->param1);
   if (a.divergence < 0) return -1;
   a.param0 = c->param0, a.param1 = c->param1;

@@ -21,7 +21,8 @@ INTEGERS = """batch length columns width ignore_index scale_by_t_squared probs
     student student_stride_b student_stride_l student_dtype teacher teacher_stride_b teacher_stride_l teacher_dtype
     dstudent dstudent_stride_b dstudent_stride_l labels loss stats
     row_weight row_weight_stride student_temperature student_temperature_stride
-    teacher_temperature teacher_temperature_stride param param_stride""".split()
+    teacher_temperature teacher_temperature_stride param param_stride
+    kd_weights kd_weights_stride ce_weights ce_weights_stride z_loss_weights z_loss_weights_stride""".split()
 NUMBERS = """scale param0 param1 temperature teacher_temperature_value
     kd_weight ce_weight z_loss_weight label_smoothing student_softcap teacher_softcap""".split()
 PLAN = """shared_per_block shared_per_multiprocessor cluster multiprocessors
@@ -91,9 +92,10 @@ class DenseEmulator:
         **options,
     ):
         options |= ops.named("dense_fwd", numbers, choices)
-        assert mixture is kd_weights is ce_weights is z_loss_weights is None
+        assert mixture is None
         assert not options.pop("standardize") and options.pop("mixture") == "probs"
         rows = {"temperature_rows": temperatures, "teacher_temperature_rows": teacher_temperatures, "param_rows": param}
+        rows |= {"kd_weights": kd_weights, "ce_weights": ce_weights, "z_loss_weights": z_loss_weights}
         return self(student, teachers, dstudent, labels, row_weight, **rows, **options)
 
     def __call__(
@@ -107,6 +109,9 @@ class DenseEmulator:
         temperature_rows=None,
         teacher_temperature_rows=None,
         param_rows=None,
+        kd_weights=None,
+        ce_weights=None,
+        z_loss_weights=None,
         divergence="forward_kl",
         teacher_temperature=1.0,
         teacher_form="logits",
@@ -134,6 +139,9 @@ class DenseEmulator:
             "student_temperature": temperature_rows,
             "teacher_temperature": teacher_temperature_rows,
             "param": param_rows,
+            "kd_weights": kd_weights,
+            "ce_weights": ce_weights,
+            "z_loss_weights": z_loss_weights,
         }
         for name, tensor in per_row.items():
             setattr(call, name, device.address(tensor))

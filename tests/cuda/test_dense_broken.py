@@ -44,6 +44,10 @@ SLIPS = {
     ),
     "stores not complete at the end": ("if (bulk && team.thread == 0) bulk_stores_done();", ""),
 }
+# Operations complete as late or as early as they may, or blocks and warps fall behind at random.
+SCHEDULES = ({"late": True}, {"late": False}, {"seed": 1}, {"seed": 2, "late": False})
+IN_EVERY_SCHEDULE = ("none", "no wait for a stage", "wrong parity of a stage", "a stage used again too early")
+IN_EVERY_SCHEDULE += ("no fence before the gradient leaves",)
 
 
 @pytest.mark.parametrize("slip", SLIPS)
@@ -56,12 +60,14 @@ def test_slips_are_seen(slip, tmp_path):
         text = header.read_text()
         assert text.count(before) == 1
         header.write_text(text.replace(before, after))
-    emulator = DenseEmulator(90, multiprocessors=4 * 6, compiled=compile_cuda(KERNEL, arch="90a", include=[include]))
+    compiled = compile_cuda(KERNEL, arch="90a", include=[include])
     student, teacher = (torch.randn(6, 12288).bfloat16() for _ in range(2))
-    seen = None
-    try:
-        emulator(student, [teacher], torch.empty_like(student))
-    except (AssertionError, ptxrun.PTXError) as error:
-        seen = str(error)
-    assert emulator.plans[0].plan_cluster == 4 and emulator.plans[0].stages == 2
-    assert (seen is None) == (slip == "none"), seen
+    for schedule in SCHEDULES if slip in IN_EVERY_SCHEDULE else SCHEDULES[:1]:
+        emulator = DenseEmulator(90, multiprocessors=4 * 6, compiled=compiled, **schedule)
+        seen = None
+        try:
+            emulator(student, [teacher], torch.empty_like(student))
+        except (AssertionError, ptxrun.PTXError) as error:
+            seen = str(error)
+        assert emulator.plans[0].plan_cluster == 4 and emulator.plans[0].stages == 2
+        assert (seen is None) == (slip == "none"), (schedule, seen)

@@ -228,13 +228,41 @@ def test_in_place_from_the_public_function():
     torch.testing.assert_close(leaf.grad, want.grad, rtol=2e-2, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["forward_kl", "tvd"])
+@pytest.mark.parametrize("per_row", [("kd_weight", "ce_weight", "z_loss_weight"), ("ce_weight", "z_loss_weight")])
+def test_weights_of_terms_per_row(name, per_row):
+    """A weight of 0 shuts out a teacher that is NaN and a label without mass."""
+    student, teacher = rows(6, 1000, FP32)
+    labels = torch.tensor([3, -100, 999, 0, 7, 8])
+    weights = {key: torch.rand(6) for key in per_row}
+    if "kd_weight" in weights:
+        weights["kd_weight"][2] = 0
+        teacher[2, 5] = torch.nan
+    weights["ce_weight"][3] = 0
+    student[3, 0] = -torch.inf
+    weights["z_loss_weight"][4] = weights["ce_weight"][4] = 0
+    options = {**HARD, **weights, "divergence": name, "temperature": 2.0}
+
+    def evaluate(logits, given, backend):
+        of_rows = kd.kd_loss(logits, given, labels, reduction="none", backend=backend, **options)
+        leaf = logits.clone().requires_grad_()
+        loss = kd.kd_loss(leaf, given, labels, reduction="sum", backend=backend, **options)
+        return of_rows.double(), torch.autograd.grad(loss, leaf)[0].double()
+
+    with DenseEmulator(90).registered() as emulator:
+        found = evaluate(student, teacher, "cuda")
+    held = name if name in HELD and "kd_weight" not in weights else None
+    assert HELD[emulator.plans[0].held] == held
+    expected = evaluate(student.double(), teacher.double(), "torch")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_what_it_lacks_is_refused_by_name_and_auto_takes_another():
     student, teacher = rows(2, 64, FP32)
     refused = [
         ({"teacher": [teacher, teacher], "teacher_weights": [0.5, 0.5]}, "a mixture"),
         ({"teacher": teacher, "standardize": True}, "no standardize"),
         ({"teacher": teacher.bfloat16()}, "of the student's dtype"),
-        ({"teacher": teacher, "kd_weight": torch.ones(2)}, "weights of terms as numbers"),
     ]
     with DenseEmulator(90).registered():
         for given, reason in refused:

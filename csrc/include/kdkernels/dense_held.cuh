@@ -25,8 +25,6 @@ template <>
 struct PairOf<Held::kSkewReverseKl> {
   using F = SkewReverseKl;
 };
-__host__ __device__ constexpr bool is_pair(Held kind) { return int(kind) >= int(Held::kJsd) && kind != Held::kNone; }
-
 template <class X, Held KIND>
 struct HeldRow {
   static constexpr int kL = kLanes<X>, kPieces = kHeldColumns / kL;
@@ -166,6 +164,7 @@ struct HeldRow {
   template <class F, Score FORM>
   __device__ __forceinline__ Sums4 score_all(float factor_q) {
     const Params<float> params{k.param, 0.0f, k.rest};
+    const JsdBySeries jsd(params);
     Sums4 sums;
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
@@ -174,7 +173,11 @@ struct HeldRow {
       for (int l = 0; l < kL; ++l) {
         const float p = et[piece][l], q = es[piece][l] * factor_q;
         float value, score;
-        F::template of_difference<FORM>(params, p, q, p - q, value, score);
+        if constexpr (KIND == Held::kJsd) {
+          jsd(p, q, value, score);
+        } else {
+          F::template of_difference<FORM>(params, p, q, p - q, value, score);
+        }
         et[piece][l] = score;
         sums.x[0] += value;
         sums.x[1] += score;
@@ -207,7 +210,7 @@ struct HeldRow {
       if (own) zh = sums.x[0];
       centered = sums.x[1];
     }
-    return HardTerms(launch, k.weight, top_s, zh, picked, centered, center);
+    return HardTerms(launch, rows.row, k.weight, top_s, zh, picked, centered, center);
   }
 
   __device__ __forceinline__ void run() {
@@ -232,7 +235,6 @@ struct HeldRow {
       } else {
         sums = score_all<F, KIND == Held::kSkewReverseKl ? Score::kNear : Score::kPlain>(factor_q);
       }
-      if (Paired<F>::less_score) sums.x[0] += sums.x[1];
       sums = team.over(sums, AddSums4<2>());
       divergence = sums.x[0] * inverse_t;
       score_sum = sums.x[1] * inverse_t;

@@ -60,9 +60,12 @@ struct DenseLaunch {
 inline const char* dense_refusal(const DenseArgs& args) {
   if (args.mixture != Mixture::kNone || args.num_teachers != 1) return "a mixture of several teachers";
   if (args.standardize) return "standardize=True";
+<<<<<<< HEAD
   if (args.teacher_lse.data != nullptr) return "a teacher that is normalised elsewhere";
   if (args.kd_weights.data != nullptr || args.ce_weights.data != nullptr || args.z_loss_weights.data != nullptr)
     return "weights of terms per row";
+=======
+>>>>>>> s-cud
   if (args.teachers[0].dtype != args.student.dtype) return "a teacher of another dtype than the student";
   if (args.student.dtype == DType::kFloat64) return "float64";
   return nullptr;
@@ -87,8 +90,10 @@ inline DensePlan plan_dense(const DenseArgs& args, const Limits& limits, int mul
   // Of a row that begins anywhere in 128 bytes, unless it begins on 16.
   const int vectors = ceil_div(args.columns + (plan.aligned ? 0 : 8 * lanes - 1), lanes);
 
-  const bool plain = args.kd_weight != 0 && args.stats == nullptr && args.student_softcap == 0 &&
-                     args.teacher_softcap == 0 && args.teacher_form == TeacherForm::kLogits;
+  // A weight of 0 shuts out what is infinite or NaN, which the swept kernel heeds row by row.
+  const bool plain = args.kd_weight != 0 && args.kd_weights.data == nullptr && args.stats == nullptr &&
+                     args.student_softcap == 0 && args.teacher_softcap == 0 &&
+                     args.teacher_form == TeacherForm::kLogits;
   plan.held = plain ? held_kind(args.divergence) : Held::kNone;
   const auto lay_out = [&](int reduction) {
     plan.part_bytes = reduction;

@@ -9,20 +9,22 @@ namespace cuda {
 
 // The numbers of a row that are known before it is read.
 struct RowScales {
-  float weight, kd, unit_s, unit_t, scale_s, scale_t, ratio;  // ratio: T_t / T, exactly 1 where they are equal
-  float param, rest;                                          // rest: 1 - param
+  float weight, kd_weight, kd, unit_s, unit_t, scale_s, scale_t,
+      ratio;          // ratio: T_t / T, exactly 1 where they are equal
+  float param, rest;  // rest: 1 - param
 
-  __device__ __forceinline__ void set(const DenseLaunch& launch, float row_weight, float temperature,
+  __device__ __forceinline__ void set(const DenseLaunch& launch, float row_weight, float of_kd, float temperature,
                                       float teacher_temperature, float x0, float others) {
     weight = launch.scale * row_weight;
-    kd = weight * launch.kd_weight * (launch.args.scale_by_t_squared ? temperature * temperature : 1.0f);
+    kd_weight = launch.kd_weight * of_kd;
+    kd = weight * kd_weight * (launch.args.scale_by_t_squared ? temperature * temperature : 1.0f);
     unit_s = reciprocal(temperature), unit_t = reciprocal(teacher_temperature);
     ratio = temperature == teacher_temperature ? 1.0f : teacher_temperature * unit_s;
     scale_s = kLog2e * unit_s, scale_t = kLog2e * unit_t;
     param = x0, rest = others;
   }
   __device__ __forceinline__ explicit RowScales(const DenseLaunch& launch) {
-    set(launch, 1, launch.temperature, launch.teacher_temperature, launch.param0, launch.rest);
+    set(launch, 1, 1, launch.temperature, launch.teacher_temperature, launch.param0, launch.rest);
   }
   static __device__ __forceinline__ float value_of(const PerRow& values, int64_t row, float otherwise) {
     return values.data == nullptr ? otherwise : static_cast<const float*>(values.data)[row * values.stride];
@@ -30,7 +32,8 @@ struct RowScales {
   __device__ __forceinline__ void of_row(const DenseLaunch& launch, int64_t row) {
     const DenseArgs& args = launch.args;
     const float x0 = value_of(args.param, row, launch.param0);
-    set(launch, value_of(args.row_weight, row, 1), value_of(args.student_temperature, row, launch.temperature),
+    set(launch, value_of(args.row_weight, row, 1), value_of(args.kd_weights, row, 1),
+        value_of(args.student_temperature, row, launch.temperature),
         value_of(args.teacher_temperature, row, launch.teacher_temperature), x0,
         args.param.data == nullptr ? launch.rest : 1 - x0);
   }
@@ -228,7 +231,8 @@ struct DenseRows {
     team.begin(bulk);
     pad();
     const bool per_row = args.student_temperature.data != nullptr || args.teacher_temperature.data != nullptr ||
-                         args.param.data != nullptr || args.row_weight.data != nullptr;
+                         args.param.data != nullptr || args.row_weight.data != nullptr ||
+                         args.kd_weights.data != nullptr;
     const bool doubled = launch.plan.stages == 2, writes = args.wants_grad, padded = writes && args.width > columns;
     RowScales scales(launch);
     row = counted(row);
@@ -276,17 +280,47 @@ struct DenseRows {
   }
 };
 
+__host__ __device__ constexpr bool is_pair(Held kind) { return int(kind) >= int(Held::kJsd) && kind != Held::kNone; }
+
+// JSD with one series, as in kdkernels/kernels/divergences.py. With h = (q - p) / m and w = 1 - beta the summand is
+// m (beta psi(-w h) + w psi(beta h)) for psi(x) = (1 + x) log(1 + x) - x: the terms of first order, whose sum is 0, are
+// left out. Four terms are right to 1e-6 for |h| < 1/8 and beta = 1/2; beyond that the logarithms of p / m and q / m
+// are large enough themselves.
+struct JsdBySeries {
+  float beta, w, beta2, w2, c2, c3, c4, c5;  // beta2, w2: in units of a logarithm to base 2
+
+  __device__ __forceinline__ explicit JsdBySeries(const Params<float>& k) : beta(k.x0), w(k.rest) {
+    const float c = beta * w, b = beta * beta, u = w * w;
+    beta2 = beta * kLn2f, w2 = w * kLn2f;
+    c2 = 0.5f * c, c3 = c * (u - b) * (1.0f / 6), c4 = c * (u * w + b * beta) * (1.0f / 12);
+    c5 = c * (u * u - b * b) * (1.0f / 20);
+  }
+  __device__ __forceinline__ void operator()(float p, float q, float& value, float& score) const {
+    const float over_m = reciprocal_fast(fmaf(q, w, fmaf(p, beta, kTiny))), difference = q - p;
+    const float h = difference * over_m;
+    const float near = difference * h * fmaf(h, fmaf(h, fmaf(h, c5, c4), c3), c2);
+    score = q * w2 * log2_fast(fmaf(q, over_m, kTiny));
+    const float far = fmaf(p * beta2, log2_fast(fmaf(p, over_m, kTiny)), score);
+    // Not a branch.
+    asm("{ .reg .pred p; .reg .f32 x; abs.f32 x, %3; setp.lt.f32 p, x, 0f3e000000; selp.f32 %0, %1, %2, p; }"
+        : "=f"(value)
+        : "f"(near), "f"(far), "f"(h));
+  }
+};
+
 // Cross entropy and z-loss of a row, and their part of the gradient: factor e^ds - step at the label - floor.
 struct HardTerms {
   float loss = 0, ce = 0, lse = 0, factor = 0, step = 0, floor = 0;
+  bool counts = false;  // a term has a weight in this row
 
   HardTerms() = default;
   // zh: the sum of e^ds; centered: of the logits less center, which smoothed labels need.
-  __device__ __forceinline__ HardTerms(const DenseLaunch& launch, float weight, float top, float zh, float picked,
-                                       float centered, float center) {
+  __device__ __forceinline__ HardTerms(const DenseLaunch& launch, int64_t row, float weight, float top, float zh,
+                                       float picked, float centered, float center) {
     const float log_z = log_of_ratio(zh, 1.0f), smoothing = launch.label_smoothing;
     lse = top + log_z;
-    const float hard = weight * launch.ce_weight;
+    const float hard = weight * launch.ce_weight * RowScales::value_of(launch.args.ce_weights, row, 1);
+    const float of_lse = weight * launch.z_loss_weight * RowScales::value_of(launch.args.z_loss_weights, row, 1);
     if (values_ce(launch)) {
       // Smoothing 1 gives the label no part, and smoothing 0 none to the mean.
       ce = log_z;
@@ -296,10 +330,11 @@ struct HardTerms {
       if (hard != 0) loss += hard * ce;
     }
     factor = hard;
-    if (launch.z_loss_weight != 0) {
-      loss += weight * launch.z_loss_weight * lse * lse;
-      factor += 2 * weight * launch.z_loss_weight * lse;
+    if (of_lse != 0) {
+      loss += of_lse * lse * lse;
+      factor += 2 * of_lse * lse;
     }
+    counts = hard != 0 || of_lse != 0;
     factor *= reciprocal_fast(zh);
     step = hard * (1 - smoothing);
     floor = hard * smoothing / float(launch.args.columns);

@@ -29,7 +29,7 @@ struct SweptRow {
   float factor_p = 0, factor_q = 0, post = 1, score_sum = 0, mean_q = 0;
 
   __device__ __forceinline__ bool linear() const { return launch.functor == kNoFunctor; }
-  __device__ __forceinline__ bool distils() const { return launch.kd_weight != 0; }
+  __device__ __forceinline__ bool distils() const { return k.kd_weight != 0; }
 
   __device__ __forceinline__ SweptRow(DenseRows<X>& rows, Cluster& team, const RowScales& scales, float label_logit)
       : rows(rows),
@@ -252,12 +252,20 @@ struct SweptRow {
       return out;
     }
   };
+  struct LightJsd {
+    JsdBySeries jsd;
+    __device__ __forceinline__ Scored<float> operator()(float p, float, float q, float) const {
+      Scored<float> out;
+      jsd(p, q, out.value, out.score);
+      return out;
+    }
+  };
   template <class Visit>
   __device__ __forceinline__ void with_pair(Visit visit) const {
     const Params<float> params{k.param, launch.param1, k.rest};
     const bool equal = n.zt == n.zs, decides = equal || (n.zt < 4 && n.zs < 4);
     switch (launch.kind) {
-      case Held::kJsd: return visit(Light<Jsd, Score::kPlain>{params});
+      case Held::kJsd: return visit(LightJsd{JsdBySeries(params)});
       case Held::kTvd:
         return equal ? visit(Light<Tvd, Score::kPlain>{params}) : visit(Light<Tvd, Score::kApart>{params});
       case Held::kSkewKl:
@@ -297,7 +305,7 @@ struct SweptRow {
   }
   template <class Pair>
   struct IsLight {
-    static constexpr bool value = false;
+    static constexpr bool value = __is_same(Pair, LightJsd);
   };
   template <class F, Score FORM>
   struct IsLight<Light<F, FORM>> {
@@ -334,7 +342,6 @@ struct SweptRow {
     const Linear& c = launch.coefficients;
     const bool scored = distils() && !linear(), over_q = distils() && linear() && (c.c_qp != 0 || c.c_qq != 0);
     const bool over_p = distils() && linear() && c.c_pq != 0;
-    const bool terms_count = launch.ce_weight != 0 || launch.z_loss_weight != 0;
     const float scale = k.kd * k.unit_s, of_q = scale * unit * inverse_s, pulled = factor_q * score_sum;
     float of_p = -float(c.c_pq) * scale * inverse_s;
     float less_ratio_z = -(1 + (n.zs - n.zt) * inverse_t);
@@ -342,7 +349,7 @@ struct SweptRow {
     const int64_t label = values_ce(launch) ? args.labels[rows.row] : -1;
     const auto finish = [&](int i, const float (&xs)[kL], float (&g)[kL]) {
       const int first = place.first(i);
-      if (terms_count) {
+      if (terms.counts) {
 #pragma unroll
         for (int l = 0; l < kL; ++l)
           g[l] = fmaf(terms.factor, exp2_fast((xs[l] - n.top_s) * kLog2e), g[l] - terms.floor);
@@ -407,7 +414,7 @@ struct SweptRow {
     HardTerms terms;
     if (hard) {
       const float center = fabsf(picked) < INFINITY ? picked : 0.0f;
-      terms = HardTerms(launch, k.weight, n.top_s, own ? n.zh : n.zs, picked, n.centered, center);
+      terms = HardTerms(launch, rows.row, k.weight, n.top_s, own ? n.zh : n.zs, picked, n.centered, center);
     }
     float divergence = 0;
     Second sums;
@@ -425,7 +432,6 @@ struct SweptRow {
             });
           });
         });
-        if (launch.kind == Held::kJsd) sums.value += sums.score;
       }
       if (args.stats != nullptr) sweep(true, [&](int i, const Vectors& x) { add_statistics(i, x.s, x.t, sums); });
       if (pair || args.stats != nullptr) sums = team.over(sums, AddSecond());
