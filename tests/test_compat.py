@@ -239,6 +239,18 @@ def test_axolotl_divides_by_slots_or_items(temperature, items):
     agree(lambda s: axolotl.ChunkedTopKKDLoss(2, temperature)(longer(s), *teacher, items), theirs, S)
 
 
+def test_an_id_that_stands_twice_has_axolotl_s_gradient():
+    ids = torch.tensor([[3, 7, 3]])
+    values = torch.tensor([[0.2, 0.5, 0.3]], dtype=torch.float64).log()
+    student = S[:1].clone().requires_grad_()
+    theirs = (values.exp() * (values - student.log_softmax(-1).gather(-1, ids))).sum() / 3
+    ours = axolotl.loss(student[None], ids[None], values[None], torch.ones(1, 1, 3))
+    grads = (torch.autograd.grad(loss, student)[0] for loss in (ours, theirs))
+    torch.testing.assert_close(*grads)
+    twice = [p * torch.log(torch.tensor(p / 0.5, dtype=torch.float64)) for p in (0.2, 0.3)]
+    torch.testing.assert_close(theirs, ours + sum(twice) / 3)
+
+
 @pytest.mark.parametrize("beta, normalize", [(0.0, True), (0.5, True), (1.0, True), (0.0, False)])
 def test_axolotl_s_linear_loss_is_a_sum_whose_labels_it_shifts(beta, normalize):
     values = P.gather(-1, IDS).log_softmax(-1)
@@ -407,6 +419,10 @@ def test_sentence_transformers():
     loss = st.DistillKLDivLoss(model, temperature=2.0, teacher_temperature=3.0)
     columns = query, *(logits(N, D, seed=i) for i in (4, 5, 6))
     agree(lambda *c: loss([{"x": x} for x in c], scores), theirs, *columns)
+    names = {"similarity_fct": "pairwise_dot_score", "temperature": 2.0, "teacher_temperature": 3.0}
+    assert loss.get_config_dict() == names
+    with pytest.raises(ValueError, match="student_temperature must be > 0"):
+        st.DistillKLDivLoss(model, student_temperature=-1.0)
     with pytest.raises(ValueError, match="2 or more candidates"):
         loss.compute_loss_from_embeddings(columns[:2], scores)
 

@@ -10,7 +10,8 @@ axolotl's own trainer passes 0.
 
 Where axolotl is wrong: ``LigerFusedLinearKLTopKLogprobLoss`` multiplies the reported divergence by T^2 and not its
 gradient; here both have the factor. Reverse KL and JSD with ``normalize_topk=False`` compare sums that are no
-distributions, and are refused here. Slots outside the mask, which its ``normalize_topk`` counts, are left out here.
+distributions, and are refused here. Slots outside the mask, which its ``normalize_topk`` counts, are left out here. An
+id that stands twice in a row counts once, with the sum of its probabilities: the gradient is axolotl's, the value less.
 
 Source: axolotl 0.19.0, ``integrations/kd/topk_logprob/forward_kl.py`` and ``integrations/kd/kernels/liger.py``.
 """

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
+from kdkernels import checks
 
 
 def pairwise_dot_score(a: Tensor, b: Tensor) -> Tensor:
@@ -39,6 +40,18 @@ class DistillKLDivLoss(torch.nn.Module):
         self.model, self.similarity_fct, self.temperature = model, similarity_fct, temperature
         self.student_temperature = temperature if student_temperature is None else student_temperature
         self.teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
+
+        for name in ("temperature", "student_temperature", "teacher_temperature"):
+            checks.number(name, getattr(self, name), low=0.0, exclusive_low=True)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """What a model card says of the loss."""
+        name = getattr(self.similarity_fct, "__name__", repr(self.similarity_fct))
+        found = {"similarity_fct": name, "temperature": self.temperature}
+        for side in ("student_temperature", "teacher_temperature"):
+            if getattr(self, side) != self.temperature:
+                found[side] = getattr(self, side)
+        return found
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
         embeddings = [self.model(features)["sentence_embedding"] for features in sentence_features]

@@ -77,7 +77,8 @@ class _Chunked(torch.nn.Module):
         self.num_output_chunks, self.ignore_index = num_output_chunks, ignore_index
 
     def forward(self, student_logits: Sequence[Tensor], teacher_logits: Sequence[Tensor], labels: Tensor) -> Tensor:
-        parts = labels.chunk(self.num_output_chunks, dim=1)
+        # The chunks say where they end: releases differ in how they cut.
+        parts = labels.split([chunk.shape[1] for chunk in student_logits], dim=1)
         chunks = zip(student_logits, teacher_logits, parts, strict=True)
         total = torch.stack([self.loss(*chunk, normalize=False) for chunk in chunks]).sum()
         return total / (labels != self.ignore_index).sum().clamp_min(1)

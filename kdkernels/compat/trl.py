@@ -217,7 +217,8 @@ def server_forward_kl_loss(
 ) -> Tensor:
     """``_compute_server_forward_kl_loss``: slots of log-probability -inf are unused; the mean is this rank's own."""
     ids, logprobs = teacher_result["topk_token_ids"], teacher_result["topk_logprobs"]
-    return _sparse(student_log_probs, ids, logprobs, trainer.loss_add_tail, 0.0, labels=labels, **_common.LOG_PROBS)
+    # Log-probabilities are logits whose logsumexp is 0.
+    return _sparse(student_log_probs, ids, logprobs, trainer.loss_add_tail, 0.0, labels=labels)
 
 
 def sparse_top_1_divergence_loss(
@@ -238,7 +239,7 @@ def sparse_top_1_divergence_loss(
         logprobs = torch.cat([teacher_top1_logprobs[..., None], logprobs], -1)
     options = _reduced(labels, "batchmean", num_items_in_batch, student_log_probs)
     call = student_log_probs, ids, logprobs, trainer.loss_add_tail, trainer.beta
-    return _sparse(*call, labels=labels, **{**options, **_common.LOG_PROBS})
+    return _sparse(*call, labels=labels, **options)
 
 
 def chunked_jsd_loss(
