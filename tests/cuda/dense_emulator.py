@@ -85,6 +85,9 @@ class DenseEmulator:
         ce_weights,
         z_loss_weights,
         mixture,
+        student_offsets,
+        teacher_offsets,
+        teacher_columns,
         *,
         numbers,
         choices,
@@ -92,6 +95,8 @@ class DenseEmulator:
     ):
         options |= ops.named("dense_fwd", numbers, choices)
         assert mixture is kd_weights is ce_weights is z_loss_weights is None
+        assert student_offsets is teacher_offsets is teacher_columns is None
+        assert options.pop("student_form") == "logits"
         assert not options.pop("standardize") and options.pop("mixture") == "probs"
         rows = {"temperature_rows": temperatures, "teacher_temperature_rows": teacher_temperatures, "param_rows": param}
         return self(student, teachers, dstudent, labels, row_weight, **rows, **options)
