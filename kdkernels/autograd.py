@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import memory, ops, reference, symbols, transforms
-from kdkernels.launch import OF_COLUMNS, Launch, as_rows, flat, run, run_reference
+from kdkernels.launch import Launch, as_rows, flat, run, run_reference
 from kdkernels.objective import RowOptions
 
 # A gradient in fp16 holds 2^-24 to 65504. It is kept as large as leaves this much room above Launch.gradient_size.
@@ -243,7 +243,9 @@ def sums_in_one_op(launch: Launch, options: Any, student: Tensor, teachers: tupl
         and rows.row_weight is None
         and rows.mixture_weights is None
         and rows.teacher_lse_rows is None
-        and all(getattr(rows, name) is None for name in OF_COLUMNS)
+        and rows.student_offsets is None
+        and rows.teacher_offsets is None
+        and rows.teacher_columns is None
         and student.dim() in (2, 3)
         and type(student) in _PLAIN_TENSORS
         and (len(teachers) == 0 or type(teachers[0]) in _PLAIN_TENSORS)

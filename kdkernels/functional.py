@@ -201,6 +201,8 @@ def kd_loss(
         >>> round(loss.item(), 3), student.grad.argmin(-1).tolist()
         (4.834, [0, 3])
     """
+    if student_bias is None and teacher_bias is None and teacher_columns is None:
+        return dense(Objective.of(options), student, teacher, labels)
     of_columns = (student_bias, teacher_bias, teacher_columns)
     return dense(Objective.of(options), student, teacher, labels, of_columns)
 
@@ -602,56 +604,46 @@ def dense(
     student: Any,
     teacher: Any,
     labels: Any = None,
-    of_columns: tuple[Any, Any, Any] = (None, None, None),
+    of_columns: Optional[tuple[Any, Any, Any]] = None,
 ) -> Any:
-    """``kd_loss`` of an objective; ``of_columns`` are its biases and ``teacher_columns``."""
-    if distributed.among((student, teacher, labels, objective.teacher_weights, *of_columns, *objective.tensors)):
+    """``kd_loss`` of an objective; ``of_columns`` are its biases and ``teacher_columns``, if one of them is there."""
+    tensors = (student, teacher, labels, objective.teacher_weights, *objective.tensors)
+    if distributed.among(tensors if of_columns is None else (*tensors, *of_columns)):
         options = {"teacher": teacher, "labels": labels, **objective.given()}
-        given = zip(("student_bias", "teacher_bias", "teacher_columns"), of_columns, strict=True)
-        options |= {name: value for name, value in given if value is not None}
+        if of_columns is not None:
+            given = zip(_OF_COLUMNS, of_columns, strict=True)
+            options |= {name: value for name, value in given if value is not None}
         loss = lk_loss if isinstance(objective, LKObjective) else kd_loss
         return distributed.of_all_ranks(loss, student, options)
     if objective.process_group is not None:
         from kdkernels.parallel.dense import kd_loss as of_shards
 
-        return of_shards(objective, student, teacher, labels, of_columns)
+        return of_shards(objective, student, teacher, labels, of_columns or ())
     class_dim, strided = -1, False
     if objective.dim != -1:
         class_dim = checks.class_dimension(objective, student)
     if class_dim != -1:
         student, teacher, strided = _classes_last(objective, class_dim, student, teacher)
     columns = checks.student_of(objective, student, strided=strided)
+    weights: Optional[Tensor] = None
     teachers: tuple[Tensor, ...]
     if teacher is None:
         checks.without_teacher(objective)
-        teachers, weights = (student.detach(),), None
+        teachers = (student.detach(),)
     else:
-        mapped = of_columns[2] is not None
+        mapped = of_columns is not None and of_columns[2] is not None
         teachers = checks.teachers_of(objective, teacher, student, strided=strided, mapped=mapped)
         single = not isinstance(teacher, (list, tuple))
         weights = checks.mixture_weights(objective, len(teachers), student, single=single)
-    student_bias, teacher_bias, teacher_columns = of_columns
-    others = {
-        "labels": labels,
-        "student_bias": student_bias,
-        "teacher_bias": teacher_bias,
-        "teacher_columns": teacher_columns,
-    }
+    others = {"labels": labels}
+    shared: dict[str, Tensor] = {}
+    if of_columns is not None:
+        others |= zip(_OF_COLUMNS, of_columns, strict=True)
+        given_teachers = () if teacher is None else teachers
+        shared = checks.of_columns(objective, student, given_teachers, columns, *of_columns)
     checks.apart_in_place(objective, student, others, teachers)
-    given_teachers = () if teacher is None else teachers
-    shared = checks.of_columns(objective, student, given_teachers, columns, *of_columns)
-    found = _dense(
-        objective,
-        student,
-        teachers,
-        labels,
-        columns,
-        weights,
-        checks.mixture_of(objective),
-        teachers,
-        shared,
-        class_dim if strided else -1,
-    )
+    mixture, dim = checks.mixture_of(objective), class_dim if strided else -1
+    found = _dense(objective, student, teachers, labels, columns, weights, mixture, teachers, shared, dim)
     return without_teacher(found) if teacher is None else found
 
 
@@ -698,13 +690,10 @@ def _dense(
 
     ``class_dim`` is where the classes stood, if the rows lie next to each other.
     """
-    of_columns = of_columns or {}
-    mixed, changed = weights is not None, [_NAMES[name] for name in of_columns]
-    if objective.student_form == "log_probs":
-        changed.append("student_form='log_probs'")
-    if class_dim != -1:
-        changed.append(f"dim={objective.dim}")
-    checks.one_plain_teacher(objective, changed, mixed=mixed)
+    of_columns, mixed = of_columns or {}, weights is not None
+    changed: list[str] = []
+    if of_columns or class_dim != -1 or objective.student_form != "logits":
+        changed = checks.changes_of_reading(objective, of_columns, class_dim, mixed=mixed)
     teacher_grad = torch.is_grad_enabled() and any(teacher.requires_grad for teacher in teachers)
     mapped = "teacher_columns" in of_columns
     torch_only = checks.why_no_teacher_grad(objective, mixed=mixed, mapped=mapped) if teacher_grad else None
@@ -727,11 +716,7 @@ def _dense(
     return with_stats(*evaluate(launch, objective, student, teachers, swapped), student, KDStats)
 
 
-_NAMES = {
-    "student_offsets": "student_bias",
-    "teacher_offsets": "teacher_bias",
-    "teacher_columns": "teacher_columns",
-}
+_OF_COLUMNS = ("student_bias", "teacher_bias", "teacher_columns")
 
 
 def topk(

@@ -62,6 +62,8 @@ class KDLoss(_Loss):
         teacher_bias: Optional[Tensor] = None,
         teacher_columns: Optional[Tensor] = None,
     ) -> Any:
+        if student_bias is None and teacher_bias is None and teacher_columns is None:
+            return functional.dense(self.objective, student, teacher, labels)
         of_columns = (student_bias, teacher_bias, teacher_columns)
         return functional.dense(self.objective, student, teacher, labels, of_columns)
 

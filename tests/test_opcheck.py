@@ -60,6 +60,15 @@ def dense(**options):
     return kd.kd_loss(student, teacher, labels, **options)
 
 
+def pixels(**options):
+    """Rows that lie next to each other, with all that has one number for each column."""
+    student, teacher, labels, *_ = tensors(shape=(2, 6))
+    given = {name: torch.randn(VOCAB) for name in ("student_bias", "teacher_bias")}
+    maps = (x.detach().transpose(1, 2).contiguous() for x in (student, teacher))
+    student, teacher = (x.requires_grad_(k == 0) for k, x in enumerate(maps))
+    return kd.kd_loss(student, teacher, labels, dim=1, teacher_columns=torch.randperm(VOCAB), **given, **options)
+
+
 def topk(**options):
     student, _, labels, ids, logprobs = tensors()
     return kd.topk_kd_loss(student, ids, logprobs, labels, **options)
@@ -99,6 +108,9 @@ LOSSES = {
     "dense-rows": lambda: dense(reduction="none", temperature=PER_ROW, row_weight=PER_ROW, return_stats=True)[0],
     "dense-fp64": lambda: kd.kd_loss(*tensors(torch.float64)[:2], reduction="none", temperature=2.0),
     "dense-bf16": lambda: kd.kd_loss(*tensors(torch.bfloat16, (2, 3))[:2], row_weight=PER_ROW.view(2, 3)),
+    "columns": lambda: dense(student_bias=torch.randn(VOCAB), teacher_columns=torch.arange(VOCAB)),
+    "log-probs": lambda: kd.kd_loss(*tensors()[:2], student_form="log_probs"),
+    "pixels": lambda: pixels(**TERMS),
     "mixture": lambda: kd.kd_loss(tensors()[0], [tensors()[1], tensors()[1]]),
     "topk": lambda: topk(**TERMS),
     "topk-rows": lambda: topk(reduction="none", tail="uniform", row_weight=PER_ROW, return_stats=True)[0],

@@ -42,15 +42,10 @@ def lacks_dense(
         return "it takes one teacher, not a mixture"
     if objective.standardize:
         return "it has no standardize"
-<<<<<<< HEAD
     if objective.resolved.of_acceptance:
         return f"it has no {objective.function}"
     if objective.teacher_lse is not None:
         return "it has no teacher_lse"
-    if any(isinstance(x, Tensor) for x in (objective.kd_weight, objective.ce_weight, objective.z_loss_weight)):
-        return "it takes weights of terms as numbers, not per row"
-=======
->>>>>>> s-cud
     if student.dtype == torch.float64:
         return "it takes float32, bfloat16 and float16, not float64"
     if any(teacher.dtype != student.dtype for teacher in teachers):

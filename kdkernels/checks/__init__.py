@@ -10,10 +10,10 @@ by these.
 """
 
 from kdkernels.checks.columns import (
+    changes_of_reading,
     class_dimension,
     log_probs_alone,
     of_columns,
-    one_plain_teacher,
     rows_are_neighbours,
     same_dims,
 )

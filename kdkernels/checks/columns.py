@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -84,14 +84,20 @@ def _columns(value: Any, student: Tensor, columns: int, width: int) -> Tensor:
     return value.to(torch.int32).contiguous()
 
 
-def one_plain_teacher(options: Any, given: Sequence[str], *, mixed: bool) -> None:
-    """What the kernels do beside ``given``, the names of operands that change how rows are read."""
-    if not given or options.backend == "torch":
-        return
+def changes_of_reading(options: Any, of_columns: Mapping[str, Tensor], class_dim: int, *, mixed: bool) -> list[str]:
+    """The operands of a call that change how rows are read, in a caller's words; the kernels have one teacher and no
+    standardize beside them."""
+    names = {"student_offsets": "student_bias", "teacher_offsets": "teacher_bias"}
+    given = [names.get(name, name) for name in of_columns]
+    if options.student_form == "log_probs":
+        given.append("student_form='log_probs'")
+    if class_dim != -1:
+        given.append(f"dim={options.dim}")
     wrong = "a mixture of teachers" if mixed else "standardize" if options.standardize else None
     wrong = "teacher_lse" if options.teacher_lse is not None else wrong
-    if wrong:
+    if given and wrong and options.backend != "torch":
         raise ValueError(f"{given[0]} cannot be combined with {wrong} in the kernels; backend='torch' computes it")
+    return given
 
 
 def class_dimension(options: Any, student: Any) -> int:

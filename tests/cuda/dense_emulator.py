@@ -86,6 +86,9 @@ class DenseEmulator:
         ce_weights,
         z_loss_weights,
         mixture,
+        student_offsets,
+        teacher_offsets,
+        teacher_columns,
         *,
         numbers,
         choices,
@@ -93,6 +96,8 @@ class DenseEmulator:
     ):
         options |= ops.named("dense_fwd", numbers, choices)
         assert mixture is None
+        assert student_offsets is teacher_offsets is teacher_columns is None
+        assert options.pop("student_form") == "logits"
         assert not options.pop("standardize") and options.pop("mixture") == "probs"
         rows = {"temperature_rows": temperatures, "teacher_temperature_rows": teacher_temperatures, "param_rows": param}
         rows |= {"kd_weights": kd_weights, "ce_weights": ce_weights, "z_loss_weights": z_loss_weights}

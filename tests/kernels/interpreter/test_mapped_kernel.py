@@ -18,10 +18,9 @@ def backend():
     return "triton"
 
 
-@pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize("divergence", kd.divergences.names())
-def test_log_probs(backend, divergence, hard):
-    on_cpu.test_log_probs_against_the_oracle(backend, divergence, "fp32", hard, 37)
+def test_log_probs(backend, divergence):
+    on_cpu.test_log_probs_against_the_oracle(backend, divergence, "fp32", divergence != "jsd", 37)
 
 
 @pytest.mark.parametrize("dtype, given", [(dtype, given) for dtype, given in on_cpu.GIVEN if dtype == "fp32"])
@@ -30,10 +29,9 @@ def test_operands_of_columns(backend, divergence, dtype, given):
     on_cpu.test_operands_of_columns_against_the_oracle(backend, divergence, dtype, given, 37)
 
 
-@pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize("divergence", kd.divergences.names())
-def test_classes_in_the_middle(backend, divergence, hard):
-    on_cpu.test_classes_in_the_middle_against_the_oracle(backend, divergence, "fp32", hard, "2x19x3x7")
+def test_classes_in_the_middle(backend, divergence):
+    on_cpu.test_classes_in_the_middle_against_the_oracle(backend, divergence, "fp32", divergence != "jsd", "2x19x3x7")
 
 
 @pytest.mark.parametrize("dim", [0, -1])
