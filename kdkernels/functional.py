@@ -23,6 +23,7 @@ from kdkernels.objective import (
     DKDObjective,
     MSEObjective,
     Objective,
+    PerRow,
     TAIDObjective,
     TopKObjective,
     takes,
@@ -278,6 +279,7 @@ def taid_loss(
     teacher: Tensor,
     labels: Optional[Tensor] = None,
     *,
+    interpolation: PerRow,
     return_stats: Literal[False] = False,
     **options: Unpack[TAIDOptions],
 ) -> Tensor: ...
@@ -287,6 +289,7 @@ def taid_loss(
     teacher: Tensor,
     labels: Optional[Tensor] = None,
     *,
+    interpolation: PerRow,
     return_stats: Literal[True],
     **options: Unpack[TAIDOptions],
 ) -> tuple[Tensor, KDStats]: ...
@@ -296,6 +299,7 @@ def taid_loss(
     teacher: Tensor,
     labels: Optional[Tensor] = None,
     *,
+    interpolation: PerRow,
     return_stats: bool,
     **options: Unpack[TAIDOptions],
 ) -> Union[Tensor, tuple[Tensor, KDStats]]: ...
