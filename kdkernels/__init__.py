@@ -18,7 +18,7 @@ from kdkernels.sinkhorn import sinkhorn_bias
 from kdkernels.stats import KDStats, TokenStats, TopKStats
 from kdkernels.tokens import TokenLogprobs, gather_logprobs, token_logprobs
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "KDLoss",

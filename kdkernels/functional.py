@@ -25,6 +25,7 @@ from kdkernels.objective import (
     LKObjective,
     MSEObjective,
     Objective,
+    PerRow,
     TAIDObjective,
     TopKObjective,
     ULDObjective,
@@ -338,6 +339,7 @@ def taid_loss(
     teacher: Tensor,
     labels: Optional[Tensor] = None,
     *,
+    interpolation: PerRow,
     return_stats: Literal[False] = False,
     **options: Unpack[TAIDOptions],
 ) -> Tensor: ...
@@ -347,6 +349,7 @@ def taid_loss(
     teacher: Tensor,
     labels: Optional[Tensor] = None,
     *,
+    interpolation: PerRow,
     return_stats: Literal[True],
     **options: Unpack[TAIDOptions],
 ) -> tuple[Tensor, KDStats]: ...
@@ -356,6 +359,7 @@ def taid_loss(
     teacher: Tensor,
     labels: Optional[Tensor] = None,
     *,
+    interpolation: PerRow,
     return_stats: bool,
     **options: Unpack[TAIDOptions],
 ) -> Union[Tensor, tuple[Tensor, KDStats]]: ...

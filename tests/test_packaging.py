@@ -111,6 +111,50 @@ def test_a_command_that_does_not_work_is_noticed(line, fault):
     assert list(faults(line, ["bench"])) == [fault]
 
 
+def test_the_version_has_a_date_and_is_the_one_to_cite():
+    version = re.escape(kdkernels.__version__)
+    [date] = re.findall(rf"^## \[{version}\] - (\d{{4}}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.M)
+    cited = (ROOT / "CITATION.cff").read_text()
+    assert re.search(rf"^version: {version}$", cited, flags=re.M) and f"\ndate-released: {date}\n" in cited
+    assert f"version = {{{kdkernels.__version__}}}" in README and f"year = {{{date[:4]}}}" in README
+
+
+def test_readme_has_one_picture_above_the_fold_and_one_block_of_code():
+    pictures = re.findall(r"^!\[[^\]]*\]\((.*)\)", README, flags=re.M)
+    assert pictures == ["docs/assets/speed.png"] and README.index(pictures[0]) < README.index("```")
+    assert len(code_blocks("python")) == 1 and len(README.split("```bibtex")[0].split()) < 900
+
+
+def test_the_picture_has_the_figures_of_the_table(tmp_path):
+    pytest.importorskip("matplotlib", reason="the picture is drawn with matplotlib")
+    from benchmarks import picture
+
+    found = picture.read(README)
+    assert len(found.milliseconds) == len(found.memory) == 3
+    for other, ratio in zip(found.milliseconds, found.ratios, strict=False):
+        # A median of ratios is not quite the ratio of the medians.
+        assert float(ratio.rstrip("x")) == pytest.approx(other / found.milliseconds[2], rel=0.15)
+    picture.draw(found, tmp_path / "speed.png")
+    # Its size and its letters vary with the version of matplotlib: it is drawn, and nothing else is held.
+    assert (tmp_path / "speed.png").stat().st_size > 5000 and picture.PICTURE.stat().st_size > 5000
+
+
+def test_forms_ask_for_the_environment_and_workflows_call_what_is_there():
+    yaml = pytest.importorskip("yaml", reason="workflows are read with PyYAML")
+    folder = ROOT / ".github"
+    if not folder.is_dir():
+        pytest.skip("not a checkout: the workflows are not here")
+    forms = [yaml.safe_load(path.read_text()) for path in folder.glob("ISSUE_TEMPLATE/*.yml")]
+    assert sum("kdkernels env --json" in str(form) for form in forms) == 2
+    workflows = {path.stem: yaml.safe_load(path.read_text()) for path in folder.glob("workflows/*.yml")}
+    assert set(workflows) == {"tests", "packages", "docs", "cuda", "gpu"}
+    for workflow in workflows.values():
+        for job in workflow["jobs"].values():
+            assert job["timeout-minutes"] and all("uses" in step or step["run"] for step in job["steps"])
+            for script in re.findall(r"(?:scripts|\.ci)/[\w-]+", str(job)):
+                assert (ROOT / script).is_file(), script
+
+
 def test_contributing_is_short():
     assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) < 150
 

@@ -19,6 +19,8 @@ from kdkernels.backends import cpu, cuda, eager, triton
 BACKENDS = {"cuda": cuda, "triton": triton, "cpu": cpu, "torch": eager}
 # The backends with kernels, by the device type of the tensors, in the order in which "auto" tries them.
 KERNELS = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
+# Not a name: the package may be imported under another one.
+_PACKAGE = __name__.partition(".")[0]
 # Logits of which plain PyTorch is worth a warning.
 LARGE = 1_000_000
 
@@ -110,7 +112,7 @@ def _warn_of_plain_torch(
     reasons = "".join(f"\n  {name}: {reason(name)}" for name in kernels)
     # The line to show is the user's: modules call the losses through torch.
     frame, level = sys._getframe(), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("kdkernels", "torch"):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (_PACKAGE, "torch"):
         frame, level = frame.f_back, level + 1
     warnings.warn(
         f"logits {tuple(logits.shape)} on {logits.device.type} go through plain PyTorch, several times slower than "
