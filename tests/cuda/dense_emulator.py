@@ -86,6 +86,7 @@ class DenseEmulator:
         ce_weights,
         z_loss_weights,
         mixture,
+        teacher_lse,
         student_offsets,
         teacher_offsets,
         teacher_columns,
@@ -95,7 +96,7 @@ class DenseEmulator:
         **options,
     ):
         options |= ops.named("dense_fwd", numbers, choices)
-        assert mixture is None
+        assert mixture is teacher_lse is None
         assert student_offsets is teacher_offsets is teacher_columns is None
         assert options.pop("student_form") == "logits"
         assert not options.pop("standardize") and options.pop("mixture") == "probs"
