@@ -581,8 +581,8 @@ def uld_loss(
         teacher_vocab_size: the same of the teacher's.
         exact: sort logits in fp32 instead, at about four times the time. 16-bit logits, float64 and the "torch"
             backend are exact anyway.
-        backend: "auto", "triton" (16-bit logits), "cpu" (C++) or "torch" (plain PyTorch, two sorts: on a GPU for
-            logits in fp32).
+        backend: "auto", "triton" (16-bit logits; it takes half a MB and 8 bytes a column for each multiprocessor),
+            "cpu" (C++) or "torch" (plain PyTorch, two sorts: on a GPU for logits in fp32).
 
     Returns:
         The loss, from 0 to 2 a row: 0-d, or the shape of the rows for "none"; float32 for float32 and 16-bit students,
