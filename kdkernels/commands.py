@@ -85,16 +85,18 @@ def bench(
     for rows, vocab_size in map(_shape, shape):
         for item in dtype:
             with _refused(timing.WrongResult, ValueError, RuntimeError):
-                with _told(f"{rows:,} x {vocab_size:,} {item.value}"):
-                    result = timing.run(
-                        rows,
-                        vocab_size,
-                        item.torch,
-                        divergence=divergence,
-                        device=device,
-                        rounds=rounds,
-                        compiled=compiled,
-                    )
+                # A line and no spinner: that would be drawn by a thread beside what is timed.
+                if sys.stderr.isatty():
+                    print(f"timing {rows:,} x {vocab_size:,} {item.value} ...", file=sys.stderr)
+                result = timing.run(
+                    rows,
+                    vocab_size,
+                    item.torch,
+                    divergence=divergence,
+                    device=device,
+                    rounds=rounds,
+                    compiled=compiled,
+                )
             found.append(result)
             if not as_json:
                 _draw(result)
@@ -286,17 +288,6 @@ def _draw(result: Any) -> None:
     console.print(table)
     for reason in result.absent:
         console.print(reason)
-
-
-@contextmanager
-def _told(what: str) -> Iterator[None]:
-    """A spinner on a terminal, else nothing."""
-    console = Console(stderr=True)
-    if console.is_terminal:
-        with console.status(what):
-            yield
-    else:
-        yield
 
 
 @contextmanager
