@@ -256,9 +256,9 @@ inline LogitsView teacher_view(const Tensor& teacher, const RowArgs& args) {
   return teacher_view(teacher, args, args.columns);
 }
 
-// Names of kdkernels.choices.TeacherForm and Mixture by their places.
+// Names of kdkernels.choices.TeacherForm and MIXTURES by their places.
 enum class Form { kLogits, kLogProbs, kProbs };
-enum class Mixed { kProbs, kLogits };
+enum class Mixed { kProbs, kLogits, kSigned };
 // And of StudentForm.
 enum class OfStudent { kLogits, kLogProbs };
 
@@ -294,8 +294,9 @@ std::tuple<Tensor, Tensor> dense_fwd(Tensor student, std::vector<Tensor> teacher
                                      std::optional<Tensor> teacher_temperature_rows, std::optional<Tensor> param_rows,
                                      std::optional<Tensor> kd_weight_rows, std::optional<Tensor> ce_weight_rows,
                                      std::optional<Tensor> z_loss_weight_rows, std::optional<Tensor> mixture_weights,
-                                     std::optional<Tensor> student_bias, std::optional<Tensor> teacher_bias,
-                                     std::optional<Tensor> teacher_columns, std::string divergence, int64_t vocab_size,
+                                     std::optional<Tensor> teacher_lse_rows, std::optional<Tensor> student_bias,
+                                     std::optional<Tensor> teacher_bias, std::optional<Tensor> teacher_columns,
+                                     std::string divergence, int64_t vocab_size,
                                      std::vector<double> numbers, std::vector<int64_t> choices, bool stats) {
   const auto number = named<DenseNumbers>(numbers);
   const auto chosen = named<DenseChoices>(choices);
@@ -306,6 +307,7 @@ std::tuple<Tensor, Tensor> dense_fwd(Tensor student, std::vector<Tensor> teacher
                       ce_weight_rows, z_loss_weight_rows);
   fill_dense(args, number, chosen);
   const int64_t rows = args.batch * args.length;
+  args.teacher_lse = per_row(teacher_lse_rows, sum_dtype(student), rows, "teacher_lse_rows");
   STD_TORCH_CHECK(!teachers.empty() && teachers.size() <= size_t(kMaxTeachers), "1 to 4 teachers, got ",
                   teachers.size());
   STD_TORCH_CHECK(teachers.size() == 1 || mixture_weights, "a mixture needs mixture_weights");
@@ -325,8 +327,8 @@ std::tuple<Tensor, Tensor> dense_fwd(Tensor student, std::vector<Tensor> teacher
     args.mixture_weights = mixture_weights->const_data_ptr();
     args.mixture_stride_n = mixture_weights->stride(0);
     args.mixture_stride_m = mixture_weights->stride(1);
-    const Mixed mixed = choice(chosen.mixture, Mixed::kLogits, "mixture");
-    args.mixture = mixed == Mixed::kLogits ? Mixture::kLogits : Mixture::kProbs;
+    const Mixed mixed = choice(chosen.mixture, Mixed::kSigned, "mixture");
+    args.mixture = mixed == Mixed::kProbs ? Mixture::kProbs : Mixture::kLogits;
   }
   Tensor out_stats = new_stats(args, student, stats ? kStats : 0);
   if (rows > 0) RUN(args, student);

@@ -5,8 +5,8 @@ from kdkernels.attention import attention_kd_loss, relation_kd_loss
 from kdkernels.capture import TeacherExpectation, TeacherTopK, capture_samples, capture_topk
 from kdkernels.divergences import *  # noqa: F403
 from kdkernels.features import feature_loss
-from kdkernels.functional import dkd_loss, kd_loss, logit_mse_loss, taid_loss, topk_kd_loss
-from kdkernels.linear import linear_kd_loss, linear_topk_kd_loss
+from kdkernels.functional import dkd_loss, kd_loss, lk_loss, logit_mse_loss, taid_loss, topk_kd_loss
+from kdkernels.linear import linear_kd_loss, linear_lk_loss, linear_topk_kd_loss
 from kdkernels.linear_capture import capture_expectation
 from kdkernels.linear_tokens import linear_gather_logprobs, linear_token_logprobs
 from kdkernels.losses import KDLoss, LinearKDLoss, LinearTopKKDLoss, TopKKDLoss
@@ -39,8 +39,10 @@ __all__ = [
     "kd_loss",
     "linear_gather_logprobs",
     "linear_kd_loss",
+    "linear_lk_loss",
     "linear_token_logprobs",
     "linear_topk_kd_loss",
+    "lk_loss",
     "logit_mse_loss",
     "onpolicy",
     "register_divergence",

@@ -245,6 +245,7 @@ def sums_in_one_op(launch: Launch, options: Any, student: Tensor, teachers: tupl
         and rows.student_offsets is None
         and rows.teacher_offsets is None
         and rows.teacher_columns is None
+        and rows.teacher_lse_rows is None
         and student.dim() in (2, 3)
         and type(student) in _PLAIN_TENSORS
         and (len(teachers) == 0 or type(teachers[0]) in _PLAIN_TENSORS)

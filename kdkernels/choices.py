@@ -11,10 +11,14 @@ Mixture = Literal["probs", "logits"]
 Tail = Literal["bucket", "renormalize", "renormalize_both", "uniform", "drop"]
 Backend = Literal["auto", "cuda", "triton", "cpu", "torch"]
 
+Acceptance = Literal["nla", "hybrid"]
+
+# Of an op: "signed" are logits some of whose weights may be below 0.
+MIXTURES = (*get_args(Mixture), "signed")
 # Ops know these by their place.
 CODES = {
     "teacher_form": get_args(TeacherForm),
-    "mixture": get_args(Mixture),
+    "mixture": MIXTURES,
     "tail": get_args(Tail),
     "student_form": get_args(StudentForm),
 }

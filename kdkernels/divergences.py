@@ -21,13 +21,25 @@ __all__ = [
     "Divergence",
     "ForwardKL",
     "Jeffreys",
+    "MixedKL",
     "ReverseKL",
     "SkewKL",
     "SkewReverseKL",
     "SoftCE",
+    "Triangular",
 ]
 DivergenceName = Literal[
-    "forward_kl", "reverse_kl", "jsd", "tvd", "skew_kl", "skew_reverse_kl", "alpha_beta", "jeffreys", "soft_ce"
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "tvd",
+    "skew_kl",
+    "skew_reverse_kl",
+    "alpha_beta",
+    "jeffreys",
+    "mixed_kl",
+    "triangular",
+    "soft_ce",
 ]
 
 
@@ -38,6 +50,8 @@ class Divergence:
     name: ClassVar[str] = ""
     # The field that may also be given as one value per row, always params()[0].
     row_param: ClassVar[Optional[str]] = None
+    # True where that value may be 0 or 1 too.
+    row_param_closed: ClassVar[bool] = False
     formula: ClassVar[str] = ""
     gradient: ClassVar[str] = ""
     paper: ClassVar[str] = ""
@@ -54,6 +68,10 @@ class Divergence:
     linear_without_teacher: ClassVar[bool] = False
     # w where ``D = -E_p[log q] - w H(p)``: linear in log q, so that expectations are all it needs of p. None elsewhere.
     entropy_weight: ClassVar[Optional[float]] = None
+    # True where p may have its normaliser, and mass, in columns that are not here.
+    takes_part_of_teacher: ClassVar[bool] = False
+    # True where a function of the row's sums is differentiated, and not a sum over the vocabulary.
+    of_acceptance: ClassVar[bool] = False
 
     def params(self) -> tuple[float, float]:
         """The two run-time numbers handed to the kernels; unused ones are 0."""
@@ -98,6 +116,7 @@ class ForwardKL(Divergence):
     linear_without_teacher = True
     bounded_gradient = True
     entropy_weight = 1.0
+    takes_part_of_teacher = True
     sweeps = 2
 
     def dual(self) -> Divergence:
@@ -171,6 +190,7 @@ class TVD(Divergence):
     finite_without_teacher = True
     linear_without_teacher = True
     bounded_gradient = True
+    takes_part_of_teacher = True
 
     def dual(self) -> Divergence:
         return TVD()
@@ -288,6 +308,63 @@ class Jeffreys(Divergence):
 
 
 @dataclass(frozen=True)
+class MixedKL(Divergence):
+    """Both Kullback-Leibler divergences, ``(1 - r) KL(p || q) + r KL(q || p)`` with ``r = reverse`` in [0, 1].
+
+    With a value per row (``row_param``, 0 and 1 included) it is AKL (Wu et al. 2024), and any other choice between the
+    two by token. ``reverse = 0`` and ``reverse = 1`` are forward and reverse KL themselves: a term of weight 0 counts
+    nothing, be it infinite. torchtune's ``SymmetricKLLoss(sym_kd_ratio=w)`` and NeMo-RL's ``mixed_kl_weight=w`` weigh
+    forward KL: ``r = 1 - w``.
+    """
+
+    reverse: float = 0.5
+
+    name = "mixed_kl"
+    row_param = "reverse"
+    row_param_closed = True
+    formula = "(1 - r) KL(p || q) + r KL(q || p), r = reverse"
+    gradient = "((1 - r) (q - p) + r q (log q - log p - KL(q || p))) / T"
+    paper = "Wu et al. 2024 (AKL), arXiv:2404.02657"
+    homogeneous = True
+    finite_without_teacher = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reverse", _check_fraction("MixedKL", "reverse", self.reverse))
+
+    def params(self) -> tuple[float, float]:
+        return (self.reverse, 0.0)
+
+    def canonical(self) -> Divergence:
+        if symbols.is_symbol(self.reverse):
+            return self
+        if self.reverse == 0.0:
+            return ForwardKL()
+        if self.reverse == 1.0:
+            return ReverseKL()
+        return self
+
+    def dual(self) -> Divergence:
+        return MixedKL(1.0 - self.reverse)
+
+
+@dataclass(frozen=True)
+class Triangular(Divergence):
+    """Triangular discrimination ``sum (p - q)^2 / (p + q)``, between ``2 TVD^2`` and ``2 TVD`` (Topsoe 2000)."""
+
+    name = "triangular"
+    formula = "sum (p - q)^2 / (p + q)"
+    gradient = "(g - q sum g) / T, g = q (q - p) (3 p + q) / (p + q)^2"
+    paper = "Topsoe 2000, doi:10.1109/18.850703"
+    homogeneous = True
+    finite_without_teacher = True
+    linear_without_teacher = True
+    bounded_gradient = True
+
+    def dual(self) -> Divergence:
+        return Triangular()
+
+
+@dataclass(frozen=True)
 class SoftCE(Divergence):
     """Soft cross entropy ``-sum p logq``: forward KL plus the teacher's entropy, the same gradient to the student."""
 
@@ -299,6 +376,7 @@ class SoftCE(Divergence):
     linear_without_teacher = True
     bounded_gradient = True
     entropy_weight = 0.0
+    takes_part_of_teacher = True
     sweeps = 2
 
     def dual(self) -> Divergence:
@@ -318,6 +396,45 @@ class _DualSoftCE(Divergence):
 
     def dual(self) -> Divergence:
         return SoftCE()
+
+
+@dataclass(frozen=True)
+class _NegativeLogAcceptance(Divergence):
+    """``-log A``, ``A = sum min(p, q)``, of ``lk_loss``: kernels take ``TVD = 1 - A`` and differentiate through it."""
+
+    least: float = 1e-5
+
+    name = "lk_nla"
+    formula = "-log sum min(p, q)"
+    gradient = "q (sum q [q < p] - [q < p]) / (A T)"
+    paper = "Samarin et al. 2026 (LK losses), arXiv:2602.23881"
+    homogeneous = True
+    finite_without_teacher = True
+    takes_part_of_teacher = True
+    of_acceptance = True
+
+    def params(self) -> tuple[float, float]:
+        return (self.least, 0.0)
+
+
+@dataclass(frozen=True)
+class _LKHybrid(Divergence):
+    """``w KL(p || q) + (1 - w) TVD`` of ``lk_loss``, ``w = exp(-eta A)`` of the row and without a gradient."""
+
+    eta: float = 3.0
+
+    name = "lk_hybrid"
+    formula = "w KL(p || q) + (1 - w) TVD, w = exp(-eta A)"
+    gradient = "(w (q - p) + (1 - w) q (sign(q - p) - sum q sign(q - p)) / 2) / T"
+    paper = "Samarin et al. 2026 (LK losses), arXiv:2602.23881"
+    homogeneous = True
+    finite_without_teacher = True
+    bounded_gradient = True
+    takes_part_of_teacher = True
+    of_acceptance = True
+
+    def params(self) -> tuple[float, float]:
+        return (self.eta, 0.0)
 
 
 _TABLE: dict[str, type[Divergence]] = {cls.name: cls for cls in Divergence.__subclasses__()}
@@ -398,12 +515,17 @@ def resolve(divergence: Union[str, Divergence]) -> Divergence:
     if not isinstance(divergence, Divergence):
         got = getattr(divergence, "__name__", divergence)
         raise TypeError(f"divergence must be a name or an instance such as JSD(0.5), got {got!r}")
-    if _TABLE.get(divergence.name) is not type(divergence):
+    if _TABLE.get(divergence.name) is not type(divergence) or divergence.of_acceptance:
         raise ValueError(
             f"divergence of the class {type(divergence).__name__} is unknown: its name {divergence.name!r} "
             "is not registered for this class; kdkernels.register_divergence enters one"
         )
     return divergence.canonical()
+
+
+def of_acceptance(kind: str, number: float) -> Divergence:
+    """What ``lk_loss`` computes: with the least rate that a logarithm sees, or with eta."""
+    return _NegativeLogAcceptance(number) if kind == "nla" else _LKHybrid(number)
 
 
 def markdown_table() -> str:

@@ -16,11 +16,13 @@ from kdkernels.launch import (
     dual,
     row_tensors,
     topk_launch,
+    why_temperatures_learn,
     with_stats,
     without_teacher,
 )
 from kdkernels.objective import (
     DKDObjective,
+    LKObjective,
     MSEObjective,
     Objective,
     TAIDObjective,
@@ -33,7 +35,7 @@ from kdkernels.stats import KDStats, TopKStats
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from kdkernels.options import DKDOptions, MSEOptions, ObjectiveOptions, TAIDOptions, TopKOptions
+    from kdkernels.options import DKDOptions, LKOptions, MSEOptions, ObjectiveOptions, TAIDOptions, TopKOptions
 
 Teachers = Union[Tensor, Sequence[Tensor], None]
 
@@ -105,7 +107,8 @@ def kd_loss(
             ``ignore_index`` give loss 0 and gradient 0, and their logits are not read.
         divergence: a name from ``kdkernels.divergences.names()`` (its default parameters) or an instance such as
             ``JSD(0.3)``.
-        temperature: T of the student, > 0, a number or one value per row.
+        temperature: T of the student, > 0, a number or one value per row. A tensor that requires grad (CTKD, Li et al.
+            2022, arXiv:2211.16231) gets its gradient from plain PyTorch, which "auto" takes then.
         teacher_temperature: T_t, by default ``temperature``.
         scale_by_t_squared: multiply the divergence by ``temperature**2`` (Hinton et al. 2015), in loss and gradient.
         kd_weight, ce_weight, z_loss_weight: weights of the three terms, >= 0, each a number or one value per row: a
@@ -122,10 +125,12 @@ def kd_loss(
             logits, and like those they are normalised, so that a constant per row changes nothing), "probs" (rows
             that add up to 1 within the rounding of their dtype) or "unnormalized_probs" (weights >= 0, divided by their
             sum).
-        teacher_weights: for a sequence of teachers, M weights >= 0, or a tensor ``(..., M)`` of weights per row; equal
-            weights by default.
+        teacher_weights: for a sequence of teachers, M weights, or a tensor ``(..., M)`` of weights per row; equal
+            weights by default. None is below 0 but for ``mixture="logits"``.
         mixture: "probs" (``p = sum_k w_k softmax(t_k / T_t)``, the weights divided by their sum) or "logits"
-            (``p = softmax(sum_k w_k t_k / T_t)``, the weights as they are given).
+            (``p = softmax(sum_k w_k t_k / T_t)``, the weights as they are given, which may be of any sign and sum:
+            contrastive targets such as ``(1, a, -a)``). A column where a teacher whose weight is not 0 has -inf has
+            probability 0, whatever the sign, and a teacher of weight 0 counts nothing.
         vocab_size: columns from there on are padding: no probability, gradient 0. Student and teacher may then be
             padded to different widths.
         student_softcap, teacher_softcap: cap > 0 of ``cap * tanh(logits / cap)``, applied first (Gemma 2).
@@ -152,11 +157,18 @@ def kd_loss(
             copied silently: they are an error that says what to pass.
         standardize: replace the logits of both in the divergence by ``(x - mean(x)) / std(x)`` per row before the
             temperature (logit standardisation, Sun et al. 2024, arXiv:2403.01427), with ``torch.std``, which divides by
-            V - 1, as the authors' code has it. Cross entropy keeps the raw logits. Neither it nor a mixture of teachers
-            goes with a bias, ``teacher_columns``, log-probabilities of a student, or rows next to each other, but for
-            backend "torch".
-        row_param: one value per row for the divergence's parameter (JSD's ``beta``, the skew forms' ``alpha``),
-            strictly between 0 and 1; overrides the instance's.
+            V - 1, as the authors' code has it. Cross entropy keeps the raw logits. Neither it, nor ``teacher_lse``,
+            nor a mixture of teachers goes with a bias, ``teacher_columns``, log-probabilities of a student, or rows
+            next to each other, but for backend "torch".
+        teacher_lse: the teacher's log-normaliser, where that is not the logsumexp of the columns given: a number or
+            one value per row, of ``t / T_t`` over all columns that the teacher has. Then ``p_v = exp(t_v / T_t -
+            teacher_lse)``, whose sum P may be below 1, as where the student has a part of the teacher's vocabulary.
+            For "forward_kl" and "soft_ce", summed over the columns given, with the gradient ``(P q - p) / T``, and for
+            "tvd", ``1 - sum min(p, q)`` then: outcomes that are not here have no mass of the student's. Other
+            divergences, mixtures, ``standardize`` and statistics do not go with it.
+        row_param: one value per row for the divergence's parameter (JSD's ``beta``, the skew forms' ``alpha``,
+            ``MixedKL``'s ``reverse``), strictly between 0 and 1, but that ``reverse`` may be 0 and 1; overrides the
+            instance's.
         inplace: write the gradient over the student's logits: no ``[N, V]`` allocation at all, and the logits are gone
             after the call. Eager only; needs a student that requires grad, whose rows share no memory. A teacher may
             be the student's own rows, one for one; any other memory in common with a tensor of the call is an error.
@@ -345,16 +357,82 @@ def taid_loss(
         labels: as in ``kd_loss``: the classes for ``ce_weight``, and the mask.
         interpolation: lam in [0, 1], a number or one value per row: 0 is the student itself, 1 the teacher.
         options: the other keyword arguments of ``kd_loss``, but for ``teacher_temperature``, ``teacher_form``,
-            ``teacher_weights``, ``mixture``, ``student_form`` and ``dim``.
+            ``teacher_weights``, ``mixture``, ``teacher_lse``, ``student_form`` and ``dim``.
 
     Returns:
         As ``kd_loss``.
 
     Raises:
         TypeError, ValueError: as ``kd_loss``; also for ``teacher_temperature``, ``teacher_form``, ``teacher_weights``,
-            ``mixture``, ``student_form`` and ``dim``, which have no meaning here.
+            ``mixture``, ``teacher_lse``, ``student_form`` and ``dim``, which have no meaning here.
     """
     return taid(TAIDObjective.of(options), student, teacher, labels)
+
+
+@overload
+def lk_loss(
+    student: Tensor,
+    teacher: Teachers = None,
+    labels: Optional[Tensor] = None,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[LKOptions],
+) -> Tensor: ...
+@overload
+def lk_loss(
+    student: Tensor,
+    teacher: Teachers = None,
+    labels: Optional[Tensor] = None,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[LKOptions],
+) -> tuple[Tensor, KDStats]: ...
+@overload
+def lk_loss(
+    student: Tensor,
+    teacher: Teachers = None,
+    labels: Optional[Tensor] = None,
+    *,
+    return_stats: bool,
+    **options: Unpack[LKOptions],
+) -> Union[Tensor, tuple[Tensor, KDStats]]: ...
+@takes(LKObjective)
+def lk_loss(
+    student: Tensor,
+    teacher: Teachers = None,
+    labels: Optional[Tensor] = None,
+    **options: Any,
+) -> Any:
+    r"""Loss of a drafter by the rate at which its tokens are accepted (Samarin et al. 2026, arXiv:2602.23881).
+
+    With ``p = softmax(t / T_t)``, ``q = softmax(s / T)`` and the acceptance rate ``A = sum min(p, q) = 1 - TVD(p, q)``
+    of a row, the objective is that of ``kd_loss`` with, in place of a divergence::
+
+        "nla"       -log max(A, eps)                       gradient -dA / max(A, eps)
+        "hybrid"    w KL(p || q) + (1 - w) (1 - A)         w = exp(-eta A) of the row, without a gradient
+
+    Args:
+        student: the drafter's logits ``(..., V)``, as in ``kd_loss``.
+        teacher: the target model's, as in ``kd_loss``. It gets a gradient from plain PyTorch only. Where the drafter
+            has a part of its vocabulary, ``teacher_lse`` makes ``A`` the true rate of all of it.
+        labels: as in ``kd_loss``: the classes for ``ce_weight``, and the mask.
+        kind: "nla", the negative log acceptance, or "hybrid".
+        eta: of "hybrid", >= 0: 0 is forward KL; a drafter that is accepted often goes over to TVD.
+        eps: of "nla", in (0, 1]: the least rate that the logarithm sees. The gradient does not end there: it is
+            that of ``-A / eps``.
+        options: the other keyword arguments of ``kd_loss``, but for ``divergence`` and ``row_param``. Weights of
+            positions, as drafters have them, are ``row_weight``.
+
+    Returns:
+        As ``kd_loss``; ``KDStats.divergence`` is what stands in the place of the divergence, and ``acceptance`` is A.
+
+    Raises:
+        TypeError, ValueError: as ``kd_loss``; also for an ``eta`` of "nla" and an ``eps`` of "hybrid".
+
+    The formulas and defaults are those of ``vllm-project/speculators``, which takes eta = 3 and eps = 1e-5; there a row
+    with A below eps has no gradient.
+    """
+    return dense(LKObjective.of(options), student, teacher, labels)
 
 
 @takes(DKDObjective)
@@ -440,7 +518,8 @@ def dense(
         if of_columns is not None:
             given = zip(_OF_COLUMNS, of_columns, strict=True)
             options |= {name: value for name, value in given if value is not None}
-        return distributed.of_all_ranks(kd_loss, student, options)
+        loss = lk_loss if isinstance(objective, LKObjective) else kd_loss
+        return distributed.of_all_ranks(loss, student, options)
     class_dim, strided = -1, False
     if objective.dim != -1:
         class_dim = checks.class_dimension(objective, student)
@@ -464,7 +543,8 @@ def dense(
         given_teachers = () if teacher is None else teachers
         shared = checks.of_columns(objective, student, given_teachers, columns, *of_columns)
     checks.apart_in_place(objective, student, others, teachers)
-    mixture, dim = objective.mixture, class_dim if strided else -1
+    mixture = objective.mixture if teacher is None else checks.mixture_of(objective)
+    dim = class_dim if strided else -1
     found = _dense(objective, student, teachers, labels, columns, weights, mixture, teachers, shared, dim)
     return without_teacher(found) if teacher is None else found
 
@@ -519,6 +599,7 @@ def _dense(
     teacher_grad = torch.is_grad_enabled() and any(teacher.requires_grad for teacher in teachers)
     mapped = "teacher_columns" in of_columns
     torch_only = checks.why_no_teacher_grad(objective, mixed=mixed, mapped=mapped) if teacher_grad else None
+    torch_only = torch_only or why_temperatures_learn(objective)
     backend = backends.choose(
         objective.backend,
         student,
@@ -528,7 +609,10 @@ def _dense(
         pattern="dense_fwd" if class_dim == -1 else "pixel_fwd",
     )
     checks.reverse_mode_only(backend, student, *given, labels, *of_columns.values(), *objective.tensors)
-    launch = dense_launch(objective, student, labels, columns, backend, weights, mixture, of_columns, class_dim)
+    learns = backend == "torch"
+    launch = dense_launch(
+        objective, student, labels, columns, backend, weights, mixture, of_columns, class_dim, learns=learns
+    )
     checks.probabilities(objective, teachers, columns, launch.rows.labels, launch.rows.row_weight)
     swapped = dual(launch, objective, teachers[0]) if teacher_grad and backend != "torch" else None
     return with_stats(*evaluate(launch, objective, student, teachers, swapped), student, KDStats)

@@ -28,6 +28,7 @@ class RowTensors(NamedTuple):
     z_loss_weight_rows: Optional[Tensor] = None
     mixture_weights: Optional[Tensor] = None
     tail_rows: Optional[Tensor] = None
+    teacher_lse_rows: Optional[Tensor] = None
     student_offsets: Optional[Tensor] = None
     teacher_offsets: Optional[Tensor] = None
     teacher_columns: Optional[Tensor] = None
@@ -69,10 +70,12 @@ class Launch(NamedTuple):
         return [getattr(self.rows, name) for name in ops.ROW_TENSORS[self.pattern]]
 
 
-def row_tensors(options: RowOptions, student: Tensor, labels: Optional[Tensor]) -> tuple[float, RowTensors]:
+def row_tensors(
+    options: RowOptions, student: Tensor, labels: Optional[Tensor], *, learns: bool = False
+) -> tuple[float, RowTensors]:
     """The tensors of a call with a number per row, checked, and what multiplies the loss of every row.
 
-    ``labels`` are checked and flat.
+    ``labels`` are checked and flat. With ``learns`` temperatures keep their gradient.
     """
     normalizer, weight = options.normalizer, options.row_weight
     rows = RowTensors(labels)
@@ -82,8 +85,14 @@ def row_tensors(options: RowOptions, student: Tensor, labels: Optional[Tensor]) 
             value = getattr(options, name, None)
             if isinstance(value, Tensor):
                 high = 1.0 if name == "row_param" else math.inf
-                may_be_0 = name in objective.TERMS
-                given[of_rows] = checks.per_row(name, value, student, low=0.0, high=high, exclusive=not may_be_0)
+                closed = name == "row_param" and options.resolved.row_param_closed  # type: ignore[attr-defined]
+                may_be_0 = closed or name in objective.TERMS
+                reason: Optional[str] = "it gets no gradient"
+                if name in TEMPERATURES:
+                    reason = _why_no_gradient(learns)
+                given[of_rows] = checks.per_row(
+                    name, value, student, low=0.0, high=high, exclusive=not may_be_0, why_no_grad=reason
+                )
         rows = rows._replace(**given)
         if getattr(options, "teacher_temperature", 0.0) is None:
             rows = rows._replace(teacher_temperature_rows=rows.student_temperature_rows)
@@ -101,6 +110,24 @@ def row_tensors(options: RowOptions, student: Tensor, labels: Optional[Tensor]) 
     return scale, rows if weights is None else rows._replace(row_weight=weights)
 
 
+TEMPERATURES = ("temperature", "teacher_temperature")
+
+
+def _why_no_gradient(learns: bool) -> Optional[str]:
+    if learns or not torch.is_grad_enabled():
+        return None
+    return "only kd_loss, lk_loss and taid_loss give it a gradient, in plain PyTorch"
+
+
+def why_temperatures_learn(options: Any) -> Optional[str]:
+    """Why a call is one for plain PyTorch: a temperature in it wants its gradient."""
+    for name in TEMPERATURES:
+        value = getattr(options, name)
+        if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+            return f"{name} requires grad, which only plain PyTorch gives it; detach it"
+    return None
+
+
 def dense_launch(
     options: Any,
     student: Tensor,
@@ -111,11 +138,22 @@ def dense_launch(
     mixture: str,
     of_columns: Optional[dict[str, Tensor]] = None,
     class_dim: int = -1,
+    *,
+    learns: bool = False,
 ) -> Launch:
-    """The call of a dense objective, with the ``weights`` of its mixture ``[N, M]`` and the tensors ``OF_COLUMNS``."""
-    scale, rows = row_tensors(options, student, checks.labels_of(options, labels, student, columns))
+    """The call of a dense objective, with the ``weights`` of its mixture ``[N, M]`` and the tensors ``OF_COLUMNS``;
+    ``learns`` as ``row_tensors``."""
+    labels = checks.labels_of(options, labels, student, columns)
+    scale, rows = row_tensors(options, student, labels, learns=learns)
     scalars = {**options.scalars, "mixture": mixture, "scale": scale, "vocab_size": columns}
     rows = rows if weights is None else rows._replace(mixture_weights=weights)
+    if options.teacher_lse is not None:
+        if weights is not None:
+            raise ValueError("teacher_lse needs one teacher, got a sequence of teachers")
+        lse = checks.per_row("teacher_lse", options.teacher_lse, student, exclusive=False)
+        if not isinstance(lse, Tensor):
+            lse = symbols.as_tensor(lse, checks.sum_dtype(student), student.device).expand(num_rows(student))
+        rows = rows._replace(teacher_lse_rows=lse)
     rows = rows._replace(**of_columns) if of_columns else rows
     launch = Launch("dense_fwd", backend, rows, scalars, gradient_size=options.gradient_size)
     if class_dim == -1 or backend == "torch":
@@ -282,9 +320,9 @@ def run_reference(launch: Launch, student: Tensor, teachers: Sequence[Tensor]) -
         ids, logprobs = launch.sparse_teacher
         loss, stats = reference.topk_rows(student, ids, logprobs, rows.labels, tail_rows=rows.tail_rows, **options)
     elif launch.pattern == "dense_fwd":
-        weights = rows.mixture_weights
+        options |= {"mixture_weights": rows.mixture_weights, "teacher_lse": rows.teacher_lse_rows}
         options |= {name: getattr(rows, name) for name in OF_COLUMNS}
-        loss, *columns = reference.dense_rows(student, teachers, rows.labels, mixture_weights=weights, **options)
+        loss, *columns = reference.dense_rows(student, teachers, rows.labels, **options)
         if options["stats"]:
             stats = torch.stack([column for column in columns if column is not None], -1)
     else:

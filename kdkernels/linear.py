@@ -13,14 +13,14 @@ from kdkernels.autograd import reduced
 from kdkernels.capture import TeacherExpectation
 from kdkernels.chunked import Call, Expectation, LinearLoss, LinearRows, Rows, execute, projects_columns, whole
 from kdkernels.launch import dense_launch, flat, topk_launch, uniform_launch, with_stats, without_teacher
-from kdkernels.objective import LinearObjective, LinearTopKObjective, takes
+from kdkernels.objective import LinearLKObjective, LinearObjective, LinearTopKObjective, takes
 from kdkernels.reduction import num_rows
 from kdkernels.stats import KDStats, TopKStats
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from kdkernels.options import LinearOptions, LinearTopKOptions
+    from kdkernels.options import LinearLKOptions, LinearOptions, LinearTopKOptions
 
 Head = Union[Tensor, torch.nn.Module]
 
@@ -124,8 +124,8 @@ def linear_kd_loss(
             are known before, ``row_weight`` and "sum" do without.
         divergence, temperature, teacher_temperature, scale_by_t_squared, kd_weight, ce_weight, z_loss_weight,
             label_smoothing, ignore_index, row_weight, normalizer, teacher_weights, mixture, vocab_size,
-            student_softcap, teacher_softcap, standardize, row_param, return_stats, backend: as in ``kd_loss``.
-            Columns from ``vocab_size`` on are not even projected.
+            student_softcap, teacher_softcap, standardize, teacher_lse, row_param, return_stats, backend: as in
+            ``kd_loss``, but that a temperature gets no gradient. Columns from ``vocab_size`` on are not even projected.
 
     Under autocast the operands of the products are rounded to its dtype. Sums, losses and statistics are float32.
     Under ``torch.compile`` the loop is one op of the graph; backend "torch" makes all logits at once there.
@@ -148,6 +148,50 @@ def linear_kd_loss(
         teacher_bias=teacher_bias,
         teacher_logits=teacher_logits,
         teacher_expectation=teacher_expectation,
+    )
+
+
+@takes(LinearLKObjective)
+def linear_lk_loss(
+    student_hidden: Tensor,
+    student_weight: Head,
+    teacher_hidden: Optional[Union[Tensor, Sequence[Tensor]]] = None,
+    teacher_weight: Optional[Union[Head, Sequence[Head]]] = None,
+    labels: Optional[Tensor] = None,
+    *,
+    student_bias: Optional[Tensor] = None,
+    teacher_bias: Optional[Union[Tensor, Sequence[Optional[Tensor]]]] = None,
+    teacher_logits: Optional[Callable[[Rows], Any]] = None,
+    **options: Unpack[LinearLKOptions],
+) -> Any:
+    r"""``lk_loss`` of the logits ``hidden @ weight.T + bias``, which are never stored whole.
+
+    A drafter with a part of the target's vocabulary takes the rows of the target's head that it has
+    (``teacher_weight[columns]``), and for the true acceptance rate ``teacher_lse``.
+
+    Args:
+        student_hidden, student_weight, teacher_hidden, teacher_weight, labels, student_bias, teacher_bias,
+            teacher_logits: as in ``linear_kd_loss``.
+        kind, eta, eps: as in ``lk_loss``.
+        options: the other keyword arguments of ``linear_kd_loss``, but for ``divergence`` and ``row_param``.
+
+    Returns:
+        As ``linear_kd_loss``.
+
+    Raises:
+        TypeError, ValueError: as ``linear_kd_loss``.
+    """
+    return dense(
+        LinearLKObjective.of(options),
+        student_hidden,
+        student_weight,
+        teacher_hidden,
+        teacher_weight,
+        labels,
+        student_bias=student_bias,
+        teacher_bias=teacher_bias,
+        teacher_logits=teacher_logits,
+        teacher_expectation=None,
     )
 
 
@@ -284,7 +328,7 @@ def dense(
     )
     hiddens, heads, biases = zip(*teachers, strict=True) if teachers else ((), (), ())
     call = Call(
-        dense_launch(objective, logits, labels, columns, backend, weights, objective.mixture),
+        dense_launch(objective, logits, labels, columns, backend, weights, checks.mixture_of(objective)),
         objective.chunk_bytes,
         product_dtype,
         objective.logits_dtype,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import checks, divergences, reference, symbols
-from kdkernels.choices import Backend, Mixture, Reduction, StudentForm, Tail, TeacherForm
+from kdkernels.choices import Acceptance, Backend, Mixture, Reduction, StudentForm, Tail, TeacherForm
 from kdkernels.divergences import Divergence, DivergenceName
 
 PerRow = Union[float, Tensor]
@@ -228,7 +228,10 @@ class _Divergence(Options):
 
     def _check(self) -> None:
         super()._check()
-        object.__setattr__(self, "resolved", divergences.resolve(self.divergence))
+        object.__setattr__(self, "resolved", self._resolve())
+
+    def _resolve(self) -> Divergence:
+        return divergences.resolve(self.divergence)
 
 
 @_options
@@ -284,6 +287,7 @@ class _Dense(_Terms):
     mixture: Mixture = "probs"
     teacher_softcap: Optional[float] = None
     standardize: bool = False
+    teacher_lse: Optional[PerRow] = None
 
     def _check(self) -> None:
         super()._check()
@@ -293,6 +297,7 @@ class _Dense(_Terms):
         checks.flag("standardize", self.standardize)
         if isinstance(self.teacher_weights, list):
             object.__setattr__(self, "teacher_weights", tuple(self.teacher_weights))
+        checks.part_of_teacher(self)
 
     def _scalars(self) -> dict[str, Any]:
         return {
@@ -357,6 +362,26 @@ class _Sparse(_Terms):
             "min_tail": min(epsilon, torch.finfo(torch.float32).eps),
             "tail_rounding": epsilon / 2,
         }
+
+
+@_options
+class _Acceptance(_Dense):
+    """Options of an objective of the acceptance rate, in place of a divergence."""
+
+    kind: Acceptance = "nla"
+    eta: float = 3.0
+    eps: float = 1e-5
+
+    def _resolve(self) -> Divergence:
+        checks.choice("kind", self.kind, get_args(Acceptance))
+        checks.number("eta", self.eta, low=0.0)
+        checks.in_sums("eta", self.eta)
+        checks.number("eps", self.eps, low=0.0, high=1.0, exclusive_low=True)
+        checks.in_sums("eps", self.eps, positive=True)
+        unused = "eta" if self.kind == "nla" else "eps"
+        if getattr(self, unused) != self.defaults[unused]:
+            raise ValueError(f"{unused} has no meaning with kind {self.kind!r}")
+        return divergences.of_acceptance(self.kind, self.eps if self.kind == "nla" else self.eta)
 
 
 @_options
@@ -462,7 +487,31 @@ class TAIDObjective(Objective):
     interpolation: PerRow
 
     function = "taid_loss"
-    without = ("teacher_temperature", "teacher_form", "teacher_weights", "mixture", "student_form", "dim")
+    without = (
+        "teacher_temperature",
+        "teacher_form",
+        "teacher_weights",
+        "mixture",
+        "teacher_lse",
+        "student_form",
+        "dim",
+    )
+
+
+@_options
+class LKObjective(Objective, _Acceptance):
+    """The options of ``lk_loss``: those of ``kd_loss`` but for the divergence, and the kind."""
+
+    function = "lk_loss"
+    without = ("divergence", "row_param", "student_form", "dim")
+
+
+@_options
+class LinearLKObjective(LinearObjective, _Acceptance):
+    """The options of ``linear_lk_loss``."""
+
+    function = "linear_lk_loss"
+    without = ("divergence", "row_param")
 
 
 @_options

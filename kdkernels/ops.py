@@ -73,8 +73,8 @@ SCHEMAS = {
     # Writes the gradient of sum_i loss_i to dstudent, which may be the student itself, and returns (loss [N], stats
     # [N, S]).
     "dense_fwd": (
-        f"(Tensor student, Tensor[] teachers, {_ROWS}, Tensor? mixture_weights, {_COLUMNS}, *, str divergence, "
-        f"{_ALIKE}, bool stats) -> (Tensor, Tensor)"
+        f"(Tensor student, Tensor[] teachers, {_ROWS}, Tensor? mixture_weights, "
+        f"Tensor? teacher_lse_rows, {_COLUMNS}, *, str divergence, {_ALIKE}, bool stats) -> (Tensor, Tensor)"
     ),
     # As dense_fwd of one teacher, for [B, L, V] whose stride is 1 in L: the rows lie next to each other.
     "pixel_fwd": (

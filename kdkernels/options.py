@@ -12,7 +12,7 @@ from typing import Optional, TypedDict, Union
 import torch
 from torch import Tensor
 
-from kdkernels.choices import Backend, Mixture, Reduction, StudentForm, Tail, TeacherForm
+from kdkernels.choices import Acceptance, Backend, Mixture, Reduction, StudentForm, Tail, TeacherForm
 from kdkernels.divergences import Divergence, DivergenceName
 from kdkernels.objective import PerRow
 
@@ -35,28 +35,32 @@ class _OnHidden(TypedDict, total=False):
     logits_dtype: Optional[torch.dtype]
 
 
-class _Terms(RowOptions, total=False):
+class _Weighed(RowOptions, total=False):
     temperature: PerRow
     scale_by_t_squared: bool
-    divergence: Union[DivergenceName, Divergence]
     kd_weight: PerRow
     ce_weight: PerRow
     z_loss_weight: PerRow
     label_smoothing: float
     student_softcap: Optional[float]
+
+
+class _Terms(_Weighed, total=False):
+    divergence: Union[DivergenceName, Divergence]
     row_param: Optional[Tensor]
 
 
-class _Logits(_Terms, total=False):
+class _Logits(TypedDict, total=False):
     teacher_softcap: Optional[float]
     standardize: bool
 
 
-class _Dense(_Logits, total=False):
+class _Teacher(_Logits, total=False):
     teacher_temperature: Optional[PerRow]
     teacher_form: TeacherForm
     teacher_weights: Optional[Union[Sequence[float], Tensor]]
     mixture: Mixture
+    teacher_lse: Optional[PerRow]
 
 
 class _Sparse(_Terms, total=False):
@@ -65,7 +69,13 @@ class _Sparse(_Terms, total=False):
     min_tail: Optional[float]
 
 
-class ObjectiveOptions(_OnLogits, _Dense, total=False):
+class _Acceptance(_Teacher, _Weighed, total=False):
+    kind: Acceptance
+    eta: float
+    eps: float
+
+
+class ObjectiveOptions(_OnLogits, _Teacher, _Terms, total=False):
     """Of ``kd_loss``."""
 
     student_form: StudentForm
@@ -76,7 +86,7 @@ class TopKOptions(_OnLogits, _Sparse, total=False):
     """Of ``topk_kd_loss``."""
 
 
-class LinearOptions(_OnHidden, _Dense, total=False):
+class LinearOptions(_OnHidden, _Teacher, _Terms, total=False):
     """Of ``linear_kd_loss``."""
 
 
@@ -86,8 +96,18 @@ class LinearTopKOptions(_OnHidden, _Sparse, total=False):
     sparse_grad: bool
 
 
-class TAIDOptions(_OnLogits, _Logits, total=False):
+class TAIDOptions(_OnLogits, _Logits, _Terms, total=False):
     """Of ``taid_loss``, beside the interpolation."""
+
+
+class LKOptions(_OnLogits, _Acceptance, total=False):
+    """Of ``lk_loss``."""
+
+
+class LinearLKOptions(_OnHidden, _Acceptance, total=False):
+    """Of ``linear_lk_loss``."""
+
+    return_stats: bool
 
 
 class DKDOptions(_OnLogits, RowOptions, total=False):

@@ -21,7 +21,7 @@ from torch import Tensor
 from kdkernels import divergences
 from kdkernels.backends import cpu
 from kdkernels.divergences import Divergence
-from kdkernels.functional import KDStats, kd_loss
+from kdkernels.functional import KDStats, kd_loss, lk_loss
 from kdkernels.reference import divergences as reference_divergences
 
 Teacher = Union[Tensor, Sequence[Tensor]]
@@ -145,8 +145,30 @@ def textbook_divergence(
         return _kl(q, logq, w * q + (1 - w) * p)
     if name == "alpha_beta":
         return _alpha_beta(*divergence.params(), logp, logq)
+    if name == "mixed_kl":
+        return (_times((1 - w) * p, logp - logq) + _times(w * q, logq - logp)).sum(-1)
     # A newly added divergence has one textbook line, and this is it.
     return reference_divergences.TABLE[name](logp, logq, w, divergence.params()[1])
+
+
+def _of_options(options: Any, logp: Tensor, logq: Tensor, row_param: Optional[Tensor]) -> Tensor:
+    """What stands in the place of ``D(p, q) [N]`` for options of ``kd_loss`` or, with a ``kind``, of ``lk_loss``."""
+    p, q = logp.exp(), logq.exp()
+    part = options.get("teacher_lse") is not None
+    rate, distance = torch.minimum(p, q).sum(-1), 0.5 * (p - q).abs().sum(-1)
+    if part:
+        distance = 1 - rate
+    if options.get("kind") == "hybrid":
+        share = torch.exp(-options.get("eta", 3.0) * rate.detach())
+        return share * _times(p, logp - logq).sum(-1) + (1 - share) * distance
+    if options.get("kind") == "nla":
+        floored, near = rate.detach().clamp(min=options.get("eps", 1e-5)), rate > 0.5
+        of_far = -floored.log() - (rate - rate.detach()) / floored
+        return torch.where(near, -torch.log1p(-torch.where(near, distance, 0.0)), of_far)
+    divergence = divergences.resolve(options.get("divergence", "forward_kl"))
+    if part and divergence.name == "tvd":
+        return distance
+    return textbook_divergence(divergence, logp, logq, row_param)
 
 
 def _capped(logits: Tensor, cap: Optional[float]) -> Tensor:
@@ -225,7 +247,9 @@ def textbook_objective(
         for t in teachers
     ]
     tempered = [_tempered(scores(t), teacher_temperature, exact) for t in as_logits]
-    if isinstance(teacher, Tensor):
+    if get("teacher_lse") is not None:
+        logp = as_logits[0] / teacher_temperature[:, None] - rows(get("teacher_lse"))[:, None]
+    elif isinstance(teacher, Tensor):
         logp = torch.log_softmax(tempered[0], -1)
     else:
         weights = get("teacher_weights")
@@ -234,17 +258,14 @@ def textbook_objective(
         weights = weights.expand(len(counts), -1)[counts]
         stacked = torch.stack(tempered, -1)  # [M, V, K]
         if get("mixture") == "logits":
-            logp = torch.log_softmax(_times(weights[:, None], stacked).sum(-1), -1)
+            weighed = _times(weights[:, None], stacked)
+            weighed = torch.where(torch.isneginf(stacked) & (weights[:, None] != 0), -torch.inf, weighed)
+            logp = torch.log_softmax(weighed.sum(-1), -1)
         else:
             weights = weights / weights.sum(-1, keepdim=True)
             logp = _times(weights[:, None], torch.softmax(stacked, 1)).sum(-1).log()
 
-    d = textbook_divergence(
-        divergences.resolve(get("divergence", "forward_kl")),
-        logp,
-        logq,
-        None if get("row_param") is None else rows(get("row_param")),
-    )
+    d = _of_options(options, logp, logq, None if get("row_param") is None else rows(get("row_param")))
     ce = torch.zeros_like(d)
     if labels is not None:
         smoothing = get("label_smoothing", 0.0)
@@ -348,7 +369,7 @@ def rounding_unit(
         row_param = torch.as_tensor(row_param).reshape(-1).expand(len(parts.counts))[parts.counts].double()
     logp, logq = parts.logp.detach().requires_grad_(), parts.logq.detach().requires_grad_()
     with torch.enable_grad():
-        d = textbook_divergence(divergence, logp, logq, row_param)
+        d = _of_options(options, logp, logq, row_param)
         dual, score = torch.autograd.grad(d.sum(), (logp, logq), allow_unused=True, materialize_grads=True)
     logp, logq = logp.detach(), logq.detach()
     p, q = logp.exp(), logq.exp()
@@ -362,10 +383,12 @@ def rounding_unit(
         size = size + _finite(powers) * torch.maximum(far_p, far_q)
         cancelled = abs(a * b) or a * a or b * b or 1.0
     in_s, in_t = size.amax(-1) + q.amax(-1) * of_q.sum(-1), size.amax(-1) + p.amax(-1) * of_p.sum(-1)
-    if divergence.name == "tvd":
+    if divergence.name == "tvd" or "kind" in options:
         # Where p and q agree to rounding, either sign of q - p is right.
         undecided = (logp - logq).abs() <= 2 * epsilon * (far_p + far_q)
-        in_s, in_t = in_s + (q * undecided).sum(-1) / epsilon, in_t + (p * undecided).sum(-1) / epsilon
+        steep = 1 / torch.minimum(p, q).sum(-1).clamp(min=get("eps", 1e-5)) if get("kind") == "nla" else 1.0
+        in_s = in_s + steep * (q * undecided).sum(-1) / epsilon
+        in_t = in_t + steep * (p * undecided).sum(-1) / epsilon
 
     scale = _term_weight(options, "kd_weight", parts.counts) * parts.tau
     loss = scale * (size.sum(-1) / cancelled + _finite(d.detach()).abs())
@@ -585,20 +608,23 @@ def check_kd_loss(
 ) -> Outcome:
     """Hold ``kd_loss(student, teacher, labels, **options)`` row by row against the truth; ``reduction`` is "none".
 
+    With a ``kind`` among the options it is ``lk_loss``.
+
     Raises:
         AssertionError: where loss or gradient are worse than ``Oracle.check`` allows.
     """
     dim = options.pop("dim", -1)
     moved = [x.movedim(dim, -1) for x in ([student, teacher] if isinstance(teacher, Tensor) else [student, *teacher])]
     oracle = kd_oracle(moved[0], moved[1] if isinstance(teacher, Tensor) else moved[1:], labels, **options)
-    options = {**options, "reduction": "none", "backend": backend, "dim": dim}
+    options = {**options, "reduction": "none", "backend": backend, **({} if dim == -1 else {"dim": dim})}
 
     def as_given(x: Any) -> Any:
         if dim == -1:
             return x
         return x.movedim(-1, dim).contiguous() if isinstance(x, Tensor) else [as_given(item) for item in x]
 
-    return oracle.check(lambda s, t: kd_loss(as_given(s), as_given(t), labels, **options))
+    loss: Any = lk_loss if "kind" in options else kd_loss
+    return oracle.check(lambda s, t: loss(as_given(s), as_given(t), labels, **options))
 
 
 @contextlib.contextmanager

@@ -155,11 +155,6 @@ CALLS = {
         TypeError,
         "temperature must be a number or a tensor of numbers, got bool",
     ),
-    "temperature-grad": (
-        {"temperature": torch.ones(N, L, requires_grad=True)},
-        ValueError,
-        "temperature must not require grad: it gets no gradient; detach it",
-    ),
     "temperature-device": (
         {"temperature": torch.ones(N, L, device="meta")},
         ValueError,

@@ -67,6 +67,14 @@ DOCUMENTED = {
         lambda p, q: ((p - q) * (p / q).log()).sum(-1),
         lambda p, q: q - p + _centred(q * (q / p).log(), q),
     ),
+    "mixed_kl": (
+        lambda p, q: 0.5 * ((p - q) * (p / q).log()).sum(-1),
+        lambda p, q: 0.5 * (q - p) + 0.5 * _centred(q * (q / p).log(), q),
+    ),
+    "triangular": (
+        lambda p, q: ((p - q) ** 2 / (p + q)).sum(-1),
+        lambda p, q: _centred(q * (q - p) * (3 * p + q) / (p + q) ** 2, q),
+    ),
     "soft_ce": (lambda p, q: -(p * q.log()).sum(-1), lambda p, q: q - p),
 }
 

@@ -73,6 +73,10 @@ def slope_of_teacher(divergence, logp, logq):
         return -q
     if name == "jeffreys":
         return p * (logp - logq + 1) - q
+    if name == "mixed_kl":
+        return (1 - a) * p * (logp - logq + 1) - a * q
+    if name == "triangular":
+        return p * (p - q) * (3 * q + p) / np.maximum(p + q, 1e-300) ** 2
     if name == "tvd":
         return p * np.sign(p - q) / 2
     if name == "jsd":
@@ -96,6 +100,12 @@ def value_and_score(divergence, logp, logq):
             return times(q, logq - logp), times(q, logq - logp + 1)
         if name == "jeffreys":
             return times(p, logp - logq) + times(q, logq - logp), times(q, logq - logp + 1) - p
+        if name == "mixed_kl":
+            value = times((1 - a) * p, logp - logq) + times(a * q, logq - logp)
+            return value, times(a * q, logq - logp + 1) - (1 - a) * p
+        if name == "triangular":
+            share = (q - p) / np.maximum(p + q, 1e-300)
+            return (q - p) * share, q * share * (3 * p + q) / np.maximum(p + q, 1e-300)
         if name == "tvd":
             return np.abs(p - q) / 2, q * np.sign(q - p) / 2
         if name == "jsd":
@@ -250,10 +260,11 @@ DIVERGENCES = st.one_of(
     st.builds(kd.JSD, st.floats(0.05, 0.95)),
     st.builds(kd.SkewKL, st.floats(0.05, 0.95)),
     st.builds(kd.SkewReverseKL, st.floats(0.05, 0.95)),
+    st.builds(kd.MixedKL, st.floats(0.0, 1.0)),
     st.builds(kd.AlphaBeta, st.floats(0.25, 1.5), st.floats(0.25, 1.5)),
 )
 # Where the teacher has no mass.
-INFINITE = ("reverse_kl", "jeffreys")
+INFINITE = ("reverse_kl", "jeffreys", "mixed_kl")
 TEMPERATURES = st.sampled_from([0.5, 0.7, 1, 1.0, 1.5, 2.0, 4.0, 10.0])
 
 

@@ -125,7 +125,12 @@ def test_hard_terms_on_hard_inputs(kind, name, dtype, backend):
     testing.check_kd_loss(student, teacher, labels, divergence="reverse_kl", backend=backend, **OPTIONS[name])
 
 
-PARAMETRISED = {"jsd": kd.JSD, "skew_kl": kd.SkewKL, "skew_reverse_kl": kd.SkewReverseKL}
+PARAMETRISED = {
+    "jsd": kd.JSD,
+    "skew_kl": kd.SkewKL,
+    "skew_reverse_kl": kd.SkewReverseKL,
+    "mixed_kl": kd.MixedKL,
+}
 
 
 @pytest.mark.parametrize("divergence", PARAMETRISED)

@@ -27,6 +27,7 @@ KINDS = {
     "logit_mse_loss": (kd.logit_mse_loss, objective.MSEObjective, options.MSEOptions),
     "linear_kd_loss": (kd.linear_kd_loss, objective.LinearObjective, options.LinearOptions),
     "linear_topk_kd_loss": (kd.linear_topk_kd_loss, objective.LinearTopKObjective, options.LinearTopKOptions),
+    "lk_loss": (kd.lk_loss, objective.LKObjective, options.LKOptions),
     "token_logprobs": (kd.token_logprobs, objective.TokenOptions, options.TokenOptions),
 }
 MODULES = (kd.KDLoss, kd.TopKKDLoss, kd.LinearKDLoss, kd.LinearTopKKDLoss)

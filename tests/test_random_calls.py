@@ -71,16 +71,33 @@ def draw(seed):
     elif tame and chance(0.15):
         teacher = [teacher, testing.make_inputs("normal", rows, columns, dtype, seed + 1)[1]]
         options["mixture"] = draws.choice(["probs", "logits"])
+        if options["mixture"] == "logits" and chance(0.5):
+            options["teacher_weights"] = [draws.uniform(-1, 2), draws.uniform(-1, 2)]
     elif not options.keys() & {"ce_weight", "z_loss_weight", "standardize"} and kind != "huge" and chance(0.15):
         teacher = torch.softmax(teacher.double(), -1).to(dtype)
         options["teacher_form"] = "probs"
         options.pop("student_softcap", None)
+    if options["divergence"] == "mixed_kl" and chance(0.7):
+        options["row_param"] = (1.4 * torch.rand(rows, generator=generator) - 0.2).clamp(0, 1)
+    if tame and chance(0.15):
+        del options["divergence"]
+        options.pop("row_param", None)
+        options["kind"] = draws.choice(["nla", "hybrid"])
+        options |= {"eta": draws.uniform(0, 6)} if options["kind"] == "hybrid" else {"eps": draws.choice([1e-5, 0.1])}
+    part = options.get("divergence") in ("forward_kl", "soft_ce", "tvd") or "kind" in options
+    if tame and part and isinstance(teacher, torch.Tensor) and "standardize" not in options and chance(0.3):
+        inverse = options.get("teacher_temperature", options.get("temperature", 1.0))
+        inverse = torch.as_tensor(inverse, dtype=torch.float64).expand(rows)[:, None]
+        given = teacher.double().log() if options.get("teacher_form") == "probs" else teacher.double()
+        cap = options.get("teacher_softcap")
+        given = given if cap is None else cap * torch.tanh(given / cap)
+        options["teacher_lse"] = (given / inverse).logsumexp(-1) + 2 * torch.rand(rows, generator=generator)
     for name in ("kd_weight", "ce_weight", "z_loss_weight"):
         if tame and options.get(name, name == "kd_weight") and chance(0.1):
             weight = torch.rand(rows, generator=generator)
             options[name] = torch.where(weight < 0.2, 0.0, weight)
     student = strided(student, draws.choice([0, 0, 1, 3, 8]))
-    if tame and isinstance(teacher, torch.Tensor) and "standardize" not in options:
+    if tame and isinstance(teacher, torch.Tensor) and not options.keys() & {"standardize", "teacher_lse", "kind"}:
         return change_reading(random.Random(seed + 10**6), generator, student, teacher, labels, options)
     return student, teacher, labels, options
 

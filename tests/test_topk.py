@@ -23,7 +23,7 @@ DIVERGENCES = {
     "ab_0": kd.AlphaBeta(0.0, 0.0),
 }
 # Divergences that are infinite where the teacher has no mass and the student has some.
-NEEDS_TEACHER = ("reverse_kl", "jeffreys", "ab_a=0", "ab_a+b=0", "ab_0")
+NEEDS_TEACHER = ("reverse_kl", "jeffreys", "mixed_kl", "ab_a=0", "ab_a+b=0", "ab_0")
 TAILS_WITHOUT_TEACHER = ("renormalize", "drop")
 CASES = [
     pytest.param(tail, name, id=f"{tail}-{name}")
@@ -57,7 +57,7 @@ def infinite_without_teacher(divergence):
     if divergence.name == "alpha_beta":
         alpha, beta = divergence.params()
         return alpha <= 0 or alpha + beta <= 0
-    return divergence.name in ("reverse_kl", "jeffreys")
+    return divergence.name in ("reverse_kl", "jeffreys", "mixed_kl")
 
 
 def rounding_of_mass(logp, dtype):

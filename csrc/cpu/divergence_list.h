@@ -5,6 +5,8 @@
 
 #include <kdkernels/divergences.h>
 
+#define KDK_WITH_OUTER
+
 #include <cstring>
 
 namespace kdk {
@@ -35,8 +37,9 @@ struct Divergence {
   const char* name;
   bool linear;
   Linear coefficients;
+  Outer outer = Outer::kNone;
   template <class F>
-  constexpr Divergence(General<F> entry) : name(entry.name), linear(false), coefficients{} {}
+  constexpr Divergence(General<F> entry) : name(entry.name), linear(false), coefficients{}, outer(OuterOf<F>::value) {}
   constexpr Divergence(OfLogs entry) : name(entry.name), linear(true), coefficients(entry.coefficients) {}
 };
 

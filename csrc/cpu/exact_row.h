@@ -46,6 +46,12 @@ struct Model {
     log_z = std::log1p(rest);
     inverse_z = top < n ? 1 / (1 + rest) : std::numeric_limits<double>::quiet_NaN();
   }
+  // From here on p = e^(x - lse).
+  void normalize(double lse) {
+    log_z = lse;
+    // A row of NaN stays one.
+    if (inverse_z == inverse_z) inverse_z = std::exp(-lse);
+  }
   KDK_INLINE VecD tempered(int64_t j) const { return unfused(load<VecD>(x + j) * scale); }
   KDK_INLINE VecD logs(int64_t j) const { return tempered(j) - log_z; }
   KDK_INLINE VecD probabilities(int64_t j) const { return unfused(load<VecD>(e + j) * inverse_z); }
@@ -69,10 +75,11 @@ struct Differences {
   double* d;
   static constexpr double kSmall = 0.5;
 
-  void find(int64_t n) {
+  // same: both are distributions.
+  void find(int64_t n, bool same) {
     const auto excess = [&](int64_t j) KDK_LAMBDA_INLINE { return load<VecD>(p.e + j) - load<VecD>(q.e + j); };
     const double of_z = sum_in_chains<double>((n + kStep - 1) / kStep * kStep, excess) * q.inverse_z;
-    const double shift = std::abs(of_z) < kSmall ? std::log1p(of_z) : p.log_z - q.log_z;
+    const double shift = same && std::abs(of_z) < kSmall ? std::log1p(of_z) : p.log_z - q.log_z;
     for (int64_t j = 0; j < n; j += kStep) {
       const VecD xp = p.tempered(j), xq = q.tempered(j);
       // Both may be infinite.
@@ -159,8 +166,9 @@ inline Found evaluate(const Linear& k, const Differences& models, int64_t n, dou
 struct Divergence {
   Found (*evaluate)(const Differences&, double, double, int64_t, double*) = nullptr;
   Linear coefficients = {};
+  Outer outer = Outer::kNone;
   template <class F>
-  constexpr Divergence(General<F>) : evaluate(exact::evaluate<F>) {}
+  constexpr Divergence(General<F>) : evaluate(exact::evaluate<F>), outer(OuterOf<F>::value) {}
   constexpr Divergence(OfLogs entry) : coefficients(entry.coefficients) {}
 };
 #include "kdkernels/divergence_table.h"
@@ -184,10 +192,30 @@ RowResult exact_row(const DenseArgs& args, const RowNumbers& num, double* s, dou
   RowResult result;
   if (num.kd != 0 || args.stats != nullptr) {
     q.sweep(n), p.sweep(n);
-    models.find(n);
-    const Found found = divergence.evaluate != nullptr ? divergence.evaluate(models, num.param0, args.param1, n, scores)
-                                                       : evaluate(divergence.coefficients, models, n, scores);
-    result.stats[0] = at_least_0(found.value);
+    const bool general = divergence.evaluate != nullptr, elsewhere = args.teacher_lse.data != nullptr;
+    const double mass = elsewhere ? std::exp(p.log_z - num.teacher_lse) : 1;
+    if (elsewhere && general) p.normalize(num.teacher_lse);
+    models.find(n, !(elsewhere && general));
+    const auto overlap = [&] {
+      return sum_in_chains<double>(
+          whole, [&](int64_t j) KDK_LAMBDA_INLINE { return min_of(p.probabilities(j), q.probabilities(j)); });
+    };
+    const double rate = divergence.outer != Outer::kNone ? overlap() : 0;
+    const double param0 = divergence.outer == Outer::kHybrid ? std::exp(-num.param0 * rate) : num.param0;
+    const Found found = general ? divergence.evaluate(models, param0, args.param1, n, scores)
+                                : evaluate(divergence.coefficients, models, n, scores);
+    double d = elsewhere && general ? found.value : at_least_0(found.value), slope = 1;
+    if (elsewhere && general) d += (divergence.outer == Outer::kHybrid ? 1 - param0 : 1) * 0.5 * (1 - mass);
+    if (elsewhere && !general) {
+      d = of_mass(d, mass, divergence.coefficients.c_pp);
+      slope = mass;
+    }
+    if (divergence.outer == Outer::kNegativeLog) {
+      const Outside outside = negative_log_acceptance(d, rate, num.param0);
+      d = outside.value;
+      slope = outside.slope;
+    }
+    result.stats[0] = d;
     if (num.kd != 0) result.loss = num.kd * num.tau * result.stats[0];
     if (args.stats != nullptr) {
       // Of the scores nothing is lost: they are read below, and these write none.
@@ -196,11 +224,10 @@ RowResult exact_row(const DenseArgs& args, const RowNumbers& num, double* s, dou
       result.stats[5] = evaluate({-1, 0, 0, 0}, models, n, nullptr).value;
       result.stats[6] = evaluate({0, 0, 0, -1}, models, n, nullptr).value;
       result.stats[7] = q.top == p.top;
-      result.stats[8] = sum_in_chains<double>(
-          whole, [&](int64_t j) KDK_LAMBDA_INLINE { return min_of(p.probabilities(j), q.probabilities(j)); });
+      result.stats[8] = overlap();
     }
     if (g != nullptr) {
-      const double f = num.weight * num.kd * num.tau * q.scale;
+      const double f = num.weight * num.kd * num.tau * q.scale * slope;
       VecD others = {};
       for (int64_t j = 0; j < whole; j += kStep) {
         const VecD x = num.kd == 0 ? VecD{} : f * (load<VecD>(scores + j) - q.probabilities(j) * found.score);

@@ -26,6 +26,7 @@ struct RowNumbers {
   double student_scale, teacher_scale;  // log2(e) / T
   double kd, tau, ce, z;                // weights of the terms, before omega
   double param0;
+  double teacher_lse;  // see ObjectiveArgs
 };
 
 // Losses and statistics of a row, before omega.
@@ -46,7 +47,8 @@ RowNumbers row_numbers(const ObjectiveArgs& args, int64_t row, double weight) {
           args.scale_by_t_squared ? temperature * temperature : 1.0,
           args.ce_weight * per_row(args.ce_weights, row, 1.0, fp64),
           args.z_loss_weight * per_row(args.z_loss_weights, row, 1.0, fp64),
-          per_row(args.param, row, args.param0, fp64)};
+          per_row(args.param, row, args.param0, fp64),
+          per_row(args.teacher_lse, row, 0.0, fp64)};
 }
 
 template <class C>

@@ -58,6 +58,23 @@ double accepted(const C* es, const C* et, int64_t count, double iq, double ip) {
   return total * iq;
 }
 
+// -log of the acceptance rate 1 - d, which counts as no less than floor, and its derivative by d.
+struct Outside {
+  double value, slope;
+};
+inline Outside negative_log_acceptance(double d, double accepted, double floor) {
+  if (std::isnan(d)) return {d, d};
+  // Near 1 the rate is known by what it lacks, near 0 by itself.
+  const double rate = d < 0.5 ? 1 - d : accepted;
+  if (!(rate > floor)) return {-std::log(floor), 1 / floor};
+  return {d < 0.5 ? -std::log1p(-d) : -std::log(rate), 1 / rate};
+}
+// The sum of x log x and x d of a teacher of which only a mass of x is in these columns, where d is its divergence as a
+// distribution: of_log is 1 for a divergence that has p log p, else 0.
+inline double of_mass(double d, double mass, double of_log) {
+  return mass > 0 ? mass * (d + (of_log != 0 ? of_log * std::log(mass) : 0)) : mass * d;
+}
+
 // log_z less the smoothed logit of the label, both relative to a reference: the logarithm of a sum of exponentials and
 // a logit that share a large part would lose the difference.
 template <class X>
@@ -107,7 +124,9 @@ __attribute__((noinline)) RowResult ObjectiveRows<X, Y>::add_exactly(const RowNu
   const double high_s = maximum(s, n), high_t = maximum(t, n);
   for (int64_t j = 0; j < n; ++j) ds[j] = double(to_compute(s[j])) - high_s;
   for (int64_t j = 0; j < n; ++j) dt[j] = double(to_compute(t[j])) - high_t;
-  const RowResult result = exact_row(args, num, ds, dt, high_s, label, g);
+  RowNumbers relative = num;
+  relative.teacher_lse -= high_t * kLn2 * num.teacher_scale;
+  const RowResult result = exact_row(args, relative, ds, dt, high_s, label, g);
   for (int64_t j = 0; g != nullptr && j < n; ++j) from_compute(C(g[j]), out + j);
   return result;
 }
@@ -153,6 +172,9 @@ struct ObjectiveRow {
   bool equal = false;
   double d = 0, distance = 0;
   bool apart = false;
+  // The teacher is normalised elsewhere; its mass here. The acceptance rate, of divergences that are made of it.
+  const bool elsewhere = args.teacher_lse.data != nullptr;
+  double mass = 1, rate = 0;
   GradientTerms<C> terms;
   RowResult result;
 
@@ -168,8 +190,10 @@ struct ObjectiveRow {
     } else {
       take_general();
     }
-    d = equal ? 0 : at_least_0(d);
+    // With less mass than 1 a KL may be below 0.
+    d = equal ? 0 : elsewhere && !divergence.linear ? d : at_least_0(d);
     if (needs_double()) return rows.add_exactly(num, s, t, label, out);
+    if (elsewhere || divergence.outer != Outer::kNone) apply_outer();
     weigh_divergence();
     if (wants_ce) add_hard_terms();
     result.stats[0] = d;
@@ -232,9 +256,15 @@ struct ObjectiveRow {
     iq = 1 / sums.zs, ip = 1 / sums.zt;
     kl_forward = kLn2 * (sums.forward * ip - log2_zt + log2_zs);
     kl_reverse = kLn2 * (sums.reverse * iq - log2_zs + log2_zt);
+    if (elsewhere) {
+      const double log2_z = kLog2e * num.teacher_lse - at.reference();
+      mass = std::exp2(log2_zt - log2_z);
+      // What is linear in p is made of the distribution, and of the mass: see of_mass.
+      if (!divergence.linear) log2_zt = log2_z, ip = std::exp2(-log2_z);
+    }
     // Of one model and itself nothing is left but the rounding, unless the entropy is asked for as well.
     if constexpr (std::is_same_v<X, Y>) {
-      equal = num.kd != 0 && args.stats == nullptr && num.student_scale == num.teacher_scale &&
+      equal = num.kd != 0 && !elsewhere && args.stats == nullptr && num.student_scale == num.teacher_scale &&
               std::isfinite(sums.zs) && sums.zs > 0 && std::memcmp(s, t, size_t(n) * sizeof(X)) == 0 &&
               (!divergence.linear || (linear.c_pp + linear.c_pq == 0 && linear.c_qp + linear.c_qq == 0));
     }
@@ -294,12 +324,19 @@ struct ObjectiveRow {
     double score_sum = !(sums.zs > 0 && sums.zt > 0) ? std::numeric_limits<double>::quiet_NaN() : 0;
     d = score_sum;
     const Vec<C> zero = {};
-    const Params<Vec<C>> params{zero + C(num.param0), zero + C(args.param1), zero + C(1 - num.param0)};
     const auto& tiles = ValueTable<X, Y>::kDivergences[args.divergence];
     const auto value_of_tile = unclamped && as.in_exp_range(at) ? tiles.guarded : tiles.any;
     const bool wanted = (num.kd != 0 || args.stats != nullptr) && !equal;
+    double param0 = num.param0;
+    if (divergence.outer != Outer::kNone && wanted) {
+      rate = accepted(es, et, row.slots(), iq, ip);
+      if (divergence.outer == Outer::kHybrid) param0 = std::exp(-num.param0 * rate);
+    }
+    const Params<Vec<C>> params{zero + C(param0), zero + C(args.param1), zero + C(1 - param0)};
     for (int64_t tile = 0; tile < row.tiles() && wanted && !std::isnan(score_sum); ++tile)
       value_of_tile(row, tile, as, at, log2_zs, log2_zt, params, es, et, d, score_sum);
+    // Outcomes that are not here have none of the student's mass.
+    if (elsewhere) d += (divergence.outer == Outer::kHybrid ? 1 - param0 : 1) * 0.5 * (1 - mass);
     apart = score_sum > (1 - kNearlyEqual) * tiles.limit(num.param0);
     distance = tiles.as_forward_kl(d, num.param0);
     terms.b = -f;
@@ -323,6 +360,20 @@ struct ObjectiveRow {
       }
     }
     return exactly && std::isfinite(sums.zs) && std::isfinite(sums.zt);
+  }
+
+  KDK_INLINE void apply_outer() {
+    double factor = 1;
+    if (elsewhere && divergence.linear) {
+      d = of_mass(d, mass, linear.c_pp);
+      factor = mass;
+    }
+    if (divergence.outer == Outer::kNegativeLog) {
+      const Outside outside = negative_log_acceptance(d, rate, num.param0);
+      d = outside.value;
+      factor = outside.slope;
+    }
+    terms.a *= factor, terms.b *= factor;
   }
 
   KDK_INLINE void weigh_divergence() {

@@ -220,8 +220,15 @@ const C* teacher_row(const DenseArgs& args, int64_t row, double& scale) {
     if (weight == 0) continue;
     const C w = C(weight);
     if (logits && !args.standardize) {
-      logits_of_teacher(args, k, row, out,
-                        [=](int64_t j, Vec<C> x) KDK_LAMBDA_INLINE { return load<Vec<C>>(out + j) + w * x; });
+      if (w > 0) {
+        logits_of_teacher(args, k, row, out,
+                          [=](int64_t j, Vec<C> x) KDK_LAMBDA_INLINE { return load<Vec<C>>(out + j) + w * x; });
+      } else {
+        // What one teacher rules out stays ruled out, whatever its weight, and an infinite logit is no number.
+        logits_of_teacher(args, k, row, out, [=](int64_t j, Vec<C> x) KDK_LAMBDA_INLINE {
+          return kdk_where(x == low, low, kdk_where(x == -low, low - low, load<Vec<C>>(out + j) + w * x));
+        });
+      }
       continue;
     }
     const double sum = logits_of_teacher(args, k, row, one, AsIs());

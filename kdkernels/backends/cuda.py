@@ -42,6 +42,10 @@ def lacks_dense(
         return "it takes one teacher, not a mixture"
     if objective.standardize:
         return "it has no standardize"
+    if objective.resolved.of_acceptance:
+        return f"it has no {objective.function}"
+    if objective.teacher_lse is not None:
+        return "it has no teacher_lse"
     if any(isinstance(x, Tensor) for x in (objective.kd_weight, objective.ce_weight, objective.z_loss_weight)):
         return "it takes weights of terms as numbers, not per row"
     if student.dtype == torch.float64:

@@ -19,7 +19,9 @@ from kdkernels.checks.columns import (
 )
 from kdkernels.checks.dense import (
     logits,
+    mixture_of,
     mixture_weights,
+    part_of_teacher,
     probabilities,
     reverse_mode_only,
     several,

@@ -13,7 +13,7 @@ from kdkernels import symbols, transforms
 from kdkernels.checks.memory import inplace_allowed
 from kdkernels.checks.rows import batch_dimension
 from kdkernels.checks.tensors import FLOATING, dtype_name, no_tensor, plain, reads_values, sum_dtype
-from kdkernels.checks.values import integer, number
+from kdkernels.checks.values import in_sums, integer, number
 
 MAX_TEACHERS = 4
 
@@ -106,7 +106,7 @@ def without_teacher(options: Any) -> None:
     """A loss in which no teacher has a say."""
     if options.scalars["kd_weight"] != 0:
         raise TypeError("teacher is required unless kd_weight is the number 0")
-    for name in ("teacher_weights", "teacher_form"):
+    for name in ("teacher_weights", "teacher_form", "teacher_lse"):
         if getattr(options, name) not in (None, "logits"):
             raise ValueError(f"{name} has no meaning without a teacher")
 
@@ -127,10 +127,12 @@ def mixture_weights(options: Any, count: int, student: Tensor, *, single: bool) 
     if weights is None:
         weights = [1.0 / count] * count
     dtype = sum_dtype(student)
+    # A sum of logits may have any weights.
+    low = 0.0 if options.mixture == "probs" else -math.inf
     if not isinstance(weights, (Tensor, list, tuple)):
         raise TypeError(f"teacher_weights must be a tensor or a sequence of numbers, got {type(weights).__name__}")
     if not isinstance(weights, Tensor):
-        numbers = [number("teacher_weights", w, low=0.0) for w in weights]
+        numbers = [number("teacher_weights", w, low=low) for w in weights]
         if any(symbols.is_symbol(w) for w in numbers):
             weights = torch.stack([symbols.as_tensor(w, dtype, student.device) for w in numbers])
         else:
@@ -142,8 +144,10 @@ def mixture_weights(options: Any, count: int, student: Tensor, *, single: bool) 
     if weights.requires_grad:
         raise ValueError("teacher_weights must not require grad: they get no gradient; detach them")
     weights = weights.to(device=student.device, dtype=dtype).reshape(-1, count)
-    if reads_values(weights) and weights.numel() and not bool((torch.isfinite(weights) & (weights >= 0)).all()):
-        raise ValueError(f"teacher_weights must be finite and >= 0 in {dtype_name(dtype)}")
+    if reads_values(weights) and weights.numel() and not bool((torch.isfinite(weights) & (weights >= low)).all()):
+        positive = "" if low else " and >= 0"
+        hint = "" if low else '; those of mixture="logits" may be below 0'
+        raise ValueError(f"teacher_weights must be finite{positive} in {dtype_name(dtype)}{hint}")
     if options.mixture == "probs":
         largest = weights.amax(-1, keepdim=True)
         if reads_values(weights) and not bool((largest > 0).all()):
@@ -152,6 +156,34 @@ def mixture_weights(options: Any, count: int, student: Tensor, *, single: bool) 
         weights = weights / largest
         weights = weights / weights.sum(-1, keepdim=True)
     return weights.expand(math.prod(student.shape[:-1]), count)
+
+
+def mixture_of(options: Any) -> str:
+    """The mixture as the ops know it: weights of logits that may be below 0 need a rule of their own for -inf."""
+    weights = options.teacher_weights
+    if options.mixture == "probs" or weights is None:
+        return options.mixture
+    known = not isinstance(weights, Tensor) and not any(symbols.is_symbol(w) for w in weights)
+    return "logits" if known and min(weights) >= 0 else "signed"
+
+
+def part_of_teacher(options: Any) -> None:
+    """``teacher_lse`` beside the options that it goes with, but for its values per row and the number of teachers."""
+    lse = options.teacher_lse
+    if lse is None:
+        return
+    if not isinstance(lse, Tensor):
+        in_sums("teacher_lse", number("teacher_lse", lse))
+    if not options.resolved.takes_part_of_teacher:
+        raise ValueError(
+            "teacher_lse needs a divergence that a teacher with less mass than 1 has: forward_kl, soft_ce, tvd, or "
+            f"lk_loss; got {options.resolved.name!r}"
+        )
+    for name in ("standardize", "return_stats"):
+        if getattr(options, name):
+            raise ValueError(f"teacher_lse cannot be combined with {name}")
+    if options.teacher_weights is not None:
+        raise ValueError("teacher_lse needs one teacher, got teacher_weights")
 
 
 def why_no_teacher_grad(options: Any, *, mixed: bool, mapped: bool = False) -> Optional[str]:
@@ -164,6 +196,9 @@ def why_no_teacher_grad(options: Any, *, mixed: bool, mapped: bool = False) -> O
         return "with teacher_columns a teacher gets a gradient from plain PyTorch only; detach it"
     if options.teacher_form in ("probs", "unnormalized_probs"):
         return "teacher probabilities get a gradient from plain PyTorch only; detach the teacher"
+    if options.resolved.of_acceptance or options.teacher_lse is not None:
+        what = "teacher_lse" if options.teacher_lse is not None else options.function
+        return f"with {what} the teacher gets a gradient from plain PyTorch only; detach the teacher"
     if options.inplace:
         return "inplace cannot be combined with a teacher that requires grad; detach the teacher"
     return None

@@ -28,6 +28,7 @@ def expectation_alone(options: Any, *others: Any) -> None:
         "standardize": "no product of the head with the teacher's probabilities is left then",
         "student_softcap": "no product of the head with the teacher's probabilities is left then",
         "teacher_softcap": "that is an option of capture_expectation",
+        "teacher_lse": "its normaliser is that of the capture",
         "teacher_weights": "average the probabilities of several teachers before they are captured",
         "return_stats": "they need all of the teacher's probabilities",
     }

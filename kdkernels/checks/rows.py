@@ -131,8 +131,12 @@ def per_row(
     low: float = -math.inf,
     high: float = math.inf,
     exclusive: bool = True,
+    why_no_grad: Optional[str] = "it gets no gradient",
 ) -> Union[float, Tensor]:
-    """A Python number, or a tensor of one value per row (or one value), returned as a float or as ``[N]``."""
+    """A Python number, or a tensor of one value per row (or one value), returned as a float or as ``[N]``.
+
+    With ``why_no_grad`` None what comes back is differentiable.
+    """
     positive = exclusive and low == 0.0 and high == math.inf
     if not isinstance(value, Tensor):
         value = number(name, value, low=low, high=high, exclusive_low=exclusive and low > -math.inf)
@@ -141,8 +145,8 @@ def per_row(
     plain(name, value)
     if not value.dtype.is_floating_point and value.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be a number or a tensor of numbers, got {dtype_name(value.dtype)}")
-    if value.requires_grad:
-        raise ValueError(f"{name} must not require grad: it gets no gradient; detach it")
+    if value.requires_grad and why_no_grad is not None:
+        raise ValueError(f"{name} must not require grad: {why_no_grad}; detach it")
     if value.device != student.device and value.dim() > 0:
         raise ValueError(f"{name} must be on the student's device {student.device}, got {value.device}")
     rows = student.shape[:-1]
@@ -150,10 +154,12 @@ def per_row(
         raise ValueError(
             f"{name} must be a number or have one value per row, shape {tuple(rows)}, got {tuple(value.shape)}"
         )
-    flat = value.detach().to(device=student.device, dtype=sum_dtype(student))
+    flat = value.to(device=student.device, dtype=sum_dtype(student))
+    if why_no_grad is not None:
+        flat = flat.detach()
     if reads_values(value) and value.numel():
         # As the sums know them: numbers of fp64 may be 0 or infinite in fp32.
-        known = flat.to(value.device)
+        known = flat.detach().to(value.device)
         bad = ~torch.isfinite(known) | (known < low) | (known > high)
         if exclusive:
             bad |= (known == low) | (known == high)

@@ -41,6 +41,7 @@ class Rows(NamedTuple):
     ce_weight: Any = None
     z_loss_weight: Any = None
     stats: Any = None
+    teacher_lse: Any = None
 
 
 class Mixture(NamedTuple):
@@ -145,6 +146,7 @@ def row_tensors(
     ce_weight: Optional[Tensor] = None,
     z_loss_weight: Optional[Tensor] = None,
     stats: Optional[Tensor] = None,
+    teacher_lse: Optional[Tensor] = None,
 ) -> Rows:
     """The tensors of one value a row as the kernels take them."""
     return Rows(
@@ -159,6 +161,7 @@ def row_tensors(
         ce_weight=contiguous(ce_weight),
         z_loss_weight=contiguous(z_loss_weight),
         stats=stats,
+        teacher_lse=contiguous(teacher_lse),
     )
 
 

@@ -81,7 +81,10 @@ from kdkernels.kernels.terms import (
     label_gradient,
     linear_value,
     nonnegative,
+    outer_value,
     overlap_decides,
+    part_of_teacher,
+    rest_of,
     score_of,
     smoothing_center,
     statistics_of,
@@ -249,6 +252,8 @@ def dense_fwd_kernel(
     MIX_PROBS: tl.constexpr,
     TEACHER_PROBS: tl.constexpr,
     STANDARDIZE: tl.constexpr,
+    SIGNED: tl.constexpr,
+    OUTER: tl.constexpr,
     TILE: tl.constexpr,
 ):
     GRAD: tl.constexpr = dstudent.ptr is not None
@@ -274,6 +279,7 @@ def dense_fwd_kernel(
     SCALED: tl.constexpr = (SCALABLE if COEFFICIENTS is None else is_homogeneous(COEFFICIENTS)) and not MIX_PROBS
     # Without terms in q the sum of the scores is a constant, so the last sweep can do what is left of the sums.
     SCORE_SUM_KNOWN: tl.constexpr = LINEAR or not (Q_TERMS or STANDARDIZE)
+    PART_OF_TEACHER: tl.constexpr = rows.teacher_lse is not None and TEACHER
     VALUE_SWEEP: tl.constexpr = TEACHER and (not SCORE_SUM_KNOWN or (not GRAD and (STATS or not LINEAR)))
     BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
 
@@ -366,6 +372,7 @@ def dense_fwd_kernel(
             BOTH=BOTH,
             TEACHER_PROBS=TEACHER_PROBS,
             HARD=HARD,
+            SIGNED=SIGNED,
         )
         norm = defined(norm)
         norms = (norm,)
@@ -405,8 +412,14 @@ def dense_fwd_kernel(
                 scale=teacher_scales[0],
                 TILE=TILE,
                 PROBS=TEACHER_PROBS,
+                SIGNED=SIGNED,
             )
             norm = defined(norm)
+            if PART_OF_TEACHER:
+                # p by a normaliser of its own; a sum over it is what it is.
+                log_mass, z_elsewhere = part_of_teacher(rows, row.index, norm[0], unit_t, norm[4])
+                mass = tl.exp2(log_mass * LOG2E)
+                norm = (norm[0], norm[1], tl.log2(z_elsewhere), 1.0 / z_elsewhere, z_elsewhere)
             norms = (norm,)
 
     student_norm = defined(student_norm)
@@ -438,6 +451,7 @@ def dense_fwd_kernel(
                         teacher_softcap,
                         TEACHER_PROBS,
                         TILE,
+                        SIGNED,
                     )
             param1 = OFFSET(norm[4], student_norm[4], overlap)
         if SCALED:
@@ -451,6 +465,12 @@ def dense_fwd_kernel(
             mean_q *= COEFFICIENTS[2]
         else:
             divergence = linear_value(COEFFICIENTS, (mean_p + mean_q) * unit, norm[4], student_norm[4], log_zt_zs)
+        if PART_OF_TEACHER:
+            # Linear in p: that of the distribution, and of its mass.
+            log_mass, _ = part_of_teacher(rows, row.index, norm[0], unit_t, norm[4])
+            mass = tl.exp2(log_mass * LOG2E)
+            divergence = nonnegative(divergence, COEFFICIENTS, SCALABLE)
+            divergence = mass * (divergence + COEFFICIENTS[0] * log_mass)
 
     if TEACHER:
         sides = Sides(student_norm, unit_s, log_zt_zs, teacher_ptrs, shares, norms, unit_t)
@@ -460,6 +480,10 @@ def dense_fwd_kernel(
     lane_value = lane_zeros(TILE)
     score_sum = 0.0
     slope_mean = 0.0
+    if OUTER:
+        lane_rate = lane_zeros(TILE)
+        lane_kl = lane_zeros(TILE)
+        lane_of_p = lane_zeros(TILE)
     if VALUE_SWEEP:
         lane_score = lane_zeros(TILE)
         lane_slope = lane_zeros(TILE)
@@ -480,7 +504,9 @@ def dense_fwd_kernel(
                 if ONE_TEACHER:
                     t = logits_of(raw_t, offs_v, span, teacher_softcap, TEACHER_PROBS)
                 elif not MIX_PROBS:
-                    t = load_mixed(teacher_ptrs, shares, start, span, teacher_softcap, TEACHER_PROBS, TILE, PART)
+                    t = load_mixed(
+                        teacher_ptrs, shares, start, span, teacher_softcap, TEACHER_PROBS, TILE, PART, SIGNED
+                    )
                 else:
                     t = s
                 et, logp, es, logq, dt, ds, key = relative_pair(
@@ -492,6 +518,11 @@ def dense_fwd_kernel(
                         lane_value += fold_sum(
                             value_of(et, logp, q, logq, row.param, param1, COEFFICIENTS, VALUE, TOTAL)
                         )
+                        if OUTER == 1 or OUTER == 2:
+                            # A NaN must not lose against a number.
+                            lane_rate += fold_sum(tl.where(et < q, et, q))
+                        if OUTER == 2:
+                            lane_kl += fold_sum(mul0(et, logp - logq))
                         if GRAD:
                             score = score_of(et, logp, q, logq, row.param, param1, COEFFICIENTS, SCORE, TOTAL)
                     else:
@@ -507,11 +538,32 @@ def dense_fwd_kernel(
                             z = tl.where(inside(offs_v, span), (s - pilot - rest_of_mean) / deviation, 0.0)
                             lane_slope += fold_sum(score * z)
                             lane_first += fold_sum(q * z)
+                            if OUTER >= 2:
+                                lane_of_p += fold_sum(mul0(et, z))
                 if STATS:
                     stats = add_stats(stats, et * inverse_zt, logp, es * inverse_zs, logq, s, key, offs_v)
         score_sum = tl.sum(lane_score, axis=0) * post
         slope = tl.sum(lane_slope, axis=0) - score_sum * tl.sum(lane_first, axis=0)
         slope_mean = slope / tl.maximum(V - 1, 1)
+    of_kl = 0.0
+    if OUTER == 3:
+        of_kl = rest_of(row.param)
+    elif OUTER:
+        distance = tl.sum(lane_value, axis=0) * post
+        if PART_OF_TEACHER:
+            distance += 0.5 * (1.0 - mass)
+        divergence, of_kl, of_distance = outer_value(
+            distance,
+            tl.sum(lane_rate, axis=0) * post,
+            tl.sum(lane_kl, axis=0) * post,
+            row.param,
+            OUTER,
+        )
+        score_sum *= of_distance
+        slope_mean *= of_distance
+    if OUTER >= 2 and STANDARDIZE and GRAD:
+        slope = mass * tl.sum(lane_first, axis=0) - tl.sum(lane_of_p, axis=0)
+        slope_mean += of_kl * slope / tl.maximum(V - 1, 1)
 
     ce, lse, hard_loss, hard_scale, lse_scale = hard_terms(
         hard_norm[0],
@@ -531,6 +583,8 @@ def dense_fwd_kernel(
     if GRAD:
         if KD:
             g_scale = kd_scale * unit_s
+            if LINEAR and PART_OF_TEACHER:
+                g_scale *= mass
         if LINEAR:
             # Exactly 1 for equal rows, so that their gradient is exactly 0: es - z_ratio * et with one rounding.
             z_ratio = 1.0 + excess_z
@@ -551,7 +605,9 @@ def dense_fwd_kernel(
                     if ONE_TEACHER:
                         t = logits_of(raw_t, offs_v, span, teacher_softcap, TEACHER_PROBS)
                     elif not MIX_PROBS:
-                        t = load_mixed(teacher_ptrs, shares, start, span, teacher_softcap, TEACHER_PROBS, TILE, PART)
+                        t = load_mixed(
+                            teacher_ptrs, shares, start, span, teacher_softcap, TEACHER_PROBS, TILE, PART, SIGNED
+                        )
                     else:
                         t = s
                     et, logp, es, logq, dt, ds, key = relative_pair(
@@ -581,7 +637,12 @@ def dense_fwd_kernel(
                         lp = logp - log_zt
                         lq = logq - log_zt
                         score = score_of(et * inverse_zt, lp, q, lq, row.param, param1, COEFFICIENTS, SCORE, TOTAL)
+                    if OUTER == 1 or OUTER == 2:
+                        score *= of_distance
                     g = score - q * score_sum
+                    if OUTER >= 2:
+                        # That of forward KL by itself: beside a large logarithm it would be lost.
+                        g += of_kl * (q * mass - et)
                     if STANDARDIZE:
                         g -= (s - pilot - rest_of_mean) / deviation * slope_mean
                     g *= g_scale * post
@@ -605,9 +666,11 @@ def dense_fwd_kernel(
         if pad_width is not None:
             zero_tiles(dstudent_ptr, Span(span.stop, pad_stop), TILE)
 
-    if not LINEAR:
+    if not LINEAR and (OUTER == 0 or OUTER == 3):
         divergence = tl.sum(lane_value, axis=0) * post
-    if not MIX_PROBS:
+        if PART_OF_TEACHER:
+            divergence += 0.5 * (1.0 - mass)
+    if not MIX_PROBS and not PART_OF_TEACHER:
         divergence = nonnegative(divergence, COEFFICIENTS, SCALABLE)
     loss = hard_loss
     if KD:
@@ -656,6 +719,7 @@ def dense_fwd(
     ce_weight_rows: Optional[Tensor],
     z_loss_weight_rows: Optional[Tensor],
     mixture_weights: Optional[Tensor],
+    teacher_lse_rows: Optional[Tensor] = None,
     student_offsets: Optional[Tensor] = None,
     teacher_offsets: Optional[Tensor] = None,
     teacher_columns: Optional[Tensor] = None,
@@ -690,6 +754,7 @@ def dense_fwd(
         labels: int64 [N]. row_weight: fp32 [N], any stride.
         student_temperature_rows, teacher_temperature_rows, param_rows, the weights of terms: fp32 [N].
         mixture_weights: fp32 [N, M], any strides; read for more than one teacher.
+        teacher_lse_rows: fp32 [N], of one teacher.
         student_offsets, teacher_offsets, teacher_columns, student_form: see ``mapped``, whose kernel has them.
 
     Returns:
@@ -741,7 +806,7 @@ def dense_fwd(
     itemsize = max(x.element_size() for x in (student, *teachers))
     probs = teacher_form in PROBS_FORMS
     extras = ce_weight or z_loss_weight or student_softcap or teacher_softcap or probs or stats
-    alone = not extras and not standardize
+    alone = not extras and not standardize and not entry.outer and teacher_lse_rows is None
     light = alone and entry.linear is not None and (0, 0) in (entry.linear[:2], entry.linear[2:])
     load = tuning.HEAVY if stats or mix_probs else tuning.LIGHT if light else tuning.MEDIUM
     resident_load = _resident_load(entry, alone, stats) if len(teachers) == 1 and not standardize else None
@@ -776,6 +841,7 @@ def dense_fwd(
             ce_weight=ce_weight_rows,
             z_loss_weight=z_loss_weight_rows,
             stats=row_stats if stats else None,
+            teacher_lse=teacher_lse_rows,
         ),
         "ignore_index": ignore_index,
         "scale": scale,
@@ -800,6 +866,8 @@ def dense_fwd(
         "OVERLAPPING": bool(full and full.overlapping),
         "TOTAL": entry.total,
         "SCALABLE": entry.scalable,
+        # The plain functions of a divergence have all of it.
+        "OUTER": 0 if entry.outer == 3 and full is None else entry.outer,
         "TEACHER_PROBS": probs,
         # Equal logits must give exactly 0: a product fused into one of two equal terms would leave its rounding.
         "enable_fp_fusion": False,
@@ -827,6 +895,7 @@ def dense_fwd(
                 "mixture": mixture_argument(mixture_weights if len(teachers) > 1 else None),
                 "MIX_PROBS": mix_probs,
                 "STANDARDIZE": standardize,
+                "SIGNED": len(teachers) > 1 and mixture == "signed",
             }
             if swept_twice and arch and not cut and plan.num_warps == 16:
                 arguments["maxnreg"] = 64

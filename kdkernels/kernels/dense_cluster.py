@@ -53,6 +53,9 @@ from kdkernels.kernels.terms import (
     label_gradient,
     linear_value,
     nonnegative,
+    outer_value,
+    part_of_teacher,
+    rest_of,
     score_of,
     smoothing_center,
     statistics_of,
@@ -271,6 +274,7 @@ def dense_cluster_fwd_kernel(
     OVERLAPPING: tl.constexpr,
     TOTAL: tl.constexpr,
     SCALABLE: tl.constexpr,
+    OUTER: tl.constexpr,
     TEACHER_PROBS: tl.constexpr,
     TILE: tl.constexpr,  # (PIECES, LANES, VEC, CUT, ROWS, KEEP)
 ):
@@ -290,6 +294,7 @@ def dense_cluster_fwd_kernel(
     Q_TERMS: tl.constexpr = LINEAR and (COEFFICIENTS[2] != 0 or COEFFICIENTS[3] != 0)
     BOTH: tl.constexpr = LINEAR and has_both(COEFFICIENTS)
     SMOOTH: tl.constexpr = weights.label_smoothing is not None
+    PART_OF_TEACHER: tl.constexpr = rows.teacher_lse is not None and TEACHER
     PIECES: tl.constexpr = TILE[0]
     LANES: tl.constexpr = TILE[1]
     VEC: tl.constexpr = TILE[2]
@@ -444,6 +449,13 @@ def dense_cluster_fwd_kernel(
         total_t = sums[1]
         late_t = tl.where(total_t == total_t, scale_t, total_t)
         late_top_t = tl.where(total_t == total_t, top_t, total_t)
+        mass = 1.0
+        if PART_OF_TEACHER:
+            log_mass, z_elsewhere = part_of_teacher(rows, row.index, top_t, unit_t, total_t, exists)
+            mass = fast_exp2(log_mass * LOG2E)
+            if PAIR:
+                # p by a normaliser of its own; a sum over it is what it is.
+                total_t = z_elsewhere
         inverse_zt = fast_reciprocal(total_t)
         excess_z = sums[0] if BOTH else total_s - total_t
         # Of the two normalisers only the ratio matters to most divergences, and near 1 it keeps what they would round.
@@ -480,6 +492,9 @@ def dense_cluster_fwd_kernel(
             mean_q *= COEFFICIENTS[2]
         else:
             divergence = linear_value(COEFFICIENTS, (mean_p + mean_q) * unit, total_t, total_s, log_zt_zs)
+        if PART_OF_TEACHER:
+            # Linear in p: that of the distribution, and of its mass.
+            divergence = mass * (nonnegative(divergence, COEFFICIENTS, SCALABLE) + COEFFICIENTS[0] * log_mass)
 
     score_sum = 0.0
     scores = ()
@@ -498,6 +513,8 @@ def dense_cluster_fwd_kernel(
     if PAIR or STATS:
         value = zeros
         score_total = zeros
+        rate = zeros
+        kl = zeros
         forward = zeros
         reverse = zeros
         entropy_p = zeros
@@ -518,6 +535,10 @@ def dense_cluster_fwd_kernel(
                 else:
                     p, lp, q, lq = et * inverse_zt, logp - log_zt, es * factor_q, logq - log_zt
                 value = plus(k, value, value_of(p, lp, q, lq, row.param, param1, COEFFICIENTS, VALUE, TOTAL))
+                if (OUTER == 1 or OUTER == 2) and not STATS:
+                    rate = plus(k, rate, tl.where(p < q, p, q))
+                if OUTER == 2 and not STATS:
+                    kl = plus(k, kl, mul0(p, lp - lq))
                 if GRAD and KD:
                     score = score_of(p, lp, q, lq, row.param, param1, COEFFICIENTS, SCORE, TOTAL)
                     score_total = plus(k, score_total, score)
@@ -540,13 +561,32 @@ def dense_cluster_fwd_kernel(
             wanted = wanted + (value,)
             if GRAD and KD:
                 wanted = wanted + (score_total,)
+        AFTER_PAIR: tl.constexpr = len(wanted)
+        # Statistics have both.
+        if (OUTER == 1 or OUTER == 2) and not STATS:
+            wanted = wanted + (rate,)
+        if OUTER == 2 and not STATS:
+            wanted = wanted + (kl,)
         sums = reduce_sums(wanted)
         AFTER_STATS: tl.constexpr = 5 if STATS else 0
         if PAIR:
             divergence = sums[AFTER_STATS] * post
             if GRAD and KD:
                 score_sum = sums[AFTER_STATS + 1] * post
-    if TEACHER:
+            if PART_OF_TEACHER:
+                divergence += 0.5 * (1.0 - mass)
+            if OUTER == 3:
+                of_kl = rest_of(row.param)
+            elif OUTER:
+                if STATS:
+                    accepted, forward_kl = sums[4], sums[0]
+                elif OUTER == 2:
+                    accepted, forward_kl = sums[AFTER_PAIR] * post, sums[AFTER_PAIR + 1] * post
+                else:
+                    accepted, forward_kl = sums[AFTER_PAIR] * post, 0.0
+                divergence, of_kl, of_distance = outer_value(divergence, accepted, forward_kl, row.param, OUTER)
+                score_sum *= of_distance
+    if TEACHER and not PART_OF_TEACHER:
         divergence = nonnegative(divergence, COEFFICIENTS, SCALABLE)
 
     loss = hard_loss
@@ -571,6 +611,8 @@ def dense_cluster_fwd_kernel(
     if GRAD:
         if KD:
             g_scale = kd_scale * unit_s
+            if LINEAR and PART_OF_TEACHER:
+                g_scale *= mass
         if LINEAR:
             # Exactly 1 for equal rows, so that their gradient is exactly 0: es - z_ratio * et with one rounding.
             excess_z *= inverse_zt
@@ -596,7 +638,14 @@ def dense_cluster_fwd_kernel(
                     rest = mul0(es, slope * (g_scale * unit * inverse_zs))
                     g = rest if COEFFICIENTS[1] == 0 else g + rest
             else:
-                g = tl.fma(es, -(score_sum * factor_q), scores[k]) * (g_scale * post)
+                score = scores[k]
+                if OUTER == 1 or OUTER == 2:
+                    score *= of_distance
+                g = tl.fma(es, -(score_sum * factor_q), score)
+                if OUTER >= 2:
+                    # That of forward KL by itself: beside a large logarithm it would be lost.
+                    g += of_kl * (es * (factor_q * mass) - et)
+                g *= g_scale * post
             if KD:
                 g = weighed(kd_scale, g, rows)
             if HARD_GRAD:

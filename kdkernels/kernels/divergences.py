@@ -55,11 +55,14 @@ class TritonDivergence(NamedTuple):
     # The kernels take the row's largest p as the unit, which keeps logarithms, and their rounding, small.
     scalable: bool = False
     full: Optional[Full] = None
+    # What is made of the distance before its gradient, see terms.outer_value; or 3: the full pair's score lacks forward
+    # KL's part, which weighs 1 less the row's parameter.
+    outer: int = 0
 
 
 _TABLE: dict[str, TritonDivergence] = {}
 # Divergences whose functions ask ``_fractions``.
-_FRACTIONS = frozenset({"jsd", "skew_kl", "skew_reverse_kl"})
+_FRACTIONS = frozenset({"jsd", "skew_kl", "skew_reverse_kl", "mixed_kl"})
 
 
 def register(
@@ -70,6 +73,7 @@ def register(
     score: Optional[Any] = None,
     total: bool = False,
     full: Optional[Full] = None,
+    outer: int = 0,
 ) -> None:
     """Enter a divergence into the table, by its coefficients or by its pair of ``@triton.jit`` functions.
 
@@ -77,6 +81,7 @@ def register(
         total: whether both functions give 0 where p = q = 0 and both logarithms are -inf, so that the kernels need not
             see to it (four instructions an element).
         full: the pair of functions to take where both sides are known to be distributions.
+        outer: what is made of their sum, see ``terms.outer_value``; 0 for the sum itself.
 
     Raises:
         ValueError: when the name is taken, or when not exactly one of the two forms is given.
@@ -91,7 +96,7 @@ def register(
     cls = by_name(name)
     total = total or linear is not None
     scalable = cls.homogeneous and linear is None
-    _TABLE[name] = TritonDivergence(linear, value, score, cls.linear_without_teacher, total, scalable, full)
+    _TABLE[name] = TritonDivergence(linear, value, score, cls.linear_without_teacher, total, scalable, full, outer)
 
 
 def remove(name: str) -> None:
@@ -268,6 +273,51 @@ def _skew_reverse_kl_full_score(p, logp, q, logq, code, _):
 
 
 @triton.jit
+def _mixed_kl_value(p, logp, q, logq, code, _):
+    r, w = _fractions(code)
+    return mul0(p * w, logp - logq) + mul0(q * r, logq - logp)
+
+
+@triton.jit
+def _mixed_kl_score(p, logp, q, logq, code, _):
+    r, w = _fractions(code)
+    wq = q * r
+    return mul0(wq, logq - logp) + (wq - p * w)
+
+
+@triton.jit
+def _mixed_kl_full_value(p, logp, q, logq, code, _):
+    """Of d = log q - log p the sum of p (e^d - 1 - d) and q (e^-d - 1 + d), each by its weight: none is below 0."""
+    r, w = _fractions(code)
+    difference = q - p
+    far = mul0(q * r, logq - logp) - mul0(p * w, logq - logp) + (w - r) * difference
+    d = tl.where((p == 0) | (q == 0), 1.0, logq - logp)
+    # p (e^d - 1 - d) = p d^2 (1/2 + d/6 + ..), q (e^-d - 1 + d) = p d^2 (1/2 + d/3 + ..).
+    rising = tl.fma(d, tl.fma(d, tl.fma(d, 1.0 / 120, 1.0 / 24), 1.0 / 6), 0.5)
+    falling = tl.fma(d, tl.fma(d, tl.fma(d, 1.0 / 30, 1.0 / 8), 1.0 / 3), 0.5)
+    return tl.where(tl.abs(d) < 0.125, p * d * d * tl.fma(r, falling, w * rising), far)
+
+
+@triton.jit
+def _mixed_kl_full_score(p, logp, q, logq, code, _):
+    """That of reverse KL, less a multiple of q; the kernels add the gradient of forward KL (outer)."""
+    r, _ = _fractions(code)
+    return mul0(q * r, logq - logp)
+
+
+@triton.jit
+def _triangular_value(p, logp, q, logq, _0, _1):
+    difference = q - p
+    return difference * difference * fast_reciprocal(p + q + TINY)
+
+
+@triton.jit
+def _triangular_score(p, logp, q, logq, _0, _1):
+    inverse = fast_reciprocal(p + q + TINY)
+    return q * ((q - p) * inverse) * tl.fma(p * inverse, 2.0, (p + q) * inverse)
+
+
+@triton.jit
 def _no_offset(z_t, z_s, _):
     return 0.0
 
@@ -364,4 +414,16 @@ register(
     full=Full(_skew_reverse_kl_full_value, _skew_reverse_kl_full_score, _no_offset),
     total=True,
 )
+register(
+    "mixed_kl",
+    value=_mixed_kl_value,
+    score=_mixed_kl_score,
+    full=Full(_mixed_kl_full_value, _mixed_kl_full_score, _no_offset),
+    total=True,
+    outer=3,
+)
+register("triangular", value=_triangular_value, score=_triangular_score, total=True)
+_TVD = Full(_tvd_value, _tvd_score, _tvd_offset)
+register("lk_nla", value=_tvd_value, score=_tvd_score, full=_TVD, total=True, outer=1)
+register("lk_hybrid", value=_tvd_value, score=_tvd_score, full=_TVD, total=True, outer=2)
 register("alpha_beta", value=_alpha_beta_value, score=_alpha_beta_score)

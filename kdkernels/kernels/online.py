@@ -32,16 +32,36 @@ SMALL = tl.constexpr(2.0**-12)
 
 
 @triton.jit
-def load_mixed(row_ptrs, shares, start, span, softcap, PROBS: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr = 0):
-    """One tile of a row of logits; of several rows the sum, weighted by their shares."""
+def share_of(share, x, SIGNED: tl.constexpr):
+    """A row's part of a mixture of logits; what it rules out stays ruled out, also where the share is below 0."""
+    part = mul0(share, x)
+    if SIGNED:
+        # An infinite logit is no number.
+        bound = tl.where(x == NEG_INF, NEG_INF, tl.where(x == float("inf"), float("nan"), part))
+        part = tl.where(share < 0, bound, part)
+    return part
+
+
+@triton.jit
+def load_mixed(
+    row_ptrs,
+    shares,
+    start,
+    span,
+    softcap,
+    PROBS: tl.constexpr,
+    TILE: tl.constexpr,
+    PART: tl.constexpr = 0,
+    SIGNED: tl.constexpr = False,
+):
+    """One tile of a row of logits; of several rows the sum, weighted by their shares, which may be SIGNED."""
     offs_v = start + tile_offsets(TILE)
     x = logits_of(load_tile(row_ptrs[0], start, span, TILE, PART), offs_v, span, softcap, PROBS)
     if len(row_ptrs) > 1:
-        x = mul0(shares[0], x)
+        x = share_of(shares[0], x, SIGNED)
         for k in tl.static_range(1, len(row_ptrs)):
-            x += mul0(
-                shares[k], logits_of(load_tile(row_ptrs[k], start, span, TILE, PART), offs_v, span, softcap, PROBS)
-            )
+            t = logits_of(load_tile(row_ptrs[k], start, span, TILE, PART), offs_v, span, softcap, PROBS)
+            x += share_of(shares[k], t, SIGNED)
         x = tl.where(inside(offs_v, span), x, NEG_INF)
     return x
 
@@ -98,6 +118,7 @@ def linear_sweep(
     BOTH: tl.constexpr = False,
     TEACHER_PROBS: tl.constexpr = False,
     HARD: tl.constexpr = False,
+    SIGNED: tl.constexpr = False,
 ):
     """First sweep of a linear divergence, from the end: the norms of both sides, and its means over p and over q.
 
@@ -147,7 +168,7 @@ def linear_sweep(
                 raw_t = load_tile(teacher_ptrs[0], start, span, TILE, PART)
                 t = logits_of(raw_t, offs_v, span, teacher_softcap, TEACHER_PROBS)
             else:
-                t = load_mixed(teacher_ptrs, shares, start, span, teacher_softcap, TEACHER_PROBS, TILE, PART)
+                t = load_mixed(teacher_ptrs, shares, start, span, teacher_softcap, TEACHER_PROBS, TILE, PART, SIGNED)
             if skipped is not None:
                 s = tl.where(offs_v == skipped, NEG_INF, s)
                 t = tl.where(offs_v == skipped, NEG_INF, t)
@@ -228,6 +249,7 @@ def norm_sweep(
     PROBS: tl.constexpr = False,
     HARD: tl.constexpr = False,
     OVERLAPPING: tl.constexpr = False,
+    SIGNED: tl.constexpr = False,
 ):
     """The norm of a row of logits, or of a weighted sum of several; one column, skipped, may be left out.
 
@@ -257,7 +279,7 @@ def norm_sweep(
                 raw = load_tile(row_ptrs[0], start, span, TILE, PART)
                 s = logits_of(raw, offs_v, span, softcap, PROBS)
             else:
-                s = load_mixed(row_ptrs, shares, start, span, softcap, PROBS, TILE, PART)
+                s = load_mixed(row_ptrs, shares, start, span, softcap, PROBS, TILE, PART, SIGNED)
             counted = inside(offs_v, span)
             if skipped is not None:
                 s = tl.where(offs_v == skipped, NEG_INF, s)
@@ -288,11 +310,12 @@ def overlap_of_tile(
     teacher_softcap,
     TEACHER_PROBS: tl.constexpr,
     TILE: tl.constexpr,
+    SIGNED: tl.constexpr = False,
 ):
     """Of one tile the sum of the products of both sides' exponentials."""
     offs_v = start + tile_offsets(TILE)
     s = logits_of(load_tile(student_ptr, start, span, TILE), offs_v, span, student_softcap, False)
-    t = load_mixed(teacher_ptrs, shares, start, span, teacher_softcap, TEACHER_PROBS, TILE)
+    t = load_mixed(teacher_ptrs, shares, start, span, teacher_softcap, TEACHER_PROBS, TILE, 0, SIGNED)
     es = tl.exp2((s - student_norm[0]) * student_norm[1])
     et = tl.exp2((t - norm[0]) * norm[1])
     return tl.sum(fold_sum(es * et), axis=0)

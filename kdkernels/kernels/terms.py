@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kdkernels.kernels.rows import LN2, NEG_INF, combine, log_ratio, mul0
+from kdkernels.kernels.rows import LN2, LOG2E, NEG_INF, combine, log_ratio, mul0
 
 NUM_STATS = tl.constexpr(9)
 # Above every column.
@@ -118,6 +118,52 @@ def statistics_of(p, logp, q, logq):
     reverse = tl.where(dead, 0.0, mul0(q, logq - logp))
     # A NaN must not lose against a number.
     return forward, reverse, -mul0(p, logp), -mul0(q, logq), tl.where(p < q, p, q)
+
+
+@triton.jit
+def outer_value(distance, rate, kl, param, OUTER: tl.constexpr):
+    """What ``lk_loss`` makes of a row's TVD, acceptance rate and KL; the factors of the gradients of KL and TVD.
+
+    OUTER 1: -log of the rate, which counts as no less than param. 2: KL by exp(-param rate), and TVD by the rest.
+    """
+    if OUTER == 2:
+        of_kl = tl.exp2(rate * (-LOG2E * param))
+        of_distance = 1.0 - of_kl
+        value = of_kl * kl + of_distance * distance
+    else:
+        near = distance < 0.5
+        d = tl.where(near, distance, 0.5)
+        rate = tl.where(near, 1.0 - d, rate)
+        # -log(1 - d); near 1 the rate is known by what it lacks.
+        series = tl.fma(d, tl.fma(d, tl.fma(d, tl.fma(d, 1.0 / 6, 0.2), 0.25), 1.0 / 3), 0.5)
+        of_near = tl.where(d < 0.0625, tl.fma(d * d, series, d), -tl.log2(1.0 - d) * LN2)
+        above = rate > param
+        rate = tl.maximum(rate, param)
+        value = tl.where(near & above, of_near, -tl.log2(rate) * LN2)
+        # A NaN is no rate.
+        nothing = distance - distance
+        value += nothing
+        of_kl = 0.0
+        of_distance = 1.0 / rate + nothing
+    return value, of_kl, of_distance
+
+
+@triton.jit
+def rest_of(code):
+    """1 less a fraction, from what ``divergences.coded`` gave, or from the fraction itself."""
+    return tl.where(code < 0, -code, 1.0 - code)
+
+
+@triton.jit
+def part_of_teacher(rows, index, top, unit, z, exists=None):
+    """Of a teacher that is normalised elsewhere the log of its mass here, and the z that its p is made by.
+
+    top and z: its largest logit here, and the sum of the exponentials relative to that; unit: 1 / T_t.
+    """
+    log_z = tl.load(rows.teacher_lse + index, mask=exists) - top * unit
+    # Far above the logits here all p are nothing, but no z is infinite.
+    within = tl.minimum(tl.maximum(log_z, -80.0), 80.0)
+    return log_ratio(z, 1.0) - log_z, tl.exp2(within * LOG2E)
 
 
 @triton.jit

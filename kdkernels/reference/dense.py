@@ -86,6 +86,7 @@ def _teacher_log_probs(
     standardize: bool,
     steep: bool,
     offsets: Optional[Tensor] = None,
+    lse: Optional[Tensor] = None,
 ) -> Tensor:
     logits = [teacher.log() if form == "probs" else teacher for teacher in teachers]
     if offsets is not None:
@@ -94,13 +95,18 @@ def _teacher_log_probs(
         logits = [apply_softcap(item, softcap) for item in logits]
     if standardize:
         logits = [_standardized(item) for item in logits]
+    if lse is not None:
+        return logits[0] / temperature - lse[:, None]
     if weights is None:
         return log_softmax(logits[0], temperature, steep=steep)
     columns = [weights[:, k : k + 1].to(logits[0].dtype) for k in range(len(logits))]
-    if mixture == "logits":
+    if mixture != "probs":
+        # What one teacher rules out stays ruled out, whatever the sign of its weight.
+        ruled_out = [torch.isneginf(item) for item in logits]
         logits = [half_less(item, highest(item)) for item in logits]
         mixed = sum(
-            torch.where(w != 0, w * item, torch.zeros_like(item)) for w, item in zip(columns, logits, strict=True)
+            torch.where(w != 0, torch.where(out, -torch.inf, w * item), torch.zeros_like(item))
+            for w, item, out in zip(columns, logits, ruled_out, strict=True)
         )
         assert isinstance(mixed, Tensor)
         return log_softmax(mixed, temperature / 2)
@@ -167,6 +173,7 @@ def dense_rows(
     student_offsets: Optional[Tensor] = None,
     teacher_offsets: Optional[Tensor] = None,
     teacher_columns: Optional[Tensor] = None,
+    teacher_lse: Optional[Tensor] = None,
     stats: bool = True,
 ) -> DenseRows:
     """The objective of each row, by the formulas in ``kdkernels.kd_loss``.
@@ -177,6 +184,7 @@ def dense_rows(
         temperature, teacher_temperature, params[0], the weights of terms: a float or ``[N]``.
         student_offsets, teacher_offsets: added to the logits ``[V]``.
         teacher_columns: integers ``[V]``, the columns of the teacher that the student's are compared with, -1 for none.
+        teacher_lse: ``[N]``, the teacher's log-normaliser where that is not the one of its logits here.
 
     Returns:
         ``DenseRows``; statistics are detached, and None unless ``stats``.
@@ -210,6 +218,7 @@ def dense_rows(
         standardize=standardize,
         steep=steep,
         offsets=None if teacher_offsets is None else teacher_offsets[:columns].to(dtype),
+        lse=teacher_lse,
     )
 
     # A loss without any term is 0, and so is its gradient, which is there.
@@ -218,8 +227,10 @@ def dense_rows(
         scale = squared(temperature) if scale_by_t_squared else 1.0
         # In a row of weight 0 the teacher may be anything; a copy of the student has no derivative that is none.
         weighed = torch.where(kd_weight[:, None] != 0, logp, logq.detach()) if isinstance(kd_weight, Tensor) else logp
-        d = divergences.TABLE[divergence](weighed, logq, column(params[0]), params[1])
-        if divergence in divergences.BUILT_IN and not free:
+        part = teacher_lse is not None
+        table = divergences.PART_OF_TEACHER if part else divergences.TABLE
+        d = table[divergence](weighed, logq, column(params[0]), params[1])
+        if divergence in divergences.BUILT_IN and not part and not free:
             # Of two distributions none is negative: that is rounding, and has no gradient of its own.
             d = d - d.detach().clamp(max=0)
         # The derivative of a NaN need not be NaN (that of abs is 0): the gradient must show what the loss shows.

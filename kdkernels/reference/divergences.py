@@ -129,6 +129,46 @@ def _jeffreys(logp: Tensor, logq: Tensor, _0: Param, _1: Param) -> Tensor:
     return (weighted(logp.exp(), difference) - weighted(logq.exp(), difference)).sum(-1)
 
 
+def _mixed_kl(logp: Tensor, logq: Tensor, reverse: Param, _1: Param) -> Tensor:
+    difference = logp - logq
+    return (weighted((1 - reverse) * logp.exp(), difference) - weighted(reverse * logq.exp(), difference)).sum(-1)
+
+
+def _triangular(logp: Tensor, logq: Tensor, _0: Param, _1: Param) -> Tensor:
+    p, q = logp.exp(), logq.exp()
+    # Its derivative divides by the sum twice.
+    m = torch.where(p + q < torch.finfo(p.dtype).smallest_normal, torch.ones_like(p), p + q)
+    return ((p - q) * ((p - q) / m)).sum(-1)
+
+
+def acceptance(logp: Tensor, logq: Tensor) -> Tensor:
+    return torch.minimum(logp.exp(), logq.exp()).sum(-1)
+
+
+def negative_log_acceptance(rate: Tensor, distance: Tensor, least: Param) -> Tensor:
+    """``-log max(rate, least)`` of a rate that is 1 less the distance, with the slope ``-1 / max(rate, least)``."""
+    floor = torch.as_tensor(least, dtype=rate.dtype, device=rate.device).reshape(-1)
+    near = distance.detach() < 0.5
+    # Near 1 the rate is known by what it lacks.
+    of_near = -torch.log1p(-torch.where(near, distance, torch.zeros_like(distance)))
+    floored = torch.maximum(rate.detach(), floor)
+    of_far = -floored.log() - (rate - rate.detach()) / floored
+    return torch.where(near & (1 - distance.detach() > floor), of_near, of_far)
+
+
+def _lk_nla(logp: Tensor, logq: Tensor, least: Param, _1: Param) -> Tensor:
+    return negative_log_acceptance(acceptance(logp, logq), _tvd(logp, logq, 0, 0), least)
+
+
+def _hybrid(kl: Tensor, rate: Tensor, distance: Tensor, eta: Param) -> Tensor:
+    share = torch.exp(-eta * rate.detach())
+    return share * kl + (1 - share) * distance
+
+
+def _lk_hybrid(logp: Tensor, logq: Tensor, eta: Param, _1: Param) -> Tensor:
+    return _hybrid(_forward_kl(logp, logq, 0, 0), acceptance(logp, logq), _tvd(logp, logq, 0, 0), eta)
+
+
 def _soft_ce(logp: Tensor, logq: Tensor, _0: Param, _1: Param) -> Tensor:
     return weighted(logp.exp(), -logq).sum(-1)
 
@@ -146,8 +186,37 @@ TABLE: dict[str, Rows] = {
     "skew_reverse_kl": _skew_reverse_kl,
     "alpha_beta": _alpha_beta,
     "jeffreys": _jeffreys,
+    "mixed_kl": _mixed_kl,
+    "triangular": _triangular,
     "soft_ce": _soft_ce,
     "dual_soft_ce": _dual_soft_ce,
+    "lk_nla": _lk_nla,
+    "lk_hybrid": _lk_hybrid,
+}
+
+
+def _rest_of_tvd(logp: Tensor, logq: Tensor, _0: Param, _1: Param) -> Tensor:
+    return 1 - acceptance(logp, logq)
+
+
+def _rest_of_lk_nla(logp: Tensor, logq: Tensor, least: Param, _1: Param) -> Tensor:
+    rate = acceptance(logp, logq)
+    return negative_log_acceptance(rate, 1 - rate, least)
+
+
+def _rest_of_lk_hybrid(logp: Tensor, logq: Tensor, eta: Param, _1: Param) -> Tensor:
+    rate = acceptance(logp, logq)
+    return _hybrid(_forward_kl(logp, logq, 0, 0), rate, 1 - rate, eta)
+
+
+# Of a teacher with outcomes that are not here, to which the student gives nothing: sums over those that are here, and
+# a distance between all outcomes.
+PART_OF_TEACHER: dict[str, Rows] = {
+    "forward_kl": _forward_kl,
+    "soft_ce": _soft_ce,
+    "tvd": _rest_of_tvd,
+    "lk_nla": _rest_of_lk_nla,
+    "lk_hybrid": _rest_of_lk_hybrid,
 }
 
 # A divergence that is registered later may be negative.

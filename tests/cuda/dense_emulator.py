@@ -85,6 +85,7 @@ class DenseEmulator:
         ce_weights,
         z_loss_weights,
         mixture,
+        teacher_lse,
         student_offsets,
         teacher_offsets,
         teacher_columns,
@@ -94,7 +95,7 @@ class DenseEmulator:
         **options,
     ):
         options |= ops.named("dense_fwd", numbers, choices)
-        assert mixture is kd_weights is ce_weights is z_loss_weights is None
+        assert mixture is teacher_lse is kd_weights is ce_weights is z_loss_weights is None
         assert student_offsets is teacher_offsets is teacher_columns is None
         assert options.pop("student_form") == "logits"
         assert not options.pop("standardize") and options.pop("mixture") == "probs"

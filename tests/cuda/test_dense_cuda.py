@@ -23,8 +23,9 @@ pytestmark = pytest.mark.slow
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 PARAMS = {"jsd": (0.3, 0.0), "skew_kl": (0.1, 0.0), "skew_reverse_kl": (0.9, 0.0), "alpha_beta": (0.2, 0.7)}
+PARAMS["mixed_kl"] = (0.3, 0.0)
 LINEAR = ("forward_kl", "reverse_kl", "jeffreys", "soft_ce", "dual_soft_ce")
-NAMES = (*LINEAR, "tvd", *PARAMS)
+NAMES = (*LINEAR, "tvd", "triangular", *PARAMS)
 LIMITS_OF_FAMILY = [(0.0, 0.5), (0.5, 0.0), (0.5, -0.5), (0.0, 0.0), (1.0, 0.0), (-0.5, 1.0)]
 # Operations complete as late or as early as they may, or blocks and warps fall behind at random.
 SCHEDULES = ({"late": True}, {"late": False}, {"seed": 1}, {"seed": 2, "late": False})

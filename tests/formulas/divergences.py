@@ -72,6 +72,16 @@ def alpha_beta(x):
     return (-(p**a * q**b - a / (a + b) * p ** (a + b) - b / (a + b) * q ** (a + b)) / (a * b)).sum(-1).mean()
 
 
+def renyi(x):
+    p, _, q, _ = softmaxes(x)
+    return ((p**0.7 * q**0.3).sum(-1).log() / (0.7 - 1)).mean()
+
+
+def triangular(x):
+    p, _, q, _ = softmaxes(x)
+    return ((p - q) ** 2 / (p + q)).sum(-1).mean()
+
+
 def jeffreys(x):
     p, logp, q, logq = softmaxes(x)
     return ((p - q) * (logp - logq)).sum(-1).mean()
@@ -185,6 +195,8 @@ FORMULAS = {
     "skew-reverse-kl": skew_reverse,
     "distillm-2": distillm2,
     "alpha-beta-divergence": alpha_beta,
+    "renyi-divergence": renyi,
+    "triangular-discrimination": triangular,
     "jeffreys-divergence": jeffreys,
     "a-mixture-of-both-kls": lambda x: both(x, x.lam),
     "adaptive-kl": adaptive,

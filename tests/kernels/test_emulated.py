@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 
 ARCHS = [80, 90]
 PARAMS = {"jsd": (0.3, 0.0), "skew_kl": (0.1, 0.0), "skew_reverse_kl": (0.1, 0.0), "alpha_beta": (0.2, 0.7)}
+PARAMS |= {"mixed_kl": (0.3, 0.0), "lk_nla": (1e-5, 0.0), "lk_hybrid": (3.0, 0.0)}
 # Sweeps with the gradient and without, of linear divergences and of others.
 SWEEPS = {True: (2, 1), False: (3, 2)}
 # The plan of the last dense launch.

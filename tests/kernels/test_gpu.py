@@ -15,6 +15,7 @@ from kdkernels.kernels import divergences, tuning
 EMULATED = pytest.param("cpu", marks=pytest.mark.slow)
 DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu), EMULATED]
 PARAMS = {"jsd": (0.3, 0.0), "skew_kl": (0.1, 0.0), "skew_reverse_kl": (0.1, 0.0), "alpha_beta": (0.2, 0.7)}
+PARAMS |= {"mixed_kl": (0.3, 0.0), "lk_nla": (1e-5, 0.0), "lk_hybrid": (3.0, 0.0)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -47,6 +47,7 @@ struct RowArgs {
 struct ObjectiveArgs : RowArgs {
   PerRow student_temperature, teacher_temperature, param;
   PerRow kd_weights, ce_weights, z_loss_weights;  // times the weight of all rows
+  PerRow teacher_lse;                             // of a dense teacher that is normalised elsewhere; null: here
   int divergence = 0;                             // index into divergence_table.h
   double param0 = 0, param1 = 0;
   double temperature = 1, teacher_temperature_value = 1;
@@ -60,7 +61,8 @@ struct ObjectiveArgs : RowArgs {
   // True if a number that is not the weight of the whole row may be another one in the next row.
   bool numbers_differ() const {
     return student_temperature.data != nullptr || teacher_temperature.data != nullptr || param.data != nullptr ||
-           kd_weights.data != nullptr || ce_weights.data != nullptr || z_loss_weights.data != nullptr;
+           kd_weights.data != nullptr || ce_weights.data != nullptr || z_loss_weights.data != nullptr ||
+           teacher_lse.data != nullptr;
   }
 };
 

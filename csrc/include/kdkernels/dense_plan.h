@@ -60,6 +60,7 @@ struct DenseLaunch {
 inline const char* dense_refusal(const DenseArgs& args) {
   if (args.mixture != Mixture::kNone || args.num_teachers != 1) return "a mixture of several teachers";
   if (args.standardize) return "standardize=True";
+  if (args.teacher_lse.data != nullptr) return "a teacher that is normalised elsewhere";
   if (args.kd_weights.data != nullptr || args.ce_weights.data != nullptr || args.z_loss_weights.data != nullptr)
     return "weights of terms per row";
   if (args.teachers[0].dtype != args.student.dtype) return "a teacher of another dtype than the student";

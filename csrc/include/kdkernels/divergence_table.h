@@ -6,7 +6,11 @@ static constexpr Divergence kDivergences[] = {
     linear("jeffreys", {1, -1, -1, 1}),
     linear("soft_ce", {0, -1, 0, 0}),
     linear("dual_soft_ce", {0, 0, -1, 0}),
-    KDK_FUNCTORS(KDK_ENTRY)  //
+    KDK_FUNCTORS(KDK_ENTRY)
+#if defined(KDK_WITH_OUTER)
+        general<LkNegativeLog>("lk_nla"),
+    general<LkHybrid>("lk_hybrid"),
+#endif
 };
 #undef KDK_ENTRY
 static constexpr int kNumDivergences = int(sizeof(kDivergences) / sizeof(kDivergences[0]));

@@ -209,6 +209,56 @@ struct SkewReverseKl {
   }
 };
 
+// f = (1 - r) p log(p/q) + r q log(q/p), of r = x0 and 1 - r where one of them may be 0.
+struct MixedKl {
+  template <bool GUARDED = false, class V>
+  KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V logq, V& value, V& score) {
+    const V wp = k.rest * p, wq = k.x0 * q, of_q = kdk_weigh(wq, logq - logp);
+    value = kdk_weigh(wp, logp - logq) + of_q;
+    score = of_q + (wq - wp);
+  }
+};
+
+// What is made of a row's sums before its gradient, by functors that only the dense pattern of the CPU takes; see
+// negative_log_acceptance and ObjectiveRow in csrc/cpu.
+enum class Outer { kNone, kNegativeLog, kHybrid };
+template <class F, class = void>
+struct OuterOf {
+  static constexpr Outer value = Outer::kNone;
+};
+template <class F>
+struct OuterOf<F, decltype(void(F::kOuter))> {
+  static constexpr Outer value = F::kOuter;
+};
+
+// -log(1 - TVD); its parameter is the least that the logarithm sees.
+struct LkNegativeLog : Tvd {
+  static constexpr Outer kOuter = Outer::kNegativeLog;
+};
+
+// f = x0 p log(p/q) + (1 - x0) |p - q| / 2, where x0 is made of the row's acceptance rate and the parameter.
+struct LkHybrid {
+  static constexpr Outer kOuter = Outer::kHybrid;
+  template <bool GUARDED = false, class V>
+  KDK_HD static void eval(const Params<V>& k, V p, V logp, V q, V logq, V& value, V& score) {
+    const V wp = k.x0 * p;
+    Tvd::by_sign<Score::kPlain>(q, q - p, value, score);
+    value = k.rest * value + kdk_weigh(wp, logp - logq);
+    score = k.rest * score - wp;
+  }
+};
+
+// f = (p - q)^2 / (p + q).
+struct Triangular {
+  static constexpr bool kLinearWithoutTeacher = true;
+  template <bool GUARDED = false, class V>
+  KDK_HD static void eval(const Params<V>&, V p, V, V q, V, V& value, V& score) {
+    const V m = p + q, share = (q - p) / (m + kTiny);
+    value = (q - p) * share;
+    score = q * share * ((p + m + p) / (m + kTiny));
+  }
+};
+
 // Alpha-beta divergences have a = x0, b = x1 and c = a + b. With d = log p - log q the value is
 //   f = q^c d^2 [exp at 0, a d, c d],   the second divided difference of exp,
 // which is positive for all a and b and has all their limits in it, and the score is -q^c d [exp at 0, a d]. An outcome
@@ -395,6 +445,8 @@ struct AlphaBetaZero : OfAlphaBeta {
   ENTER(Tvd, "tvd")                           \
   ENTER(SkewKl, "skew_kl")                    \
   ENTER(SkewReverseKl, "skew_reverse_kl")     \
+  ENTER(MixedKl, "mixed_kl")                  \
+  ENTER(Triangular, "triangular")             \
   ENTER(AlphaBeta, "alpha_beta")              \
   ENTER(AlphaBetaNear, "alpha_beta/near")     \
   ENTER(AlphaBetaZeroA, "alpha_beta/a=0")     \

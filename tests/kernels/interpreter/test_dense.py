@@ -10,6 +10,7 @@ from oracle import check, dense_rows
 from kdkernels.kernels import divergences
 
 PARAMS = {"jsd": (0.3, 0.0), "skew_kl": (0.1, 0.0), "skew_reverse_kl": (0.1, 0.0), "alpha_beta": (0.2, 0.7)}
+PARAMS |= {"mixed_kl": (0.3, 0.0), "lk_nla": (1e-5, 0.0), "lk_hybrid": (3.0, 0.0)}
 NAMES = divergences.names()
 # One linear divergence with every coefficient, and one pair of functions: all code that is not a divergence's own.
 TWO = ("jeffreys", "jsd")

@@ -13,6 +13,7 @@ from kdkernels.kernels import divergences, tuning
 from kdkernels.reference.divergences import TABLE
 
 PARAMS = {"jsd": (0.5, 0.0), "skew_kl": (0.1, 0.0), "skew_reverse_kl": (0.1, 0.0), "alpha_beta": (0.2, 0.7)}
+PARAMS |= {"mixed_kl": (0.3, 0.0), "lk_nla": (1e-5, 0.0), "lk_hybrid": (3.0, 0.0)}
 DISTANCES = ("forward_kl", "reverse_kl", "jeffreys", "jsd", "tvd", "skew_kl", "skew_reverse_kl")
 ULP = 2.0**-23
 INF = float("inf")
