@@ -646,7 +646,8 @@ def dense(
         given_teachers = () if teacher is None else teachers
         shared = checks.of_columns(objective, student, given_teachers, columns, *of_columns)
     checks.apart_in_place(objective, student, others, teachers)
-    mixture, dim = checks.mixture_of(objective), class_dim if strided else -1
+    mixture = objective.mixture if teacher is None else checks.mixture_of(objective)
+    dim = class_dim if strided else -1
     found = _dense(objective, student, teachers, labels, columns, weights, mixture, teachers, shared, dim)
     return without_teacher(found) if teacher is None else found
 

@@ -85,8 +85,8 @@ def _columns(value: Any, student: Tensor, columns: int, width: int) -> Tensor:
 
 
 def changes_of_reading(options: Any, of_columns: Mapping[str, Tensor], class_dim: int, *, mixed: bool) -> list[str]:
-    """The operands of a call that change how rows are read, in a caller's words; the kernels have one teacher and no
-    standardize beside them."""
+    """The operands of a call that change how rows are read, in a caller's words; the kernels have one teacher, no
+    standardize, no ``teacher_lse`` and no losses of acceptance beside them."""
     names = {"student_offsets": "student_bias", "teacher_offsets": "teacher_bias"}
     given = [names.get(name, name) for name in of_columns]
     if options.student_form == "log_probs":
@@ -94,7 +94,10 @@ def changes_of_reading(options: Any, of_columns: Mapping[str, Tensor], class_dim
     if class_dim != -1:
         given.append(f"dim={options.dim}")
     wrong = "a mixture of teachers" if mixed else "standardize" if options.standardize else None
-    wrong = "teacher_lse" if options.teacher_lse is not None else wrong
+    if options.teacher_lse is not None:
+        wrong = "teacher_lse"
+    if options.resolved.of_acceptance:
+        wrong = "lk_loss"
     if given and wrong and options.backend != "torch":
         raise ValueError(f"{given[0]} cannot be combined with {wrong} in the kernels; backend='torch' computes it")
     return given
