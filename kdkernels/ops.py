@@ -172,7 +172,6 @@ _NOT_IN_CUDA = {"cuda": "the CUDA extension has the losses with a divergence and
 LACKING = {
     "dkd_fwd": _NOT_IN_CUDA,
     "mse_fwd": _NOT_IN_CUDA,
-    "capture_topk": {"triton": "capture_topk has no Triton kernel"},
 }
 
 # Patterns of which a backend runs calls that ask for it by name, and "auto" takes another one: why.

@@ -11,6 +11,7 @@ from kdkernels import ops
 
 def launchers() -> dict[str, Callable[..., Any]]:
     """The launcher of every pattern, by the name of its op."""
+    from kdkernels.kernels.capture import capture_topk
     from kdkernels.kernels.dense import dense_fwd
     from kdkernels.kernels.dkd import dkd_fwd
     from kdkernels.kernels.mse import mse_fwd
@@ -21,6 +22,7 @@ def launchers() -> dict[str, Callable[..., Any]]:
     by_name: dict[str, Callable[..., Any]] = {
         "dense_fwd": dense_fwd,
         "topk_fwd": topk_fwd,
+        "capture_topk": capture_topk,
         "dkd_fwd": dkd_fwd,
         "mse_fwd": mse_fwd,
         "token_fwd": token_fwd,
