@@ -177,7 +177,8 @@ def capture_topk(
         k: from 1 to V (to ``vocab_size``).
         temperature: T > 0, a number or one value per row; for the tail "bucket", that of the loss.
         vocab_size: columns from there on are padding: no probability.
-        backend: "auto", "cuda" (k up to 2048), "cpu" (C++), "torch" (plain PyTorch: a full sort).
+        backend: "auto", "cuda", "triton" (k up to 2048 each; two reads of rows over 32768), "cpu" (C++), "torch" (plain
+            PyTorch: a full sort).
 
     Returns:
         ``TeacherTopK`` of ids int32 ``(..., k)``, logprobs ``(..., k)`` and tail_logprob ``(...)``, float32 (float64

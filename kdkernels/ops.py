@@ -235,7 +235,6 @@ LACKING = {
     "uld_fwd": _NOT_IN_CUDA,
     "topp_count": {name: f"capture_topp has no kernel of {name}'s to count with" for name in ("cuda", "triton")},
     "shard_fwd": _NOT_IN_CUDA,
-    "capture_topk": {"triton": "capture_topk has no Triton kernel"},
 }
 
 # Patterns of which a backend runs calls that ask for it by name, and "auto" takes another one: why.

@@ -11,6 +11,7 @@ from kdkernels import ops
 
 def launchers() -> dict[str, Callable[..., Any]]:
     """The launcher of every pattern, by the name of its op."""
+    from kdkernels.kernels.capture import capture_topk
     from kdkernels.kernels.dense import dense_fwd
     from kdkernels.kernels.dkd import dkd_fwd
     from kdkernels.kernels.mapped import mapped_fwd
@@ -25,6 +26,7 @@ def launchers() -> dict[str, Callable[..., Any]]:
         "dense_fwd": dense_fwd,
         "pixel_fwd": mapped_fwd,
         "topk_fwd": topk_fwd,
+        "capture_topk": capture_topk,
         "dkd_fwd": dkd_fwd,
         "mse_fwd": mse_fwd,
         "shard_fwd": shard_fwd,

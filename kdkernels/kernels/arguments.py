@@ -90,15 +90,19 @@ def logits(x: Optional[Tensor]) -> Logits:
     return Logits(x, x.stride(0), x.stride(1))
 
 
+def thrown_away(dstudent: Optional[Tensor], rows: int, L: Optional[int]) -> Logits:
+    """Memory for the first rows of a gradient, which start where they would from a multiple of 16 bytes."""
+    given = logits(dstudent)
+    if dstudent is None:
+        return given
+    last = (rows - 1) * given.stride_l if L is None else (rows - 1) // L * given.stride_b + (L - 1) * given.stride_l
+    start = dstudent.data_ptr() // dstudent.element_size() % 16
+    return given._replace(ptr=dstudent.new_empty(start + last + dstudent.shape[-1])[start:])
+
+
 def evenly_spaced(*tensors: Optional[Tensor]) -> bool:
     """True if the rows of all [B, L, V] or [N, V] tensors lie at one distance each."""
     return all(x is None or x.dim() == 2 or x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1) for x in tensors)
-
-
-def aligned_width(V: int, *tensors: Tensor) -> Optional[int]:
-    """The next multiple of 16 when V is none and all tensors are that wide: loads up to there stay 16 bytes wide."""
-    width = (V + 15) // 16 * 16
-    return width if width != V and all(x.shape[-1] >= width for x in tensors) else None
 
 
 def vectors(V: int, *tensors: Optional[Tensor]) -> tuple[int, bool]:

@@ -33,6 +33,7 @@ from kdkernels.kernels.arguments import (
     row_arguments,
     row_tensors,
     term_weights,
+    thrown_away,
     vectors,
 )
 from kdkernels.kernels.dense_cluster import dense_cluster_fwd_kernel
@@ -694,16 +695,6 @@ def _resident_load(entry: divergences.TritonDivergence, alone: bool, stats: bool
     if alone and entry.linear is not None and entry.linear[:2] == (0, 0):
         return tuning.LIGHT_Q
     return tuning.MEDIUM if alone and entry.total else tuning.HEAVY
-
-
-def thrown_away(dstudent: Optional[Tensor], rows: int, L: Optional[int]) -> Logits:
-    """Memory for the first rows of a gradient, which start where they would from a multiple of 16 bytes."""
-    given = logits(dstudent)
-    if dstudent is None:
-        return given
-    last = (rows - 1) * given.stride_l if L is None else (rows - 1) // L * given.stride_b + (L - 1) * given.stride_l
-    start = dstudent.data_ptr() // dstudent.element_size() % 16
-    return given._replace(ptr=dstudent.new_empty(start + last + dstudent.shape[-1])[start:])
 
 
 def dense_fwd(

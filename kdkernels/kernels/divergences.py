@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from kdkernels.divergences import by_name
-from kdkernels.kernels.rows import LN2, LOG2E, LOWEST, TINY, fast_log, fast_log2, fast_reciprocal, mul0
+from kdkernels.kernels.rows import LN2, LOG2E, LOWEST, TINY, fast_log, fast_log2, fast_reciprocal, mul0, step_of
 from kdkernels.kernels.terms import overlap_decides
 
 Coefficients = tuple[float, float, float, float]
@@ -184,7 +184,7 @@ def _tvd_value(p, logp, q, logq, _0, _1):
 def _tvd_score(p, logp, q, logq, _, offset):
     """q times the sign of q - p over 2, and an offset."""
     # 0 times a NaN of q is one.
-    return q * tl.where(q > p, offset + 0.5, tl.where(q < p, offset - 0.5, offset))
+    return q * ((offset + 0.5) - step_of(p - q))
 
 
 @triton.jit

@@ -21,6 +21,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 NEG_INF = tl.constexpr(float("-inf"))
 # A running maximum starts at the lowest finite fp32, not at -inf: then no difference of two maxima is -inf minus -inf.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
+HIGHEST = tl.constexpr(3.4028234663852886e38)
 # Triton 3.6 spills what a tile is split into.
 SPLITS = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7))
 # The smallest normal fp32: GPUs flush what is below, some instructions sooner than others.
@@ -73,6 +74,10 @@ if triton.knobs.runtime.interpret:
     def add_product(total, weight, x):
         return tl.fma(weight, tl.where(weight == 0, 0.0, x), total)
 
+    @triton.jit
+    def step_of(x):
+        return tl.minimum(tl.maximum(tl.fma(x, HIGHEST, 0.5), 0.0), 1.0)
+
 else:
 
     def _on_cuda(semantic):
@@ -110,6 +115,18 @@ else:
             return tl.fma(weight, x, total, _semantic=_semantic)
         asm = "{.reg .pred p; setp.neu.f32 p, $2, 0f00000000; @p fma.rn.f32 $0, $2, $3, $0;}"
         return _inline(asm, "=f,0,f,f", [total, weight, x], tl.float32, 1, _semantic)
+
+    @tl.core.builtin
+    def step_of(x, _semantic=None):
+        """1 where x is above 0, 0 where it is below or NaN, a half where it is 0: in one instruction on CUDA."""
+        if not _on_cuda(_semantic):
+            x = tl.fma(x, HIGHEST, 0.5, _semantic=_semantic)
+            return _semantic.minimum(
+                _semantic.maximum(x, _semantic.to_tensor(0.0), tl.core.PropagateNan.NONE),
+                _semantic.to_tensor(1.0),
+                tl.core.PropagateNan.NONE,
+            )
+        return _inline("fma.rn.ftz.sat.f32 $0, $1, 0f7F7FFFFF, 0f3F000000;", "=f,f", [x], tl.float32, 1, _semantic)
 
     @tl.core.builtin
     def widen(x, _semantic=None):
@@ -591,26 +608,6 @@ def soft_cap(x, cap):
 
 
 @triton.jit
-def load_logits(row_ptr, offs_v, V, load_width, softcap, PROBS: tl.constexpr):
-    """Logits of one tile in fp32, -inf in columns from V on.
-
-    load_width, where it is not None, is a multiple of 16 that the row's storage covers: reading up to there keeps the
-    loads 16 bytes wide when V is not a multiple of 16.
-    """
-    if load_width is None:
-        x = tl.load(row_ptr + offs_v, mask=offs_v < V, other=NEG_INF).to(tl.float32)
-    else:
-        x = tl.load(row_ptr + offs_v, mask=offs_v < load_width, other=NEG_INF).to(tl.float32)
-    if PROBS:
-        x = tl.log2(x) * LN2
-    if softcap is not None:
-        x = soft_cap(x, softcap)
-    if load_width is not None or softcap is not None or PROBS:
-        x = tl.where(offs_v < V, x, NEG_INF)
-    return x
-
-
-@triton.jit
 def rescale(total, mass, factor, shift):
     """Move total = sum e * (x - m) to a new m: e shrinks by factor, x - m by -shift; mass is the old sum of e."""
     moved = mass * factor
@@ -671,20 +668,3 @@ def row_moments(row_ptr, V, span, softcap, PROBS: tl.constexpr, TILE: tl.constex
     # Compared this way round a NaN stays NaN.
     deviation = tl.where(variance <= 0, 1.0, tl.sqrt(variance) * unit * 2.0)
     return half_pilot * 2.0, rest * unit * 2.0, deviation
-
-
-@triton.jit
-def store_gradient(row_ptr, offs_v, g, V, pad_width):
-    """Round and store one tile; 0 in the padding, columns V to pad_width."""
-    g = g.to(row_ptr.dtype.element_ty)
-    if pad_width is None:
-        tl.store(row_ptr + offs_v, g, mask=offs_v < V)
-    else:
-        tl.store(row_ptr + offs_v, tl.where(offs_v < V, g, tl.zeros(g.shape, g.dtype)), mask=offs_v < pad_width)
-
-
-@triton.jit
-def zero_columns(row_ptr, offs_v, start, stop):
-    """Zeros in columns start to stop; offs_v are the offsets of a tile of any shape."""
-    for begin in range(start, stop, offs_v.numel):
-        tl.store(row_ptr + begin + offs_v, tl.zeros(offs_v.shape, row_ptr.dtype.element_ty), mask=begin + offs_v < stop)

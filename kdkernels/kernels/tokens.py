@@ -20,26 +20,33 @@ from torch import Tensor
 
 from kdkernels import ops
 from kdkernels.kernels import tuning
-from kdkernels.kernels.arguments import aligned_width, contiguous, num_rows, on_device_of
-from kdkernels.kernels.arguments import logits as row_strides_of
+from kdkernels.kernels.arguments import Logits, contiguous, num_rows, on_device_of, vectors
+from kdkernels.kernels.arguments import logits as logits_argument
 from kdkernels.kernels.rows import (
     LN2,
     LOG2E,
     NEG_INF,
+    Span,
+    end_of,
     fast_exp2,
     fold_max,
     fold_sum,
+    grid_pointer,
+    inside,
+    is_at_end,
     lane_lowest,
     lane_zeros,
-    load_logits,
+    load_vectors,
+    logits_of,
     reciprocal,
-    row_offset,
+    row_skew,
     soft_cap,
     spread,
-    store_gradient,
+    store_vectors,
+    tile_heads,
     tile_offsets,
     widen,
-    zero_columns,
+    zero_tiles,
 )
 from kdkernels.kernels.terms import through_cap
 
@@ -93,12 +100,45 @@ def defined(z):
     return tl.where(z == 0, float("nan"), z)
 
 
+# A sweep goes over the tiles that lie in the row as a whole, whose loads have no mask, and then over those at its ends:
+# of a row whose ends cut vectors the first and the last, of another the last, if any.
 @triton.jit
-def load_whole(row_ptr, offs_v, softcap):
-    """Logits of a tile that has no column from V on: a mask would cost one instruction a column, for what it masks."""
-    x = widen(tl.load(row_ptr + offs_v))
-    if softcap is not None:
-        x = soft_cap(x, softcap)
+def inner_end(num_tiles, span, TILE: tl.constexpr):
+    if TILE[3]:
+        end = num_tiles - 1
+    else:
+        end = span.stop // (TILE[0] * TILE[1] * TILE[2])
+    return end
+
+
+@triton.jit
+def ends_begin(num_tiles, span, TILE: tl.constexpr):
+    if TILE[3]:
+        begin = 0
+    else:
+        begin = inner_end(num_tiles, span, TILE)
+    return begin
+
+
+@triton.jit
+def ends_step(num_tiles, TILE: tl.constexpr):
+    if TILE[3]:
+        step = tl.maximum(num_tiles - 1, 1)
+    else:
+        step = 1
+    return step
+
+
+@triton.jit
+def load_part(row_ptr, start, offs_v, span, softcap, INNER: tl.constexpr, TILE: tl.constexpr):
+    """Logits of one tile in fp32, -inf outside the row."""
+    x = load_vectors(row_ptr, start, tile_heads(TILE), True, span, TILE, INNER)
+    if INNER:
+        x = widen(x)
+        if softcap is not None:
+            x = soft_cap(x, softcap)
+    else:
+        x = logits_of(x, offs_v, span, softcap, False)
     return x
 
 
@@ -120,7 +160,7 @@ def add_tile(m, z, total, squares, x, scale, ENTROPY: tl.constexpr, STATS: tl.co
 
 @triton.jit(do_not_specialize=["L", "ignore_index"])
 def token_fwd_kernel(
-    logits_ptr,  # [B, L, V]
+    logits: Logits,  # [B, L, V]
     ids_ptr,  # [N, K]
     temperature_ptr,  # [N]
     logprobs_ptr,  # [N, K]
@@ -128,13 +168,10 @@ def token_fwd_kernel(
     lse_ptr,  # [N]
     norm_ptr,  # [N, 2]
     stats_ptr,  # [N, 2 + K]
-    stride_sb,
-    stride_sl,
     stride_tn,
     K,
     L,
     V,
-    load_width,
     ignore_index,
     temperature,
     softcap,
@@ -162,9 +199,11 @@ def token_fwd_kernel(
             tl.store(stats_ptr + row64 * (2 + K), 0.0)
             tl.store(stats_ptr + row64 * (2 + K) + 1, 0.0)
         return
-    logits_ptr += row_offset(row, L, stride_sb, stride_sl)
+    skew = row_skew(logits, row64, L, TILE)
+    span = Span(skew, end_of(skew, V, TILE))
+    row_ptr = grid_pointer(logits, row64, skew, L, TILE)
     unit, scale = of_row(temperature, temperature_ptr, row64, stride_tn)
-    picked = gather_logits(logits_ptr, ids, known, softcap)
+    picked = gather_logits(row_ptr + skew, ids, known, softcap)
 
     offs_tile = tile_offsets(TILE)
     m = lane_lowest(TILE)
@@ -173,17 +212,19 @@ def token_fwd_kernel(
     squares = lane_zeros(TILE)
     mean = lane_zeros(TILE)
     each = 1.0 / V
-    whole = V // BLOCK_V * BLOCK_V
-    for start in range(0, whole, BLOCK_V):
-        x = load_whole(logits_ptr, start + offs_tile, softcap)
+    num_tiles = tl.cdiv(span.stop, BLOCK_V)
+    for k in range(1 if TILE[3] else 0, inner_end(num_tiles, span, TILE)):
+        start = k * BLOCK_V
+        x = load_part(row_ptr, start, start + offs_tile, span, softcap, True, TILE)
         m, z, total, squares = add_tile(m, z, total, squares, x, scale, ENTROPY, STATS)
         if STATS:
             mean += fold_sum(x * each)
-    if whole < V:
-        x = load_logits(logits_ptr, whole + offs_tile, V, load_width, softcap, False)
+    for k in range(ends_begin(num_tiles, span, TILE), num_tiles, ends_step(num_tiles, TILE)):
+        start = k * BLOCK_V
+        x = load_part(row_ptr, start, start + offs_tile, span, softcap, False, TILE)
         m, z, total, squares = add_tile(m, z, total, squares, x, scale, ENTROPY, STATS)
         if STATS:
-            mean += fold_sum(tl.where(whole + offs_tile < V, x * each, 0.0))
+            mean += fold_sum(tl.where(inside(start + offs_tile, span), x * each, 0.0))
     top = tl.max(m, axis=0)
     shift = tl.maximum((m - top) * scale, FLOOR)
     if STATS:
@@ -243,20 +284,17 @@ def marked(word, tile, TILE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["L", "ignore_index"])
 def token_tail_kernel(
-    logits_ptr,  # [B, L, V]
+    logits: Logits,  # [B, L, V]
     ids_ptr,  # [N, K]
     temperature_ptr,  # [N]
     logprobs_ptr,  # [N, K]
     lse_ptr,  # [N]
     tail_ptr,  # [N]
     norm_ptr,  # [N, 2]
-    stride_sb,
-    stride_sl,
     stride_tn,
     K,
     L,
     V,
-    load_width,
     ignore_index,
     temperature,
     softcap,
@@ -280,17 +318,21 @@ def token_tail_kernel(
         tl.store(norm_ptr, 0.0)
         tl.store(norm_ptr + 1, 0.0)
         return
-    logits_ptr += row_offset(row, L, stride_sb, stride_sl)
+    skew = row_skew(logits, row64, L, TILE)
+    span = Span(skew, end_of(skew, V, TILE))
+    row_ptr = grid_pointer(logits, row64, skew, L, TILE)
     unit, scale = of_row(temperature, temperature_ptr, row64, stride_tn)
-    picked = gather_logits(logits_ptr, ids, known, softcap)
+    picked = gather_logits(row_ptr + skew, ids, known, softcap)
 
     offs_tile = tile_offsets(TILE)
     m = lane_lowest(TILE)
     z = lane_zeros(TILE)
-    for first in range(0, V, SPAN):
-        word = mark_ids(ids_ptr, K, ignore_index, first, TILE)
-        for tile in range(tl.cdiv(tl.minimum(V - first, SPAN), BLOCK_V)):
-            x = load_logits(logits_ptr, first + tile * BLOCK_V + offs_tile, V, load_width, softcap, False)
+    for first in range(0, span.stop, SPAN):
+        word = mark_ids(ids_ptr, K, ignore_index, first - skew, TILE)
+        for tile in range(tl.cdiv(tl.minimum(span.stop - first, SPAN), BLOCK_V)):
+            start = first + tile * BLOCK_V
+            raw = load_vectors(row_ptr, start, tile_heads(TILE), is_at_end(start, span, TILE), span, TILE)
+            x = logits_of(raw, start + offs_tile, span, softcap, False)
             x = tl.where(marked(word, tile, TILE), NEG_INF, x)
             n = tl.maximum(m, fold_max(x))
             z = tl.fma(z, fast_exp2((m - n) * scale), fold_sum(fast_exp2((x - spread(n)) * scale)))
@@ -333,23 +375,18 @@ def sum_equal(ids, g, known, ids_ptr, g_ptr, K, BLOCK_K: tl.constexpr, CHUNK: tl
 
 @triton.jit(do_not_specialize=["L", "ignore_index"])
 def token_bwd_kernel(
-    logits_ptr,  # [B, L, V]
+    logits: Logits,  # [B, L, V]
     ids_ptr,  # [N, K]
     norm_ptr,  # [N, 2]
     entropy_ptr,  # [N]
     dlogprobs_ptr,  # [N, K]
     dentropy_ptr,  # [N]
-    dlogits_ptr,  # [B, L, pad_width or V]
+    dlogits: Logits,  # [B, L, pad_width or V]
     temperature_ptr,  # [N]
-    stride_sb,
-    stride_sl,
-    stride_db,
-    stride_dl,
     stride_tn,
     K,
     L,
     V,
-    load_width,
     pad_width,
     ignore_index,
     temperature,
@@ -365,7 +402,10 @@ def token_bwd_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     ids_ptr += row64 * K
     dlogprobs_ptr += row64 * K
-    dlogits_ptr += row_offset(row, L, stride_db, stride_dl)
+    skew = row_skew(logits, row64, L, TILE)
+    span = Span(skew, end_of(skew, V, TILE))
+    pad_stop = span.stop if pad_width is None else end_of(skew, pad_width, TILE)
+    dlogits_ptr = grid_pointer(dlogits, row64, skew, L, TILE)
     ids, used, known = load_ids(ids_ptr, K, V, ignore_index, BLOCK_K)
     g = tl.load(dlogprobs_ptr + offs_k, mask=used, other=0.0)
     counted = any_of(g != 0)
@@ -373,9 +413,9 @@ def token_bwd_kernel(
         h = tl.load(dentropy_ptr + row64)
         counted = counted | ((h != 0) & any_of(used))
     if counted == 0:
-        zero_columns(dlogits_ptr, tile_offsets(TILE), 0, V if pad_width is None else pad_width)
+        zero_tiles(dlogits_ptr, Span(span.start, pad_stop), TILE)
         return
-    logits_ptr += row_offset(row, L, stride_sb, stride_sl)
+    row_ptr = grid_pointer(logits, row64, skew, L, TILE)
     unit, scale = of_row(temperature, temperature_ptr, row64, stride_tn)
     top = tl.load(norm_ptr + row64 * 2)
     z = tl.load(norm_ptr + row64 * 2 + 1)
@@ -388,26 +428,28 @@ def token_bwd_kernel(
     bend = 0.0
     if ENTROPY:
         bend = -h * LN2 * unit / z
-    picked = gather_logits(logits_ptr, ids, known, softcap)
+    picked = gather_logits(row_ptr + skew, ids, known, softcap)
     # The stores from here on may go to the logits.
     tl.debug_barrier()
 
     offs_tile = tile_offsets(TILE)
-    whole = V // BLOCK_V * BLOCK_V
-    for start in range(0, whole, BLOCK_V):
-        x = load_whole(logits_ptr, start + offs_tile, softcap)
+    num_tiles = tl.cdiv(span.stop, BLOCK_V)
+    for k in range(1 if TILE[3] else 0, inner_end(num_tiles, span, TILE)):
+        start = k * BLOCK_V
+        x = load_part(row_ptr, start, start + offs_tile, span, softcap, True, TILE)
         d = through_cap(q_part(x, top, scale, slope, bend, ENTROPY), x, softcap)
-        tl.store(dlogits_ptr + start + offs_tile, d.to(dlogits_ptr.dtype.element_ty))
-    if whole < V:
-        x = load_logits(logits_ptr, whole + offs_tile, V, load_width, softcap, False)
-        d = q_part(x, top, scale, slope, bend, ENTROPY)
-        store_gradient(dlogits_ptr, whole + offs_tile, through_cap(d, x, softcap), V, pad_width)
+        store_vectors(dlogits_ptr, start, tile_heads(TILE), True, span, d, TILE, True)
+    for k in range(ends_begin(num_tiles, span, TILE), num_tiles, ends_step(num_tiles, TILE)):
+        start = k * BLOCK_V
+        x = load_part(row_ptr, start, start + offs_tile, span, softcap, False, TILE)
+        d = through_cap(q_part(x, top, scale, slope, bend, ENTROPY), x, softcap)
+        store_vectors(dlogits_ptr, start, tile_heads(TILE), True, span, d, TILE)
     if pad_width is not None:
-        zero_columns(dlogits_ptr, tile_offsets(TILE), tl.cdiv(V, BLOCK_V) * BLOCK_V, pad_width)
+        zero_tiles(dlogits_ptr, Span(span.stop, pad_stop), TILE)
     tl.debug_barrier()
     total, first = sum_equal(ids, g, known, ids_ptr, dlogprobs_ptr, K, BLOCK_K, CHUNK)
     d = through_cap(total * unit + q_part(picked, top, scale, slope, bend, ENTROPY), picked, softcap)
-    tl.store(dlogits_ptr + tl.where(known, ids, 0), d.to(dlogits_ptr.dtype.element_ty), mask=first)
+    tl.store(dlogits_ptr + skew + tl.where(known, ids, 0), d.to(dlogits_ptr.dtype.element_ty), mask=first)
 
 
 @triton.jit
@@ -422,12 +464,13 @@ def q_part(x, top, scale, slope, bend, ENTROPY: tl.constexpr):
     return d
 
 
-def tile_of(V: int, itemsize: int) -> tuple[tuple[int, int, int], int]:
-    """The tile of a sweep, and its warps."""
-    (ROLL, LANES, VEC), num_warps = tuning.shape(V, itemsize)
+def tile_of(V: int, *tensors: Tensor) -> tuple[tuple[int, int, int, bool], int]:
+    """The tile of a sweep over rows of these tensors, and its warps."""
+    vec, cut = vectors(V, *tensors)
+    (ROLL, LANES, VEC), num_warps = tuning.shape(V, tensors[0].element_size(), vec=vec)
     warps = min(num_warps, MAX_WARPS)
     lanes = LANES // num_warps * warps
-    return (2 * ROLL if V > ROLL * lanes * VEC else ROLL, lanes, VEC), warps
+    return (2 * ROLL if V > ROLL * lanes * VEC else ROLL, lanes, VEC, cut), warps
 
 
 def token_fwd(
@@ -465,28 +508,24 @@ def token_fwd(
     results = logprobs, of_entropy, lse, tail, norm, of_stats
     if N == 0:
         return results
-    TILE, num_warps = tile_of(vocab_size, logits.element_size())
-    stride_sb, stride_sl = row_strides_of(logits)[1:]
+    TILE, num_warps = tile_of(vocab_size, logits)
     ids = ids.contiguous()
     stride_tn = None if temperature_rows is None else temperature_rows.stride(0)
     BLOCK_K = triton.next_power_of_2(K)
     with on_device_of(logits):
         if tail_mass:
             token_tail_kernel[(N,)](
-                logits_ptr=logits,
+                logits=logits_argument(logits),
                 ids_ptr=ids,
                 temperature_ptr=temperature_rows,
                 logprobs_ptr=logprobs,
                 lse_ptr=lse,
                 tail_ptr=tail,
                 norm_ptr=norm,
-                stride_sb=stride_sb,
-                stride_sl=stride_sl,
                 stride_tn=stride_tn,
                 K=K,
                 L=L,
                 V=vocab_size,
-                load_width=aligned_width(vocab_size, logits),
                 ignore_index=ignore_index,
                 temperature=temperature,
                 softcap=softcap or None,
@@ -497,7 +536,7 @@ def token_fwd(
             )
         if entropy or stats or not tail_mass:
             token_fwd_kernel[(N,)](
-                logits_ptr=logits,
+                logits=logits_argument(logits),
                 ids_ptr=ids,
                 temperature_ptr=temperature_rows,
                 logprobs_ptr=logprobs,
@@ -505,13 +544,10 @@ def token_fwd(
                 lse_ptr=lse,
                 norm_ptr=norm,
                 stats_ptr=of_stats if stats else None,
-                stride_sb=stride_sb,
-                stride_sl=stride_sl,
                 stride_tn=stride_tn,
                 K=K,
                 L=L,
                 V=vocab_size,
-                load_width=aligned_width(vocab_size, logits),
                 ignore_index=ignore_index,
                 temperature=temperature,
                 softcap=softcap or None,
@@ -546,29 +582,22 @@ def token_bwd(
     if N == 0:
         return
     width = logits.shape[-1]
-    TILE, num_warps = tile_of(vocab_size, logits.element_size())
-    stride_sb, stride_sl = row_strides_of(logits)[1:]
-    stride_db, stride_dl = row_strides_of(dlogits)[1:]
+    TILE, num_warps = tile_of(vocab_size, logits, dlogits)
     BLOCK_K = triton.next_power_of_2(K)
     with on_device_of(logits):
         token_bwd_kernel[(N,)](
-            logits_ptr=logits,
+            logits=logits_argument(logits),
             ids_ptr=ids.contiguous(),
             norm_ptr=norm,
             entropy_ptr=None if dentropy is None else contiguous(entropy),
             dlogprobs_ptr=dlogprobs.contiguous(),
             dentropy_ptr=contiguous(dentropy),
-            dlogits_ptr=dlogits,
+            dlogits=logits_argument(dlogits),
             temperature_ptr=temperature_rows,
-            stride_sb=stride_sb,
-            stride_sl=stride_sl,
-            stride_db=stride_db,
-            stride_dl=stride_dl,
             stride_tn=None if temperature_rows is None else temperature_rows.stride(0),
             K=K,
             L=L,
             V=vocab_size,
-            load_width=aligned_width(vocab_size, logits),
             pad_width=None if width == vocab_size else width,
             ignore_index=ignore_index,
             temperature=temperature,

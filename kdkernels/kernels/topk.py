@@ -1,8 +1,11 @@
 """The sparse top-k pattern: a teacher of K ids and log-probabilities a row, one program a row.
 
 The K entries live in registers: their student logits are gathered before anything is stored. Of the columns outside
-them most tails need two numbers, and these take one sweep: the mass of q there, and one factor, for their gradient is
-proportional to q. A second sweep writes the gradient, which the K entries overwrite after a barrier.
+them most tails need two numbers: the mass of q there, and one factor, for their gradient is proportional to q. The K
+entries overwrite it after a barrier.
+
+A row that fits into the registers of a block is read once, whatever the tail, and a narrow one takes a block of one
+warp: ``tuning.sparse_plans``. A wider row is swept:
 
     reads and writes of [N, V]              loss   with gradient
     bucket, renormalize, drop               1R     2R + 1W
@@ -12,7 +15,7 @@ proportional to q. A second sweep writes the gradient, which the K entries overw
       divergence is not linear in q there
 
 The mass outside is the sum over all columns but the likeliest entry, less the other entries. Where that cancels more
-than the divergence bears, the program sweeps the row once more, without the entries.
+than the divergence bears, the program reads the row once more, without the entries.
 
 Equal ids are found by comparing each entry with all, K^2 comparisons a row shared by its threads: they stay below the
 cost of the sweeps up to some 500 entries, and are most of the work at 2048.
@@ -20,7 +23,7 @@ cost of the sweeps up to some 500 entries, and are most of the work at 2048.
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 import triton
@@ -33,21 +36,34 @@ from kdkernels.kernels.arguments import (
     Rows,
     Weights,
     contiguous,
+    logits,
     num_rows,
     on_device_of,
     row_arguments,
     row_tensors,
     term_weights,
+    thrown_away,
     vectors,
+)
+from kdkernels.kernels.dense_cluster import (
+    at_end,
+    load_pieces,
+    one_piece,
+    piece_columns,
+    piece_heads,
+    piece_start,
+    reduce_sums,
 )
 from kdkernels.kernels.online import add_exps, fold_norm, norm_sweep
 from kdkernels.kernels.rows import (
     LN2,
     LOG2E,
+    LOWEST,
     NEG_INF,
     Span,
     begin_row,
     end_of,
+    fast_exp2,
     fold_sum,
     grid_pointer,
     inside,
@@ -65,7 +81,9 @@ from kdkernels.kernels.rows import (
     softmax,
     spread,
     store_tile,
+    store_vectors,
     tile_offsets,
+    widen,
     zero_tiles,
 )
 from kdkernels.kernels.terms import (
@@ -232,6 +250,21 @@ def sweep_outside(student_ptr, ids_ptr, logprobs_ptr, K, span, softcap, student_
 
 
 @triton.jit
+def terms_outside(
+    s, outside, norm, p, log2p, param0, param1, COEFFICIENTS: tl.constexpr, VALUE: tl.constexpr, SCORE: tl.constexpr
+):
+    """Values and scores of the columns of a tile that are outside the entries, each of the teacher's p; else 0."""
+    # Not by log2 q, which ends before the difference of two logits does.
+    logq = (s - norm[0]) * (norm[1] * LN2) - norm[2] * LN2
+    tile_p = tl.where(outside, p, 0.0)
+    logp = tl.where(outside, log2p, NEG_INF) * LN2
+    q = tl.where(outside, softmax(s, norm)[0], 0.0)
+    logq = tl.where(outside, logq, NEG_INF)
+    value = value_of(tile_p, logp, q, logq, param0, param1, COEFFICIENTS, VALUE, False)
+    return value, score_of(tile_p, logp, q, logq, param0, param1, COEFFICIENTS, SCORE, False)
+
+
+@triton.jit
 def evaluate_outside(
     student_ptr,
     ids_ptr,
@@ -265,16 +298,160 @@ def evaluate_outside(
             start = first + tile * BLOCK_V
             offs_v = start + offs_tile
             s = logits_of(load_tile(student_ptr, start, span, TILE), offs_v, span, softcap, False)
-            # Not by log2 q, which ends before the difference of two logits does.
-            logq = (s - norm[0]) * (norm[1] * LN2) - norm[2] * LN2
             outside = inside(offs_v, span) & (marked(word, tile, TILE) == 0)
-            tile_p = tl.where(outside, p, 0.0)
-            logp = tl.where(outside, log2p, NEG_INF) * LN2
-            q = tl.where(outside, softmax(s, norm)[0], 0.0)
-            logq = tl.where(outside, logq, NEG_INF)
-            lane_value += fold_sum(value_of(tile_p, logp, q, logq, param0, param1, COEFFICIENTS, VALUE, False))
-            lane_score += fold_sum(score_of(tile_p, logp, q, logq, param0, param1, COEFFICIENTS, SCORE, False))
+            value, score = terms_outside(s, outside, norm, p, log2p, param0, param1, COEFFICIENTS, VALUE, SCORE)
+            lane_value += fold_sum(value)
+            lane_score += fold_sum(score)
     return tl.sum(lane_value, axis=0), tl.sum(lane_score, axis=0)
+
+
+# The same of a row that stays in registers, in pieces [LANES, VEC], see dense_cluster. Vectors of marks are counted as
+# the pieces hold them: of a row that is cut the first piece has the vectors at both ends, and comes last.
+@triton.constexpr_function
+def words_of(TILE):
+    return -(-TILE[0] * TILE[2] // 64)
+
+
+@triton.constexpr_function
+def place_of_piece(k, TILE):
+    """The first bit of a piece among the marks."""
+    return (TILE[0] + k - 1) % TILE[0] * TILE[2] if TILE[3] else TILE[2] * k
+
+
+@triton.jit
+def mark_pieces(ids_ptr, logprobs_ptr, K, span, TILE: tl.constexpr):
+    """For every lane words with a bit for each of its columns that is an entry."""
+    PIECES: tl.constexpr = TILE[0]
+    LANES: tl.constexpr = TILE[1]
+    VEC: tl.constexpr = TILE[2]
+    lane = tl.arange(0, LANES)
+    one = tl.full([LANES], 1, tl.int64)
+    words = ()
+    for _ in tl.static_range(words_of(TILE)):
+        words = words + (tl.zeros([LANES], tl.int64),)
+    for k in range(K):
+        at = tl.load(ids_ptr + k).to(tl.int64)
+        used = (at >= 0) & ((tl.load(logprobs_ptr + k).to(tl.float32) <= NO_ENTRY) == 0)
+        if TILE[3]:
+            at += span.start - VEC
+            at = tl.where(used & (at < 0), at + PIECES * LANES * VEC, at)
+        used = used & (at >= 0) & (at < PIECES * LANES * VEC)
+        at = tl.where(used, at, 0).to(tl.int32)
+        bit = at // (LANES * VEC) * VEC + at % VEC
+        mine = (lane == at // VEC % LANES) & used
+        more = ()
+        for number in tl.static_range(words_of(TILE)):
+            here = mine & (bit // WORD == number)
+            more = more + (words[number] | tl.where(here, one << (bit % WORD), 0),)
+        words = more
+    return words
+
+
+@triton.jit
+def marked_piece(words, k: tl.constexpr, TILE: tl.constexpr):
+    """The columns of a piece that are entries."""
+    PLACE: tl.constexpr = place_of_piece(k, TILE)
+    bits = (words[PLACE // 64] >> (PLACE % 64)).to(tl.int32)
+    return ((bits[:, None] >> tl.arange(0, TILE[2])[None, :]) & 1) != 0
+
+
+@triton.jit
+def max_of_pieces(pieces):
+    """The largest logit, and of no logits the lowest number."""
+    top = tl.full(pieces[0].shape, LOWEST, tl.float32)
+    for k in tl.static_range(len(pieces)):
+        top = tl.maximum(top, pieces[k])
+    return tl.max(tl.max(top, axis=1), axis=0)
+
+
+@triton.jit
+def norm_of_pieces(
+    pieces, heads, span, scale, skipped, center, HARD: tl.constexpr, KEEP: tl.constexpr, TILE: tl.constexpr
+):
+    """As norm_sweep without the column skipped: maximum, z, z at temperature 1, sum (s - center), and to KEEP the
+    exponentials."""
+    PIECES: tl.constexpr = TILE[0]
+    masked = ()
+    for k in tl.static_range(PIECES):
+        masked = masked + (tl.where(piece_columns(k, heads, TILE) == skipped, NEG_INF, widen(pieces[k])),)
+    top = max_of_pieces(masked)
+    zeros = tl.zeros(pieces[0].shape, tl.float32)
+    z = zeros
+    hard_z = zeros
+    centered = zeros
+    exps = ()
+    for k in tl.static_range(PIECES):
+        if KEEP:
+            s = masked[k]
+        else:
+            # Another instruction than above, so that it is computed anew and not kept.
+            s = tl.where(piece_columns(k, heads, TILE) == skipped, NEG_INF, pieces[k].to(tl.float32))
+        e = fast_exp2((s - top) * scale)
+        z += e
+        if KEEP:
+            exps = exps + (e,)
+        if HARD:
+            hard_z += fast_exp2((s - top) * LOG2E)
+            if center is not None:
+                offs_v = piece_columns(k, heads, TILE)
+                centered += tl.where(inside(offs_v, span) & (offs_v != skipped), s - center, 0.0)
+    wanted = (z,)
+    if HARD:
+        wanted = wanted + (hard_z, centered)
+    sums = reduce_sums(wanted)
+    if not HARD:
+        sums = sums + (0.0, 0.0)
+    return top, sums[0], sums[1], sums[2], exps
+
+
+@triton.jit
+def sum_pieces_outside(pieces, ids_ptr, logprobs_ptr, K, span, scale, KEEP: tl.constexpr, TILE: tl.constexpr):
+    """Maximum, sum and to KEEP the exponentials of the columns outside the entries."""
+    words = mark_pieces(ids_ptr, logprobs_ptr, K, span, TILE)
+    masked = ()
+    for k in tl.static_range(TILE[0]):
+        masked = masked + (tl.where(marked_piece(words, k, TILE), NEG_INF, pieces[k].to(tl.float32)),)
+    top = max_of_pieces(masked)
+    z = tl.zeros(pieces[0].shape, tl.float32)
+    exps = ()
+    for k in tl.static_range(TILE[0]):
+        e = fast_exp2((masked[k] - top) * scale)
+        z += e
+        if KEEP:
+            exps = exps + (e,)
+    return top, reduce_sums((z,))[0], exps
+
+
+@triton.jit
+def evaluate_pieces_outside(
+    pieces,
+    heads,
+    ids_ptr,
+    logprobs_ptr,
+    norm,
+    p,
+    log2p,
+    K,
+    span,
+    param0,
+    param1,
+    COEFFICIENTS: tl.constexpr,
+    VALUE: tl.constexpr,
+    SCORE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """As evaluate_outside."""
+    words = mark_pieces(ids_ptr, logprobs_ptr, K, span, TILE)
+    values = tl.zeros(pieces[0].shape, tl.float32)
+    scores = values
+    for k in tl.static_range(TILE[0]):
+        outside = inside(piece_columns(k, heads, TILE), span) & (marked_piece(words, k, TILE) == 0)
+        value, score = terms_outside(
+            pieces[k].to(tl.float32), outside, norm, p, log2p, param0, param1, COEFFICIENTS, VALUE, SCORE
+        )
+        values += value
+        scores += score
+    return reduce_sums((values, scores))
 
 
 @triton.jit
@@ -296,6 +473,39 @@ def hard_gradient(s, offs_v, norm, label, V, lse_scale, hard_scale, label_smooth
     g = lse_scale * softmax(s, norm)[0]
     if CE:
         g = label_gradient(g, offs_v, label, V, hard_scale, label_smoothing)
+    return g
+
+
+@triton.jit
+def gradient_outside(
+    x,
+    out_max,
+    scale,
+    norm,
+    p,
+    log2p,
+    score_sum,
+    slope,
+    g_scale,
+    param0,
+    param1,
+    COEFFICIENTS: tl.constexpr,
+    SCORE: tl.constexpr,
+    POINTWISE: tl.constexpr,
+    RESTRICTED: tl.constexpr,
+):
+    """Of the divergence, in logits x outside the entries."""
+    if POINTWISE:
+        q, log2q = softmax(x, norm)
+        logp = tl.full(x.shape, log2p, tl.float32) * LN2
+        score = score_of(
+            tl.full(x.shape, p, tl.float32), logp, q, log2q * LN2, param0, param1, COEFFICIENTS, SCORE, False
+        )
+        g = mul0(g_scale, score - q * score_sum)
+    elif RESTRICTED:
+        g = tl.zeros(x.shape, tl.float32)
+    else:
+        g = tl.exp2((x - out_max) * scale) * mul0(g_scale, slope)
     return g
 
 
@@ -338,6 +548,10 @@ def topk_fwd_kernel(
     HARD: tl.constexpr = HARD_GRAD or STATS
     RESTRICTED: tl.constexpr = TAIL == "renormalize_both"
     SWEPT: tl.constexpr = HARD or not RESTRICTED
+    # The row stays in registers, in PIECES [LANES, VEC]; of it KEEP leaves the exponentials only.
+    RESIDENT: tl.constexpr = len(TILE) > 4
+    KEEP: tl.constexpr = RESIDENT and TILE[len(TILE) - 1]
+    TILE_V: tl.constexpr = one_piece(TILE) if RESIDENT else TILE
     BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
 
     index = tl.program_id(0).to(tl.int64)
@@ -346,7 +560,7 @@ def topk_fwd_kernel(
     pad_stop = span.stop if pad_width is None else end_of(skew, pad_width, TILE)
     student_ptr = grid_pointer(student, index, skew, L, TILE)
     dstudent_ptr = grid_pointer(dstudent, index, skew, L, TILE) if GRAD else None
-    offs_tile = tile_offsets(TILE)
+    offs_tile = tile_offsets(TILE_V)
     row = begin_row(
         student_ptr,
         dstudent_ptr,
@@ -354,7 +568,7 @@ def topk_fwd_kernel(
         index=index,
         span=span,
         pad_stop=pad_stop,
-        TILE=TILE,
+        TILE=TILE_V,
         ignore_index=ignore_index,
         scale=scale,
         temperature=temperature,
@@ -371,6 +585,9 @@ def topk_fwd_kernel(
     center = None
     if weights.label_smoothing is not None:
         center = smoothing_center(row.label_logit)
+    if RESIDENT:
+        heads = tl.arange(0, TILE[1])[:, None] * TILE[2]
+        pieces = load_pieces(student_ptr, heads, span, student_softcap, False, TILE)
 
     # The teacher.
     ids_ptr = teacher_ids_ptr + row.index * K
@@ -412,20 +629,25 @@ def topk_fwd_kernel(
     centered_sum = 0.0
     if SWEPT:
         skipped = tl.min(tl.where((s == top) & (s > NEG_INF), ids, NOWHERE), axis=0)
-        out_norm, hard_norm, centered_sum, _, raw = norm_sweep(
-            (student_ptr,),
-            (1.0,),
-            span=span,
-            softcap=student_softcap,
-            scale=student_scale,
-            TILE=TILE,
-            skipped=skipped,
-            center=center,
-            HARD=HARD,
-        )
-        out_max = out_norm[0]
-        out_z = out_norm[4]
-        hard_z = hard_norm[4]
+        if RESIDENT:
+            out_max, out_z, hard_z, centered_sum, exps = norm_of_pieces(
+                pieces, heads, span, student_scale, skipped, center, HARD, KEEP, TILE
+            )
+        else:
+            out_norm, hard_norm, centered_sum, _, raw = norm_sweep(
+                (student_ptr,),
+                (1.0,),
+                span=span,
+                softcap=student_softcap,
+                scale=student_scale,
+                TILE=TILE,
+                skipped=skipped,
+                center=center,
+                HARD=HARD,
+            )
+            out_max = out_norm[0]
+            out_z = out_norm[4]
+            hard_z = hard_norm[4]
         high = tl.maximum(top, out_max)
     a = (s - high) * student_scale
     q = tl.where(used, tl.exp2(a), 0.0)
@@ -466,23 +688,42 @@ def topk_fwd_kernel(
     # Outside the entries the gradient is slope * exp2((s - out_max) * student_scale), unless it is POINTWISE.
     slope = 0.0
     if POINTWISE:
-        value_outside, score_outside = evaluate_outside(
-            student_ptr,
-            ids_ptr,
-            logprobs_ptr,
-            norm,
-            each,
-            log2_each,
-            K,
-            span,
-            student_softcap,
-            row.param,
-            param1,
-            COEFFICIENTS,
-            VALUE,
-            SCORE,
-            TILE,
-        )
+        if RESIDENT:
+            value_outside, score_outside = evaluate_pieces_outside(
+                pieces,
+                heads,
+                ids_ptr,
+                logprobs_ptr,
+                norm,
+                each,
+                log2_each,
+                K,
+                span,
+                row.param,
+                param1,
+                COEFFICIENTS,
+                VALUE,
+                SCORE,
+                TILE,
+            )
+        else:
+            value_outside, score_outside = evaluate_outside(
+                student_ptr,
+                ids_ptr,
+                logprobs_ptr,
+                norm,
+                each,
+                log2_each,
+                K,
+                span,
+                student_softcap,
+                row.param,
+                param1,
+                COEFFICIENTS,
+                VALUE,
+                SCORE,
+                TILE,
+            )
         divergence += value_outside
         score_sum += score_outside
     elif TAIL == "bucket":
@@ -496,9 +737,16 @@ def topk_fwd_kernel(
         exact = (others_z == 0) | (outside == 0)
         trusted = (out_z * CANCELLATION > others_z) & (tl.abs(score_outside) * (out_z + others_z) <= 4.0 * out_z)
         if (exact | trusted) == 0:
-            out_max, out_z = sweep_outside(
-                student_ptr, ids_ptr, logprobs_ptr, K, span, student_softcap, student_scale, TILE
-            )
+            if RESIDENT:
+                # Loaded once more: else its registers would be taken all the time.
+                again = load_pieces(student_ptr, heads, span, student_softcap, False, TILE)
+                out_max, out_z, exps = sum_pieces_outside(
+                    again, ids_ptr, logprobs_ptr, K, span, student_scale, KEEP, TILE
+                )
+            else:
+                out_max, out_z = sweep_outside(
+                    student_ptr, ids_ptr, logprobs_ptr, K, span, student_softcap, student_scale, TILE
+                )
             shift = (out_max - high) * student_scale
             q_outside = out_z * tl.exp2(shift) / z
             log2q_outside = shift + tl.log2(out_z) - log2_z
@@ -553,10 +801,52 @@ def topk_fwd_kernel(
     if GRAD:
         # Every warp has its entries: what is written from here on may be their logits.
         tl.debug_barrier()
-        num_tiles = tl.cdiv(span.stop, BLOCK_V)
         if (RESTRICTED or weights.kd is None) and not HARD_GRAD:
-            zero_tiles(dstudent_ptr, Span(span.start, pad_stop), TILE)
+            zero_tiles(dstudent_ptr, Span(span.start, pad_stop), TILE_V)
+        elif RESIDENT:
+            factor = mul0(g_scale, slope)
+            for k in tl.static_range(TILE[0]):
+                if KEEP:
+                    g = exps[k] * factor
+                else:
+                    x = pieces[k].to(tl.float32)
+                    offs_v = piece_columns(k, heads, TILE)
+                    g = gradient_outside(
+                        x,
+                        out_max,
+                        student_scale,
+                        norm,
+                        each,
+                        log2_each,
+                        score_sum,
+                        slope,
+                        g_scale,
+                        row.param,
+                        param1,
+                        COEFFICIENTS,
+                        SCORE,
+                        POINTWISE,
+                        RESTRICTED,
+                    )
+                    if HARD_GRAD:
+                        g += hard_gradient(
+                            x, offs_v, hard_norm, label, V, lse_scale, hard_scale, weights.label_smoothing, CE
+                        )
+                    g = through_cap(g, x, student_softcap)
+                store_vectors(
+                    dstudent_ptr,
+                    piece_start(k, TILE),
+                    piece_heads(k, heads, TILE),
+                    at_end(k, TILE),
+                    span,
+                    g,
+                    TILE,
+                    not at_end(k, TILE),
+                )
+            if pad_width is not None:
+                zero_tiles(dstudent_ptr, Span(span.stop, pad_stop), TILE_V)
         else:
+            num_tiles = tl.cdiv(span.stop, BLOCK_V)
             # The first tile is here still, where there are registers for it.
             KEPT: tl.constexpr = not POINTWISE and student.ptr.dtype.element_ty.primitive_bitwidth == 16
             for PART in tl.static_range(0 if KEPT else 1, parts(TILE)):
@@ -570,18 +860,23 @@ def topk_fwd_kernel(
                     if PART > 0:
                         raw = load_tile(student_ptr, start, span, TILE, PART)
                     x = logits_of(raw, offs_v, span, student_softcap, False)
-                    if POINTWISE:
-                        q_v, log2q_v = softmax(x, norm)
-                        p_v = tl.full(x.shape, each, tl.float32)
-                        log2p_v = tl.full(x.shape, log2_each, tl.float32)
-                        g = score_of(
-                            p_v, log2p_v * LN2, q_v, log2q_v * LN2, row.param, param1, COEFFICIENTS, SCORE, False
-                        )
-                        g = mul0(g_scale, g - q_v * score_sum)
-                    elif RESTRICTED:
-                        g = tl.zeros(x.shape, tl.float32)
-                    else:
-                        g = tl.exp2((x - out_max) * student_scale) * mul0(g_scale, slope)
+                    g = gradient_outside(
+                        x,
+                        out_max,
+                        student_scale,
+                        norm,
+                        each,
+                        log2_each,
+                        score_sum,
+                        slope,
+                        g_scale,
+                        row.param,
+                        param1,
+                        COEFFICIENTS,
+                        SCORE,
+                        POINTWISE,
+                        RESTRICTED,
+                    )
                     if HARD_GRAD:
                         g += hard_gradient(
                             x, offs_v, hard_norm, label, V, lse_scale, hard_scale, weights.label_smoothing, CE
@@ -658,57 +953,90 @@ def topk_fwd(
     floored = min_tail > 0 or tail_rounding > 0
     alone = not (ce_weight or z_loss_weight or stats or student_softcap or pointwise)
     vec, cut = vectors(vocab_size, student, dstudent)
-    load = tuning.LIGHT if alone else tuning.MEDIUM
-    shape = tuning.shape(vocab_size, student.element_size(), load=load, wide=bool(alone), vec=vec)
-    arguments = row_arguments(student, [], dstudent, vocab_size)
-    # Also where L could be None: without the division ptxas aims at 32 registers for renormalize_both, and spills.
-    arguments["L"] = student.shape[-2]
+    plans = tuning.sparse_plans(
+        vocab_size,
+        student.element_size(),
+        K,
+        load=tuning.LIGHT if alone else tuning.HEAVY if pointwise or stats else tuning.MEDIUM,
+        vec=vec,
+        cut=cut,
+        # Nothing of [N, V] is read.
+        swept=tail != "renormalize_both" or bool(ce_weight or z_loss_weight or stats),
+        arch=tuning.architecture(student.device),
+    )
+    shared: dict[str, Any] = {
+        **row_arguments(student, [], dstudent, vocab_size),
+        # Also where L could be None: without the division ptxas aims at 32 registers for renormalize_both, and spills.
+        "L": student.shape[-2],
+        "teacher_ids_ptr": teacher_ids.contiguous(),
+        "teacher_logprobs_ptr": teacher_logprobs.contiguous(),
+        "tail_ptr": contiguous(tail_rows),
+        "rows": row_tensors(
+            loss,
+            labels,
+            row_weight,
+            temperature=student_temperature_rows,
+            teacher_temperature=teacher_temperature_rows,
+            param=param_rows,
+            kd_weight=kd_weight_rows,
+            ce_weight=ce_weight_rows,
+            z_loss_weight=z_loss_weight_rows,
+            stats=row_stats if stats else None,
+        ),
+        "K": K,
+        "ignore_index": ignore_index,
+        "scale": scale,
+        "temperature": temperature,
+        "teacher_temperature": teacher_temperature,
+        "weights": term_weights(
+            kd_weight=kd_weight,
+            ce_weight=ce_weight,
+            z_loss_weight=z_loss_weight,
+            label_smoothing=label_smoothing,
+            scale_by_t_squared=scale_by_t_squared,
+            stats=stats,
+        ),
+        "student_softcap": student_softcap or None,
+        "min_tail": min_tail if floored else None,
+        "tail_rounding": tail_rounding,
+        "param0": divergences.coded(divergence, param0),
+        "param1": param1,
+        "COEFFICIENTS": entry.linear,
+        "VALUE": entry.value,
+        "SCORE": entry.score,
+        "TAIL": tail,
+        "POINTWISE": pointwise,
+        "enable_fp_fusion": True,
+    }
+
+    def launch(plan: tuning.Plan, rows: int, gradient: Logits, warmup: bool = False) -> Any:
+        TILE: tuple[int, ...] = (*plan.TILE, cut)
+        if plan.pattern == "resident":
+            pieces, lanes, width = plan.TILE
+            # By where it starts a row that is cut may end in the last piece, or in the vectors that the first has.
+            ends = cut + (cut and vocab_size <= ((pieces - 1) * lanes + 1) * width)
+            TILE = (*plan.TILE, int(ends), 1, plan.keep)
+        arguments = {
+            **shared,
+            "dstudent": gradient,
+            "K_TILE": entries_tile(K, plan.num_warps * tuning.WARP),
+            "TILE": TILE,
+            "num_warps": plan.num_warps,
+        }
+        return topk_fwd_kernel.warmup(grid=(rows,), **arguments) if warmup else topk_fwd_kernel[(rows,)](**arguments)
+
+    def trial(plan: tuning.Plan) -> None:
+        """The first rows, into a gradient that is thrown away: the real one may be the student."""
+        rows = min(N, tuning.TRIAL_ROWS)
+        launch(plan, rows, thrown_away(dstudent, rows, student.shape[-2]))
+
+    def compiled(plan: tuning.Plan) -> Any:
+        return launch(plan, N, logits(dstudent), warmup=True)
+
     with on_device_of(student):
-        topk_fwd_kernel[(N,)](
-            **arguments,
-            teacher_ids_ptr=teacher_ids.contiguous(),
-            teacher_logprobs_ptr=teacher_logprobs.contiguous(),
-            tail_ptr=contiguous(tail_rows),
-            rows=row_tensors(
-                loss,
-                labels,
-                row_weight,
-                temperature=student_temperature_rows,
-                teacher_temperature=teacher_temperature_rows,
-                param=param_rows,
-                kd_weight=kd_weight_rows,
-                ce_weight=ce_weight_rows,
-                z_loss_weight=z_loss_weight_rows,
-                stats=row_stats if stats else None,
-            ),
-            K=K,
-            ignore_index=ignore_index,
-            scale=scale,
-            temperature=temperature,
-            teacher_temperature=teacher_temperature,
-            weights=term_weights(
-                kd_weight=kd_weight,
-                ce_weight=ce_weight,
-                z_loss_weight=z_loss_weight,
-                label_smoothing=label_smoothing,
-                scale_by_t_squared=scale_by_t_squared,
-                stats=stats,
-            ),
-            student_softcap=student_softcap or None,
-            min_tail=min_tail if floored else None,
-            tail_rounding=tail_rounding,
-            param0=divergences.coded(divergence, param0),
-            param1=param1,
-            COEFFICIENTS=entry.linear,
-            VALUE=entry.value,
-            SCORE=entry.score,
-            TAIL=tail,
-            POINTWISE=pointwise,
-            K_TILE=entries_tile(K, shape.TILE[1]),
-            TILE=(*shape.TILE, cut),
-            num_warps=shape.num_warps,
-            enable_fp_fusion=True,
-        )
+        key = ("topk", divergence, tail, vocab_size, student.element_size(), K, alone, vec, cut, dstudent is not None)
+        plan = tuning.fastest(plans, key, student, N * vocab_size, trial, compiled)
+        launch(plan, N, logits(dstudent))
     return loss, row_stats
 
 

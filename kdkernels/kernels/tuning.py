@@ -94,6 +94,18 @@ ONE_BLOCK = {
     HEAVY: ((8, 32, True), (16, 16, True)),
     STATISTICS: ((8, 16, True),),
 }
+# (warps, columns a thread may hold) of one block of the sparse pattern, which has one tensor. All threads work on the
+# entries alike, so that few are best. LIGHT: exponentials stay for the gradient, and the logits do not. HEAVY: every
+# column has a value and a score of its own, or there are statistics.
+SPARSE = {
+    LIGHT: ((1, 64), (2, 64), (4, 64), (8, 64), (16, 64)),
+    MEDIUM: ((1, 32), (2, 32), (4, 32), (8, 32), (16, 32)),
+    HEAVY: ((1, 32), (2, 32), (4, 32), (8, 32)),
+}
+# Entries a thread holds.
+SPARSE_ENTRIES = 4
+# Warps of a block that captures a teacher's rows of up to 64 columns a thread.
+CAPTURE_WARPS = (1, 2, 4, 8, 16)
 # Pieces of a row that are written out one after another. They let sums be folded into fused multiply-adds. Of clusters
 # they are fewer, and wider: the pass of Triton 3.8 that places the blocks gives up at 10000 steps, and of 64 columns
 # four pieces leave a third block resident, at half an instruction a column.
@@ -102,9 +114,10 @@ MAX_CLUSTER_PIECES = {LIGHT: 8, LIGHT_Q: 4, MEDIUM: 4, HEAVY: 2, STATISTICS: 2}
 
 
 class Plan(NamedTuple):
-    """How the dense pattern runs: in "sweeps" (TILE as in ``Shape``) or "cluster" (TILE = PIECES, LANES, VEC).
+    """How a pattern runs: in "sweeps" (TILE as in ``Shape``), or with the row in registers (TILE = PIECES, LANES, VEC).
 
-    The cluster may be one block, and a block may take several rows. keep: exponentials stay for the gradient.
+    The latter is a "cluster" of the dense pattern, which may be one block, that may take several rows, and "resident"
+    in one block of the sparse one. keep: exponentials stay for the gradient.
     """
 
     pattern: str
@@ -177,6 +190,55 @@ def dense_plans(
             plans += fitting[:1] + [plan for plan in fitting[1:2] if plan.keep]
     found = list(dict.fromkeys(plan for plan in plans if plan is not None))
     return [*found, swept]
+
+
+def sparse_plans(
+    V: int,
+    itemsize: int,
+    K: int,
+    *,
+    load: int,
+    arch: int,
+    swept: bool = True,
+    vec: Optional[int] = None,
+    cut: bool = False,
+    warp: int = WARP,
+) -> list[Plan]:
+    """The ways to run the sparse pattern, as ``dense_plans``. load: of SPARSE; swept: if logits are read.
+
+    Narrow rows take a block of one warp each, which their entries fill.
+    """
+    vec = vec or 16 // itemsize
+    sweeps = Plan("sweeps", *shape(V, itemsize, load=min(load, MEDIUM), wide=load == LIGHT, vec=vec, warp=warp))
+    if not swept or not (arch or warp == 64):
+        return [sweeps]
+    columns = V + vec - 1 if cut else V
+    for warps, most in SPARSE[load]:
+        plan = _resident(columns, vec, warp, warps, most, load == LIGHT)
+        if plan is not None and K <= SPARSE_ENTRIES * warps * warp:
+            return [plan._replace(pattern="resident"), sweeps]
+    return [sweeps]
+
+
+class CapturePlan(NamedTuple):
+    """How a teacher is captured: in sweeps of a tile, or of a row that ``kept`` tiles hold in registers."""
+
+    TILE: tuple[int, int, int]
+    num_warps: int
+    kept: int
+
+
+def capture_plan(V: int, k: int, *, arch: int, vec: int, cut: bool = False, warp: int = WARP) -> CapturePlan:
+    """The tiles of ``capture_topk``: a lane marks the columns it has in one of them in a word of 32 bits."""
+    columns = V + vec - 1 if cut else V
+    # Other devices than those of CUDA and ROCm: nobody knows what fits into their registers.
+    for num_warps in CAPTURE_WARPS if arch or warp == 64 else ():
+        lanes = num_warps * warp
+        if columns <= 64 * lanes and k <= SPARSE_ENTRIES * lanes:
+            roll = min(32 // vec, triton.next_power_of_2(triton.cdiv(columns, lanes * vec)))
+            return CapturePlan((roll, lanes, vec), num_warps, triton.cdiv(columns, roll * lanes * vec))
+    num_warps = 8 if k <= 1024 else 16
+    return CapturePlan((32 // vec, num_warps * warp, vec), num_warps, 0)
 
 
 def _resident(

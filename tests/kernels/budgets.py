@@ -8,7 +8,8 @@ Of a form on a target, compiled ahead of time with the specialisation of a real 
 - instructions and transcendental operations an element. A kernel that holds its row runs straight through, so these are
   its machine instructions (SASS, each counted once, those for ignored rows too) over the columns a thread holds. A
   kernel that sweeps is counted in PTX: the bodies of its sweeps over the columns a thread takes in one round, of rows
-  whose ends cut vectors in the rounds between. The compiler may unroll those;
+  whose ends cut vectors in the rounds between. The compiler may unroll those. Captures of a teacher, most of whose code
+  is for few rows, are counted where they are executed, in test_emulated.py;
 - reductions over the cluster, and barriers of the cluster, a row.
 
 ``budgets_amd.json`` has the instructions an element of the loops of AMD's forms, which the same command writes, or with
@@ -29,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from launches import compile_for, dense, dkd, mse, recorded, sass, tokens, tokens_back, topk
 
 from kdkernels.kernels import divergences, tuning
+from kdkernels.kernels.capture import capture_topk
 from kdkernels.kernels.scale import scale_grad
 
 TABLE = Path(__file__).with_name("budgets.json")
@@ -112,7 +114,15 @@ TOPK_FORMS = {
     "topk-renormalize": (128256, "bf16", 64, True, {"tail": "renormalize"}),
     "topk-renormalize_both": (128256, "bf16", 64, True, {"tail": "renormalize_both"}),
     "topk-V50257": (50257, "bf16", 64, True, {}),
+    "topk-V1000": (1000, "bf16", 20, True, {}),
+    "topk-V1001": (1001, "bf16", 20, True, {}),
+    "topk-V8192": (8192, "bf16", 64, True, {"divergence": "jsd"}),
+    "topk-V32000": (32000, "bf16", 64, True, {}),
+    "topk-V32000-fp32": (32000, "fp32", 64, True, {"divergence": "jeffreys"}),
+    "topk-everything-V8192": (8192, "bf16", 64, True, {"divergence": "alpha_beta", "stats": True, **HARD, **CAP}),
+    "topk-uniform-V8192": (8192, "bf16", 64, True, {"tail": "uniform", "divergence": "jsd"}),
 }
+SPARSE_WIDTHS = ("topk-V50257", "topk-V1000", "topk-V32000", "topk-V32000-fp32")
 # Of the kernels of token log-probabilities: (V, dtype, K, backward, options).
 TOKEN_FORMS = {
     "token": (131072, "bf16", 1, False, {}),
@@ -124,8 +134,22 @@ TOKEN_FORMS = {
     "token-stats": (131072, "bf16", 1, False, {"stats": True}),
     "token-tail": (131072, "bf16", 64, False, {"tail_mass": True}),
     "token-V50257": (50257, "bf16", 1, False, {"entropy": True}),
+    "token-back-V50257": (50257, "bf16", 1, True, {"entropy": True}),
+    "token-tail-V50257": (50257, "bf16", 64, False, {"tail_mass": True}),
+    "token-V1000": (1000, "bf16", 1, False, {"entropy": True}),
+    "token-V32000": (32000, "bf16", 1, False, {"entropy": True}),
 }
 SOME_TOKENS = ("token-entropy", "token-back-entropy")
+TOKEN_WIDTHS = ("token-V50257", "token-back-V50257", "token-V1000", "token-V32000")
+# Of captures of a teacher: (V, dtype, K).
+CAPTURE_FORMS = {
+    "capture": (128256, "bf16", 64),
+    "capture-V1000": (1000, "bf16", 20),
+    "capture-V32000": (32000, "bf16", 64),
+    "capture-V32000-fp32": (32000, "fp32", 64),
+    "capture-V50257": (50257, "bf16", 64),
+    "capture-K2048": (128256, "bf16", 2048),
+}
 # The forms that are compiled for the other targets: their compilers differ, the kernels do not.
 WIDTHS = tuple(
     f"{name}-V{V}-bf16"
@@ -138,11 +162,18 @@ WIDTHS = tuple(
 )
 SOME = ("forward_kl", "jsd", "tvd", "alpha_beta", "jeffreys-hard", "forward_kl-V128256-fp32", "dkd", "mse", "scale")
 CASES = [
-    *(("sm_90", form) for form in (*FORMS, *OTHERS, *TOPK_FORMS, *TOKEN_FORMS)),
+    *(("sm_90", form) for form in (*FORMS, *OTHERS, *TOPK_FORMS, *TOKEN_FORMS, *CAPTURE_FORMS)),
     *(
         (target, form)
         for target in ("sm_80", "sm_100", "sm_120")
-        for form in (*SOME, *(WIDTHS if target == "sm_80" else ()), "topk-bucket", "topk-uniform", *SOME_TOKENS)
+        for form in (
+            *SOME,
+            *((*WIDTHS, *SPARSE_WIDTHS, *TOKEN_WIDTHS, *list(CAPTURE_FORMS)[1:]) if target == "sm_80" else ()),
+            "capture",
+            "topk-bucket",
+            "topk-uniform",
+            *SOME_TOKENS,
+        )
     ),
 ]
 # Two-sweep kernels are the only ones there.
@@ -157,6 +188,9 @@ AMD_FORMS = (
     "topk-bucket",
     "topk-uniform",
     *SOME_TOKENS,
+    "topk-V1000",
+    "topk-V32000",
+    *CAPTURE_FORMS,
 )
 CASES_HIP = [(target, form) for target in HIP for form in AMD_FORMS]
 
@@ -170,6 +204,8 @@ def on(target):
         mock.patch.object(tuning, "architecture", lambda device: arch),
         mock.patch.dict(tuning.shape.__kwdefaults__, warp),
         mock.patch.dict(tuning.dense_plans.__kwdefaults__, warp),
+        mock.patch.dict(tuning.sparse_plans.__kwdefaults__, warp),
+        mock.patch.dict(tuning.capture_plan.__kwdefaults__, warp),
     ):
         yield
 
@@ -180,6 +216,11 @@ def launch_of(form, target):
         return topk_launch_of(form, target)
     if form in TOKEN_FORMS:
         return token_launch_of(form, target)
+    if form in CAPTURE_FORMS:
+        V, dtype, K = CAPTURE_FORMS[form]
+        with on(target), recorded() as launches:
+            capture_topk(torch.empty(2, V, dtype=DTYPES[dtype]), None, k=K, vocab_size=V, temperature=1.0)
+        return launches[0]
     V, dtype, M, gradient, options = FORMS.get(form, (131072, "bf16", 1, True, {}))
     student, *teachers = (torch.empty(2, V, dtype=DTYPES[dtype]) for _ in range(M + 1))
     grad = torch.empty_like(student) if gradient else None
@@ -225,8 +266,10 @@ def measure(form, target):
     binary = compile_for(launch, target)
     kwargs = launch.kwargs
     num_ctas, threads = kwargs.get("num_ctas", 1), 32 * kwargs["num_warps"]
-    resident = "dense_cluster" in str(launch.fn)
-    if resident:
+    resident = len(kwargs["TILE"]) == 6 or bool(kwargs.get("KEPT"))
+    if form in CAPTURE_FORMS:
+        instructions = transcendental = 0.0
+    elif resident:
         pieces, lanes, vec, _, rows, _ = kwargs["TILE"]
         operations = sass(binary.cubin)
         columns = pieces * lanes * vec * rows / (num_ctas * threads)
@@ -241,7 +284,7 @@ def measure(form, target):
     most, shared = MULTIPROCESSOR[target]
     allocated = -(-binary.registers // 8) * 8
     return {
-        "pattern": "cluster" if resident else "sweeps",
+        "pattern": "sweeps" if not resident else "cluster" if "dense" in str(launch.fn) else "resident",
         "num_ctas": num_ctas,
         "num_warps": kwargs["num_warps"],
         "registers": binary.registers,

@@ -36,11 +36,13 @@ def test_nothing_spills():
     """A few scalars of the row may be parked in memory outside the loops of two sweeps; a tile is hundreds of bytes."""
     swept = {name: entry["spilled"] for name, entry in TABLE.items() if entry["pattern"] == "sweeps"}
     assert all(spilled <= 64 for spilled in swept.values()), swept
-    spilled = {name: entry["spilled"] for name, entry in TABLE.items() if entry["pattern"] == "cluster"}
+    spilled = {name: entry["spilled"] for name, entry in TABLE.items() if entry["pattern"] != "sweeps"}
     # Alpha-beta takes all 255 registers, and on sm_100 a dozen values more.
     assert spilled.pop("sm_100/alpha_beta") <= 56
     # The logits of half the registers of a multiprocessor, and of the other half all that is made of them.
     assert spilled.pop("sm_80/reverse_kl-V32000-bf16") <= 16
+    # A few scalars, for a second block of 512 threads.
+    assert spilled.pop("sm_80/capture-V32000") <= 40 and spilled.pop("sm_90/capture-V32000") <= 40
     assert not any(spilled.values())
 
 
@@ -70,7 +72,7 @@ def test_targets():
 def test_wide_accesses():
     """Where V and the strides are multiples of 16 bytes, what is narrower are scalars of a row."""
     for name, entry in TABLE.items():
-        if name.split("/")[1] in {**budgets.TOPK_FORMS, **TOKEN_FORMS}:
+        if name.split("/")[1] in {**budgets.TOPK_FORMS, **budgets.CAPTURE_FORMS, **TOKEN_FORMS}:
             continue  # test_topk_ahead_of_time.py: entries of the teacher are narrow; tokens have a test of their own
         V, dtype, M, _, options = FORMS.get(name.split("/")[1], (131072, "bf16", 1, True, {}))
         if V * budgets.DTYPES[dtype].itemsize % 16:
@@ -87,14 +89,17 @@ def test_tokens():
     """Few instructions, all columns in 16-byte pieces, and room for several rows beside each other."""
     for name, entry in TABLE.items():
         form = name.split("/")[1]
-        if form not in TOKEN_FORMS or form == "token-V50257":
+        if form not in TOKEN_FORMS:
             continue
         back, more = "back" in form, "entropy" in form or "stats" in form
         # Many ids are compared with each other, and a tail's are marked: those loops count too.
         if TOKEN_FORMS[form][2] == 1:
             assert entry["instructions"] <= (6.5 if back else 7) + (3 if more else 0), name
             assert entry["transcendental"] <= 1.1, name
-        assert entry["loads"]["16"] >= 4 and (entry["stores"].get("16", 0) >= 4) == back, name
+        # A row of 1000 columns has one tile.
+        assert (
+            entry["loads"]["16"] >= (2 if form == "token-V1000" else 4) and (entry["stores"].get("16", 0) >= 4) == back
+        ), name
         assert entry["resident_blocks"] * entry["num_warps"] * 32 >= 1024, name
 
 

@@ -1,20 +1,43 @@
 """The sparse top-k pattern by the checks and the fp64 oracle of tests/test_topk.py, and what a launcher can be given.
 
-Tiles of 256 columns, marks of 2048: a few thousand columns take several of both.
+Swept in tiles of 256 columns and marks of 2048, so that a few thousand columns take several of both; and in one pass
+over rows that stay in registers, in pieces of 32 vectors.
 """
 
 import pytest
 import test_topk
 import torch
+import triton
 from launches import topk
 from oracle import check as check_launch
 from oracle import topk_rows
+from shapes import resident
 from test_topk import CASES, DIVERGENCES, DTYPES, check, no_worse_than_eager, of_kind, ragged, temperatures
 
 import kdkernels as kd
 from kdkernels.choices import CODES
+from kdkernels.kernels import tuning
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
+
+
+@pytest.fixture(params=["sweeps", "resident"])
+def pattern(request, monkeypatch):
+    """Rows are swept, as where nobody knows what fits into the registers, or stay in them."""
+    if request.param == "resident":
+        monkeypatch.setattr(tuning, "sparse_plans", resident_plans)
+    return request.param
+
+
+def resident_plans(V, itemsize, K, *, load, vec, cut, swept=True, **_):
+    """Pieces of one vector a lane, of which eight or sixteen make up a row."""
+    if not swept:
+        return [tuning.Plan("sweeps", *tuning.shape(V, itemsize, vec=vec))]
+    columns = V + cut * (vec - 1)
+    lanes = max(32, triton.next_power_of_2(triton.cdiv(columns, 16 * vec)))
+    return [resident(V, vec, cut, lanes, keep=load == tuning.LIGHT)._replace(pattern="resident")]
+
+
 # No kernel knows a divergence: two tails try all of them, the others one that is linear and two that are not.
 FEW = ("forward_kl", "skew_reverse_kl", "alpha_beta")
 OWN = [case for case in CASES if case.values[0] in ("bucket", "uniform") or case.values[1] in FEW]
@@ -49,6 +72,7 @@ def test_dtypes(tail):
 @pytest.mark.parametrize(
     "tail,k", [*((tail, 1) for tail in CODES["tail"]), ("bucket", 64), ("uniform", 64), ("drop", 100)]
 )
+@pytest.mark.usefixtures("pattern")
 def test_sizes(tail, k):
     """2500 columns take two spans of marks."""
     s, ids, logprobs, labels = ragged(6, 2500 if k == 64 else 300, k, torch.float32)
@@ -58,6 +82,7 @@ def test_sizes(tail, k):
 # 100 nats are beyond the range of fp32 exponentials.
 @pytest.mark.parametrize("nats", [50, -50, 100])
 @pytest.mark.parametrize("tail,name", FAR)
+@pytest.mark.usefixtures("pattern")
 def test_student_far_ahead_or_behind_on_the_set(tail, name, nats):
     s, ids, logprobs, _ = ragged(5, 600, 5, torch.float32, spread=1.0)
     plain(s)
@@ -67,6 +92,7 @@ def test_student_far_ahead_or_behind_on_the_set(tail, name, nats):
 
 
 @pytest.mark.parametrize("lead", [2.0, 8.0, 14.0, 20.0])
+@pytest.mark.usefixtures("pattern")
 def test_mass_outside_by_difference_or_by_a_sweep(lead):
     """It passes from most of the row to a billionth, the teacher's along with it or not."""
     s, ids, logprobs, _ = ragged(5, 600, 5, torch.float32, spread=1.0)
@@ -110,6 +136,7 @@ def test_ragged_rows_as_others_pad_them(tail, form):
 
 
 @pytest.mark.parametrize("tail", CODES["tail"])
+@pytest.mark.usefixtures("pattern")
 def test_unused_slots_among_equal_ids_and_marks(tail):
     """The padded id is one of the entries, or a column outside that is marked and looked at again."""
     s, ids, logprobs, _ = ragged(5, 300, 5, torch.float32)
@@ -143,6 +170,7 @@ def test_all_slots_unused(tail):
 
 
 @pytest.mark.parametrize("tail", CODES["tail"])
+@pytest.mark.usefixtures("pattern")
 def test_set_is_the_whole_vocabulary(tail):
     s = torch.randn(3, 24)
     logprobs, ids = torch.log_softmax(torch.randn(3, 24) * 3, -1).sort(-1)
@@ -159,6 +187,7 @@ def test_equal_ids_add_up(tail):
 
 
 @pytest.mark.parametrize("tail", CODES["tail"])
+@pytest.mark.usefixtures("pattern")
 def test_whole_objective(tail):
     s, ids, logprobs, labels = ragged(6, 300, 4, torch.float32)
     labels[0] = ids[0, 1]
@@ -217,9 +246,12 @@ def launch(student, teacher, dstudent, labels, **options):
     return topk(student, *teacher, dstudent, labels, **options)
 
 
+# Rows of 301 start at every distance from a vector's boundary.
+@pytest.mark.parametrize("columns", [300, 301])
 @pytest.mark.parametrize("tail", CODES["tail"])
-def test_in_place(tail):
-    s, ids, logprobs, labels = ragged(6, 300, 5, torch.float32)
+@pytest.mark.usefixtures("pattern")
+def test_in_place(tail, columns):
+    s, ids, logprobs, labels = ragged(6, columns, 5, torch.float32)
     options = {"tail": tail, "divergence": "jsd", "ce_weight": 0.5, "param_rows": torch.rand(6) * 0.8 + 0.1}
     _, grad = check_launch(launch, topk_rows, s, [ids, logprobs], labels, inplace=True, **options)
     assert not grad[-1].any()
@@ -243,6 +275,7 @@ def test_strided_rows():
 
 
 @pytest.mark.parametrize("tail", CODES["tail"])
+@pytest.mark.usefixtures("pattern")
 def test_statistics(tail):
     s, ids, logprobs, labels = ragged(6, 300, 5, torch.float32)
     options = {"tail": tail, "ce_weight": 0.5, "return_stats": True, "reduction": "none", **temperatures(tail, 2.0)}
@@ -252,6 +285,7 @@ def test_statistics(tail):
 
 
 @pytest.mark.parametrize("tail", CODES["tail"])
+@pytest.mark.usefixtures("pattern")
 def test_nan_stays_in_its_row(tail):
     """A logit of NaN on the set, nothing but -inf, and ids out of range."""
     s, ids, logprobs, _ = ragged(6, 300, 5, torch.float32)
