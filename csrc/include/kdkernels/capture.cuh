@@ -246,13 +246,29 @@ __device__ __forceinline__ void thin_out(Shared& shared, Key* keys, State& state
   if (state.rest != 0) state.rest *= exp2_approx(state.reference - reference);
   state.reference = reference;
   int kept = 0;
-  for (int begin = 0; begin < state.count; begin += kThreads) {
-    const int i = begin + int(threadIdx.x);
-    const Key key = i < state.count ? keys[i] : 0;
-    const bool keep = i < state.count && key >= bound;
-    if (i < state.count && !keep) state.rest += state.exponential(logit_of(key));
-    const int place = kept + state.scan(shared, keep, !__any_sync(~0u, keep));
-    if (keep) keys[place] = key;
+  constexpr int kAtOnce = 4;
+  for (int begin = 0; begin < state.count; begin += kAtOnce * kThreads) {
+    Key mine[kAtOnce];
+    int number = 0;
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int i = begin + u * kThreads + int(threadIdx.x);
+      mine[u] = 0;  // of none
+      if (i >= state.count) continue;
+      mine[u] = keys[i];
+      if (mine[u] >= bound) {
+        ++number;
+      } else {
+        state.rest += state.exponential(logit_of(mine[u]));
+        mine[u] = 0;
+      }
+    }
+    int place = kept + state.scan(shared, number, !__any_sync(~0u, number != 0));
+    if (number != 0) {
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u)
+        if (mine[u] != 0) keys[place++] = mine[u];
+    }
     kept += state.scan.total;
   }
   state.count = kept;
