@@ -1,7 +1,7 @@
 """A plugin of pytest for another library's tests: the names that they import are those of ``kdkernels.compat``.
 
-``KDKERNELS_PEER`` names the library, ``KDKERNELS_PEER_ELEMENTS`` how large a test's tensors may be. Modules of the library
-that are not named below are empty: a test that needs more than the losses says so by ``NotOfCompat``.
+``KDKERNELS_PEER`` names the library, ``KDKERNELS_PEER_ELEMENTS`` how large a test's tensors may be. Modules of the
+library that are not named below are empty: a test that needs more than the losses says so by ``NotOfCompat``.
 """
 
 import importlib
