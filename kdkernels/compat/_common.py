@@ -10,9 +10,8 @@ from torch import Tensor
 import kdkernels as kd
 from kdkernels import checks
 
-# Options of a loss whose student is log-probabilities. They go in as logits, of which they are one choice: values are
-# exact, and the gradients of what ``log_softmax`` was taken of. That of the log-probabilities themselves is another.
-LOG_PROBS: dict[str, Any] = {}
+# Options of a loss whose student is log-probabilities, which are the leaf.
+LOG_PROBS: dict[str, Any] = {"student_form": "log_probs"}
 # How far the first row of log-probabilities may be from adding up to 1: 16-bit ones of a large vocabulary are off by
 # about 1e-2; what is no distribution is off by more.
 SUM_TOLERANCE = 0.1

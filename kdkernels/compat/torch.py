@@ -7,8 +7,7 @@ release will change that); ``"batchmean"`` divides by the first dimension alone,
 one number per element: PyTorch's own function makes it here, with an ``[N, V]`` tensor for every step.
 
 Differences. PyTorch's loss is one of elements, and the distribution may lie in any dimension or nowhere: here it is the
-last, rows of ``target`` that do not add up to 1 are an error on a CPU, and an ``input`` whose rows do not is read as
-logits. The gradient is ``q - p`` where PyTorch's is ``-p``: the same once it has gone back through ``log_softmax``.
+last, and rows of ``target`` that do not add up to 1 are an error on a CPU. The gradient is PyTorch's, ``-p``.
 Take the logits to save that pass and its memory: ``kd_loss(student_logits, teacher_logits, reduction="batchmean")``.
 
 Source: torch 2.13, ``torch/nn/functional.py``.
