@@ -515,9 +515,7 @@ def dense(
     tensors = (student, teacher, labels, objective.teacher_weights, *objective.tensors)
     if distributed.among(tensors if of_columns is None else (*tensors, *of_columns)):
         options = {"teacher": teacher, "labels": labels, **objective.given()}
-        if of_columns is not None:
-            given = zip(_OF_COLUMNS, of_columns, strict=True)
-            options |= {name: value for name, value in given if value is not None}
+        checks.not_sharded(objective, dict(zip(_OF_COLUMNS, of_columns or (), strict=False)))
         loss = lk_loss if isinstance(objective, LKObjective) else kd_loss
         return distributed.of_all_ranks(loss, student, options)
     class_dim, strided = -1, False

@@ -288,6 +288,15 @@ def test_plain_pytorch_computes_what_the_kernels_refuse():
     torch.testing.assert_close(ours, kd.kd_loss(student + bias, [t + bias for t in teachers], backend="torch"))
 
 
+@pytest.mark.parametrize("options", [{"dim": 1}, {"teacher_bias": torch.zeros(5)}], ids=["dim", "bias"])
+def test_dtensors_are_refused(options, monkeypatch):
+    from kdkernels import distributed
+
+    monkeypatch.setattr(distributed, "among", lambda values: True)
+    with pytest.raises(ValueError, match="takes plain tensors, got DTensors among the logits"):
+        kd.kd_loss(torch.randn(3, 5, 2), torch.randn(3, 5, 2), **options)
+
+
 # Classes before the last dimension.
 
 

@@ -13,6 +13,7 @@ from kdkernels.checks.columns import (
     changes_of_reading,
     class_dimension,
     log_probs_alone,
+    not_sharded,
     of_columns,
     rows_are_neighbours,
     same_dims,

@@ -84,6 +84,17 @@ def _columns(value: Any, student: Tensor, columns: int, width: int) -> Tensor:
     return value.to(torch.int32).contiguous()
 
 
+def not_sharded(options: Any, of_columns: Mapping[str, Any]) -> None:
+    """Logits that are DTensors have their classes last, and nothing that has one number for each column."""
+    given = [name for name, value in of_columns.items() if value is not None]
+    if options.dim != -1:
+        given.append("dim")
+    if given:
+        raise ValueError(
+            f"{given[0]} takes plain tensors, got DTensors among the logits; pass what this rank has, tensor.to_local()"
+        )
+
+
 def changes_of_reading(options: Any, of_columns: Mapping[str, Tensor], class_dim: int, *, mixed: bool) -> list[str]:
     """The operands of a call that change how rows are read, in a caller's words; the kernels have one teacher, no
     standardize, no ``teacher_lse`` and no losses of acceptance beside them."""
