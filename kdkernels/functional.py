@@ -617,13 +617,10 @@ def dense(
         checks.not_sharded(objective, dict(zip(_OF_COLUMNS, of_columns or (), strict=False)))
         loss = lk_loss if isinstance(objective, LKObjective) else kd_loss
         return distributed.of_all_ranks(loss, student, options)
-<<<<<<< HEAD
     if objective.process_group is not None:
         from kdkernels.parallel.dense import kd_loss as of_shards
 
         return of_shards(objective, student, teacher, labels, of_columns or ())
-=======
->>>>>>> s-par-dop
     class_dim, strided = -1, False
     if objective.dim != -1:
         class_dim = checks.class_dimension(objective, student)
