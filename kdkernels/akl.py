@@ -53,8 +53,10 @@ def akl_ratio(
         ::
 
             w = kd.akl_ratio(student, teacher)
-            loss = kd.kd_loss(student, teacher, row_weight=w)
-            loss = loss + kd.kd_loss(student, teacher, row_weight=1 - w, divergence="reverse_kl")
+            loss = kd.kd_loss(student, teacher, divergence="mixed_kl", row_param=1 - w)
+
+        >>> akl_ratio(torch.zeros(1, 3), torch.zeros(1, 3)).item()
+        0.5
 
     Reference:
         Wu et al. 2024, "Rethinking Kullback-Leibler Divergence in Knowledge Distillation for Large Language Models",

@@ -265,6 +265,9 @@ def capture_topp(
             teacher = kd.capture_topp(teacher_logits, 0.99, max_k=512)
             loss = kd.topk_kd_loss(student, *teacher[:2], tail_logprob=teacher.tail_logprob, tail="bucket")
 
+        >>> capture_topp(torch.tensor([[0.0, 2, 1, 0]]), 0.8).ids.tolist()
+        [[1, 2]]
+
     Reference:
         Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", arXiv:1904.09751, for the nucleus.
     """

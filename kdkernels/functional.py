@@ -461,6 +461,11 @@ def lk_loss(
 
     The formulas and defaults are those of ``vllm-project/speculators``, which takes eta = 3 and eps = 1e-5; there a row
     with A below eps has no gradient.
+
+    Example:
+        >>> student, teacher = torch.zeros(1, 4), torch.tensor([[2.0, 1, 0, 0]])
+        >>> round(lk_loss(student, teacher).item(), 3)  # -log sum min(p, q)
+        0.447
     """
     return dense(LKObjective.of(options), student, teacher, labels)
 
@@ -595,6 +600,11 @@ def uld_loss(
         A teacher of another tokenizer, on the positions where both texts' tokens end together::
 
             loss = kd.uld_loss(logits[own_ends], teacher_logits[teacher_ends])
+
+        Tokens are forgotten:
+
+        >>> uld_loss(torch.tensor([[0.0, 2, 1]]), torch.tensor([[2.0, 1, 0]])).item()
+        0.0
 
     Reference:
         Boizard et al. 2024, "Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss for LLMs",

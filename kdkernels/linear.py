@@ -193,6 +193,11 @@ def linear_lk_loss(
 
     Raises:
         TypeError, ValueError: as ``linear_kd_loss``.
+
+    Example:
+        >>> head = torch.eye(4, 2)
+        >>> round(linear_lk_loss(torch.zeros(1, 2), head, torch.tensor([[2.0, 1]]), head).item(), 3)
+        0.447
     """
     return dense(
         LinearLKObjective.of(options),

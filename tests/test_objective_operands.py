@@ -227,7 +227,7 @@ def test_lk_loss_gives_a_teacher_its_gradient_in_plain_pytorch():
     ("options", "message"),
     [
         ({"kind": "tv"}, "kind must be one of nla, hybrid, got 'tv'"),
-        ({"eps": 0.0}, "eps must be > 0, got 0"),
+        ({"eps": 0.0}, r"eps must be in \(0, 1\], got 0.0"),
         ({"eps": 2.0}, r"eps must be .*, got 2.0"),
         ({"kind": "hybrid", "eta": -1.0}, "eta must be >= 0, got -1.0"),
         ({"eta": 2.0}, "eta has no meaning with kind 'nla'"),
