@@ -100,7 +100,8 @@ def test_tokens():
         assert (
             entry["loads"]["16"] >= (2 if form == "token-V1000" else 4) and (entry["stores"].get("16", 0) >= 4) == back
         ), name
-        assert entry["resident_blocks"] * entry["num_warps"] * 32 >= 1024, name
+        least = 512 if "-V" in form or "stats" in form else 1024
+        assert entry["resident_blocks"] * entry["num_warps"] * 32 >= least, name
 
 
 @pytest.mark.slow
