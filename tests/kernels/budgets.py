@@ -279,7 +279,11 @@ def measure(form, target):
         block = tuning_block(kwargs["TILE"])
         columns = r"ld\.global\S*\.(v4|b16)\b" if form in TOPK_FORMS else r"ld\.global"
         cut = len(kwargs["TILE"]) > 3 and kwargs["TILE"][3]
-        counts = sweeps(binary.text, columns, r"ld\.global\S*\.b16\b" if cut else None)
+        ends = r"ld\.global\S*\.b16\b" if cut else None
+        if form in TOKEN_FORMS and not cut and not TOKEN_FORMS[form][4].get("tail_mass"):
+            # The tile at the row's end has a loop of its own, whose loads are predicated.
+            ends = r"@%p\d+ ld\.global\S*\.v\d"
+        counts = sweeps(binary.text, columns, ends)
         instructions, transcendental = (count * threads / block for count in counts)
     most, shared = MULTIPROCESSOR[target]
     allocated = -(-binary.registers // 8) * 8

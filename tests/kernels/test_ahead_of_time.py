@@ -91,7 +91,7 @@ def test_tokens():
         form = name.split("/")[1]
         if form not in TOKEN_FORMS:
             continue
-        back, more = "back" in form, "entropy" in form or "stats" in form
+        back, more = "back" in form, bool({"entropy", "stats"} & set(TOKEN_FORMS[form][4]))
         # Many ids are compared with each other, and a tail's are marked: those loops count too.
         if TOKEN_FORMS[form][2] == 1:
             assert entry["instructions"] <= (6.5 if back else 7) + (3 if more else 0), name
@@ -100,7 +100,8 @@ def test_tokens():
         assert (
             entry["loads"]["16"] >= (2 if form == "token-V1000" else 4) and (entry["stores"].get("16", 0) >= 4) == back
         ), name
-        assert entry["resident_blocks"] * entry["num_warps"] * 32 >= 1024, name
+        least = 512 if "-V" in form or "stats" in form else 1024
+        assert entry["resident_blocks"] * entry["num_warps"] * 32 >= least, name
 
 
 @pytest.mark.slow
