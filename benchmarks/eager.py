@@ -124,6 +124,28 @@ def jeffreys_best(student: Tensor, teacher: Tensor, labels: Tensor, temperature:
     return torch.sum((logp.exp() - logq.exp()) * (logp - logq)) * (T * T / student.shape[0])
 
 
+def mixed_kl_as_written(student: Tensor, teacher: Tensor, labels: Tensor, T: float) -> Tensor:
+    logq, logp = F.log_softmax(student / T, -1), F.log_softmax(teacher / T, -1)
+    forward = F.kl_div(logq, logp, log_target=True, reduction="batchmean")
+    return (0.5 * forward + 0.5 * F.kl_div(logp, logq, log_target=True, reduction="batchmean")) * T * T
+
+
+def mixed_kl_best(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    # Half of each is half of Jeffreys.
+    return 0.5 * jeffreys_best(student, teacher, labels, temperature)
+
+
+def triangular_as_written(student: Tensor, teacher: Tensor, labels: Tensor, T: float) -> Tensor:
+    q, p = F.softmax(student / T, -1), F.softmax(teacher / T, -1)
+    return ((p - q) ** 2 / (p + q)).sum(-1).mean() * T * T
+
+
+def triangular_best(student: Tensor, teacher: Tensor, labels: Tensor, T: float) -> Tensor:
+    # p + q less four times their harmonic mean: 2 - 4 sum p q / (p + q).
+    q, p = F.softmax(student / T, -1), F.softmax(teacher / T, -1)
+    return (2 - 4 * torch.sum(p * q / (p + q)) / student.shape[0]) * (T * T)
+
+
 def soft_ce_as_written(student: Tensor, teacher: Tensor, labels: Tensor, T: float) -> Tensor:
     return -(F.softmax(teacher / T, -1) * F.log_softmax(student / T, -1)).sum(-1).mean() * T * T
 

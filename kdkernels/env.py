@@ -21,7 +21,11 @@ LOSSES = {
     "topk_kd_loss, linear_topk_kd_loss": "topk_fwd",
     "dkd_loss": "dkd_fwd",
     "logit_mse_loss": "mse_fwd",
+    "uld_loss": "uld_fwd",
+    "kd_loss of rows side by side (dim)": "pixel_fwd",
+    "kd_loss of a sharded vocabulary": "shard_fwd",
     "capture_topk": "capture_topk",
+    "capture_topp, akl_ratio": "topp_count",
     "token_logprobs": "token_fwd",
 }
 

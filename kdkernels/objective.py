@@ -201,7 +201,7 @@ class _OnLogits(Options):
 class _OnShards(Options):
     """Options of losses whose vocabulary may be sharded."""
 
-    process_group: Any = None
+    process_group: Optional[torch.distributed.ProcessGroup] = None
 
 
 @_options
@@ -479,7 +479,7 @@ class TokenOptions(Options):
     vocab_size: Optional[int] = None
     ignore_index: int = -100
     inplace_backward: bool = False
-    process_group: Any = None
+    process_group: Optional[torch.distributed.ProcessGroup] = None
     backend: Backend = "auto"
 
     function = "token_logprobs"

@@ -23,7 +23,7 @@ from kdkernels.stats import KDStats, TopKStats
 NAMESPACE = "kdkernels"
 PATTERN_BACKENDS = ("cpu", "cuda", "triton")
 # The id of a token whose column another rank has, see token_bwd.
-ELSEWHERE = -(2**63)
+ELSEWHERE = -(2**62) - 1
 # Of a row for shard_fwd; csrc/include/kdkernels/args.h has the same names.
 SHARD_NUMBERS = (
     "student_unit",

@@ -435,7 +435,8 @@ def arguments(num_rows, labels=None, **options):
         "divergence": "forward_kl", "param0": 0.0, "param1": 0.0, "mixture": "probs", "vocab_size": VOCAB,
         "ignore_index": -100, "scale": 0.5, "temperature": 2.0, "teacher_temperature": 2.0, "kd_weight": 1.0,
         "ce_weight": 0.0, "z_loss_weight": 0.0, "label_smoothing": 0.0, "scale_by_t_squared": True,
-        "teacher_form": "logits", "student_softcap": 0.0, "teacher_softcap": 0.0, "standardize": False, "stats": False,
+        "teacher_form": "logits", "student_form": "logits", "student_softcap": 0.0, "teacher_softcap": 0.0,
+        "standardize": False, "stats": False,
     }  # fmt: skip
     return (labels, torch.rand(num_rows), *[None] * (len(ops.ROW_TENSORS["dense_fwd"]) - 2)), {**defaults, **options}
 

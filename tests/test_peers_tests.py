@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import kdkernels as kd
-from kdkernels import divergences, reference, testing
+from kdkernels import divergences, launch, reference, testing
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
@@ -246,8 +246,10 @@ def forbid_the_reference(monkeypatch):
     def forbidden(*args, **kwargs):
         raise AssertionError("plain PyTorch was asked")
 
-    for name in ("dense_rows", "topk_rows", "dkd_rows", "mse_rows"):
+    for name in ("dense_rows", "topk_rows"):
         monkeypatch.setattr(reference, name, forbidden)
+    for pattern in launch._PAIRS:
+        monkeypatch.setitem(launch._PAIRS, pattern, forbidden)
 
 
 # Bytes that are held between forward and backward.

@@ -225,7 +225,7 @@ def _build_kernel(backend: str) -> Run:
         student, teacher, out = (t.detach().unsqueeze(0) for t in (inputs.student, inputs.teacher, inputs.out))
         options = {**scalars, "mixture": "probs", "scale": 1.0 / rows, "vocab_size": columns}
         # Labels, weights, temperatures, the divergence's parameter, the terms' and the mixture's weights.
-        per_row = (None,) * 9
+        per_row = (None,) * len(ops.ROW_TENSORS["dense_fwd"])
         loss, _ = op(student, [teacher], out, *per_row, **ops.packed("dense_fwd", options))
         return Outcome(loss.sum(), (inputs.out,))
 

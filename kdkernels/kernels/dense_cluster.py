@@ -579,12 +579,12 @@ def dense_cluster_fwd_kernel(
                 of_kl = rest_of(row.param)
             elif OUTER:
                 if STATS:
-                    accepted, forward_kl = sums[4], sums[0]
+                    accepted, of_teacher = sums[4], sums[0]
                 elif OUTER == 2:
-                    accepted, forward_kl = sums[AFTER_PAIR] * post, sums[AFTER_PAIR + 1] * post
+                    accepted, of_teacher = sums[AFTER_PAIR] * post, sums[AFTER_PAIR + 1] * post
                 else:
-                    accepted, forward_kl = sums[AFTER_PAIR] * post, 0.0
-                divergence, of_kl, of_distance = outer_value(divergence, accepted, forward_kl, row.param, OUTER)
+                    accepted, of_teacher = sums[AFTER_PAIR] * post, 0.0
+                divergence, of_kl, of_distance = outer_value(divergence, accepted, of_teacher, row.param, OUTER)
                 score_sum *= of_distance
     if TEACHER and not PART_OF_TEACHER:
         divergence = nonnegative(divergence, COEFFICIENTS, SCALABLE)

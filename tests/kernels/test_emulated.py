@@ -20,6 +20,7 @@ from kdkernels.kernels import divergences, tuning
 from kdkernels.kernels.capture import capture_topk
 from kdkernels.kernels.scale import scale_grad
 from kdkernels.kernels.shards import shard_fwd
+from kdkernels.reference.shards import shard_rows
 
 pytestmark = pytest.mark.slow
 
@@ -303,8 +304,8 @@ def test_phases_of_a_shard(arch, V):
         shard_fwd(student, teacher, gradient, labels, rows, None, **options)
     wide = [x.double()[None] for x in (student, teacher)]
     expected = torch.empty_like(wide[0])
-    of_rows = reference.shards.shard_rows(*wide, None, None, rows.double(), None, **options)
-    reference.shards.shard_rows(*wide, expected, labels, rows.double(), None, **options)
+    of_rows = shard_rows(*wide, None, None, rows.double(), None, **options)
+    shard_rows(*wide, expected, labels, rows.double(), None, **options)
     torch.testing.assert_close(sums.double(), of_rows, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradient.double(), expected[0], rtol=2**-8, atol=2e-6)
     assert_traffic(reports[0], student, 2, 0, N, V)

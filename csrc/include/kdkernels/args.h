@@ -15,7 +15,7 @@ enum class Tail { kBucket, kRenormalize, kRenormalizeBoth, kUniform, kDrop };
 constexpr double kNoEntry = -9000;
 // A token whose column is in another shard of the vocabulary, as kdkernels.ops.ELSEWHERE: its gradient counts in the
 // sum that all columns take part of.
-constexpr int64_t kElsewhere = INT64_MIN;
+constexpr int64_t kElsewhere = -(int64_t(1) << 62) - 1;
 
 constexpr int kMaxTeachers = 4;
 constexpr int kStats = 9, kTopkStats = 6;

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from oracle import ROUNDING
 
 from kdkernels import backends, divergences, ops
 from kdkernels.reference.shards import shard_rows
@@ -57,8 +58,8 @@ def check(student, teacher, name, **options):
             source = student.clone()[None]
             gradient = source if inplace else torch.full_like(source, torch.nan)
             run(backend, source, teacher[None], gradient, labels, rows.float(), params, name, **options)
-            rounding = {torch.float32: 0, torch.bfloat16: 2**-8, torch.float16: 2**-11}[student.dtype]
-            torch.testing.assert_close(gradient.double(), dexact, rtol=rounding + 3e-5, atol=5e-6)
+            rtol = ROUNDING[student.dtype] + 3e-5
+            torch.testing.assert_close(gradient.double(), dexact, rtol=rtol, atol=5e-6)
 
 
 @pytest.mark.parametrize("name", divergences.names())
