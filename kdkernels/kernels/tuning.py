@@ -234,6 +234,8 @@ def capture_plan(V: int, k: int, *, arch: int, vec: int, cut: bool = False, warp
     # Other devices than those of CUDA and ROCm: nobody knows what fits into their registers.
     for num_warps in CAPTURE_WARPS if arch or warp == 64 else ():
         lanes = num_warps * warp
+        if warp == 64 and num_warps > 8:
+            break  # a block of 1,024 threads has 128 registers for each, which do not hold the columns
         if columns <= 64 * lanes and k <= SPARSE_ENTRIES * lanes:
             roll = min(32 // vec, triton.next_power_of_2(triton.cdiv(columns, lanes * vec)))
             return CapturePlan((roll, lanes, vec), num_warps, triton.cdiv(columns, roll * lanes * vec))

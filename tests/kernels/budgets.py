@@ -190,7 +190,8 @@ AMD_FORMS = (
     *SOME_TOKENS,
     "topk-V1000",
     "topk-V32000",
-    *CAPTURE_FORMS,
+    # A row of 1,000 columns takes no loop, and the loops over one whose ends cut vectors load no 16 bytes at a time.
+    *(form for form in CAPTURE_FORMS if form not in ("capture-V1000", "capture-V50257")),
 )
 CASES_HIP = [(target, form) for target in HIP for form in AMD_FORMS]
 
