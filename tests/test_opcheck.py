@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import kdkernels as kd
-from kdkernels import heads, memory, objective, ops
+from kdkernels import backends, heads, memory, objective, ops
 
 pytestmark = pytest.mark.usefixtures("compiled_cpu")
 
@@ -69,6 +69,17 @@ def pixels(**options):
     return kd.kd_loss(student, teacher, labels, dim=1, teacher_columns=torch.randperm(VOCAB), **given, **options)
 
 
+def shard(with_gradient):
+    """The phases of a sharded vocabulary, which public functions call in a process group alone."""
+    backends.select("cpu", "cpu", pattern="shard_fwd")
+    student, teacher = (x.detach()[None] for x in tensors()[:2])
+    names = ("param0", "param1", "student_softcap", "teacher_softcap")
+    options = {"divergence": "jsd", "vocab_size": VOCAB - 1, **dict.fromkeys(names, 0.5)}
+    gradient, labels = (torch.empty_like(student), torch.arange(ROWS)) if with_gradient else (None, None)
+    numbers, params = torch.rand(ROWS, len(ops.SHARD_NUMBERS)), torch.full((ROWS,), 0.3)
+    return ops.call("shard_fwd", "cpu", (student, teacher, gradient, labels, numbers, params), options)
+
+
 def topk(**options):
     student, _, labels, ids, logprobs = tensors()
     return kd.topk_kd_loss(student, ids, logprobs, labels, **options)
@@ -112,6 +123,8 @@ LOSSES = {
     "log-probs": lambda: kd.kd_loss(*tensors()[:2], student_form="log_probs"),
     "pixels": lambda: pixels(**TERMS),
     "mixture": lambda: kd.kd_loss(tensors()[0], [tensors()[1], tensors()[1]]),
+    "shard": lambda: shard(False),
+    "shard-gradient": lambda: shard(True),
     "topk": lambda: topk(**TERMS),
     "topk-rows": lambda: topk(reduction="none", tail="uniform", row_weight=PER_ROW, return_stats=True)[0],
     "dkd": lambda: kd.dkd_loss(*tensors()[:3]),
