@@ -1,4 +1,4 @@
-"""The commands of ``kdkernels``. What they print to a terminal is drawn by rich, and plain lines anywhere else."""
+"""The commands of ``kdkernels``. rich draws their output on a terminal; anywhere else it is plain lines."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def sinkhorn_bias(
     r"""The bias ``[V]`` of the teacher's logits that gives every prototype the same share of the batch.
 
     Sinkhorn-Knopp alternates between columns and rows of ``exp(t / T)``: each prototype's column is divided by its sum
-    over the samples, then each sample's row by its sum. What comes of it is a softmax with one bias::
+    over the samples, then each sample's row by its sum. The result is a softmax with one bias::
 
         softmax((t + bias) / T)        bias / T -= logsumexp_samples((t + bias) / T - lse_row), each iteration
 

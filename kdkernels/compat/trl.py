@@ -7,7 +7,7 @@
 shifted outside, and -100 masks. No loss is multiplied by T^2. ``"batchmean"``, the default, divides by the tokens that
 count where there are labels, and by the first dimension elsewhere; ``num_items_in_batch`` replaces both.
 
-What is patched, where the installed release has it:
+Patched are, where the installed release has them:
 
 - ``GKDTrainer``, ``GOLDTrainer``, ``IWOPDTrainer`` and the experimental ``DistillationTrainer`` of releases up to 1.9:
   ``generalized_jsd_loss``, and the sparse losses of teachers on a server;
