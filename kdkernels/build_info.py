@@ -121,11 +121,11 @@ def rebuild_command(backend: str, package: Path = PACKAGE) -> str:
         return f"run `{command} -e {shlex.quote(str(root))}`"
     # pip keeps the wheels of fixed commits, also those without kernels.
     command += " --force-reinstall --no-cache-dir"
-    source = _source(package)
+    source = installed_from(package)
     return f"run `{command} {shlex.quote(source)}`" if source else f"run `{command} .` in the folder of the sources"
 
 
-def _source(package: Path) -> Optional[str]:
+def installed_from(package: Path) -> Optional[str]:
     """The place that pip installed the package from, as pip wants to be told; None for a wheel, or an unknown place."""
     for distribution in importlib.metadata.distributions(name="kdkernels", path=[str(package.parent)]):
         origin = _origin(distribution)

@@ -148,7 +148,10 @@ def to_json() -> str:
     packages = ("numpy", "safetensors", "transformers", "accelerate", "trl", "peft")
     facts["packages"] = {name: _version(name) for name in packages}
     text = json.dumps(facts, indent=1)
-    hidden = {sys.executable: "python", str(build_info.PACKAGE.parent): "<source>", str(Path.home()): "~"}
+    hidden = {sys.executable: "python", str(build_info.PACKAGE.parent): "<source>"}
+    source = build_info.installed_from(build_info.PACKAGE)
+    hidden |= {source: "<source>"} if source else {}
+    hidden[str(Path.home())] = "~"
     for path_of_user, name in hidden.items():
         text = text.replace(path_of_user, name)
     return text

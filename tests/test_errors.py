@@ -49,7 +49,7 @@ def errors_of(source):
 
 
 def errors():
-    folder = ROOT / "kdkernels"
+    folder = Path(kd.__file__).parent
     for path in sorted(folder.rglob("*.py")):
         if path.relative_to(folder).parts[0] not in WITHOUT:
             yield from errors_of(path.read_text())

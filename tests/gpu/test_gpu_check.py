@@ -334,7 +334,7 @@ def test_truth_in_float64_on_a_device_that_users_are_refused():
         kd.kd_loss(student, teacher, backend="torch")
 
 
-def test_the_gpu_tests_run_to_their_end_on_a_stub_device():
+def test_the_gpu_tests_run_to_their_end_on_a_stub_device(compiled_cpu):
     """Some of them, on the CPU's kernels: a slip in a test shows here, and not in the first minutes on a GPU."""
     environment = {**os.environ, "PYTHONPATH": f"{gpu_check.ROOT}:{gpu_check.ROOT / 'tests/gpu'}"}
     tests = ["tests/gpu/test_calls.py", "tests/cuda/test_dense_gpu.py", "tests/cuda/test_topk_gpu.py"]
