@@ -152,7 +152,8 @@ def kd_loss(
             ``teacher_columns[v]``, or with none (-1: ``p = 0``). The teacher may then have any width: a draft
             vocabulary, an extended or a permuted one. ``p`` is normalised over the columns that are named, as
             ``teacher[..., teacher_columns]`` would be; ``teacher_bias`` belongs to the student's columns. The
-            divergences that are infinite at ``p = 0`` are so in a row with such a column.
+            divergences that are infinite at ``p = 0`` are so in a row with such a column. Of -1 beside a
+            ``teacher_softcap`` there is no kernel, but for backend "torch".
         student_form: what ``student`` holds: "logits", or "log_probs", log-probabilities that are themselves the leaf,
             as users of ``F.kl_div`` have them: ``q = exp(x)`` of each x by itself, nothing is normalised, and the
             gradient of D is ``df/dlogq`` (of forward KL ``-p``), without the part ``- q sum(df/dlogq)`` that a softmax
@@ -667,9 +668,14 @@ def _classes_last(objective: Objective, dim: int, student: Any, teacher: Any) ->
     for name, item in zip(names, several, strict=True):
         checks.same_dims(name, item, student)
     tensors = [("student", student), *zip(names, several, strict=True)]
-    strided = checks.rows_are_neighbours(dim, tensors, objective.backend)
-    moved = [item.movedim(dim, -1) for item in several]
-    return student.movedim(dim, -1), moved if isinstance(teacher, (list, tuple)) else next(iter(moved), None), strided
+    if student.numel() == 0:
+        # Without a row there is nothing to copy.
+        views = (item.movedim(dim, -1) for _, item in tensors)
+        strided, (student, *moved) = False, [x.clone(memory_format=torch.contiguous_format) for x in views]
+    else:
+        strided = checks.rows_are_neighbours(dim, tensors, objective.backend)
+        student, *moved = (item.movedim(dim, -1) for _, item in tensors)
+    return student, moved if isinstance(teacher, (list, tuple)) else next(iter(moved), None), strided
 
 
 def taid(objective: TAIDObjective, student: Any, teacher: Any, labels: Any = None) -> Any:

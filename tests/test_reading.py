@@ -463,3 +463,24 @@ def test_other_instruction_sets(isa, compiled_cpu):
     done = subprocess.run(command, env={**os.environ, "KDKERNELS_CPU_ISA": isa}, capture_output=True, text=True)
     passed = re.search(r"(\d+) passed", done.stdout)
     assert done.returncode == 0 and passed and int(passed[1]) > 100, done.stdout[-3000:]
+
+
+def test_a_column_that_is_missing_has_no_mass_behind_a_softcap():
+    student, columns = torch.zeros(1, 3, requires_grad=True), torch.tensor([0, 1, -1])
+    options = {"teacher_columns": columns, "teacher_softcap": 1.0}
+    loss = kd.kd_loss(student, torch.tensor([[1.0, 2.0]]), backend="torch", **options)
+    p = torch.tensor([1.0, 2.0]).tanh().softmax(-1)
+    torch.testing.assert_close(loss, (p * (p * 3).log()).sum())
+    loss.backward()
+    torch.testing.assert_close(student.grad, 1 / 3 - torch.tensor([[*p, 0.0]]))
+    with pytest.raises(ValueError, match="cannot be combined with teacher_softcap in the kernels"):
+        kd.kd_loss(student, torch.tensor([[1.0, 2.0]]), **options)
+    kd.kd_loss(student, torch.tensor([[1.0, 2.0]]), teacher_columns=torch.tensor([0, 1, 1]), teacher_softcap=1.0)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3, 4), (2, 5, 0, 4)])
+def test_maps_without_a_row(shape):
+    student = torch.randn(shape, requires_grad=True)
+    loss = kd.kd_loss(student, torch.randn(shape), dim=1)
+    loss.backward()
+    assert loss == 0 and student.grad.shape == shape

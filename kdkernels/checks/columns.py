@@ -54,6 +54,11 @@ def of_columns(
     if teacher_columns is not None:
         width = min(teacher.shape[-1] for teacher in teachers)
         found["teacher_columns"] = _columns(teacher_columns, student, columns, width)
+        unknown = not reads_values(teacher_columns)
+        if options.teacher_softcap and options.backend != "torch" and (unknown or bool((teacher_columns == -1).any())):
+            # They cap a column that is missing, of -inf, to a number.
+            name, wrong = "teacher_columns with -1 in it", "teacher_softcap"
+            raise ValueError(f"{name} cannot be combined with {wrong} in the kernels; backend='torch' computes it")
     return found
 
 

@@ -87,12 +87,16 @@ def _teacher_log_probs(
     steep: bool,
     lse: Optional[Tensor] = None,
     offsets: Optional[Tensor] = None,
+    missing: Optional[Tensor] = None,
 ) -> Tensor:
     logits = [teacher.log() if form == "probs" else teacher for teacher in teachers]
     if offsets is not None:
         logits = [item + offsets for item in logits]
     if form != "probs":
         logits = [apply_softcap(item, softcap) for item in logits]
+    if missing is not None:
+        # A softcap would make a number of them.
+        logits = [item.masked_fill(missing, -torch.inf) for item in logits]
     if standardize:
         logits = [_standardized(item) for item in logits]
     if lse is not None:
@@ -219,6 +223,7 @@ def dense_rows(
         steep=steep,
         lse=teacher_lse,
         offsets=None if teacher_offsets is None else teacher_offsets[:columns].to(dtype),
+        missing=None if teacher_columns is None else teacher_columns[:columns] == -1,
     )
 
     # A loss without any term is 0, and so is its gradient, which is there.
