@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 SCHEMA = 1
 TAIL_LINES = 30
-# What a compute-sanitizer that found something ends with; the calls themselves end with other numbers.
+# The exit status of a compute-sanitizer that found something; the calls themselves end with other numbers.
 SANITIZER_FOUND = 86
 # The status of benchmarks.machine where there is no device to look at.
 NO_DEVICE = 3

@@ -280,7 +280,7 @@ def _rows(work: Work, device: Device) -> Range:
     clock = device.gigahertz * 1e9
     transfer = (work.tensors + work.writes) * V * ITEMSIZE / (rows.blocks * PORT * clock)
     alone = (work.instructions or 0.0) * V / (rows.blocks * device.lanes * clock)
-    # What the other blocks of a multiprocessor issue comes in between, or not.
+    # Instructions of the other blocks of a multiprocessor come in between, or not.
     arithmetic = Range(alone, alone * rows.resident)
     found = []
     for i in range(2):

@@ -344,9 +344,13 @@ def check_what_is_missing_is_named():
     columns = columns_of_rank(widths()[0])
     s, t = student[:, columns].clone().requires_grad_(), teacher[:, columns].contiguous()
     here = {"process_group": group()}
-    refused(NotImplementedError, "standardize with process_group", lambda: kd.kd_loss(s, t, standardize=True, **here))
-    refused(NotImplementedError, "mixture of teachers", lambda: kd.kd_loss(s, [t, t], **here))
-    refused(NotImplementedError, "return_stats", lambda: kd.kd_loss(s, t, return_stats=True, **here))
+    refused(
+        ValueError,
+        "standardize cannot be combined with process_group",
+        lambda: kd.kd_loss(s, t, standardize=True, **here),
+    )
+    refused(ValueError, "a mixture of teachers cannot be", lambda: kd.kd_loss(s, [t, t], **here))
+    refused(ValueError, "return_stats cannot be", lambda: kd.kd_loss(s, t, return_stats=True, **here))
     refused(
         TypeError, "process_group must be a torch.distributed.ProcessGroup", lambda: kd.kd_loss(s, t, process_group=1)
     )

@@ -259,7 +259,7 @@ struct ObjectiveRow {
     if (elsewhere) {
       const double log2_z = kLog2e * num.teacher_lse - at.reference();
       mass = std::exp2(log2_zt - log2_z);
-      // What is linear in p is made of the distribution, and of the mass: see of_mass.
+      // Terms that are linear in p are made of the distribution, and of the mass: see of_mass.
       if (!divergence.linear) log2_zt = log2_z, ip = std::exp2(-log2_z);
     }
     // Of one model and itself nothing is left but the rounding, unless the entropy is asked for as well.

@@ -224,7 +224,8 @@ const C* teacher_row(const DenseArgs& args, int64_t row, double& scale) {
         logits_of_teacher(args, k, row, out,
                           [=](int64_t j, Vec<C> x) KDK_LAMBDA_INLINE { return load<Vec<C>>(out + j) + w * x; });
       } else {
-        // What one teacher rules out stays ruled out, whatever its weight, and an infinite logit is no number.
+        // An outcome that one teacher rules out stays ruled out, whatever its weight, and an infinite logit is no
+        // number.
         logits_of_teacher(args, k, row, out, [=](int64_t j, Vec<C> x) KDK_LAMBDA_INLINE {
           return kdk_where(x == low, low, kdk_where(x == -low, low - low, load<Vec<C>>(out + j) + w * x));
         });

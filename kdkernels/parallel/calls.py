@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from typing import Any, Optional
 
 import torch
@@ -112,8 +110,8 @@ def capture_topk(
         nowhere = torch.full((rows_of(logits).shape[0], 1), ops.ELSEWHERE, dtype=torch.int64, device=logits.device)
         return given, name, nowhere, token_call(given, logits, nowhere, total)
 
-    told: Mapping[str, Any] = {"temperature": "tensor" if isinstance(temperature, Tensor) else temperature, "k": k}
-    facts = facts_of(TokenOptions(), logits, **told)
+    of_rows = "tensor" if isinstance(temperature, Tensor) else temperature
+    facts = facts_of(TokenOptions(), logits, temperature=of_rows, k=k, vocab_size=vocab_size)
     shards, (_, name, nowhere, call) = shards_of(group, logits, vocab_size, facts, check)
     rows, local_k = rows_of(logits), min(k, shards.columns)
     part = part_of(call, rows, logits, nowhere, shards)
@@ -172,9 +170,3 @@ def _merged(
     logprobs, tail = torch.where(spoilt, torch.nan, logprobs), torch.where(spoilt, torch.nan, tail)
     rows = logits.shape[:-1]
     return TeacherTopK(ids.to(torch.int32).reshape(*rows, k), logprobs.reshape(*rows, k), tail.reshape(rows))
-
-
-def without_group(options: Options) -> dict[str, Any]:
-    """The options of a call but for its process group."""
-    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options) if field.init}
-    return {name: value for name, value in given.items() if name != "process_group"}

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from kdkernels import backends, checks, memory, ops
-from kdkernels.autograd import TokenCall, graph_is_kept, has_saved_tensor_hooks, refuse_second_derivative
+from kdkernels.autograd import graph_is_kept, has_saved_tensor_hooks, refuse_second_derivative
 from kdkernels.launch import Launch, as_rows, dense_launch
 from kdkernels.objective import Objective
 from kdkernels.parallel.calls import facts_of
 from kdkernels.parallel.shards import Shards, shards_of
-from kdkernels.parallel.tokens import Part, part_of, picked_logits, rows_of
+from kdkernels.parallel.tokens import Part, call_of, part_of, picked_logits, rows_of
+from kdkernels.reference import divergences
 from kdkernels.reference.dense import PerRow, is_there
+from kdkernels.reference.shards import shard_rows
 
 # Divergences that are linear in the log-probabilities: sum p (c_pp log p + c_pq log q) + q (c_qp log p + c_qq log q).
 LINEAR = {
@@ -59,9 +61,9 @@ def kd_loss(given: Objective, student: Any, teacher: Any, labels: Any, of_column
 def refuse_what_is_missing(given: Objective, teacher: Any, of_columns: Sequence[Any]) -> None:
     """Options that a sharded vocabulary has no kernel for."""
     missing = {
-        "mixture of teachers": isinstance(teacher, (list, tuple)),
+        "a mixture of teachers": isinstance(teacher, (list, tuple)),
         "teacher_lse": given.teacher_lse is not None,
-        "bias, teacher_columns": any(item is not None for item in of_columns),
+        "a bias or teacher_columns": any(item is not None for item in of_columns),
         "student_form='log_probs'": given.student_form != "logits",
         f"dim={given.dim}": given.dim != -1,
         f"teacher_form={given.teacher_form!r}": given.teacher_form not in ("logits", "log_probs"),
@@ -70,7 +72,7 @@ def refuse_what_is_missing(given: Objective, teacher: Any, of_columns: Sequence[
     }
     for what, is_wanted in missing.items():
         if is_wanted:
-            raise NotImplementedError(f"kd_loss has no {what} with process_group")
+            raise ValueError(f"{what} cannot be combined with process_group in kd_loss")
     if teacher is not None and teacher.requires_grad and torch.is_grad_enabled():
         raise ValueError("teacher must not require grad with process_group: it gets no gradient; detach it")
 
@@ -138,16 +140,7 @@ def _norms(
     launch: Launch, shards: Shards, logits: Tensor, counted: Tensor, temperature: PerRow, cap: float, *, mean: bool
 ) -> Part:
     """What a shard knows of the softmax of one side, by the kernel that tokens have."""
-    by_rows = isinstance(temperature, Tensor)
-    options = {
-        "temperature": 1.0 if by_rows else temperature,
-        "softcap": cap,
-        "ignore_index": -1,
-        "entropy": False,
-        "tail_mass": False,
-        "stats": mean,
-    }
-    call = TokenCall(launch.backend, temperature if isinstance(temperature, Tensor) else None, options)
+    call = call_of(launch.backend, temperature, cap, stats=mean)
     ids = torch.where(counted, ops.ELSEWHERE, -1).unsqueeze(-1)
     return part_of(call, rows_of(logits), logits, ids, shards)
 
@@ -213,15 +206,10 @@ def _summed(launch: Launch, shards: Shards, student: Tensor, teacher: Optional[T
         numbers = _numbers(launch, counted, (student_top, log_z), (teacher_top, teacher_log_z))
         local_sums = _shard(launch, shards, student, teacher, None, None, numbers)
         divergence, score = shards.sum(local_sums[:, 0].contiguous(), local_sums[:, 1].contiguous())
-    if soft and (linear is None or name in ("forward_kl", "reverse_kl", "jeffreys")):
+    if soft and name in divergences.BUILT_IN:
         # Of two distributions none is negative: that is rounding.
-        divergence = torch.where(divergence < 0, zero, divergence) if name in _NEVER_NEGATIVE else divergence
+        divergence = torch.where(divergence < 0, zero, divergence)
     return Rows((student_top, log_z), (teacher_top, teacher_log_z), log_z1, divergence, score, label_logit, mean)
-
-
-_NEVER_NEGATIVE = frozenset(
-    {"forward_kl", "reverse_kl", "jeffreys", "jsd", "tvd", "skew_kl", "skew_reverse_kl", "alpha_beta"}
-)
 
 
 def _rising(part: Part, top: Tensor, temperature: PerRow) -> Tensor:
@@ -266,8 +254,6 @@ def _shard(
     )
     operands = (source, other, rest[0] if rest else None, labels, numbers, launch.rows.param_rows)
     if launch.backend == "torch":
-        from kdkernels.reference.shards import shard_rows
-
         return shard_rows(*operands, **options)
     return ops.call("shard_fwd", launch.backend, operands, options)
 

@@ -162,7 +162,7 @@ def _same_on_all(group: Any, names: Sequence[str], rows: Sequence[Sequence[int]]
 
 
 # Facts of which the number says nothing.
-_TEXTS = ("options", "dtype")
+_TEXTS = ("options", "dtype", "temperature", "vocab_size", "ids")
 
 
 def _none_refused(group: Any, fault: Optional[Exception], device: torch.device) -> None:

@@ -123,7 +123,6 @@ class Part(NamedTuple):
     outside: Optional[Tensor]  # sum of e^a outside the ids
     squares: Optional[Tensor]  # sum e^2a
     mean: Optional[Tensor]  # the sum of its logits over the size of the vocabulary
-    highest: Optional[Tensor]  # the largest logit, of which m is but near
 
 
 def values_of(call: TokenCall, rows: Tensor, logits: Tensor, ids: Tensor, shards: Shards) -> Values:
@@ -134,8 +133,9 @@ def values_of(call: TokenCall, rows: Tensor, logits: Tensor, ids: Tensor, shards
     part = part_of(call, rows, logits, local, shards)
     picked = torch.where(local >= 0, picked_logits(rows, local, options["softcap"], part.z.dtype), 0.0)
     counted = (local != -1).any(-1)
-    maxima = [part.top] if part.highest is None else [part.top, part.highest]
-    top, *highest = shards.largest(*maxima)
+    # Of which m is but near.
+    highest = [_highest(rows[:, : shards.columns], options["softcap"], part.z.dtype)] if options["stats"] else []
+    top, *highest = shards.largest(part.top, *highest)
     shift = (part.top - top) / temperature
     fall = torch.where(part.z == 0, 0.0, shift.exp())
 
@@ -196,7 +196,6 @@ def part_of(call: TokenCall, rows: Tensor, logits: Tensor, local: Tensor, shards
             zero if tail else None,
             zero if stats else None,
             zero if stats else None,
-            lowest if stats else None,
         )
     if call.backend == "torch":
         return _part_in_torch(call, rows[:, :columns], local, shards.total)
@@ -204,10 +203,6 @@ def part_of(call: TokenCall, rows: Tensor, logits: Tensor, local: Tensor, shards
     operands = (as_rows((logits,))[0], local, call.temperature_rows)
     _, of_entropy, _, of_tail, norm, of_stats = ops.call("token_fwd", call.backend, operands, taken)
     top, z = norm.unbind(-1)
-    highest = None
-    if stats:
-        capped = rows[:, :columns].amax(-1).to(dtype)
-        highest = apply_softcap(capped, options["softcap"])
     mean = None
     if stats:
         # Of columns of -inf alone the kernel tells nothing.
@@ -219,7 +214,6 @@ def part_of(call: TokenCall, rows: Tensor, logits: Tensor, local: Tensor, shards
         z * of_tail.exp() if tail else None,
         z.square() * of_stats[:, 0].exp() if stats else None,
         mean,
-        highest,
     )
 
 
@@ -240,8 +234,14 @@ def _part_in_torch(call: TokenCall, rows: Tensor, local: Tensor, total: int) -> 
         outside = torch.where(among, 0.0, e).sum(-1)
     if options["stats"]:
         squares, mean = e.square().sum(-1), (x / total).sum(-1)
-    highest = x.amax(-1) if options["stats"] else None
-    return Part(top.squeeze(-1), e.sum(-1), weighted, outside, squares, mean, highest)
+    return Part(top.squeeze(-1), e.sum(-1), weighted, outside, squares, mean)
+
+
+def _highest(rows: Tensor, softcap: float, dtype: torch.dtype) -> Tensor:
+    """The largest logit of each row; a cap keeps their order."""
+    if rows.shape[-1] == 0:
+        return torch.full((len(rows),), torch.finfo(dtype).min, dtype=dtype, device=rows.device)
+    return apply_softcap(rows.amax(-1).to(dtype), softcap)
 
 
 def picked_logits(rows: Tensor, local: Tensor, softcap: float, dtype: torch.dtype) -> Tensor:
@@ -249,6 +249,22 @@ def picked_logits(rows: Tensor, local: Tensor, softcap: float, dtype: torch.dtyp
     if rows.shape[-1] == 0:
         return torch.zeros(local.shape, dtype=dtype, device=rows.device)
     return apply_softcap(rows.gather(1, local.clamp(min=0)).to(dtype), softcap)
+
+
+def call_of(
+    backend: str, temperature: PerRow, softcap: float, *, tail_mass: bool = False, stats: bool = False
+) -> TokenCall:
+    """The call of an objective for its student or teacher, whose ids that are none are -1."""
+    of_rows = temperature if isinstance(temperature, Tensor) else None
+    options = {
+        "temperature": temperature if of_rows is None else 1.0,
+        "softcap": softcap,
+        "ignore_index": -1,
+        "entropy": False,
+        "tail_mass": tail_mass,
+        "stats": stats,
+    }
+    return TokenCall(backend, of_rows, options)
 
 
 def rows_of(logits: Tensor) -> Tensor:
@@ -260,9 +276,7 @@ def sharded_values(
     call: TokenCall, logits: Tensor, ids: Tensor, shards: Shards, *, inplace: bool = False
 ) -> tuple[Tensor, ...]:
     """Log-probabilities, entropy, lse, the log of the mass outside the ids, and statistics."""
-    rows: PerRow = call.temperature_rows if call.temperature_rows is not None else 1.0
-    of_rows = rows if isinstance(rows, Tensor) else None
     if torch.is_grad_enabled() and logits.requires_grad:
-        return ShardedTokens.apply(logits, ids, of_rows, call, shards, inplace)
+        return ShardedTokens.apply(logits, ids, call.temperature_rows, call, shards, inplace)
     logits = logits.detach()
     return tuple(values_of(call, rows_of(logits), logits, ids, shards)[:-1])

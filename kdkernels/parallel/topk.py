@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from kdkernels import checks, ops, reference
-from kdkernels.autograd import TokenCall
 from kdkernels.divergences import by_name
 from kdkernels.launch import Launch, topk_launch
 from kdkernels.objective import TopKObjective
@@ -21,9 +20,9 @@ from kdkernels.parallel.calls import facts_of
 from kdkernels.parallel.dense import counted_rows, temperatures, terms_of_rows
 from kdkernels.parallel.reduce import OfAllShards, SumOfShards
 from kdkernels.parallel.shards import Shards, shards_of
-from kdkernels.parallel.tokens import rows_of, sharded_values
+from kdkernels.parallel.tokens import call_of, rows_of, sharded_values
 from kdkernels.reference import divergences
-from kdkernels.reference.dense import PerRow, apply_softcap, column, is_there
+from kdkernels.reference.dense import apply_softcap, column, is_there
 
 
 def topk_kd_loss(given: TopKObjective, student: Any, ids: Any, logprobs: Any, labels: Any, tail_logprob: Any) -> Any:
@@ -31,7 +30,7 @@ def topk_kd_loss(given: TopKObjective, student: Any, ids: Any, logprobs: Any, la
     checks.shard("student", student)
     for what, is_wanted in {"inplace": given.inplace, "return_stats": given.return_stats}.items():
         if is_wanted:
-            raise NotImplementedError(f"topk_kd_loss has no {what} with process_group")
+            raise ValueError(f"{what} cannot be combined with process_group in topk_kd_loss")
     facts = facts_of(given, student, ids=getattr(ids, "shape", None), labels=labels is not None)
 
     def check(total: int) -> Launch:
@@ -94,19 +93,6 @@ def _losses(launch: Launch, shards: Shards, student: Tensor) -> Tensor:
     return loss if rows.row_weight is None else loss * rows.row_weight
 
 
-def _call(launch: Launch, temperature: PerRow, *, tail: bool) -> TokenCall:
-    by_rows = temperature if isinstance(temperature, Tensor) else None
-    options = {
-        "temperature": 1.0 if by_rows is not None else temperature,
-        "softcap": launch.options["student_softcap"],
-        "ignore_index": -1,
-        "entropy": False,
-        "tail_mass": tail,
-        "stats": False,
-    }
-    return TokenCall(launch.backend, by_rows, options)
-
-
 def _of_student(launch: Launch, shards: Shards, student: Tensor, ids: Tensor, counted: Tensor) -> _Student:
     options, labels = launch.options, launch.rows.labels
     temperature = temperatures(launch)[0]
@@ -126,7 +112,9 @@ def _of_student(launch: Launch, shards: Shards, student: Tensor, ids: Tensor, co
     # A row is read for its ids.
     lone = (slots == -1).all(-1) & counted
     slots[:, K] = torch.where(lone, ops.ELSEWHERE, slots[:, K])
-    logprobs, _, lse, log_outside, _ = sharded_values(_call(launch, temperature, tail=True), student, slots, shards)
+    logprobs, _, lse, log_outside, _ = sharded_values(
+        call_of(launch.backend, temperature, options["student_softcap"], tail_mass=True), student, slots, shards
+    )
     picked, of_label = logprobs[:, :K], torch.where(aside, logprobs[:, K], 0.0)
     log_outside = torch.where(aside, torch.logaddexp(log_outside, of_label), log_outside)
     label_logprob = lse1 = None
@@ -136,7 +124,9 @@ def _of_student(launch: Launch, shards: Shards, student: Tensor, ids: Tensor, co
         lse1 = lse
     elif hard:
         slot = torch.where(counted & (label == -1), ops.ELSEWHERE, label).unsqueeze(-1)
-        of_label, _, lse1, _, _ = sharded_values(_call(launch, 1.0, tail=False), student, slot, shards)
+        of_label, _, lse1, _, _ = sharded_values(
+            call_of(launch.backend, 1.0, options["student_softcap"]), student, slot, shards
+        )
         label_logprob = of_label.squeeze(-1) if with_label else None
     return _Student(picked, log_outside, lse, label_logprob, lse1)
 

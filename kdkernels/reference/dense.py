@@ -105,7 +105,7 @@ def _teacher_log_probs(
         return log_softmax(logits[0], temperature, steep=steep)
     columns = [weights[:, k : k + 1].to(logits[0].dtype) for k in range(len(logits))]
     if mixture != "probs":
-        # What one teacher rules out stays ruled out, whatever the sign of its weight.
+        # An outcome that one teacher rules out stays ruled out, whatever the sign of its weight.
         ruled_out = [torch.isneginf(item) for item in logits]
         logits = [half_less(item, highest(item)) for item in logits]
         mixed = sum(

@@ -1,4 +1,4 @@
-// What the swept dense kernel adds up: of a first sweep relative to maxima that may rise on the way, and of a second
+// The sums of the swept dense kernel: of a first sweep relative to maxima that may rise on the way, and of a second
 // one.
 #pragma once
 

@@ -219,7 +219,7 @@ struct MixedKl {
   }
 };
 
-// What is made of a row's sums before its gradient, by functors that only the dense pattern of the CPU takes; see
+// A function of a row's sums before its gradient, by functors that only the dense pattern of the CPU takes; see
 // negative_log_acceptance and ObjectiveRow in csrc/cpu.
 enum class Outer { kNone, kNegativeLog, kHybrid };
 template <class F, class = void>
