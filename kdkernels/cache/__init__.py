@@ -14,7 +14,7 @@ except ImportError as error:
     raise ImportError(f"kdkernels.cache needs the package {error.name}: pip install numpy safetensors") from error
 
 from kdkernels.cache.codec import ExpectationSequence, TeacherSequence
-from kdkernels.cache.dataset import TeacherDataset, collate
+from kdkernels.cache.dataset import TeacherDataset, TeacherStream, collate
 from kdkernels.cache.errors import (
     CacheError,
     CacheFormatError,
@@ -44,6 +44,7 @@ __all__ = [
     "TeacherCacheWriter",
     "TeacherDataset",
     "TeacherSequence",
+    "TeacherStream",
     "TruncatedShardError",
     "VocabularyMismatchError",
     "collate",
