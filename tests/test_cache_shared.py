@@ -218,9 +218,8 @@ def test_a_rank_that_dies_anywhere_leaves_what_others_go_on_with(whole, tmp_path
 
         # By one process, by as many as before, by more.
         world_size = 1 + point % 3
-        assert all(
-            [run(tmp_path / str(point), counted, rank=rank, world_size=world_size) for rank in range(world_size)]
-        )
+        for rank in range(world_size):
+            assert run(tmp_path / str(point), counted, rank=rank, world_size=world_size), point
         assert files(tmp_path / str(point)) == files(whole), point
         kept.add(len(SEQUENCES) - sum(calls))
     # From nothing to everything, and nothing that was closed was captured again.

@@ -89,7 +89,7 @@ def run(
             shared.write(number, rows)
             done += len(rows)
             # Ten lines at most, whatever the length of the run; others write too.
-            if (tenth := 10 * done // total) > said:
+            if 10 * done // total > said:
                 done = shared.written
                 said = 10 * done // total
                 tell(f"{folder}: {done:,} of {total:,} sequences")

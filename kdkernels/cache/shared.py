@@ -232,11 +232,15 @@ def read_capture(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[int
     path = folder / CAPTURE_NAME
     try:
         content = json.loads(path.read_text())
-        settings, identity, plan = content["settings"], content["identity"], content["shards"]
-        if not (isinstance(settings, dict) and isinstance(identity, dict) and isinstance(plan, list) and plan):
-            raise ValueError("it is of another kind")
-        if not all(type(count) is int and count > 0 for count in plan):
-            raise ValueError("it has no number of sequences for each shard")
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise CaptureError(f"{path} is damaged, or of an earlier version: {error}") from None
-    return settings, identity, plan
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict) or not _is_plan(content):
+        raise CaptureError(f"{path} is damaged, or of an earlier version: give another folder")
+    return content["settings"], content["identity"], content["shards"]
+
+
+def _is_plan(content: dict[str, Any]) -> bool:
+    plan = content.get("shards")
+    if not all(isinstance(content.get(name), dict) for name in ("settings", "identity")) or not isinstance(plan, list):
+        return False
+    return bool(plan) and all(type(count) is int and count > 0 for count in plan)

@@ -52,6 +52,7 @@ from kdkernels.checks.hidden import (
     teacher_head,
 )
 from kdkernels.checks.memory import apart_in_place, inplace_allowed
+from kdkernels.checks.packed import packed_buffer, packed_layout, to_be_packed
 from kdkernels.checks.rows import (
     labels_like,
     labels_of,
