@@ -119,7 +119,10 @@ def _captured(
 
 
 def _digest(sequences: Sequence[Sequence[int]]) -> str:
-    return hashlib.sha256(canonical_json([list(sequence) for sequence in sequences]).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for sequence in sequences:
+        digest.update(canonical_json(list(sequence)).encode())
+    return digest.hexdigest()
 
 
 def from_hub(
