@@ -356,9 +356,27 @@ def check_what_is_missing_is_named():
     )
     refused(ValueError, "columns of the student on every rank", lambda: kd.kd_loss(s, teacher, **here))
     refused(ValueError, "vocab_size must be at most", lambda: kd.kd_loss(s, t, vocab_size=VOCABULARY + 1, **here))
-    loss = kd.kd_loss(s, t, labels, **here)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(loss, s, create_graph=True)
+    for backend in BACKENDS:
+        loss = kd.kd_loss(s, t, labels, backend=backend, **here)
+        with pytest.raises(RuntimeError, match="of a sharded vocabulary has no second derivative"):
+            torch.autograd.grad(loss, s, create_graph=True)
+        with pytest.raises(RuntimeError, match="of a sharded vocabulary has a gradient in reverse mode only"):
+            torch.func.grad(lambda x, b=backend: kd.kd_loss(x, t, labels, backend=b, **here))(s.detach())
+
+
+def check_graphs_of_torch_compile_break_at_the_loss():
+    student, teacher, labels = inputs(9)
+    top = kd.capture_topk(teacher, 5)
+    calls = (
+        lambda s, t, **here: kd.kd_loss(2 * s, t, labels, temperature=2.0, **here) * 3,
+        lambda s, t, **here: kd.topk_kd_loss(2 * s, top.ids, top.logprobs, labels, **here) * 3,
+        lambda s, t, **here: kd.token_logprobs(2 * s, labels, **here).logprobs.sum() * 3,
+    )
+    for call in calls:
+        compiled = torch.compile(call, backend="aot_eager")
+        shards = lambda s, c, f=compiled: f(s, teacher[:, c].contiguous(), process_group=group())  # noqa: E731
+        for _ in range(2):
+            same(lambda s, f=call: f(s, teacher), shards, student, widths()[0], "compiled")
 
 
 def check_dtensors_sharded_by_columns_and_rows():
