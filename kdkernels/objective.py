@@ -37,9 +37,13 @@ ELSEWHERE = {
     "weight_hard_loss": "ce_weight",
     "mask": "labels, with -100 where a row does not count",
     "attention_mask": "labels, with -100 where a row does not count",
+    "loss_mask": "labels, with -100 where a row does not count",
+    "completion_mask": "labels, with -100 where a row does not count",
     "weight": "row_weight",
+    "class_weight": "row_weight=w[labels], a weight of each row",
+    "class_weights": "row_weight=w[labels], a weight of each row",
     "eps": "nothing: no epsilon is needed",
-    "dim": "nothing: the classes are the last dimension",
+    "dim": "nothing: the classes are the last dimension, as in x.movedim(dim, -1).contiguous()",
     "top_k": "kdkernels.topk_kd_loss",
     "topk": "kdkernels.topk_kd_loss",
 }
@@ -372,8 +376,9 @@ class _Sparse(_Terms):
             got = "a tensor" if isinstance(self.of_teacher, Tensor) else self.of_teacher
             raise ValueError(
                 f"teacher_temperature must be 1 with tail {tail!r}, got {got}: K log-probabilities do not tell the "
-                "mass outside them at another temperature; take them at the temperature of the loss and pass "
-                "teacher_temperature=1.0, or choose another tail"
+                "mass outside them at another temperature; take them at the temperature of the loss (a server's have "
+                "temperature 1) and pass teacher_temperature=1.0, or choose tail 'uniform', 'renormalize' or "
+                "'renormalize_both'"
             )
 
     def _scalars(self) -> dict[str, Any]:
