@@ -47,6 +47,8 @@ ELSEWHERE = {
     "top_k": "kdkernels.topk_kd_loss",
     "topk": "kdkernels.topk_kd_loss",
 }
+# Tensors that are arguments of ``kd_loss`` and of few others.
+OF_KD_LOSS = ("student_bias", "teacher_bias", "teacher_columns")
 # The weights of a loss's terms.
 TERMS = ("kd_weight", "ce_weight", "z_loss_weight")
 # A z-loss has a gradient of 2 lse q, which fits fp16 at any lse so.
@@ -120,6 +122,8 @@ class Options:
             if name not in cls.defaults:
                 meant = ALIASES.get(name) or next(iter(difflib.get_close_matches(name, cls.defaults, 1)), None)
                 hint = f"; did you mean {meant!r}?" if meant in cls.defaults else ""
+                if name not in ALIASES and (name in Objective.defaults or name in OF_KD_LOSS):
+                    hint = "; kdkernels.kd_loss has it"
                 if name in ELSEWHERE and ALIASES.get(name) not in cls.defaults:
                     hint = f"; here it is {ELSEWHERE[name]}"
                 raise TypeError(f"{cls.function} got an unexpected option {name!r}{hint}")

@@ -206,3 +206,9 @@ def test_log_probabilities_are_none_by_their_sum_alone(log_probs):
     """A sure teacher, one of a single class, and logits that are all above 0: nothing of them adds up to 1."""
     student = torch.zeros_like(log_probs)
     assert torch.isfinite(kd.kd_loss(student, log_probs, teacher_form="log_probs"))
+
+
+@pytest.mark.parametrize("name", ["teacher_columns", "standardize", "teacher_bias"])
+def test_an_option_of_kd_loss_alone_is_told_as_that(name):
+    with pytest.raises(TypeError, match=f"^dkd_loss got an unexpected option {name!r}; kdkernels.kd_loss has it$"):
+        kd.dkd_loss(S, T, torch.tensor([0, 1, 2]), **{name: None})
