@@ -150,7 +150,9 @@ def test_every_page_with_examples_has_a_test_that_runs_them():
     assert len(with_examples) > 15
     for path in with_examples:
         # tests/test_recipes.py takes every page of recipes.
-        known = path.parent.name == "recipes" or f'"{path.name}"' in tests or f'"{path.parent.name}/{path.stem}"' in tests
+        known = (
+            path.parent.name == "recipes" or f'"{path.name}"' in tests or f'"{path.parent.name}/{path.stem}"' in tests
+        )
         assert known, path
 
 

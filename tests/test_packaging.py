@@ -151,8 +151,10 @@ def test_forms_ask_for_the_environment_and_workflows_call_what_is_there():
     for workflow in workflows.values():
         for job in workflow["jobs"].values():
             assert job["timeout-minutes"] and all("uses" in step or step["run"] for step in job["steps"])
-            for script in re.findall(r"(?:scripts|\.ci)/[\w-]+", str(job)):
-                assert (ROOT / script).is_file(), script
+            for file in re.findall(r"(?:scripts|\.ci|tests)/[\w-]+(?:\.py)?", str(job)):
+                assert (ROOT / file).is_file(), file
+    # Whoever has a GPU leaves the file that is the evidence for it.
+    assert "scripts/gpu-check" in str(workflows["gpu"]) and "benchmarks/results/gpu" in str(workflows["gpu"])
 
 
 def test_contributing_is_short():
