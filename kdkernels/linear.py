@@ -339,7 +339,7 @@ def dense(
     alone = all(item is None for item in (teacher_hidden, teacher_weight, teacher_bias, teacher_logits))
     teachers: list[tuple[Any, Any, Any]] = []
     if alone:
-        checks.without_teacher(objective)
+        checks.without_teacher(objective, "teacher_hidden")
         count = 0
     elif called is not None:
         (teacher_logits, count), form = called, objective.teacher_form

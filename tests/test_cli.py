@@ -1,6 +1,7 @@
 """The commands that need Typer and rich, and the capture of a teacher from a causal language model."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -33,6 +34,37 @@ def test_another_command_without_the_packages_names_them(monkeypatch, capsys):
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["bench"]) == 1
     assert capsys.readouterr().err == f"kdkernels: {cli.NEEDS}\n"
+
+
+@pytest.mark.parametrize("arguments, status", [([], 2), (["--help"], 0), (["-h"], 0)])
+def test_the_help_needs_no_packages_and_names_every_command(arguments, status, monkeypatch, capsys):
+    from kdkernels.commands import app
+
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    assert cli.main(arguments) == status
+    out, err = capsys.readouterr()
+    names = [command.callback.__name__ for command in app.registered_commands] + ["cache"]
+    assert len(names) == 4 and all(f"\n  {name} " in out for name in names) and not err
+    assert "pip install typer rich" in out
+
+
+def test_a_missing_package_of_the_cache_is_a_line_and_no_traceback(monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.startswith("kdkernels.cache")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(kd, "cache", raising=False)
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    for command in ("info", "verify"):
+        assert cli.main(["cache", command, "folder"]) == 1
+        said = capsys.readouterr().err
+        assert said == "kdkernels: kdkernels.cache needs the package numpy: pip install numpy safetensors\n"
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    command = [sys.executable, "-m", "kdkernels", "env"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 1 and "BrokenPipe" not in said and "Traceback" not in said, said
 
 
 def test_the_version_is_also_an_option_of_the_app(capsys):
@@ -90,6 +122,13 @@ def test_check_passes_and_notices_a_wrong_loss(monkeypatch, capsys):
 def test_a_shape_that_is_none_is_wrong_usage(shape, capsys):
     assert cli.main(["check", "--shape", shape]) == 2
     assert "a shape is NxV" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("command", ["bench", "check"])
+@pytest.mark.parametrize("device", ["gpu0", "cuda:99"])
+def test_a_device_that_is_none_is_wrong_usage(command, device, capsys):
+    assert cli.main([command, "--shape", "2x5", "--device", device]) == 2
+    assert f"{device!r} is no device that" in " ".join(capsys.readouterr().err.replace("│", "").split())
 
 
 def test_an_unknown_divergence_is_an_error_and_no_traceback(capsys):

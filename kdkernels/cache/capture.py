@@ -152,6 +152,9 @@ def from_hub(
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if device is None:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+        # transformers would take it for a name, and say that it is none.
+        raise CaptureError(f"there is no folder {model}")
     # Its types say less than it takes.
     hub: Any = transformers
     tokenizer = hub.AutoTokenizer.from_pretrained(model)

@@ -22,6 +22,7 @@ from kdkernels.checks.dense import (
     logits,
     mixture_of,
     mixture_weights,
+    no_probabilities,
     part_of_teacher,
     probabilities,
     reverse_mode_only,
