@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Optional, Union, overload
 import torch
 from torch import Tensor
 
-from kdkernels import backends, checks, modules, symbols, transforms
+from kdkernels import backends, checks, distributed, modules, symbols, transforms
 from kdkernels.autograd import reduced
 from kdkernels.capture import TeacherExpectation
 from kdkernels.chunked import Call, Expectation, LinearLoss, LinearRows, Rows, execute, projects_columns, whole
@@ -330,6 +330,19 @@ def dense(
     teacher_expectation: Any,
 ) -> Any:
     """``linear_kd_loss`` of an objective."""
+    if checks.is_dtensor(hidden) and "process_group" not in objective.without:
+        arguments = {
+            "student_hidden": hidden,
+            "student_weight": weight,
+            "teacher_hidden": teacher_hidden,
+            "teacher_weight": teacher_weight,
+            "labels": labels,
+            "student_bias": student_bias,
+            "teacher_bias": teacher_bias,
+            "teacher_logits": teacher_logits,
+            "teacher_expectation": teacher_expectation,
+        }
+        return distributed.of_heads(linear_kd_loss, {**arguments, **objective.given()})
     objective, hidden, weight, student_bias = modules.student(objective, hidden, weight, student_bias)
     if objective.process_group is not None:
         from kdkernels.parallel.linear import linear_kd_loss as of_shards
@@ -425,6 +438,17 @@ def topk(
     tail_logprob: Any,
 ) -> Any:
     """``linear_topk_kd_loss`` of an objective."""
+    if checks.is_dtensor(hidden):
+        tensors = {
+            "student_hidden": hidden,
+            "student_weight": weight,
+            "teacher_ids": ids,
+            "teacher_logprobs": logprobs,
+            "labels": labels,
+            "student_bias": student_bias,
+            "tail_logprob": tail_logprob,
+        }
+        return distributed.of_heads(linear_topk_kd_loss, {**tensors, **objective.given()})
     objective, hidden, weight, student_bias = modules.student(objective, hidden, weight, student_bias)
     if objective.process_group is not None:
         from kdkernels.parallel.linear import linear_topk_kd_loss as of_shards

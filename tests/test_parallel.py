@@ -524,6 +524,52 @@ def check_linear_losses_of_sparse_teachers():
                 )
 
 
+def check_heads_that_are_dtensors():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    student, (states, matrix, offset), labels = heads(6)
+    ids, logprobs, _ = kd.capture_topk(states @ matrix.T, 4)
+    layouts = ((Shard(0), Shard(0)), (Shard(0), Replicate()), (Replicate(), Shard(0)))
+    for placements, reduction in zip(layouts, ("mean", "none", "mean"), strict=True):
+        whole = [item.clone().requires_grad_() for item in student]
+        of_student = [Replicate(), placements[0], placements[0]]
+        mine = [distribute_tensor(x, mesh, [p]).requires_grad_() for x, p in zip(student, of_student, strict=True)]
+        its = [distribute_tensor(item, mesh, [placements[1]]) for item in (matrix, offset)]
+        y = distribute_tensor(labels, mesh, [Replicate()])
+
+        def losses(given, teacher, labels, reduction=reduction):
+            h, w, b = given
+            options = {"student_bias": b, "ce_weight": 0.5, "reduction": reduction}
+            dense = kd.linear_kd_loss(h, w, states, teacher[0], labels, teacher_bias=teacher[1], **options)
+            return dense + kd.linear_topk_kd_loss(h, w, ids, logprobs, labels, **options)
+
+        expected, got = losses(whole, (matrix, offset), labels), losses(mine, its, y)
+        torch.testing.assert_close(got.full_tensor(), expected)
+        (expected * expected).sum().backward()
+        (got * got).sum().backward()
+        for truth, item in zip(whole, mine, strict=True):
+            assert item.grad.placements == item.placements
+            torch.testing.assert_close(item.grad.full_tensor(), truth.grad, rtol=1e-4, atol=1e-5)
+    # A head of FSDP2 is sharded so too, and its ranks have rows of their own.
+    refused(
+        TypeError,
+        "student_weight must be a plain tensor",
+        lambda: kd.linear_kd_loss(student[0], mine[1], states, its[0]),
+    )
+    refused(
+        TypeError, "student_weight must be a DTensor as", lambda: kd.linear_kd_loss(mine[0], matrix, states, its[0])
+    )
+    refused(
+        ValueError,
+        "process_group must not be given where student_hidden is a DTensor",
+        lambda: kd.linear_kd_loss(mine[0], mine[1], states, its[0], process_group=group()),
+    )
+    sharded = distribute_tensor(student[0], mesh, [Shard(1)])
+    refused(ValueError, "student_hidden must have one of", lambda: kd.linear_kd_loss(sharded, mine[1], states, its[0]))
+
+
 def check_a_chunk_is_projected_while_numbers_of_the_one_before_travel():
     from kdkernels.heads import Head
 
