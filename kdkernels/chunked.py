@@ -154,7 +154,7 @@ class LinearLoss(torch.autograd.Function):
             *((hidden, weight, bias) if again else (None,) * 3),
         )
         ctx.mark_non_differentiable(result.stats)
-        ctx.call, ctx.sparse_grad = call if again else None, call.sparse_grad
+        ctx.call, ctx.sparse_grad, ctx.sharded = call if again else None, call.sparse_grad, call.shards is not None
         ctx.backend, ctx.head_shape = call.launch.backend, weight.shape
         ctx.dtypes = tuple(None if item is None else item.dtype for item in (hidden, weight, bias))
         ctx.shared = has_saved_tensor_hooks()
@@ -164,7 +164,7 @@ class LinearLoss(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor, _: Any) -> tuple[Any, ...]:
         if ctx.call is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return (*_differentiable(ctx.call, dloss, ctx.saved_tensors[-3:], ctx.needs_input_grad), None)
-        _refuse_second_derivative(ctx.sparse_grad)
+        _refuse_second_derivative(ctx.sparse_grad, ctx.sharded)
         dhidden, dweight, dbias, factors, grad_rows = ctx.saved_tensors[:5]
         shared = ctx.shared or torch.compiler.is_compiling() or graph_is_kept()
         of_weight, of_bias = (
@@ -202,7 +202,7 @@ class LinearRows(torch.autograd.Function):
         if not torch.compiler.is_compiling():
             again = torch.is_grad_enabled()
             if not again or call.launch.backend != "torch" or call.sparse_grad or call.shards is not None:
-                _refuse_second_derivative(call.sparse_grad)
+                _refuse_second_derivative(call.sparse_grad, call.shards is not None)
             if again or transforms.stands_for_others(dloss):
                 # Neither a graph nor a batch of gradients goes through the loop.
                 return (*_differentiable(call, dloss, (hidden, weight, bias), needs), None)
@@ -254,12 +254,12 @@ def _joined(call: Call, tensors: Sequence[Any]) -> Call:
     )
 
 
-def _refuse_second_derivative(sparse_grad: bool) -> None:
+def _refuse_second_derivative(sparse_grad: bool, sharded: bool) -> None:
     if sparse_grad and torch.is_grad_enabled():
         raise RuntimeError(
             "sparse_grad=True has no second derivative, and create_graph=True asks for one; leave it out"
         )
-    refuse_second_derivative()
+    refuse_second_derivative(sharded)
 
 
 def _head_grad(dweight: Optional[Tensor], grad_rows: Optional[Tensor], shape: torch.Size) -> Optional[Tensor]:

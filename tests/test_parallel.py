@@ -359,9 +359,27 @@ def check_what_is_missing_is_named():
     )
     refused(ValueError, "columns of the student on every rank", lambda: kd.kd_loss(s, teacher, **here))
     refused(ValueError, "vocab_size must be at most", lambda: kd.kd_loss(s, t, vocab_size=VOCABULARY + 1, **here))
-    loss = kd.kd_loss(s, t, labels, **here)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(loss, s, create_graph=True)
+    for backend in BACKENDS:
+        loss = kd.kd_loss(s, t, labels, backend=backend, **here)
+        with pytest.raises(RuntimeError, match="of a sharded vocabulary has no second derivative"):
+            torch.autograd.grad(loss, s, create_graph=True)
+        with pytest.raises(RuntimeError, match="of a sharded vocabulary has a gradient in reverse mode only"):
+            torch.func.grad(lambda x, b=backend: kd.kd_loss(x, t, labels, backend=b, **here))(s.detach())
+
+
+def check_graphs_of_torch_compile_break_at_the_loss():
+    student, teacher, labels = inputs(9)
+    top = kd.capture_topk(teacher, 5)
+    calls = (
+        lambda s, t, **here: kd.kd_loss(2 * s, t, labels, temperature=2.0, **here) * 3,
+        lambda s, t, **here: kd.topk_kd_loss(2 * s, top.ids, top.logprobs, labels, **here) * 3,
+        lambda s, t, **here: kd.token_logprobs(2 * s, labels, **here).logprobs.sum() * 3,
+    )
+    for call in calls:
+        compiled = torch.compile(call, backend="aot_eager")
+        shards = lambda s, c, f=compiled: f(s, teacher[:, c].contiguous(), process_group=group())  # noqa: E731
+        for _ in range(2):
+            same(lambda s, f=call: f(s, teacher), shards, student, widths()[0], "compiled")
 
 
 def check_dtensors_sharded_by_columns_and_rows():
@@ -430,6 +448,8 @@ def same_of_heads(one, shards, student, of_ranks, what):
     got.backward(upstream)
     torch.testing.assert_close(mine[0].grad, whole[0].grad, **of_gradient, **told)
     for its, truth in zip(mine[1:], whole[1:], strict=True):
+        if truth.grad is None:  # of a bias that is left out
+            continue
         torch.testing.assert_close(its.grad, truth.grad[columns], **of_gradient, **told)
     gathered = [torch.empty_like(mine[0].grad) for _ in of_ranks]
     dist.all_gather(gathered, mine[0].grad)
@@ -653,9 +673,26 @@ def check_heads_that_do_not_fit_are_refused():
     )
     leaf = hidden.clone().requires_grad_()
     for backend in BACKENDS:
-        loss = kd.linear_kd_loss(leaf, mine, states, its, backend=backend, **here)
-        with pytest.raises(RuntimeError, match="no second derivative"):
-            torch.autograd.grad(loss, leaf, create_graph=True)
+        for reduction in ("sum", "none"):
+            loss = kd.linear_kd_loss(leaf, mine, states, its, backend=backend, reduction=reduction, **here).sum()
+            with pytest.raises(RuntimeError, match="of a sharded vocabulary has no second derivative"):
+                torch.autograd.grad(loss, leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="of a sharded vocabulary has a gradient in reverse mode only"):
+            torch.func.grad(lambda x, b=backend: kd.linear_kd_loss(x, mine, states, its, backend=b, **here))(hidden)
+
+
+def check_a_graph_breaks_at_a_linear_loss():
+    student, (states, matrix, _), labels = heads(7)
+    compiled = torch.compile(
+        lambda h, w, t, **here: kd.linear_kd_loss(2 * h, w, states, t, labels, **here) * 3, backend="aot_eager"
+    )
+    same_of_heads(
+        lambda h, w, _: kd.linear_kd_loss(2 * h, w, states, matrix, labels) * 3,
+        lambda h, w, _, c: compiled(h, w, matrix[c], process_group=group()),
+        student,
+        widths()[0],
+        "compiled",
+    )
 
 
 CHECKS = {name: check for name, check in list(globals().items()) if name.startswith("check_")}

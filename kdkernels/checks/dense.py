@@ -245,12 +245,20 @@ def why_no_teacher_grad(options: Any, *, mixed: bool, mapped: bool = False) -> O
     return None
 
 
-def reverse_mode_only(backend: str, *tensors: Optional[Tensor]) -> None:
-    """The kernels give a gradient in reverse mode: no tangents, and no tensors that stand for others."""
+def reverse_mode_only(backend: Optional[str], *tensors: Optional[Tensor]) -> None:
+    """The kernels give a gradient in reverse mode: no tangents, and no tensors that stand for others.
+
+    ``backend`` is None where the vocabulary is sharded: no backend has more there.
+    """
     if backend == "torch" or torch.compiler.is_compiling() or not transforms.active():
         return
     for tensor in tensors:
         if tensor is not None and transforms.takes_part(tensor):
+            if backend is None:
+                raise RuntimeError(
+                    "a loss of a sharded vocabulary has a gradient in reverse mode only, outside torch.func (grad, "
+                    "vmap, jvp, ...) and forward-mode differentiation"
+                )
             raise RuntimeError(
                 f"backend {backend!r} has a gradient in reverse mode only, outside torch.func (grad, vmap, jvp, ...) "
                 'and forward-mode differentiation; there, backend="torch" works'

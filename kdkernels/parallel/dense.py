@@ -18,7 +18,7 @@ from kdkernels.autograd import graph_is_kept, has_saved_tensor_hooks, refuse_sec
 from kdkernels.launch import Launch, as_rows, dense_launch
 from kdkernels.objective import Objective
 from kdkernels.parallel.calls import facts_of
-from kdkernels.parallel.shards import Shards, shards_of
+from kdkernels.parallel.shards import Shards, outside_graphs, shards_of
 from kdkernels.parallel.tokens import Part, call_of, part_of, picked_logits, rows_of
 from kdkernels.reference import divergences
 from kdkernels.reference.dense import PerRow, is_there
@@ -34,6 +34,7 @@ LINEAR = {
 }
 
 
+@outside_graphs
 def kd_loss(given: Objective, student: Any, teacher: Any, labels: Any, of_columns: Sequence[Any] = ()) -> Any:
     """``kdkernels.kd_loss`` of a shard."""
     checks.shard("student", student)
@@ -49,7 +50,7 @@ def kd_loss(given: Objective, student: Any, teacher: Any, labels: Any, of_column
             checks.teacher_shard("teacher", teacher, student)
         backend = backends.choose(given.backend, student, divergence=given.resolved.name, pattern="shard_fwd")
         others = () if teacher is None else (teacher,)
-        checks.reverse_mode_only(backend, student, *others, labels, *given.tensors)
+        checks.reverse_mode_only(None, student, *others, labels, *given.tensors)
         checks.apart_in_place(given, student, {"labels": labels}, others)
         return dense_launch(given, student, labels, total, backend, None, given.mixture)
 
@@ -106,7 +107,7 @@ class ShardedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:
-        refuse_second_derivative()
+        refuse_second_derivative(sharded=True)
         student, teacher, counted, s_top, s_log_z, t_top, t_log_z, *rest = ctx.saved_tensors
         found = Rows((s_top, s_log_z), (t_top, t_log_z), *rest)
         nothing = (None,) * 4

@@ -36,12 +36,13 @@ from kdkernels.linear import as_student, result_of
 from kdkernels.parallel import topk
 from kdkernels.parallel.calls import facts_of
 from kdkernels.parallel.dense import ShardedLoss
-from kdkernels.parallel.shards import Shards, shards_of
+from kdkernels.parallel.shards import Shards, outside_graphs, shards_of
 from kdkernels.stats import KDStats, TopKStats
 
 Given = tuple[Any, Any, Any]  # hidden states, weight, bias
 
 
+@outside_graphs
 def linear_kd_loss(objective: Any, student: Given, teacher: Given, labels: Any, others: Mapping[str, Any]) -> Any:
     """``kdkernels.linear_kd_loss`` of heads of which this rank has some rows; ``others`` stand for a teacher."""
     head, bias, product_dtype, logits = as_student(objective, *student, least=0)
@@ -64,7 +65,7 @@ def linear_kd_loss(objective: Any, student: Given, teacher: Given, labels: Any, 
             checks.head("teacher_", states, matrix, offset, product_dtype is not None, least=0)
             checks.teacher_shard_head(states, matrix, logits, total, objective.vocab_size)
         backend = backends.choose(objective.backend, logits, divergence=objective.resolved.name, pattern="shard_fwd")
-        checks.reverse_mode_only("cpu", *student, states, matrix, offset, labels, *objective.tensors)
+        checks.reverse_mode_only(None, *student, states, matrix, offset, labels, *objective.tensors)
         return dense_launch(objective, logits, labels, total, backend, None, objective.mixture)
 
     facts = {"labels": labels is not None, "teacher": not alone}
@@ -83,6 +84,7 @@ def linear_kd_loss(objective: Any, student: Given, teacher: Given, labels: Any, 
     return result_of(objective, call, student[0], head, bias, [states, matrix, offset, labels], KDStats)
 
 
+@outside_graphs
 def linear_topk_kd_loss(objective: Any, student: Given, ids: Any, logprobs: Any, labels: Any, tail_logprob: Any) -> Any:
     """``kdkernels.linear_topk_kd_loss`` of a head of which this rank has some rows."""
     head, bias, product_dtype, logits = as_student(objective, *student, least=0)
@@ -91,7 +93,7 @@ def linear_topk_kd_loss(objective: Any, student: Given, ids: Any, logprobs: Any,
         names = ("sparse_grad", "return_stats")
         _refuse("linear_topk_kd_loss", {name: getattr(objective, name) for name in names})
         launch = topk_launch(objective, logits, (ids, logprobs), labels, tail_logprob, total)
-        checks.reverse_mode_only("cpu", *student, ids, logprobs, labels, tail_logprob, *objective.tensors)
+        checks.reverse_mode_only(None, *student, ids, logprobs, labels, tail_logprob, *objective.tensors)
         return launch
 
     facts = {"ids": getattr(ids, "shape", None), "labels": labels is not None}

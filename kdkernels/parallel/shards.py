@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Optional, TypeVar
+from typing import Any, Optional, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,24 @@ from kdkernels import checks, ops
 PATIENCE = 5.0
 
 _ResultT = TypeVar("_ResultT")
+
+
+_CallableT = TypeVar("_CallableT", bound=Callable[..., Any])
+
+
+def outside_graphs(function: _CallableT) -> _CallableT:
+    """A function at which a graph of ``torch.compile`` breaks: its collectives and its checks over ranks run eagerly.
+
+    ``torch.compiler.disable`` imports the compiler, for seconds, so that it is asked only where there is a graph.
+    """
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return cast(_CallableT, called)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,10 +133,6 @@ def shards_of(
         facts: numbers and texts that all ranks have in common, by name.
     """
     checks.group_of_ranks(group)
-    if torch.compiler.is_compiling():
-        raise RuntimeError(
-            "losses of a sharded vocabulary do not run inside a graph: wrap the call in torch.compiler.disable"
-        )
     size = dist.get_world_size(group)
     width = logits.shape[-1]
     known = {name: fact if isinstance(fact, int) else zlib.crc32(str(fact).encode()) for name, fact in facts.items()}
