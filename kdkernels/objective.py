@@ -458,14 +458,14 @@ class TopKObjective(_OnLogits, _OnShards, RowOptions, _Sparse):
 
 
 @_options
-class LinearObjective(_OnHidden, RowOptions, _Dense):
+class LinearObjective(_OnHidden, _OnShards, RowOptions, _Dense):
     """The options of ``linear_kd_loss``."""
 
     function = "linear_kd_loss"
 
 
 @_options
-class LinearTopKObjective(_OnHidden, RowOptions, _Sparse):
+class LinearTopKObjective(_OnHidden, _OnShards, RowOptions, _Sparse):
     """The options of ``linear_topk_kd_loss``."""
 
     sparse_grad: bool = False
@@ -559,7 +559,7 @@ class LinearLKObjective(LinearObjective, _Acceptance):
     """The options of ``linear_lk_loss``."""
 
     function = "linear_lk_loss"
-    without = ("divergence", "row_param")
+    without = ("divergence", "row_param", "process_group")
 
 
 @_options

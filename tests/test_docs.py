@@ -170,7 +170,7 @@ def test_the_examples_of_several_devices_run():
     """In a process of its own: they make a process group."""
     code = "".join(examples(DOCS / "guide" / "devices.md"))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert code.count(".backward()") == 5 and done.returncode == 0, done.stderr[-2000:]
+    assert code.count(".backward()") == 6 and done.returncode == 0, done.stderr[-2000:]
 
 
 def documented():

@@ -51,6 +51,7 @@ from kdkernels.checks.hidden import (
     teacher_callable,
     teacher_chunks,
     teacher_head,
+    teacher_shard_head,
 )
 from kdkernels.checks.memory import apart_in_place, inplace_allowed
 from kdkernels.checks.packed import packed_buffer, packed_layout, to_be_packed

@@ -48,6 +48,8 @@ class Shards:
     rank: int
     # Columns of each rank that are no padding.
     widths: tuple[int, ...]
+    # Run while numbers travel.
+    meanwhile: Callable[[], None] = dataclasses.field(default=lambda: None, compare=False)
 
     @property
     def first(self) -> int:
@@ -87,9 +89,21 @@ class Shards:
     def _reduced(self, values: Sequence[Tensor], op: Any) -> list[Tensor]:
         packed = torch.cat([value.detach().reshape(-1) for value in values])
         if packed.numel():
-            _together(self.group, lambda: dist.all_reduce(packed, op, group=self.group))
+            wait = self.started(packed, op)
+            self.meanwhile()
+            wait()
         parts = packed.split([value.numel() for value in values])
         return [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
+
+    def started(self, packed: Tensor, op: Any = dist.ReduceOp.SUM) -> Callable[[], None]:
+        """Begin to reduce a tensor in place; the function that is returned ends it."""
+        work: Any = _together(self.group, lambda: dist.all_reduce(packed, op, group=self.group, async_op=True))
+        return lambda: _together(self.group, work.wait)
+
+    def agree(self, name: str, number: int, device: torch.device) -> None:
+        """Hold a number that all ranks have made of their arguments to be the same."""
+        parts = self.gathered(torch.tensor([number], device=device))
+        _same_on_all(self.group, [name], [part.tolist() for part in parts])
 
     def gathered(self, value: Tensor) -> list[Tensor]:
         """The tensors of all ranks, which have one shape."""
@@ -189,10 +203,10 @@ def _none_refused(group: Any, fault: Optional[Exception], device: torch.device) 
         raise RuntimeError(f"rank {', '.join(refused)} of process_group refused its arguments: its own error says why")
 
 
-def _together(group: Any, collective: Callable[[], Any]) -> None:
+def _together(group: Any, collective: Callable[[], Any]) -> Any:
     """Run a collective; where it fails, say who does not answer."""
     try:
-        collective()
+        return collective()
     except Exception as error:
         raise RuntimeError(
             f"rank {dist.get_rank()} lost the other ranks of its process_group "

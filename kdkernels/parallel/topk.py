@@ -40,7 +40,7 @@ def topk_kd_loss(given: TopKObjective, student: Any, ids: Any, logprobs: Any, la
         return launch
 
     shards, launch = shards_of(given.process_group, student, given.vocab_size, facts, check)
-    loss = _losses(launch, shards, student)
+    loss = losses_of_rows(launch, shards, student)
     return loss.reshape(student.shape[:-1]) if given.reduction == "none" else loss.sum()
 
 
@@ -54,7 +54,8 @@ class _Student(NamedTuple):
     lse1: Optional[Tensor]
 
 
-def _losses(launch: Launch, shards: Shards, student: Tensor) -> Tensor:
+def losses_of_rows(launch: Launch, shards: Shards, student: Tensor) -> Tensor:
+    """With all that multiplies them."""
     options, rows = launch.options, launch.rows
     counted = counted_rows(launch, student)
     given_ids, given_logprobs = launch.sparse_teacher
