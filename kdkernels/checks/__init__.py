@@ -28,6 +28,7 @@ from kdkernels.checks.dense import (
     reverse_mode_only,
     several,
     shard,
+    shard_of_probabilities,
     student_of,
     teacher_like,
     teacher_of_width,
