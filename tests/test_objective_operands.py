@@ -362,6 +362,28 @@ def test_teacher_lse_of_its_own_columns_changes_nothing(backend):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.parametrize("width", [V, 3003])
+def test_teacher_lse_far_below_that_of_its_columns(backend, width):
+    """Nobody's normaliser, but a row has its numbers all the same: no difference of large ones is taken."""
+    student, teacher, _ = models(torch.float64, width)
+    lse = teacher.logsumexp(-1) - torch.linspace(0, 20, N, dtype=torch.float64)
+    p = (teacher - lse[:, None]).exp()
+
+    def acceptance(s):
+        return torch.minimum(s.softmax(-1), p).sum(-1)
+
+    textbook = {"tvd": lambda s: 1 - acceptance(s), "lk": lambda s: -acceptance(s).log()}
+    losses = {"tvd": lambda *a, **k: kd.kd_loss(*a, divergence="tvd", **k), "lk": kd.lk_loss}
+    apart = SPREAD[:, 0] > 0
+    for dtype, error in ((torch.float64, 1e-9), (torch.float32, 2e-5)):
+        for name, loss in losses.items():
+            s, t = student.to(dtype), teacher.to(dtype)
+            found = graded(loss, s, t, teacher_lse=lse.to(dtype), reduction="none", backend=backend)
+            wanted = graded(textbook[name], student)
+            torch.testing.assert_close(found[0].double(), wanted[0], rtol=error, atol=error)
+            torch.testing.assert_close(found[1].double()[apart], wanted[1][apart], rtol=10 * error, atol=error)
+
+
 def test_teacher_lse_from_hidden_states(backend):
     student, teacher, labels = models()
     lse, eye = normaliser(teacher), torch.eye(V)

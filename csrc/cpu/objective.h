@@ -69,6 +69,9 @@ inline Outside negative_log_acceptance(double d, double accepted, double floor) 
   if (!(rate > floor)) return {-std::log(floor), 1 / floor};
   return {d < 0.5 ? -std::log1p(-d) : -std::log(rate), 1 / rate};
 }
+// With more mass than this, which no normaliser of all its columns gives, a teacher's distance would be a difference of
+// two large numbers: what is not accepted is taken from what is.
+constexpr double kMassOfAll = 2;
 // The sum of x log x and x d of a teacher of which only a mass of x is in these columns, where d is its divergence as a
 // distribution: of_log is 1 for a divergence that has p log p, else 0.
 inline double of_mass(double d, double mass, double of_log) {
@@ -328,7 +331,8 @@ struct ObjectiveRow {
     const auto value_of_tile = unclamped && as.in_exp_range(at) ? tiles.guarded : tiles.any;
     const bool wanted = (num.kd != 0 || args.stats != nullptr) && !equal;
     double param0 = num.param0;
-    if (divergence.outer != Outer::kNone && wanted) {
+    const bool crowded = elsewhere && mass > kMassOfAll && divergence.outer != Outer::kHybrid;
+    if ((divergence.outer != Outer::kNone || crowded) && wanted) {
       rate = accepted(es, et, row.slots(), iq, ip);
       if (divergence.outer == Outer::kHybrid) param0 = std::exp(-num.param0 * rate);
     }
@@ -336,7 +340,11 @@ struct ObjectiveRow {
     for (int64_t tile = 0; tile < row.tiles() && wanted && !std::isnan(score_sum); ++tile)
       value_of_tile(row, tile, as, at, log2_zs, log2_zt, params, es, et, d, score_sum);
     // Outcomes that are not here have none of the student's mass.
-    if (elsewhere) d += (divergence.outer == Outer::kHybrid ? 1 - param0 : 1) * 0.5 * (1 - mass);
+    if (crowded) {
+      d = 1 - rate + 0 * d;
+    } else if (elsewhere) {
+      d += (divergence.outer == Outer::kHybrid ? 1 - param0 : 1) * 0.5 * (1 - mass);
+    }
     apart = score_sum > (1 - kNearlyEqual) * tiles.limit(num.param0);
     distance = tiles.as_forward_kl(d, num.param0);
     terms.b = -f;
