@@ -178,8 +178,9 @@ def kd_loss(
             one value per row, of ``t / T_t`` over all columns that the teacher has. Then ``p_v = exp(t_v / T_t -
             teacher_lse)``, whose sum P may be below 1, as where the student has a part of the teacher's vocabulary.
             For "forward_kl" and "soft_ce", summed over the columns given, with the gradient ``(P q - p) / T``, and for
-            "tvd", ``1 - sum min(p, q)`` then: outcomes that are not here have no mass of the student's. Other
-            divergences, mixtures, ``standardize`` and statistics do not go with it.
+            "tvd", ``1 - sum min(p, q)`` then: outcomes that are not here have no mass of the student's. A teacher's row
+            of -inf alone has all of its mass elsewhere: ``p = 0``, and no gradient. Other divergences, mixtures,
+            ``standardize`` and statistics do not go with it.
         row_param: one value per row for the divergence's parameter (JSD's ``beta``, the skew forms' ``alpha``,
             ``MixedKL``'s ``reverse``), strictly between 0 and 1, but that ``reverse`` may be 0 and 1; overrides the
             instance's.

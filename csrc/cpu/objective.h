@@ -111,6 +111,7 @@ struct ObjectiveRows : CallRows<DenseArgs, X> {
   // Student and teacher of one row; the gradient goes to out (null: none), the acceptance rate to where it is known.
   RowResult add(const RowNumbers& num, const X* s, const Y* t, int64_t label, X* out, C* acceptance);
   RowResult add_exactly(const RowNumbers& num, const X* s, const Y* t, int64_t label, X* out);
+  RowResult add_constant(const RowNumbers& num, const X* s, const Y* t, int64_t label, X* out);
 };
 
 // See exact_row.h.
@@ -456,9 +457,29 @@ struct ObjectiveRow {
   }
 };
 
+// Of a teacher that is normalised elsewhere: all of its mass is there.
+template <class Y>
+bool has_nothing(const Y* t, int64_t n) {
+  return std::all_of(t, t + n, [](Y x) { return to_compute(x) == -std::numeric_limits<float>::infinity(); });
+}
+
+// The divergence of such a row is a constant: no sums are made of infinities.
+template <class X, class Y>
+__attribute__((noinline)) RowResult ObjectiveRows<X, Y>::add_constant(const RowNumbers& num, const X* s, const Y* t,
+                                                                      int64_t label, X* out) {
+  RowNumbers others = num;
+  others.kd = 0;
+  RowResult result = add(others, s, t, label, out, nullptr);
+  const bool tvd = !divergence.linear && divergence.outer == Outer::kNone;
+  const double d = divergence.outer == Outer::kNegativeLog ? -std::log(num.param0) : tvd ? 1 : 0;
+  result.loss += num.kd * num.tau * d;
+  return result;
+}
+
 template <class X, class Y>
 RowResult ObjectiveRows<X, Y>::add(const RowNumbers& num, const X* s, const Y* t, int64_t label, X* out,
                                    C* acceptance) {
+  if (args.teacher_lse.data != nullptr && num.kd != 0 && has_nothing(t, n)) return add_constant(num, s, t, label, out);
   return ObjectiveRow<X, Y>{*this, num, s, t, label, out, acceptance}.run();
 }
 
