@@ -264,6 +264,11 @@ CALLS = {
         ValueError,
         r"teacher must hold probabilities that add up to 1 .* got a sum of .*teacher_form='unnormalized_probs'",
     ),
+    "teacher_form-softcap": (
+        {"teacher": torch.softmax(logits(), -1), "teacher_form": "probs", "teacher_softcap": 5.0},
+        ValueError,
+        "teacher_softcap has no meaning with teacher_form='probs': it acts on logits",
+    ),
     "teacher_weights-single": (
         {"teacher_weights": [1.0]},
         ValueError,

@@ -208,6 +208,13 @@ def mixture_of(options: Any) -> str:
     return "logits" if known and min(weights) >= 0 else "signed"
 
 
+def cap_of_teacher(options: Any) -> None:
+    """A teacher's softcap beside the form of its numbers."""
+    name, form = "teacher_softcap", f"teacher_form={options.teacher_form!r}"
+    if options.teacher_softcap is not None and options.teacher_form in ("probs", "unnormalized_probs"):
+        raise ValueError(f"{name} has no meaning with {form}: it acts on logits")
+
+
 def part_of_teacher(options: Any) -> None:
     """``teacher_lse`` beside the options that it goes with, but for its values per row and the number of teachers."""
     lse = options.teacher_lse
