@@ -179,24 +179,21 @@ def info(folder: Folder) -> None:
 
 @cache.command()
 def verify(folder: Folder) -> None:
-    """Read every shard and check its size and SHA-256.
+    """Read every shard and check its size, its SHA-256 and its place.
 
-    Prints a line per shard; the exit status is 1 if one is missing, truncated or damaged.
+    Prints a line per shard; the exit status is 1 if one is missing, truncated, damaged or there twice.
     """
     from kdkernels.cache.errors import CacheError
-    from kdkernels.cache.index import Index, check_sha256
+    from kdkernels.cache.shared import CaptureError
+    from kdkernels.cache.verify import verify as faults
 
     shards = damaged = 0
-    with _refused(CacheError):
+    with _refused(CacheError, CaptureError, OSError):
         for part in _parts(folder):
-            for shard in Index.read(part).shards:
+            for name, fault in faults(part):
                 shards += 1
-                try:
-                    check_sha256(part, shard)
-                    print(f"{shard.file}  ok")
-                except CacheError as error:
-                    damaged += 1
-                    print(f"{shard.file}  {type(error).__name__}: {error}")
+                damaged += fault is not None
+                print(f"{name}  {fault or 'ok'}")
     print(f"{shards} shards, {damaged} damaged")
     raise typer.Exit(bool(damaged))
 
@@ -225,8 +222,8 @@ def capture(
 ) -> None:
     """Run a teacher over texts and keep its top K log-probabilities of every token.
 
-    A second call goes on where the first stopped. Under torchrun each process takes a part of the texts and writes a
-    folder of its own below DIR.
+    A second call goes on where the first stopped. Under torchrun, or started several times with RANK and WORLD_SIZE,
+    each process writes some of the shards of DIR, and the last one the index.
     """
     from kdkernels.cache import CacheError
     from kdkernels.cache.capture import CaptureError, from_hub

@@ -682,6 +682,10 @@ def taid(objective: TAIDObjective, student: Any, teacher: Any, labels: Any = Non
     """``taid_loss`` of an objective: a mixture of logits, one of them the student's own."""
     if distributed.among((student, teacher, labels, *objective.tensors)):
         return distributed.of_all_ranks(taid_loss, student, {"teacher": teacher, "labels": labels, **objective.given()})
+    if objective.process_group is not None:
+        from kdkernels.parallel.dense import taid_loss as of_shards
+
+        return of_shards(objective, student, teacher, labels)
     columns = checks.student_of(objective, student)
     checks.teacher_like("teacher", teacher, student, objective.vocab_size)
     share = checks.per_row("interpolation", objective.interpolation, student, low=0.0, high=1.0, exclusive=False)
@@ -765,6 +769,10 @@ def pair(pattern: str, options: Any, student: Any, teacher: Any, labels: Any) ->
         return distributed.of_all_ranks(
             _PAIRS[pattern], student, {"teacher": teacher, "labels": labels, **options.given()}
         )
+    if getattr(options, "process_group", None) is not None:
+        from kdkernels.parallel import pairs
+
+        return pairs.LOSSES[pattern](options, student, teacher, labels)
     columns = checks.student_of(options, student)
     widths = {}
     if pattern == "uld_fwd":

@@ -458,14 +458,14 @@ class TopKObjective(_OnLogits, _OnShards, RowOptions, _Sparse):
 
 
 @_options
-class LinearObjective(_OnHidden, RowOptions, _Dense):
+class LinearObjective(_OnHidden, _OnShards, RowOptions, _Dense):
     """The options of ``linear_kd_loss``."""
 
     function = "linear_kd_loss"
 
 
 @_options
-class LinearTopKObjective(_OnHidden, RowOptions, _Sparse):
+class LinearTopKObjective(_OnHidden, _OnShards, RowOptions, _Sparse):
     """The options of ``linear_topk_kd_loss``."""
 
     sparse_grad: bool = False
@@ -542,7 +542,6 @@ class TAIDObjective(Objective):
         "teacher_lse",
         "student_form",
         "dim",
-        "process_group",
     )
 
 
@@ -551,7 +550,7 @@ class LKObjective(Objective, _Acceptance):
     """The options of ``lk_loss``: those of ``kd_loss`` but for the divergence, and the kind."""
 
     function = "lk_loss"
-    without = ("divergence", "row_param", "student_form", "dim", "process_group")
+    without = ("divergence", "row_param", "student_form", "dim")
 
 
 @_options
@@ -559,11 +558,11 @@ class LinearLKObjective(LinearObjective, _Acceptance):
     """The options of ``linear_lk_loss``."""
 
     function = "linear_lk_loss"
-    without = ("divergence", "row_param")
+    without = ("divergence", "row_param", "process_group")
 
 
 @_options
-class DKDObjective(_OnLogits, RowOptions, _Tempered):
+class DKDObjective(_OnLogits, _OnShards, RowOptions, _Tempered):
     """The options of ``dkd_loss``."""
 
     alpha: float = 1.0
@@ -592,7 +591,7 @@ class DKDObjective(_OnLogits, RowOptions, _Tempered):
 
 
 @_options
-class MSEObjective(_OnLogits, RowOptions):
+class MSEObjective(_OnLogits, _OnShards, RowOptions):
     """The options of ``logit_mse_loss``."""
 
     centered: bool = False

@@ -151,9 +151,8 @@ def run(folder, sequences=SEQUENCES, model=model, **options):
     return capture.run(model, sequences, folder, tokenizer="t", vocab_size=V, k=K, **{"batch_size": 4, **options})
 
 
-def check_cache(parts):
-    caches = [kd_cache.TeacherCache(part, tokenizer="t", vocab_size=V) for part in parts]
-    found = [cache[i] for cache in caches for i in range(len(cache))]
+def check_cache(folder):
+    found = list(kd_cache.TeacherCache(folder, tokenizer="t", vocab_size=V, verify="full"))
     assert len(found) == len(SEQUENCES)
     for sequence, ids in zip(found, SEQUENCES, strict=True):
         assert sequence.extras["input_ids"].tolist() == ids
@@ -164,11 +163,12 @@ def check_cache(parts):
 
 def test_a_capture_has_every_sequence_and_no_padding(tmp_path):
     lines = []
-    check_cache([run(tmp_path / "cache", tell=lines.append)])
-    assert lines[-1].endswith("23 of 23 sequences") and 5 <= len(lines) <= 10
+    assert run(tmp_path / "cache", tell=lines.append)
+    check_cache(tmp_path / "cache")
+    assert lines[-2].endswith("23 of 23 sequences") and lines[-1].endswith("whole, 6 shards") and 5 <= len(lines) <= 11
 
 
-def test_a_capture_that_was_stopped_goes_on(tmp_path):
+def test_a_capture_that_was_stopped_goes_on(tmp_path, capsys):
     calls = []
 
     def stopped(ids, mask):
@@ -179,22 +179,26 @@ def test_a_capture_that_was_stopped_goes_on(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, model=stopped)
-    calls.clear()
-    rest = []
-    run(tmp_path, model=lambda ids, mask: rest.append(len(ids)) or model(ids, mask))
-    assert sum(rest) == len(SEQUENCES) - 8
-    check_cache([tmp_path])
+    with pytest.raises(kd_cache.CacheFormatError, match="not finished"):
+        check_cache(tmp_path)
+    assert cli.main(["cache", "info", str(tmp_path)]) == 1 and cli.main(["cache", "verify", str(tmp_path)]) == 1
+    assert "6 shards, 4 damaged" in capsys.readouterr().out
+    rest, lines = [], []
+    run(tmp_path, model=lambda ids, mask: rest.append(len(ids)) or model(ids, mask), tell=lines.append)
+    assert sum(rest) == len(SEQUENCES) - 8 and lines[0].endswith("goes on after 8 of 23 sequences")
+    check_cache(tmp_path)
 
 
-def test_processes_have_parts_that_are_the_whole_in_order(tmp_path):
-    check_cache([run(tmp_path, rank=rank, world_size=3) for rank in range(3)])
-    with pytest.raises(capture.CaptureError, match="begun by 3 processes"):
-        run(tmp_path, rank=0, world_size=2)
-    with pytest.raises(capture.CaptureError, match="begun by 3 processes"):
-        run(tmp_path)
-    run(tmp_path / "one")
-    with pytest.raises(capture.CaptureError, match="begun by one process"):
-        run(tmp_path / "one", rank=0, world_size=2)
+def test_a_capture_may_go_on_with_smaller_batches(tmp_path):
+    def stopped(ids, mask):
+        if ids[0, 0] == SEQUENCES[8][0]:
+            raise KeyboardInterrupt
+        return model(ids, mask)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, model=stopped)
+    run(tmp_path, batch_size=3)
+    check_cache(tmp_path)
 
 
 def test_another_text_or_setting_is_refused(tmp_path):
@@ -249,21 +253,24 @@ def test_the_command_captures_a_model(teacher, tmp_path, capsys):
     assert "temperature" in capsys.readouterr().err
 
 
-def test_the_processes_of_torchrun_capture_parts(teacher, tmp_path, capsys, monkeypatch):
+def test_the_processes_of_torchrun_write_one_cache(teacher, tmp_path, capsys, monkeypatch):
     """As torchrun starts them: each knows its number, and they do not speak with each other."""
     from transformers import AutoTokenizer
 
-    asked = ["cache", "capture", str(tmp_path), "--model", str(teacher), "--data", str(teacher / "rows.jsonl")]
+    asked = ["--model", str(teacher), "--data", str(teacher / "rows.jsonl"), "--batch-size", "1"]
     asked += ["--k", "4", "--dtype", "fp32", "--device", "cpu"]
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    assert cli.main(["cache", "capture", one, *asked]) == 0
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in ("0", "1"):
+    for rank in ("1", "0"):
         monkeypatch.setenv("RANK", rank)
-        assert cli.main(asked) == 0
-    parts = sorted(tmp_path.iterdir())
+        assert cli.main(["cache", "capture", two, *asked]) == 0
     own = {"tokenizer": AutoTokenizer.from_pretrained(teacher), "vocab_size": 11}
-    whole = [kd_cache.TeacherCache(part, **own)[0].extras["input_ids"].tolist() for part in parts]
+    whole = [item.extras["input_ids"].tolist() for item in kd_cache.TeacherCache(two, **own)]
     assert whole == [[1, 2, 3], [1, 2, 3, 4]]
-    assert cli.main(["cache", "verify", str(tmp_path)]) == 0
+    names = {path.name for path in (tmp_path / "one").iterdir()}
+    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in names)
+    assert cli.main(["cache", "verify", two]) == 0
     assert "2 shards, 0 damaged" in capsys.readouterr().out
 
 

@@ -170,7 +170,7 @@ def test_the_examples_of_several_devices_run():
     """In a process of its own: they make a process group."""
     code = "".join(examples(DOCS / "guide" / "devices.md"))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert code.count(".backward()") == 5 and done.returncode == 0, done.stderr[-2000:]
+    assert code.count(".backward()") == 6 and done.returncode == 0, done.stderr[-2000:]
 
 
 def documented():
@@ -251,10 +251,19 @@ def test_the_table_of_divergences_is_the_code_s():
 def test_the_example_of_the_cache_runs(tmp_path, monkeypatch):
     pytest.importorskip("safetensors", reason="the cache writes safetensors")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    code, expectations = examples(DOCS / "guide" / "cache.md")
+    code, expectations, sampler, stream, state, loader = examples(DOCS / "guide" / "cache.md")
     names: dict = {}
     exec(code, names)
     assert len(names["cache"]) == 8 and names["batch"]["ids"].shape == (4, 100, 64)
+    readers = dict(names)
+    for part in (sampler, stream):
+        exec(part, readers)
+        assert sum(len(batch["ids"]) for batch in readers["loader"]) == 4
+    exec(state, readers)
+    assert [len(item["ids"]) for item in readers["sequences"]] == [100] * 3
+    if importlib.util.find_spec("torchdata"):
+        exec(loader, readers)
+        assert sum(len(batch["ids"]) for batch in readers["loader"]) == 2
     exec(expectations, names)
     assert len(names["cache"]) == 8 and names["batch"]["expectation"].shape == (4, 100, 64)
     names["loss"].backward()

@@ -245,12 +245,20 @@ def why_no_teacher_grad(options: Any, *, mixed: bool, mapped: bool = False) -> O
     return None
 
 
-def reverse_mode_only(backend: str, *tensors: Optional[Tensor]) -> None:
-    """The kernels give a gradient in reverse mode: no tangents, and no tensors that stand for others."""
+def reverse_mode_only(backend: Optional[str], *tensors: Optional[Tensor]) -> None:
+    """The kernels give a gradient in reverse mode: no tangents, and no tensors that stand for others.
+
+    ``backend`` is None where the vocabulary is sharded: no backend has more there.
+    """
     if backend == "torch" or torch.compiler.is_compiling() or not transforms.active():
         return
     for tensor in tensors:
         if tensor is not None and transforms.takes_part(tensor):
+            if backend is None:
+                raise RuntimeError(
+                    "a loss of a sharded vocabulary has a gradient in reverse mode only, outside torch.func (grad, "
+                    "vmap, jvp, ...) and forward-mode differentiation"
+                )
             raise RuntimeError(
                 f"backend {backend!r} has a gradient in reverse mode only, outside torch.func (grad, vmap, jvp, ...) "
                 'and forward-mode differentiation; there, backend="torch" works'
@@ -290,6 +298,26 @@ def no_probabilities(name: str, value: Tensor, columns: int) -> None:
         )
 
 
+def shard_of_probabilities(options: Any, name: str, teacher: Tensor, labels: Optional[Tensor]) -> None:
+    """As ``probabilities`` of some columns of a teacher, whose sums nobody knows here."""
+    form = options.teacher_form
+    if form in ("logits", "log_probs") or not reads_values(teacher) or teacher.numel() == 0:
+        return
+    low = teacher.detach().amin(-1).reshape(-1)
+    low = low if labels is None else torch.where(labels != options.ignore_index, low, torch.ones_like(low))
+    _none_negative(name, low, form)
+
+
+def _none_negative(name: str, low: Tensor, form: str) -> None:
+    # NaN fails the comparison too.
+    wrong = ~(low >= 0)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"{name} must hold probabilities, none negative or NaN, for teacher_form={form!r}, got "
+            f"{float(low[wrong][0]):.6g}; those of log-probabilities are teacher_form='log_probs'"
+        )
+
+
 def teacher_probs(
     name: str, teacher: Tensor, columns: int, counted: Optional[Tensor] = None, form: str = "probs"
 ) -> None:
@@ -310,13 +338,7 @@ def teacher_probs(
     if counted is not None:
         counted = counted.reshape(-1)
         low, sums = (torch.where(counted, item, torch.ones_like(item)) for item in (low, sums))
-    # NaN fails the comparison too.
-    wrong = ~(low >= 0)
-    if bool(wrong.any()):
-        raise ValueError(
-            f"{name} must hold probabilities, none negative or NaN, for teacher_form={form!r}, got "
-            f"{float(low[wrong][0]):.6g}; those of log-probabilities are teacher_form='log_probs'"
-        )
+    _none_negative(name, low, form)
     if top is not None:
         wrong = ~((sums > 0) & (sums < torch.inf))
         if bool(wrong.any()):
