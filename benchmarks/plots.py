@@ -105,8 +105,8 @@ def _name_curves(ax: Axes, found: Sequence[Row]) -> None:
     if len(ends) > 1:
         for group, losses in ends.items():
             # Curves fall: there is room below their ends.
-            at, style = (len(losses) - 1, losses[-1]), {"ha": "right", "va": "top", "fontsize": 8}
-            ax.annotate(group, at, (0, -6), textcoords="offset points", **style)
+            end = len(losses) - 1, losses[-1]
+            ax.annotate(group, end, (0, -6), textcoords="offset points", ha="right", va="top", fontsize=8)
         ax.margins(y=0.1)
 
 
