@@ -7,6 +7,7 @@ work all the same: they are what a report of a fault needs.
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from typing import Optional
@@ -17,8 +18,18 @@ NEEDS = "this command needs the packages typer and rich: pip install typer rich"
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
-    """Run a command; return the exit status: 0, 1 where something is wrong or missing, 2 for wrong usage."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    """Run a command; return the exit status: 0, 1 where something is wrong or missing, 2 for wrong usage, 130 if stopped."""
+    try:
+        status = _run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Nobody reads on, as behind "| head"; the interpreter flushes once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
+
+
+def _run(given: list[str]) -> int:
     if given == ["--version"]:
         print(f"kdkernels {__version__}")
         return 0
