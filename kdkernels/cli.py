@@ -18,7 +18,10 @@ NEEDS = "this command needs the packages typer and rich: pip install typer rich"
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
-    """Run a command; return the exit status: 0, 1 where something is wrong or missing, 2 for wrong usage, 130 if stopped."""
+    """Run a command; return the exit status.
+
+    It is 0, 1 where something is wrong or missing, 2 for wrong usage, and 130 after an interrupt.
+    """
     try:
         status = _run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
