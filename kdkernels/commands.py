@@ -16,7 +16,12 @@ from rich.table import Table
 
 from kdkernels import __version__
 
-app = typer.Typer(help="Fused distillation losses for PyTorch.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="Fused distillation losses for PyTorch.",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
 cache = typer.Typer(help="Look into a teacher cache, or write one.", no_args_is_help=True)
 app.add_typer(cache, name="cache")
 
@@ -33,11 +38,28 @@ class DType(str, Enum):
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.value]
 
 
+def _device(name: Optional[str]) -> Optional[str]:
+    """A device that tensors can be made on here."""
+    if name is not None:
+        import torch
+
+        try:
+            torch.empty(0, device=name)
+        # Of a build without the device, and of a name that is none.
+        except (AssertionError, RuntimeError) as error:
+            said = str(error).partition("\n")[0].partition(" device type at start")[0]
+            raise typer.BadParameter(f"{name!r} is no device that this torch can use: {said}") from error
+    return name
+
+
+Device = Annotated[
+    Optional[str],
+    typer.Option(callback=_device, help="cpu, cuda, cuda:1; by default the GPU where there is one."),
+]
 Shapes = Annotated[
     list[str], typer.Option("--shape", metavar="NxV", help="Tokens and vocabulary; may be given several times.")
 ]
 DTypes = Annotated[list[DType], typer.Option("--dtype", help="Of the logits; may be given several times.")]
-Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1; by default the GPU where there is one.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON in place of a table.")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the cache.")]
 
@@ -81,7 +103,6 @@ def bench(
     """
     from kdkernels import bench as timing
 
-    _usable(device)
     found = []
     for rows, vocab_size in map(_shape, shape):
         for item in dtype:
@@ -123,7 +144,6 @@ def check(
     from kdkernels import divergences, testing
     from kdkernels.bench import default_device
 
-    _usable(device)
     names = divergence or list(divergences.names())
     failed, count = [], 0
     for rows, vocab_size in map(_shape, shape):
@@ -151,7 +171,9 @@ def check(
 @cache.command()
 def info(folder: Folder) -> None:
     """Print the identity of a cache and the number and size of its shards. Reads the index only."""
-    with _refused(*_errors_of_caches()):
+    from kdkernels.cache.errors import CacheError
+
+    with _refused(CacheError, OSError):
         for part in _parts(folder):
             print("\n".join(f"{name:<13}{fact}" for name, fact in _facts(part).items()))
 
@@ -162,10 +184,12 @@ def verify(folder: Folder) -> None:
 
     Prints a line per shard; the exit status is 1 if one is missing, truncated, damaged or there twice.
     """
-    shards = damaged = 0
-    with _refused(*_errors_of_caches()):
-        from kdkernels.cache.verify import verify as faults
+    from kdkernels.cache.errors import CacheError
+    from kdkernels.cache.shared import CaptureError
+    from kdkernels.cache.verify import verify as faults
 
+    shards = damaged = 0
+    with _refused(CacheError, CaptureError, OSError):
         for part in _parts(folder):
             for name, fault in faults(part):
                 shards += 1
@@ -203,10 +227,10 @@ def capture(
 
     Under torchrun each process writes some of the shards of DIR, and the last one the index.
     """
-    with _refused(*_errors_of_caches(), ValueError):
-        from kdkernels.cache.capture import from_hub
+    from kdkernels.cache import CacheError
+    from kdkernels.cache.capture import CaptureError, from_hub
 
-        _usable(device)
+    with _refused(CacheError, CaptureError, OSError, ValueError):
         try:
             from_hub(
                 folder,
@@ -225,27 +249,6 @@ def capture(
         except KeyboardInterrupt:
             print("kdkernels: stopped; the same call goes on", file=sys.stderr)
             raise typer.Exit(130) from None
-
-
-def _errors_of_caches() -> tuple[type[Exception], ...]:
-    """What commands on caches may fail with; their packages are here, or this is the end."""
-    try:
-        from kdkernels.cache import CacheError
-        from kdkernels.cache.shared import CaptureError
-    except ImportError as error:
-        _fail(str(error))
-    return CacheError, CaptureError, OSError
-
-
-def _usable(device: Optional[str]) -> None:
-    """End the command where a device that was asked for has no tensors."""
-    import torch
-
-    try:
-        torch.zeros(1, device=device)
-    # torch without CUDA raises AssertionError, and other devices what they like.
-    except Exception as error:
-        _fail(f"the device {device!r} cannot be used: {str(error).splitlines()[0]}")
 
 
 def _parts(folder: Path) -> list[Path]:
@@ -286,7 +289,7 @@ def _of_kind(index: Any) -> dict[str, Any]:
 
 
 def _shape(text: str) -> tuple[int, int]:
-    rows, _, vocab_size = text.partition("x")
+    rows, _, vocab_size = text.lower().partition("x")
     if not (rows.isdigit() and vocab_size.isdigit() and int(rows) and int(vocab_size)):
         raise typer.BadParameter(f"a shape is NxV, such as 512x32000, got {text!r}", param_hint="--shape")
     return int(rows), int(vocab_size)

@@ -158,6 +158,9 @@ def from_hub(
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     if folder.exists() and not folder.is_dir():
         raise CaptureError(f"{folder} is a file: name a folder")
+    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+        # transformers would take it for a name, and say that it is none.
+        raise CaptureError(f"there is no folder {model}")
     # Its types say less than it takes.
     hub: Any = transformers
     tokenizer = _loaded(hub.AutoTokenizer, "tokenizer", model)

@@ -19,14 +19,17 @@ from kdkernels.checks.columns import (
     same_dims,
 )
 from kdkernels.checks.dense import (
+    cap_of_teacher,
     logits,
     mixture_of,
     mixture_weights,
+    no_probabilities,
     part_of_teacher,
     probabilities,
     reverse_mode_only,
     several,
     shard,
+    shard_of_probabilities,
     student_of,
     teacher_like,
     teacher_of_width,
@@ -50,6 +53,7 @@ from kdkernels.checks.hidden import (
     teacher_callable,
     teacher_chunks,
     teacher_head,
+    teacher_shard_head,
 )
 from kdkernels.checks.memory import apart_in_place, inplace_allowed
 from kdkernels.checks.packed import packed_buffer, packed_layout, to_be_packed
