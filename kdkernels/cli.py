@@ -38,7 +38,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         status = _run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
     except BrokenPipeError:
-        # A reader such as ``head`` has enough. What Python flushes at its end goes nowhere.
+        # Nobody reads on, as behind "| head"; the interpreter flushes once more when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return status

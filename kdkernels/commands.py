@@ -171,9 +171,7 @@ def check(
 @cache.command()
 def info(folder: Folder) -> None:
     """Print the identity of a cache and the number and size of its shards. Reads the index only."""
-    from kdkernels.cache.errors import CacheError
-
-    with _refused(CacheError, OSError):
+    with _refused(*_errors_of_caches()):
         for part in _parts(folder):
             print("\n".join(f"{name:<13}{fact}" for name, fact in _facts(part).items()))
 
@@ -184,12 +182,10 @@ def verify(folder: Folder) -> None:
 
     Prints a line per shard; the exit status is 1 if one is missing, truncated, damaged or there twice.
     """
-    from kdkernels.cache.errors import CacheError
-    from kdkernels.cache.shared import CaptureError
-    from kdkernels.cache.verify import verify as faults
-
     shards = damaged = 0
-    with _refused(CacheError, CaptureError, OSError):
+    with _refused(*_errors_of_caches()):
+        from kdkernels.cache.verify import verify as faults
+
         for part in _parts(folder):
             for name, fault in faults(part):
                 shards += 1
@@ -227,10 +223,9 @@ def capture(
 
     Under torchrun each process writes some of the shards of DIR, and the last one the index.
     """
-    from kdkernels.cache import CacheError
-    from kdkernels.cache.capture import CaptureError, from_hub
+    with _refused(*_errors_of_caches(), ValueError):
+        from kdkernels.cache.capture import from_hub
 
-    with _refused(CacheError, CaptureError, OSError, ValueError):
         try:
             from_hub(
                 folder,
@@ -249,6 +244,16 @@ def capture(
         except KeyboardInterrupt:
             print("kdkernels: stopped; the same call goes on", file=sys.stderr)
             raise typer.Exit(130) from None
+
+
+def _errors_of_caches() -> tuple[type[Exception], ...]:
+    """What commands on caches may fail with; their packages are here, or this is the end."""
+    try:
+        from kdkernels.cache import CacheError
+        from kdkernels.cache.shared import CaptureError
+    except ImportError as error:
+        _fail(str(error))
+    return CacheError, CaptureError, OSError
 
 
 def _parts(folder: Path) -> list[Path]:

@@ -129,10 +129,10 @@ def test_a_shape_that_is_none_is_wrong_usage(shape, capsys):
     assert "a shape is NxV" in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize("command", ["bench", "check"])
+@pytest.mark.parametrize("command", ["bench", "check", "cache capture nowhere --model m --data d"])
 @pytest.mark.parametrize("device", ["gpu0", "cuda:99"])
 def test_a_device_that_is_none_is_wrong_usage(command, device, capsys):
-    assert cli.main([command, "--shape", "2x5", "--device", device]) == 2
+    assert cli.main([*command.split(), "--device", device]) == 2
     assert f"{device!r} is no device that" in " ".join(capsys.readouterr().err.replace("│", "").split())
 
 
