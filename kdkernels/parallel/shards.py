@@ -126,7 +126,9 @@ def shards_of(
             refused = [row[0] for row in _told(group, logits.device, [fault is not None])]
         ranks = [str(dist.get_global_rank(group, r)) for r, flag in enumerate(refused) if flag]
         if fault is None and ranks:
-            raise RuntimeError(f"rank {', '.join(ranks)} of process_group refused its arguments: its own error says why")
+            raise RuntimeError(
+                f"rank {', '.join(ranks)} of process_group refused its arguments: its own error says why"
+            )
     if fault is not None:
         raise fault
     if len(_seen) > 1024:
