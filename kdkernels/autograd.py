@@ -451,12 +451,16 @@ def scaled(
     return grad
 
 
-def refuse_second_derivative() -> None:
+def refuse_second_derivative(sharded: bool = False) -> None:
     """Raise where the backward that runs is to be differentiated itself (``create_graph=True``).
 
     What it hands out has no graph: a second derivative would silently leave out all that came through this loss.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if sharded:
+            raise RuntimeError(
+                "a loss of a sharded vocabulary has no second derivative, and create_graph=True asks for one"
+            )
         raise RuntimeError(
             "the fused losses of kdkernels have no second derivative, and create_graph=True asks for one: forward "
             'leaves the gradient, and not its graph. backend="torch" can be differentiated again'

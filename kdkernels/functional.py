@@ -666,7 +666,7 @@ def _classes_last(objective: Objective, dim: int, student: Any, teacher: Any) ->
     several = teacher if isinstance(teacher, (list, tuple)) else () if teacher is None else (teacher,)
     names = ["teacher"] if len(several) == 1 else [f"teacher[{k}]" for k in range(len(several))]
     for name, item in zip(names, several, strict=True):
-        checks.same_dims(name, item, student)
+        checks.same_dims(name, item, student, dim)
     tensors = [("student", student), *zip(names, several, strict=True)]
     if student.numel() == 0:
         # Without a row there is nothing to copy.
@@ -735,6 +735,8 @@ def _dense(
         objective, student, labels, columns, backend, weights, mixture, of_columns, class_dim, learns=learns
     )
     checks.probabilities(objective, teachers, columns, launch.rows.labels, launch.rows.row_weight)
+    if objective.student_form == "log_probs":
+        checks.no_probabilities("student", student, columns)
     swapped = dual(launch, objective, teachers[0]) if teacher_grad and backend != "torch" else None
     return with_stats(*evaluate(launch, objective, student, teachers, swapped), student, KDStats)
 

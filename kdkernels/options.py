@@ -90,11 +90,11 @@ class TopKOptions(_OnLogits, _OnShards, _Sparse, total=False):
     """Of ``topk_kd_loss``."""
 
 
-class LinearOptions(_OnHidden, _Teacher, _Terms, total=False):
+class LinearOptions(_OnHidden, _OnShards, _Teacher, _Terms, total=False):
     """Of ``linear_kd_loss``."""
 
 
-class LinearTopKOptions(_OnHidden, _Sparse, total=False):
+class LinearTopKOptions(_OnHidden, _OnShards, _Sparse, total=False):
     """Of ``linear_topk_kd_loss``."""
 
     sparse_grad: bool

@@ -299,13 +299,16 @@ def check_what_travels_does_not_grow_with_the_vocabulary():
                 s, k.ids, k.logprobs, y, ce_weight=0.5, process_group=group()
             ),
             "tokens": lambda s, t, y=labels: kd.token_logprobs(s, y, process_group=group()).logprobs.sum(),
+            "linear": lambda s, t, y=labels: kd.linear_kd_loss(
+                torch.ones(ROWS, 3, requires_grad=True), s.T[:, :3], t[:, :3], t.T[:, :3], process_group=group()
+            ),
         }
         with counted_collectives() as sent:
             for call in calls.values():
                 call(mine, its).backward()
         numbers = [entry for entry in sent if entry[0] == "all_reduce"]
-        # A maximum and a sum each; a second sum where the scores need the normalisers.
-        assert len(numbers) == 2 + 3 + 2 + 2, numbers
+        # A maximum and a sum each; a second sum where the scores need the normalisers, and one of hidden states.
+        assert len(numbers) == 2 + 3 + 2 + 2 + 3, numbers
         found.append(sent)
         more = {
             "statistics": lambda s, t: kd.kd_loss(s, t, return_stats=True, process_group=group())[0],
@@ -675,9 +678,27 @@ def check_what_is_missing_is_named():
     )
     refused(ValueError, "columns of the student on every rank", lambda: kd.kd_loss(s, teacher, **here))
     refused(ValueError, "vocab_size must be at most", lambda: kd.kd_loss(s, t, vocab_size=VOCABULARY + 1, **here))
-    loss = kd.kd_loss(s, t, labels, **here)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(loss, s, create_graph=True)
+    for backend in BACKENDS:
+        loss = kd.kd_loss(s, t, labels, backend=backend, **here)
+        with pytest.raises(RuntimeError, match="of a sharded vocabulary has no second derivative"):
+            torch.autograd.grad(loss, s, create_graph=True)
+        with pytest.raises(RuntimeError, match="of a sharded vocabulary has a gradient in reverse mode only"):
+            torch.func.grad(lambda x, b=backend: kd.kd_loss(x, t, labels, backend=b, **here))(s.detach())
+
+
+def check_graphs_of_torch_compile_break_at_the_loss():
+    student, teacher, labels = inputs(9)
+    top = kd.capture_topk(teacher, 5)
+    calls = (
+        lambda s, t, **here: kd.kd_loss(2 * s, t, labels, temperature=2.0, **here) * 3,
+        lambda s, t, **here: kd.topk_kd_loss(2 * s, top.ids, top.logprobs, labels, **here) * 3,
+        lambda s, t, **here: kd.token_logprobs(2 * s, labels, **here).logprobs.sum() * 3,
+    )
+    for call in calls:
+        compiled = torch.compile(call, backend="aot_eager")
+        shards = lambda s, c, f=compiled: f(s, teacher[:, c].contiguous(), process_group=group())  # noqa: E731
+        for _ in range(2):
+            same(lambda s, f=call: f(s, teacher), shards, student, widths()[0], "compiled")
 
 
 def check_dtensors_sharded_by_columns_and_rows():
@@ -721,6 +742,276 @@ def check_dtensors_sharded_by_columns_and_rows():
         expected = kd.token_logprobs(student, labels, entropy=True)
         torch.testing.assert_close(found.logprobs.full_tensor(), expected.logprobs)
         torch.testing.assert_close(found.entropy.full_tensor(), expected.entropy)
+
+
+def heads(seed, dtype=torch.float32):
+    """Hidden states, head and bias of a student, the same of a teacher, and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((ROWS, 8), (VOCABULARY, 8), (VOCABULARY,), (ROWS, 5), (VOCABULARY, 5), (VOCABULARY,))
+    student_and_teacher = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    labels = torch.randint(VOCABULARY, (ROWS,), generator=generator)
+    labels[3] = -100
+    return student_and_teacher[:3], student_and_teacher[3:], labels
+
+
+def same_of_heads(one, shards, student, of_ranks, what):
+    """As ``same``, of functions of hidden states, head and bias: the gradient of the hidden states is the whole."""
+    columns, (of_value, of_gradient) = columns_of_rank(of_ranks), bars(student[0].dtype)
+    whole = [item.clone().requires_grad_() for item in student]
+    mine = [item[columns if k else slice(None)].clone().requires_grad_() for k, item in enumerate(student)]
+    expected, got = one(*whole), shards(*mine, columns)
+    told = {"msg": lambda text: f"{what}: {text}"}
+    torch.testing.assert_close(got, expected, **of_value, **told)
+    upstream = torch.linspace(0.5, 1.5, expected.numel()).to(expected.dtype).view(expected.shape)
+    expected.backward(upstream)
+    got.backward(upstream)
+    torch.testing.assert_close(mine[0].grad, whole[0].grad, **of_gradient, **told)
+    for its, truth in zip(mine[1:], whole[1:], strict=True):
+        if truth.grad is None:  # of a bias that is left out
+            continue
+        torch.testing.assert_close(its.grad, truth.grad[columns], **of_gradient, **told)
+    gathered = [torch.empty_like(mine[0].grad) for _ in of_ranks]
+    dist.all_gather(gathered, mine[0].grad)
+    values = [torch.empty_like(got) for _ in of_ranks]
+    dist.all_gather(values, got.detach())
+    assert all(torch.equal(item, gathered[0]) for item in gathered) and all(torch.equal(x, values[0]) for x in values)
+
+
+# One or two rows of the widest shard: two chunks of student and teacher are there at a time.
+SMALL_CHUNKS = {"chunk_bytes": 2 * 2 * 4 * 20}
+LINEAR_OPTIONS = (
+    {"ce_weight": 0.5, "z_loss_weight": 1e-2, **SMALL_CHUNKS},
+    {**DENSE_OPTIONS[1], "divergence": "jsd", **SMALL_CHUNKS},
+    {**DENSE_OPTIONS[2], "divergence": "reverse_kl", **SMALL_CHUNKS},
+    {"divergence": kd.AlphaBeta(0.3, 0.7), "vocab_size": 30, "row_weight": BY_ROW},
+)
+
+
+def check_linear_losses_of_sharded_heads():
+    for seed, of_ranks in enumerate(widths()):
+        for k, options in enumerate(LINEAR_OPTIONS):
+            for dtype in (torch.float32, (torch.bfloat16, torch.float64)[k % 2]):
+                for backend in BACKENDS if dtype == torch.float32 else BACKENDS[:1]:
+                    _linear(seed, of_ranks, dtype, backend, options, whole_teacher=k % 2 == 1)
+
+
+def _linear(seed, of_ranks, dtype, backend, options, *, whole_teacher):
+    student, (states, matrix, offset), labels = heads(seed, dtype)
+    labels = labels.clamp(max=options.get("vocab_size", VOCABULARY) - 1)
+
+    def shards(hidden, weight, bias, columns):
+        teacher = (matrix, offset) if whole_teacher else (matrix[columns], offset[columns])
+        more = {"student_bias": bias, "teacher_bias": teacher[1], "backend": backend, "process_group": group()}
+        return kd.linear_kd_loss(hidden, weight, states, teacher[0], labels, **more, **options)
+
+    same_of_heads(
+        lambda h, w, b: kd.linear_kd_loss(
+            h, w, states, matrix, labels, student_bias=b, teacher_bias=offset, backend="torch", **options
+        ),
+        shards,
+        student,
+        of_ranks,
+        (of_ranks, dtype, backend, options),
+    )
+
+
+def check_linear_losses_without_a_teacher_or_a_gradient():
+    (hidden, matrix, bias), (states, of_teacher, _), labels = heads(3)
+    for of_ranks in widths():
+        columns = columns_of_rank(of_ranks)
+        same_of_heads(
+            lambda h, w, b: kd.linear_kd_loss(h, w, labels=labels, student_bias=b, kd_weight=0.0, ce_weight=1.0),
+            lambda h, w, b, c: kd.linear_kd_loss(
+                h, w, labels=labels, student_bias=b, kd_weight=0.0, ce_weight=1.0, process_group=group()
+            ),
+            (hidden, matrix, bias),
+            of_ranks,
+            of_ranks,
+        )
+        expected = kd.linear_kd_loss(hidden, matrix, states, of_teacher)
+        leaf = matrix[columns].clone().requires_grad_()
+        # A head that learns behind hidden states that do not.
+        got = kd.linear_kd_loss(hidden, leaf, states, of_teacher[columns], process_group=group(), **SMALL_CHUNKS)
+        got.backward()
+        assert hidden.grad is None and leaf.grad.isfinite().all()
+        torch.testing.assert_close(got, expected)
+
+
+def check_linear_losses_of_sparse_teachers():
+    for seed, of_ranks in enumerate(widths()):
+        for k, tail in enumerate((*TAILS, "renormalize_both")):
+            # Of the shards in turn, which every dtype has alike.
+            for dtype in (torch.float32, torch.bfloat16)[: 1 + (k % len(widths()) == seed)]:
+                student, _, labels = heads(seed, dtype)
+                top = kd.capture_topk(inputs(seed)[1], 5)
+                ids = top.ids.clone()
+                ids[2, 3:], ids[5], ids[1, 1] = -1, -1, ids[1, 0]
+                # Of the last tail the K columns alone are multiplied.
+                options = {"tail": tail, "reduction": "none" if k % 2 else "mean", **SMALL_CHUNKS}
+                options |= {"ce_weight": 0.5, "label_smoothing": 0.1} if k < len(TAILS) else {"temperature": 2.0}
+                given = (ids, top.logprobs, labels)
+                same_of_heads(
+                    lambda h, w, b, g=given, o=options: kd.linear_topk_kd_loss(
+                        h, w, *g, student_bias=b, backend="torch", **o
+                    ),
+                    lambda h, w, b, c, g=given, o=options: kd.linear_topk_kd_loss(
+                        h, w, *g, student_bias=b, process_group=group(), **o
+                    ),
+                    student,
+                    of_ranks,
+                    (of_ranks, dtype, options),
+                )
+
+
+def check_heads_that_are_dtensors():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    student, (states, matrix, offset), labels = heads(6)
+    ids, logprobs, _ = kd.capture_topk(states @ matrix.T, 4)
+    layouts = ((Shard(0), Shard(0)), (Shard(0), Replicate()), (Replicate(), Shard(0)))
+    for placements, reduction in zip(layouts, ("mean", "none", "mean"), strict=True):
+        whole = [item.clone().requires_grad_() for item in student]
+        of_student = [Replicate(), placements[0], placements[0]]
+        mine = [distribute_tensor(x, mesh, [p]).requires_grad_() for x, p in zip(student, of_student, strict=True)]
+        its = [distribute_tensor(item, mesh, [placements[1]]) for item in (matrix, offset)]
+        y = distribute_tensor(labels, mesh, [Replicate()])
+
+        def losses(given, teacher, labels, reduction=reduction):
+            h, w, b = given
+            options = {"student_bias": b, "ce_weight": 0.5, "reduction": reduction}
+            dense = kd.linear_kd_loss(h, w, states, teacher[0], labels, teacher_bias=teacher[1], **options)
+            return dense + kd.linear_topk_kd_loss(h, w, ids, logprobs, labels, **options)
+
+        expected, got = losses(whole, (matrix, offset), labels), losses(mine, its, y)
+        torch.testing.assert_close(got.full_tensor(), expected)
+        (expected * expected).sum().backward()
+        (got * got).sum().backward()
+        for truth, item in zip(whole, mine, strict=True):
+            assert item.grad.placements == item.placements
+            torch.testing.assert_close(item.grad.full_tensor(), truth.grad, rtol=1e-4, atol=1e-5)
+    # A head of FSDP2 is sharded so too, and its ranks have rows of their own.
+    refused(
+        TypeError,
+        "student_weight must be a plain tensor",
+        lambda: kd.linear_kd_loss(student[0], mine[1], states, its[0]),
+    )
+    refused(
+        TypeError, "student_weight must be a DTensor as", lambda: kd.linear_kd_loss(mine[0], matrix, states, its[0])
+    )
+    refused(
+        ValueError,
+        "process_group must not be given where student_hidden is a DTensor",
+        lambda: kd.linear_kd_loss(mine[0], mine[1], states, its[0], process_group=group()),
+    )
+    sharded = distribute_tensor(student[0], mesh, [Shard(1)])
+    refused(ValueError, "student_hidden must have one of", lambda: kd.linear_kd_loss(sharded, mine[1], states, its[0]))
+
+
+def check_a_chunk_is_projected_while_numbers_of_the_one_before_travel():
+    from kdkernels.heads import Head
+
+    (hidden, matrix, _), (states, of_teacher, _), _ = heads(4)
+    columns = columns_of_rank(widths()[0])
+    told, kept = [], (dist.all_reduce, Head.project)
+
+    class Logged:
+        def __init__(self, work, elements):
+            self.work, self.elements = work, elements
+
+        def wait(self):
+            told.append(("ended", self.elements))
+            return self.work.wait()
+
+    def all_reduce(tensor, *rest, **options):
+        told.append(("begun", tensor.numel()))
+        return Logged(kept[0](tensor, *rest, **options), tensor.numel())
+
+    def project(*arguments):
+        told.append(("product", 0))
+        kept[1](*arguments)
+
+    dist.all_reduce, Head.project = all_reduce, project
+    try:
+        leaf = hidden.clone().requires_grad_()
+        kd.linear_kd_loss(leaf, matrix[columns], states, of_teacher[columns], process_group=group(), **SMALL_CHUNKS)
+    finally:
+        dist.all_reduce, Head.project = kept
+    names = [name for name, _ in told]
+    chunks = names.count("product") // 2
+    assert chunks >= 3
+    # Student's and teacher's, of all chunks but the first.
+    assert "".join(name[0] for name in names).count("bppe") == chunks - 1, names
+    # A maximum and a sum of numbers of rows; of hidden states a sum whose end is in the next chunk.
+    assert names.count("begun") == names.count("ended") == 3 * chunks
+    sums = [k for k, (name, elements) in enumerate(told) if name == "begun" and elements % hidden.shape[1] == 0]
+    assert sum(elements for k, (name, elements) in enumerate(told) if k in sums) >= hidden.numel()
+    assert any(names[k + 1] == "begun" for k in sums[:-1]), told
+
+
+def check_heads_that_do_not_fit_are_refused():
+    (hidden, matrix, bias), (states, of_teacher, _), labels = heads(5)
+    columns, rank, here = columns_of_rank(widths()[0]), dist.get_rank(), {"process_group": group()}
+    mine, its = matrix[columns], of_teacher[columns]
+    for options, text in (
+        ({"standardize": True}, "standardize cannot be combined with process_group in linear_kd_loss"),
+        ({"return_stats": True}, "return_stats cannot be"),
+        ({"teacher_lse": 1.0}, "teacher_lse cannot be"),
+    ):
+        refused(ValueError, text, lambda o=options: kd.linear_kd_loss(hidden, mine, states, its, **o, **here))
+    refused(
+        ValueError,
+        "a mixture of teachers cannot be",
+        lambda: kd.linear_kd_loss(hidden, mine, [states] * 2, [its] * 2, **here),
+    )
+    refused(
+        ValueError, "teacher_logits cannot be", lambda: kd.linear_kd_loss(hidden, mine, teacher_logits=print, **here)
+    )
+    refused(
+        ValueError, "of the whole vocabulary", lambda: kd.linear_kd_loss(hidden, mine, states, of_teacher[1:], **here)
+    )
+    top = kd.capture_topk(hidden @ matrix.T, 3)
+    refused(
+        ValueError,
+        "sparse_grad cannot be combined with process_group in linear_topk_kd_loss",
+        lambda: kd.linear_topk_kd_loss(hidden, mine, *top[:2], sparse_grad=True, tail="renormalize_both", **here),
+    )
+    # Ranks that disagree, in a count of rows and in the gradient that is asked for.
+    wrong = labels.clone()
+    wrong[0] = -100 if rank == 1 else labels[0]
+    refused(
+        ValueError,
+        "rows that count must be the same",
+        lambda: kd.linear_kd_loss(hidden, mine, states, its, wrong, ce_weight=1.0, **here),
+    )
+    refused(
+        ValueError,
+        "student_hidden.requires_grad must be the same",
+        lambda: kd.linear_kd_loss(hidden.clone().requires_grad_(rank == 1), mine, states, its, **here),
+    )
+    leaf = hidden.clone().requires_grad_()
+    for backend in BACKENDS:
+        for reduction in ("sum", "none"):
+            loss = kd.linear_kd_loss(leaf, mine, states, its, backend=backend, reduction=reduction, **here).sum()
+            with pytest.raises(RuntimeError, match="of a sharded vocabulary has no second derivative"):
+                torch.autograd.grad(loss, leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="of a sharded vocabulary has a gradient in reverse mode only"):
+            torch.func.grad(lambda x, b=backend: kd.linear_kd_loss(x, mine, states, its, backend=b, **here))(hidden)
+
+
+def check_a_graph_breaks_at_a_linear_loss():
+    student, (states, matrix, _), labels = heads(7)
+    compiled = torch.compile(
+        lambda h, w, t, **here: kd.linear_kd_loss(2 * h, w, states, t, labels, **here) * 3, backend="aot_eager"
+    )
+    same_of_heads(
+        lambda h, w, _: kd.linear_kd_loss(2 * h, w, states, matrix, labels) * 3,
+        lambda h, w, _, c: compiled(h, w, matrix[c], process_group=group()),
+        student,
+        widths()[0],
+        "compiled",
+    )
 
 
 CHECKS = {name: check for name, check in list(globals().items()) if name.startswith("check_")}

@@ -143,10 +143,10 @@ def teachers_of(
     return tuple(teacher)
 
 
-def without_teacher(options: Any) -> None:
-    """A loss in which no teacher has a say."""
+def without_teacher(options: Any, name: str = "teacher") -> None:
+    """A loss in which no teacher, whose argument is called ``name``, has a say."""
     if options.scalars["kd_weight"] != 0:
-        raise TypeError("teacher is required unless kd_weight is the number 0")
+        raise TypeError(f"{name} is required unless kd_weight is the number 0")
     for name in ("teacher_weights", "teacher_form", "teacher_lse"):
         if getattr(options, name) not in (None, "logits"):
             raise ValueError(f"{name} has no meaning without a teacher")
@@ -245,12 +245,20 @@ def why_no_teacher_grad(options: Any, *, mixed: bool, mapped: bool = False) -> O
     return None
 
 
-def reverse_mode_only(backend: str, *tensors: Optional[Tensor]) -> None:
-    """The kernels give a gradient in reverse mode: no tangents, and no tensors that stand for others."""
+def reverse_mode_only(backend: Optional[str], *tensors: Optional[Tensor]) -> None:
+    """The kernels give a gradient in reverse mode: no tangents, and no tensors that stand for others.
+
+    ``backend`` is None where the vocabulary is sharded: no backend has more there.
+    """
     if backend == "torch" or torch.compiler.is_compiling() or not transforms.active():
         return
     for tensor in tensors:
         if tensor is not None and transforms.takes_part(tensor):
+            if backend is None:
+                raise RuntimeError(
+                    "a loss of a sharded vocabulary has a gradient in reverse mode only, outside torch.func (grad, "
+                    "vmap, jvp, ...) and forward-mode differentiation"
+                )
             raise RuntimeError(
                 f"backend {backend!r} has a gradient in reverse mode only, outside torch.func (grad, vmap, jvp, ...) "
                 'and forward-mode differentiation; there, backend="torch" works'
@@ -262,7 +270,11 @@ def probabilities(
 ) -> None:
     """The values of teachers that are probabilities, in the rows that count; ``labels`` and ``weight`` are ``[N]``."""
     form = options.teacher_form
-    if form in ("logits", "log_probs") or torch.compiler.is_compiling() or not options.scalars["kd_weight"]:
+    if form == "logits" or torch.compiler.is_compiling() or not options.scalars["kd_weight"]:
+        return
+    if form == "log_probs":
+        for k, teacher in enumerate(teachers):
+            no_probabilities("teacher" if len(teachers) == 1 else f"teacher[{k}]", teacher, columns)
         return
     counted = None if labels is None else labels != options.ignore_index
     if weight is not None:
@@ -272,6 +284,18 @@ def probabilities(
     for k, teacher in enumerate(teachers):
         name = "teacher" if len(teachers) == 1 else f"teacher[{k}]"
         teacher_probs(name, teacher, columns, counted, form)
+
+
+def no_probabilities(name: str, value: Tensor, columns: int) -> None:
+    """Log-probabilities that are not probabilities: those are known by the first row, which adds up to 1."""
+    if not reads_values(value) or value.numel() == 0:
+        return
+    row = value.detach()[(0,) * (value.dim() - 1)][:columns]
+    if float(row.amin()) >= 0 and abs(float(row.sum(dtype=sum_dtype(value))) - 1) < 1e-2:
+        form = f"{name.partition('[')[0]}_form"
+        raise ValueError(
+            f"{name} must hold log-probabilities for {form}='log_probs', got probabilities: pass their logarithm"
+        )
 
 
 def shard_of_probabilities(options: Any, name: str, teacher: Tensor, labels: Optional[Tensor]) -> None:

@@ -12,7 +12,7 @@ from kdkernels.autograd import TokenCall
 from kdkernels.capture import MAX_K_ON_GPU, TeacherTopK
 from kdkernels.launch import as_rows
 from kdkernels.objective import Options, TokenOptions
-from kdkernels.parallel.shards import Shards, shards_of
+from kdkernels.parallel.shards import Shards, outside_graphs, shards_of
 from kdkernels.parallel.tokens import part_of, picked_logits, rows_of, sharded_values
 from kdkernels.reference.dense import column
 from kdkernels.tokens import first_of_equals, shaped, token_call
@@ -25,6 +25,7 @@ def facts_of(options: Options, logits: Tensor, **more: Any) -> dict[str, Any]:
     return {"rows": logits.shape[:-1].numel(), "dtype": logits.dtype, "options": told, **more}
 
 
+@outside_graphs
 def token_logprobs(given: TokenOptions, logits: Tensor, ids: Any) -> Any:
     """``kdkernels.token_logprobs`` of a shard."""
     checks.shard("logits", logits)
@@ -35,7 +36,7 @@ def token_logprobs(given: TokenOptions, logits: Tensor, ids: Any) -> Any:
     def check(total: int) -> tuple[Tensor, TokenCall]:
         tokens = checks.token_ids(ids, logits, total, given.ignore_index)
         call = token_call(given, logits, tokens, total)
-        checks.reverse_mode_only(call.backend, logits, ids, *given.tensors)
+        checks.reverse_mode_only(None, logits, ids, *given.tensors)
         return tokens, call
 
     shards, (tokens, call) = shards_of(given.process_group, logits, given.vocab_size, facts, check)
@@ -45,6 +46,7 @@ def token_logprobs(given: TokenOptions, logits: Tensor, ids: Any) -> Any:
     return shaped(logprobs, of_entropy, lse.detach(), of_stats, logits.shape[:-1], ids.shape)
 
 
+@outside_graphs
 def gather_logprobs(given: TokenOptions, teacher_logits: Tensor, ids: Any) -> TeacherTopK:
     """``kdkernels.gather_logprobs`` of a shard."""
     checks.shard("teacher_logits", teacher_logits)
@@ -84,6 +86,7 @@ class _Candidates:
         return torch.cat([self.logits, of_ids.to(self.logits.dtype), *(x.unsqueeze(-1) for x in numbers)], 1)
 
 
+@outside_graphs
 def capture_topk(
     group: Any,
     teacher_logits: Tensor,

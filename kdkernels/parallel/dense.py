@@ -20,7 +20,7 @@ from kdkernels.launch import Launch, dense_launch, dual, without_teacher
 from kdkernels.objective import Objective, TAIDObjective
 from kdkernels.parallel.calls import facts_of
 from kdkernels.parallel.models import Models, temperatures
-from kdkernels.parallel.shards import Shards, shards_of
+from kdkernels.parallel.shards import Shards, outside_graphs, shards_of
 from kdkernels.parallel.tokens import Part, empty_gradient
 from kdkernels.reduction import num_rows
 from kdkernels.reference import divergences
@@ -37,6 +37,7 @@ LINEAR = {
 }
 
 
+@outside_graphs
 def kd_loss(given: Objective, student: Any, teacher: Any, labels: Any, of_columns: Sequence[Any] = ()) -> Any:
     """``kdkernels.kd_loss`` and ``kdkernels.lk_loss`` of a shard."""
     checks.shard("student", student)
@@ -72,7 +73,7 @@ def kd_loss(given: Objective, student: Any, teacher: Any, labels: Any, of_column
             raise ValueError(f"teacher must not require grad with process_group: {why}")
         offsets = checks.of_columns(given, student, several, student.shape[-1], student_bias, teacher_bias, None)
         backend = backends.choose(given.backend, student, divergence=given.resolved.name, pattern="shard_fwd")
-        checks.reverse_mode_only(backend, student, *several, labels, *offsets.values(), *given.tensors)
+        checks.reverse_mode_only(None, student, *several, labels, *offsets.values(), *given.tensors)
         others = {"labels": labels, "student_bias": student_bias, "teacher_bias": teacher_bias}
         checks.apart_in_place(given, student, others, several)
         mixture = given.mixture if teacher is None else checks.mixture_of(given)
@@ -93,6 +94,7 @@ def kd_loss(given: Objective, student: Any, teacher: Any, labels: Any, of_column
     return without_teacher(result) if teacher is None else result
 
 
+@outside_graphs
 def taid_loss(given: TAIDObjective, student: Any, teacher: Any, labels: Any) -> Any:
     """``kdkernels.taid_loss`` of a shard: a mixture of logits, one of them the student's own."""
     checks.shard("student", student)
@@ -111,7 +113,7 @@ def taid_loss(given: TAIDObjective, student: Any, teacher: Any, labels: Any) -> 
         weights = torch.stack([1 - share, share], -1).expand(num_rows(student), 2)
         checks.apart_in_place(given, student, {"labels": labels}, (teacher,))
         backend = backends.choose(given.backend, student, divergence=given.resolved.name, pattern="shard_fwd")
-        checks.reverse_mode_only(backend, student, teacher, labels, *given.tensors)
+        checks.reverse_mode_only(None, student, teacher, labels, *given.tensors)
         return dense_launch(given, student, labels, total, backend, weights, "logits")
 
     shards, launch = shards_of(given.process_group, student, given.vocab_size, facts, check)
@@ -203,7 +205,7 @@ class ShardedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
-        refuse_second_derivative()
+        refuse_second_derivative(sharded=True)
         student, counted, *rest = ctx.saved_tensors
         found, rest = Rows(*rest[: len(Rows._fields)]), rest[len(Rows._fields) :]
         norms, teachers = rest[: len(rest) - ctx.num_teachers], rest[len(rest) - ctx.num_teachers :]

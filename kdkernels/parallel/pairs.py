@@ -15,7 +15,7 @@ from kdkernels.parallel.calls import facts_of
 from kdkernels.parallel.dense import LINEAR, Rows, counted_rows, linear_parts, numbers_of, of_linear, rising
 from kdkernels.parallel.models import Models
 from kdkernels.parallel.reduce import SumOfShards
-from kdkernels.parallel.shards import Shards, shards_of
+from kdkernels.parallel.shards import Shards, outside_graphs, shards_of
 from kdkernels.parallel.tokens import empty_gradient
 
 
@@ -25,7 +25,7 @@ def _launch(given: Any, pattern: str, of_op: str, student: Tensor, teacher: Any,
         raise ValueError(f"teacher must not require grad in {given.function}: it gets no gradient; detach it")
     checks.apart_in_place(given, student, {"labels": labels}, (teacher,))
     backend = backends.choose(given.backend, student, pattern=of_op)
-    checks.reverse_mode_only("cpu", student, teacher, labels, *given.tensors)
+    checks.reverse_mode_only(None, student, teacher, labels, *given.tensors)
     labels = checks.labels_like(labels, student, total, given.ignore_index)
     scale, rows = row_tensors(given, student, labels)
     return Launch(pattern, backend, rows, {**given.scalars, "scale": scale, "vocab_size": total})
@@ -42,6 +42,7 @@ def _shaped(given: Any, student: Tensor, rows: Tensor) -> Tensor:
     return rows.reshape(student.shape[:-1]) if given.reduction == "none" else rows.sum()
 
 
+@outside_graphs
 def logit_mse_loss(given: MSEObjective, student: Any, teacher: Any, labels: Any) -> Tensor:
     """``kdkernels.logit_mse_loss`` of a shard: of the mean over all columns each rank has its part."""
     facts = _begin(given, student, labels)
@@ -66,6 +67,7 @@ def logit_mse_loss(given: MSEObjective, student: Any, teacher: Any, labels: Any)
     return _shaped(given, student, SumOfShards.apply(rows, shards))
 
 
+@outside_graphs
 def dkd_loss(given: DKDObjective, student: Any, teacher: Any, labels: Any) -> Tensor:
     """``kdkernels.dkd_loss`` of a shard: forward KL of models without the column of a row's label, and of the label."""
     facts = _begin(given, student, labels)
@@ -93,7 +95,7 @@ class _ShardedDKD(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:
-        refuse_second_derivative()
+        refuse_second_derivative(sharded=True)
         student, teacher, counted, excess, *found = ctx.saved_tensors
         over = ctx.inplace and not ctx.shared and not graph_is_kept()
         nothing = (None,) * 4

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Optional, TypeVar
+from typing import Any, Optional, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,24 @@ PATIENCE = 5.0
 _ResultT = TypeVar("_ResultT")
 
 
+_CallableT = TypeVar("_CallableT", bound=Callable[..., Any])
+
+
+def outside_graphs(function: _CallableT) -> _CallableT:
+    """A function at which a graph of ``torch.compile`` breaks: its collectives and its checks over ranks run eagerly.
+
+    ``torch.compiler.disable`` imports the compiler, for seconds, so that it is asked only where there is a graph.
+    """
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return cast(_CallableT, called)
+
+
 @dataclasses.dataclass(frozen=True)
 class Shards:
     """The columns of a vocabulary, in the order of the ranks."""
@@ -29,6 +48,8 @@ class Shards:
     rank: int
     # Columns of each rank that are no padding.
     widths: tuple[int, ...]
+    # Run while numbers travel.
+    meanwhile: Callable[[], None] = dataclasses.field(default=lambda: None, compare=False)
 
     @property
     def first(self) -> int:
@@ -68,9 +89,21 @@ class Shards:
     def _reduced(self, values: Sequence[Tensor], op: Any) -> list[Tensor]:
         packed = torch.cat([value.detach().reshape(-1) for value in values])
         if packed.numel():
-            _together(self.group, lambda: dist.all_reduce(packed, op, group=self.group))
+            wait = self.started(packed, op)
+            self.meanwhile()
+            wait()
         parts = packed.split([value.numel() for value in values])
         return [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
+
+    def started(self, packed: Tensor, op: Any = dist.ReduceOp.SUM) -> Callable[[], None]:
+        """Begin to reduce a tensor in place; the function that is returned ends it."""
+        work: Any = _together(self.group, lambda: dist.all_reduce(packed, op, group=self.group, async_op=True))
+        return lambda: _together(self.group, work.wait)
+
+    def agree(self, name: str, number: int, device: torch.device) -> None:
+        """Hold a number that all ranks have made of their arguments to be the same."""
+        parts = self.gathered(torch.tensor([number], device=device))
+        _same_on_all(self.group, [name], [part.tolist() for part in parts])
 
     def gathered(self, value: Tensor) -> list[Tensor]:
         """The tensors of all ranks, which have one shape."""
@@ -100,10 +133,6 @@ def shards_of(
         facts: numbers and texts that all ranks have in common, by name.
     """
     checks.group_of_ranks(group)
-    if torch.compiler.is_compiling():
-        raise RuntimeError(
-            "losses of a sharded vocabulary do not run inside a graph: wrap the call in torch.compiler.disable"
-        )
     width = logits.shape[-1]
     known = {name: fact if isinstance(fact, int) else zlib.crc32(str(fact).encode()) for name, fact in facts.items()}
     key = (group.group_name, width, vocab_size, *known.values())
@@ -185,10 +214,10 @@ def _told(group: Any, device: torch.device, numbers: Sequence[int]) -> list[list
     return [row.tolist() for row in table]
 
 
-def _together(group: Any, collective: Callable[[], Any]) -> None:
+def _together(group: Any, collective: Callable[[], Any]) -> Any:
     """Run a collective; where it fails, say who does not answer."""
     try:
-        collective()
+        return collective()
     except Exception as error:
         raise RuntimeError(
             f"rank {dist.get_rank()} lost the other ranks of its process_group "

@@ -56,7 +56,7 @@ class ShardedTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *given: Any) -> tuple[Any, ...]:
-        refuse_second_derivative()
+        refuse_second_derivative(sharded=True)
         dlogprobs, dentropy, dlse, dtail, _ = given
         nothing = (None,) * 5
         if all(item is None for item in (dlogprobs, dentropy, dlse, dtail)):

@@ -20,13 +20,14 @@ from kdkernels.parallel.calls import facts_of
 from kdkernels.parallel.dense import counted_rows, terms_of_rows
 from kdkernels.parallel.models import temperatures
 from kdkernels.parallel.reduce import OfAllShards, SumOfShards
-from kdkernels.parallel.shards import Shards, shards_of
+from kdkernels.parallel.shards import Shards, outside_graphs, shards_of
 from kdkernels.parallel.tokens import call_of, picked_logits, rows_of, sharded_values
 from kdkernels.reference import divergences
 from kdkernels.reference.dense import apply_softcap, column, is_there
 from kdkernels.stats import TopKStats
 
 
+@outside_graphs
 def topk_kd_loss(given: TopKObjective, student: Any, ids: Any, logprobs: Any, labels: Any, tail_logprob: Any) -> Any:
     """``kdkernels.topk_kd_loss`` of a shard."""
     checks.shard("student", student)
@@ -36,7 +37,7 @@ def topk_kd_loss(given: TopKObjective, student: Any, ids: Any, logprobs: Any, la
 
     def check(total: int) -> Launch:
         launch = topk_launch(given, student, (ids, logprobs), labels, tail_logprob, total)
-        checks.reverse_mode_only("cpu", student, ids, logprobs, labels, tail_logprob, *given.tensors)
+        checks.reverse_mode_only(None, student, ids, logprobs, labels, tail_logprob, *given.tensors)
         return launch
 
     shards, launch = shards_of(given.process_group, student, given.vocab_size, facts, check)
