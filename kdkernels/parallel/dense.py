@@ -349,16 +349,25 @@ def _of_sums(
     numbers = numbers_of(models, counted, found)
     sums = models.sums(numbers, "tvd" if acceptance else name, stats=with_distances)
     agreement = found.divergence
+    # A row without a distribution, whose NaN a summand may have lost.
+    spoilt = found.student_log_z.isnan() | found.teacher_log_z.isnan()
+    for k, (_, log_z) in enumerate(models.norms):
+        weights = models.launch.rows.mixture_weights
+        assert weights is not None
+        spoilt = spoilt | (log_z.isnan() & (weights[:, k] != 0))
     if stats:
         # Not a reduction: of equal logits the first rank's is the first.
         every = torch.stack(shards.gathered(torch.cat([sums, models.most_likely()], 1)))
         sums = every[..., : len(ops.SHARD_SUMS)].sum(0)
         s, t = (every[..., k].argmax(0) for k in (-3, -2))
         same = every[..., -1].gather(0, s.unsqueeze(0)).squeeze(0)
-        agreement = torch.where(s == t, same, 0.0) + 0 * (found.student_log_z + found.teacher_log_z)
+        agreement = torch.where((s == t) & ~spoilt, same, 0.0)
     else:
         (sums,) = shards.sum(sums)
     of = dict(zip(ops.SHARD_SUMS, sums.unbind(-1), strict=False))
+    of |= {
+        key: torch.where(spoilt & counted, torch.nan, of[key]) for key in ("value", "score", "acceptance") if key in of
+    }
     value, score = of["value"], of["score"]
     if models.launch.rows.teacher_lse_rows is not None and (acceptance or name == "tvd"):
         # The outcomes that are not here.
