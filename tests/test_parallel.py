@@ -421,6 +421,7 @@ def check_mixtures_and_forms_of_teachers():
             for divergence in ("forward_kl", "jsd"):
                 for backend in BACKENDS[: 1 + (k % 2 == 0)]:
                     of_all = {**options, "divergence": divergence}
+                    student = student.to((torch.float32, torch.bfloat16)[divergence == "jsd"])
                     held(kd.kd_loss, student, every if count else every[0], labels, of_ranks, backend, of_all)
 
 
@@ -569,9 +570,9 @@ def check_other_losses():
             (kd.logit_mse_loss, weight),
         ]
         for loss, options in calls:
-            for backend in BACKENDS:
+            for backend, dtype in (*((name, torch.float32) for name in BACKENDS), (BACKENDS[0], torch.bfloat16)):
                 for t in (teacher, sure) if loss is kd.dkd_loss else (teacher,):
-                    held(loss, student, t, labels, of_ranks, backend, options)
+                    held(loss, student.to(dtype), t, labels, of_ranks, backend, options)
         columns = columns_of_rank(of_ranks)
         s, t = student[:, columns], teacher[:, columns]
         for name in ("nla", "hybrid"):
@@ -579,11 +580,18 @@ def check_other_losses():
             _, stats = kd.lk_loss(s, t, labels, kind=name, return_stats=True, process_group=group())
             for one, other in zip(stats, truth, strict=True):
                 close(one, other, (of_ranks, name))
-        for loss, options in ((kd.taid_loss, {"interpolation": 0.4}), (kd.dkd_loss, {})):
+        bias = torch.linspace(-1, 1, VOCABULARY)[columns]
+        over = [
+            (kd.taid_loss, t, {"interpolation": 0.4}),
+            (kd.dkd_loss, t, {}),
+            (kd.kd_loss, [t, t + 1], {"mixture": "probs", "divergence": "jsd"}),
+            (kd.kd_loss, t, {"student_bias": bias, "ce_weight": 0.5}),
+        ]
+        for loss, of_teacher, options in over:
             found = []
             for inplace in (False, True):
                 leaf = s.bfloat16().requires_grad_()
-                loss(leaf * 1, t, labels, inplace=inplace, process_group=group(), **options).backward()
+                loss(leaf * 1, of_teacher, labels, inplace=inplace, process_group=group(), **options).backward()
                 found.append(leaf.grad)
             assert torch.equal(*found), loss
 
