@@ -256,7 +256,7 @@ def counted_rows(launch: Launch, student: Tensor) -> Tensor:
 
 
 def _summed(models: Models, counted: Tensor, *, with_teacher: bool) -> tuple[Rows, Optional[Tensor]]:
-    """What all ranks together know of their rows, and the statistics that were asked for."""
+    """The numbers of rows over all ranks, and the statistics that were asked for."""
     launch, shards = models.launch, models.shards
     options, rows = launch.options, launch.rows
     temperature, teacher_temperature = temperatures(launch)

@@ -109,7 +109,7 @@ class Models:
         return found if self.of_probs else apply_softcap(found, self.launch.options["teacher_softcap"])
 
     def _sum_of_logits(self, block: Block, weights: list[Tensor]) -> Tensor:
-        # What one teacher rules out stays ruled out, whatever the sign of its weight; of weight 0 it counts nothing.
+        # An outcome that one teacher rules out stays so, whatever the sign of its weight; of weight 0 it counts nothing.
         total: Optional[Tensor] = None
         for teacher, weight in zip(block.teachers, weights, strict=True):
             logits = self._capped(teacher)
@@ -141,7 +141,7 @@ class Models:
         return logits.masked_fill(here, -torch.inf)
 
     def student_part(self, counted: Tensor, temperature: PerRow, *, mean: bool = False) -> Part:
-        """What this rank's columns tell of the student's softmax."""
+        """The part of this rank's columns in the student's softmax."""
         cap = self.launch.options.get("student_softcap", 0.0)
         return self._part(self._student_of, self.makes_student, counted, temperature, cap, mean=mean)
 

@@ -120,7 +120,7 @@ def _factor(launch: Launch) -> float:
 
 
 def _of_rows(models: Models, counted: Tensor) -> tuple[Rows, Tensor, Tensor]:
-    """What all ranks know of the classes beside the label, q - p of the label, and the losses."""
+    """The numbers of the classes beside the label over all ranks, q - p of the label, and the losses."""
     launch, shards, options = models.launch, models.shards, models.launch.options
     labels = launch.rows.labels
     assert labels is not None
@@ -172,7 +172,7 @@ def _differentiate(
     at_label = torch.where(of_two != 0, of_two * excess, zero)
     factors = {
         "of_score": of_others,
-        # What the label gains all others lose.
+        # All others lose as much as the label gains.
         "of_q": torch.where(of_others != 0, of_others * found.score, zero) + at_label,
         "at_label": at_label,
     }
