@@ -311,7 +311,8 @@ def _summed(models: Models, counted: Tensor, *, with_teacher: bool) -> tuple[Row
         of_teacher = tops["teacher"], log["teacher"]
         if rows.teacher_lse_rows is not None:
             of_teacher = tops["teacher"], rows.teacher_lse_rows - tops["teacher"] / teacher_temperature
-            mass = (log["teacher"] - of_teacher[1]).exp()
+            # A teacher has no mass here where all of a row is -inf.
+            mass = torch.where(sums["teacher"] == 0, 0.0, (log["teacher"] - of_teacher[1]).exp())
     found = Rows(
         *of_student,
         *of_teacher,
@@ -465,6 +466,7 @@ def of_linear(
     c_pp, c_pq, c_qp, c_qq = coefficients
     log_teacher, log_z = found.teacher_log_z, found.student_log_z
     of_p = mass * (sums["of_p"] / sums["teacher"] - c_pp * log_teacher - c_pq * log_z)
+    of_p = torch.where((mass == 0) & ~log_z.isnan(), 0.0, of_p)
     of_q = sums["of_q"] / sums["student"] - c_qp * log_teacher - c_qq * log_z
     return found._replace(divergence=of_p + of_q, score=c_pq * mass + c_qq + of_q)
 

@@ -109,7 +109,7 @@ class Models:
         return found if self.of_probs else apply_softcap(found, self.launch.options["teacher_softcap"])
 
     def _sum_of_logits(self, block: Block, weights: list[Tensor]) -> Tensor:
-        # An outcome that one teacher rules out stays so, whatever the sign of its weight; of weight 0 it counts nothing.
+        # An outcome that one teacher rules out stays so, whatever the sign of its weight; weight 0 counts nothing.
         total: Optional[Tensor] = None
         for teacher, weight in zip(block.teachers, weights, strict=True):
             logits = self._capped(teacher)
