@@ -515,7 +515,7 @@ class LinearTokenOptions(_OnHidden, TokenOptions):
     """The options of ``linear_token_logprobs``."""
 
     function = "linear_token_logprobs"
-    without = ("inplace_backward", "process_group")
+    without = ("inplace_backward",)
 
 
 @_options

@@ -155,5 +155,5 @@ class TokenOptions(_Tokens, total=False):
     process_group: Optional[torch.distributed.ProcessGroup]
 
 
-class LinearTokenOptions(_OnHidden, _Tokens, total=False):
+class LinearTokenOptions(_OnHidden, _OnShards, _Tokens, total=False):
     """Of ``linear_token_logprobs``."""

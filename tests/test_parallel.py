@@ -544,6 +544,35 @@ def check_linear_losses_of_sparse_teachers():
                 )
 
 
+def check_tokens_of_hidden_states():
+    ids = torch.randint(VOCABULARY, (ROWS, 4), generator=torch.Generator().manual_seed(0))
+    ids[0, 1], ids[4], ids[5, 1] = -1, -1, ids[5, 0]
+
+    def graded(hidden, weight, bias, **more):
+        found = kd.linear_token_logprobs(hidden, weight, ids, bias=bias, entropy=True, temperature=1.5, **more)
+        return torch.cat([found.logprobs, found.entropy.unsqueeze(-1)], 1)
+
+    for seed, of_ranks in enumerate(widths()):
+        columns = columns_of_rank(of_ranks)
+        for dtype in (torch.float32, torch.bfloat16):
+            student, _, _ = heads(seed, dtype)
+            for backend in BACKENDS:
+                same_of_heads(
+                    lambda h, w, b: graded(h, w, b, backend="torch"),
+                    lambda h, w, b, c, k=backend: graded(h, w, b, backend=k, process_group=group(), **SMALL_CHUNKS),
+                    student,
+                    of_ranks,
+                    (of_ranks, dtype, backend),
+                )
+            hidden, weight, bias = student
+            mine = {"teacher_bias": bias[columns], "process_group": group(), **SMALL_CHUNKS}
+            expected = kd.linear_gather_logprobs(hidden, weight, ids, teacher_bias=bias)
+            for got, truth in zip(
+                kd.linear_gather_logprobs(hidden, weight[columns], ids, **mine), expected, strict=True
+            ):
+                torch.testing.assert_close(got, truth, rtol=5e-6, atol=5e-6)
+
+
 def check_heads_that_are_dtensors():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -572,6 +601,11 @@ def check_heads_that_are_dtensors():
         for truth, item in zip(whole, mine, strict=True):
             assert item.grad.placements == item.placements
             torch.testing.assert_close(item.grad.full_tensor(), truth.grad, rtol=1e-4, atol=1e-5)
+    tokens = kd.linear_token_logprobs(mine[0], mine[1], ids, return_stats=True)
+    for got, truth in zip(tokens, kd.linear_token_logprobs(whole[0], whole[1], ids, return_stats=True), strict=True):
+        torch.testing.assert_close(got[0].full_tensor(), truth[0])
+    gathered = kd.linear_gather_logprobs(mine[0], mine[1], ids)
+    torch.testing.assert_close(gathered[1].full_tensor(), kd.linear_gather_logprobs(whole[0], whole[1], ids)[1])
     # A head of FSDP2 is sharded so too, and its ranks have rows of their own.
     refused(
         TypeError,
@@ -668,7 +702,7 @@ def check_heads_that_do_not_fit_are_refused():
     )
     refused(
         ValueError,
-        "student_hidden.requires_grad must be the same",
+        "hidden.requires_grad must be the same",
         lambda: kd.linear_kd_loss(hidden.clone().requires_grad_(rank == 1), mine, states, its, **here),
     )
     leaf = hidden.clone().requires_grad_()

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Optional
+from typing import Any, Optional, TypeVar
 
 import torch
 from torch import Tensor
 
 from kdkernels import backends, checks
+from kdkernels.autograd import TokenCall
 from kdkernels.chunked import (
+    Ahead,
     Call,
+    HiddenGrad,
     Products,
-    Rows,
     Sums,
+    agreed_chunks,
     chunk_rows,
-    even_chunks,
     fp16_range_of,
     kept_rows,
     of_rows,
@@ -33,12 +35,16 @@ from kdkernels.chunked import (
 from kdkernels.heads import Head, HeadGrad, Scratch, sum_dtype
 from kdkernels.launch import Launch, dense_launch, flat, topk_launch
 from kdkernels.linear import as_student, result_of
+from kdkernels.linear_tokens import LinearTokenCall
+from kdkernels.objective import LinearTokenOptions
 from kdkernels.parallel import topk
 from kdkernels.parallel.calls import facts_of
 from kdkernels.parallel.dense import ShardedLoss
 from kdkernels.parallel.shards import Shards, outside_graphs, shards_of
 from kdkernels.stats import KDStats, TopKStats
+from kdkernels.tokens import token_call
 
+_CheckedT = TypeVar("_CheckedT")
 Given = tuple[Any, Any, Any]  # hidden states, weight, bias
 
 
@@ -102,6 +108,24 @@ def linear_topk_kd_loss(objective: Any, student: Given, ids: Any, logprobs: Any,
     return result_of(objective, call, student[0], head, bias, [ids, logprobs, labels, tail_logprob], TopKStats)
 
 
+@outside_graphs
+def prepared_tokens(
+    given: LinearTokenOptions, hidden: Any, weight: Any, ids: Any, bias: Any, side: str
+) -> tuple[LinearTokenCall, Tensor, Optional[Tensor], Tensor, Tensor]:
+    """As ``linear_tokens`` prepares a call, of a head of which this rank has some rows."""
+    head, offset, product_dtype, logits = as_student(given, hidden, weight, bias, side, least=0)
+
+    def check(total: int) -> tuple[Tensor, TokenCall]:
+        tokens = checks.token_ids(ids, logits, total, given.ignore_index)
+        checks.reverse_mode_only(None, hidden, head, offset, ids, *given.tensors)
+        return tokens, token_call(given, logits, tokens, total)
+
+    facts = {"ids": getattr(ids, "shape", None)}
+    shards, (tokens, call) = _agreed(given, hidden, logits, facts, check)
+    found = LinearTokenCall(call, given.chunk_bytes, product_dtype, given.logits_dtype, shards)
+    return found, head, offset, tokens, logits
+
+
 def _refuse(function: str, missing: Mapping[str, bool]) -> None:
     for what, is_wanted in missing.items():
         if is_wanted:
@@ -116,70 +140,16 @@ def _teacher_tensors(teacher: Given) -> Given:
 
 
 def _agreed(
-    objective: Any, hidden: Tensor, logits: Tensor, facts: Mapping[str, Any], check: Callable[[int], Launch]
-) -> tuple[Shards, Launch]:
+    objective: Any, hidden: Tensor, logits: Tensor, facts: Mapping[str, Any], check: Callable[[int], _CheckedT]
+) -> tuple[Shards, _CheckedT]:
     """The shards of a call, whose ranks must agree on the gradient of the hidden states."""
     checks.shard("student", logits)
     of_hidden = {
-        "student_hidden.shape[-1]": hidden.shape[-1],
-        "student_hidden.requires_grad": hidden.requires_grad and torch.is_grad_enabled(),
+        "hidden.shape[-1]": hidden.shape[-1],
+        "hidden.requires_grad": hidden.requires_grad and torch.is_grad_enabled(),
     }
     facts = facts_of(objective, logits, **of_hidden, **facts)
     return shards_of(objective.process_group, logits, objective.vocab_size, facts, check)
-
-
-def _chunks(call: Call, num_rows: int, size: int, like: Tensor) -> list[tuple[Rows, int]]:
-    kept = kept_rows(call.launch)
-    if call.shards is not None and checks.reads_values(like):
-        # Or a reduction would wait for another of a different size.
-        call.shards.agree("rows that count", num_rows if kept is None else len(kept), like.device)
-    return list(even_chunks(kept, num_rows, size))
-
-
-class _HiddenGrad:
-    """The gradient of hidden states ``[N, D]``: the sum over all ranks, of a chunk at a time."""
-
-    def __init__(self, hidden: Tensor, shards: Shards) -> None:
-        self.whole, self._shards = zeros_for_gradient(hidden), shards
-        self._last: Callable[[], None] = lambda: None
-
-    def add(self, rows: Rows, part: Tensor) -> None:
-        """Begin with the sum of a chunk's, and end with that of the chunk before."""
-        total = part.to(sum_dtype(part.dtype), copy=True)
-        wait, self._last = self._last, self._ending(rows, total)
-        wait()
-
-    def finish(self) -> Tensor:
-        self._last()
-        return self.whole
-
-    def _ending(self, rows: Rows, total: Tensor) -> Callable[[], None]:
-        wait = self._shards.started(total) if total.numel() else lambda: None
-
-        def end() -> None:
-            wait()
-            self.whole[rows] = total.to(self.whole.dtype)
-
-        return end
-
-
-class _Ahead:
-    """The logits of chunks, each made once: when it is asked for, or before."""
-
-    def __init__(self, make: Callable[[int], Any], count: int) -> None:
-        self._make, self._left = make, iter(range(count))
-        self._found: dict[int, Any] = {}
-
-    def prepare(self) -> None:
-        """Make the next ones, unless some are waiting."""
-        if not self._found:
-            for k in self._left:
-                self._found[k] = self._make(k)
-                return
-
-    def take(self, k: int) -> Any:
-        self.prepare()
-        return self._found.pop(k)
 
 
 def logits_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], needs: Sequence[bool]) -> Sums:
@@ -192,7 +162,7 @@ def logits_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tenso
     # A product of 16-bit matrices may read what lies between rows.
     inputs = hidden.to(dtype).contiguous()
     loss, stats = outputs(hidden, launch)
-    dhidden = _HiddenGrad(hidden, shards) if needs[0] else None
+    dhidden = HiddenGrad(zeros_for_gradient(hidden), shards) if needs[0] else None
     dweight = HeadGrad(weight, head.blocks) if needs[1] else None
     dbias = HeadGrad(bias, head.blocks) if needs[2] and bias is not None else None
     fp16_range, launch = fp16_range_of(launch, loss, head) if dtype == torch.float16 and any(needs) else (None, launch)
@@ -203,7 +173,7 @@ def logits_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tenso
     row_bytes = (3 if sparse else 2) * head.row_bytes(widest) + 2 * row_bytes
     products = Products.of(widest, hidden, dtype, [states for _, states in teachers], needs)
     size = chunk_rows(call.chunk_bytes, hidden.device, row_bytes, products)
-    chunks = _chunks(call, len(hidden), size, hidden)
+    chunks = agreed_chunks(shards, kept_rows(call.launch), len(hidden), size, hidden)
 
     def project(k: int) -> list[Tensor]:
         rows, count = chunks[k]
@@ -214,7 +184,7 @@ def logits_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tenso
                 each.project(states[rows], found[-1])
         return found
 
-    ahead = _Ahead(project, len(chunks))
+    ahead = Ahead(project, len(chunks))
     busy = dataclasses.replace(shards, meanwhile=ahead.prepare)
     for k, (rows, _) in enumerate(chunks):
         logits, *targets = ahead.take(k)
@@ -257,13 +227,14 @@ def columns_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tens
     sums, width = sum_dtype(dtype), hidden.shape[1]
     ids, launch = positions(call.launch, shards.total)
     loss, stats = outputs(hidden, launch)
-    dhidden = _HiddenGrad(hidden, shards) if needs[0] else None
+    dhidden = HiddenGrad(zeros_for_gradient(hidden), shards) if needs[0] else None
     whole = [slice(0, len(weight))] if len(weight) else []
     dweight = HeadGrad(weight, whole) if needs[1] else None
     dbias = HeadGrad(bias, whole) if needs[2] and bias is not None else None
 
     row_bytes = ids.shape[1] * width * (sums.itemsize + (weight.dtype.itemsize if weight.dtype != sums else 0))
-    for rows, count in _chunks(call, len(hidden), chunk_rows(call.chunk_bytes, hidden.device, row_bytes), hidden):
+    size = chunk_rows(call.chunk_bytes, hidden.device, row_bytes)
+    for rows, count in agreed_chunks(shards, kept_rows(launch), len(hidden), size, hidden):
         h, here = hidden[rows].to(dtype).to(sums), shards.here(ids[rows])
         flat_ids = torch.where(here, ids[rows] - shards.first, 0).reshape(-1)
         head = scratch.empty("head", (count, ids.shape[1], width), sums).zero_()
