@@ -705,6 +705,11 @@ def check_heads_that_do_not_fit_are_refused():
         "hidden.requires_grad must be the same",
         lambda: kd.linear_kd_loss(hidden.clone().requires_grad_(rank == 1), mine, states, its, **here),
     )
+    refused(
+        ValueError,
+        "weight.requires_grad must be the same",
+        lambda: kd.linear_kd_loss(hidden, mine.clone().requires_grad_(rank == 1), states, its, **here),
+    )
     leaf = hidden.clone().requires_grad_()
     for backend in BACKENDS:
         for reduction in ("sum", "none"):

@@ -75,7 +75,7 @@ def linear_kd_loss(objective: Any, student: Given, teacher: Given, labels: Any, 
         return dense_launch(objective, logits, labels, total, backend, None, objective.mixture)
 
     facts = {"labels": labels is not None, "teacher": not alone}
-    shards, launch = _agreed(objective, student[0], logits, facts, check)
+    shards, launch = _agreed(objective, (student[0], head, bias), logits, facts, check)
     call = Call(launch, objective.chunk_bytes, product_dtype, objective.logits_dtype, shards=shards)
     if not alone:
         if len(matrix) != len(head):
@@ -103,7 +103,7 @@ def linear_topk_kd_loss(objective: Any, student: Given, ids: Any, logprobs: Any,
         return launch
 
     facts = {"ids": getattr(ids, "shape", None), "labels": labels is not None}
-    shards, launch = _agreed(objective, student[0], logits, facts, check)
+    shards, launch = _agreed(objective, (student[0], head, bias), logits, facts, check)
     call = Call(launch, objective.chunk_bytes, product_dtype, objective.logits_dtype, shards=shards)
     return result_of(objective, call, student[0], head, bias, [ids, logprobs, labels, tail_logprob], TopKStats)
 
@@ -121,7 +121,7 @@ def prepared_tokens(
         return tokens, token_call(given, logits, tokens, total)
 
     facts = {"ids": getattr(ids, "shape", None)}
-    shards, (tokens, call) = _agreed(given, hidden, logits, facts, check)
+    shards, (tokens, call) = _agreed(given, (hidden, head, offset), logits, facts, check)
     found = LinearTokenCall(call, given.chunk_bytes, product_dtype, given.logits_dtype, shards)
     return found, head, offset, tokens, logits
 
@@ -140,15 +140,18 @@ def _teacher_tensors(teacher: Given) -> Given:
 
 
 def _agreed(
-    objective: Any, hidden: Tensor, logits: Tensor, facts: Mapping[str, Any], check: Callable[[int], _CheckedT]
+    objective: Any, student: Given, logits: Tensor, facts: Mapping[str, Any], check: Callable[[int], _CheckedT]
 ) -> tuple[Shards, _CheckedT]:
-    """The shards of a call, whose ranks must agree on the gradient of the hidden states."""
+    """The shards of a call of plain tensors, whose ranks must agree on what gets a gradient: its sums travel."""
     checks.shard("student", logits)
-    of_hidden = {
+    hidden, *head = student
+    learns = [item is not None and item.requires_grad and torch.is_grad_enabled() for item in (hidden, *head)]
+    of_tensors = {
         "hidden.shape[-1]": hidden.shape[-1],
-        "hidden.requires_grad": hidden.requires_grad and torch.is_grad_enabled(),
+        "hidden.requires_grad": learns[0],
+        "weight.requires_grad": any(learns[1:]),
     }
-    facts = facts_of(objective, logits, **of_hidden, **facts)
+    facts = facts_of(objective, logits, **of_tensors, **facts)
     return shards_of(objective.process_group, logits, objective.vocab_size, facts, check)
 
 
