@@ -19,7 +19,7 @@ from kdkernels import checks
 # Arguments that have a dimension after those of the rows; all others have one number a row, or for all.
 WIDE = ("teacher", "teacher_ids", "teacher_logprobs", "teacher_weights")
 # Losses that take a process group of ranks that have some of the columns each.
-OF_SHARDS = ("kd_loss", "topk_kd_loss")
+OF_SHARDS = ("kd_loss", "topk_kd_loss", "lk_loss", "taid_loss", "dkd_loss", "logit_mse_loss")
 PLAIN = (Tensor, torch.nn.Parameter, type(None), str, float, int, bool)
 
 
@@ -95,12 +95,14 @@ def _of_shards(loss: Callable[..., Any], student: Any, arguments: Mapping[str, A
     local = {name: shards.argument(name, value) for name, value in arguments.items()}
     local["process_group"] = shards.group
     result = loss(shards.without(student), **local)
-    value = result[0] if isinstance(result, tuple) else result
+    value, stats = result if isinstance(result, tuple) else (result, None)
     rows = student.shape[:-1]
     if arguments.get("reduction") != "none":
         everywhere = [Replicate()] * student.device_mesh.ndim
-        return DTensor.from_local(_whole_of(value), student.device_mesh, everywhere)
-    return shards.of_rows(value, rows)
+        value = DTensor.from_local(_whole_of(value), student.device_mesh, everywhere)
+    else:
+        value = shards.of_rows(value, rows)
+    return value if stats is None else (value, type(stats)(*(shards.of_rows(item, rows) for item in stats)))
 
 
 def of_tokens(function: Callable[..., Any], logits: Any, ids: Any, options: Mapping[str, Any]) -> Any:

@@ -416,7 +416,7 @@ def _forward_loop(
             from kdkernels.parallel.tokens import values_of
 
             busy = dataclasses.replace(call.shards, meanwhile=ahead.prepare)
-            *results, norm_rows = values_of(part, logits, logits, some_ids, busy)
+            *results, norm_rows = values_of(part, logits, some_ids, busy)
         elif backend == "torch":
             found = reference.token_rows(logits, some_ids, **part.reference_options())
             results = found

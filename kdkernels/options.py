@@ -100,21 +100,21 @@ class LinearTopKOptions(_OnHidden, _OnShards, _Sparse, total=False):
     sparse_grad: bool
 
 
-class TAIDOptions(_OnLogits, _Logits, _Terms, total=False):
+class TAIDOptions(_OnLogits, _OnShards, _Logits, _Terms, total=False):
     """Of ``taid_loss``, beside the interpolation."""
 
 
-class LKOptions(_OnLogits, _Acceptance, total=False):
+class LKOptions(_OnLogits, _OnShards, _Acceptance, total=False):
     """Of ``lk_loss``."""
 
 
-class LinearLKOptions(_OnHidden, _Acceptance, total=False):
+class LinearLKOptions(_OnHidden, _OnShards, _Acceptance, total=False):
     """Of ``linear_lk_loss``."""
 
     return_stats: bool
 
 
-class DKDOptions(_OnLogits, RowOptions, total=False):
+class DKDOptions(_OnLogits, _OnShards, RowOptions, total=False):
     """Of ``dkd_loss``."""
 
     alpha: float
@@ -124,7 +124,7 @@ class DKDOptions(_OnLogits, RowOptions, total=False):
     scale_by_t_squared: bool
 
 
-class MSEOptions(_OnLogits, RowOptions, total=False):
+class MSEOptions(_OnLogits, _OnShards, RowOptions, total=False):
     """Of ``logit_mse_loss``."""
 
     centered: bool

@@ -133,12 +133,37 @@ def test_the_examples_of_a_training_loop_run():
 
 @pytest.mark.parametrize("page", ["README", "guide/five-minutes", "guide/vocabularies", "guide/memory", "guide/faq"])
 def test_the_examples_of_a_page_run(page):
-    blocks, names = examples(DOCS / f"{page}.md"), {}
+    blocks, names, known = examples(DOCS / f"{page}.md"), {}, set(divergences.names())
     for code in blocks:
         exec(code, names)
+    for name in set(divergences.names()) - known:
+        kdkernels.unregister_divergence(name)
     assert blocks
     if page == "guide/five-minutes":
         assert names["distilled"] > names["alone"] + 0.05
+
+
+def test_every_page_with_examples_has_a_test_that_runs_them():
+    pages = {path for path in PAGES if DOCS in path.parents or path.parent == ROOT}
+    with_examples = {path for path in pages if examples(path)}
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(with_examples) > 15
+    for path in with_examples:
+        # tests/test_recipes.py takes every page of recipes.
+        known = (
+            path.parent.name == "recipes" or f'"{path.name}"' in tests or f'"{path.parent.name}/{path.stem}"' in tests
+        )
+        assert known, path
+
+
+def test_the_example_of_the_first_page_is_the_loss_that_it_says():
+    (code,) = examples(ROOT / "README.md")
+    names: dict = {}
+    # Fewer rows than there, and the comment that says what the call stands for.
+    (said,) = re.findall(r"^# (F\.kl_div\(.*)$", code, flags=re.M)
+    exec(code.replace("512", "4"), names)
+    torch.testing.assert_close(names["loss"], eval(said, names))
+    assert names["s"].grad.any()
 
 
 def test_the_examples_of_several_devices_run():
@@ -226,10 +251,19 @@ def test_the_table_of_divergences_is_the_code_s():
 def test_the_example_of_the_cache_runs(tmp_path, monkeypatch):
     pytest.importorskip("safetensors", reason="the cache writes safetensors")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    code, expectations = examples(DOCS / "guide" / "cache.md")
+    code, expectations, sampler, stream, state, loader = examples(DOCS / "guide" / "cache.md")
     names: dict = {}
     exec(code, names)
     assert len(names["cache"]) == 8 and names["batch"]["ids"].shape == (4, 100, 64)
+    readers = dict(names)
+    for part in (sampler, stream):
+        exec(part, readers)
+        assert sum(len(batch["ids"]) for batch in readers["loader"]) == 4
+    exec(state, readers)
+    assert [len(item["ids"]) for item in readers["sequences"]] == [100] * 3
+    if importlib.util.find_spec("torchdata"):
+        exec(loader, readers)
+        assert sum(len(batch["ids"]) for batch in readers["loader"]) == 2
     exec(expectations, names)
     assert len(names["cache"]) == 8 and names["batch"]["expectation"].shape == (4, 100, 64)
     names["loss"].backward()

@@ -85,12 +85,15 @@ def head_tensors(side: str, weight: Any, bias: Any) -> tuple[Any, Any]:
     if is_dtensor(found):
         # ``head`` refuses it, and says what to pass.
         return found, bias
-    _no_adapters(name, weight)
-    no_hooks(name, weight)
     quantised = (
         f"{name} must be a module with a weight of floating point, got {kind}, {{}}: pass the dequantised weight, such "
         "as weight.dequantize(), and the bias apart"
     )
+    if callable(found) and not isinstance(found, Tensor):
+        # As torch.ao's have it, beside a module of packed parameters.
+        raise TypeError(quantised.format("whose weight is a method"))
+    _no_adapters(name, weight)
+    no_hooks(name, weight)
     if not isinstance(found, Tensor):
         raise TypeError(quantised.format(f"whose weight is {type(found).__name__}"))
     if not found.is_floating_point():

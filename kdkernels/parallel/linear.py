@@ -33,8 +33,8 @@ from kdkernels.chunked import (
     zeros_for_gradient,
 )
 from kdkernels.heads import Head, HeadGrad, Scratch, sum_dtype
-from kdkernels.launch import Launch, dense_launch, flat, topk_launch
-from kdkernels.linear import as_student, result_of
+from kdkernels.launch import Launch, dense_launch, flat, topk_launch, without_teacher
+from kdkernels.linear import as_student, result_of, teachers_of
 from kdkernels.linear_tokens import LinearTokenCall
 from kdkernels.objective import LinearTokenOptions
 from kdkernels.parallel import topk
@@ -53,41 +53,47 @@ def linear_kd_loss(objective: Any, student: Given, teacher: Given, labels: Any, 
     """``kdkernels.linear_kd_loss`` of heads of which this rank has some rows; ``others`` stand for a teacher."""
     head, bias, product_dtype, logits = as_student(objective, *student, least=0)
     alone = all(item is None for item in (*teacher, *others.values()))
+    single = objective.teacher_weights is None and not isinstance(teacher[0], (list, tuple))
     missing = {
-        "a mixture of teachers": objective.teacher_weights is not None or isinstance(teacher[0], (list, tuple)),
         f"teacher_form={objective.teacher_form!r}": objective.teacher_form != "logits",
-        "teacher_lse": objective.teacher_lse is not None,
         "standardize": objective.standardize,
-        "return_stats": objective.return_stats,
         **{name: value is not None for name, value in others.items()},
     }
-    states, matrix, offset = _teacher_tensors(teacher)
 
-    def check(total: int) -> Launch:
-        _refuse("linear_kd_loss", missing)
+    def check(total: int) -> tuple[Launch, list[Given]]:
+        _refuse(objective.function, missing)
+        teachers: list[Given] = []
         if alone:
             checks.without_teacher(objective)
         else:
-            checks.head("teacher_", states, matrix, offset, product_dtype is not None, least=0)
-            checks.teacher_shard_head(states, matrix, logits, total, objective.vocab_size)
+            teachers = teachers_of(*teacher)
+            for each in teachers:
+                checks.head("teacher_", *each, product_dtype is not None, least=0)
+                checks.teacher_shard_head(*each[:2], logits, total, objective.vocab_size)
+        weights = checks.mixture_weights(objective, len(teachers), logits, single=single)
         backend = backends.choose(objective.backend, logits, divergence=objective.resolved.name, pattern="shard_fwd")
-        checks.reverse_mode_only(None, *student, states, matrix, offset, labels, *objective.tensors)
-        return dense_launch(objective, logits, labels, total, backend, None, objective.mixture)
+        tensors = [item for each in teachers for item in each]
+        checks.reverse_mode_only(None, *student, *tensors, labels, *objective.tensors)
+        mixture = checks.mixture_of(objective)
+        return dense_launch(objective, logits, labels, total, backend, weights, mixture), teachers
 
-    facts = {"labels": labels is not None, "teacher": not alone}
-    shards, launch = _agreed(objective, (student[0], head, bias), logits, facts, check)
-    call = Call(launch, objective.chunk_bytes, product_dtype, objective.logits_dtype, shards=shards)
-    if not alone:
-        if len(matrix) != len(head):
-            # All of it is here.
-            own = slice(shards.first, shards.first + shards.columns)
-            matrix, offset = matrix[own], None if offset is None else offset[own]
-        call = call._replace(
-            teacher_hidden=(flat(states.detach()),),
-            teacher_weight=(matrix.detach(),),
-            teacher_bias=(None if offset is None else offset.detach(),),
-        )
-    return result_of(objective, call, student[0], head, bias, [states, matrix, offset, labels], KDStats)
+    count = len(teacher[0]) if isinstance(teacher[0], (list, tuple)) else int(not alone)
+    facts = {"labels": labels is not None, "teachers": count}
+    shards, (launch, teachers) = _agreed(objective, (student[0], head, bias), logits, facts, check)
+    tensors = [item for each in teachers for item in each]
+    own = [_of_this_rank(each, len(head), shards) for each in teachers]
+    hiddens, heads, biases = zip(*own, strict=True) if own else ((), (), ())
+    options = product_dtype, objective.logits_dtype
+    call = Call(launch, objective.chunk_bytes, *options, hiddens, heads, biases, shards=shards)
+    result = result_of(objective, call, student[0], head, bias, [*tensors, labels], KDStats)
+    return without_teacher(result) if alone else result
+
+
+def _of_this_rank(teacher: Given, rows: int, shards: Shards) -> Given:
+    """Flat hidden states, and this rank's part of a head that may be here whole."""
+    hidden, weight, bias = teacher
+    own = slice(shards.first, shards.first + shards.columns) if len(weight) != rows else slice(None)
+    return flat(hidden.detach()), weight.detach()[own], None if bias is None else bias.detach()[own]
 
 
 @outside_graphs
@@ -96,8 +102,7 @@ def linear_topk_kd_loss(objective: Any, student: Given, ids: Any, logprobs: Any,
     head, bias, product_dtype, logits = as_student(objective, *student, least=0)
 
     def check(total: int) -> Launch:
-        names = ("sparse_grad", "return_stats")
-        _refuse("linear_topk_kd_loss", {name: getattr(objective, name) for name in names})
+        _refuse("linear_topk_kd_loss", {"sparse_grad": objective.sparse_grad})
         launch = topk_launch(objective, logits, (ids, logprobs), labels, tail_logprob, total)
         checks.reverse_mode_only(None, *student, ids, logprobs, labels, tail_logprob, *objective.tensors)
         return launch
@@ -130,13 +135,6 @@ def _refuse(function: str, missing: Mapping[str, bool]) -> None:
     for what, is_wanted in missing.items():
         if is_wanted:
             raise ValueError(f"{what} cannot be combined with process_group in {function}")
-
-
-def _teacher_tensors(teacher: Given) -> Given:
-    hidden, weight, bias = teacher
-    if hidden is None or isinstance(hidden, (list, tuple)):
-        return None, None, None
-    return hidden, *checks.head_tensors("teacher_", weight, bias)
 
 
 def _agreed(
@@ -181,8 +179,8 @@ def logits_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tenso
     def project(k: int) -> list[Tensor]:
         rows, count = chunks[k]
         found = []
-        for name, (each, states) in zip(("student", "teacher"), [(head, inputs), *teachers], strict=False):
-            found.append(scratch.logits(f"{name} logits {k % 2}", count, columns, each.logits_dtype))
+        for number, (each, states) in enumerate([(head, inputs), *teachers]):
+            found.append(scratch.logits(f"logits {number} {k % 2}", count, columns, each.logits_dtype))
             if columns:
                 each.project(states[rows], found[-1])
         return found
@@ -191,7 +189,7 @@ def logits_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tenso
     busy = dataclasses.replace(shards, meanwhile=ahead.prepare)
     for k, (rows, _) in enumerate(chunks):
         logits, *targets = ahead.take(k)
-        loss[rows] = _run_in_place(of_rows(launch, rows), busy, logits, targets, any(needs))
+        loss[rows], stats[rows] = _run_in_place(of_rows(launch, rows), busy, logits, targets, any(needs))
         h, dh = inputs[rows], None
         if any(needs) and columns:
             dh = head.backward(logits, h, wants_dhidden=needs[0], dweight=dweight, dbias=dbias, fp16_range=fp16_range)
@@ -206,20 +204,24 @@ def logits_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tenso
     return Sums(loss, stats, found, dweight, dbias, rest, rest if fp16_range.in_chunk else None)
 
 
-def _run_in_place(launch: Launch, shards: Shards, logits: Tensor, targets: Sequence[Tensor], with_grad: bool) -> Tensor:
-    """Losses of a chunk of this rank's columns; the gradient takes the place of the logits."""
+def _run_in_place(
+    launch: Launch, shards: Shards, logits: Tensor, targets: Sequence[Tensor], with_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """Losses and statistics of a chunk of this rank's columns; the gradient takes the place of the logits."""
+    first: Optional[Tensor] = targets[0] if targets else None
     with torch.set_grad_enabled(with_grad):
         leaf = logits.detach().requires_grad_(with_grad)
         if launch.pattern == "topk_fwd":
-            losses = topk.losses_of_rows(launch, shards, leaf)
+            found = topk.losses_of_rows(launch, shards, leaf)
         else:
-            losses = ShardedLoss.apply(leaf, targets[0] if targets else None, launch, shards, True)
+            found = ShardedLoss.apply(leaf, first, launch, shards, True, tuple(targets[1:]))
+        losses, stats = found if isinstance(found, tuple) else (found, None)
         total = losses.sum()
     if with_grad:
         (gradient,) = torch.autograd.grad(total, leaf)
         if gradient.data_ptr() != logits.data_ptr():
             logits.copy_(gradient)
-    return losses.detach()
+    return losses.detach(), losses.new_empty(len(losses), 0) if stats is None else stats.detach()
 
 
 def columns_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], needs: Sequence[bool]) -> Sums:
