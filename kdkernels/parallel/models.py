@@ -7,7 +7,7 @@ are made of some rows at a time, so that there is never more than a block of the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -168,8 +168,10 @@ class Models:
             of_rows = temperature[block.rows] if isinstance(temperature, Tensor) else temperature
             call = call_of(self.launch.backend, of_rows, cap, stats=mean)
             found.append(part_of(call, logits_of(block), ids[block.rows], self.shards))
-        columns = zip(*found, strict=True)
-        return Part(*(None if items[0] is None else torch.cat(items).to(self.dtype) for items in columns))
+        columns: Any = (
+            None if items[0] is None else torch.cat(items).to(self.dtype) for items in zip(*found, strict=True)
+        )
+        return Part(*columns)
 
     def label_logits(self, labels: Tensor) -> Tensor:
         """The student's logits after the softcap of labels that are columns here, 0 of others; all ``[N]``."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels import backends, checks, memory
+from kdkernels import backends, checks
 from kdkernels.autograd import RowLoss, graph_is_kept, has_saved_tensor_hooks, refuse_second_derivative
 from kdkernels.launch import Launch, flat, row_tensors, run_reference
 from kdkernels.objective import DKDObjective, MSEObjective
@@ -16,6 +16,7 @@ from kdkernels.parallel.dense import LINEAR, Rows, counted_rows, linear_parts, n
 from kdkernels.parallel.models import Models
 from kdkernels.parallel.reduce import SumOfShards
 from kdkernels.parallel.shards import Shards, outside_graphs, shards_of
+from kdkernels.parallel.tokens import empty_gradient
 
 
 def _launch(given: Any, pattern: str, of_op: str, student: Tensor, teacher: Any, labels: Any, total: int) -> Launch:
@@ -100,7 +101,7 @@ class _ShardedDKD(torch.autograd.Function):
         nothing = (None,) * 4
         if ctx.shards.columns == 0 or ctx.shards.total == 1:
             return torch.zeros_like(student), *nothing
-        gradient = student if over else memory.empty_like(student)
+        gradient = student if over else empty_gradient(student)
         models = _without_labels(ctx.launch, ctx.shards, student, teacher)
         _differentiate(models, gradient, counted, Rows(*found), excess, dloss)
         if over:
@@ -181,4 +182,4 @@ def _differentiate(
     models.write_gradient(gradient, labels.contiguous(), numbers, "forward_kl", soft=True)
 
 
-LOSSES = {"dkd_fwd": dkd_loss, "mse_fwd": logit_mse_loss}
+LOSSES: dict[str, Any] = {"dkd_fwd": dkd_loss, "mse_fwd": logit_mse_loss}

@@ -112,7 +112,7 @@ def _gradient(
             rows_of(logits), ids, norm, entropy, dlogprobs, dentropy, **call.gradient_options()
         ).reshape(logits.shape)
         return logits.detach().copy_(found) if over else found
-    gradient = logits.detach() if over else memory.empty_like(logits)
+    gradient = logits.detach() if over else empty_gradient(logits)
     source, destination = as_rows((logits.detach(), gradient))
     dentropy = None if dentropy is None else dentropy.contiguous()
     operands = (source, ids, norm, entropy, dlogprobs, dentropy, destination, rows)
@@ -276,6 +276,14 @@ def call_of(
         "stats": stats,
     }
     return TokenCall(backend, of_rows, options)
+
+
+def empty_gradient(logits: Tensor) -> Tensor:
+    """Memory for a gradient, laid out as logits are that are the view ``[b, s, V]`` of ``[s, b, V]``: the product that
+    they come from has no copy to make of it then."""
+    if logits.dim() == 3 and not logits.is_contiguous() and logits.transpose(0, 1).is_contiguous():
+        return memory.empty_like(logits.transpose(0, 1)).transpose(0, 1)
+    return memory.empty_like(logits)
 
 
 def rows_of(logits: Tensor) -> Tensor:
