@@ -268,6 +268,9 @@ def _loss(query: Tensor, key: Tensor, call: _Call) -> Tensor:
         # No graph holds the autograd within the loop.
         return _whole(query, key, call)
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
+        if key is query and torch.compiler.is_compiling():
+            # Dynamo takes no tensor twice.
+            key = key.view_as(key)
         return _AttentionLoss.apply(query, key, call)
     return _execute(query.detach(), key.detach(), call, [False, False])[0]
 

@@ -126,7 +126,9 @@ def kd_loss(
             temperature 1.
         label_smoothing: in [0, 1], as in ``F.cross_entropy``.
         ignore_index: the label of rows that do not count.
-        row_weight: a number or one value per row that multiplies the row's loss; it does not enter the denominator.
+        row_weight: a number or one value per row that multiplies the row's loss; it does not enter the denominator. A
+            weight of 0 is a factor as any other: NaN and infinity stay, and rows that hold them are masked by
+            ``labels``.
         reduction: "none" (the shape of the rows), "sum", "mean" (over the rows that count; 0 when there is none), or
             "batchmean" (the sum over ``student.shape[0]``, as ``F.kl_div``).
         normalizer: a number or 0-d tensor > 0 that divides the sum in place of the number of rows ("mean") or of 1
@@ -144,6 +146,7 @@ def kd_loss(
         vocab_size: columns from there on are padding: no probability, gradient 0. Student and teacher may then be
             padded to different widths.
         student_softcap, teacher_softcap: cap > 0 of ``cap * tanh(logits / cap)``, applied first (Gemma 2).
+            Probabilities of a teacher have none.
         student_bias, teacher_bias: ``[V]``, one number for each column, added to the logits of every row before the
             softcap (DINO's centre is ``teacher_bias=-center``, logit adjustment ``student_bias=log prior``). The
             student's gets a gradient where it requires one: the sums of the columns of the logits' gradient as it is
@@ -175,8 +178,9 @@ def kd_loss(
             one value per row, of ``t / T_t`` over all columns that the teacher has. Then ``p_v = exp(t_v / T_t -
             teacher_lse)``, whose sum P may be below 1, as where the student has a part of the teacher's vocabulary.
             For "forward_kl" and "soft_ce", summed over the columns given, with the gradient ``(P q - p) / T``, and for
-            "tvd", ``1 - sum min(p, q)`` then: outcomes that are not here have no mass of the student's. Other
-            divergences, mixtures, ``standardize`` and statistics do not go with it.
+            "tvd", ``1 - sum min(p, q)`` then: outcomes that are not here have no mass of the student's. A teacher's row
+            of -inf alone has all of its mass elsewhere: ``p = 0``, and no gradient. Other divergences, mixtures,
+            ``standardize`` and statistics do not go with it.
         row_param: one value per row for the divergence's parameter (JSD's ``beta``, the skew forms' ``alpha``,
             ``MixedKL``'s ``reverse``), strictly between 0 and 1, but that ``reverse`` may be 0 and 1; overrides the
             instance's.
@@ -453,8 +457,10 @@ def lk_loss(
         eta: of "hybrid", >= 0: 0 is forward KL; a drafter that is accepted often goes over to TVD.
         eps: of "nla", in (0, 1]: the least rate that the logarithm sees. The gradient does not end there: it is
             that of ``-A / eps``.
-        options: the other keyword arguments of ``kd_loss``, but for ``divergence`` and ``row_param``. Weights of
-            positions, as drafters have them, are ``row_weight``.
+        options: the other keyword arguments of ``kd_loss``, but for ``divergence``, ``row_param``, ``student_form``,
+            ``dim``, ``process_group``, and the biases and ``teacher_columns``, which have one number for each column.
+            Weights of positions, as drafters have them, are ``row_weight``. Of a draft vocabulary give
+            ``teacher[..., columns]``, or the rows of the teacher's head, and ``teacher_lse``.
 
     Returns:
         As ``kd_loss``; ``KDStats.divergence`` is what stands in the place of the divergence, and ``acceptance`` is A.
@@ -566,9 +572,10 @@ def uld_loss(
 
         loss = sum_r |q_(r) - p_(r)|          dloss/ds_v = q_v / T (e_v - sum_u q_u e_u)
 
-    ``e_v`` is the sign of ``q_(r) - p_(r)`` at the rank of column v, 0 where they are equal; columns of one logit have
-    the mean sign of their ranks, so that it does not matter in which order a sort would leave them. The vocabularies
-    need not have one token in common, nor one size. Which rows belong together is the caller's to say: see
+    ``e_v`` is the sign of ``q_(r) - p_(r)`` at the rank of column v, 0 where they are equal but for rounding (64
+    epsilons of q in the dtype of the sums: logits that differ by a constant have no gradient); columns of one logit
+    have the mean sign of their ranks, so that it does not matter in which order a sort would leave them. The
+    vocabularies need not have one token in common, nor one size. Which rows belong together is the caller's to say: see
     ``kdkernels.alignment``.
 
     The kernels sort nothing: they count the columns by the bits of a 16-bit logit, and go over the values that a row
@@ -650,14 +657,14 @@ def dense(
         teachers = checks.teachers_of(objective, teacher, student, strided=strided, mapped=mapped)
         single = not isinstance(teacher, (list, tuple))
         weights = checks.mixture_weights(objective, len(teachers), student, single=single)
-    others = {"labels": labels}
     shared: dict[str, Tensor] = {}
     if of_columns is not None:
-        others |= zip(_OF_COLUMNS, of_columns, strict=True)
         given_teachers = () if teacher is None else teachers
         shared = checks.of_columns(objective, student, given_teachers, columns, *of_columns)
-    checks.apart_in_place(objective, student, others, teachers)
-    mixture = objective.mixture if teacher is None else checks.mixture_of(objective)
+    if objective.inplace:
+        others = dict(zip(("labels", *_OF_COLUMNS), (labels, *(of_columns or (None,) * 3)), strict=True))
+        checks.apart_in_place(objective, student, others, teachers)
+    mixture = objective.mixture if weights is None else checks.mixture_of(objective)
     dim = class_dim if strided else -1
     found = _dense(objective, student, teachers, labels, columns, weights, mixture, teachers, shared, dim)
     return without_teacher(found) if teacher is None else found
@@ -719,22 +726,26 @@ def _dense(
     changed: list[str] = []
     if of_columns or class_dim != -1 or objective.student_form != "logits":
         changed = checks.changes_of_reading(objective, of_columns, class_dim, mixed=mixed)
-    teacher_grad = torch.is_grad_enabled() and any(teacher.requires_grad for teacher in teachers)
+    learns = teachers[0].requires_grad or (mixed and any(teacher.requires_grad for teacher in teachers))
+    teacher_grad = learns and torch.is_grad_enabled()
     mapped = "teacher_columns" in of_columns
     torch_only = checks.why_no_teacher_grad(objective, mixed=mixed, mapped=mapped) if teacher_grad else None
-    torch_only = torch_only or why_temperatures_learn(objective)
+    if len(objective.tensors):
+        torch_only = torch_only or why_temperatures_learn(objective)
+    cuda_lacks = None
+    if objective.backend == "cuda":
+        cuda_lacks = backends.cuda.lacks_dense(objective, student, teachers, mixed=mixed, changed=changed)
     backend = backends.choose(
         objective.backend,
         student,
         divergence=objective.resolved.name,
         torch_only=torch_only,
-        cuda_lacks=backends.cuda.lacks_dense(objective, student, teachers, mixed=mixed, changed=changed),
+        cuda_lacks=cuda_lacks,
         pattern="dense_fwd" if class_dim == -1 else "pixel_fwd",
     )
     checks.reverse_mode_only(backend, student, *given, labels, *of_columns.values(), *objective.tensors)
-    learns = backend == "torch"
     launch = dense_launch(
-        objective, student, labels, columns, backend, weights, mixture, of_columns, class_dim, learns=learns
+        objective, student, labels, columns, backend, weights, mixture, of_columns, class_dim, learns=backend == "torch"
     )
     checks.probabilities(objective, teachers, columns, launch.rows.labels, launch.rows.row_weight)
     if objective.student_form == "log_probs":

@@ -342,6 +342,7 @@ class _Dense(_Terms):
         checks.flag("standardize", self.standardize)
         if isinstance(self.teacher_weights, list):
             object.__setattr__(self, "teacher_weights", tuple(self.teacher_weights))
+        checks.cap_of_teacher(self)
         checks.part_of_teacher(self)
 
     def _scalars(self) -> dict[str, Any]:

@@ -184,6 +184,19 @@ def test_one_graph(name, backend):
         torch.testing.assert_close(traced, eager, rtol=1e-4, atol=1e-6)
 
 
+def test_one_graph_of_the_relations_of_a_tensor_with_itself(backend):
+    hidden, other = torch.randn(2, 7, 12, requires_grad=True), torch.randn(2, 7, 8)
+
+    def loss(x):
+        return kd.relation_kd_loss([x, x * 2], [other, other], heads=2, pairs=((0, 0), (1, 1), (0, 1)), backend=backend)
+
+    found = [torch.autograd.grad(loss(hidden), hidden)[0]]
+    traced = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    found.append(torch.autograd.grad(traced(hidden), hidden)[0])
+    torch._dynamo.reset()
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
 def test_a_loss_scale_in_fp16_underflows_nothing():
     query, key, *teacher = operands("fp16")
     inputs = [item.clone().requires_grad_() for item in (query, key)]

@@ -264,6 +264,11 @@ CALLS = {
         ValueError,
         r"teacher must hold probabilities that add up to 1 .* got a sum of .*teacher_form='unnormalized_probs'",
     ),
+    "teacher_form-softcap": (
+        {"teacher": torch.softmax(logits(), -1), "teacher_form": "probs", "teacher_softcap": 5.0},
+        ValueError,
+        "teacher_softcap has no meaning with teacher_form='probs': it acts on logits",
+    ),
     "teacher_weights-single": (
         {"teacher_weights": [1.0]},
         ValueError,
@@ -465,7 +470,7 @@ def test_unknown_options_are_named():
         kd.kd_loss(logits(), logits(), temprature=2.0)
     with pytest.raises(TypeError, match=f"taid_loss {message}"):
         kd.taid_loss(logits(), logits(), interpolation=0.5, temprature=2.0)
-    with pytest.raises(TypeError, match="got an unexpected option 'inplace'$"):
+    with pytest.raises(TypeError, match="unexpected option 'inplace'; kdkernels.kd_loss has it$"):
         kd.LinearKDLoss(inplace=True)
 
 

@@ -201,6 +201,15 @@ def test_every_public_name_is_on_the_page_of_the_api():
     assert listed | set(divergences.__all__) >= set(kdkernels.__all__)
 
 
+def test_the_site_is_built_beside_the_formatter_that_breaks_signatures():
+    """Without one a signature is a single line of any length."""
+    pins = [
+        re.findall(r"^ruff==\S+$", (ROOT / "requirements" / f"{name}.txt").read_text(), re.M)
+        for name in ("docs", "lint")
+    ]
+    assert pins[0] == pins[1] and len(pins[0]) == 1
+
+
 def test_every_page_is_in_the_menu():
     menu = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
     listed = re.findall(r"[\w/-]+\.md", menu)

@@ -187,6 +187,26 @@ CALLS = {
         lambda: kd.kd_loss(S, torch.randn(3, 9), teacher_columns=torch.arange(9) < 5),
         r"teacher_columns must be int64 or int32, got bool: of a mask they are mask.nonzero\(\)\[:, 0\]",
     ),
+    "an id of the teacher's padding": (
+        lambda: kd.topk_kd_loss(S, *kd.capture_topk(torch.randn(3, 900), 8)[:2]),
+        r"got \d+; capture a teacher that is padded wider with vocab_size=...$",
+    ),
+    "another width": (
+        lambda: kd.logit_mse_loss(S, torch.randn(3, 6)),
+        "pass vocab_size=... when the two are padded to different widths$",
+    ),
+    "another width of kd_loss": (
+        lambda: kd.kd_loss(S, torch.randn(3, 6)),
+        "to different widths, teacher_columns=... when their columns differ$",
+    ),
+    "probabilities of tokens": (
+        lambda: kd.onpolicy.policy_gradient(S, S.softmax(-1)),
+        "teacher_logprobs must be natural log-probabilities, at most 0, got only numbers above 0: pass p.log",
+    ),
+    "a mask of floats": (
+        lambda: kd.onpolicy.k2(S, T, mask=torch.ones(3, 5)),
+        r"got float32: pass mask.bool\(\) where it is 0 and 1; weights multiply the losses instead",
+    ),
     "a server's temperature": (
         lambda: kd.topk_kd_loss(S, *kd.capture_topk(T, 2)[:2], temperature=2.0),
         r"a server's have temperature 1\) and pass teacher_temperature=1.0, or choose tail 'uniform', 'renormalize' or",

@@ -1,6 +1,8 @@
 """Operands that change a row's arithmetic: mixed KL, losses of the acceptance rate, signed mixtures, a teacher that is
 normalised elsewhere, a temperature that is learned."""
 
+import math
+
 import pytest
 import torch
 
@@ -360,6 +362,46 @@ def test_teacher_lse_of_its_own_columns_changes_nothing(backend):
         found = graded(loss, student, teacher, teacher_lse=teacher.logsumexp(-1), **options)
         for x, y in zip(found, graded(loss, student, teacher, **options), strict=True):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_teacher_lse_of_a_teacher_that_has_nothing_here(backend, part):
+    """All columns of some rows are -inf, as where top p left tokens alone that a draft vocabulary has not."""
+    student, teacher, labels = models()
+    teacher[::2] = -torch.inf
+    teacher[6, 3] = torch.nan
+    options = {"labels": labels, "ce_weight": 0.5, "teacher_lse": 3.0, "reduction": "none", "backend": backend}
+    loss = kd.lk_loss if "kind" in PARTS[part] else kd.kd_loss
+    found = graded(loss, student, teacher, **PARTS[part], **options)
+    hard = graded(kd.kd_loss, student, None, **{**options, "kd_weight": 0.0, "teacher_lse": None})
+    constant = {"tvd": 1.0, "nla": -math.log(1e-5)}.get(PARTS[part].get("divergence") or PARTS[part].get("kind"), 0.0)
+    for row in (0, 2, 8):
+        torch.testing.assert_close(found[0][row], hard[0][row] + constant, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found[1][row], hard[1][row], rtol=1e-4, atol=1e-6)
+    assert found[0][6].isnan() and found[0][[1, 3, 5, 7]].isfinite().all()
+    assert found[0][4] == 0 and not found[1][4].any()
+
+
+@pytest.mark.parametrize("width", [V, 3003])
+def test_teacher_lse_far_below_that_of_its_columns(backend, width):
+    """Nobody's normaliser, but a row has its numbers all the same: no difference of large ones is taken."""
+    student, teacher, _ = models(torch.float64, width)
+    lse = teacher.logsumexp(-1) - torch.linspace(0, 20, N, dtype=torch.float64)
+    p = (teacher - lse[:, None]).exp()
+
+    def acceptance(s):
+        return torch.minimum(s.softmax(-1), p).sum(-1)
+
+    textbook = {"tvd": lambda s: 1 - acceptance(s), "lk": lambda s: -acceptance(s).log()}
+    losses = {"tvd": lambda *a, **k: kd.kd_loss(*a, divergence="tvd", **k), "lk": kd.lk_loss}
+    apart = SPREAD[:, 0] > 0
+    for dtype, error in ((torch.float64, 1e-9), (torch.float32, 2e-5)):
+        for name, loss in losses.items():
+            s, t = student.to(dtype), teacher.to(dtype)
+            found = graded(loss, s, t, teacher_lse=lse.to(dtype), reduction="none", backend=backend)
+            wanted = graded(textbook[name], student)
+            torch.testing.assert_close(found[0].double(), wanted[0], rtol=error, atol=error)
+            torch.testing.assert_close(found[1].double()[apart], wanted[1][apart], rtol=10 * error, atol=error)
 
 
 def test_teacher_lse_from_hidden_states(backend):

@@ -145,6 +145,17 @@ def test_uld_of_fp32_in_bins_has_the_signs_of_probabilities_that_are_apart(compi
 
 
 @dtypes
+def test_uld_of_logits_that_differ_by_a_constant_has_no_gradient(dtype, backend):
+    # Of numbers that hold the sum exactly.
+    teacher = (logits(dtype, 1501) * 2).round().clamp(-12, 12) / 2
+    student = teacher + 4
+    for exact in (True, False):
+        loss, grad, *_ = evaluated(student, teacher, exact=exact, backend=backend)
+        assert (loss.abs() < 1e-5).all()
+        assert (grad == 0).all()
+
+
+@dtypes
 def test_uld_does_not_see_the_order_of_columns(dtype, backend):
     student, teacher = logits(dtype, 200, "ties"), logits(dtype, 300, seed=1)
     first = evaluated(student, teacher, backend=backend)

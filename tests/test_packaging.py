@@ -128,7 +128,7 @@ def test_readme_has_one_picture_above_the_fold_and_one_block_of_code():
 def test_the_readme_counts_right():
     from kdkernels import divergences
 
-    words = {4: "four", 5: "five", 6: "six", 7: "seven", 9: "nine", 10: "ten", 11: "eleven", 12: "twelve"}
+    words = {4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine", 10: "ten", 11: "eleven", 12: "twelve"}
     scripts = [path for path in (ROOT / "examples").glob("*.py") if "__main__" in path.read_text()]
     assert f"{words[len(divergences.names())]} divergences" in README
     assert f"[Examples](examples): {words[len(scripts)]} training scripts" in README

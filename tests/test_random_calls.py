@@ -77,6 +77,7 @@ def draw(seed):
         teacher = torch.softmax(teacher.double(), -1).to(dtype)
         options["teacher_form"] = "probs"
         options.pop("student_softcap", None)
+        options.pop("teacher_softcap", None)
     if options["divergence"] == "mixed_kl" and chance(0.7):
         options["row_param"] = (1.4 * torch.rand(rows, generator=generator) - 0.2).clamp(0, 1)
     if tame and chance(0.15):

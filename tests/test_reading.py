@@ -84,6 +84,20 @@ def test_log_probs_are_free_of_their_sum(backend, divergence):
     assert torch.autograd.gradcheck(loss, (leaf,), eps=1e-7, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+def test_log_probs_of_the_teacher_itself_have_no_sign(backend, dtype):
+    # Of one column, and of many of which one has everything.
+    for width in (1, 40):
+        teacher = torch.linspace(-9, 9, 7, dtype=DTYPES[dtype])[:, None] + torch.zeros(width, dtype=DTYPES[dtype])
+        teacher[:, 1:] -= 1000
+        leaf = torch.zeros_like(teacher)
+        leaf[:, 1:] = -torch.inf
+        leaf.requires_grad_()
+        loss = kd.kd_loss(leaf, teacher, divergence="tvd", student_form="log_probs", reduction="sum", backend=backend)
+        assert loss.item() == pytest.approx(0, abs=1e-6)
+        assert (gradient(loss, leaf)[0] == 0).all()
+
+
 def test_log_probs_give_logits_the_gradient_of_logits(backend):
     student, teacher = some(4, 33, torch.float64)
     student.requires_grad_()

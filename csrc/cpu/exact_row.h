@@ -200,12 +200,17 @@ RowResult exact_row(const DenseArgs& args, const RowNumbers& num, double* s, dou
       return sum_in_chains<double>(
           whole, [&](int64_t j) KDK_LAMBDA_INLINE { return min_of(p.probabilities(j), q.probabilities(j)); });
     };
-    const double rate = divergence.outer != Outer::kNone ? overlap() : 0;
+    const bool crowded = elsewhere && general && mass > kMassOfAll && divergence.outer != Outer::kHybrid;
+    const double rate = divergence.outer != Outer::kNone || crowded ? overlap() : 0;
     const double param0 = divergence.outer == Outer::kHybrid ? std::exp(-num.param0 * rate) : num.param0;
     const Found found = general ? divergence.evaluate(models, param0, args.param1, n, scores)
                                 : evaluate(divergence.coefficients, models, n, scores);
     double d = elsewhere && general ? found.value : at_least_0(found.value), slope = 1;
-    if (elsewhere && general) d += (divergence.outer == Outer::kHybrid ? 1 - param0 : 1) * 0.5 * (1 - mass);
+    if (crowded) {
+      d = 1 - rate + 0 * d;
+    } else if (elsewhere && general) {
+      d += (divergence.outer == Outer::kHybrid ? 1 - param0 : 1) * 0.5 * (1 - mass);
+    }
     if (elsewhere && !general) {
       d = of_mass(d, mass, divergence.coefficients.c_pp);
       slope = mass;

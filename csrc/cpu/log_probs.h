@@ -32,7 +32,10 @@ RowResult log_prob_row(const DenseArgs& args, const RowNumbers& num, const C* s,
       V values = {}, masses = {};
       for (int64_t j = begin; j < end; j += kLanes<C>) {
         const V logq = load_within(s, j, n, nothing), xt = at(load_within(t, j, n, nothing));
-        const V q = kdk_exp(logq), p = exp2_fast<5>(clamp_exponent(xt)) * ip, logp = xt * C(kLn2) - lzt;
+        const V q = kdk_exp(logq), rounded = exp2_fast<5>(clamp_exponent(xt)) * ip, logp = xt * C(kLn2) - lzt;
+        // Apart by no more than rounding they are equal: a sign of what that leaves is no part of a gradient.
+        const V apart = rounded - q, least = q * (4 * std::numeric_limits<C>::epsilon());
+        const V p = kdk_where((apart <= least) & (-apart <= least), q, rounded);
         V value, score;
         summand(params, p, logp, q, logq, value, score);
         values += value;

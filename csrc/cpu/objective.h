@@ -69,6 +69,9 @@ inline Outside negative_log_acceptance(double d, double accepted, double floor) 
   if (!(rate > floor)) return {-std::log(floor), 1 / floor};
   return {d < 0.5 ? -std::log1p(-d) : -std::log(rate), 1 / rate};
 }
+// With more mass than this, which no normaliser of all its columns gives, a teacher's distance would be a difference of
+// two large numbers: what is not accepted is taken from what is.
+constexpr double kMassOfAll = 2;
 // The sum of x log x and x d of a teacher of which only a mass of x is in these columns, where d is its divergence as a
 // distribution: of_log is 1 for a divergence that has p log p, else 0.
 inline double of_mass(double d, double mass, double of_log) {
@@ -108,6 +111,7 @@ struct ObjectiveRows : CallRows<DenseArgs, X> {
   // Student and teacher of one row; the gradient goes to out (null: none), the acceptance rate to where it is known.
   RowResult add(const RowNumbers& num, const X* s, const Y* t, int64_t label, X* out, C* acceptance);
   RowResult add_exactly(const RowNumbers& num, const X* s, const Y* t, int64_t label, X* out);
+  RowResult add_constant(const RowNumbers& num, const X* s, const Y* t, int64_t label, X* out);
 };
 
 // See exact_row.h.
@@ -328,7 +332,8 @@ struct ObjectiveRow {
     const auto value_of_tile = unclamped && as.in_exp_range(at) ? tiles.guarded : tiles.any;
     const bool wanted = (num.kd != 0 || args.stats != nullptr) && !equal;
     double param0 = num.param0;
-    if (divergence.outer != Outer::kNone && wanted) {
+    const bool crowded = elsewhere && mass > kMassOfAll && divergence.outer != Outer::kHybrid;
+    if ((divergence.outer != Outer::kNone || crowded) && wanted) {
       rate = accepted(es, et, row.slots(), iq, ip);
       if (divergence.outer == Outer::kHybrid) param0 = std::exp(-num.param0 * rate);
     }
@@ -336,7 +341,11 @@ struct ObjectiveRow {
     for (int64_t tile = 0; tile < row.tiles() && wanted && !std::isnan(score_sum); ++tile)
       value_of_tile(row, tile, as, at, log2_zs, log2_zt, params, es, et, d, score_sum);
     // Outcomes that are not here have none of the student's mass.
-    if (elsewhere) d += (divergence.outer == Outer::kHybrid ? 1 - param0 : 1) * 0.5 * (1 - mass);
+    if (crowded) {
+      d = 1 - rate + 0 * d;
+    } else if (elsewhere) {
+      d += (divergence.outer == Outer::kHybrid ? 1 - param0 : 1) * 0.5 * (1 - mass);
+    }
     apart = score_sum > (1 - kNearlyEqual) * tiles.limit(num.param0);
     distance = tiles.as_forward_kl(d, num.param0);
     terms.b = -f;
@@ -448,9 +457,29 @@ struct ObjectiveRow {
   }
 };
 
+// Of a teacher that is normalised elsewhere: all of its mass is there.
+template <class Y>
+bool has_nothing(const Y* t, int64_t n) {
+  return std::all_of(t, t + n, [](Y x) { return to_compute(x) == -std::numeric_limits<float>::infinity(); });
+}
+
+// The divergence of such a row is a constant: no sums are made of infinities.
+template <class X, class Y>
+__attribute__((noinline)) RowResult ObjectiveRows<X, Y>::add_constant(const RowNumbers& num, const X* s, const Y* t,
+                                                                      int64_t label, X* out) {
+  RowNumbers others = num;
+  others.kd = 0;
+  RowResult result = add(others, s, t, label, out, nullptr);
+  const bool tvd = !divergence.linear && divergence.outer == Outer::kNone;
+  const double d = divergence.outer == Outer::kNegativeLog ? -std::log(num.param0) : tvd ? 1 : 0;
+  result.loss += num.kd * num.tau * d;
+  return result;
+}
+
 template <class X, class Y>
 RowResult ObjectiveRows<X, Y>::add(const RowNumbers& num, const X* s, const Y* t, int64_t label, X* out,
                                    C* acceptance) {
+  if (args.teacher_lse.data != nullptr && num.kd != 0 && has_nothing(t, n)) return add_constant(num, s, t, label, out);
   return ObjectiveRow<X, Y>{*this, num, s, t, label, out, acceptance}.run();
 }
 

@@ -12,6 +12,11 @@ namespace kdk {
 inline namespace KDK_ISA {
 namespace uld {
 
+// What rounding may leave between two probabilities that are equal, as where the logits of the models differ by a
+// constant: less than this times the student's has no sign.
+template <class C>
+constexpr C kNoDifference = 64 * std::numeric_limits<C>::epsilon();
+
 // A part of the student's steps, and the pieces in it so far.
 template <class C>
 struct Walk {
@@ -22,9 +27,9 @@ struct Walk {
   bool done() const { return s == last; }
   KDK_INLINE void step(const int32_t* ends_s, const C* q, const int32_t* ends_t, const C* p, int32_t* signs) {
     const int32_t end_s = ends_s[s], end_t = ends_t[t], end = std::min(end_s, end_t), length = end - rank;
-    const C difference = q[s] - p[t];
+    const C difference = q[s] - p[t], least = kNoDifference<C> * q[s];
     area += double(C(length) * std::abs(difference));
-    sign += length * (int32_t(difference > 0) - int32_t(difference < 0));
+    sign += length * (int32_t(difference > least) - int32_t(-difference > least));
     signs[s] = sign;
     rank = end;
     s += end == end_s;

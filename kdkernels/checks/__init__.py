@@ -19,6 +19,7 @@ from kdkernels.checks.columns import (
     same_dims,
 )
 from kdkernels.checks.dense import (
+    cap_of_teacher,
     logits,
     mixture_of,
     mixture_weights,

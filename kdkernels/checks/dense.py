@@ -85,9 +85,10 @@ def teacher_like(
     *,
     strided: bool = False,
     mapped: bool = False,
+    mappable: bool = False,
 ) -> None:
     """The teacher's leading shape and device are the student's; so is its width, unless ``vocab_size`` is given or its
-    columns are ``mapped``."""
+    columns are ``mapped``, as those of a ``mappable`` loss may be."""
     logits(name, teacher, strided=strided)
     if teacher.device != student.device:
         raise ValueError(f"{name} must be on the student's device {student.device}, got {teacher.device}")
@@ -96,10 +97,8 @@ def teacher_like(
     if not same:
         hint = ""
         if teacher.shape[:-1] == student.shape[:-1]:
-            hint = (
-                "; pass vocab_size=... when the two are padded to different widths, teacher_columns=... when their "
-                "columns differ"
-            )
+            hint = "; pass vocab_size=... when the two are padded to different widths"
+            hint += ", teacher_columns=... when their columns differ" if mappable else ""
         raise ValueError(
             f"{name} must have the student's shape {tuple(student.shape)}, got {tuple(teacher.shape)}{hint}"
         )
@@ -133,13 +132,14 @@ def teachers_of(
     options: Any, teacher: Any, student: Tensor, *, strided: bool = False, mapped: bool = False
 ) -> tuple[Tensor, ...]:
     """A teacher, or a sequence of some, beside the student."""
+    known: dict[str, Any] = {"strided": strided, "mapped": mapped, "mappable": options.function == "kd_loss"}
     if not isinstance(teacher, (list, tuple)):
-        teacher_like("teacher", teacher, student, options.vocab_size, strided=strided, mapped=mapped)
+        teacher_like("teacher", teacher, student, options.vocab_size, **known)
         return (teacher,)
     several(teacher)
     for k, item in enumerate(teacher):
         name = "teacher" if len(teacher) == 1 else f"teacher[{k}]"
-        teacher_like(name, item, student, options.vocab_size, strided=strided, mapped=mapped)
+        teacher_like(name, item, student, options.vocab_size, **known)
     return tuple(teacher)
 
 
@@ -206,6 +206,13 @@ def mixture_of(options: Any) -> str:
         return options.mixture
     known = not isinstance(weights, Tensor) and not any(symbols.is_symbol(w) for w in weights)
     return "logits" if known and min(weights) >= 0 else "signed"
+
+
+def cap_of_teacher(options: Any) -> None:
+    """A teacher's softcap beside the form of its numbers."""
+    name, form = "teacher_softcap", f"teacher_form={options.teacher_form!r}"
+    if options.teacher_softcap is not None and options.teacher_form in ("probs", "unnormalized_probs"):
+        raise ValueError(f"{name} has no meaning with {form}: it acts on logits")
 
 
 def part_of_teacher(options: Any) -> None:

@@ -114,6 +114,9 @@ def token_numbers(name: str, value: Any, like: Optional[Tensor] = None, *, expan
     floating(name, value)
     if like is not None:
         _of_token_shape(name, value, like, expand)
+    # Where a mask leaves some out anything may stand, so that one alone tells nothing.
+    if name.endswith("logprobs") and reads_values(value) and value.numel() > 1 and float(value.detach().amin()) > 0:
+        raise ValueError(f"{name} must be natural log-probabilities, at most 0, got only numbers above 0: pass p.log()")
 
 
 def token_mask(value: Any, like: Tensor) -> Optional[Tensor]:
@@ -123,7 +126,8 @@ def token_mask(value: Any, like: Tensor) -> Optional[Tensor]:
     tensor("mask", value)
     if value.dtype.is_floating_point or value.dtype.is_complex:
         raise TypeError(
-            f"mask must be bool or of integers, got {dtype_name(value.dtype)}: weights multiply the losses instead"
+            f"mask must be bool or of integers, got {dtype_name(value.dtype)}: pass mask.bool() where it is 0 and 1; "
+            "weights multiply the losses instead"
         )
     _of_token_shape("mask", value, like, True)
     if value.dtype != torch.bool and reads_values(value) and value.numel():

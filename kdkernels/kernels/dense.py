@@ -38,7 +38,7 @@ from kdkernels.kernels.arguments import (
 )
 from kdkernels.kernels.dense_cluster import dense_cluster_fwd_kernel
 from kdkernels.kernels.mapped import mapped_fwd
-from kdkernels.kernels.online import defined, linear_sweep, load_mixed, norm_sweep, overlap_of_tile
+from kdkernels.kernels.online import defined, elsewhere, linear_sweep, load_mixed, norm_sweep, overlap_of_tile
 from kdkernels.kernels.rows import (
     LN2,
     LOG2E,
@@ -375,7 +375,11 @@ def dense_fwd_kernel(
             HARD=HARD,
             SIGNED=SIGNED,
         )
-        norm = defined(norm)
+        if PART_OF_TEACHER:
+            norm, nothing = elsewhere(norm)
+            mean_p = tl.where(nothing, 0.0, mean_p)
+        else:
+            norm = defined(norm)
         norms = (norm,)
     else:
         student_norm, hard_norm, centered_sum, best_tile, raw_s = norm_sweep(
@@ -415,12 +419,14 @@ def dense_fwd_kernel(
                 PROBS=TEACHER_PROBS,
                 SIGNED=SIGNED,
             )
-            norm = defined(norm)
             if PART_OF_TEACHER:
                 # p by a normaliser of its own; a sum over it is what it is.
-                log_mass, z_elsewhere = part_of_teacher(rows, row.index, norm[0], unit_t, norm[4])
+                norm, nothing = elsewhere(norm)
+                log_mass, z_elsewhere = part_of_teacher(rows, row.index, norm[0], unit_t, norm[4], nothing)
                 mass = tl.exp2(log_mass * LOG2E)
                 norm = (norm[0], norm[1], tl.log2(z_elsewhere), 1.0 / z_elsewhere, z_elsewhere)
+            else:
+                norm = defined(norm)
             norms = (norm,)
 
     student_norm = defined(student_norm)
@@ -468,7 +474,7 @@ def dense_fwd_kernel(
             divergence = linear_value(COEFFICIENTS, (mean_p + mean_q) * unit, norm[4], student_norm[4], log_zt_zs)
         if PART_OF_TEACHER:
             # Linear in p: that of the distribution, and of its mass.
-            log_mass, _ = part_of_teacher(rows, row.index, norm[0], unit_t, norm[4])
+            log_mass, _ = part_of_teacher(rows, row.index, norm[0], unit_t, norm[4], nothing)
             mass = tl.exp2(log_mass * LOG2E)
             divergence = nonnegative(divergence, COEFFICIENTS, SCALABLE)
             divergence = mass * (divergence + COEFFICIENTS[0] * log_mass)

@@ -363,6 +363,9 @@ def dense_cluster_fwd_kernel(
     if TEACHER:
         teacher_pieces = load_pieces(teacher_ptr, heads, span, teacher_softcap, TEACHER_PROBS, TILE)
         top_s, top_t = reduce_tops(student_pieces, teacher_pieces)
+        if PART_OF_TEACHER:
+            # All p are 0 where nothing of it is here.
+            top_t = tl.where(top_t == float("-inf"), 0.0, top_t)
     else:
         top_s = of_rows((tl.max(fold_pieces_max(student_pieces), axis=RANK - 2),), RANK)[0]
 
@@ -451,7 +454,9 @@ def dense_cluster_fwd_kernel(
         late_top_t = tl.where(total_t == total_t, top_t, total_t)
         mass = 1.0
         if PART_OF_TEACHER:
-            log_mass, z_elsewhere = part_of_teacher(rows, row.index, top_t, unit_t, total_t, exists)
+            nothing = total_t == 0
+            total_t = tl.where(nothing, 1.0, total_t)
+            log_mass, z_elsewhere = part_of_teacher(rows, row.index, top_t, unit_t, total_t, nothing, exists)
             mass = fast_exp2(log_mass * LOG2E)
             if PAIR:
                 # p by a normaliser of its own; a sum over it is what it is.

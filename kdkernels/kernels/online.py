@@ -101,6 +101,21 @@ def defined(norm):
 
 
 @triton.jit
+def elsewhere(norm):
+    """The norm of a teacher that is normalised elsewhere, and whether nothing of it is here: then all p are 0."""
+    row_max, scale, log2_z, inverse_z, z = norm
+    nothing = z == 0
+    norm = (
+        tl.where(nothing, 0.0, row_max),
+        scale,
+        tl.where(nothing, 0.0, log2_z),
+        tl.where(nothing, 1.0, inverse_z),
+        tl.where(nothing, 1.0, z),
+    )
+    return norm, nothing
+
+
+@triton.jit
 def linear_sweep(
     student_ptr,
     teacher_ptrs,

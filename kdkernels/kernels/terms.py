@@ -155,15 +155,16 @@ def rest_of(code):
 
 
 @triton.jit
-def part_of_teacher(rows, index, top, unit, z, exists=None):
+def part_of_teacher(rows, index, top, unit, z, nothing, exists=None):
     """Of a teacher that is normalised elsewhere the log of its mass here, and the z that its p is made by.
 
-    top and z: its largest logit here, and the sum of the exponentials relative to that; unit: 1 / T_t.
+    top and z: its largest logit here, and the sum of the exponentials relative to that; unit: 1 / T_t; nothing: all its
+    logits are -inf, and the log a number that no mass is left of.
     """
     log_z = tl.load(rows.teacher_lse + index, mask=exists) - top * unit
     # Far above the logits here all p are nothing, but no z is infinite.
     within = tl.minimum(tl.maximum(log_z, -80.0), 80.0)
-    return log_ratio(z, 1.0) - log_z, tl.exp2(within * LOG2E)
+    return tl.where(nothing, -200.0, log_ratio(z, 1.0) - log_z), tl.exp2(within * LOG2E)
 
 
 @triton.jit

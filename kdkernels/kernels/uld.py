@@ -205,7 +205,9 @@ def uld_fwd_kernel(
                 p, t_place = probability(teacher_ranks, rank, t_ranks, t_place, t_first, t_top, t_scale, t_z, T_DTYPE)
                 area += tl.abs(q - p)
                 if GRAD:
-                    sign = (q > p).to(tl.int32) - (q < p).to(tl.int32)
+                    # Equal but for rounding is equal: 64 epsilons.
+                    least = q * 7.62939453125e-06
+                    sign = (q - p > least).to(tl.int32) - (p - q > least).to(tl.int32)
                     tl.store(student_ranks + rank, tl.cumsum(sign, axis=0) + signs, mask=rank < ranks)
                     signs += tl.sum(sign, axis=0)
             loss = tl.where(sound & t_sound, tl.sum(area, axis=0), float("nan"))

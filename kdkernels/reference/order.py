@@ -10,6 +10,9 @@ from torch import Tensor
 
 from kdkernels.reference.dense import PerRow, column, log_softmax
 
+# Epsilons of a probability that another is off by and has no sign.
+NO_DIFFERENCE = 64
+
 
 def uld_rows(
     student: Tensor,
@@ -38,8 +41,9 @@ def uld_rows(
     q = log_softmax(s, column(temperature)).exp()
     p = log_softmax(t, column(teacher_temperature)).exp()
     difference = (q - p).detach()
-    # NaN has a sign of 0.
-    signs = _mean_of_equals(s.detach(), difference.sign() + 0 * difference)
+    # Equal but for rounding is equal, as where the logits of the models differ by a constant. NaN has a sign of 0.
+    same = difference.abs() <= NO_DIFFERENCE * torch.finfo(sums).eps * q.detach()
+    signs = _mean_of_equals(s.detach(), torch.where(same, 0.0, difference.sign()) + 0 * difference)
     # The signs are those of the ranks: what is left to differentiate is q.
     rows = difference.abs().sum(-1) + (signs * (q - q.detach())).sum(-1)
     return rows if labels is None else torch.where(ignored.squeeze(-1), 0.0, rows)

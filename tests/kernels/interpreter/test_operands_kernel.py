@@ -51,6 +51,7 @@ def test_signed_mixtures(backend):
 @pytest.mark.parametrize("part", on_cpu.PARTS)
 def test_teacher_lse(backend, part, plans):
     on_cpu.test_teacher_lse_beside_other_options(backend, part, "caps")
+    on_cpu.test_teacher_lse_of_a_teacher_that_has_nothing_here(backend, part)
 
 
 def test_mixed_kl_of_sparse_teachers(backend):

@@ -88,6 +88,12 @@ def test_models_that_agree_and_rows_without_a_distribution():
     assert loss[1:].isnan().all() and grad[1:].isnan().all()
 
 
+def test_logits_that_differ_by_a_constant_have_no_gradient():
+    teacher = (6 * torch.randn(2, 90)).round().clamp(-12, 12).bfloat16() / 2
+    loss, grad, _, _ = run(teacher + 4, teacher)
+    assert (loss < 1e-5).all() and not grad.any()
+
+
 def test_the_public_loss_over_triton_and_in_place():
     student, teacher = (3 * torch.randn(4, 500)).half(), (3 * torch.randn(4, 600)).bfloat16()
     grads = []
