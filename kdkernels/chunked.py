@@ -199,6 +199,8 @@ class LinearRows(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor, _: Any) -> tuple[Any, ...]:
         hidden, weight, bias, *tensors = ctx.saved_tensors
         call, needs = _joined(ctx.call, tensors), list(ctx.needs_input_grad[:3])
+        if call.shards is not None:
+            checks.one_gradient(dloss)
         if not torch.compiler.is_compiling():
             again = torch.is_grad_enabled()
             if not again or call.launch.backend != "torch" or call.sparse_grad or call.shards is not None:

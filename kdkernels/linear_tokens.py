@@ -262,6 +262,8 @@ class LinearTokens(torch.autograd.Function):
             if again and (call.tokens.backend != "torch" or call.shards is not None):
                 refuse_second_derivative(call.shards is not None)
             given = (dlogprobs,) if dentropy is None else (dlogprobs, dentropy)
+            if call.shards is not None:
+                checks.one_gradient(*given)
             if again or any(map(transforms.stands_for_others, given)):
                 # Neither a graph nor a batch of gradients goes through the loop.
                 inputs = (hidden, weight, bias)

@@ -1097,6 +1097,11 @@ def check_heads_that_do_not_fit_are_refused():
             loss = kd.linear_kd_loss(leaf, mine, states, its, backend=backend, reduction=reduction, **here).sum()
             with pytest.raises(RuntimeError, match="of a sharded vocabulary has no second derivative"):
                 torch.autograd.grad(loss, leaf, create_graph=True)
+        rows = kd.linear_kd_loss(leaf, mine, states, its, backend=backend, reduction="none", **here)
+        tokens = kd.linear_token_logprobs(leaf, mine, labels, backend=backend, **here).logprobs
+        for found in (rows, tokens):
+            with pytest.raises(RuntimeError, match="takes one gradient at a time"):
+                torch.autograd.grad(found, leaf, torch.eye(ROWS), is_grads_batched=True)
         with pytest.raises(RuntimeError, match="of a sharded vocabulary has a gradient in reverse mode only"):
             torch.func.grad(lambda x, b=backend: kd.linear_kd_loss(x, mine, states, its, backend=b, **here))(hidden)
 
