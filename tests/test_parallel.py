@@ -851,6 +851,49 @@ def _linear(seed, of_ranks, dtype, backend, options, *, whole_teacher):
     )
 
 
+def check_linear_losses_of_mixtures_and_their_statistics():
+    student, (states, matrix, offset), labels = heads(8)
+    other = [0.5 * item.flip(0) for item in (states, matrix, offset)]
+    two = {"teacher_weights": [0.3, 0.7], "mixture": "logits", "divergence": "jsd", "ce_weight": 0.5}
+    for of_ranks in widths():
+        columns = columns_of_rank(of_ranks)
+        for several, options in (
+            (True, {**two, "return_stats": True}),
+            (True, {**two, "mixture": "probs"}),
+            (False, {"return_stats": True, "temperature": 2.0, "ce_weight": 0.3}),
+            (False, {"teacher_lse": 4.0}),
+            (False, {"kind": "hybrid"}),
+        ):
+            loss = kd.linear_lk_loss if "kind" in options else kd.linear_kd_loss
+
+            def all_of(hidden, weight, bias, own, several=several, loss=loss, options=options, **more):
+                teacher = [states, matrix[own]], [other[0], other[1][own]]
+                heads = zip(*teacher, strict=True) if several else teacher[0]
+                biases = (offset[own], other[2][own]) if several else offset[own]
+                found = loss(
+                    *(hidden, weight), *heads, labels, student_bias=bias, teacher_bias=biases, **options, **more
+                )
+                return found if isinstance(found, tuple) else (found, ())
+
+            whole, mine = slice(None), {"process_group": group(), **SMALL_CHUNKS}
+            same_of_heads(
+                lambda h, w, b, f=all_of: f(h, w, b, slice(None), backend="torch")[0],
+                lambda h, w, b, c, f=all_of, m=mine: f(h, w, b, c, **m)[0],
+                student,
+                of_ranks,
+                (of_ranks, options),
+            )
+            expected = all_of(*student, whole)[1]
+            part = [item[columns] if k else item for k, item in enumerate(student)]
+            for got, truth in zip(all_of(*part, columns, **mine)[1], expected, strict=True):
+                torch.testing.assert_close(got, truth, rtol=1e-5, atol=1e-5)
+        ids, logprobs, _ = kd.capture_topk(states @ matrix.T, 4)
+        expected = kd.linear_topk_kd_loss(*student[:2], ids, logprobs, labels, return_stats=True)
+        got = kd.linear_topk_kd_loss(student[0], student[1][columns], ids, logprobs, labels, return_stats=True, **mine)
+        for its, truth in zip((got[0], *got[1]), (expected[0], *expected[1]), strict=True):
+            torch.testing.assert_close(its, truth, rtol=1e-5, atol=1e-5)
+
+
 def check_linear_losses_without_a_teacher_or_a_gradient():
     (hidden, matrix, bias), (states, of_teacher, _), labels = heads(3)
     for of_ranks in widths():
@@ -899,6 +942,35 @@ def check_linear_losses_of_sparse_teachers():
                 )
 
 
+def check_tokens_of_hidden_states():
+    ids = torch.randint(VOCABULARY, (ROWS, 4), generator=torch.Generator().manual_seed(0))
+    ids[0, 1], ids[4], ids[5, 1] = -1, -1, ids[5, 0]
+
+    def graded(hidden, weight, bias, **more):
+        found = kd.linear_token_logprobs(hidden, weight, ids, bias=bias, entropy=True, temperature=1.5, **more)
+        return torch.cat([found.logprobs, found.entropy.unsqueeze(-1)], 1)
+
+    for seed, of_ranks in enumerate(widths()):
+        columns = columns_of_rank(of_ranks)
+        for dtype in (torch.float32, torch.bfloat16):
+            student, _, _ = heads(seed, dtype)
+            for backend in BACKENDS:
+                same_of_heads(
+                    lambda h, w, b: graded(h, w, b, backend="torch"),
+                    lambda h, w, b, c, k=backend: graded(h, w, b, backend=k, process_group=group(), **SMALL_CHUNKS),
+                    student,
+                    of_ranks,
+                    (of_ranks, dtype, backend),
+                )
+            hidden, weight, bias = student
+            mine = {"teacher_bias": bias[columns], "process_group": group(), **SMALL_CHUNKS}
+            expected = kd.linear_gather_logprobs(hidden, weight, ids, teacher_bias=bias)
+            for got, truth in zip(
+                kd.linear_gather_logprobs(hidden, weight[columns], ids, **mine), expected, strict=True
+            ):
+                torch.testing.assert_close(got, truth, rtol=5e-6, atol=5e-6)
+
+
 def check_heads_that_are_dtensors():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -927,6 +999,11 @@ def check_heads_that_are_dtensors():
         for truth, item in zip(whole, mine, strict=True):
             assert item.grad.placements == item.placements
             torch.testing.assert_close(item.grad.full_tensor(), truth.grad, rtol=1e-4, atol=1e-5)
+    tokens = kd.linear_token_logprobs(mine[0], mine[1], ids, return_stats=True)
+    for got, truth in zip(tokens, kd.linear_token_logprobs(whole[0], whole[1], ids, return_stats=True), strict=True):
+        torch.testing.assert_close(got[0].full_tensor(), truth[0])
+    gathered = kd.linear_gather_logprobs(mine[0], mine[1], ids)
+    torch.testing.assert_close(gathered[1].full_tensor(), kd.linear_gather_logprobs(whole[0], whole[1], ids)[1])
     # A head of FSDP2 is sharded so too, and its ranks have rows of their own.
     refused(
         TypeError,
@@ -992,15 +1069,9 @@ def check_heads_that_do_not_fit_are_refused():
     mine, its = matrix[columns], of_teacher[columns]
     for options, text in (
         ({"standardize": True}, "standardize cannot be combined with process_group in linear_kd_loss"),
-        ({"return_stats": True}, "return_stats cannot be"),
-        ({"teacher_lse": 1.0}, "teacher_lse cannot be"),
+        ({"teacher_form": "probs"}, "teacher_form='probs' cannot be"),
     ):
         refused(ValueError, text, lambda o=options: kd.linear_kd_loss(hidden, mine, states, its, **o, **here))
-    refused(
-        ValueError,
-        "a mixture of teachers cannot be",
-        lambda: kd.linear_kd_loss(hidden, mine, [states] * 2, [its] * 2, **here),
-    )
     refused(
         ValueError, "teacher_logits cannot be", lambda: kd.linear_kd_loss(hidden, mine, teacher_logits=print, **here)
     )
@@ -1023,8 +1094,13 @@ def check_heads_that_do_not_fit_are_refused():
     )
     refused(
         ValueError,
-        "student_hidden.requires_grad must be the same",
+        "hidden.requires_grad must be the same",
         lambda: kd.linear_kd_loss(hidden.clone().requires_grad_(rank == 1), mine, states, its, **here),
+    )
+    refused(
+        ValueError,
+        "weight.requires_grad must be the same",
+        lambda: kd.linear_kd_loss(hidden, mine.clone().requires_grad_(rank == 1), states, its, **here),
     )
     leaf = hidden.clone().requires_grad_()
     for backend in BACKENDS:
@@ -1032,6 +1108,11 @@ def check_heads_that_do_not_fit_are_refused():
             loss = kd.linear_kd_loss(leaf, mine, states, its, backend=backend, reduction=reduction, **here).sum()
             with pytest.raises(RuntimeError, match="of a sharded vocabulary has no second derivative"):
                 torch.autograd.grad(loss, leaf, create_graph=True)
+        rows = kd.linear_kd_loss(leaf, mine, states, its, backend=backend, reduction="none", **here)
+        tokens = kd.linear_token_logprobs(leaf, mine, labels, backend=backend, **here).logprobs
+        for found in (rows, tokens):
+            with pytest.raises(RuntimeError, match="takes one gradient at a time"):
+                torch.autograd.grad(found, leaf, torch.eye(ROWS), is_grads_batched=True)
         with pytest.raises(RuntimeError, match="of a sharded vocabulary has a gradient in reverse mode only"):
             torch.func.grad(lambda x, b=backend: kd.linear_kd_loss(x, mine, states, its, backend=b, **here))(hidden)
 
