@@ -12,6 +12,7 @@ from typing import Any, Optional
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import StrMethodFormatter
 
 from benchmarks.summary import Report, Row, floor_seconds, processor, rows, where
 
@@ -67,7 +68,10 @@ def draw(report: Report, path: Path) -> None:
                 # Where the curves agree, eager's broad line has the others on it.
                 width = 5.0 if row.family == "eager" else 1.0
                 ax.plot(row.figures.get("losses", []), color=FAMILIES[row.family][0], linewidth=width)
+            _name_curves(ax, line[0])
             ax.set_yscale("log")
+            for format_ticks in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
+                format_ticks(StrMethodFormatter("{x:g}"))
             _frame(ax, "step", f"{case}, loss of every student")
         if scores:
             ax = next(panel)
@@ -84,8 +88,26 @@ def draw(report: Report, path: Path) -> None:
         "rounds, whiskers: quartiles. Factors: how many times faster than the best eager and the best compiled "
         "formulation."
     )
+    if busy(report):
+        caption += f" Other jobs ran: load {report.machine['load_average_before']}."
     figure.suptitle(f"{report.suite.title}\n{textwrap.fill(caption, int(15 * (2.7 + 4.1 * panels)))}", fontsize=9)
     figure.savefig(path, dpi=130)
+
+
+def busy(report: Report) -> bool:
+    """True if the machine had other work for half of its processors or more when the run began."""
+    return bool(report.machine["load_average_before"] >= max(1.0, report.machine["cpus"] / 2))
+
+
+def _name_curves(ax: Axes, found: Sequence[Row]) -> None:
+    """The name of a group beside the end of its curve, where there are several groups."""
+    ends = {row.group: row.figures["losses"] for row in found if row.figures.get("losses")}
+    if len(ends) > 1:
+        for group, losses in ends.items():
+            # Curves fall: there is room below their ends.
+            end = len(losses) - 1, losses[-1]
+            ax.annotate(group, end, (0, -6), textcoords="offset points", ha="right", va="top", fontsize=8)
+        ax.margins(y=0.1)
 
 
 def _score(row: Row) -> Optional[tuple[str, float, float]]:

@@ -13,6 +13,7 @@ from kdkernels.linear import linear_kd_loss, linear_lk_loss, linear_topk_kd_loss
 from kdkernels.linear_capture import capture_expectation
 from kdkernels.linear_tokens import linear_gather_logprobs, linear_token_logprobs
 from kdkernels.losses import KDLoss, LinearKDLoss, LinearTopKKDLoss, TopKKDLoss
+from kdkernels.packing import TopKLayout
 from kdkernels.registry import register_divergence, unregister_divergence
 from kdkernels.sinkhorn import sinkhorn_bias
 from kdkernels.stats import KDStats, TokenStats, TopKStats
@@ -30,6 +31,7 @@ __all__ = [
     "TokenLogprobs",
     "TokenStats",
     "TopKKDLoss",
+    "TopKLayout",
     "TopKStats",
     "akl_ratio",
     "alignment",

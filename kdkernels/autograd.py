@@ -75,7 +75,7 @@ def run_in_pieces(
     views = as_rows((logits, gradient, *others))
     found, of_stats, factors = [], [], []
     neighbours = launch.class_dim != -1
-    for batch, length, rows in _pieces(views[0], whole=neighbours):
+    for batch, length, rows in pieces(views[0], whole=neighbours):
         source, target, *rest = (view[batch, length] for view in views)
         wide = source.float()
         if neighbours:
@@ -107,7 +107,7 @@ def empty_gradient(logits: Tensor, class_dim: int = -1) -> Tensor:
     return memory.empty_like(logits.movedim(-1, class_dim)).movedim(class_dim, -1)
 
 
-def _pieces(logits: Tensor, *, whole: bool = False) -> list[tuple[slice, slice, slice]]:
+def pieces(logits: Tensor, *, whole: bool = False) -> list[tuple[slice, slice, slice]]:
     """Parts of logits ``[B, L, V]`` in order: of B, of L, and of the rows that these are; one part if ``whole``."""
     everything = slice(None)
     if whole or torch.compiler.is_compiling() or not symbols.has_values(logits):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Optional, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from kdkernels.heads import Fp16Range, Head, HeadGrad, Scratch, sum_dtype
 from kdkernels.launch import Launch, RowTensors, flat, run, run_reference
 from kdkernels.objective import TERMS
 from kdkernels.reference.topk import distinct, out_of_range
+
+if TYPE_CHECKING:
+    from kdkernels.parallel.shards import Shards
 
 Rows = Union[slice, Tensor]
 TeacherChunks = Callable[[Rows], Any]
@@ -97,6 +100,7 @@ class Call(NamedTuple):
     teacher_probs: bool = False  # it returns rows that add up to 1
     sparse_grad: bool = False
     expectation: Optional[Expectation] = None  # beside a launch whose sparse teacher is uniform
+    shards: Optional[Shards] = None  # of the vocabulary: heads, and logits, are this rank's columns
 
     def dtypes(self, hidden: Tensor) -> tuple[torch.dtype, torch.dtype]:
         """Of the products of these hidden states with their head, and of the logits that they make."""
@@ -142,7 +146,7 @@ class LinearLoss(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:3])
         result = execute(call, hidden, weight, bias, needs)
         grads = (result.dhidden, result.dweight, result.dbias)
-        again = call.launch.backend == "torch" and not call.sparse_grad
+        again = call.launch.backend == "torch" and not call.sparse_grad and call.shards is None
         ctx.save_for_backward(
             *(grad if need else None for grad, need in zip(grads, needs, strict=True)),
             result.factors,
@@ -150,7 +154,7 @@ class LinearLoss(torch.autograd.Function):
             *((hidden, weight, bias) if again else (None,) * 3),
         )
         ctx.mark_non_differentiable(result.stats)
-        ctx.call, ctx.sparse_grad = call if again else None, call.sparse_grad
+        ctx.call, ctx.sparse_grad, ctx.sharded = call if again else None, call.sparse_grad, call.shards is not None
         ctx.backend, ctx.head_shape = call.launch.backend, weight.shape
         ctx.dtypes = tuple(None if item is None else item.dtype for item in (hidden, weight, bias))
         ctx.shared = has_saved_tensor_hooks()
@@ -160,7 +164,7 @@ class LinearLoss(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor, _: Any) -> tuple[Any, ...]:
         if ctx.call is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return (*_differentiable(ctx.call, dloss, ctx.saved_tensors[-3:], ctx.needs_input_grad), None)
-        _refuse_second_derivative(ctx.sparse_grad)
+        _refuse_second_derivative(ctx.sparse_grad, ctx.sharded)
         dhidden, dweight, dbias, factors, grad_rows = ctx.saved_tensors[:5]
         shared = ctx.shared or torch.compiler.is_compiling() or graph_is_kept()
         of_weight, of_bias = (
@@ -197,8 +201,8 @@ class LinearRows(torch.autograd.Function):
         call, needs = _joined(ctx.call, tensors), list(ctx.needs_input_grad[:3])
         if not torch.compiler.is_compiling():
             again = torch.is_grad_enabled()
-            if not again or call.launch.backend != "torch" or call.sparse_grad:
-                _refuse_second_derivative(call.sparse_grad)
+            if not again or call.launch.backend != "torch" or call.sparse_grad or call.shards is not None:
+                _refuse_second_derivative(call.sparse_grad, call.shards is not None)
             if again or transforms.stands_for_others(dloss):
                 # Neither a graph nor a batch of gradients goes through the loop.
                 return (*_differentiable(call, dloss, (hidden, weight, bias), needs), None)
@@ -250,12 +254,12 @@ def _joined(call: Call, tensors: Sequence[Any]) -> Call:
     )
 
 
-def _refuse_second_derivative(sparse_grad: bool) -> None:
+def _refuse_second_derivative(sparse_grad: bool, sharded: bool) -> None:
     if sparse_grad and torch.is_grad_enabled():
         raise RuntimeError(
             "sparse_grad=True has no second derivative, and create_graph=True asks for one; leave it out"
         )
-    refuse_second_derivative()
+    refuse_second_derivative(sharded)
 
 
 def _head_grad(dweight: Optional[Tensor], grad_rows: Optional[Tensor], shape: torch.Size) -> Optional[Tensor]:
@@ -275,9 +279,9 @@ def _differentiable(
     """
     hidden, weight, bias = inputs
     assert hidden is not None and weight is not None
-    kept = _kept_rows(call.launch)
+    kept = kept_rows(call.launch)
     rows: Rows = slice(0, len(hidden)) if kept is None else kept
-    part = call._replace(launch=_of_rows(call.launch, rows))
+    part = call._replace(launch=of_rows(call.launch, rows))
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         loss, _ = whole(part, hidden[rows], weight, bias, rows)
@@ -302,7 +306,7 @@ def whole(
         logits = _logits(call, flat(hidden), weight, bias)
         if call.teacher_logits is not None:
             asked = slice(0, len(logits)) if rows is None else rows
-            teachers = _teacher_chunk(call, call.launch, asked, len(logits), logits.device)
+            teachers = teacher_chunk(call, call.launch, asked, len(logits), logits.device)
         if call.launch.pattern == "dense_fwd" and len(teachers) == 0:
             teachers = [logits.detach()]
         loss, stats = run_reference(call.launch, logits, teachers)
@@ -341,7 +345,7 @@ def logits_of_whole(
 def execute(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], needs: list[bool]) -> Result:
     """Run the loop, in its op unless that cannot be: with a function, a sparse result, or autograd in the loop."""
     launch = call.launch
-    if call.teacher_logits is not None or call.sparse_grad or launch.backend == "torch":
+    if call.teacher_logits is not None or call.sparse_grad or call.shards is not None or launch.backend == "torch":
         return _run(call, hidden, weight, bias, needs)
     teachers: tuple[Any, ...] = (*launch.sparse_teacher, *(call.expectation or (None,) * 3))
     if launch.pattern == "dense_fwd":
@@ -366,6 +370,10 @@ def projects_columns(launch: Launch) -> bool:
 
 def _run(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], needs: Sequence[bool]) -> Result:
     loop = _columns_loop if projects_columns(call.launch) else _logits_loop
+    if call.shards is not None:
+        from kdkernels.parallel.linear import columns_loop, logits_loop
+
+        loop = columns_loop if loop is _columns_loop else logits_loop
     # Operands are rounded to the autocast dtype by the loop; autocast itself would round sums too.
     with torch.no_grad(), no_autocast(hidden):
         loss, stats, dhidden, dweight, dbias, *rest, grad_rows = loop(call, hidden, weight, bias, needs)
@@ -386,7 +394,7 @@ def _run(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], nee
         )
 
 
-class _Sums(NamedTuple):
+class Sums(NamedTuple):
     """A ``Result`` before its sums are rounded."""
 
     loss: Tensor
@@ -400,25 +408,25 @@ class _Sums(NamedTuple):
     grad_rows: Optional[Tensor] = None
 
 
-def _logits_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], needs: Sequence[bool]) -> _Sums:
+def _logits_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], needs: Sequence[bool]) -> Sums:
     launch, columns, device = call.launch, call.launch.options["vocab_size"], hidden.device
     (dtype, logits_dtype), scratch = call.dtypes(hidden), Scratch(hidden)
     head = Head(weight, bias, columns=columns, dtype=dtype, logits_dtype=logits_dtype, scratch=scratch)
-    teachers = _teacher_heads(call, scratch)
+    teachers = teacher_heads(call, scratch, columns)
     expectation = call.expectation if launch.options["kd_weight"] else None
     mean = None if expectation is None else head.mean()
     # A product of 16-bit matrices may read what lies between rows.
     inputs = hidden.to(dtype).contiguous()
-    loss, stats = _outputs(hidden, launch)
-    dhidden = _zeros_for_gradient(hidden) if needs[0] else None
+    loss, stats = outputs(hidden, launch)
+    dhidden = zeros_for_gradient(hidden) if needs[0] else None
     dweight = HeadGrad(weight, head.blocks) if needs[1] else None
     dbias = HeadGrad(bias, head.blocks) if needs[2] and bias is not None else None
-    fp16_range, launch = _fp16_range(launch, loss, head) if dtype == torch.float16 and any(needs) else (None, launch)
+    fp16_range, launch = fp16_range_of(launch, loss, head) if dtype == torch.float16 and any(needs) else (None, launch)
 
     row_bytes = head.row_bytes(columns) + sum(columns * teacher.logits_dtype.itemsize for teacher, _ in teachers)
     products = Products.of(columns, hidden, dtype, [states for _, states in teachers], needs)
-    for rows, count in _chunks(launch, len(hidden), chunk_rows(call.chunk_bytes, device, row_bytes, products)):
-        h, part = inputs[rows], _of_rows(launch, rows)
+    for rows, count in chunks(launch, len(hidden), chunk_rows(call.chunk_bytes, device, row_bytes, products)):
+        h, part = inputs[rows], of_rows(launch, rows)
         logits = scratch.logits("student logits", count, columns, logits_dtype)
         head.project(h, logits)
         targets = []
@@ -426,16 +434,16 @@ def _logits_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tens
             targets.append(scratch.logits(f"teacher logits {k}", count, columns, teacher.logits_dtype))
             teacher.project(states[rows], targets[k])
         if call.teacher_logits is not None:
-            targets = _teacher_chunk(call, part, rows, count, device)
+            targets = teacher_chunk(call, part, rows, count, device)
         if launch.pattern == "dense_fwd" and not targets:
             # Of no weight, and read where the student is.
             targets = [logits]
-        of_rows, stats[rows] = run_in_place(part, logits, targets, any(needs))
+        losses, stats[rows] = run_in_place(part, logits, targets, any(needs))
         added = None
         if expectation is not None and mean is not None:
             more, added = expectation.chosen(rows).rest(part, h, mean)
-            of_rows = of_rows + more
-        loss[rows] = of_rows
+            losses = losses + more
+        loss[rows] = losses
         if any(needs):
             dh = head.backward(
                 logits,
@@ -450,14 +458,14 @@ def _logits_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tens
                 # Before it is rounded: both are as large as the head, and near a teacher their sum is small.
                 dhidden[rows] = (dh if added is None else dh + added).to(dhidden.dtype)
     if fp16_range is None:
-        return _Sums(loss, stats, dhidden, dweight, dbias)
+        return Sums(loss, stats, dhidden, dweight, dbias)
     rest = fp16_range.sums.reciprocal()
     if fp16_range.in_chunk:
         loss *= rest
-    return _Sums(loss, stats, dhidden, dweight, dbias, rest, rest if fp16_range.in_chunk else None)
+    return Sums(loss, stats, dhidden, dweight, dbias, rest, rest if fp16_range.in_chunk else None)
 
 
-def _teacher_chunk(call: Call, launch: Launch, rows: Rows, count: int, device: torch.device) -> list[Tensor]:
+def teacher_chunk(call: Call, launch: Launch, rows: Rows, count: int, device: torch.device) -> list[Tensor]:
     """The logits that ``teacher_logits`` gives for ``count`` rows, whose launch this is."""
     assert call.teacher_logits is not None
     options, labels, weight = launch.options, launch.rows.labels, launch.rows.row_weight
@@ -473,7 +481,7 @@ def _teacher_chunk(call: Call, launch: Launch, rows: Rows, count: int, device: t
     return targets
 
 
-def _fp16_range(launch: Launch, loss: Tensor, head: Head) -> tuple[Optional[Fp16Range], Launch]:
+def fp16_range_of(launch: Launch, loss: Tensor, head: Head) -> tuple[Optional[Fp16Range], Launch]:
     """For a gradient of about the size of the constants of the loss; with the launch that makes it."""
     in_chunk = head.logits_dtype == torch.float16
     if head.way == "widened" and not in_chunk:
@@ -499,12 +507,12 @@ def _fp16_range(launch: Launch, loss: Tensor, head: Head) -> tuple[Optional[Fp16
     return Fp16Range(sums, in_chunk), launch
 
 
-def _zeros_for_gradient(hidden: Tensor) -> Tensor:
+def zeros_for_gradient(hidden: Tensor) -> Tensor:
     """In fp32 where the gradient would underflow in fp16 before its loss scale comes."""
     return torch.zeros_like(hidden, dtype=torch.float32 if hidden.dtype == torch.float16 else None)
 
 
-def _columns_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], needs: Sequence[bool]) -> _Sums:
+def _columns_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], needs: Sequence[bool]) -> Sums:
     """The loop for ``tail="renormalize_both"``: of the head, the K rows of the teacher's ids are gathered, no more.
 
     Everything is bound by reading those rows, so that products and sums are fp32 throughout, of rounded operands.
@@ -512,20 +520,20 @@ def _columns_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Ten
     columns, device = call.launch.options["vocab_size"], hidden.device
     dtype, scratch = call.product_dtype or hidden.dtype, Scratch(hidden)
     sums = sum_dtype(dtype)
-    ids, launch = _positions(call.launch, columns)
+    ids, launch = positions(call.launch, columns)
     num_ids, width = ids.shape[1], hidden.shape[1]
     slots, grad_rows = ids, None
     if call.sparse_grad:
         grad_rows, slots = torch.unique(ids, return_inverse=True)
-    loss, stats = _outputs(hidden, launch)
-    dhidden = _zeros_for_gradient(hidden) if needs[0] else None
+    loss, stats = outputs(hidden, launch)
+    dhidden = zeros_for_gradient(hidden) if needs[0] else None
     num_rows = len(weight) if grad_rows is None else len(grad_rows)
     whole = [slice(0, num_rows)]
     dweight = HeadGrad(weight[:num_rows], whole) if needs[1] else None
     dbias = HeadGrad(bias, [slice(0, len(bias))]) if needs[2] and bias is not None else None
 
     row_bytes = num_ids * width * (sums.itemsize + (weight.dtype.itemsize if weight.dtype != sums else 0))
-    for rows, count in _chunks(launch, len(hidden), chunk_rows(call.chunk_bytes, device, row_bytes)):
+    for rows, count in chunks(launch, len(hidden), chunk_rows(call.chunk_bytes, device, row_bytes)):
         h, flat = hidden[rows].to(dtype).to(sums), ids[rows].reshape(-1)
         gathered = scratch.empty("gathered", (len(flat), width), weight.dtype)
         torch.index_select(weight, 0, flat, out=gathered)
@@ -535,7 +543,7 @@ def _columns_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Ten
         logits = torch.bmm(head, h[:, :, None]).squeeze(2)  # [R, K]
         if bias is not None:
             logits += bias[flat].to(dtype).view_as(logits)
-        loss[rows], stats[rows] = run_in_place(_of_rows(launch, rows), logits, [], any(needs))
+        loss[rows], stats[rows] = run_in_place(of_rows(launch, rows), logits, [], any(needs))
         if dhidden is not None:
             dhidden[rows] = torch.bmm(logits[:, None], head).squeeze(1).to(dhidden.dtype)
         if dbias is not None:
@@ -543,10 +551,10 @@ def _columns_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Ten
         if dweight is not None:
             torch.mul(logits[:, :, None], h[:, None], out=head)  # the gathered rows have done their work
             dweight.sums(whole[0]).index_add_(0, slots[rows].reshape(-1), head.view(-1, width))
-    return _Sums(loss, stats, dhidden, dweight, dbias, grad_rows=grad_rows)
+    return Sums(loss, stats, dhidden, dweight, dbias, grad_rows=grad_rows)
 
 
-def _positions(launch: Launch, columns: int) -> tuple[Tensor, Launch]:
+def positions(launch: Launch, columns: int) -> tuple[Tensor, Launch]:
     """Distinct ids ``[N, K]``, 0 in slots not used, and the launch on logits of these columns alone."""
     ids, logprobs = launch.sparse_teacher
     wrong = out_of_range(ids, logprobs, columns)
@@ -560,18 +568,17 @@ def _positions(launch: Launch, columns: int) -> tuple[Tensor, Launch]:
     return torch.where(used, ids, 0), launch._replace(sparse_teacher=(places, logprobs), options=options)
 
 
-def _teacher_heads(call: Call, scratch: Scratch) -> list[tuple[Head, Tensor]]:
+def teacher_heads(call: Call, scratch: Scratch, columns: int) -> list[tuple[Head, Tensor]]:
     """The heads of the teachers and their hidden states, in the dtypes of their products."""
     found = []
     for hidden, weight, bias in zip(call.teacher_hidden, call.teacher_weight, call.teacher_bias, strict=True):
         dtype, logits_dtype = call.dtypes(hidden)
-        columns = call.launch.options["vocab_size"]
         head = Head(weight, bias, columns=columns, dtype=dtype, logits_dtype=logits_dtype, scratch=scratch)
         found.append((head, hidden.to(dtype).contiguous()))
     return found
 
 
-def _outputs(hidden: Tensor, launch: Launch) -> tuple[Tensor, Tensor]:
+def outputs(hidden: Tensor, launch: Launch) -> tuple[Tensor, Tensor]:
     """Losses ``[N]`` and statistics ``[N, S]``, 0 in the rows that are left out."""
     columns = ops.TOPK_STATS if launch.pattern == "topk_fwd" else ops.STATS
     width = len(columns) if launch.options["stats"] else 0
@@ -619,8 +626,8 @@ def gpu_chunk_rows(l2_bytes: int, row_bytes: int, products: Optional[Products]) 
     return GPU_CHUNK_BYTES // row_bytes
 
 
-def _chunks(launch: Launch, num_rows: int, size: int) -> Iterator[tuple[Rows, int]]:
-    return even_chunks(_kept_rows(launch), num_rows, size)
+def chunks(launch: Launch, num_rows: int, size: int) -> Iterator[tuple[Rows, int]]:
+    return even_chunks(kept_rows(launch), num_rows, size)
 
 
 def even_chunks(kept: Optional[Tensor], num_rows: int, size: int) -> Iterator[tuple[Rows, int]]:
@@ -636,7 +643,7 @@ def no_autocast(tensor: Tensor) -> Any:
     return contextlib.nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
-def _kept_rows(launch: Launch) -> Optional[Tensor]:
+def kept_rows(launch: Launch) -> Optional[Tensor]:
     """The rows whose products are worth computing; None for all.
 
     Their number is the one thing that the host must know, which waits for a GPU once per call with labels or row
@@ -664,7 +671,7 @@ def indices(counts: Tensor) -> Optional[Tensor]:
     return None if len(kept) == len(counts) else kept
 
 
-def _of_rows(launch: Launch, rows: Rows) -> Launch:
+def of_rows(launch: Launch, rows: Rows) -> Launch:
     return launch._replace(
         rows=launch.rows.chosen(rows),
         sparse_teacher=tuple(item[rows] for item in launch.sparse_teacher),

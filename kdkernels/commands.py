@@ -16,7 +16,12 @@ from rich.table import Table
 
 from kdkernels import __version__
 
-app = typer.Typer(help="Fused distillation losses for PyTorch.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="Fused distillation losses for PyTorch.",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
 cache = typer.Typer(help="Look into a teacher cache, or write one.", no_args_is_help=True)
 app.add_typer(cache, name="cache")
 
@@ -33,11 +38,28 @@ class DType(str, Enum):
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.value]
 
 
+def _device(name: Optional[str]) -> Optional[str]:
+    """A device that tensors can be made on here."""
+    if name is not None:
+        import torch
+
+        try:
+            torch.empty(0, device=name)
+        # Of a build without the device, and of a name that is none.
+        except (AssertionError, RuntimeError) as error:
+            said = str(error).partition("\n")[0].partition(" device type at start")[0]
+            raise typer.BadParameter(f"{name!r} is no device that this torch can use: {said}") from error
+    return name
+
+
+Device = Annotated[
+    Optional[str],
+    typer.Option(callback=_device, help="cpu, cuda, cuda:1; by default the GPU where there is one."),
+]
 Shapes = Annotated[
     list[str], typer.Option("--shape", metavar="NxV", help="Tokens and vocabulary; may be given several times.")
 ]
 DTypes = Annotated[list[DType], typer.Option("--dtype", help="Of the logits; may be given several times.")]
-Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1; by default the GPU where there is one.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON in place of a table.")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the cache.")]
 
@@ -157,24 +179,21 @@ def info(folder: Folder) -> None:
 
 @cache.command()
 def verify(folder: Folder) -> None:
-    """Read every shard and check its size and SHA-256.
+    """Read every shard and check its size, its SHA-256 and its place.
 
-    Prints a line per shard; the exit status is 1 if one is missing, truncated or damaged.
+    Prints a line per shard; the exit status is 1 if one is missing, truncated, damaged or there twice.
     """
     from kdkernels.cache.errors import CacheError
-    from kdkernels.cache.index import Index, check_sha256
+    from kdkernels.cache.shared import CaptureError
+    from kdkernels.cache.verify import verify as faults
 
     shards = damaged = 0
-    with _refused(CacheError):
+    with _refused(CacheError, CaptureError, OSError):
         for part in _parts(folder):
-            for shard in Index.read(part).shards:
+            for name, fault in faults(part):
                 shards += 1
-                try:
-                    check_sha256(part, shard)
-                    print(f"{shard.file}  ok")
-                except CacheError as error:
-                    damaged += 1
-                    print(f"{shard.file}  {type(error).__name__}: {error}")
+                damaged += fault is not None
+                print(f"{name}  {fault or 'ok'}")
     print(f"{shards} shards, {damaged} damaged")
     raise typer.Exit(bool(damaged))
 
@@ -203,14 +222,12 @@ def capture(
 ) -> None:
     """Run a teacher over texts and keep its top K log-probabilities of every token.
 
-    A second call goes on where the first stopped. Under torchrun each process takes a part of the texts and writes a
-    folder of its own below DIR.
+    A second call goes on where the first stopped. Under torchrun, or started several times with RANK and WORLD_SIZE,
+    each process writes some of the shards of DIR, and the last one the index.
     """
-    try:
-        from kdkernels.cache import CacheError
-        from kdkernels.cache.capture import CaptureError, from_hub
-    except ImportError as error:
-        _fail(str(error))
+    from kdkernels.cache import CacheError
+    from kdkernels.cache.capture import CaptureError, from_hub
+
     with _refused(CacheError, CaptureError, OSError, ValueError):
         from_hub(
             folder,
@@ -266,7 +283,7 @@ def _of_kind(index: Any) -> dict[str, Any]:
 
 
 def _shape(text: str) -> tuple[int, int]:
-    rows, _, vocab_size = text.partition("x")
+    rows, _, vocab_size = text.lower().partition("x")
     if not (rows.isdigit() and vocab_size.isdigit() and int(rows) and int(vocab_size)):
         raise typer.BadParameter(f"a shape is NxV, such as 512x32000, got {text!r}", param_hint="--shape")
     return int(rows), int(vocab_size)

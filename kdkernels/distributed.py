@@ -19,7 +19,7 @@ from kdkernels import checks
 # Arguments that have a dimension after those of the rows; all others have one number a row, or for all.
 WIDE = ("teacher", "teacher_ids", "teacher_logprobs", "teacher_weights")
 # Losses that take a process group of ranks that have some of the columns each.
-OF_SHARDS = ("kd_loss", "topk_kd_loss")
+OF_SHARDS = ("kd_loss", "topk_kd_loss", "lk_loss", "taid_loss", "dkd_loss", "logit_mse_loss")
 PLAIN = (Tensor, torch.nn.Parameter, type(None), str, float, int, bool)
 
 
@@ -95,12 +95,14 @@ def _of_shards(loss: Callable[..., Any], student: Any, arguments: Mapping[str, A
     local = {name: shards.argument(name, value) for name, value in arguments.items()}
     local["process_group"] = shards.group
     result = loss(shards.without(student), **local)
-    value = result[0] if isinstance(result, tuple) else result
+    value, stats = result if isinstance(result, tuple) else (result, None)
     rows = student.shape[:-1]
     if arguments.get("reduction") != "none":
         everywhere = [Replicate()] * student.device_mesh.ndim
-        return DTensor.from_local(_whole_of(value), student.device_mesh, everywhere)
-    return shards.of_rows(value, rows)
+        value = DTensor.from_local(_whole_of(value), student.device_mesh, everywhere)
+    else:
+        value = shards.of_rows(value, rows)
+    return value if stats is None else (value, type(stats)(*(shards.of_rows(item, rows) for item in stats)))
 
 
 def of_tokens(function: Callable[..., Any], logits: Any, ids: Any, options: Mapping[str, Any]) -> Any:
@@ -135,6 +137,53 @@ def of_tokens(function: Callable[..., Any], logits: Any, ids: Any, options: Mapp
         return type(result)(*map(of_rows, result)) if hasattr(result, "_fields") else tuple(map(wrapped, result))
 
     return wrapped(function(_to_local(logits), *given, **local))
+
+
+def of_heads(function: Callable[..., Any], arguments: Mapping[str, Any], side: str = "student_") -> Any:
+    """``function(**arguments)`` of hidden states that are a DTensor, the same on all ranks.
+
+    Heads are sharded by their rows, or are before the call: of one that is whole each rank takes its part, whose
+    gradients are gathered.
+    """
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    hidden = arguments[f"{side}hidden"]
+    if arguments.get("process_group") is not None:
+        raise ValueError(f"process_group must not be given where {side}hidden is a DTensor: its mesh tells")
+    mesh = hidden.device_mesh
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"{side}hidden must be on a mesh of one dimension, over which the heads are sharded, got {mesh.ndim}; pass "
+            "local tensors and process_group=mesh.get_group(...)"
+        )
+
+    def local(name: str, value: Any) -> Any:
+        of_head = name.endswith(("weight", "bias")) and name != "row_weight"
+        if isinstance(value, torch.nn.Module) or (
+            of_head and isinstance(value, Tensor) and not checks.is_dtensor(value)
+        ):
+            raise TypeError(
+                f"{name} must be a DTensor as {side}hidden is, got {type(value).__name__}; of a module pass the weight "
+                "and the bias"
+            )
+        if not checks.is_dtensor(value):
+            return value
+        if value.device_mesh != mesh:
+            raise ValueError(f"{name} must be on the mesh of {side}hidden {mesh}, got {value.device_mesh}")
+        allowed: tuple[Any, ...] = (Replicate(), Shard(0)) if of_head else (Replicate(),)
+        if value.placements[0] not in allowed:
+            raise ValueError(f"{name} must have one of the placements {list(allowed)}, got {list(value.placements)}")
+        return _to_local(value.redistribute(placements=[Shard(0)]) if of_head else value)
+
+    def whole(result: Any) -> Any:
+        if isinstance(result, Tensor):
+            return DTensor.from_local(result, mesh, [Replicate()])
+        if not isinstance(result, tuple):
+            return result
+        return type(result)(*map(whole, result)) if hasattr(result, "_fields") else tuple(map(whole, result))
+
+    given = {name: local(name, value) for name, value in arguments.items()}
+    return whole(function(**given, process_group=mesh.get_group()))
 
 
 class _RowsLike(NamedTuple):

@@ -96,8 +96,12 @@ def _of_losses(device_type: str) -> dict[str, str]:
     return {names: backends.select("auto", device_type, pattern=pattern) for names, pattern in LOSSES.items()}
 
 
-def _losses_line(device_type: str) -> str:
-    return "  " + "; ".join(f"{names}: {backend}" for names, backend in _of_losses(device_type).items())
+def _losses_lines(device_type: str) -> list[str]:
+    """One line where all losses take the same backend, else one for each kind of loss."""
+    taken = _of_losses(device_type)
+    if len(set(taken.values())) == 1:
+        return [f"  every loss takes {next(iter(taken.values()))!r}"]
+    return [f"  {names} {'take' if ',' in names else 'takes'} {backend!r}" for names, backend in taken.items()]
 
 
 def _facts() -> dict[str, str]:
@@ -119,7 +123,7 @@ def report() -> str:
     """Text of one fact a line: the versions here, the libraries, and the backend that "auto" takes."""
     lines = [f"{name:<11}{fact}" for name, fact in _facts().items()]
     for device_type in ("cpu", "cuda"):
-        lines += [*_choice(device_type), _losses_line(device_type)]
+        lines += [*_choice(device_type), *_losses_lines(device_type)]
     return "\n".join(lines)
 
 

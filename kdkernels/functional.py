@@ -673,7 +673,7 @@ def _classes_last(objective: Objective, dim: int, student: Any, teacher: Any) ->
     several = teacher if isinstance(teacher, (list, tuple)) else () if teacher is None else (teacher,)
     names = ["teacher"] if len(several) == 1 else [f"teacher[{k}]" for k in range(len(several))]
     for name, item in zip(names, several, strict=True):
-        checks.same_dims(name, item, student)
+        checks.same_dims(name, item, student, dim)
     tensors = [("student", student), *zip(names, several, strict=True)]
     if student.numel() == 0:
         # Without a row there is nothing to copy.
@@ -689,6 +689,10 @@ def taid(objective: TAIDObjective, student: Any, teacher: Any, labels: Any = Non
     """``taid_loss`` of an objective: a mixture of logits, one of them the student's own."""
     if distributed.among((student, teacher, labels, *objective.tensors)):
         return distributed.of_all_ranks(taid_loss, student, {"teacher": teacher, "labels": labels, **objective.given()})
+    if objective.process_group is not None:
+        from kdkernels.parallel.dense import taid_loss as of_shards
+
+        return of_shards(objective, student, teacher, labels)
     columns = checks.student_of(objective, student)
     checks.teacher_like("teacher", teacher, student, objective.vocab_size)
     share = checks.per_row("interpolation", objective.interpolation, student, low=0.0, high=1.0, exclusive=False)
@@ -742,6 +746,8 @@ def _dense(
         objective, student, labels, columns, backend, weights, mixture, of_columns, class_dim, learns=backend == "torch"
     )
     checks.probabilities(objective, teachers, columns, launch.rows.labels, launch.rows.row_weight)
+    if objective.student_form == "log_probs":
+        checks.no_probabilities("student", student, columns)
     swapped = dual(launch, objective, teachers[0]) if teacher_grad and backend != "torch" else None
     return with_stats(*evaluate(launch, objective, student, teachers, swapped), student, KDStats)
 
@@ -774,6 +780,10 @@ def pair(pattern: str, options: Any, student: Any, teacher: Any, labels: Any) ->
         return distributed.of_all_ranks(
             _PAIRS[pattern], student, {"teacher": teacher, "labels": labels, **options.given()}
         )
+    if getattr(options, "process_group", None) is not None:
+        from kdkernels.parallel import pairs
+
+        return pairs.LOSSES[pattern](options, student, teacher, labels)
     columns = checks.student_of(options, student)
     widths = {}
     if pattern == "uld_fwd":

@@ -101,8 +101,8 @@ class HeadGrad:
     def __init__(self, weight: Tensor, blocks: list[slice]) -> None:
         self._weight = weight
         dtype = sum_dtype(weight.dtype)
-        self._rows = len(weight)
-        if weight.dtype != dtype:
+        self._rows = max(len(weight), 1)
+        if weight.dtype != dtype and blocks:
             # A piece holds whole blocks.
             block = blocks[0].stop
             block_bytes = block * weight[0].numel() * dtype.itemsize
@@ -128,7 +128,8 @@ class HeadGrad:
         """
         factor = self._sums[0].new_ones(())
         if self._weight.dtype == torch.float16:
-            largest = torch.stack([torch.linalg.vector_norm(part, torch.inf) for part in self._sums]).amax()
+            sizes = [torch.linalg.vector_norm(part, torch.inf) for part in self._sums if part.numel()]
+            largest = torch.stack(sizes or [factor]).amax()
             # fp16 ends below 2^16. Powers beyond these would not be exact in fp32, nor would their reciprocals.
             room = (15 - torch.frexp(largest)[1]).clamp(-120, 120)
             factor = torch.ldexp(factor, -room)
@@ -304,7 +305,7 @@ class Head:
 
 
 def _blocks(columns: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, columns)) for start in range(0, columns, size)]
+    return [slice(start, min(start + size, columns)) for start in range(0, columns, max(size, 1))]
 
 
 def products(device: torch.device, dtype: torch.dtype, *, rounded_logits: bool) -> str:

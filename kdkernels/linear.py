@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Optional, Union, overload
 import torch
 from torch import Tensor
 
-from kdkernels import backends, checks, modules, symbols, transforms
+from kdkernels import backends, checks, distributed, modules, symbols, transforms
 from kdkernels.autograd import reduced
 from kdkernels.capture import TeacherExpectation
 from kdkernels.chunked import Call, Expectation, LinearLoss, LinearRows, Rows, execute, projects_columns, whole
@@ -132,6 +132,10 @@ def linear_kd_loss(
         student_softcap, teacher_softcap, standardize, teacher_lse, row_param, return_stats: as in ``kd_loss``.
         backend: as in ``kd_loss``.
         vocab_size: as in ``kd_loss``; columns from there on are not even projected.
+        process_group: ranks of which each has some rows of the heads, and all have the same hidden states and labels,
+            see docs/guide/devices.md. ``student_weight`` and its bias are this rank's rows, in the order of the ranks;
+            the teacher's are the same rows, or all of them. The gradient of the hidden states is the whole, the same on
+            all ranks: do not add it up again. That of the head is of this rank's rows.
 
     Under autocast the operands of the products are rounded to its dtype. Sums, losses and statistics are float32.
     Under ``torch.compile`` the loop is one op of the graph; backend "torch" makes all logits at once there.
@@ -186,7 +190,8 @@ def linear_lk_loss(
         student_hidden, student_weight, teacher_hidden, teacher_weight, labels, student_bias, teacher_bias,
             teacher_logits: as in ``linear_kd_loss``.
         kind, eta, eps: as in ``lk_loss``.
-        options: the other keyword arguments of ``linear_kd_loss``, but for ``divergence`` and ``row_param``.
+        options: the other keyword arguments of ``linear_kd_loss``, but for ``divergence``, ``row_param`` and
+            ``process_group``.
 
     Returns:
         As ``linear_kd_loss``.
@@ -283,6 +288,7 @@ def linear_topk_kd_loss(
         tail, divergence, temperature, teacher_temperature, scale_by_t_squared, kd_weight: as in ``topk_kd_loss``.
         ce_weight, z_loss_weight, label_smoothing, ignore_index, row_weight, normalizer: as in ``topk_kd_loss``.
         vocab_size, student_softcap, row_param, return_stats, backend: as in ``topk_kd_loss``.
+        process_group: as in ``linear_kd_loss``. Where K columns alone are projected, their K logits travel.
 
     Returns:
         As ``topk_kd_loss``.
@@ -324,7 +330,26 @@ def dense(
     teacher_expectation: Any,
 ) -> Any:
     """``linear_kd_loss`` of an objective."""
+    if checks.is_dtensor(hidden) and "process_group" not in objective.without:
+        arguments = {
+            "student_hidden": hidden,
+            "student_weight": weight,
+            "teacher_hidden": teacher_hidden,
+            "teacher_weight": teacher_weight,
+            "labels": labels,
+            "student_bias": student_bias,
+            "teacher_bias": teacher_bias,
+            "teacher_logits": teacher_logits,
+            "teacher_expectation": teacher_expectation,
+        }
+        return distributed.of_heads(linear_kd_loss, {**arguments, **objective.given()})
     objective, hidden, weight, student_bias = modules.student(objective, hidden, weight, student_bias)
+    if objective.process_group is not None:
+        from kdkernels.parallel.linear import linear_kd_loss as of_shards
+
+        others = {"teacher_logits": teacher_logits, "teacher_expectation": teacher_expectation}
+        teacher = teacher_hidden, teacher_weight, teacher_bias
+        return of_shards(objective, (hidden, weight, student_bias), teacher, labels, others)
     if teacher_expectation is not None:
         checks.expectation_alone(objective, teacher_hidden, teacher_weight, teacher_bias, teacher_logits)
         return _of_expectation(objective, hidden, weight, teacher_expectation, labels, student_bias)
@@ -339,7 +364,7 @@ def dense(
     alone = all(item is None for item in (teacher_hidden, teacher_weight, teacher_bias, teacher_logits))
     teachers: list[tuple[Any, Any, Any]] = []
     if alone:
-        checks.without_teacher(objective)
+        checks.without_teacher(objective, "teacher_hidden")
         count = 0
     elif called is not None:
         (teacher_logits, count), form = called, objective.teacher_form
@@ -377,7 +402,7 @@ def dense(
         objective.teacher_form == "probs",
     )
     tensors = [item for teacher in teachers for item in teacher]
-    result = _result(objective, call, hidden, head, bias, [*tensors, labels], KDStats)
+    result = result_of(objective, call, hidden, head, bias, [*tensors, labels], KDStats)
     return without_teacher(result) if alone else result
 
 
@@ -398,7 +423,7 @@ def _of_expectation(
     launch = uniform_launch(objective, logits, labels, columns)
     call = Call(launch, objective.chunk_bytes, product_dtype, objective.logits_dtype, expectation=expectation)
     frozen = head.detach(), None if bias is None else bias.detach()
-    return _result(objective, call, hidden, *frozen, [labels, *expectation], KDStats)
+    return result_of(objective, call, hidden, *frozen, [labels, *expectation], KDStats)
 
 
 def topk(
@@ -413,22 +438,38 @@ def topk(
     tail_logprob: Any,
 ) -> Any:
     """``linear_topk_kd_loss`` of an objective."""
+    if checks.is_dtensor(hidden):
+        tensors = {
+            "student_hidden": hidden,
+            "student_weight": weight,
+            "teacher_ids": ids,
+            "teacher_logprobs": logprobs,
+            "labels": labels,
+            "student_bias": student_bias,
+            "tail_logprob": tail_logprob,
+        }
+        return distributed.of_heads(linear_topk_kd_loss, {**tensors, **objective.given()})
     objective, hidden, weight, student_bias = modules.student(objective, hidden, weight, student_bias)
+    if objective.process_group is not None:
+        from kdkernels.parallel.linear import linear_topk_kd_loss as of_shards
+
+        return of_shards(objective, (hidden, weight, student_bias), ids, logprobs, labels, tail_logprob)
     head, bias, product_dtype, logits = as_student(objective, hidden, weight, student_bias)
     columns = checks.student_of(objective, logits)
     launch = topk_launch(objective, logits, (ids, logprobs), labels, tail_logprob, columns)
     checks.sparse_grad_allowed(objective.sparse_grad, projects_columns(launch))
     call = Call(launch, objective.chunk_bytes, product_dtype, objective.logits_dtype, sparse_grad=objective.sparse_grad)
-    return _result(objective, call, hidden, head, bias, [ids, logprobs, labels, tail_logprob], TopKStats)
+    return result_of(objective, call, hidden, head, bias, [ids, logprobs, labels, tail_logprob], TopKStats)
 
 
 def as_student(
-    objective: Any, hidden: Any, weight: Any, bias: Any, side: str = "student_"
+    objective: Any, hidden: Any, weight: Any, bias: Any, side: str = "student_", *, least: int = 1
 ) -> tuple[Tensor, Optional[Tensor], Optional[torch.dtype], Tensor]:
-    """The head's weight and bias, the dtype that autocast wants of products, and what stands for the logits."""
+    """The head's weight of ``least`` rows and bias, the dtype that autocast wants of products, and what stands for the
+    logits."""
     product_dtype = autocast_dtype(hidden)
     head, bias = checks.head_tensors(side, weight, bias)
-    checks.head(side, hidden, head, bias, product_dtype is not None)
+    checks.head(side, hidden, head, bias, product_dtype is not None, least=least)
     checks.logits_dtype(objective.logits_dtype, product_dtype or hidden.dtype)
     return head, bias, product_dtype, stand_in(hidden, head, product_dtype)
 
@@ -468,7 +509,7 @@ def _count(teacher_weights: Any) -> int:
     return teacher_weights.shape[-1] if isinstance(teacher_weights, Tensor) else len(teacher_weights)
 
 
-def _result(
+def result_of(
     objective: Any,
     call: Call,
     hidden: Tensor,

@@ -37,12 +37,18 @@ ELSEWHERE = {
     "weight_hard_loss": "ce_weight",
     "mask": "labels, with -100 where a row does not count",
     "attention_mask": "labels, with -100 where a row does not count",
+    "loss_mask": "labels, with -100 where a row does not count",
+    "completion_mask": "labels, with -100 where a row does not count",
     "weight": "row_weight",
+    "class_weight": "row_weight=w[labels], a weight of each row",
+    "class_weights": "row_weight=w[labels], a weight of each row",
     "eps": "nothing: no epsilon is needed",
-    "dim": "nothing: the classes are the last dimension",
+    "dim": "nothing: the classes are the last dimension, as in x.movedim(dim, -1).contiguous()",
     "top_k": "kdkernels.topk_kd_loss",
     "topk": "kdkernels.topk_kd_loss",
 }
+# Tensors that are arguments of ``kd_loss`` and of few others.
+OF_KD_LOSS = ("student_bias", "teacher_bias", "teacher_columns")
 # The weights of a loss's terms.
 TERMS = ("kd_weight", "ce_weight", "z_loss_weight")
 # A z-loss has a gradient of 2 lse q, which fits fp16 at any lse so.
@@ -116,6 +122,8 @@ class Options:
             if name not in cls.defaults:
                 meant = ALIASES.get(name) or next(iter(difflib.get_close_matches(name, cls.defaults, 1)), None)
                 hint = f"; did you mean {meant!r}?" if meant in cls.defaults else ""
+                if name not in ALIASES and (name in Objective.defaults or name in OF_KD_LOSS):
+                    hint = "; kdkernels.kd_loss has it"
                 if name in ELSEWHERE and ALIASES.get(name) not in cls.defaults:
                     hint = f"; here it is {ELSEWHERE[name]}"
                 raise TypeError(f"{cls.function} got an unexpected option {name!r}{hint}")
@@ -373,8 +381,9 @@ class _Sparse(_Terms):
             got = "a tensor" if isinstance(self.of_teacher, Tensor) else self.of_teacher
             raise ValueError(
                 f"teacher_temperature must be 1 with tail {tail!r}, got {got}: K log-probabilities do not tell the "
-                "mass outside them at another temperature; take them at the temperature of the loss and pass "
-                "teacher_temperature=1.0, or choose another tail"
+                "mass outside them at another temperature; take them at the temperature of the loss (a server's have "
+                "temperature 1) and pass teacher_temperature=1.0, or choose tail 'uniform', 'renormalize' or "
+                "'renormalize_both'"
             )
 
     def _scalars(self) -> dict[str, Any]:
@@ -450,14 +459,14 @@ class TopKObjective(_OnLogits, _OnShards, RowOptions, _Sparse):
 
 
 @_options
-class LinearObjective(_OnHidden, RowOptions, _Dense):
+class LinearObjective(_OnHidden, _OnShards, RowOptions, _Dense):
     """The options of ``linear_kd_loss``."""
 
     function = "linear_kd_loss"
 
 
 @_options
-class LinearTopKObjective(_OnHidden, RowOptions, _Sparse):
+class LinearTopKObjective(_OnHidden, _OnShards, RowOptions, _Sparse):
     """The options of ``linear_topk_kd_loss``."""
 
     sparse_grad: bool = False
@@ -534,7 +543,6 @@ class TAIDObjective(Objective):
         "teacher_lse",
         "student_form",
         "dim",
-        "process_group",
     )
 
 
@@ -543,7 +551,7 @@ class LKObjective(Objective, _Acceptance):
     """The options of ``lk_loss``: those of ``kd_loss`` but for the divergence, and the kind."""
 
     function = "lk_loss"
-    without = ("divergence", "row_param", "student_form", "dim", "process_group")
+    without = ("divergence", "row_param", "student_form", "dim")
 
 
 @_options
@@ -551,11 +559,11 @@ class LinearLKObjective(LinearObjective, _Acceptance):
     """The options of ``linear_lk_loss``."""
 
     function = "linear_lk_loss"
-    without = ("divergence", "row_param")
+    without = ("divergence", "row_param", "process_group")
 
 
 @_options
-class DKDObjective(_OnLogits, RowOptions, _Tempered):
+class DKDObjective(_OnLogits, _OnShards, RowOptions, _Tempered):
     """The options of ``dkd_loss``."""
 
     alpha: float = 1.0
@@ -584,7 +592,7 @@ class DKDObjective(_OnLogits, RowOptions, _Tempered):
 
 
 @_options
-class MSEObjective(_OnLogits, RowOptions):
+class MSEObjective(_OnLogits, _OnShards, RowOptions):
     """The options of ``logit_mse_loss``."""
 
     centered: bool = False

@@ -34,10 +34,21 @@ SHARD_NUMBERS = (
     "teacher_log_z",
     "of_score",
     "of_q",
+    "of_p",
     "of_hard",
     "hard_log_z",
     "constant",
     "at_label",
+)
+# Columns of its sums; all behind the first two where the choice "stats" asks for them.
+SHARD_SUMS = (
+    "value",
+    "score",
+    "forward_kl",
+    "reverse_kl",
+    "teacher_entropy",
+    "student_entropy",
+    "acceptance",
 )
 # Columns of the second results of dense_fwd and topk_fwd.
 STATS, TOPK_STATS = KDStats._fields, TopKStats._fields
@@ -78,7 +89,7 @@ CHOICES = {
     "uld_fwd": ("ignore_index", "exact"),
     "topp_count": (),
     "capture_topk": (),
-    "shard_fwd": (),
+    "shard_fwd": ("stats",),
     "token_fwd": ("ignore_index", "entropy", "tail_mass", "stats"),
     "token_bwd": ("ignore_index", "entropy", "tail_mass", "stats"),
 }
@@ -133,15 +144,16 @@ SCHEMAS = {
     # How many columns of each row, the most probable first, have a mass of p together: int64 [N], at least 1. All that
     # are above -inf where p is 1, and 1 where a row has no distribution.
     "topp_count": (f"(Tensor logits, Tensor? temperature_rows, *, {_ALIKE}) -> Tensor"),
-    # Some of the columns of rows whose softmax is known: row_numbers [N, 12] are SHARD_NUMBERS in the dtype of sums.
+    # Some of the columns of rows whose softmax is known: row_numbers [N, 13] are SHARD_NUMBERS in the dtype of sums.
     # With log q = (s - student_top) student_unit - student_log_z and log p likewise, both of softcapped logits, returns
-    # sum f and sum df/dlogq over the columns, [N, 2]; or where there is a dstudent, which may be the student, writes
+    # sum f and sum df/dlogq over the columns, [N, 2], and with the choice "stats" the other SHARD_SUMS behind them; or
+    # where there is a dstudent, which may be the student, writes
     #
-    #     of_score df/dlogq - of_q q + of_hard e^(s - student_top - hard_log_z) + constant
+    #     of_score df/dlogq - of_q q + of_p p + of_hard e^(s - student_top - hard_log_z) + constant
     #
-    # and at_label more in the column of labels [N] (-1: none), through the softcap, and returns [0, 2]. A row of
+    # and at_label more in the column of labels [N] (-1: none), through the softcap, and returns no row. A row of
     # student_unit 0 is not read for the sums. Of one without a factor the gradient is 0, and it is not read for it; nor
-    # is the teacher's where of_score and of_q are 0.
+    # is the teacher's where of_score, of_q and of_p are 0.
     "shard_fwd": (
         "(Tensor student, Tensor teacher, Tensor(a!)? dstudent, Tensor? labels, Tensor row_numbers, "
         f"Tensor? param_rows, *, str divergence, {_ALIKE}) -> Tensor"
@@ -290,9 +302,15 @@ def _rows_fake(student: Tensor, *args: object, **kwargs: object) -> Tensor:
 
 
 def _shard_fake(
-    student: Tensor, teacher: Tensor, dstudent: Optional[Tensor], *args: object, **kwargs: object
+    student: Tensor,
+    teacher: Tensor,
+    dstudent: Optional[Tensor],
+    *args: object,
+    choices: Sequence[int],
+    **kwargs: object,
 ) -> Tensor:
-    return _rows(student, 2) if dstudent is None else _sums(student, 0, 2)
+    columns = len(SHARD_SUMS) if choices[0] else 2
+    return _rows(student, columns) if dstudent is None else _sums(student, 0, columns)
 
 
 def _linear_fake(columns: Sequence[str]) -> Callable[..., Any]:

@@ -90,21 +90,21 @@ class TopKOptions(_OnLogits, _OnShards, _Sparse, total=False):
     """Of ``topk_kd_loss``."""
 
 
-class LinearOptions(_OnHidden, _Teacher, _Terms, total=False):
+class LinearOptions(_OnHidden, _OnShards, _Teacher, _Terms, total=False):
     """Of ``linear_kd_loss``."""
 
 
-class LinearTopKOptions(_OnHidden, _Sparse, total=False):
+class LinearTopKOptions(_OnHidden, _OnShards, _Sparse, total=False):
     """Of ``linear_topk_kd_loss``."""
 
     sparse_grad: bool
 
 
-class TAIDOptions(_OnLogits, _Logits, _Terms, total=False):
+class TAIDOptions(_OnLogits, _OnShards, _Logits, _Terms, total=False):
     """Of ``taid_loss``, beside the interpolation."""
 
 
-class LKOptions(_OnLogits, _Acceptance, total=False):
+class LKOptions(_OnLogits, _OnShards, _Acceptance, total=False):
     """Of ``lk_loss``."""
 
 
@@ -114,7 +114,7 @@ class LinearLKOptions(_OnHidden, _Acceptance, total=False):
     return_stats: bool
 
 
-class DKDOptions(_OnLogits, RowOptions, total=False):
+class DKDOptions(_OnLogits, _OnShards, RowOptions, total=False):
     """Of ``dkd_loss``."""
 
     alpha: float
@@ -124,7 +124,7 @@ class DKDOptions(_OnLogits, RowOptions, total=False):
     scale_by_t_squared: bool
 
 
-class MSEOptions(_OnLogits, RowOptions, total=False):
+class MSEOptions(_OnLogits, _OnShards, RowOptions, total=False):
     """Of ``logit_mse_loss``."""
 
     centered: bool

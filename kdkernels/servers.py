@@ -72,11 +72,14 @@ def openai_texts(given: Any, token_ids: Any, missing: str) -> tuple[list[list[Ro
     several = _is_list(given)
     texts = []
     for choice in given if several else [given]:
-        positions: Any = _get(choice, "content") or _get(choice, "top_logprobs")
-        if not _is_list(positions):
+        fields = [_get(choice, "content"), _get(choice, "top_logprobs")]
+        # Of an answer without a token the list is empty.
+        positions: Any = max(filter(_is_list, fields), key=len, default=None)
+        if positions is None:
             raise TypeError(
                 "logprobs must be choice.logprobs, with the field content (of a chat) or top_logprobs (of a "
-                f"completion), got {type(choice).__name__}: ask the server for logprobs and top_logprobs"
+                f"completion), got {type(choice).__name__}{_field(choice, 'logprobs', 'choices')}: ask the server for "
+                "logprobs and top_logprobs"
             )
         texts.append([_openai_row(position, table, missing) for position in _after_none(positions)])
     return texts, several
@@ -193,8 +196,15 @@ def _after_none(positions: Sequence[Any]) -> list[Any]:
 
 def _all(name: str, given: Any, is_position: Callable[[Any], bool]) -> bool:
     if not _is_list(given):
-        raise TypeError(f"{name} must be a list of positions, got {type(given).__name__}")
+        hint = _field(given, name, "logprobs", "output_top_logprobs", "meta_info", "outputs")
+        raise TypeError(f"{name} must be a list of positions, got {type(given).__name__}{hint}")
     return all(map(is_position, given))
+
+
+def _field(given: Any, *names: str) -> str:
+    """The end of an error: which field of an answer leads on."""
+    found = next((name for name in names if _get(given, name) is not None), None)
+    return f" with the field {found}" if found else ""
 
 
 def _is_list(value: Any) -> bool:

@@ -401,6 +401,25 @@ def test_table_and_plot_of_several_groups(tmp_path):
     assert_is_picture(tmp_path / "plot.png")
 
 
+@pytest.mark.parametrize("cpus, load, busy", [(2, 0.7, False), (2, 1.0, True), (64, 20.0, False), (64, 40.0, True)])
+def test_the_picture_says_that_the_machine_was_busy(cpus, load, busy):
+    found = synthetic_report(SECONDS)
+    found.machine.update(cpus=cpus, load_average_before=load)
+    assert plots.busy(found) == busy
+
+
+def test_curves_of_several_groups_have_their_names():
+    from matplotlib.figure import Figure
+
+    ax = Figure().subplots()
+    found = [SimpleNamespace(group=name, figures={"losses": [3.0, end]}) for name, end in (("a", 1.0), ("b", 2.0))]
+    plots._name_curves(ax, [*found, SimpleNamespace(group="c", figures={})])
+    assert {(text.get_text(), text.xy) for text in ax.texts} == {("a", (1, 1.0)), ("b", (1, 2.0))}
+    ax = Figure().subplots()
+    plots._name_curves(ax, found[:1])
+    assert not ax.texts
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", [item.name for item in available("cpu") if item.name == "cpu"])
 def test_peak_memory_of_one_gradient_and_of_none(backend):

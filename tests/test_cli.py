@@ -1,6 +1,7 @@
 """The commands that need Typer and rich, and the capture of a teacher from a causal language model."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -33,6 +34,37 @@ def test_another_command_without_the_packages_names_them(monkeypatch, capsys):
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["bench"]) == 1
     assert capsys.readouterr().err == f"kdkernels: {cli.NEEDS}\n"
+
+
+@pytest.mark.parametrize("arguments, status", [([], 2), (["--help"], 0), (["-h"], 0)])
+def test_the_help_needs_no_packages_and_names_every_command(arguments, status, monkeypatch, capsys):
+    from kdkernels.commands import app
+
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    assert cli.main(arguments) == status
+    out, err = capsys.readouterr()
+    names = [command.callback.__name__ for command in app.registered_commands] + ["cache"]
+    assert len(names) == 4 and all(f"\n  {name} " in out for name in names) and not err
+    assert "pip install typer rich" in out
+
+
+def test_a_missing_package_of_the_cache_is_a_line_and_no_traceback(monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.startswith("kdkernels.cache")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(kd, "cache", raising=False)
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    for command in ("info", "verify"):
+        assert cli.main(["cache", command, "folder"]) == 1
+        said = capsys.readouterr().err
+        assert said == "kdkernels: kdkernels.cache needs the package numpy: pip install numpy safetensors\n"
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    command = [sys.executable, "-m", "kdkernels", "env"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 1 and "BrokenPipe" not in said and "Traceback" not in said, said
 
 
 def test_the_version_is_also_an_option_of_the_app(capsys):
@@ -92,6 +124,13 @@ def test_a_shape_that_is_none_is_wrong_usage(shape, capsys):
     assert "a shape is NxV" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize("command", ["bench", "check"])
+@pytest.mark.parametrize("device", ["gpu0", "cuda:99"])
+def test_a_device_that_is_none_is_wrong_usage(command, device, capsys):
+    assert cli.main([command, "--shape", "2x5", "--device", device]) == 2
+    assert f"{device!r} is no device that" in " ".join(capsys.readouterr().err.replace("│", "").split())
+
+
 def test_an_unknown_divergence_is_an_error_and_no_traceback(capsys):
     assert cli.main(["bench", "--divergence", "kl", "--no-compile"]) == 1
     assert capsys.readouterr().err.startswith("kdkernels: ValueError: ")
@@ -112,9 +151,8 @@ def run(folder, sequences=SEQUENCES, model=model, **options):
     return capture.run(model, sequences, folder, tokenizer="t", vocab_size=V, k=K, **{"batch_size": 4, **options})
 
 
-def check_cache(parts):
-    caches = [kd_cache.TeacherCache(part, tokenizer="t", vocab_size=V) for part in parts]
-    found = [cache[i] for cache in caches for i in range(len(cache))]
+def check_cache(folder):
+    found = list(kd_cache.TeacherCache(folder, tokenizer="t", vocab_size=V, verify="full"))
     assert len(found) == len(SEQUENCES)
     for sequence, ids in zip(found, SEQUENCES, strict=True):
         assert sequence.extras["input_ids"].tolist() == ids
@@ -125,11 +163,12 @@ def check_cache(parts):
 
 def test_a_capture_has_every_sequence_and_no_padding(tmp_path):
     lines = []
-    check_cache([run(tmp_path / "cache", tell=lines.append)])
-    assert lines[-1].endswith("23 of 23 sequences") and 5 <= len(lines) <= 10
+    assert run(tmp_path / "cache", tell=lines.append)
+    check_cache(tmp_path / "cache")
+    assert lines[-2].endswith("23 of 23 sequences") and lines[-1].endswith("whole, 6 shards") and 5 <= len(lines) <= 11
 
 
-def test_a_capture_that_was_stopped_goes_on(tmp_path):
+def test_a_capture_that_was_stopped_goes_on(tmp_path, capsys):
     calls = []
 
     def stopped(ids, mask):
@@ -140,22 +179,26 @@ def test_a_capture_that_was_stopped_goes_on(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, model=stopped)
-    calls.clear()
-    rest = []
-    run(tmp_path, model=lambda ids, mask: rest.append(len(ids)) or model(ids, mask))
-    assert sum(rest) == len(SEQUENCES) - 8
-    check_cache([tmp_path])
+    with pytest.raises(kd_cache.CacheFormatError, match="not finished"):
+        check_cache(tmp_path)
+    assert cli.main(["cache", "info", str(tmp_path)]) == 1 and cli.main(["cache", "verify", str(tmp_path)]) == 1
+    assert "6 shards, 4 damaged" in capsys.readouterr().out
+    rest, lines = [], []
+    run(tmp_path, model=lambda ids, mask: rest.append(len(ids)) or model(ids, mask), tell=lines.append)
+    assert sum(rest) == len(SEQUENCES) - 8 and lines[0].endswith("goes on after 8 of 23 sequences")
+    check_cache(tmp_path)
 
 
-def test_processes_have_parts_that_are_the_whole_in_order(tmp_path):
-    check_cache([run(tmp_path, rank=rank, world_size=3) for rank in range(3)])
-    with pytest.raises(capture.CaptureError, match="begun by 3 processes"):
-        run(tmp_path, rank=0, world_size=2)
-    with pytest.raises(capture.CaptureError, match="begun by 3 processes"):
-        run(tmp_path)
-    run(tmp_path / "one")
-    with pytest.raises(capture.CaptureError, match="begun by one process"):
-        run(tmp_path / "one", rank=0, world_size=2)
+def test_a_capture_may_go_on_with_smaller_batches(tmp_path):
+    def stopped(ids, mask):
+        if ids[0, 0] == SEQUENCES[8][0]:
+            raise KeyboardInterrupt
+        return model(ids, mask)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, model=stopped)
+    run(tmp_path, batch_size=3)
+    check_cache(tmp_path)
 
 
 def test_another_text_or_setting_is_refused(tmp_path):
@@ -210,21 +253,24 @@ def test_the_command_captures_a_model(teacher, tmp_path, capsys):
     assert "temperature" in capsys.readouterr().err
 
 
-def test_the_processes_of_torchrun_capture_parts(teacher, tmp_path, capsys, monkeypatch):
+def test_the_processes_of_torchrun_write_one_cache(teacher, tmp_path, capsys, monkeypatch):
     """As torchrun starts them: each knows its number, and they do not speak with each other."""
     from transformers import AutoTokenizer
 
-    asked = ["cache", "capture", str(tmp_path), "--model", str(teacher), "--data", str(teacher / "rows.jsonl")]
+    asked = ["--model", str(teacher), "--data", str(teacher / "rows.jsonl"), "--batch-size", "1"]
     asked += ["--k", "4", "--dtype", "fp32", "--device", "cpu"]
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    assert cli.main(["cache", "capture", one, *asked]) == 0
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in ("0", "1"):
+    for rank in ("1", "0"):
         monkeypatch.setenv("RANK", rank)
-        assert cli.main(asked) == 0
-    parts = sorted(tmp_path.iterdir())
+        assert cli.main(["cache", "capture", two, *asked]) == 0
     own = {"tokenizer": AutoTokenizer.from_pretrained(teacher), "vocab_size": 11}
-    whole = [kd_cache.TeacherCache(part, **own)[0].extras["input_ids"].tolist() for part in parts]
+    whole = [item.extras["input_ids"].tolist() for item in kd_cache.TeacherCache(two, **own)]
     assert whole == [[1, 2, 3], [1, 2, 3, 4]]
-    assert cli.main(["cache", "verify", str(tmp_path)]) == 0
+    names = {path.name for path in (tmp_path / "one").iterdir()}
+    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in names)
+    assert cli.main(["cache", "verify", two]) == 0
     assert "2 shards, 0 damaged" in capsys.readouterr().out
 
 

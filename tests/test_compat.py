@@ -169,6 +169,30 @@ def test_liger_chunked_jsd_mixes_half_a_cross_entropy():
     torch.testing.assert_close(torch.stack(parts[1:]), torch.stack(terms(HIDDEN, HEAD)))
 
 
+@pytest.mark.parametrize(
+    "reduction, divisor", [("batchmean", int(MASK.sum())), ("mean", int(MASK.sum()) * V), ("sum", 1)]
+)
+def test_liger_fused_linear_kl_div(reduction, divisor):
+    def theirs(hidden, head):
+        return kl(P, (hidden @ head.T / 2).log_softmax(-1))[MASK].sum() / divisor
+
+    loss = liger.LigerFusedLinearKLDivLoss(reduction, temperature=2.0)
+    agree(lambda h, w: loss(h, w, P.exp(), LABELS), theirs, HIDDEN, HEAD)
+
+
+def test_liger_fused_linear_kl_div_has_no_loss_of_each_row():
+    with pytest.raises(ValueError, match="reduction must be one of mean, batchmean, sum, got 'none'"):
+        liger.LigerFusedLinearKLDivLoss("none")(HIDDEN, HEAD, P.exp())
+
+
+def test_liger_fused_ce_tvd():
+    def theirs(s):
+        rows = F.cross_entropy(s, LABELS, reduction="none"), torch.where(MASK, tvd(P, s.log_softmax(-1)), 0.0)
+        return torch.stack(rows)
+
+    agree(lambda s: torch.stack(liger.LigerFusedCETVDLoss()(s, T, LABELS)), theirs, S)
+
+
 def test_padding_of_liger_s_chunked_jsd_has_no_probability():
     wide = torch.cat([TEACHER_HEAD, logits(3, 5, seed=9)])
     loss = liger.LigerFusedLinearJSDLoss(0.0, 1.0)

@@ -98,6 +98,14 @@ def test_wrong_options_are_an_error_before_training(tmp_path, options, message):
         trainer(tmp_path, options)
 
 
+@needs_transformers
+def test_an_option_of_the_loss_given_to_the_trainer_is_told_its_place():
+    from kdkernels.compat.transformers import KDTrainer
+
+    with pytest.raises(TypeError, match="temperature is an option of kd_loss: pass kd_options={'temperature': ...}"):
+        KDTrainer(model(0), teacher_model=model(1, 24), temperature=2.0)
+
+
 @needs_lightning
 @pytest.mark.filterwarnings("ignore")
 def test_the_example_of_lightning(tmp_path, monkeypatch):

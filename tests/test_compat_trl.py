@@ -337,7 +337,7 @@ def test_gold_keeps_trl_s_loss_for_probabilities(original):
     torch.testing.assert_close(compat._gold(theirs)(p, q, logits_are_probs=True), expected)
 
 
-@pytest.mark.parametrize("version", ["0.29.1", "1.17.0", "2.0.0"])
+@pytest.mark.parametrize("version", ["0.29.1", "1.17.0", "1.17rc0", "2.0.0", "11.6"])
 def test_an_unknown_release_is_an_error(monkeypatch, version):
     monkeypatch.setattr(compat.importlib.metadata, "version", lambda name: version)
     with pytest.raises(RuntimeError, match=rf"knows trl 1.0 to 1.16, got {version}: install one of these"):

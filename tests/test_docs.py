@@ -133,19 +133,44 @@ def test_the_examples_of_a_training_loop_run():
 
 @pytest.mark.parametrize("page", ["README", "guide/five-minutes", "guide/vocabularies", "guide/memory", "guide/faq"])
 def test_the_examples_of_a_page_run(page):
-    blocks, names = examples(DOCS / f"{page}.md"), {}
+    blocks, names, known = examples(DOCS / f"{page}.md"), {}, set(divergences.names())
     for code in blocks:
         exec(code, names)
+    for name in set(divergences.names()) - known:
+        kdkernels.unregister_divergence(name)
     assert blocks
     if page == "guide/five-minutes":
         assert names["distilled"] > names["alone"] + 0.05
+
+
+def test_every_page_with_examples_has_a_test_that_runs_them():
+    pages = {path for path in PAGES if DOCS in path.parents or path.parent == ROOT}
+    with_examples = {path for path in pages if examples(path)}
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(with_examples) > 15
+    for path in with_examples:
+        # tests/test_recipes.py takes every page of recipes.
+        known = (
+            path.parent.name == "recipes" or f'"{path.name}"' in tests or f'"{path.parent.name}/{path.stem}"' in tests
+        )
+        assert known, path
+
+
+def test_the_example_of_the_first_page_is_the_loss_that_it_says():
+    (code,) = examples(ROOT / "README.md")
+    names: dict = {}
+    # Fewer rows than there, and the comment that says what the call stands for.
+    (said,) = re.findall(r"^# (F\.kl_div\(.*)$", code, flags=re.M)
+    exec(code.replace("512", "4"), names)
+    torch.testing.assert_close(names["loss"], eval(said, names))
+    assert names["s"].grad.any()
 
 
 def test_the_examples_of_several_devices_run():
     """In a process of its own: they make a process group."""
     code = "".join(examples(DOCS / "guide" / "devices.md"))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert code.count(".backward()") == 5 and done.returncode == 0, done.stderr[-2000:]
+    assert code.count(".backward()") == 6 and done.returncode == 0, done.stderr[-2000:]
 
 
 def documented():
@@ -174,6 +199,15 @@ def test_every_public_name_is_on_the_page_of_the_api():
     text = (DOCS / "reference" / "api.md").read_text()
     listed = set(re.findall(r"^::: kdkernels\.([\w.]+)$", text, flags=re.M))
     assert listed | set(divergences.__all__) >= set(kdkernels.__all__)
+
+
+def test_the_site_is_built_beside_the_formatter_that_breaks_signatures():
+    """Without one a signature is a single line of any length."""
+    pins = [
+        re.findall(r"^ruff==\S+$", (ROOT / "requirements" / f"{name}.txt").read_text(), re.M)
+        for name in ("docs", "lint")
+    ]
+    assert pins[0] == pins[1] and len(pins[0]) == 1
 
 
 def test_every_page_is_in_the_menu():
@@ -226,10 +260,19 @@ def test_the_table_of_divergences_is_the_code_s():
 def test_the_example_of_the_cache_runs(tmp_path, monkeypatch):
     pytest.importorskip("safetensors", reason="the cache writes safetensors")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    code, expectations = examples(DOCS / "guide" / "cache.md")
+    code, expectations, sampler, stream, state, loader = examples(DOCS / "guide" / "cache.md")
     names: dict = {}
     exec(code, names)
     assert len(names["cache"]) == 8 and names["batch"]["ids"].shape == (4, 100, 64)
+    readers = dict(names)
+    for part in (sampler, stream):
+        exec(part, readers)
+        assert sum(len(batch["ids"]) for batch in readers["loader"]) == 4
+    exec(state, readers)
+    assert [len(item["ids"]) for item in readers["sequences"]] == [100] * 3
+    if importlib.util.find_spec("torchdata"):
+        exec(loader, readers)
+        assert sum(len(batch["ids"]) for batch in readers["loader"]) == 2
     exec(expectations, names)
     assert len(names["cache"]) == 8 and names["batch"]["expectation"].shape == (4, 100, 64)
     names["loss"].backward()

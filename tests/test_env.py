@@ -96,6 +96,14 @@ def test_the_report_as_json_has_no_path_of_the_user(capsys):
     assert str(ROOT) not in text and str(Path.home()) not in text.replace("~", "")
 
 
+def test_losses_have_a_line_each_where_they_differ(monkeypatch):
+    monkeypatch.setattr(env, "_of_losses", lambda device: dict.fromkeys(env.LOSSES, device))
+    assert env._losses_lines("cpu") == ["  every loss takes 'cpu'"]
+    monkeypatch.setattr(env, "_of_losses", lambda device: {"a, b": "cpu", "c": "torch"})
+    assert env._losses_lines("cpu") == ["  a, b take 'cpu'", "  c takes 'torch'"]
+    assert all(len(line) < 80 for line in env._losses_lines("cuda"))
+
+
 def test_what_auto_leaves_to_another_backend_is_said():
     assert env._runs("triton") == "runs"
     assert env._runs("cuda") == f'runs; not by "auto": {ops.BY_NAME_ONLY["dense_fwd"]["cuda"]}'

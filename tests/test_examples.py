@@ -12,10 +12,17 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 FEW = ("--steps", "12", "--teacher-steps", "20", "--batch-size", "4")
 
 
-def run(name, *options):
+def run(name, *options, ranks=0):
+    """In one process, or in so many of torchrun."""
     path = os.pathsep.join([str(EXAMPLES.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, EXAMPLES / f"{name}.py", *map(str, options)]
+    launcher = []
+    if ranks:
+        # A machine need not know its own name.
+        environment |= {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+        launcher += ["--nproc-per-node", str(ranks)]
+    command = [sys.executable, *launcher, EXAMPLES / f"{name}.py", *map(str, options)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
 
 
@@ -88,6 +95,17 @@ def test_on_policy_compares_its_losses_from_one_start(folder):
     assert len(set(perplexities[::5])) == len(set(divergences[::5])) == 1 and min(divergences) >= 0
     # Each goes its own way.
     assert len({perplexities[0], *perplexities[4::5]}) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sharded_head", "fsdp"])
+def test_two_ranks_have_the_losses_of_one_process(name, folder):
+    options = ("--steps", 11, "--teacher-steps", 20, "--batch-size", 4, "--folder", folder)
+    two, one = run(name, *options, ranks=2), run(name, *options, ranks=1)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-2)
+    assert printed(two, "perplexity") == pytest.approx(printed(one, "perplexity"), rel=1e-2)
+    assert 1 < printed(two, "perplexity")[0] < 8192 / 4
+    assert "on each of 2 ranks" in two.stdout or "over 2 ranks" in two.stdout
 
 
 def test_examples_are_short_enough_to_copy():

@@ -91,6 +91,17 @@ class Quantised(nn.Linear):
         self.weight = nn.Parameter(torch.zeros(D * V // 2, 1, dtype=torch.uint8), requires_grad=False)
 
 
+class PackedWeight(nn.Module):
+    """As torch.ao has it: a method gives the weight, of a module of packed parameters."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self._packed_params = nn.Linear(inputs, outputs)
+
+    def weight(self):
+        return self._packed_params.weight
+
+
 class MarkedWeight(nn.Linear):
     """A layer whose weight is of floating point by name, and knows how it was quantised."""
 
@@ -237,6 +248,7 @@ class TestModules:
             (lambda: nn.Sequential(nn.Linear(D, V)), "a single layer, got Sequential with the modules 0"),
             (lambda: Quantised(D, V), "with a weight of floating point, got Quantised, whose weight is uint8"),
             (lambda: MarkedWeight(D, V), "got MarkedWeight, whose weight is a quantised Parameter"),
+            (lambda: PackedWeight(D, V), "got PackedWeight, whose weight is a method: pass the dequantised weight"),
             (lambda: GPTQ(), "got GPTQ, whose weight is NoneType: pass the dequantised weight"),
             (lambda: Scaled(D, V), "an nn.Linear with nn.Linear's own forward, or .* got Scaled: what"),
             (replaced_forward, "an nn.Linear with nn.Linear's own forward"),

@@ -74,7 +74,7 @@ def shard(with_gradient):
     backends.select("cpu", "cpu", pattern="shard_fwd")
     student, teacher = (x.detach()[None] for x in tensors()[:2])
     names = ("param0", "param1", "student_softcap", "teacher_softcap")
-    options = {"divergence": "jsd", "vocab_size": VOCAB - 1, **dict.fromkeys(names, 0.5)}
+    options = {"divergence": "jsd", "vocab_size": VOCAB - 1, "stats": with_gradient, **dict.fromkeys(names, 0.5)}
     gradient, labels = (torch.empty_like(student), torch.arange(ROWS)) if with_gradient else (None, None)
     numbers, params = torch.rand(ROWS, len(ops.SHARD_NUMBERS)), torch.full((ROWS,), 0.3)
     return ops.call("shard_fwd", "cpu", (student, teacher, gradient, labels, numbers, params), options)

@@ -125,6 +125,15 @@ def test_readme_has_one_picture_above_the_fold_and_one_block_of_code():
     assert len(code_blocks("python")) == 1 and len(README.split("```bibtex")[0].split()) < 900
 
 
+def test_the_readme_counts_right():
+    from kdkernels import divergences
+
+    words = {4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine", 10: "ten", 11: "eleven", 12: "twelve"}
+    scripts = [path for path in (ROOT / "examples").glob("*.py") if "__main__" in path.read_text()]
+    assert f"{words[len(divergences.names())]} divergences" in README
+    assert f"[Examples](examples): {words[len(scripts)]} training scripts" in README
+
+
 def test_the_picture_has_the_figures_of_the_table(tmp_path):
     pytest.importorskip("matplotlib", reason="the picture is drawn with matplotlib")
     from benchmarks import picture
@@ -151,8 +160,10 @@ def test_forms_ask_for_the_environment_and_workflows_call_what_is_there():
     for workflow in workflows.values():
         for job in workflow["jobs"].values():
             assert job["timeout-minutes"] and all("uses" in step or step["run"] for step in job["steps"])
-            for script in re.findall(r"(?:scripts|\.ci)/[\w-]+", str(job)):
-                assert (ROOT / script).is_file(), script
+            for file in re.findall(r"(?:scripts|\.ci|tests)/[\w-]+(?:\.py)?", str(job)):
+                assert (ROOT / file).is_file(), file
+    # Whoever has a GPU leaves the file that is the evidence for it.
+    assert "scripts/gpu-check" in str(workflows["gpu"]) and "benchmarks/results/gpu" in str(workflows["gpu"])
 
 
 def test_contributing_is_short():

@@ -16,9 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdkernels as kd
 from kdkernels import backends
+from kdkernels.parallel import shards
 
 SECONDS = 300
 # A machine need not know its own name.
@@ -76,12 +78,12 @@ def bars(dtype):
     return {"rtol": 5e-6, "atol": 5e-6}, gradient
 
 
-def same(one, shards, student, of_ranks, what):
+def same(one, sharded, student, of_ranks, what):
     """Hold loss and gradient of the shards to those of one process."""
     columns, (of_value, of_gradient) = columns_of_rank(of_ranks), bars(student.dtype)
     whole = student.clone().requires_grad_()
     mine = student[:, columns].clone().requires_grad_()
-    expected, got = one(whole), shards(mine, columns)
+    expected, got = one(whole), sharded(mine, columns)
     told = {"msg": lambda text: f"{what}: {text}", "equal_nan": True}
     torch.testing.assert_close(got, expected, **of_value, **told)
     upstream = torch.linspace(0.5, 1.5, expected.numel()).to(expected.dtype).view(expected.shape)
@@ -261,27 +263,30 @@ def check_over_the_logits_and_twice_the_same_bits():
     assert all(torch.equal(item, ranks[0]) for item in ranks)
 
 
+@contextlib.contextmanager
+def counted_collectives():
+    """A list of what this rank sends: names, and how many numbers."""
+    sent, kept = [], {name: getattr(dist, name) for name in ("all_reduce", "all_gather")}
+
+    def all_reduce(tensor, *rest, **options):
+        sent.append(("all_reduce", tensor.numel()))
+        return kept["all_reduce"](tensor, *rest, **options)
+
+    def all_gather(tensors, tensor, **options):
+        sent.append(("all_gather", tensor.numel()))
+        return kept["all_gather"](tensors, tensor, **options)
+
+    dist.all_reduce, dist.all_gather = all_reduce, all_gather
+    try:
+        yield sent
+    finally:
+        dist.all_reduce, dist.all_gather = kept["all_reduce"], kept["all_gather"]
+
+
 def check_what_travels_does_not_grow_with_the_vocabulary():
-    sent = []
-
-    @contextlib.contextmanager
-    def counted():
-        kept = {name: getattr(dist, name) for name in ("all_reduce", "all_gather")}
-
-        def all_reduce(tensor, *rest, **options):
-            sent[-1].append(("all_reduce", tensor.numel()))
-            return kept["all_reduce"](tensor, *rest, **options)
-
-        def all_gather(tensors, tensor, **options):
-            sent[-1].append(("all_gather", tensor.numel()))
-            return kept["all_gather"](tensors, tensor, **options)
-
-        dist.all_reduce, dist.all_gather = all_reduce, all_gather
-        try:
-            yield
-        finally:
-            dist.all_reduce, dist.all_gather = kept["all_reduce"], kept["all_gather"]
-
+    found = []
+    # No call is known.
+    shards._seen.clear()
     world = dist.get_world_size()
     for size in (40, 4000):
         student, teacher, labels = inputs(6, size=size)
@@ -295,15 +300,33 @@ def check_what_travels_does_not_grow_with_the_vocabulary():
                 s, k.ids, k.logprobs, y, ce_weight=0.5, process_group=group()
             ),
             "tokens": lambda s, t, y=labels: kd.token_logprobs(s, y, process_group=group()).logprobs.sum(),
+            "linear": lambda s, t, y=labels: kd.linear_kd_loss(
+                torch.ones(ROWS, 3, requires_grad=True), s.T[:, :3], t[:, :3], t.T[:, :3], process_group=group()
+            ),
         }
-        sent.append([])
-        with counted():
+        with counted_collectives() as sent:
             for call in calls.values():
                 call(mine, its).backward()
-        numbers = [entry for entry in sent[-1] if entry[0] == "all_reduce"]
-        # A maximum and a sum each; a second sum where the scores need the normalisers.
-        assert len(numbers) == 2 + 3 + 2 + 2, numbers
-    assert sent[0] == sent[1]
+        numbers = [entry for entry in sent if entry[0] == "all_reduce"]
+        # A maximum and a sum each; a second sum where the scores need the normalisers, and one of hidden states.
+        assert len(numbers) == 2 + 3 + 2 + 2 + 3, numbers
+        found.append(sent)
+        more = {
+            "statistics": lambda s, t: kd.kd_loss(s, t, return_stats=True, process_group=group())[0],
+            "probabilities": lambda s, t: kd.kd_loss(s, [t, t], mixture="probs", process_group=group()),
+            "logits": lambda s, t: kd.kd_loss(s, [t, t], mixture="logits", process_group=group()),
+            "label": lambda s, t, y=labels: kd.dkd_loss(s, t, y, process_group=group()),
+            "acceptance": lambda s, t: kd.lk_loss(s, t, process_group=group()),
+        }
+        counts = {}
+        for name, call in more.items():
+            with counted_collectives() as sent:
+                call(mine, its).backward()
+            found.append(sent)
+            counts[name] = len(sent) - 2
+        # After two gatherings at a first call; the second sum of statistics is a gathering too.
+        assert counts == {"statistics": 3, "probabilities": 3, "logits": 2, "label": 2, "acceptance": 3}, counts
+    assert found[: len(found) // 2] == found[len(found) // 2 :]
 
 
 def refused(error, match, call):
@@ -335,8 +358,328 @@ def check_ranks_that_disagree_are_told():
         wrong[0] = VOCABULARY
     error, text = (ValueError, "labels") if rank == 1 else (RuntimeError, "rank 1 of process_group refused")
     refused(error, text, lambda: kd.kd_loss(s, t, wrong, ce_weight=1.0, **here))
-    # And on.
-    kd.kd_loss(s, t, labels, **here)
+    # And on, also where the facts are known, or are known of other widths.
+    expected = kd.kd_loss(student, teacher, labels, ce_weight=1.0)
+    close(kd.kd_loss(s, t, labels, ce_weight=1.0, **here), expected, "all")
+    refused(error, text, lambda: kd.kd_loss(s, t, wrong, ce_weight=1.0, **here))
+    columns = columns_of_rank((*widths()[0][:-2], *reversed(widths()[0][-2:])))
+    s, t = student[:, columns].clone(), teacher[:, columns].contiguous()
+    for _ in range(2):
+        close(kd.kd_loss(s, t, labels, ce_weight=1.0, **here), expected, "other widths")
+    with counted_collectives() as sent:
+        kd.kd_loss(s, t, labels, ce_weight=1.0, **here)
+    # Of one gathering all know that all agree.
+    assert [name for name, _ in sent] == ["all_gather", "all_reduce", "all_reduce"]
+    longer = (student[:, : s.shape[1] + (rank == 0)], teacher[:, : s.shape[1] + (rank == 0)])
+    refused(ValueError, "labels", lambda: kd.kd_loss(*longer, labels + VOCABULARY, ce_weight=1.0, **here))
+
+
+TEACHERS_OF_OPTIONS = (
+    # The number of teachers, and options beside.
+    (2, {"mixture": "probs", "teacher_weights": [0.3, 0.7], "temperature": 2.0, "teacher_softcap": 6.0}),
+    (3, {"mixture": "logits", "teacher_weights": [1.0, 0.5, -0.5], "teacher_temperature": 1.5, "ce_weight": 0.3}),
+    (2, {"teacher_weights": torch.rand(ROWS, 2, generator=torch.Generator().manual_seed(0)), "reduction": "none"}),
+    (2, {"teacher_form": "unnormalized_probs", "temperature": torch.tensor([1.0, 2, 3, 1, 2, 1])}),
+    (0, {"teacher_form": "probs", "teacher_temperature": 0.5, "z_loss_weight": 0.01}),
+    (0, {"teacher_form": "log_probs", "temperature": 2.0}),
+)
+
+
+def check_mixtures_and_forms_of_teachers():
+    for seed, of_ranks in enumerate(widths()):
+        student, _, labels = inputs(seed)
+        for k, (count, options) in enumerate(TEACHERS_OF_OPTIONS):
+            every = [inputs(20 + seed + j)[1] for j in range(count or 1)]
+            every[0][1, 4] = -torch.inf
+            form = options.get("teacher_form", "logits")
+            every = [x.softmax(-1) if "probs" in form else x for x in every]
+            every = [x.log() for x in every] if form == "log_probs" else every
+            for divergence in ("forward_kl", "jsd"):
+                for backend in BACKENDS[: 1 + (k % 2 == 0)]:
+                    several(student, every, labels, of_ranks, {**options, "divergence": divergence}, backend, count)
+
+
+def several(student, teachers, labels, of_ranks, options, backend, count):
+    same(
+        lambda s: kd.kd_loss(s, teachers if count else teachers[0], labels, backend="torch", **options),
+        lambda s, c: kd.kd_loss(
+            s,
+            [x[:, c] for x in teachers] if count else teachers[0][:, c],
+            labels,
+            backend=backend,
+            process_group=group(),
+            **options,
+        ),
+        student,
+        of_ranks,
+        (of_ranks, backend, count, options),
+    )
+
+
+def check_mixtures_of_many_blocks():
+    from kdkernels import autograd
+
+    student, teacher, labels = inputs(3)
+    kept, autograd.PIECE_BYTES = autograd.PIECE_BYTES, 300
+    try:
+        for of_ranks in widths():
+            options = {"mixture": "probs", "ce_weight": 0.5}
+            several(student, [teacher, inputs(4)[1]], labels, of_ranks, options, BACKENDS[0], 2)
+    finally:
+        autograd.PIECE_BYTES = kept
+
+
+def check_statistics():
+    bias = torch.linspace(-1, 1, VOCABULARY)
+    cases = (
+        (0, {"ce_weight": 0.5, "label_smoothing": 0.1, "temperature": 2.0}),
+        (0, {"divergence": "jsd", "teacher_softcap": 6.0, "student_softcap": 5.0, "kd_weight": BY_ROW}),
+        (2, {"mixture": "probs", "teacher_temperature": 1.5}),
+        (0, {"student_bias": bias, "kd_weight": 0.0, "ce_weight": 1.0}),
+        (-1, {"kd_weight": 0.0, "ce_weight": 1.0, "temperature": 2.0}),
+        (0, {"student_form": "log_probs"}),
+    )
+    for seed, of_ranks in enumerate(widths()):
+        columns = columns_of_rank(of_ranks)
+        student, teacher, labels = inputs(seed)
+        # The largest on both sides of a cut, and twice.
+        student[0, [3, 30]], teacher[0, [3, 36]] = 20.0, 20.0
+        student[1, [3, 30]], teacher[1, 30] = 20.0, 20.0
+        student[2, 36], teacher[2, 36] = 20.0, 20.0
+        for count, options in cases:
+            every = [teacher, inputs(9)[1]][: max(count, 1)]
+            local = {name: value[columns] if name == "student_bias" else value for name, value in options.items()}
+            for backend in BACKENDS:
+                whole = every if count == 2 else every[0] if count == 0 else None
+                mine = [x[:, columns] for x in every]
+                mine = mine if count == 2 else mine[0] if count == 0 else None
+                source = student.log_softmax(-1) if "student_form" in options else student
+                expected, truth = kd.kd_loss(source, whole, labels, return_stats=True, backend="torch", **options)
+                got, stats = kd.kd_loss(
+                    source[:, columns], mine, labels, return_stats=True, backend=backend, process_group=group(), **local
+                )
+                close(got, expected, (of_ranks, backend, options))
+                for name, one, other in zip(stats._fields, stats, truth, strict=True):
+                    close(one, other, (name, of_ranks, backend, options))
+        assert truth.agreement[1:3].tolist() == [0.0, 1.0]
+        ids = teacher.topk(5).indices
+        logprobs = teacher.log_softmax(-1).gather(1, ids)
+        ids[4, 3:], ids[5] = -1, -1
+        for backend in BACKENDS:
+            for options in ({}, {"ce_weight": 0.3, "temperature": 2.0, "teacher_temperature": 1.0, "tail": "uniform"}):
+                call = {"return_stats": True, **options}
+                expected, truth = kd.topk_kd_loss(student, ids, logprobs, labels, backend="torch", **call)
+                got, stats = kd.topk_kd_loss(
+                    student[:, columns], ids, logprobs, labels, backend=backend, process_group=group(), **call
+                )
+                for name, one, other in zip(("loss", *stats._fields), (got, *stats), (expected, *truth), strict=True):
+                    close(one, other, (name, of_ranks, backend, options))
+
+
+def close(got, expected, what):
+    of_value, _ = bars(expected.dtype)
+    torch.testing.assert_close(got, expected, equal_nan=True, **of_value, msg=lambda text: f"{what}: {text}")
+
+
+def check_operands_beside_the_logits():
+    generator = torch.Generator().manual_seed(2)
+    for seed, of_ranks in enumerate(widths()):
+        student, teacher, labels = inputs(seed)
+        log_probs = student.log_softmax(-1)
+        columns = columns_of_rank(of_ranks)
+        of_teacher = torch.randn(VOCABULARY, generator=generator)
+        lse = torch.logsumexp(teacher, -1) + 0.3
+        plain, ends = {"ce_weight": 0.5, "label_smoothing": 0.1}, BACKENDS[: 1 + (seed == 0)]
+        cases = [
+            (log_probs, {"student_form": "log_probs", "divergence": name, "teacher_temperature": 2.0, **plain})
+            for name in ("forward_kl", "reverse_kl", "jsd")
+        ]
+        cases += [(student, {"teacher_lse": lse, "divergence": name}) for name in ("forward_kl", "soft_ce", "tvd")]
+        cases += [(student, {"teacher_bias": of_teacher, "teacher_softcap": 5.0, **plain})]
+        for source, options in cases:
+            local = {k: v[columns] if k == "teacher_bias" else v for k, v in options.items()}
+            for backend in ends:
+                same(
+                    lambda s, o=options: kd.kd_loss(s, teacher, labels, backend="torch", **o),
+                    lambda s, c, o=local, b=backend: kd.kd_loss(
+                        s, teacher[:, c], labels, backend=b, process_group=group(), **o
+                    ),
+                    source,
+                    of_ranks,
+                    (of_ranks, backend, options),
+                )
+        # A bias that learns, in bf16 too: the sums of the columns of a rounded gradient.
+        for dtype in (torch.float32, torch.bfloat16):
+            whole = torch.randn(VOCABULARY, generator=generator).requires_grad_()
+            mine = whole.detach()[columns].clone().requires_grad_()
+            s = student.to(dtype)
+            options = {"temperature": 2.0, "student_softcap": 8.0, "divergence": "jsd", **plain}
+            expected = kd.kd_loss(s, teacher, labels, student_bias=whole, **options)
+            got = kd.kd_loss(
+                s[:, columns], teacher[:, columns], labels, student_bias=mine, process_group=group(), **options
+            )
+            close(got, expected, of_ranks)
+            expected.backward()
+            got.backward()
+            torch.testing.assert_close(mine.grad, whole.grad[columns], **bars(dtype)[1])
+
+
+def check_gradients_of_the_teacher():
+    for seed, of_ranks in enumerate(widths()):
+        student, teacher, labels = inputs(seed)
+        for name in ("forward_kl", "jsd", kd.SkewKL(0.1)):
+            options = {"divergence": name, "temperature": 2.0, "kd_weight": BY_ROW, "ce_weight": 0.5}
+            for dtype in (torch.float32, torch.bfloat16):
+                t = teacher.to(dtype)
+                same(
+                    lambda t, o=options: kd.kd_loss(student, t, labels, backend="torch", **o),
+                    lambda t, c, o=options: kd.kd_loss(student[:, c], t, labels, process_group=group(), **o),
+                    t,
+                    of_ranks,
+                    (of_ranks, options, dtype),
+                )
+
+
+def check_other_losses():
+    for seed, of_ranks in enumerate(widths()):
+        student, teacher, labels = inputs(seed)
+        lse = torch.logsumexp(teacher, -1) + 0.3
+        # Of sure models too.
+        sure = torch.where(torch.arange(VOCABULARY) == labels.unsqueeze(-1), 30.0, teacher)
+        student[5] = sure[5] + 1
+        weight = {"row_weight": BY_ROW, "reduction": "none"}
+        calls = [
+            (kd.lk_loss, {"ce_weight": 0.5, "temperature": 2.0}),
+            (kd.lk_loss, {"kind": "hybrid", "eta": 2.0, **weight}),
+            (kd.lk_loss, {"teacher_lse": lse}),
+            (kd.lk_loss, {"teacher_lse": lse, "kind": "hybrid"}),
+            (kd.taid_loss, {"interpolation": 0.4, "temperature": 2.0, "ce_weight": 0.5}),
+            (kd.taid_loss, {"interpolation": BY_ROW / 5, "divergence": "jsd", **weight}),
+            (kd.dkd_loss, {"temperature": 2.0}),
+            (kd.dkd_loss, {"alpha": 2.0, "beta": 0.5, "teacher_temperature": 0.7, **weight}),
+            (kd.logit_mse_loss, {}),
+            (kd.logit_mse_loss, weight),
+        ]
+        for loss, options in calls:
+            for backend in BACKENDS:
+                for t in (teacher, sure) if loss is kd.dkd_loss else (teacher,):
+                    same(
+                        lambda s, t=t, f=loss, o=options: f(s, t, labels, backend="torch", **o),
+                        lambda s, c, t=t, f=loss, o=options, b=backend: f(
+                            s, t[:, c], labels, backend=b, process_group=group(), **o
+                        ),
+                        student,
+                        of_ranks,
+                        (of_ranks, loss.__name__, backend, options),
+                    )
+        columns = columns_of_rank(of_ranks)
+        s, t = student[:, columns], teacher[:, columns]
+        for name in ("nla", "hybrid"):
+            _, truth = kd.lk_loss(student, teacher, labels, kind=name, return_stats=True, backend="torch")
+            _, stats = kd.lk_loss(s, t, labels, kind=name, return_stats=True, process_group=group())
+            for one, other in zip(stats, truth, strict=True):
+                close(one, other, (of_ranks, name))
+        for loss, options in ((kd.taid_loss, {"interpolation": 0.4}), (kd.dkd_loss, {})):
+            found = []
+            for inplace in (False, True):
+                leaf = s.bfloat16().requires_grad_()
+                loss(leaf * 1, t, labels, inplace=inplace, process_group=group(), **options).backward()
+                found.append(leaf.grad)
+            assert torch.equal(*found), loss
+
+
+class Copies(TorchDispatchMode):
+    """The names of ops that copy as much as a tensor of ``size`` numbers."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.found = size, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("clone", "_to_copy", "copy_", "cat") and isinstance(result, torch.Tensor):
+            self.found += [name] if result.numel() >= self.size else []
+        return result
+
+
+def check_logits_of_megatron_are_not_copied():
+    """``[s, b, V / tp]`` as a column-parallel head leaves them, and the batch-first view that a loss is given."""
+    world, (s, b, size) = dist.get_world_size(), (3, 4, 40)
+    generator = torch.Generator().manual_seed(5)
+    student, teacher = (3 * torch.randn(s, b, size, generator=generator) for _ in range(2))
+    labels = torch.randint(size, (b, s), generator=generator)
+    labels[2, 1] = -100
+    top = kd.capture_topk(teacher.transpose(0, 1), 3)
+    columns = columns_of_rank((size // world,) * world)
+    calls = {
+        "kd_loss": lambda s, t, **more: kd.kd_loss(s, t, labels, ce_weight=0.5, divergence="jsd", **more),
+        "topk_kd_loss": lambda s, t, **more: kd.topk_kd_loss(s, top.ids, top.logprobs, labels, ce_weight=0.5, **more),
+        "token_logprobs": lambda s, t, **more: kd.token_logprobs(s, labels, **more).logprobs.sum(),
+    }
+    for name, call in calls.items():
+        whole = student.clone().requires_grad_()
+        mine = student[..., columns].clone().requires_grad_()
+        its = teacher[..., columns].contiguous()
+        expected = call(whole.transpose(0, 1), teacher.transpose(0, 1))
+        expected.backward()
+        with Copies(mine.numel()) as copies:
+            got = call(mine.transpose(0, 1), its.transpose(0, 1), process_group=group())
+            got.backward()
+        if BACKENDS[0] == "cpu":
+            assert not copies.found, (name, copies.found)
+        close(got, expected, name)
+        torch.testing.assert_close(mine.grad, whole.grad[..., columns], **bars(torch.float32)[1])
+
+
+def check_a_column_parallel_head_and_loss_parallel():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, loss_parallel, parallelize_module
+
+    torch.manual_seed(0)
+    size = 40
+    head, x = torch.nn.Linear(8, size), torch.randn(2, 3, 8)
+    teacher, labels = 3 * torch.randn(2, 3, size), torch.randint(size, (2, 3))
+    expected, truth = kd.kd_loss(head(x), teacher, labels, ce_weight=0.5, return_stats=True)
+    expected.backward()
+    weight = head.weight.grad.clone()
+    head.zero_grad()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    plan = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
+    head = parallelize_module(head, mesh, plan)
+    with loss_parallel():
+        loss, stats = kd.kd_loss(head(x), teacher, labels, ce_weight=0.5, return_stats=True)
+        loss.backward()
+    close(loss.full_tensor(), expected, "loss")
+    for one, other in zip(stats, truth, strict=True):
+        close(one.full_tensor(), other, "statistics")
+    torch.testing.assert_close(head.weight.grad.full_tensor(), weight, **bars(torch.float32)[1])
+
+
+def check_rows_of_a_context_parallel_group():
+    """Rows on some ranks, columns on others: the count of all rows divides the sum of a rank's own."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("rows", "columns"))
+    student, teacher, labels = inputs(11)
+    of_rows = (slice(0, 2), slice(2, ROWS))[mesh.get_local_rank("rows")]
+    of_ranks = (VOCABULARY,) if world == 2 else (20, 17)
+    first = sum(of_ranks[: mesh.get_local_rank("columns")])
+    here = (of_rows, slice(first, first + of_ranks[mesh.get_local_rank("columns")]))
+    whole, mine = student.clone().requires_grad_(), student[here].clone().requires_grad_()
+    expected = kd.kd_loss(whole, teacher, labels, ce_weight=0.5)
+    expected.backward()
+    count = (labels[of_rows] != -100).sum()
+    dist.all_reduce(count, group=mesh.get_group("rows"))
+    columns = mesh.get_group("columns")
+    loss = kd.kd_loss(mine, teacher[here], labels[of_rows], ce_weight=0.5, normalizer=count, process_group=columns)
+    loss.backward()
+    total = loss.detach().clone()
+    dist.all_reduce(total, group=mesh.get_group("rows"))
+    close(total, expected.detach(), "loss")
+    torch.testing.assert_close(mine.grad, whole.grad[here], **bars(torch.float32)[1])
 
 
 def check_what_is_missing_is_named():
@@ -349,8 +692,16 @@ def check_what_is_missing_is_named():
         "standardize cannot be combined with process_group",
         lambda: kd.kd_loss(s, t, standardize=True, **here),
     )
-    refused(ValueError, "a mixture of teachers cannot be", lambda: kd.kd_loss(s, [t, t], **here))
-    refused(ValueError, "return_stats cannot be", lambda: kd.kd_loss(s, t, return_stats=True, **here))
+    refused(ValueError, "dim=0 cannot be", lambda: kd.kd_loss(s, t, dim=0, **here))
+    mapped = torch.arange(s.shape[1])
+    refused(ValueError, "teacher_columns cannot be", lambda: kd.kd_loss(s, t, teacher_columns=mapped, **here))
+    refused(ValueError, "inplace cannot be", lambda: kd.topk_kd_loss(s, labels, labels, inplace=True, **here))
+    refused(ValueError, "centered cannot be", lambda: kd.logit_mse_loss(s, t, centered=True, **here))
+    refused(TypeError, "unexpected option 'process_group'", lambda: kd.uld_loss(s, t, **here))
+    wants = t.clone().requires_grad_()
+    refused(ValueError, "a mixture of teachers gets a gradient from plain", lambda: kd.kd_loss(s, [t, wants], **here))
+    refused(ValueError, "taid_loss gives it none", lambda: kd.taid_loss(s, wants, interpolation=0.5, **here))
+    refused(ValueError, "none negative", lambda: kd.kd_loss(s, t - 100, teacher_form="probs", **here))
     refused(
         TypeError, "process_group must be a torch.distributed.ProcessGroup", lambda: kd.kd_loss(s, t, process_group=1)
     )
@@ -420,6 +771,276 @@ def check_dtensors_sharded_by_columns_and_rows():
         expected = kd.token_logprobs(student, labels, entropy=True)
         torch.testing.assert_close(found.logprobs.full_tensor(), expected.logprobs)
         torch.testing.assert_close(found.entropy.full_tensor(), expected.entropy)
+
+
+def heads(seed, dtype=torch.float32):
+    """Hidden states, head and bias of a student, the same of a teacher, and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((ROWS, 8), (VOCABULARY, 8), (VOCABULARY,), (ROWS, 5), (VOCABULARY, 5), (VOCABULARY,))
+    student_and_teacher = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    labels = torch.randint(VOCABULARY, (ROWS,), generator=generator)
+    labels[3] = -100
+    return student_and_teacher[:3], student_and_teacher[3:], labels
+
+
+def same_of_heads(one, shards, student, of_ranks, what):
+    """As ``same``, of functions of hidden states, head and bias: the gradient of the hidden states is the whole."""
+    columns, (of_value, of_gradient) = columns_of_rank(of_ranks), bars(student[0].dtype)
+    whole = [item.clone().requires_grad_() for item in student]
+    mine = [item[columns if k else slice(None)].clone().requires_grad_() for k, item in enumerate(student)]
+    expected, got = one(*whole), shards(*mine, columns)
+    told = {"msg": lambda text: f"{what}: {text}"}
+    torch.testing.assert_close(got, expected, **of_value, **told)
+    upstream = torch.linspace(0.5, 1.5, expected.numel()).to(expected.dtype).view(expected.shape)
+    expected.backward(upstream)
+    got.backward(upstream)
+    torch.testing.assert_close(mine[0].grad, whole[0].grad, **of_gradient, **told)
+    for its, truth in zip(mine[1:], whole[1:], strict=True):
+        if truth.grad is None:  # of a bias that is left out
+            continue
+        torch.testing.assert_close(its.grad, truth.grad[columns], **of_gradient, **told)
+    gathered = [torch.empty_like(mine[0].grad) for _ in of_ranks]
+    dist.all_gather(gathered, mine[0].grad)
+    values = [torch.empty_like(got) for _ in of_ranks]
+    dist.all_gather(values, got.detach())
+    assert all(torch.equal(item, gathered[0]) for item in gathered) and all(torch.equal(x, values[0]) for x in values)
+
+
+# One or two rows of the widest shard: two chunks of student and teacher are there at a time.
+SMALL_CHUNKS = {"chunk_bytes": 2 * 2 * 4 * 20}
+LINEAR_OPTIONS = (
+    {"ce_weight": 0.5, "z_loss_weight": 1e-2, **SMALL_CHUNKS},
+    {**DENSE_OPTIONS[1], "divergence": "jsd", **SMALL_CHUNKS},
+    {**DENSE_OPTIONS[2], "divergence": "reverse_kl", **SMALL_CHUNKS},
+    {"divergence": kd.AlphaBeta(0.3, 0.7), "vocab_size": 30, "row_weight": BY_ROW},
+)
+
+
+def check_linear_losses_of_sharded_heads():
+    for seed, of_ranks in enumerate(widths()):
+        for k, options in enumerate(LINEAR_OPTIONS):
+            for dtype in (torch.float32, (torch.bfloat16, torch.float64)[k % 2]):
+                for backend in BACKENDS if dtype == torch.float32 else BACKENDS[:1]:
+                    _linear(seed, of_ranks, dtype, backend, options, whole_teacher=k % 2 == 1)
+
+
+def _linear(seed, of_ranks, dtype, backend, options, *, whole_teacher):
+    student, (states, matrix, offset), labels = heads(seed, dtype)
+    labels = labels.clamp(max=options.get("vocab_size", VOCABULARY) - 1)
+
+    def shards(hidden, weight, bias, columns):
+        teacher = (matrix, offset) if whole_teacher else (matrix[columns], offset[columns])
+        more = {"student_bias": bias, "teacher_bias": teacher[1], "backend": backend, "process_group": group()}
+        return kd.linear_kd_loss(hidden, weight, states, teacher[0], labels, **more, **options)
+
+    same_of_heads(
+        lambda h, w, b: kd.linear_kd_loss(
+            h, w, states, matrix, labels, student_bias=b, teacher_bias=offset, backend="torch", **options
+        ),
+        shards,
+        student,
+        of_ranks,
+        (of_ranks, dtype, backend, options),
+    )
+
+
+def check_linear_losses_without_a_teacher_or_a_gradient():
+    (hidden, matrix, bias), (states, of_teacher, _), labels = heads(3)
+    for of_ranks in widths():
+        columns = columns_of_rank(of_ranks)
+        same_of_heads(
+            lambda h, w, b: kd.linear_kd_loss(h, w, labels=labels, student_bias=b, kd_weight=0.0, ce_weight=1.0),
+            lambda h, w, b, c: kd.linear_kd_loss(
+                h, w, labels=labels, student_bias=b, kd_weight=0.0, ce_weight=1.0, process_group=group()
+            ),
+            (hidden, matrix, bias),
+            of_ranks,
+            of_ranks,
+        )
+        expected = kd.linear_kd_loss(hidden, matrix, states, of_teacher)
+        leaf = matrix[columns].clone().requires_grad_()
+        # A head that learns behind hidden states that do not.
+        got = kd.linear_kd_loss(hidden, leaf, states, of_teacher[columns], process_group=group(), **SMALL_CHUNKS)
+        got.backward()
+        assert hidden.grad is None and leaf.grad.isfinite().all()
+        torch.testing.assert_close(got, expected)
+
+
+def check_linear_losses_of_sparse_teachers():
+    for seed, of_ranks in enumerate(widths()):
+        for k, tail in enumerate((*TAILS, "renormalize_both")):
+            # Of the shards in turn, which every dtype has alike.
+            for dtype in (torch.float32, torch.bfloat16)[: 1 + (k % len(widths()) == seed)]:
+                student, _, labels = heads(seed, dtype)
+                top = kd.capture_topk(inputs(seed)[1], 5)
+                ids = top.ids.clone()
+                ids[2, 3:], ids[5], ids[1, 1] = -1, -1, ids[1, 0]
+                # Of the last tail the K columns alone are multiplied.
+                options = {"tail": tail, "reduction": "none" if k % 2 else "mean", **SMALL_CHUNKS}
+                options |= {"ce_weight": 0.5, "label_smoothing": 0.1} if k < len(TAILS) else {"temperature": 2.0}
+                given = (ids, top.logprobs, labels)
+                same_of_heads(
+                    lambda h, w, b, g=given, o=options: kd.linear_topk_kd_loss(
+                        h, w, *g, student_bias=b, backend="torch", **o
+                    ),
+                    lambda h, w, b, c, g=given, o=options: kd.linear_topk_kd_loss(
+                        h, w, *g, student_bias=b, process_group=group(), **o
+                    ),
+                    student,
+                    of_ranks,
+                    (of_ranks, dtype, options),
+                )
+
+
+def check_heads_that_are_dtensors():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    student, (states, matrix, offset), labels = heads(6)
+    ids, logprobs, _ = kd.capture_topk(states @ matrix.T, 4)
+    layouts = ((Shard(0), Shard(0)), (Shard(0), Replicate()), (Replicate(), Shard(0)))
+    for placements, reduction in zip(layouts, ("mean", "none", "mean"), strict=True):
+        whole = [item.clone().requires_grad_() for item in student]
+        of_student = [Replicate(), placements[0], placements[0]]
+        mine = [distribute_tensor(x, mesh, [p]).requires_grad_() for x, p in zip(student, of_student, strict=True)]
+        its = [distribute_tensor(item, mesh, [placements[1]]) for item in (matrix, offset)]
+        y = distribute_tensor(labels, mesh, [Replicate()])
+
+        def losses(given, teacher, labels, reduction=reduction):
+            h, w, b = given
+            options = {"student_bias": b, "ce_weight": 0.5, "reduction": reduction}
+            dense = kd.linear_kd_loss(h, w, states, teacher[0], labels, teacher_bias=teacher[1], **options)
+            return dense + kd.linear_topk_kd_loss(h, w, ids, logprobs, labels, **options)
+
+        expected, got = losses(whole, (matrix, offset), labels), losses(mine, its, y)
+        torch.testing.assert_close(got.full_tensor(), expected)
+        (expected * expected).sum().backward()
+        (got * got).sum().backward()
+        for truth, item in zip(whole, mine, strict=True):
+            assert item.grad.placements == item.placements
+            torch.testing.assert_close(item.grad.full_tensor(), truth.grad, rtol=1e-4, atol=1e-5)
+    # A head of FSDP2 is sharded so too, and its ranks have rows of their own.
+    refused(
+        TypeError,
+        "student_weight must be a plain tensor",
+        lambda: kd.linear_kd_loss(student[0], mine[1], states, its[0]),
+    )
+    refused(
+        TypeError, "student_weight must be a DTensor as", lambda: kd.linear_kd_loss(mine[0], matrix, states, its[0])
+    )
+    refused(
+        ValueError,
+        "process_group must not be given where student_hidden is a DTensor",
+        lambda: kd.linear_kd_loss(mine[0], mine[1], states, its[0], process_group=group()),
+    )
+    sharded = distribute_tensor(student[0], mesh, [Shard(1)])
+    refused(ValueError, "student_hidden must have one of", lambda: kd.linear_kd_loss(sharded, mine[1], states, its[0]))
+
+
+def check_a_chunk_is_projected_while_numbers_of_the_one_before_travel():
+    from kdkernels.heads import Head
+
+    (hidden, matrix, _), (states, of_teacher, _), _ = heads(4)
+    columns = columns_of_rank(widths()[0])
+    told, kept = [], (dist.all_reduce, Head.project)
+
+    class Logged:
+        def __init__(self, work, elements):
+            self.work, self.elements = work, elements
+
+        def wait(self):
+            told.append(("ended", self.elements))
+            return self.work.wait()
+
+    def all_reduce(tensor, *rest, **options):
+        told.append(("begun", tensor.numel()))
+        return Logged(kept[0](tensor, *rest, **options), tensor.numel())
+
+    def project(*arguments):
+        told.append(("product", 0))
+        kept[1](*arguments)
+
+    dist.all_reduce, Head.project = all_reduce, project
+    try:
+        leaf = hidden.clone().requires_grad_()
+        kd.linear_kd_loss(leaf, matrix[columns], states, of_teacher[columns], process_group=group(), **SMALL_CHUNKS)
+    finally:
+        dist.all_reduce, Head.project = kept
+    names = [name for name, _ in told]
+    chunks = names.count("product") // 2
+    assert chunks >= 3
+    # Student's and teacher's, of all chunks but the first.
+    assert "".join(name[0] for name in names).count("bppe") == chunks - 1, names
+    # A maximum and a sum of numbers of rows; of hidden states a sum whose end is in the next chunk.
+    assert names.count("begun") == names.count("ended") == 3 * chunks
+    sums = [k for k, (name, elements) in enumerate(told) if name == "begun" and elements % hidden.shape[1] == 0]
+    assert sum(elements for k, (name, elements) in enumerate(told) if k in sums) >= hidden.numel()
+    assert any(names[k + 1] == "begun" for k in sums[:-1]), told
+
+
+def check_heads_that_do_not_fit_are_refused():
+    (hidden, matrix, bias), (states, of_teacher, _), labels = heads(5)
+    columns, rank, here = columns_of_rank(widths()[0]), dist.get_rank(), {"process_group": group()}
+    mine, its = matrix[columns], of_teacher[columns]
+    for options, text in (
+        ({"standardize": True}, "standardize cannot be combined with process_group in linear_kd_loss"),
+        ({"return_stats": True}, "return_stats cannot be"),
+        ({"teacher_lse": 1.0}, "teacher_lse cannot be"),
+    ):
+        refused(ValueError, text, lambda o=options: kd.linear_kd_loss(hidden, mine, states, its, **o, **here))
+    refused(
+        ValueError,
+        "a mixture of teachers cannot be",
+        lambda: kd.linear_kd_loss(hidden, mine, [states] * 2, [its] * 2, **here),
+    )
+    refused(
+        ValueError, "teacher_logits cannot be", lambda: kd.linear_kd_loss(hidden, mine, teacher_logits=print, **here)
+    )
+    refused(
+        ValueError, "of the whole vocabulary", lambda: kd.linear_kd_loss(hidden, mine, states, of_teacher[1:], **here)
+    )
+    top = kd.capture_topk(hidden @ matrix.T, 3)
+    refused(
+        ValueError,
+        "sparse_grad cannot be combined with process_group in linear_topk_kd_loss",
+        lambda: kd.linear_topk_kd_loss(hidden, mine, *top[:2], sparse_grad=True, tail="renormalize_both", **here),
+    )
+    # Ranks that disagree, in a count of rows and in the gradient that is asked for.
+    wrong = labels.clone()
+    wrong[0] = -100 if rank == 1 else labels[0]
+    refused(
+        ValueError,
+        "rows that count must be the same",
+        lambda: kd.linear_kd_loss(hidden, mine, states, its, wrong, ce_weight=1.0, **here),
+    )
+    refused(
+        ValueError,
+        "student_hidden.requires_grad must be the same",
+        lambda: kd.linear_kd_loss(hidden.clone().requires_grad_(rank == 1), mine, states, its, **here),
+    )
+    leaf = hidden.clone().requires_grad_()
+    for backend in BACKENDS:
+        for reduction in ("sum", "none"):
+            loss = kd.linear_kd_loss(leaf, mine, states, its, backend=backend, reduction=reduction, **here).sum()
+            with pytest.raises(RuntimeError, match="of a sharded vocabulary has no second derivative"):
+                torch.autograd.grad(loss, leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="of a sharded vocabulary has a gradient in reverse mode only"):
+            torch.func.grad(lambda x, b=backend: kd.linear_kd_loss(x, mine, states, its, backend=b, **here))(hidden)
+
+
+def check_a_graph_breaks_at_a_linear_loss():
+    student, (states, matrix, _), labels = heads(7)
+    compiled = torch.compile(
+        lambda h, w, t, **here: kd.linear_kd_loss(2 * h, w, states, t, labels, **here) * 3, backend="aot_eager"
+    )
+    same_of_heads(
+        lambda h, w, _: kd.linear_kd_loss(2 * h, w, states, matrix, labels) * 3,
+        lambda h, w, _, c: compiled(h, w, matrix[c], process_group=group()),
+        student,
+        widths()[0],
+        "compiled",
+    )
 
 
 CHECKS = {name: check for name, check in list(globals().items()) if name.startswith("check_")}

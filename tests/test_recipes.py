@@ -199,6 +199,12 @@ def test_the_table_of_what_is_not_there_yet_is_true():
             kd.kd_loss(student, **options)
 
 
+def test_a_page_that_sends_to_what_is_not_there_yet_is_named_there():
+    text = (REFERENCE / "recipes.md").read_text().split("## Not there yet")[1]
+    pages = [page for page in (REFERENCE / "recipes").glob("*.md") if "#not-there-yet" in page.read_text()]
+    assert not [page.name for page in pages if f"recipes/{page.name}" not in text]
+
+
 def test_log_probabilities_may_be_passed_as_logits():
     given = inputs()
     student, teacher = given["student"], given["teacher"]

@@ -96,8 +96,15 @@ def test_sglang():
 
 
 def test_empty_answers():
-    for teacher in (kd.TeacherTopK.from_vllm([None]), kd.TeacherTopK.from_sglang([])):
+    teachers = [kd.TeacherTopK.from_vllm([None]), kd.TeacherTopK.from_sglang([])]
+    teachers += [kd.TeacherTopK.from_openai({field: []}, {}) for field in ("content", "top_logprobs")]
+    for teacher in teachers:
         assert teacher.ids.shape == (0, 1) and teacher.tail_logprob.shape == (0,)
+
+
+def test_an_empty_answer_in_a_batch():
+    teacher = kd.TeacherTopK.from_openai([chat([0]), {"content": [], "top_logprobs": None}], dict.fromkeys(WORDS, 3))
+    assert teacher.ids.shape[:2] == (2, 1) and teacher.ids[1, 0].eq(-1).all()
 
 
 # Tokens by their texts
@@ -229,6 +236,13 @@ def test_a_sure_teacher_leaves_a_tail_that_rounding_leaves_open():
     "call, error, message",
     [
         (lambda t: t.from_vllm("text"), TypeError, "prompt_logprobs must be a list of positions, got str"),
+        (
+            lambda t: t.from_vllm(SimpleNamespace(prompt_logprobs=[None])),
+            TypeError,
+            "got SimpleNamespace with the field prompt_logprobs$",
+        ),
+        (lambda t: t.from_sglang({"meta_info": {}}), TypeError, "got dict with the field meta_info$"),
+        (lambda t: t.from_openai({"choices": []}, {}), TypeError, "got dict with the field choices: ask the server"),
         (lambda t: t.from_vllm([None, [1]]), TypeError, "prompt_logprobs must be a list of positions, got NoneType"),
         (lambda t: t.from_vllm([[1]]), TypeError, r"None or a dict \{id: logprob\} per position"),
         (lambda t: t.from_vllm([{"a": -1.0}]), TypeError, "ids that are integers, got 'a'"),

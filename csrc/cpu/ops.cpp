@@ -268,9 +268,9 @@ void run_tokens(const TokenArgs& args, const Tensor&) {
 Tensor shard_fwd(Tensor student, Tensor teacher, std::optional<Tensor> dstudent, std::optional<Tensor> labels,
                  Tensor row_numbers, std::optional<Tensor> param_rows, std::string divergence, int64_t vocab_size,
                  std::vector<double> numbers, std::vector<int64_t> choices) {
-  STD_TORCH_CHECK(choices.empty(), "the op takes no choices, got ", choices.size());
   const auto number = named<ShardOptions>(numbers);
   ShardArgs args;
+  args.stats = named<ShardChoices>(choices).stats != 0;
   args.student = view(student, "student", false);
   fill_shape(args, student);
   args.columns = vocab_size;
@@ -298,7 +298,7 @@ Tensor shard_fwd(Tensor student, Tensor teacher, std::optional<Tensor> dstudent,
                     "labels must be contiguous int64 [N]");
     args.labels = static_cast<const int64_t*>(labels->const_data_ptr());
   }
-  Tensor sums = new_rows(student, {dstudent ? 0 : rows, 2});
+  Tensor sums = new_rows(student, {dstudent ? 0 : rows, args.stats ? 7 : 2});
   if (dstudent) {
     args.dstudent = view(*dstudent, "dstudent", true);
     STD_TORCH_CHECK(has_rows(*dstudent, args, args.width) && dstudent->size(dstudent->dim() - 1) == args.width &&

@@ -4,6 +4,7 @@
 
 #include "outcomes.h"
 #include "patterns.h"
+#include "summand.h"
 #include "widen.h"
 
 namespace kdk {
@@ -49,11 +50,13 @@ struct ShardRow {
   template <class X, class Y>
   void add(int64_t row, const X* s, const Y* t) {
     const ShardNumbers<C>& of_row = static_cast<const ShardNumbers<C>*>(args.numbers)[row];
-    C* const sums = static_cast<C*>(args.sums) + 2 * row;
-    sums[0] = sums[1] = 0;
+    const int64_t width = args.stats ? 7 : 2;
+    C* const sums = static_cast<C*>(args.sums) + width * row;
+    std::fill_n(sums, width, C(0));
     if (of_row.student_unit == 0) return;
     const double x0 = per_row(args.param, row, args.param0, sizeof(C) == 8);
     double value_sum = 0, score_sum = 0;
+    double distance_sums[5] = {};
     for (int64_t begin = 0; begin < args.columns; begin += ShardSide<C>::kPiece) {
       const int64_t count = std::min(ShardSide<C>::kPiece, args.columns - begin);
       student.read(s + begin, count, args.student_softcap, of_row.student_unit, of_row.student_top,
@@ -66,9 +69,21 @@ struct ShardRow {
       }
       value_sum += horizontal_sum<C>(values);
       score_sum += horizontal_sum<C>(scores);
+      if (args.stats) add_distances(count, distance_sums);
     }
     sums[0] = C(value_sum);
     sums[1] = C(score_sum);
+    for (int64_t k = 0; k + 2 < width; ++k) sums[2 + k] = C(distance_sums[k]);
+  }
+
+  // Both KLs, both entropies and the overlap of a piece.
+  void add_distances(int64_t count, double* to) const {
+    Distances<Vec<C>> found;
+    for (int64_t j = 0; j < count; j += kLanes<C>)
+      found.add(load<Vec<C>>(teacher.p + j), load<Vec<C>>(teacher.logp + j), load<Vec<C>>(student.p + j),
+                load<Vec<C>>(student.logp + j));
+    const Vec<C> all[] = {found.forward, found.reverse, found.entropy_p, found.entropy_q, found.overlap};
+    for (int k = 0; k < 5; ++k) to[k] += horizontal_sum<C>(all[k]);
   }
 
   template <class X, class Y>
@@ -76,7 +91,7 @@ struct ShardRow {
     const ShardNumbers<C>& of_row = static_cast<const ShardNumbers<C>*>(args.numbers)[row];
     const int64_t n = args.columns;
     fill_zero(out, n, args.width);
-    const bool soft = of_row.of_score != 0 || of_row.of_q != 0, hard = of_row.of_hard != 0;
+    const bool soft = of_row.of_score != 0 || of_row.of_q != 0 || of_row.of_p != 0, hard = of_row.of_hard != 0;
     const int64_t label = args.labels == nullptr ? -1 : args.labels[row];
     const bool has_label = label >= 0 && label < n && of_row.at_label != 0;
     if (!soft && !hard && of_row.constant == 0 && !has_label) return fill_zero(out, 0, n);
@@ -96,6 +111,7 @@ struct ShardRow {
       for (int64_t j = 0; j < count; j += kLanes<C>) {
         Vec<C> d = Vec<C>{} + of_row.constant;
         if (soft) d += of_row.of_score * load<Vec<C>>(score + j) - of_row.of_q * load<Vec<C>>(student.p + j);
+        if (of_row.of_p != 0) d += of_row.of_p * load<Vec<C>>(teacher.p + j);
         if (hard) d += of_row.of_hard * kdk_exp(load<Vec<C>>(student.x + j) - of_row.student_top - of_row.hard_log_z);
         if (inverse != 0) d *= slope_of_cap(load<Vec<C>>(student.x + j), inverse);
         store(g + j, d);

@@ -1,10 +1,10 @@
 """A captured teacher on disk: top-k ids, log-probabilities and tails of sequences, written once and read at random.
 
 Write with ``TeacherCacheWriter``, which loses no closed shard to a kill and goes on where it stopped; read with
-``TeacherCache`` by the number of the sequence, or with ``TeacherDataset`` and ``collate`` through a ``DataLoader``.
-``ExpectationCacheWriter`` and ``ExpectationCache`` do the same for a teacher's expectations under a student's head.
-``docs/guide/cache.md`` has the format and its guarantees, ``python -m kdkernels cache --help`` the commands. Needs the
-packages safetensors and numpy, which importing kdkernels itself does not.
+``TeacherCache`` by the number of the sequence, or through a ``DataLoader`` with ``TeacherDataset`` or ``TeacherStream``
+and ``collate``. ``ExpectationCacheWriter`` and ``ExpectationCache`` do the same for a teacher's expectations under a
+student's head. ``docs/guide/cache.md`` has the format and its guarantees, ``python -m kdkernels cache --help`` the
+commands. Needs the packages safetensors and numpy, which importing kdkernels itself does not.
 """
 
 try:
@@ -14,7 +14,7 @@ except ImportError as error:
     raise ImportError(f"kdkernels.cache needs the package {error.name}: pip install numpy safetensors") from error
 
 from kdkernels.cache.codec import ExpectationSequence, TeacherSequence
-from kdkernels.cache.dataset import TeacherDataset, collate
+from kdkernels.cache.dataset import TeacherDataset, TeacherStream, collate
 from kdkernels.cache.errors import (
     CacheError,
     CacheFormatError,
@@ -44,6 +44,7 @@ __all__ = [
     "TeacherCacheWriter",
     "TeacherDataset",
     "TeacherSequence",
+    "TeacherStream",
     "TruncatedShardError",
     "VocabularyMismatchError",
     "collate",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -12,24 +13,16 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor
 
-from kdkernels.cache.index import canonical_json, replace_file
-from kdkernels.cache.writer import TeacherCacheWriter
+from kdkernels.cache.index import Index, canonical_json, name_of
+from kdkernels.cache.shared import CaptureError, SharedFolder, planned
+from kdkernels.cache.writer import entries_identity
 from kdkernels.capture import capture_topk
+from kdkernels.checks import sequences as checks
 
-SETTINGS = "capture.json"
 EXTRAS = {"input_ids": torch.int32}
 Tell = Callable[[str], None]
 # Token ids [B, L] and mask [B, L] to logits [B, L, V].
 Model = Callable[[Tensor, Tensor], Tensor]
-
-
-class CaptureError(Exception):
-    """A capture that cannot begin, or go on, as it was asked for."""
-
-
-def share(total: int, rank: int, world_size: int) -> range:
-    """The sequences of a process: one after the other, so that the parts in their order are the whole in its."""
-    return range(total * rank // world_size, total * (rank + 1) // world_size)
 
 
 def run(
@@ -46,56 +39,65 @@ def run(
     device: Union[str, torch.device] = "cpu",
     rank: int = 0,
     world_size: int = 1,
+    shard_bytes: Optional[int] = None,
     settings: Optional[dict[str, Any]] = None,
     tell: Tell = lambda line: None,
-) -> Path:
+) -> bool:
     """Capture ``sequences`` of token ids into a cache, or go on with one that was begun with the same.
 
-    Each token's entry is the teacher's distribution of the next one; ``input_ids`` are kept as an extra.
+    Each token's entry is the teacher's distribution of the next one; ``input_ids`` are kept as an extra. Any number of
+    processes may call it at once with one folder: each writes some of the shards, the last one the index. They, and
+    those of a later call, may be more or fewer than began; where the model gives a batch the same logits every time,
+    the files are the same bit by bit.
 
     Args:
         model: gives the logits of a padded batch.
-        folder: of the cache; with ``world_size`` above 1 each process writes ``part-<rank>-of-<world_size>`` in it.
+        folder: of the cache; processes on several machines must share it.
         tokenizer, vocab_size, k, temperature, teacher: as in ``TeacherCacheWriter``.
+        batch_size: sequences in a call of the model. A call that goes on may have another one.
+        rank, world_size: of this process among those that work at the same time; they only say where it begins.
+        shard_bytes: size at which a shard is closed, after a whole batch: at most 64 MiB, and less for a small cache,
+            so that there are shards for many processes. What a kill loses is the shard of each process.
         settings: further facts that a call which goes on must agree in.
         tell: gets lines of progress.
 
     Returns:
-        The folder that this process wrote.
+        True if the cache is whole, False if other processes are still at it.
 
     Raises:
-        CaptureError: the folder was begun with other sequences, settings or processes.
+        CaptureError: the folder was begun with other sequences or settings.
     """
     if not sequences:
         raise CaptureError("there is no sequence to capture")
-    folder = Path(folder)
-    if world_size > 1 or any(folder.glob("part-*-of-*")):
-        _same_number_of_processes(folder, world_size)
-        folder = folder / f"part-{rank:05d}-of-{world_size:05d}"
-    mine = [list(sequences[i]) for i in share(len(sequences), rank, world_size)]
-    _begun_with(folder, {**(settings or {}), "sequences": len(mine), "sha256": _digest(mine)})
-    writer = TeacherCacheWriter(
-        folder,
-        tokenizer=tokenizer,
-        vocab_size=vocab_size,
-        k=k,
-        temperature=temperature,
-        teacher=teacher,
-        extras=EXTRAS,
-    )
-    said = 0
-    with writer, torch.inference_mode():
-        if len(writer):
-            tell(f"{folder}: goes on after {len(writer):,} of {len(mine):,} sequences")
-        while len(writer) < len(mine):
-            batch = mine[len(writer) : len(writer) + batch_size]
-            for ids, entry in zip(batch, _captured(model, batch, k, temperature, vocab_size, device), strict=True):
-                writer.append(*entry, input_ids=torch.tensor(ids))
-            # Ten lines, whatever the length of the run.
-            if (tenth := 10 * len(writer) // len(mine)) > said:
-                said = tenth
-                tell(f"{folder}: {len(writer):,} of {len(mine):,} sequences")
-    return folder
+    identity = entries_identity(tokenizer, vocab_size, k, temperature, teacher)
+    index = Index(identity, True, {name: name_of(dtype) for name, dtype in EXTRAS.items()})
+    total, layout = len(sequences), index.layout
+    plan = planned([len(sequence) for sequence in sequences], batch_size, layout.token_bytes, shard_bytes)
+    facts = {**(settings or {}), "sequences": total, "sha256": _digest(sequences)}
+    with SharedFolder(Path(folder), index, plan, facts) as shared, torch.inference_mode():
+        if done := shared.written:
+            tell(f"{folder}: goes on after {done:,} of {total:,} sequences")
+        firsts = list(itertools.accumulate(shared.plan, initial=0))
+        said = 10 * done // total
+        for number in shared.to_write(rank, world_size):
+            rows = []
+            for first in range(firsts[number], firsts[number + 1], batch_size):
+                batch = sequences[first : min(first + batch_size, firsts[number + 1])]
+                for ids, entry in zip(batch, _captured(model, batch, k, temperature, vocab_size, device), strict=True):
+                    extras = {"input_ids": torch.tensor(list(ids))}
+                    rows.append(layout.encode(*checks.captured_sequence(*entry, extras, layout)))
+            shared.write(number, rows)
+            done += len(rows)
+            # Ten lines at most, whatever the length of the run; others write too.
+            if 10 * done // total > said:
+                done = shared.written
+                said = 10 * done // total
+                tell(f"{folder}: {done:,} of {total:,} sequences")
+        if whole := shared.finish():
+            tell(f"{folder}: whole, {len(shared.plan):,} shards")
+        else:
+            tell(f"{folder}: {shared.written:,} of {total:,} sequences; other processes have the rest")
+    return whole
 
 
 def _captured(
@@ -116,33 +118,11 @@ def _captured(
         yield found.ids[row, part], found.logprobs[row, part], found.tail_logprob[row, part]
 
 
-def _same_number_of_processes(folder: Path, world_size: int) -> None:
-    if (folder / SETTINGS).exists():
-        raise CaptureError(f"{folder} was begun by one process: go on with one")
-    for part in folder.glob("part-*-of-*"):
-        begun = int(part.name.rpartition("-")[2])
-        if begun != world_size:
-            raise CaptureError(f"{folder} was begun by {begun} processes, and this is one of {world_size}")
-
-
-def _begun_with(folder: Path, settings: dict[str, Any]) -> None:
-    """Write down what the capture is of, or hold it against what was written down."""
-    path = folder / SETTINGS
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_file(path, (json.dumps(settings, indent=1) + "\n").encode())
-        return
-    begun = json.loads(path.read_text())
-    for name in settings.keys() | begun.keys():
-        if begun.get(name) != settings.get(name):
-            raise CaptureError(
-                f"{folder} was begun with {name} {begun.get(name)!r}, and {settings.get(name)!r} was asked for: give "
-                "another folder, or the same texts and settings"
-            )
-
-
 def _digest(sequences: Sequence[Sequence[int]]) -> str:
-    return hashlib.sha256(canonical_json(sequences).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for sequence in sequences:
+        digest.update(canonical_json(list(sequence)).encode())
+    return digest.hexdigest()
 
 
 def from_hub(
@@ -159,7 +139,7 @@ def from_hub(
     split: str = "train",
     vocab_size: Optional[int] = None,
     tell: Tell = lambda line: None,
-) -> Path:
+) -> bool:
     """As ``run``, with a causal language model of transformers and texts of a file or a data set.
 
     Raises:
@@ -172,6 +152,9 @@ def from_hub(
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if device is None:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+        # transformers would take it for a name, and say that it is none.
+        raise CaptureError(f"there is no folder {model}")
     # Its types say less than it takes.
     hub: Any = transformers
     tokenizer = hub.AutoTokenizer.from_pretrained(model)

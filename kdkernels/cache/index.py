@@ -36,6 +36,8 @@ ENTRIES, EXPECTATIONS = VERSIONS = 1, 2
 EXPECTATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INDEX_NAME = "index.json"
 SHARD_NAME = "teacher-{:05d}.safetensors"
+# Of what a capture by several processes was begun with.
+CAPTURE_NAME = "capture.json"
 # A file under a name that ends like this is not, or not yet, part of the cache.
 UNFINISHED = ".part"
 READ_BYTES = 2**20
@@ -146,6 +148,8 @@ class Index:
         """
         path = folder / INDEX_NAME
         if not is_file(path):
+            if is_file(folder / CAPTURE_NAME):
+                raise CacheFormatError(f"{folder} has a capture that is not finished: go on with it by the same call")
             raise CacheFormatError(f"{folder} has no {INDEX_NAME}: it is not a teacher cache")
         # A text may be nested more deeply than the parser or the writer of JSON can follow.
         try:
@@ -323,12 +327,16 @@ def check_size(folder: Path, shard: Shard) -> None:
 def check_sha256(folder: Path, shard: Shard) -> None:
     """Read the whole shard; raise as ``check_size``, or ChecksumError where one of its bytes has changed."""
     check_size(folder, shard)
+    if file_sha256(folder / shard.file) != shard.sha256:
+        raise ChecksumError(f"{folder / shard.file} is damaged: its SHA-256 is not that of what was written")
+
+
+def file_sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(folder / shard.file, "rb") as file:
+    with open(path, "rb") as file:
         while block := file.read(READ_BYTES):
             digest.update(block)
-    if digest.hexdigest() != shard.sha256:
-        raise ChecksumError(f"{folder / shard.file} is damaged: its SHA-256 is not that of what was written")
+    return digest.hexdigest()
 
 
 def replace_file(path: Path, content: Union[bytes, memoryview]) -> None:

@@ -76,23 +76,28 @@ class _Cache:
     def _map(self, number: int) -> dict[str, Tensor]:
         """The arrays of a shard, mapped into memory: nothing of them is read before it is used."""
         if number not in self._mapped:
-            shard = self.index.shards[number]
-            # Once more: it may have been opened long ago, and a page past the end would kill the process.
-            check_size(self.path, shard)
-            damaged = ChecksumError(f"{self.path / shard.file} is damaged: its header is not what was written")
-            try:
-                with safetensors.safe_open(self.path / shard.file, framework="pt") as file:
-                    tensors = {name: file.get_tensor(name) for name in file.keys()}
-                    metadata = file.metadata()
-            except safetensors.SafetensorError:
-                raise damaged from None
-            fields = {name: (dtype, (shard.tokens, *shape)) for name, (dtype, shape) in self._layout.fields.items()}
-            fields |= {OFFSETS: (torch.int64, (shard.sequences + 1,)), CRC32: (torch.int64, (shard.sequences,))}
-            found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-            if found != fields or metadata != self.index.shard_metadata(number):
-                raise damaged
-            self._mapped[number] = tensors
+            self._mapped[number] = map_shard(self.path, self.index, number)
         return self._mapped[number]
+
+
+def map_shard(folder: Path, index: Index, number: int) -> dict[str, Tensor]:
+    """The arrays of a shard, mapped into memory; raises ChecksumError where its header is another's."""
+    shard = index.shards[number]
+    # Once more: it may have been opened long ago, and a page past the end would kill the process.
+    check_size(folder, shard)
+    damaged = ChecksumError(f"{folder / shard.file} is damaged: its header is not what was written")
+    try:
+        with safetensors.safe_open(folder / shard.file, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            metadata = file.metadata()
+    except safetensors.SafetensorError:
+        raise damaged from None
+    fields = {name: (dtype, (shard.tokens, *shape)) for name, (dtype, shape) in index.layout.fields.items()}
+    fields |= {OFFSETS: (torch.int64, (shard.sequences + 1,)), CRC32: (torch.int64, (shard.sequences,))}
+    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    if found != fields or metadata != index.shard_metadata(number):
+        raise damaged
+    return tensors
 
 
 class TeacherCache(_Cache):

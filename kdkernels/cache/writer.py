@@ -54,7 +54,7 @@ class _Writer:
         self._shard_bytes = checks.integer("shard_bytes", shard_bytes, low=1)
         self._folder = Path(path)
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._lock: Optional[BinaryIO] = _lock(self._folder)
+        self._lock: Optional[BinaryIO] = lock(self._folder)
         self._process = os.getpid()
         _open_writers.add(self)
         try:
@@ -113,21 +113,7 @@ class _Writer:
     def _close_shard(self) -> None:
         """Write what was appended as a shard, and the index that names it; where it raises neither counts."""
         number = len(self._index.shards)
-        offsets = list(itertools.accumulate((_length(rows) for rows in self._open_rows), initial=0))
-        spans = zip(itertools.pairwise(offsets), self._open_rows, strict=True)
-        sums = [checksum(first, last, rows) for (first, last), rows in spans]
-        tensors = {name: torch.cat([rows[name] for rows in self._open_rows]) for name in self._layout.fields}
-        tensors |= {OFFSETS: torch.tensor(offsets), CRC32: torch.tensor(sums)}
-        content = safetensors.torch.save(tensors, self._index.shard_metadata(number))
-        shard = Shard(
-            file=SHARD_NAME.format(number),
-            sequences=len(self._open_rows),
-            tokens=offsets[-1],
-            bytes=len(content),
-            sha256=hashlib.sha256(content).hexdigest(),
-        )
-        replace_file(self._folder / shard.file, content)
-        sync_folder(self._folder)
+        shard = write_shard(self._folder, self._index, number, self._open_rows)
         index = self._index.with_shard(shard)
         index.write(self._folder)
         self._index = index
@@ -206,6 +192,37 @@ class _Writer:
             self._lock = None
 
 
+def write_shard(folder: Path, index: Index, number: int, rows: Sequence[dict[str, Tensor]]) -> Shard:
+    """Put sequences on the disk as the shard of a number, which no index names yet."""
+    offsets = list(itertools.accumulate(map(_length, rows), initial=0))
+    spans = zip(itertools.pairwise(offsets), rows, strict=True)
+    sums = [checksum(first, last, of_sequence) for (first, last), of_sequence in spans]
+    tensors = {name: torch.cat([of_sequence[name] for of_sequence in rows]) for name in index.layout.fields}
+    tensors |= {OFFSETS: torch.tensor(offsets), CRC32: torch.tensor(sums)}
+    content = safetensors.torch.save(tensors, index.shard_metadata(number))
+    shard = Shard(
+        file=SHARD_NAME.format(number),
+        sequences=len(rows),
+        tokens=offsets[-1],
+        bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+    )
+    replace_file(folder / shard.file, content)
+    sync_folder(folder)
+    return shard
+
+
+def entries_identity(tokenizer: Any, vocab_size: Any, k: Any, temperature: Any, teacher: Any) -> Identity:
+    """Of ids and log-probabilities, from what a user gives."""
+    return Identity(
+        tokenizer=fingerprint(tokenizer),
+        vocab_size=checks.integer("vocab_size", vocab_size, low=1, high=MAX_VOCAB_SIZE),
+        k=checks.integer("k", k, low=1),
+        temperature=checks.number("temperature", temperature, low=0.0, exclusive_low=True),
+        teacher=checks.text("teacher", teacher),
+    )
+
+
 class TeacherCacheWriter(_Writer):
     """Writes captured sequences into a folder, or goes on with one that was begun.
 
@@ -253,13 +270,7 @@ class TeacherCacheWriter(_Writer):
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
         checks.flag("tail", tail)
-        identity = Identity(
-            tokenizer=fingerprint(tokenizer),
-            vocab_size=checks.integer("vocab_size", vocab_size, low=1, high=MAX_VOCAB_SIZE),
-            k=checks.integer("k", k, low=1),
-            temperature=checks.number("temperature", temperature, low=0.0, exclusive_low=True),
-            teacher=checks.text("teacher", teacher),
-        )
+        identity = entries_identity(tokenizer, vocab_size, k, temperature, teacher)
         super().__init__(path, Index(identity, tail, _names(extras, sequences.ENTRY_NAMES)), shard_bytes)
 
     def append(
@@ -377,16 +388,20 @@ def _names(extras: Any, reserved: Sequence[str]) -> dict[str, str]:
     return {name: name_of(dtype) for name, dtype in sequences.extras_of_tokens(extras, reserved).items()}
 
 
-def _lock(folder: Path) -> BinaryIO:
-    """Hold the folder's lock, which the kernel lets go when the process ends, however it ends."""
+def lock(folder: Path, *, shared: bool = False) -> BinaryIO:
+    """Hold the folder's lock, which the kernel lets go when the process ends, however it ends.
+
+    A shared one lets in others that share it, and no writer.
+    """
     try:
-        file = open(folder / LOCK_NAME, "ab", opener=open_no_link)
+        # Over NFS a shared lock asks for a file that may be read.
+        file = open(folder / LOCK_NAME, "a+b", opener=open_no_link)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise CacheFormatError(f"{folder / LOCK_NAME} is a symbolic link: not written to") from None
         raise
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
         if isinstance(error, BlockingIOError):

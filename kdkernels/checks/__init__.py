@@ -23,11 +23,13 @@ from kdkernels.checks.dense import (
     logits,
     mixture_of,
     mixture_weights,
+    no_probabilities,
     part_of_teacher,
     probabilities,
     reverse_mode_only,
     several,
     shard,
+    shard_of_probabilities,
     student_of,
     teacher_like,
     teacher_of_width,
@@ -51,8 +53,10 @@ from kdkernels.checks.hidden import (
     teacher_callable,
     teacher_chunks,
     teacher_head,
+    teacher_shard_head,
 )
 from kdkernels.checks.memory import apart_in_place, inplace_allowed
+from kdkernels.checks.packed import packed_buffer, packed_layout, to_be_packed
 from kdkernels.checks.rows import (
     labels_like,
     labels_of,

@@ -73,6 +73,8 @@ def _bias(name: str, value: Any, student: Tensor, columns: int) -> Tensor:
 
 def _columns(value: Any, student: Tensor, columns: int, width: int) -> Tensor:
     tensor("teacher_columns", value)
+    if value.dtype == torch.bool:
+        raise TypeError("teacher_columns must be int64 or int32, got bool: of a mask they are mask.nonzero()[:, 0]")
     integers("teacher_columns", value)
     same_device("teacher_columns", value, student)
     if tuple(value.shape) != (columns,):
@@ -131,10 +133,11 @@ def class_dimension(options: Any, student: Any) -> int:
     return -1 if dim == dims - 1 else dim
 
 
-def same_dims(name: str, value: Any, student: Tensor) -> None:
-    """As many dimensions as the student."""
+def same_dims(name: str, value: Any, student: Tensor, dim: int) -> None:
+    """As many dimensions as the student, and as many rows in each; ``dim`` is that of the classes."""
     tensor(name, value)
-    if value.dim() != student.dim():
+    rows = [(*x.shape[:dim], *x.shape[dim + 1 :]) for x in (value, student)]
+    if value.dim() != student.dim() or rows[0] != rows[1]:
         raise ValueError(f"{name} must have the student's shape {tuple(student.shape)}, got {tuple(value.shape)}")
 
 

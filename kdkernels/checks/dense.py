@@ -85,9 +85,10 @@ def teacher_like(
     *,
     strided: bool = False,
     mapped: bool = False,
+    mappable: bool = False,
 ) -> None:
     """The teacher's leading shape and device are the student's; so is its width, unless ``vocab_size`` is given or its
-    columns are ``mapped``."""
+    columns are ``mapped``, as those of a ``mappable`` loss may be."""
     logits(name, teacher, strided=strided)
     if teacher.device != student.device:
         raise ValueError(f"{name} must be on the student's device {student.device}, got {teacher.device}")
@@ -96,10 +97,8 @@ def teacher_like(
     if not same:
         hint = ""
         if teacher.shape[:-1] == student.shape[:-1]:
-            hint = (
-                "; pass vocab_size=... when the two are padded to different widths, teacher_columns=... when their "
-                "columns differ"
-            )
+            hint = "; pass vocab_size=... when the two are padded to different widths"
+            hint += ", teacher_columns=... when their columns differ" if mappable else ""
         raise ValueError(
             f"{name} must have the student's shape {tuple(student.shape)}, got {tuple(teacher.shape)}{hint}"
         )
@@ -133,20 +132,21 @@ def teachers_of(
     options: Any, teacher: Any, student: Tensor, *, strided: bool = False, mapped: bool = False
 ) -> tuple[Tensor, ...]:
     """A teacher, or a sequence of some, beside the student."""
+    known: dict[str, Any] = {"strided": strided, "mapped": mapped, "mappable": options.function == "kd_loss"}
     if not isinstance(teacher, (list, tuple)):
-        teacher_like("teacher", teacher, student, options.vocab_size, strided=strided, mapped=mapped)
+        teacher_like("teacher", teacher, student, options.vocab_size, **known)
         return (teacher,)
     several(teacher)
     for k, item in enumerate(teacher):
         name = "teacher" if len(teacher) == 1 else f"teacher[{k}]"
-        teacher_like(name, item, student, options.vocab_size, strided=strided, mapped=mapped)
+        teacher_like(name, item, student, options.vocab_size, **known)
     return tuple(teacher)
 
 
-def without_teacher(options: Any) -> None:
-    """A loss in which no teacher has a say."""
+def without_teacher(options: Any, name: str = "teacher") -> None:
+    """A loss in which no teacher, whose argument is called ``name``, has a say."""
     if options.scalars["kd_weight"] != 0:
-        raise TypeError("teacher is required unless kd_weight is the number 0")
+        raise TypeError(f"{name} is required unless kd_weight is the number 0")
     for name in ("teacher_weights", "teacher_form", "teacher_lse"):
         if getattr(options, name) not in (None, "logits"):
             raise ValueError(f"{name} has no meaning without a teacher")
@@ -277,7 +277,11 @@ def probabilities(
 ) -> None:
     """The values of teachers that are probabilities, in the rows that count; ``labels`` and ``weight`` are ``[N]``."""
     form = options.teacher_form
-    if form in ("logits", "log_probs") or torch.compiler.is_compiling() or not options.scalars["kd_weight"]:
+    if form == "logits" or torch.compiler.is_compiling() or not options.scalars["kd_weight"]:
+        return
+    if form == "log_probs":
+        for k, teacher in enumerate(teachers):
+            no_probabilities("teacher" if len(teachers) == 1 else f"teacher[{k}]", teacher, columns)
         return
     counted = None if labels is None else labels != options.ignore_index
     if weight is not None:
@@ -287,6 +291,38 @@ def probabilities(
     for k, teacher in enumerate(teachers):
         name = "teacher" if len(teachers) == 1 else f"teacher[{k}]"
         teacher_probs(name, teacher, columns, counted, form)
+
+
+def no_probabilities(name: str, value: Tensor, columns: int) -> None:
+    """Log-probabilities that are not probabilities: those are known by the first row, which adds up to 1."""
+    if not reads_values(value) or value.numel() == 0:
+        return
+    row = value.detach()[(0,) * (value.dim() - 1)][:columns]
+    if float(row.amin()) >= 0 and abs(float(row.sum(dtype=sum_dtype(value))) - 1) < 1e-2:
+        form = f"{name.partition('[')[0]}_form"
+        raise ValueError(
+            f"{name} must hold log-probabilities for {form}='log_probs', got probabilities: pass their logarithm"
+        )
+
+
+def shard_of_probabilities(options: Any, name: str, teacher: Tensor, labels: Optional[Tensor]) -> None:
+    """As ``probabilities`` of some columns of a teacher, whose sums nobody knows here."""
+    form = options.teacher_form
+    if form in ("logits", "log_probs") or not reads_values(teacher) or teacher.numel() == 0:
+        return
+    low = teacher.detach().amin(-1).reshape(-1)
+    low = low if labels is None else torch.where(labels != options.ignore_index, low, torch.ones_like(low))
+    _none_negative(name, low, form)
+
+
+def _none_negative(name: str, low: Tensor, form: str) -> None:
+    # NaN fails the comparison too.
+    wrong = ~(low >= 0)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"{name} must hold probabilities, none negative or NaN, for teacher_form={form!r}, got "
+            f"{float(low[wrong][0]):.6g}; those of log-probabilities are teacher_form='log_probs'"
+        )
 
 
 def teacher_probs(
@@ -309,13 +345,7 @@ def teacher_probs(
     if counted is not None:
         counted = counted.reshape(-1)
         low, sums = (torch.where(counted, item, torch.ones_like(item)) for item in (low, sums))
-    # NaN fails the comparison too.
-    wrong = ~(low >= 0)
-    if bool(wrong.any()):
-        raise ValueError(
-            f"{name} must hold probabilities, none negative or NaN, for teacher_form={form!r}, got "
-            f"{float(low[wrong][0]):.6g}; those of log-probabilities are teacher_form='log_probs'"
-        )
+    _none_negative(name, low, form)
     if top is not None:
         wrong = ~((sums > 0) & (sums < torch.inf))
         if bool(wrong.any()):

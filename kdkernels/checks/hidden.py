@@ -15,8 +15,11 @@ from kdkernels.checks.values import flag
 ADAPTER_NAMES = ("base_layer", "modules_to_save", "original_module", "trainable_tokens_delta")
 
 
-def head(side: str, hidden: Any, weight: Any, bias: Any, autocast: bool, name: Optional[str] = None) -> None:
-    """Hidden states ``(..., D)``, a head ``[V, D]`` and a bias ``[V]`` or None, of one device, and of one dtype."""
+def head(
+    side: str, hidden: Any, weight: Any, bias: Any, autocast: bool, name: Optional[str] = None, *, least: int = 1
+) -> None:
+    """Hidden states ``(..., D)``, a head ``[V, D]`` of at least ``least`` rows and a bias ``[V]`` or None, of one
+    device and dtype."""
     names = (name or f"{side}hidden", f"{side}weight", f"{side}bias")
     for name, value in zip(names, (hidden, weight, bias), strict=True):
         if value is None and name == names[2]:
@@ -43,7 +46,7 @@ def head(side: str, hidden: Any, weight: Any, bias: Any, autocast: bool, name: O
             )
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise ValueError(f"{names[0]} must have shape (..., D) with D >= 1, got {tuple(hidden.shape)}")
-    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
+    if weight.dim() != 2 or weight.shape[0] < least or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"{names[1]} must have shape (V, {hidden.shape[-1]}), got {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{names[2]} must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
@@ -82,12 +85,15 @@ def head_tensors(side: str, weight: Any, bias: Any) -> tuple[Any, Any]:
     if is_dtensor(found):
         # ``head`` refuses it, and says what to pass.
         return found, bias
-    _no_adapters(name, weight)
-    no_hooks(name, weight)
     quantised = (
         f"{name} must be a module with a weight of floating point, got {kind}, {{}}: pass the dequantised weight, such "
         "as weight.dequantize(), and the bias apart"
     )
+    if callable(found) and not isinstance(found, Tensor):
+        # As torch.ao's have it, beside a module of packed parameters.
+        raise TypeError(quantised.format("whose weight is a method"))
+    _no_adapters(name, weight)
+    no_hooks(name, weight)
     if not isinstance(found, Tensor):
         raise TypeError(quantised.format(f"whose weight is {type(found).__name__}"))
     if not found.is_floating_point():
@@ -162,6 +168,18 @@ def teacher_head(hidden: Tensor, weight: Tensor, student: Tensor, vocab_size: An
         )
     if vocab_size is not None and vocab_size > weight.shape[0]:
         raise ValueError(f"vocab_size must be at most teacher_weight's {weight.shape[0]} rows, got {vocab_size}")
+
+
+def teacher_shard_head(hidden: Tensor, weight: Tensor, student: Tensor, total: int, vocab_size: Any) -> None:
+    """A teacher's, of the columns of this rank or of all ``total``, for a student of this rank's ``student``."""
+    own, rows = student.shape[-1], weight.shape[0]
+    if rows != own and (rows != total if vocab_size is None else rows < total):
+        raise ValueError(
+            f"teacher_weight must have the student's {own} rows on this rank, or the {total} of the whole vocabulary, "
+            f"got {rows}"
+        )
+    # All else but the rows.
+    teacher_head(hidden, weight, student, 0)
 
 
 def teacher_chunks(value: Any, num_rows: int, columns: int, count: int, device: torch.device) -> list[Tensor]:

@@ -34,17 +34,31 @@ def labels_like(value: Any, student: Tensor, columns: int, ignore_index: int) ->
         raise no_tensor("labels", value)
     plain("labels", value)
     if value.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"labels must be int64 or int32, got {dtype_name(value.dtype)}")
+        raise TypeError(f"labels must be int64 or int32, got {dtype_name(value.dtype)}{_no_labels(value, student)}")
     if value.device != student.device:
         raise ValueError(f"labels must be on the student's device {student.device}, got {value.device}")
     if value.shape != student.shape[:-1]:
-        raise ValueError(f"labels must have shape {tuple(student.shape[:-1])}, got {tuple(value.shape)}")
+        wanted = tuple(student.shape[:-1])
+        raise ValueError(f"labels must have shape {wanted}, got {tuple(value.shape)}{_no_labels(value, student)}")
     flat = value.reshape(-1).to(torch.int64).contiguous()
     if reads_values(value) and value.numel():
         worst = out_of_range(flat, columns, ignore_index)
         if worst is not None:
             raise ValueError(f"labels must be in [0, {columns}) or equal to ignore_index {ignore_index}, got {worst}")
     return flat
+
+
+def _no_labels(value: Tensor, student: Tensor) -> str:
+    """The end of an error: a guess of what was passed as labels."""
+    if value.shape == student.shape:
+        if value.is_floating_point():
+            return "; probabilities of classes are a teacher, with teacher_form='probs'"
+        return "; they are classes: of one-hot rows labels.argmax(-1)"
+    if value.is_floating_point() and value.shape == student.shape[:-1]:
+        return "; numbers of rows go by their names, such as row_weight or tail_logprob"
+    if student.dim() > 2 and value.shape == (*student.shape[:1], *student.shape[2:]):
+        return "; where classes are in dimension 1, kd_loss takes dim=1"
+    return ""
 
 
 def labels_of(options: Any, value: Any, student: Tensor, columns: int) -> Optional[Tensor]:
@@ -100,6 +114,9 @@ def token_numbers(name: str, value: Any, like: Optional[Tensor] = None, *, expan
     floating(name, value)
     if like is not None:
         _of_token_shape(name, value, like, expand)
+    # Where a mask leaves some out anything may stand, so that one alone tells nothing.
+    if name.endswith("logprobs") and reads_values(value) and value.numel() > 1 and float(value.detach().amin()) > 0:
+        raise ValueError(f"{name} must be natural log-probabilities, at most 0, got only numbers above 0: pass p.log()")
 
 
 def token_mask(value: Any, like: Tensor) -> Optional[Tensor]:
@@ -109,7 +126,8 @@ def token_mask(value: Any, like: Tensor) -> Optional[Tensor]:
     tensor("mask", value)
     if value.dtype.is_floating_point or value.dtype.is_complex:
         raise TypeError(
-            f"mask must be bool or of integers, got {dtype_name(value.dtype)}: weights multiply the losses instead"
+            f"mask must be bool or of integers, got {dtype_name(value.dtype)}: pass mask.bool() where it is 0 and 1; "
+            "weights multiply the losses instead"
         )
     _of_token_shape("mask", value, like, True)
     if value.dtype != torch.bool and reads_values(value) and value.numel():

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kdkernels.checks.sparse import highest_logprob
 from kdkernels.checks.tensors import dtype_name, floating, integers, tensor
+from kdkernels.checks.values import integer
 
 EXTRA_DTYPES = (
     torch.int64,
@@ -135,3 +136,26 @@ def _of_tokens(name: str, value: Any, length: int) -> Tensor:
     if tuple(value.shape) != (length,):
         raise ValueError(f"{name} must have one value per token, shape ({length},), got {tuple(value.shape)}")
     return value.detach().cpu()
+
+
+def rank_of_readers(rank: Any, world_size: Any) -> tuple[int, int]:
+    """Which reader of how many this process is: as it says, or as torch.distributed knows."""
+    if (rank is None) != (world_size is None):
+        raise ValueError("rank and world_size must be given together, or neither")
+    if rank is None:
+        import torch.distributed as dist
+
+        together = dist.is_available() and dist.is_initialized()
+        return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    return integer("rank", rank, low=0, high=integer("world_size", world_size, low=1) - 1), world_size
+
+
+def state_of_reader(state: Any, own: Mapping[str, Any]) -> None:
+    """The state of an iterator over sequences that are the same, in the same order."""
+    if not isinstance(state, Mapping) or state.keys() != own.keys():
+        raise ValueError(f"state must be what state_dict() returned, with {sorted(own)}")
+    for name, value in own.items():
+        if name in ("epoch", "position"):
+            integer(f"state[{name!r}]", state[name], low=0)
+        elif state[name] != value:
+            raise ValueError(f"state must be of {name} {value!r}, which reads it, got {state[name]!r}")

@@ -63,7 +63,8 @@ def _values_of_sparse_teacher(ids: Tensor, logprobs: Tensor, columns: int, highe
     low, high = (int(v) for v in torch.aminmax(torch.where(used, ids, 0)))
     if low < 0 or high >= columns:
         worst = low if low < 0 else high
-        raise ValueError(f"teacher_ids must be in [0, {columns}) or -1 for an unused slot, got {worst}")
+        hint = "" if low < 0 else "; capture a teacher that is padded wider with vocab_size=..."
+        raise ValueError(f"teacher_ids must be in [0, {columns}) or -1 for an unused slot, got {worst}{hint}")
     logprobs = torch.where(used, logprobs, -torch.inf)
     if not (logprobs < torch.inf).all():
         raise ValueError("teacher_logprobs must not be NaN or +inf, where teacher_ids is not -1")

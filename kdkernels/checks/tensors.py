@@ -29,8 +29,13 @@ def tensor(name: str, value: Any) -> None:
 
 def no_tensor(name: str, value: Any) -> TypeError:
     """The error of a value that is no tensor, with the field that was meant."""
-    meant = next((field for field in ("logits", "logprobs") if isinstance(getattr(value, field, None), Tensor)), None)
+    fields = ("last_hidden_state",) if name.endswith("hidden") else ("logits", "logprobs")
+    meant = next((field for field in fields if isinstance(getattr(value, field, None), Tensor)), None)
     hint = f"; pass its .{meant}" if meant else ""
+    if name.endswith("hidden") and not meant and isinstance(getattr(value, "hidden_states", None), tuple):
+        hint = "; pass its .hidden_states[-1]"
+    elif name.endswith("hidden") and isinstance(value, tuple) and value and isinstance(value[-1], Tensor):
+        hint = "; pass the last of them, [-1]"
     if isinstance(value, (int, float)):
         hint = "; options, temperature among them, are keywords"
     return TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}{hint}")

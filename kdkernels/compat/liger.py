@@ -1,10 +1,12 @@
 """The distillation losses of Liger-Kernel.
 
-Students come first, and as log-probabilities (``LigerKLDIVLoss``, ``LigerJSD``), as probabilities (``LigerTVDLoss``) or
-as hidden states with a head (``LigerFusedLinearJSD``, ``LigerFusedLinearJSDLoss``). ``beta`` is GKD's: 0 is forward KL,
-1 reverse KL. Means are over the rows whose label counts, and no loss is multiplied by T^2. ``LigerKLDIVLoss`` takes
-``eps`` first; ``liger_kl_div`` and ``liger_tvd`` reduce by ``"mean"`` where the modules take ``"mean"`` and
-``"batchmean"``. ``LigerFusedLinearJSDLoss`` mixes in half a cross entropy by default.
+Students come first, and as log-probabilities (``LigerKLDIVLoss``, ``LigerJSD``), as probabilities (``LigerTVDLoss``),
+as logits (``LigerFusedCETVDLoss``) or as hidden states with a head (``LigerFusedLinearJSD``,
+``LigerFusedLinearJSDLoss``, ``LigerFusedLinearKLDivLoss``). ``LigerFusedLinearCosineSimilarityLoss``, the angle between
+logits, is not here. ``beta`` is GKD's: 0 is forward KL, 1 reverse KL. Means are over the rows whose label counts, and
+no loss is multiplied by T^2. ``LigerKLDIVLoss`` takes ``eps`` first; ``liger_kl_div`` and ``liger_tvd`` reduce by
+``"mean"`` where the modules take ``"mean"`` and ``"batchmean"``. ``LigerFusedLinearJSDLoss`` mixes in half a cross
+entropy by default.
 
 Where Liger is wrong or differs:
 
@@ -183,6 +185,74 @@ class LigerFusedLinearJSD(torch.nn.Module):
     ) -> Tensor:
         heads = student_input, student_weight, teacher_input, teacher_weight
         return liger_fused_linear_jsd(*heads, shift_labels, *self.options)
+
+
+def liger_fused_linear_kl_div(
+    student_input: Tensor,
+    student_weight: Tensor,
+    target: Tensor,
+    shift_labels: Optional[Tensor] = None,
+    reduction: str = "batchmean",
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    eps: float = 1e-10,
+    accum_dtype: Optional[torch.dtype] = None,
+) -> Tensor:
+    """``liger_fused_linear_kl_div``: probabilities beside hidden states and a head; the temperature is the student's.
+
+    ``"batchmean"`` is the mean over the rows that count, ``"mean"`` divides that by the vocabulary too.
+    """
+    checks.choice("reduction", reduction, REDUCTIONS[1:])
+    loss = kd.linear_kd_loss(
+        student_input,
+        student_weight,
+        labels=shift_labels,
+        teacher_logits=lambda rows: target[rows],
+        teacher_form="probs",
+        ignore_index=ignore_index,
+        temperature=temperature,
+        teacher_temperature=1.0,
+        scale_by_t_squared=False,
+        reduction="sum" if reduction == "sum" else "mean",
+    )
+    return loss / target.shape[-1] if reduction == "mean" else loss
+
+
+class LigerFusedLinearKLDivLoss(torch.nn.Module):
+    """``LigerFusedLinearKLDivLoss``."""
+
+    def __init__(
+        self,
+        reduction: Optional[str] = "batchmean",
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        eps: float = 1e-10,
+        accum_dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        super().__init__()
+        self.options: Any = (reduction, ignore_index, temperature, eps, accum_dtype)
+
+    def forward(
+        self,
+        student_input: Tensor,
+        student_weight: Tensor,
+        target: Tensor,
+        shift_labels: Optional[Tensor] = None,
+    ) -> Tensor:
+        return liger_fused_linear_kl_div(student_input, student_weight, target, shift_labels, *self.options)
+
+
+class LigerFusedCETVDLoss(torch.nn.Module):
+    """``LigerFusedCETVDLoss``: cross entropy and total variation of each row of logits, not reduced."""
+
+    def __init__(self, ignore_index: int = -100) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        rows: dict[str, Any] = {"reduction": "none", "ignore_index": self.ignore_index}
+        ce = kd.kd_loss(student_logits, None, target, kd_weight=0.0, ce_weight=1.0, **rows)
+        return ce, kd.kd_loss(student_logits, teacher_logits.detach(), target, divergence="tvd", **rows)
 
 
 class LigerFusedLinearJSDLoss(torch.nn.Module):

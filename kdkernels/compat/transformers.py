@@ -48,6 +48,9 @@ class KDTrainer(Trainer):
         shift_labels: bool = True,
         **kwargs: Any,
     ) -> None:
+        for name in kwargs:
+            if name in Objective.defaults:
+                raise TypeError(f"{name} is an option of kd_loss: pass kd_options={{{name!r}: ...}}")
         options = dict(kd_options or {})
         for name in _OWN:
             if name in options:

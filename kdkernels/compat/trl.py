@@ -31,6 +31,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any, Optional, Union
 
@@ -358,8 +359,8 @@ def patch() -> list[str]:
     version = importlib.metadata.version("trl") if importlib.util.find_spec("trl") else None
     if version is None:
         raise ImportError("kdkernels.compat.trl.patch needs TRL: pip install trl")
-    major, minor = (int(part) for part in version.split(".")[:2])
-    if major != 1 or minor > LAST_MINOR:
+    known = re.match(r"1\.(\d+)", version)
+    if known is None or int(known[1]) > LAST_MINOR:
         raise RuntimeError(
             f"kdkernels.compat.trl.patch knows trl 1.0 to 1.{LAST_MINOR}, got {version}: install one of these, a newer "
             "kdkernels, or replace the trainer's loss by hand, see docs/guide/compat.md"

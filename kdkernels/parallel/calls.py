@@ -20,12 +20,9 @@ from kdkernels.tokens import first_of_equals, shaped, token_call
 
 def facts_of(options: Options, logits: Tensor, **more: Any) -> dict[str, Any]:
     """Of a call, what all ranks must have in common, by name."""
-    told = sorted((name, str(value)) for name, value in options.given().items() if not _of_a_rank(name, value))
+    given = {name: value for name, value in options.given().items() if name != "process_group"}
+    told = sorted((name, "tensor" if isinstance(value, Tensor) else str(value)) for name, value in given.items())
     return {"rows": logits.shape[:-1].numel(), "dtype": logits.dtype, "options": told, **more}
-
-
-def _of_a_rank(name: str, value: Any) -> bool:
-    return isinstance(value, Tensor) or name == "process_group"
 
 
 @outside_graphs
@@ -110,23 +107,23 @@ def capture_topk(
         torch_only = None if logits.device.type == "cpu" else too_many
         name = backends.choose(backend, logits, torch_only=torch_only, pattern="capture_topk")
         given = TokenOptions.of({"temperature": temperature, "backend": name})
-        nowhere = torch.full((rows_of(logits).shape[0], 1), ops.ELSEWHERE, dtype=torch.int64, device=logits.device)
+        nowhere = torch.full((logits.shape[:-1].numel(), 1), ops.ELSEWHERE, dtype=torch.int64, device=logits.device)
         return given, name, nowhere, token_call(given, logits, nowhere, total)
 
     of_rows = "tensor" if isinstance(temperature, Tensor) else temperature
     facts = facts_of(TokenOptions(), logits, temperature=of_rows, k=k, vocab_size=vocab_size)
     shards, (_, name, nowhere, call) = shards_of(group, logits, vocab_size, facts, check)
-    rows, local_k = rows_of(logits), min(k, shards.columns)
-    part = part_of(call, rows, logits, nowhere, shards)
+    local_k = min(k, shards.columns)
+    part = part_of(call, logits, nowhere, shards)
     none = part.z == 0  # nothing of the row is finite here
     if local_k == 0:
-        ids = torch.empty((len(rows), 0), dtype=torch.int64, device=logits.device)
+        ids = torch.empty((len(nowhere), 0), dtype=torch.int64, device=logits.device)
         outside = part.z
     else:
-        ids, tail = _captured(name, rows, logits, local_k, call, shards.columns)
+        ids, tail = _captured(name, logits, local_k, call, shards.columns)
         ids = torch.where(none.unsqueeze(-1), -1, ids)
         outside = torch.where(none, 0.0, part.z * tail.exp())
-    found = _Candidates(shards, picked_logits(rows, ids, 0.0, part.z.dtype), ids, k)
+    found = _Candidates(shards, picked_logits(logits, ids, 0.0, part.z.dtype), ids, k)
     parts = shards.gathered(found.packed(part.top, part.z, outside))
     x = torch.cat([item[:, :k] for item in parts], 1)
     ids = torch.cat([_ids_of(item[:, k : 2 * k]) for item in parts], 1)
@@ -139,12 +136,12 @@ def _ids_of(packed: Tensor) -> Tensor:
     return bits.to(torch.int64)
 
 
-def _captured(name: str, rows: Tensor, logits: Tensor, k: int, call: TokenCall, columns: int) -> tuple[Tensor, Tensor]:
+def _captured(name: str, logits: Tensor, k: int, call: TokenCall, columns: int) -> tuple[Tensor, Tensor]:
     """The ids ``[N, k]`` of this rank's largest columns and the log of the mass of its others, of its own."""
     temperature = call.options["temperature"]
     if name == "torch":
         of_rows = temperature if call.temperature_rows is None else call.temperature_rows
-        ids, _, tail = reference.capture_rows(rows, k=k, temperature=of_rows, vocab_size=columns)
+        ids, _, tail = reference.capture_rows(rows_of(logits), k=k, temperature=of_rows, vocab_size=columns)
     else:
         options = {"k": k, "vocab_size": columns, "temperature": temperature}
         ids, _, tail = ops.call("capture_topk", name, (as_rows((logits,))[0], call.temperature_rows), options)

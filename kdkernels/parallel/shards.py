@@ -48,6 +48,8 @@ class Shards:
     rank: int
     # Columns of each rank that are no padding.
     widths: tuple[int, ...]
+    # Run while numbers travel.
+    meanwhile: Callable[[], None] = dataclasses.field(default=lambda: None, compare=False)
 
     @property
     def first(self) -> int:
@@ -87,9 +89,21 @@ class Shards:
     def _reduced(self, values: Sequence[Tensor], op: Any) -> list[Tensor]:
         packed = torch.cat([value.detach().reshape(-1) for value in values])
         if packed.numel():
-            _together(self.group, lambda: dist.all_reduce(packed, op, group=self.group))
+            wait = self.started(packed, op)
+            self.meanwhile()
+            wait()
         parts = packed.split([value.numel() for value in values])
         return [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
+
+    def started(self, packed: Tensor, op: Any = dist.ReduceOp.SUM) -> Callable[[], None]:
+        """Begin to reduce a tensor in place; the function that is returned ends it."""
+        work: Any = _together(self.group, lambda: dist.all_reduce(packed, op, group=self.group, async_op=True))
+        return lambda: _together(self.group, work.wait)
+
+    def agree(self, name: str, number: int, device: torch.device) -> None:
+        """Hold a number that all ranks have made of their arguments to be the same."""
+        parts = self.gathered(torch.tensor([number], device=device))
+        _same_on_all(self.group, [name], [part.tolist() for part in parts])
 
     def gathered(self, value: Tensor) -> list[Tensor]:
         """The tensors of all ranks, which have one shape."""
@@ -110,8 +124,8 @@ def shards_of(
     """The shards of a call, and what ``check(total)`` says of its other arguments, on all ranks or on none.
 
     An error of a rank's own is raised there, and is an error on all other ranks too, so that none of them waits for
-    what will not come. On a GPU that is asked once for every set of facts, unless ``KDKERNELS_DEBUG=1``: each time it
-    would wait for the device.
+    what will not come. Ranks that have met the facts before check first, and tell both at once. On a GPU all that is
+    asked once for every set of facts, unless ``KDKERNELS_DEBUG=1``: each time it would wait for the device.
 
     Args:
         logits: this rank's columns.
@@ -119,32 +133,44 @@ def shards_of(
         facts: numbers and texts that all ranks have in common, by name.
     """
     checks.group_of_ranks(group)
-    size = dist.get_world_size(group)
     width = logits.shape[-1]
     known = {name: fact if isinstance(fact, int) else zlib.crc32(str(fact).encode()) for name, fact in facts.items()}
     key = (group.group_name, width, vocab_size, *known.values())
     widths = _seen.get(key)
-    if widths is None or checks.reads_values(logits):
-        mine = torch.tensor([0, width, *known.values()], dtype=torch.int64, device=logits.device)
-        table = [torch.empty_like(mine) for _ in range(size)]
-        _together(group, lambda: dist.all_gather(table, mine, group=group))
-        rows = [row.tolist() for row in table]
-        _same_on_all(group, list(facts), [row[2:] for row in rows])
-        widths = tuple(row[1] for row in rows)
-    shards = Shards(group, dist.get_rank(group), _without_padding(widths, vocab_size))
     fault: Optional[Exception] = None
-    try:
-        result = check(shards.total)
-    except Exception as error:
-        fault = error
-    if checks.reads_values(logits) or key not in _seen:
-        _none_refused(group, fault, logits.device)
+    result: Any = None
+    # For how many columns the arguments have been checked.
+    checked_for = -1
+    if widths is not None:
+        checked_for = sum(_without_padding(widths, vocab_size))
+        result, fault = _checked(check, checked_for)
+    if widths is None or checks.reads_values(logits):
+        told = _told(group, logits.device, [fault is not None, checked_for, width, *known.values()])
+        _same_on_all(group, list(facts), [row[3:] for row in told])
+        widths, refused = tuple(row[2] for row in told), [row[0] for row in told]
+        total = sum(_without_padding(widths, vocab_size))
+        if any(row[1] != total for row in told):
+            # The facts are new to a rank, or the widths.
+            result, fault = _checked(check, total)
+            refused = [row[0] for row in _told(group, logits.device, [fault is not None])]
+        ranks = [str(dist.get_global_rank(group, r)) for r, flag in enumerate(refused) if flag]
+        if fault is None and ranks:
+            raise RuntimeError(
+                f"rank {', '.join(ranks)} of process_group refused its arguments: its own error says why"
+            )
     if fault is not None:
         raise fault
     if len(_seen) > 1024:
         _seen.clear()
     _seen[key] = widths
-    return shards, result
+    return Shards(group, dist.get_rank(group), _without_padding(widths, vocab_size)), result
+
+
+def _checked(check: Callable[[int], _ResultT], total: int) -> tuple[Any, Optional[Exception]]:
+    try:
+        return check(total), None
+    except Exception as error:
+        return None, error
 
 
 # Widths of the shards by the facts of a call, which all ranks have asked for.
@@ -180,19 +206,18 @@ def _same_on_all(group: Any, names: Sequence[str], rows: Sequence[Sequence[int]]
 _TEXTS = ("options", "dtype", "temperature", "vocab_size", "ids")
 
 
-def _none_refused(group: Any, fault: Optional[Exception], device: torch.device) -> None:
-    mine = torch.tensor([int(fault is not None)], device=device)
+def _told(group: Any, device: torch.device, numbers: Sequence[int]) -> list[list[int]]:
+    """The numbers of all ranks."""
+    mine = torch.tensor(numbers, dtype=torch.int64, device=device)
     table = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     _together(group, lambda: dist.all_gather(table, mine, group=group))
-    refused = [str(dist.get_global_rank(group, r)) for r, flag in enumerate(table) if flag.item()]
-    if fault is None and refused:
-        raise RuntimeError(f"rank {', '.join(refused)} of process_group refused its arguments: its own error says why")
+    return [row.tolist() for row in table]
 
 
-def _together(group: Any, collective: Callable[[], Any]) -> None:
+def _together(group: Any, collective: Callable[[], Any]) -> Any:
     """Run a collective; where it fails, say who does not answer."""
     try:
-        collective()
+        return collective()
     except Exception as error:
         raise RuntimeError(
             f"rank {dist.get_rank()} lost the other ranks of its process_group "

@@ -41,7 +41,7 @@ class ShardedTokens(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, ids: Tensor, rows: Optional[Tensor], call: TokenCall, shards: Shards, inplace: bool
     ) -> tuple[Tensor, ...]:
-        found = values_of(call, rows_of(logits.detach()), logits.detach(), ids, shards)
+        found = values_of(call, logits.detach(), ids, shards)
         entropy, tail = call.options["entropy"], call.options["tail_mass"]
         kept_tail = found.log_outside if tail else None
         ctx.save_for_backward(
@@ -125,16 +125,16 @@ class Part(NamedTuple):
     mean: Optional[Tensor]  # the sum of its logits over the size of the vocabulary
 
 
-def values_of(call: TokenCall, rows: Tensor, logits: Tensor, ids: Tensor, shards: Shards) -> Values:
-    """The results of rows ``[N, V]``, which are ``logits`` of any leading shape."""
+def values_of(call: TokenCall, logits: Tensor, ids: Tensor, shards: Shards) -> Values:
+    """The results of logits ``(..., V)``."""
     options = call.options
     local = shards.local(ids, options["ignore_index"])
     temperature = call.reference_options()["temperature"]
-    part = part_of(call, rows, logits, local, shards)
-    picked = torch.where(local >= 0, picked_logits(rows, local, options["softcap"], part.z.dtype), 0.0)
+    part = part_of(call, logits, local, shards)
+    picked = torch.where(local >= 0, picked_logits(logits, local, options["softcap"], part.z.dtype), 0.0)
     counted = (local != -1).any(-1)
     # Of which m is but near.
-    highest = [_highest(rows[:, : shards.columns], options["softcap"], part.z.dtype)] if options["stats"] else []
+    highest = [_highest(logits[..., : shards.columns], options["softcap"], part.z.dtype)] if options["stats"] else []
     top, *highest = shards.largest(part.top, *highest)
     shift = (part.top - top) / temperature
     fall = torch.where(part.z == 0, 0.0, shift.exp())
@@ -181,13 +181,13 @@ def values_of(call: TokenCall, rows: Tensor, logits: Tensor, ids: Tensor, shards
     return Values(logprobs, entropy, lse, outside, stats, norm)
 
 
-def part_of(call: TokenCall, rows: Tensor, logits: Tensor, local: Tensor, shards: Shards) -> Part:
+def part_of(call: TokenCall, logits: Tensor, local: Tensor, shards: Shards) -> Part:
     """What this rank's columns tell of every row."""
     options, columns = call.options, shards.columns
-    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     entropy, tail, stats = options["entropy"], options["tail_mass"], options["stats"]
     if columns == 0:
-        zero = torch.zeros(len(rows), dtype=dtype, device=rows.device)
+        zero = torch.zeros(len(local), dtype=dtype, device=logits.device)
         lowest = torch.full_like(zero, torch.finfo(dtype).min)
         return Part(
             lowest,
@@ -198,7 +198,7 @@ def part_of(call: TokenCall, rows: Tensor, logits: Tensor, local: Tensor, shards
             zero if stats else None,
         )
     if call.backend == "torch":
-        return _part_in_torch(call, rows[:, :columns], local, shards.total)
+        return _part_in_torch(call, rows_of(logits)[:, :columns], local, shards.total)
     taken = {**options, "vocab_size": columns, "ignore_index": -1}
     operands = (as_rows((logits,))[0], local, call.temperature_rows)
     _, of_entropy, _, of_tail, norm, of_stats = ops.call("token_fwd", call.backend, operands, taken)
@@ -237,18 +237,21 @@ def _part_in_torch(call: TokenCall, rows: Tensor, local: Tensor, total: int) -> 
     return Part(top.squeeze(-1), e.sum(-1), weighted, outside, squares, mean)
 
 
-def _highest(rows: Tensor, softcap: float, dtype: torch.dtype) -> Tensor:
-    """The largest logit of each row; a cap keeps their order."""
-    if rows.shape[-1] == 0:
-        return torch.full((len(rows),), torch.finfo(dtype).min, dtype=dtype, device=rows.device)
-    return apply_softcap(rows.amax(-1).to(dtype), softcap)
+def _highest(logits: Tensor, softcap: float, dtype: torch.dtype) -> Tensor:
+    """The largest logit of each row ``[N]``; a cap keeps their order."""
+    if logits.shape[-1] == 0:
+        count = logits.shape[:-1].numel()
+        return torch.full((count,), torch.finfo(dtype).min, dtype=dtype, device=logits.device)
+    return apply_softcap(logits.amax(-1).reshape(-1).to(dtype), softcap)
 
 
-def picked_logits(rows: Tensor, local: Tensor, softcap: float, dtype: torch.dtype) -> Tensor:
+def picked_logits(logits: Tensor, local: Tensor, softcap: float, dtype: torch.dtype) -> Tensor:
     """The logits of the ids ``[N, K]`` that are columns here; those of column 0 for others."""
-    if rows.shape[-1] == 0:
-        return torch.zeros(local.shape, dtype=dtype, device=rows.device)
-    return apply_softcap(rows.gather(1, local.clamp(min=0)).to(dtype), softcap)
+    if logits.shape[-1] == 0:
+        return torch.zeros(local.shape, dtype=dtype, device=logits.device)
+    # Not of a view [N, V], which logits of any strides need not have.
+    ids = local.clamp(min=0).reshape(*logits.shape[:-1], local.shape[1])
+    return apply_softcap(logits.gather(-1, ids).reshape(local.shape).to(dtype), softcap)
 
 
 def call_of(
@@ -279,4 +282,4 @@ def sharded_values(
     if torch.is_grad_enabled() and logits.requires_grad:
         return ShardedTokens.apply(logits, ids, call.temperature_rows, call, shards, inplace)
     logits = logits.detach()
-    return tuple(values_of(call, rows_of(logits), logits, ids, shards)[:-1])
+    return tuple(values_of(call, logits, ids, shards)[:-1])

@@ -14,24 +14,25 @@ from torch import Tensor
 
 from kdkernels import checks, ops, reference
 from kdkernels.divergences import by_name
-from kdkernels.launch import Launch, topk_launch
+from kdkernels.launch import Launch, topk_launch, with_stats
 from kdkernels.objective import TopKObjective
 from kdkernels.parallel.calls import facts_of
-from kdkernels.parallel.dense import counted_rows, temperatures, terms_of_rows
+from kdkernels.parallel.dense import counted_rows, terms_of_rows
+from kdkernels.parallel.models import temperatures
 from kdkernels.parallel.reduce import OfAllShards, SumOfShards
 from kdkernels.parallel.shards import Shards, outside_graphs, shards_of
-from kdkernels.parallel.tokens import call_of, rows_of, sharded_values
+from kdkernels.parallel.tokens import call_of, picked_logits, rows_of, sharded_values
 from kdkernels.reference import divergences
 from kdkernels.reference.dense import apply_softcap, column, is_there
+from kdkernels.stats import TopKStats
 
 
 @outside_graphs
 def topk_kd_loss(given: TopKObjective, student: Any, ids: Any, logprobs: Any, labels: Any, tail_logprob: Any) -> Any:
     """``kdkernels.topk_kd_loss`` of a shard."""
     checks.shard("student", student)
-    for what, is_wanted in {"inplace": given.inplace, "return_stats": given.return_stats}.items():
-        if is_wanted:
-            raise ValueError(f"{what} cannot be combined with process_group in topk_kd_loss")
+    if given.inplace:
+        raise ValueError("inplace cannot be combined with process_group in topk_kd_loss")
     facts = facts_of(given, student, ids=getattr(ids, "shape", None), labels=labels is not None)
 
     def check(total: int) -> Launch:
@@ -40,8 +41,14 @@ def topk_kd_loss(given: TopKObjective, student: Any, ids: Any, logprobs: Any, la
         return launch
 
     shards, launch = shards_of(given.process_group, student, given.vocab_size, facts, check)
-    loss = _losses(launch, shards, student)
-    return loss.reshape(student.shape[:-1]) if given.reduction == "none" else loss.sum()
+    loss, stats = _losses(launch, shards, student)
+    loss = loss.reshape(student.shape[:-1]) if given.reduction == "none" else loss.sum()
+    return with_stats(loss, stats, student, TopKStats)
+
+
+def losses_of_rows(launch: Launch, shards: Shards, student: Tensor) -> Tensor:
+    """With all that multiplies them."""
+    return _losses(launch, shards, student)[0]
 
 
 class _Student(NamedTuple):
@@ -54,7 +61,7 @@ class _Student(NamedTuple):
     lse1: Optional[Tensor]
 
 
-def _losses(launch: Launch, shards: Shards, student: Tensor) -> Tensor:
+def _losses(launch: Launch, shards: Shards, student: Tensor) -> tuple[Tensor, Optional[Tensor]]:
     options, rows = launch.options, launch.rows
     counted = counted_rows(launch, student)
     given_ids, given_logprobs = launch.sparse_teacher
@@ -88,17 +95,40 @@ def _losses(launch: Launch, shards: Shards, student: Tensor) -> Tensor:
             assert found.lse1 is not None
             ce = ce + smoothing * (found.lse1 - _mean_logit(launch, shards, student, counted))
     loss = zero
-    for weight, value in terms_of_rows(launch, d, ce, found.lse1):
+    of_label = ce if is_there(options["ce_weight"]) else None
+    for weight, value in terms_of_rows(launch, d, of_label, found.lse1):
         loss = loss + (torch.where(weight != 0, weight * value, zero) if isinstance(weight, Tensor) else weight * value)
     loss = torch.where(counted, loss * options["scale"], zero)
-    return loss if rows.row_weight is None else loss * rows.row_weight
+    loss = loss if rows.row_weight is None else loss * rows.row_weight
+    if not options["stats"]:
+        return loss, None
+    assert found.lse1 is not None
+    with torch.no_grad():
+        nan = torch.where(spoilt | found.lse.isnan(), torch.nan, zero)
+        told = [d, zero if ce is None else ce, found.lse1]
+        told += [torch.where(used, x, -torch.inf).exp().sum(-1).to(zero.dtype) for x in (given, found.picked)]
+        told.append(_overlap(shards, student, torch.where(used, ids, -1), used).to(zero.dtype) + nan)
+        told[3] = told[3] + torch.where(spoilt, torch.nan, zero)
+        return loss, torch.stack([torch.where(counted, item, zero) for item in told], -1)
+
+
+def _overlap(shards: Shards, student: Tensor, ids: Tensor, used: Tensor) -> Tensor:
+    """``TopKStats.overlap``, of the largest logits of every rank and those of the ids, in one gathering."""
+    K, here = used.shape[1], shards.here(ids) & used
+    dtype = checks.sum_dtype(student)
+    largest = student.detach()[..., : shards.columns].topk(min(K, shards.columns), -1).values.reshape(len(used), -1)
+    largest = torch.nn.functional.pad(largest.to(dtype), (0, K - largest.shape[1]), value=-torch.inf)
+    picked = picked_logits(student.detach(), shards.local(ids), 0.0, dtype)
+    every = shards.gathered(torch.cat([largest, torch.where(here, picked, -torch.inf)], 1))
+    logits = torch.cat([item[:, :K] for item in every], 1)
+    return reference.topk.overlap(logits, torch.stack([item[:, K:] for item in every]).amax(0), used)
 
 
 def _of_student(launch: Launch, shards: Shards, student: Tensor, ids: Tensor, counted: Tensor) -> _Student:
     options, labels = launch.options, launch.rows.labels
     temperature = temperatures(launch)[0]
-    with_label = labels is not None and is_there(options["ce_weight"])
-    hard = with_label or is_there(options["z_loss_weight"])
+    with_label = labels is not None and (is_there(options["ce_weight"]) or options["stats"])
+    hard = with_label or is_there(options["z_loss_weight"]) or options["stats"]
     at_one = not isinstance(temperature, Tensor) and temperature == 1
     K = ids.shape[1]
     label = torch.full_like(ids[:, 0], -1)

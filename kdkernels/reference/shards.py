@@ -7,7 +7,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from kdkernels.ops import SHARD_NUMBERS
+from kdkernels.ops import SHARD_NUMBERS, SHARD_SUMS
 from kdkernels.reference import divergences
 from kdkernels.reference.dense import apply_softcap
 
@@ -26,6 +26,7 @@ def shard_rows(
     student_softcap: float,
     teacher_softcap: float,
     vocab_size: int,
+    stats: bool,
 ) -> Tensor:
     """As ``shard_fwd`` of ``kdkernels.ops`` says, on logits ``[B, L, V]``."""
     dtype, width = row_numbers.dtype, student.shape[-1]
@@ -48,10 +49,15 @@ def shard_rows(
     values = values.detach()
     score = torch.where(values.isnan(), values, score)
     if dstudent is None:
-        sums = torch.stack([values.sum(-1), score.sum(-1)], -1)
-        return torch.where(read, sums, 0.0)
-    soft = (of_row["of_score"] != 0) | (of_row["of_q"] != 0)
-    of_soft = of_row["of_score"] * score - of_row["of_q"] * logq.exp()
+        found = [values.sum(-1), score.sum(-1)]
+        if stats:
+            table = divergences.TABLE
+            found += [table[name](logp, logq, 0, 0) for name in ("forward_kl", "reverse_kl")]
+            found += [table["soft_ce"](log, log, 0, 0) for log in (logp, logq)]
+            found.append(divergences.acceptance(logp, logq))
+        return torch.where(read, torch.stack(found, -1), 0.0)
+    soft = (of_row["of_score"] != 0) | (of_row["of_q"] != 0) | (of_row["of_p"] != 0)
+    of_soft = of_row["of_score"] * score - of_row["of_q"] * logq.exp() + of_row["of_p"] * logp.exp()
     of_hard = of_row["of_hard"] * (s - of_row["student_top"] - of_row["hard_log_z"]).exp()
     gradient = torch.where(soft, of_soft, 0.0) + torch.where(of_row["of_hard"] != 0, of_hard, 0.0)
     gradient = gradient + of_row["constant"]
@@ -62,4 +68,4 @@ def shard_rows(
         gradient = gradient * (1 - (s / student_softcap).square())
     gradient = torch.nn.functional.pad(gradient, (0, width - vocab_size))
     dstudent.copy_(gradient.reshape(dstudent.shape))
-    return row_numbers.new_empty(0, 2)
+    return row_numbers.new_empty(0, len(SHARD_SUMS) if stats else 2)

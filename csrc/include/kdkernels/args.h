@@ -142,11 +142,11 @@ struct TokenArgs {
 
 // Of a row, in the dtype of the sums: the softmax of both models over all shards, log q = (s - top) unit - log z, where
 // a unit of 0 marks a row that is not read, and the gradient
-//   of_score score - of_q q + of_hard e^(s - top - hard_log_z) + constant, and at_label more at the label.
+//   of_score score - of_q q + of_p p + of_hard e^(s - top - hard_log_z) + constant, and at_label more at the label.
 template <class C>
 struct ShardNumbers {
   C student_unit, student_top, student_log_z, teacher_unit, teacher_top, teacher_log_z;
-  C of_score, of_q, of_hard, hard_log_z, constant, at_label;
+  C of_score, of_q, of_p, of_hard, hard_log_z, constant, at_label;
 };
 
 // Some of the columns of a divergence's rows: their sums, or where there is dstudent their gradient.
@@ -160,7 +160,8 @@ struct ShardArgs {
   PerRow param;
   int divergence = 0;  // index into divergence_table.h
   double param0 = 0, param1 = 0, student_softcap = 0, teacher_softcap = 0;
-  void* sums = nullptr;  // [N, 2]: of values and of scores, or null
+  void* sums = nullptr;  // [N, 2]: of values and of scores, or null; [N, 7] with those of Distances
+  bool stats = false;
 };
 
 struct DkdArgs : RowArgs {

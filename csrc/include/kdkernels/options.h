@@ -62,6 +62,9 @@ struct ToppNumbers {
 struct ShardOptions {
   double param0, param1, student_softcap, teacher_softcap;
 };
+struct ShardChoices {
+  int64_t stats;
+};
 
 struct CaptureNumbers {
   double temperature;
