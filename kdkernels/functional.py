@@ -654,9 +654,14 @@ def dense(
         teachers = (student.detach(),)
     else:
         mapped = of_columns is not None and of_columns[2] is not None
-        teachers = checks.teachers_of(objective, teacher, student, strided=strided, mapped=mapped)
-        single = not isinstance(teacher, (list, tuple))
-        weights = checks.mixture_weights(objective, len(teachers), student, single=single)
+        if isinstance(teacher, Tensor) and objective.teacher_weights is None:
+            # The common case in few steps.
+            checks.teacher_like("teacher", teacher, student, objective.vocab_size, strided=strided, mapped=mapped)
+            teachers = (teacher,)
+        else:
+            teachers = checks.teachers_of(objective, teacher, student, strided=strided, mapped=mapped)
+            single = not isinstance(teacher, (list, tuple))
+            weights = checks.mixture_weights(objective, len(teachers), student, single=single)
     shared: dict[str, Tensor] = {}
     if of_columns is not None:
         given_teachers = () if teacher is None else teachers
