@@ -17,6 +17,8 @@ Where Liger is wrong or differs:
 - Gradients are those of ``q - p``, not of the log-probability or probability itself: they are the same once they have
   gone back through ``log_softmax`` or ``softmax``. Probabilities that are none (negative, or not adding up to 1), which
   ``LigerTVDLoss`` takes, are an error or are divided by their sum.
+- Logits of 16-bit hidden states are fp32 here, and rounded to 16 bits there: gradients differ by that rounding, and
+  those here are nearer to fp64 (docs/guide/hidden-states.md).
 - ``eps``, ``accum_dtype``, ``compiled`` and ``chunk_size`` change nothing: sums are fp32, chunks are bounded in bytes.
 
 Source: liger-kernel 0.8.5, ``transformers/`` and ``chunked_loss/``.
