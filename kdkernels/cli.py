@@ -30,12 +30,15 @@ With the packages typer and rich (pip install typer rich):
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
-    """Run a command; return the exit status: 0, 1 where something is wrong or missing, 2 for wrong usage."""
+    """Run a command; return the exit status.
+
+    It is 0, 1 where something is wrong or missing, 2 for wrong usage, and 130 after an interrupt.
+    """
     try:
         status = _run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
     except BrokenPipeError:
-        # A reader such as ``head`` has enough. What Python flushes at its end goes nowhere.
+        # Nobody reads on, as behind "| head"; the interpreter flushes once more when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return status

@@ -106,7 +106,7 @@ def bench(
     found = []
     for rows, vocab_size in map(_shape, shape):
         for item in dtype:
-            with _refused(timing.WrongResult, ValueError, RuntimeError):
+            with _refused(timing.WrongResult, ValueError, RuntimeError, MemoryError):
                 # A line and no spinner: that would be drawn by a thread beside what is timed.
                 if sys.stderr.isatty():
                     print(f"timing {rows:,} x {vocab_size:,} {item.value} ...", file=sys.stderr)
@@ -148,8 +148,9 @@ def check(
     failed, count = [], 0
     for rows, vocab_size in map(_shape, shape):
         for item in dtype:
-            inputs = testing.make_inputs("normal", rows, vocab_size, item.torch)
-            student, teacher = (x.to(device or default_device()) for x in inputs)
+            with _refused(RuntimeError, MemoryError):
+                inputs = testing.make_inputs("normal", rows, vocab_size, item.torch)
+                student, teacher = (x.to(device or default_device()) for x in inputs)
             for name in names:
                 case = f"{rows:,} x {vocab_size:,} {item.value} {name}"
                 count += 1
@@ -170,9 +171,7 @@ def check(
 @cache.command()
 def info(folder: Folder) -> None:
     """Print the identity of a cache and the number and size of its shards. Reads the index only."""
-    from kdkernels.cache.errors import CacheError
-
-    with _refused(CacheError):
+    with _refused(*_errors_of_caches()):
         for part in _parts(folder):
             print("\n".join(f"{name:<13}{fact}" for name, fact in _facts(part).items()))
 
@@ -183,12 +182,10 @@ def verify(folder: Folder) -> None:
 
     Prints a line per shard; the exit status is 1 if one is missing, truncated, damaged or there twice.
     """
-    from kdkernels.cache.errors import CacheError
-    from kdkernels.cache.shared import CaptureError
-    from kdkernels.cache.verify import verify as faults
-
     shards = damaged = 0
-    with _refused(CacheError, CaptureError, OSError):
+    with _refused(*_errors_of_caches()):
+        from kdkernels.cache.verify import verify as faults
+
         for part in _parts(folder):
             for name, fault in faults(part):
                 shards += 1
@@ -222,27 +219,41 @@ def capture(
 ) -> None:
     """Run a teacher over texts and keep its top K log-probabilities of every token.
 
-    A second call goes on where the first stopped. Under torchrun, or started several times with RANK and WORLD_SIZE,
-    each process writes some of the shards of DIR, and the last one the index.
-    """
-    from kdkernels.cache import CacheError
-    from kdkernels.cache.capture import CaptureError, from_hub
+    A second call goes on where the first stopped.
 
-    with _refused(CacheError, CaptureError, OSError, ValueError):
-        from_hub(
-            folder,
-            model,
-            data,
-            k=k,
-            temperature=temperature,
-            length=length,
-            batch_size=batch_size,
-            dtype=dtype.torch,
-            device=device,
-            split=split,
-            vocab_size=vocab_size,
-            tell=lambda line: print(line, flush=True),
-        )
+    Under torchrun each process writes some of the shards of DIR, and the last one the index.
+    """
+    with _refused(*_errors_of_caches(), ValueError):
+        from kdkernels.cache.capture import from_hub
+
+        try:
+            from_hub(
+                folder,
+                model,
+                data,
+                k=k,
+                temperature=temperature,
+                length=length,
+                batch_size=batch_size,
+                dtype=dtype.torch,
+                device=device,
+                split=split,
+                vocab_size=vocab_size,
+                tell=lambda line: print(line, flush=True),
+            )
+        except KeyboardInterrupt:
+            print("kdkernels: stopped; the same call goes on", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
+def _errors_of_caches() -> tuple[type[Exception], ...]:
+    """What commands on caches may fail with; their packages are here, or this is the end."""
+    try:
+        from kdkernels.cache import CacheError
+        from kdkernels.cache.shared import CaptureError
+    except ImportError as error:
+        _fail(str(error))
+    return CacheError, CaptureError, OSError
 
 
 def _parts(folder: Path) -> list[Path]:
@@ -312,6 +323,9 @@ def _refused(*kinds: type[Exception]) -> Iterator[None]:
     """Ends the command with status 1 and a line where one of these errors is raised."""
     try:
         yield
+    except BrokenPipeError:
+        # Nobody reads on, as behind "| head": the command line ends without a word.
+        raise
     except kinds as error:
         _fail(f"{type(error).__name__}: {error}")
 

@@ -321,6 +321,16 @@ def test_folders_of_an_earlier_version_are_refused_and_read(whole, tmp_path, cap
     assert f"{2 * SHARDS} shards, 0 damaged" in capsys.readouterr().out
 
 
+def test_a_writer_may_go_on_with_what_was_captured(folder, capsys):
+    wanted = kd.capture_topk(random(9, 4, V), K)
+    with kd_cache.TeacherCacheWriter(folder, **IDENTITY, k=K, extras={"input_ids": torch.int32}) as writer:
+        assert len(writer) == len(SEQUENCES)
+        writer.append(*wanted, input_ids=torch.arange(4))
+    assert cli.main(["cache", "verify", str(folder)]) == 0
+    assert f"{SHARDS + 1} shards, 0 damaged" in capsys.readouterr().out
+    assert run(folder) and len(kd_cache.TeacherCache(folder, **IDENTITY)) == len(SEQUENCES) + 1
+
+
 def test_verify_names_shards_that_are_missing_doubled_torn_or_of_another_cache(folder, capsys):
     paths = [folder / f"teacher-{number:05d}.safetensors" for number in range(SHARDS + 1)]
     paths[0].unlink()

@@ -1,8 +1,13 @@
 """The commands that need Typer and rich, and the capture of a teacher from a causal language model."""
 
+import itertools
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,10 +129,10 @@ def test_a_shape_that_is_none_is_wrong_usage(shape, capsys):
     assert "a shape is NxV" in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize("command", ["bench", "check"])
+@pytest.mark.parametrize("command", ["bench", "check", "cache capture nowhere --model m --data d"])
 @pytest.mark.parametrize("device", ["gpu0", "cuda:99"])
 def test_a_device_that_is_none_is_wrong_usage(command, device, capsys):
-    assert cli.main([command, "--shape", "2x5", "--device", device]) == 2
+    assert cli.main([*command.split(), "--device", device]) == 2
     assert f"{device!r} is no device that" in " ".join(capsys.readouterr().err.replace("│", "").split())
 
 
@@ -274,16 +279,107 @@ def test_the_processes_of_torchrun_write_one_cache(teacher, tmp_path, capsys, mo
     assert "2 shards, 0 damaged" in capsys.readouterr().out
 
 
+TEXTS = {
+    "empty.txt": ("\n", "there is no sequence to capture"),
+    "words.jsonl": ('{"words": 1}\n', "row 0 of .*words.jsonl has neither text nor input_ids"),
+    "list.jsonl": ("[1]\n", "neither text nor input_ids"),
+    "cut.jsonl": ('{"text": "a"}\n\n{"text": \n', "line 3 of .*cut.jsonl is no JSON"),
+    "null.jsonl": ('{"text": null}\n', "must have a text, or a list of integers"),
+    "letters.jsonl": ('{"input_ids": "abc"}\n', "must have a text, or a list of integers"),
+    "halves.jsonl": ('{"input_ids": [0.5]}\n', "must have a text, or a list of integers"),
+    "high.jsonl": ('{"input_ids": [1]}\n{"input_ids": [2, 16]}\n', "sequence 1 of .* has the id 16"),
+    "low.jsonl": ('{"input_ids": [1, -1]}\n', "has the id -1, and .* knows those below 16"),
+    "long.jsonl": (
+        json.dumps({"input_ids": [1] * 33}),
+        "does not take a sequence of 33 tokens .* says 32: give --length",
+    ),
+    "latin.txt": (b"\xe4\n", "is no text in UTF-8"),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_texts_that_are_of_no_use_are_an_error(teacher, tmp_path, capsys, name):
+    content, message = TEXTS[name]
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    asked = ["cache", "capture", str(tmp_path / "cache"), "--model", str(teacher), "--data", str(tmp_path / name)]
+    assert cli.main([*asked, "--device", "cpu", "--k", "4"]) == 1
+    assert re.search(f"kdkernels: CaptureError: .*{message}", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
-    "data, message",
-    [("missing.jsonl", "there is no file"), ("bad.jsonl", "neither text nor input_ids"), ("empty.txt", "no sequence")],
+    "change, message",
+    [
+        ({"--data": "missing.jsonl"}, "there is no file missing.jsonl"),
+        ({"--k": "12"}, "k must be at most 11, got 12"),
+        ({"--vocab-size": "17"}, "has logits of 16 tokens, and a vocabulary of 17"),
+        ({"--temperature": "0"}, "temperature must be > 0"),
+        ({"--model": "cut"}, "the model of .*cut cannot be loaded: SafetensorError"),
+        ({"--model": "mute"}, "mute has no tokenizer"),
+        ({"DIR": "file"}, "file is a file: name a folder"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_texts_that_are_of_no_use_are_an_error(teacher, tmp_path, capsys, data, message):
-    (tmp_path / "bad.jsonl").write_text('{"words": 1}\n')
-    (tmp_path / "empty.txt").write_text("\n")
-    asked = ["cache", "capture", str(tmp_path / "cache"), "--model", str(teacher), "--data", str(tmp_path / data)]
-    assert cli.main([*asked, "--device", "cpu"]) == 1
-    assert message in capsys.readouterr().err
+def test_a_capture_that_cannot_begin_leaves_nothing_behind(teacher, tmp_path, capsys, change, message):
+    (tmp_path / "file").touch()
+    for name in ("cut", "mute"):
+        shutil.copytree(teacher, tmp_path / name)
+    (tmp_path / "cut" / "model.safetensors").write_bytes(b"1" * 20)
+    for path in (tmp_path / "mute").glob("tokenizer*"):
+        path.unlink()
+    given = {"--model": str(teacher), "--data": str(teacher / "rows.jsonl"), "--k": "4", "--device": "cpu"}
+    given |= {key: str(tmp_path / value) if key == "--model" else value for key, value in change.items()}
+    folder = tmp_path / given.pop("DIR", "cache")
+    assert cli.main(["cache", "capture", str(folder), *itertools.chain(*given.items())]) == 1
+    assert re.search(f"kdkernels: .*{message}", capsys.readouterr().err)
+    assert not folder.is_dir()
+
+
+def test_a_line_of_a_file_ends_at_its_end(tmp_path):
+    """Unicode has further characters that break lines."""
+    (tmp_path / "a.jsonl").write_text('{"text": "x\u2028y\x85z"}\r\n{"input_ids": [3]}', encoding="utf-8")
+    (tmp_path / "a.txt").write_text("x\x0cy\nz\n", encoding="utf-8")
+
+    def tokenizer(text):
+        return {"input_ids": list(map(ord, text))}
+
+    assert capture.read(str(tmp_path / "a.jsonl"), tokenizer, 9) == [list(map(ord, "x\u2028y\x85z")), [3]]
+    assert capture.read(str(tmp_path / "a.txt"), tokenizer, 2) == [list(map(ord, "x\x0c")), [ord("z")]]
+
+
+def test_an_interrupt_says_that_the_same_call_goes_on(teacher, tmp_path, monkeypatch, capsys):
+    def stopped(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(capture, "run", stopped)
+    asked = ["cache", "capture", str(tmp_path), "--model", str(teacher), "--data", str(teacher / "rows.jsonl")]
+    assert cli.main([*asked, "--device", "cpu"]) == 130
+    assert capsys.readouterr().err.endswith("kdkernels: stopped; the same call goes on\n")
+
+
+@pytest.mark.parametrize("command", ["info", "verify"])
+def test_a_missing_package_of_the_cache_is_named(command, tmp_path, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name == "kdkernels.cache" or name.startswith("kdkernels.cache.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(kd, "cache")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert cli.main(["cache", command, str(tmp_path)]) == 1
+    assert capsys.readouterr().err == (
+        "kdkernels: kdkernels.cache needs the package safetensors: pip install numpy safetensors\n"
+    )
+
+
+def test_a_shape_that_does_not_fit_into_memory_is_no_traceback(capsys):
+    assert cli.main(["check", "--shape", "99999999x99999999"]) == 1
+    assert capsys.readouterr().err.startswith("kdkernels: RuntimeError: ")
+
+
+@pytest.mark.parametrize("buffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_output_that_nobody_reads_on_is_no_error(tmp_path, buffered):
+    run(tmp_path)
+    command = f"{sys.executable} -m kdkernels cache verify {tmp_path}"
+    environment = {**os.environ, "PYTHONUNBUFFERED": buffered, "PYTHONPATH": str(Path(kd.__file__).parent.parent)}
+    done = subprocess.run(f"{command} | true", shell=True, capture_output=True, text=True, env=environment)
+    assert done.stderr == ""
 
 
 def test_a_missing_package_of_the_capture_is_named(tmp_path, monkeypatch, capsys):

@@ -468,3 +468,16 @@ def test_mixtures_of_probabilities_are_what_they_say(backend):
     mixed = 0.25 * teachers[0] + 0.75 * teachers[1]
     got = kd.kd_loss(student, teachers, teacher_weights=[0.25, 0.75], mixture="logits", **options)
     torch.testing.assert_close(got, kd.kd_loss(student, mixed, **options), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("label_smoothing", [1.0, 0.5])
+def test_a_label_without_mass_that_smoothing_spreads_is_infinite_and_no_nan(backend, label_smoothing):
+    """Of a smoothing of 1 the label has no part, so that 0 * inf must not arise; the other columns give infinity."""
+    student = torch.tensor([[0.0, -torch.inf, 1.0, 2.0]] * 2, requires_grad=True)
+    labels = torch.tensor([1, 2])
+    options = {"kd_weight": 0.0, "ce_weight": 1.0, "label_smoothing": label_smoothing, "reduction": "none"}
+    loss = kd.kd_loss(student, torch.zeros(2, 4), labels, backend=backend, **options)
+    (gradient,) = torch.autograd.grad(loss.sum(), student)
+    assert torch.equal(loss.detach(), torch.full((2,), torch.inf))
+    target = F.one_hot(labels, 4) * (1 - label_smoothing) + label_smoothing / 4
+    torch.testing.assert_close(gradient, student.detach().softmax(-1) - target)

@@ -53,8 +53,7 @@ void run_dense(const DenseArgs& args, const Tensor& student) {
       const DenseLaunch launch = prepare_dense(args, limits, multiprocessors);
       const DensePlan& plan = launch.plan;
       const DenseKernel kernel = dense_kernel<typename decltype(typed)::type>(plan.held);
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes),
-            "shared memory of dense_fwd");
+      allow_shared_memory(kernel, limits.shared_per_block, "shared memory of dense_fwd");
       cudaLaunchConfig_t config = {};
       config.gridDim = dim3(unsigned(plan.cluster));
       config.blockDim = dim3(unsigned(plan.threads));

@@ -37,6 +37,17 @@ inline int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
+// Lets launches of a kernel have all of a block's shared memory. It is a state of the kernel on this device: what one
+// launch needs would be too little for another thread's that is about to begin.
+template <class Kernel>
+void allow_shared_memory(Kernel kernel, int per_block, const char* what) {
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), what);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             per_block - int(attributes.sharedSizeBytes)),
+        what);
+}
+
 template <class X>
 struct Typed {
   using type = X;

@@ -43,8 +43,7 @@ void run_topk(const TopkArgs& args, const Tensor& student) {
       TopkLaunch launch = prepare_topk(args, limits);
       const TopkPlan& plan = launch.plan;
       const Kernel kernel = topk_fwd_kernel<X>;
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes),
-            "shared memory of topk_fwd");
+      allow_shared_memory(kernel, limits.shared_per_block, "shared memory of topk_fwd");
       cudaLaunchConfig_t config = {};
       config.gridDim = dim3(unsigned(rows * plan.cluster));
       config.blockDim = dim3(unsigned(plan.threads));

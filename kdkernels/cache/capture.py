@@ -6,7 +6,8 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -17,6 +18,7 @@ from kdkernels.cache.index import Index, canonical_json, name_of
 from kdkernels.cache.shared import CaptureError, SharedFolder, planned
 from kdkernels.cache.writer import entries_identity
 from kdkernels.capture import capture_topk
+from kdkernels.checks import integer
 from kdkernels.checks import sequences as checks
 
 EXTRAS = {"input_ids": torch.int32}
@@ -69,6 +71,8 @@ def run(
     """
     if not sequences:
         raise CaptureError("there is no sequence to capture")
+    # Before the folder is begun: what is wrong in it would have to be taken away again.
+    integer("k", k, low=1, high=vocab_size)
     identity = entries_identity(tokenizer, vocab_size, k, temperature, teacher)
     index = Index(identity, True, {name: name_of(dtype) for name, dtype in EXTRAS.items()})
     total, layout = len(sequences), index.layout
@@ -152,21 +156,48 @@ def from_hub(
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if device is None:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    if folder.exists() and not folder.is_dir():
+        raise CaptureError(f"{folder} is a file: name a folder")
     if model.startswith((".", "/", "~")) and not Path(model).is_dir():
         # transformers would take it for a name, and say that it is none.
         raise CaptureError(f"there is no folder {model}")
     # Its types say less than it takes.
     hub: Any = transformers
-    tokenizer = hub.AutoTokenizer.from_pretrained(model)
+    tokenizer = _loaded(hub.AutoTokenizer, "tokenizer", model)
+    # Where there is no file of one, transformers makes one up that has hardly a token.
+    if len(tokenizer) < 2:
+        raise CaptureError(f"{model} has no tokenizer")
     sequences = read(data, tokenizer, length, split)
-    network = hub.AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
+    network = _loaded(hub.AutoModelForCausalLM, "model", model, dtype=dtype).to(device).eval()
     width = network.get_output_embeddings().weight.shape[0]
+    vocab_size = vocab_size or min(len(tokenizer), width)
+    if vocab_size > width:
+        raise CaptureError(f"{model} has logits of {width:,} tokens, and a vocabulary of {vocab_size:,} was asked for")
+    known = network.get_input_embeddings().weight.shape[0]
+    for number, ids in enumerate(sequences):
+        if min(ids) < 0 or max(ids) >= known:
+            raise CaptureError(
+                f"sequence {number} of {data} has the id {min(ids) if min(ids) < 0 else max(ids)}, and {model} knows "
+                f"those below {known:,}"
+            )
+
+    def logits(ids: Tensor, mask: Tensor) -> Any:
+        try:
+            return network(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
+        except IndexError as error:
+            # Learned positions end somewhere.
+            limit = getattr(network.config, "max_position_embeddings", None)
+            raise CaptureError(
+                f"{model} does not take a sequence of {ids.shape[1]} tokens ({error}); its configuration says {limit}: "
+                "give --length"
+            ) from None
+
     return run(
-        lambda ids, mask: network(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits,
+        logits,
         sequences,
         folder,
         tokenizer=tokenizer,
-        vocab_size=vocab_size or min(len(tokenizer), width),
+        vocab_size=vocab_size,
         k=k,
         temperature=temperature,
         teacher=Path(model).name,
@@ -183,12 +214,8 @@ def read(data: str, tokenizer: Any, length: int, split: str = "train") -> list[l
     """Token ids, cut at ``length``, of a .jsonl or .txt file, or of a data set of the package datasets."""
     path = Path(data)
     rows: Iterable[Any]
-    if path.suffix == ".jsonl" and path.is_file():
-        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    elif path.suffix == ".txt" and path.is_file():
-        rows = [{"text": line} for line in path.read_text().splitlines() if line.strip()]
-    elif path.suffix in (".jsonl", ".txt"):
-        raise CaptureError(f"there is no file {path}")
+    if path.suffix in (".jsonl", ".txt"):
+        rows = _rows(path)
     else:
         try:
             import datasets
@@ -197,12 +224,38 @@ def read(data: str, tokenizer: Any, length: int, split: str = "train") -> list[l
         rows = datasets.load_dataset(data, split=split)
     found = []
     for number, row in enumerate(rows):
-        if "input_ids" in row:
-            ids = list(row["input_ids"])
-        elif "text" in row:
-            ids = tokenizer(row["text"])["input_ids"]
-        else:
-            raise CaptureError(f"row {number} of {data} has neither text nor input_ids: {sorted(row)}")
+        if not isinstance(row, Mapping) or not ("input_ids" in row or "text" in row):
+            raise CaptureError(f"row {number} of {data} has neither text nor input_ids: {reprlib.repr(row)}")
+        ids = row["input_ids"] if "input_ids" in row else row["text"]
+        if isinstance(ids, str) and "input_ids" not in row:
+            ids = tokenizer(ids)["input_ids"]
+        if not isinstance(ids, Sequence) or not all(type(token) is int for token in ids):
+            raise CaptureError(f"row {number} of {data} must have a text, or a list of integers: {reprlib.repr(row)}")
         if ids:
-            found.append([int(x) for x in ids[:length]])
+            found.append(list(ids[:length]))
     return found
+
+
+def _rows(path: Path) -> Iterator[Any]:
+    """Of a file, line by line; a line ends where a file's does, and not at a character that Unicode breaks lines at."""
+    if not path.is_file():
+        raise CaptureError(f"there is no file {path}")
+    number = 0
+    with open(path, encoding="utf-8") as file:
+        try:
+            for line in file:
+                number += 1
+                if line.strip():
+                    yield json.loads(line) if path.suffix == ".jsonl" else {"text": line.rstrip("\n")}
+        except UnicodeDecodeError as error:
+            raise CaptureError(f"{path} is no text in UTF-8: {error}") from None
+        except json.JSONDecodeError as error:
+            raise CaptureError(f"line {number} of {path} is no JSON: {error}") from None
+
+
+def _loaded(kind: Any, name: str, model: str, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(model, **options)
+    # A file that is cut off raises errors of other packages.
+    except Exception as error:
+        raise CaptureError(f"the {name} of {model} cannot be loaded: {type(error).__name__}: {error}") from error

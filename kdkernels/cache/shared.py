@@ -38,7 +38,7 @@ from kdkernels.cache.writer import SHARD_BYTES, lock, write_shard
 RECORD_NAME = "teacher-{:05d}.json"
 CLAIMS_NAME = ".claims"
 # A process that dies loses the shard it is at, and several share the work by shards: each is a small part of the whole.
-LEAST_SHARDS = 256
+PARTS = 256
 
 
 class CaptureError(Exception):
@@ -48,7 +48,7 @@ class CaptureError(Exception):
 def planned(lengths: Sequence[int], batch_size: int, token_bytes: int, shard_bytes: Optional[int]) -> list[int]:
     """The number of sequences of each shard: whole batches, until they have ``shard_bytes``."""
     if shard_bytes is None:
-        shard_bytes = min(SHARD_BYTES, sum(lengths) * token_bytes // LEAST_SHARDS)
+        shard_bytes = min(SHARD_BYTES, sum(lengths) * token_bytes // PARTS)
     plan, count, size = [], 0, 0
     for first in range(0, len(lengths), batch_size):
         batch = lengths[first : first + batch_size]

@@ -305,25 +305,32 @@ def fastest(
     if len(plans) == 1 or x.device.type != "cuda":
         return plans[0]
     name = " ".join(map(str, (torch.cuda.get_device_name(x.device), triton.__version__, *key)))
-    plans = [plan for plan in plans if plan.num_ctas == 1 or _placeable(plan, name, x.device.index, compiled)]
-    if len(plans) == 1 or numel < WORTH_A_TRIAL or os.environ.get("KDKERNELS_AUTOTUNE") == "0":
-        return plans[0]
-    if torch.are_deterministic_algorithms_enabled():
-        return plans[0]
+
+    def fits(plan: Plan) -> bool:
+        return plan.num_ctas == 1 or _placeable(plan, name, x.device.index, compiled)
+
+    by_table = numel < WORTH_A_TRIAL or os.environ.get("KDKERNELS_AUTOTUNE") == "0"
+    by_table = by_table or torch.are_deterministic_algorithms_enabled()
     by_name = {str(tuple(plan)): plan for plan in plans}
-    chosen = {**_chosen(), **_CHOSEN_NOW}.get(name)
-    if chosen not in by_name:
-        if torch.cuda.is_current_stream_capturing():
-            return plans[0]
-        seconds = {plan_name: _seconds(plan, trial) for plan_name, plan in by_name.items()}
-        # Of what is alike, or fails alike, the last: sweeps want least.
-        chosen = min(reversed(seconds), key=seconds.__getitem__)
-        if math.inf in seconds.values():
-            _CHOSEN_NOW[name] = chosen
-        else:
-            _chosen()[name] = chosen
-            _keep(_chosen())
-    return by_name[chosen]
+    if not by_table:
+        chosen = by_name.get({**_chosen(), **_CHOSEN_NOW}.get(name, ""))
+        if chosen is not None and fits(chosen):
+            return chosen
+    if by_table or torch.cuda.is_current_stream_capturing():
+        # To ask about a cluster takes its kernel: those of plans behind the first that fits are not compiled.
+        return next(filter(fits, plans))
+    plans = list(filter(fits, plans))
+    if len(plans) == 1:
+        return plans[0]
+    seconds = {plan: _seconds(plan, trial) for plan in plans}
+    # Of what is alike, or fails alike, the last: sweeps want least.
+    fastest_plan = min(reversed(plans), key=seconds.__getitem__)
+    if math.inf in seconds.values():
+        _CHOSEN_NOW[name] = str(tuple(fastest_plan))
+    else:
+        _chosen()[name] = str(tuple(fastest_plan))
+        _keep(_chosen())
+    return fastest_plan
 
 
 # Choices of this process that others are not to inherit: a trial failed.
@@ -361,9 +368,11 @@ def _cache_file() -> Path:
 @functools.cache
 def _chosen() -> dict[str, str]:
     try:
-        return json.loads(_cache_file().read_text())
+        found = json.loads(_cache_file().read_text())
     except (OSError, ValueError):
         return {}
+    # Another program may have written it: what is no name of a plan is no choice.
+    return {name: plan for name, plan in found.items() if isinstance(plan, str)} if isinstance(found, dict) else {}
 
 
 def _keep(chosen: dict[str, str]) -> None:

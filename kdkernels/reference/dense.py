@@ -126,8 +126,13 @@ def nll(log_probs: Tensor, labels: Tensor, counted: Tensor, label_smoothing: flo
     inside = (labels >= 0) & (labels < columns)
     picked = log_probs.gather(1, labels.clamp(0, columns - 1)[:, None]).squeeze(1)
     picked = torch.where(inside | ~counted, picked, torch.full_like(picked, float("nan")))
-    of_label = -(1 - label_smoothing) * picked if label_smoothing != 1 else torch.zeros_like(picked)
+    of_label = -(1 - label_smoothing) * _with_a_part(picked, label_smoothing)
     return of_label - (log_probs * (label_smoothing / columns)).sum(-1) if label_smoothing else of_label
+
+
+def _with_a_part(picked: Tensor, label_smoothing: float) -> Tensor:
+    """The labels' logits; 0 for those of -inf where smoothing leaves the label no part, so that 0 * inf is no NaN."""
+    return torch.where(torch.isneginf(picked), 0.0, picked) if label_smoothing == 1 else picked
 
 
 def _of_columns(teacher: Tensor, columns: Tensor, form: str) -> Tensor:
@@ -147,7 +152,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, counted: Tensor, label_smoothi
     picked = below.gather(1, labels.clamp(0, columns - 1)[:, None]).squeeze(1)
     picked = torch.where(inside | ~counted, picked, torch.full_like(picked, float("nan")))
     log_z = (2 * below).exp().sum(-1).log()
-    ce = log_z - 2 * (1 - label_smoothing) * picked
+    ce = log_z - 2 * (1 - label_smoothing) * _with_a_part(picked, label_smoothing)
     return ce - (below * (2 * label_smoothing / columns)).sum(-1) if label_smoothing else ce
 
 

@@ -62,20 +62,33 @@ def inputs():
 @functools.cache
 def compiled(source, arch):
     """PTX of ``csrc/cuda/<source>`` and what ptxas says of its kernels: {name: (registers, spilled bytes)}."""
+    text, usage = json.loads(kept(source, arch).read_text())
+    return text, {name: tuple(numbers) for name, numbers in usage.items()}
+
+
+def cubin(source, arch):
+    """The machine code of ``csrc/cuda/<source>``."""
+    return kept(source, arch).with_suffix(".cubin").read_bytes()
+
+
+@functools.cache
+def kept(source, arch):
+    """The file that has what ``compiled`` returns; beside it lies one of machine code."""
     need("nvcc")
     KEPT.mkdir(mode=0o700, exist_ok=True)
-    kept = KEPT / f"{inputs()}-{source}-{arch}.json"
-    with kept.with_suffix(".lock").open("w") as lock:
+    found = KEPT / f"{inputs()}-{source}-{arch}.json"
+    with found.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not kept.exists():
-            part = kept.with_suffix(".part")
-            part.write_text(json.dumps(compile_anew(source, arch)))
-            part.replace(kept)
+        if not found.exists():
+            text, usage, code = compile_anew(source, arch)
+            found.with_suffix(".cubin").write_bytes(code)
+            part = found.with_suffix(".part")
+            part.write_text(json.dumps([text, usage]))
+            part.replace(found)
             for other in KEPT.iterdir():
                 if not other.name.startswith(inputs()) and time.time() - other.stat().st_mtime > 86400:
                     other.unlink(missing_ok=True)
-    text, usage = json.loads(kept.read_text())
-    return text, {name: tuple(numbers) for name, numbers in usage.items()}
+    return found
 
 
 def compile_anew(source, arch):
@@ -92,6 +105,8 @@ def compile_anew(source, arch):
         # nvcc may keep that of another architecture beside it.
         ptx = max(Path(folder).glob("*.ptx"), key=lambda path: path.name.endswith(f"_{code}.ptx"))
         text = ptx.read_text()
+        code_of = [path for path in Path(folder).glob("*.cubin") if path.name.endswith(f"_{code}.cubin")]
+        machine = (code_of[0] if code_of else Path(folder) / "out").read_bytes()
     usage, name = {}, ""
     for line in done.stderr.splitlines():
         if found := re.search(r"Compiling entry function '(\w+)'", line):
@@ -100,7 +115,7 @@ def compile_anew(source, arch):
             spilled = int(found[1]) + int(found[2])
         elif found := re.search(r"Used (\d+) registers", line):
             usage[name] = (int(found[1]), spilled)
-    return text, usage
+    return text, usage, machine
 
 
 @functools.cache

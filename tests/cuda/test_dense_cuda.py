@@ -211,6 +211,21 @@ def test_rows_too_wide_for_shared_memory(name, arch):
     assert SOURCES[emulator.plans[0].source] == "streamed"
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES[:3], ids=str)
+@pytest.mark.parametrize("stats", [False, True], ids=["held", "swept"])
+def test_in_place_by_a_cluster(stats, schedule):
+    """Every block reads the label's logit, and the one that has its column writes the gradient over it. That a part of
+    the row's maxima is sent after the read ptxrun does not know: it does not look at accesses of several blocks here.
+    """
+    V = 4103
+    student, teacher = rows(3, V, offset=1)
+    labels = torch.tensor([V - 1, 0, V // 2])
+    emulator = DenseEmulator(90, clusters=1, multiprocessors=12, check_global_races=False, **schedule)
+    check(emulator, dense_rows, student, [teacher], labels, inplace=True, stats=stats, divergence="forward_kl", **HARD)
+    call = emulator.plans[0]
+    assert call.plan_cluster == 4 and HELD[call.held] == (None if stats else "forward_kl")
+
+
 def test_in_place_from_the_public_function():
     student, teacher = rows(5, 1000)
     labels = torch.tensor([3, -100, 999, 0, 7])

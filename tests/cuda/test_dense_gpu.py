@@ -1,5 +1,7 @@
 """The dense losses of the CUDA backend on a GPU, through the public function, against plain PyTorch in fp64 there."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -74,3 +76,24 @@ def test_stream_in_place_and_deterministic():
     stream.synchronize()
     assert torch.equal(first, again) and torch.equal(grad, other.grad)
     torch.testing.assert_close(first.double(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_threads_whose_rows_are_of_other_widths():
+    """The shared memory that a kernel may have is a state of it: one thread must not take another's away."""
+    calls = []
+    for columns in (640, 8192, 128256, 32000):
+        student, teacher = (torch.randn(16, columns, device="cuda").bfloat16() for _ in range(2))
+        ids = torch.arange(64, device="cuda").expand(16, 64).contiguous()
+        calls.append((student, teacher, ids, torch.full((16, 64), -5.0, device="cuda")))
+
+    def run(call):
+        student, teacher, ids, logprobs = call
+        found = []
+        for _ in range(30):
+            found.append(kd.kd_loss(student, teacher, backend="cuda"))
+            found.append(kd.topk_kd_loss(student, ids, logprobs, backend="cuda"))
+            found.append(kd.capture_topk(student, student.shape[-1] // 64, backend="cuda").tail_logprob)
+        return all(torch.equal(x, y) for x, y in zip(found, found[3:], strict=False))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(run, calls))

@@ -208,9 +208,17 @@ def specialisation(launch, capability):
 
 def sass(cubin):
     """The instructions of a cubin, one a line, predicated ones included and padding not."""
-    text = _tool("nvdisasm", "-c", cubin)
-    found = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", text, re.MULTILINE)
-    return [name for name in found if name != "NOP"]
+    return [name for kernel in sass_of_kernels(cubin).values() for name in kernel]
+
+
+def sass_of_kernels(cubin):
+    """The same of each kernel in it, by mangled name."""
+    parts = re.split(r"^\s*\.section\s+\.text\.(\w+)", _tool("nvdisasm", "-c", cubin), flags=re.MULTILINE)
+    instruction = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+    return {
+        kernel: [name for name in instruction.findall(text) if name != "NOP"]
+        for kernel, text in zip(parts[1::2], parts[2::2], strict=True)
+    }
 
 
 def _tool(name, option, cubin):

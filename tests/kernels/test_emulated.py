@@ -182,6 +182,47 @@ def test_odd_alignment(arch, V):
     assert_clean(reports[0], student, reads_of("jsd", V), 1, V)
 
 
+# Architecture, V, N, dtypes of student and teacher, elements before the first row of student, teacher and gradient,
+# elements between rows, divergence. Of the same offsets the rows' ends are cut, of others accesses are narrow.
+LAYOUTS = [
+    (80, 33, 33, "bf16", "fp32", (1, 1, 1), 3, "reverse_kl"),
+    (90, 513, 3, "bf16", "bf16", (7, 7, 7), 5, "forward_kl"),
+    (80, 2049, 1, "fp32", "fp16", (2, 3, 5), 7, "tvd"),
+    (90, 8191, 1, "bf16", "fp32", (3, 3, 3), 0, "skew_kl"),
+]
+
+
+@pytest.mark.parametrize("arch, V, N, dtype, of_teacher, offsets, gap, name", LAYOUTS, ids=str)
+def test_layouts(arch, V, N, dtype, of_teacher, offsets, gap, name):
+    """Dtypes of their own, rows anywhere, mass in the last column alone, labels at both ends, and a column's number as
+    the one to ignore; by one pass and by sweeps. What lies between the rows stays."""
+    types = DTYPES[dtype], DTYPES[of_teacher], DTYPES[dtype]
+    buffers = [torch.full((n + N * (V + gap),), math.nan, dtype=x) for n, x in zip(offsets, types, strict=True)]
+    views = [x[n:].view(N, V + gap)[:, :V] for x, n in zip(buffers, offsets, strict=True)]
+    student, teacher, grad = views
+    for x in (student, teacher):
+        x.copy_(torch.randn(N, V) * 3)
+        x[0, : V - 1] = -math.inf
+    labels = torch.tensor([V - 1, 0, 5] * 11)[:N]
+    options = options_of(name, ce_weight=0.5, ignore_index=5, temperature=2.0, teacher_temperature=2.0)
+    given = [x.contiguous() for x in (student, teacher)]
+    outside = [torch.ones_like(x, dtype=torch.bool) for x in buffers]
+    for mask, n in zip(outside, offsets, strict=True):
+        mask[n:].view(N, V + gap)[:, :V] = False
+
+    def in_its_place(s, ts, d, labels, **options):
+        loss = dense(student, [teacher], grad, labels, **options)
+        d.copy_(grad)
+        return loss
+
+    for choose in (executed, swept):
+        grad.fill_(math.nan)
+        with choose(arch) as reports:
+            check(in_its_place, dense_rows, given[0], [given[1]], labels, **options)
+        assert reports[0].ok and not reports[0].warnings, reports[0]
+        assert all(x[mask].isnan().all() for x, mask in zip(buffers, outside, strict=True))
+
+
 @pytest.mark.parametrize("arch, V, name", [(80, 3, "jsd"), (90, 1000, "jeffreys"), (90, 2051, "jsd")], ids=str)
 def test_in_place(arch, V, name):
     """In place over rows that do not start on 16 bytes, with labels, an ignored row of NaN and a label out of range."""

@@ -51,7 +51,11 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(tuning, "_cache_file", lambda: tmp_path / "plans.json")
     monkeypatch.setattr(tuning, "_PLACEABLE", {})
     monkeypatch.setattr(tuning, "_CHOSEN_NOW", {})
-    stub.choose = lambda numel=MANY, key=("form",): tuning.fastest(list(PLANS), key, X, numel, trial, compiled)
+
+    def choose(numel=MANY, key=("form",), plans=PLANS):
+        return tuning.fastest(list(plans), key, X, numel, trial, compiled)
+
+    stub.choose = choose
     stub.file = tmp_path / "plans.json"
     tuning._chosen.cache_clear()
     yield stub
@@ -93,6 +97,39 @@ def test_without_trials_the_first_that_can_be_placed_runs(gpu, clusters, why, mo
             assert gpu.choose(1000 if why == "few elements" else MANY) == (CLUSTER if clusters else BLOCK)
     # The driver is asked once, and about nothing but clusters.
     assert gpu.asked == [CLUSTER] and gpu.tried == []
+
+
+OTHER = tuning.Plan("cluster", (4, 2048, 8), 8, 8)
+
+
+@pytest.mark.parametrize("why", ["few elements", "KDKERNELS_AUTOTUNE", "capture"])
+def test_no_kernel_is_compiled_that_is_not_to_run(gpu, why, monkeypatch):
+    """To ask whether a cluster fits takes its kernel: not one more than until the first that fits."""
+    plans = [CLUSTER, OTHER, BLOCK, SWEEPS]
+    if why == "KDKERNELS_AUTOTUNE":
+        monkeypatch.setenv(why, "0")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: why == "capture")
+    assert gpu.choose(1000 if why == "few elements" else MANY, plans=plans) == CLUSTER and gpu.asked == [CLUSTER]
+    gpu.clusters = 0
+    assert gpu.choose(1000 if why == "few elements" else MANY, key=("more",), plans=plans) == BLOCK
+    assert gpu.asked == [CLUSTER, CLUSTER, OTHER] and gpu.tried == []
+
+
+def test_what_was_chosen_before_is_asked_about_alone(gpu):
+    plans = [CLUSTER, OTHER, BLOCK, SWEEPS]
+    gpu.seconds |= {OTHER: 0.5}
+    assert gpu.choose(plans=plans) == OTHER
+    tuning._chosen.cache_clear()
+    tuning._PLACEABLE.clear()
+    gpu.asked.clear()
+    assert gpu.choose(plans=plans) == OTHER and gpu.asked == [OTHER] and gpu.tried == plans
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"NAME": ["a plan"]}', '{"NAME": null}', "{"])
+def test_a_file_of_choices_that_is_none_is_as_if_it_were_not_there(gpu, text):
+    name = " ".join(("stub", triton.__version__, "form"))
+    gpu.file.write_text(text.replace("NAME", name))
+    assert gpu.choose() == CLUSTER and json.loads(gpu.file.read_text())[name] == str(tuple(CLUSTER))
 
 
 def test_a_cluster_that_cannot_be_placed_is_not_tried(gpu):

@@ -160,8 +160,10 @@ struct Cluster {
   }
 };
 
+// read: bits of the label's logit, which every block loads and one of them may overwrite, in place. That one waits for
+// all parts, and a part that has the logit in it is not sent before the logit is there.
 struct alignas(16) Tops {
-  int s = INT32_MIN, t = INT32_MIN, pad[2] = {};
+  int s = INT32_MIN, t = INT32_MIN, read = 0, pad = 0;
 };
 struct MaxTops {
   __device__ __forceinline__ Tops operator()(const Tops& a, const Tops& b) const {
@@ -174,6 +176,7 @@ struct MaxTops {
     Tops out;
     out.s = __reduce_max_sync(0xffffffffu, value.s);
     out.t = __reduce_max_sync(0xffffffffu, value.t);
+    out.read = value.read;
     return out;
   }
 };

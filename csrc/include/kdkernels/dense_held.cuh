@@ -68,6 +68,7 @@ struct HeldRow {
     Tops tops;
     tops.s = order_of(largest<X>(most_s));
     tops.t = order_of(largest<X>(most_t));
+    tops.read = __float_as_int(picked);
     tops = team.over(tops, MaxTops());
     top_s = of_order(tops.s), top_t = of_order(tops.t);
     // A row of -inf is no distribution: all that follows is NaN.

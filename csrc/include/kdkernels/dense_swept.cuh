@@ -124,6 +124,7 @@ struct SweptRow {
 
   __device__ __forceinline__ void find_tops() {
     Tops tops;
+    tops.read = __float_as_int(picked);
     if (streamed) {
       tops.s = order_of(n.top_s), tops.t = order_of(n.top_t);
       tops = team.over(tops, MaxTops());
