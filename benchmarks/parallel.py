@@ -11,6 +11,7 @@ measured in processes of their own, as the other suites do.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -31,6 +32,7 @@ from benchmarks import measure
 from benchmarks.__main__ import shapes
 from benchmarks.model import DTYPES
 from benchmarks.runner import OWN_TOLERANCE, TOLERANCE
+from kdkernels import memory
 
 # The two losses; of each the last is the one that gathers nothing.
 NAMES = {
@@ -166,6 +168,8 @@ def work(job: dict[str, Any]) -> Optional[dict[str, Any]]:
             if job["mode"] == "time":
                 value = measure.seconds("cpu", run, group, name, x)
             else:
+                gc.collect()
+                memory.empty_cache()
                 before = measure.reset_peak("cpu")
                 outcome = run(group, name, x)
                 value = float(measure.peak("cpu") - before)

@@ -199,6 +199,8 @@ class LinearRows(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor, _: Any) -> tuple[Any, ...]:
         hidden, weight, bias, *tensors = ctx.saved_tensors
         call, needs = _joined(ctx.call, tensors), list(ctx.needs_input_grad[:3])
+        if call.shards is not None:
+            checks.one_gradient(dloss)
         if not torch.compiler.is_compiling():
             again = torch.is_grad_enabled()
             if not again or call.launch.backend != "torch" or call.sparse_grad or call.shards is not None:
@@ -392,6 +394,55 @@ def _run(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], nee
             torch.stack([factor.to(loss.dtype) for _, factor in grads]),
             grad_rows,
         )
+
+
+class Ahead:
+    """The logits of chunks, each made once: when it is asked for, or before."""
+
+    def __init__(self, make: Callable[[int], Any], count: int) -> None:
+        self._make, self._left = make, iter(range(count))
+        self._found: dict[int, Any] = {}
+
+    def prepare(self) -> None:
+        """Make the next ones, unless some are waiting."""
+        if not self._found:
+            for k in self._left:
+                self._found[k] = self._make(k)
+                return
+
+    def take(self, k: int) -> Any:
+        self.prepare()
+        return self._found.pop(k)
+
+
+class HiddenGrad:
+    """The gradient of hidden states ``[N, D]``: of shards the sum over all ranks, of a chunk at a time."""
+
+    def __init__(self, zeros: Tensor, shards: Optional[Shards]) -> None:
+        self._whole, self._shards = zeros, shards
+        self._last: Callable[[], None] = lambda: None
+
+    def add(self, rows: Rows, part: Tensor) -> None:
+        """Begin with the sum of a chunk's, and end with that of the chunk before."""
+        if self._shards is None:
+            self._whole[rows] = part.to(self._whole.dtype)
+            return
+        total = part.to(sum_dtype(part.dtype), copy=True)
+        wait, self._last = self._last, self._ending(self._shards, rows, total)
+        wait()
+
+    def finish(self) -> Tensor:
+        self._last()
+        return self._whole
+
+    def _ending(self, shards: Shards, rows: Rows, total: Tensor) -> Callable[[], None]:
+        wait = shards.started(total) if total.numel() else lambda: None
+
+        def end() -> None:
+            wait()
+            self._whole[rows] = total.to(self._whole.dtype)
+
+        return end
 
 
 class Sums(NamedTuple):
@@ -637,6 +688,16 @@ def even_chunks(kept: Optional[Tensor], num_rows: int, size: int) -> Iterator[tu
     for k in range(count):
         start, stop = -(-k * total // count), -(-(k + 1) * total // count)
         yield (slice(start, stop) if kept is None else kept[start:stop]), stop - start
+
+
+def agreed_chunks(
+    shards: Optional[Shards], kept: Optional[Tensor], num_rows: int, size: int, like: Tensor
+) -> list[tuple[Rows, int]]:
+    """``even_chunks``, the same on all ranks."""
+    if shards is not None and checks.reads_values(like):
+        # Or a reduction would wait for another of a different size.
+        shards.agree("rows that count", num_rows if kept is None else len(kept), like.device)
+    return list(even_chunks(kept, num_rows, size))
 
 
 def no_autocast(tensor: Tensor) -> Any:

@@ -188,6 +188,8 @@ def kd_loss(
             after the call. Eager only; needs a student that requires grad, whose rows share no memory. A teacher may
             be the student's own rows, one for one; any other memory in common with a tensor of the call is an error.
             Under ``torch.no_grad()`` there is no gradient, and the logits stay.
+        process_group: the ranks of a vocabulary that is sharded: each has some columns of the logits, in the order of
+            the ranks, and all have the same loss. Labels and ``vocab_size`` are those of the whole vocabulary.
         return_stats: also return ``KDStats``.
         backend: "auto", "triton", "cuda" (C++, where it was built; by name only), "cpu" (C++) or "torch" (plain
             PyTorch, the reference).
@@ -387,14 +389,14 @@ def taid_loss(
         labels: as in ``kd_loss``: the classes for ``ce_weight``, and the mask.
         interpolation: lam in [0, 1], a number or one value per row: 0 is the student itself, 1 the teacher.
         options: the other keyword arguments of ``kd_loss``, but for ``teacher_temperature``, ``teacher_form``,
-            ``teacher_weights``, ``mixture``, ``teacher_lse``, ``student_form``, ``dim`` and ``process_group``.
+            ``teacher_weights``, ``mixture``, ``teacher_lse``, ``student_form`` and ``dim``.
 
     Returns:
         As ``kd_loss``.
 
     Raises:
         TypeError, ValueError: as ``kd_loss``; also for ``teacher_temperature``, ``teacher_form``, ``teacher_weights``,
-            ``mixture``, ``teacher_lse``, ``student_form``, ``dim`` and ``process_group``, which have no meaning here.
+            ``mixture``, ``teacher_lse``, ``student_form`` and ``dim``, which have no meaning here.
 
     Example:
         >>> student, teacher = torch.zeros(1, 4), torch.tensor([[4.0, 2, 0, 0]])
@@ -499,7 +501,7 @@ def dkd_loss(
         temperature: T of the student, > 0, one number for all rows.
         teacher_temperature: T of the teacher, one number, by default ``temperature``.
         scale_by_t_squared: multiply the loss by ``temperature**2``.
-        ignore_index, row_weight, reduction, normalizer, vocab_size, inplace: as in ``kd_loss``.
+        ignore_index, row_weight, reduction, normalizer, vocab_size, inplace, process_group: as in ``kd_loss``.
         backend: "auto", "triton", "cpu" (C++) or "torch" (plain PyTorch, the reference).
 
     Returns:
@@ -538,7 +540,7 @@ def logit_mse_loss(
             gradient 0.
         centered: subtract the row mean of ``s - t`` first: the loss is then blind to a constant shift of the logits, as
             softmax is (Kim et al. 2021, arXiv:2105.08919).
-        ignore_index, row_weight, reduction, normalizer, inplace: as in ``kd_loss``.
+        ignore_index, row_weight, reduction, normalizer, inplace, process_group: as in ``kd_loss``.
         vocab_size: as in ``kd_loss``; the mean is over the columns below it.
         backend: "auto", "triton", "cpu" (C++) or "torch" (plain PyTorch, the reference).
 
@@ -652,9 +654,14 @@ def dense(
         teachers = (student.detach(),)
     else:
         mapped = of_columns is not None and of_columns[2] is not None
-        teachers = checks.teachers_of(objective, teacher, student, strided=strided, mapped=mapped)
-        single = not isinstance(teacher, (list, tuple))
-        weights = checks.mixture_weights(objective, len(teachers), student, single=single)
+        if isinstance(teacher, Tensor) and objective.teacher_weights is None:
+            # The common case in few steps.
+            checks.teacher_like("teacher", teacher, student, objective.vocab_size, strided=strided, mapped=mapped)
+            teachers = (teacher,)
+        else:
+            teachers = checks.teachers_of(objective, teacher, student, strided=strided, mapped=mapped)
+            single = not isinstance(teacher, (list, tuple))
+            weights = checks.mixture_weights(objective, len(teachers), student, single=single)
     shared: dict[str, Tensor] = {}
     if of_columns is not None:
         given_teachers = () if teacher is None else teachers

@@ -190,8 +190,7 @@ def linear_lk_loss(
         student_hidden, student_weight, teacher_hidden, teacher_weight, labels, student_bias, teacher_bias,
             teacher_logits: as in ``linear_kd_loss``.
         kind, eta, eps: as in ``lk_loss``.
-        options: the other keyword arguments of ``linear_kd_loss``, but for ``divergence``, ``row_param`` and
-            ``process_group``.
+        options: the other keyword arguments of ``linear_kd_loss``, but for ``divergence`` and ``row_param``.
 
     Returns:
         As ``linear_kd_loss``.
@@ -330,7 +329,7 @@ def dense(
     teacher_expectation: Any,
 ) -> Any:
     """``linear_kd_loss`` of an objective."""
-    if checks.is_dtensor(hidden) and "process_group" not in objective.without:
+    if checks.is_dtensor(hidden):
         arguments = {
             "student_hidden": hidden,
             "student_weight": weight,
@@ -340,9 +339,11 @@ def dense(
             "student_bias": student_bias,
             "teacher_bias": teacher_bias,
             "teacher_logits": teacher_logits,
-            "teacher_expectation": teacher_expectation,
         }
-        return distributed.of_heads(linear_kd_loss, {**arguments, **objective.given()})
+        acceptance = isinstance(objective, LinearLKObjective)
+        arguments |= {} if acceptance else {"teacher_expectation": teacher_expectation}
+        loss = linear_lk_loss if acceptance else linear_kd_loss
+        return distributed.of_heads(loss, {**arguments, **objective.given()})
     objective, hidden, weight, student_bias = modules.student(objective, hidden, weight, student_bias)
     if objective.process_group is not None:
         from kdkernels.parallel.linear import linear_kd_loss as of_shards
@@ -371,7 +372,7 @@ def dense(
         if form != "logits":
             raise ValueError(f"teacher_form must be 'logits' unless teacher_logits is given, got {form!r}")
     elif teacher_logits is None:
-        teachers = _teachers(teacher_hidden, teacher_weight, teacher_bias)
+        teachers = teachers_of(teacher_hidden, teacher_weight, teacher_bias)
         for teacher in teachers:
             checks.head("teacher_", *teacher, product_dtype is not None)
             checks.teacher_head(*teacher[:2], logits, objective.vocab_size)
@@ -488,7 +489,7 @@ def stand_in(hidden: Tensor, weight: Tensor, product_dtype: Optional[torch.dtype
     return row.expand(*hidden.shape[:-1], -1)
 
 
-def _teachers(hidden: Any, weight: Any, bias: Any) -> list[tuple[Any, Any, Any]]:
+def teachers_of(hidden: Any, weight: Any, bias: Any) -> list[tuple[Any, Any, Any]]:
     sides = {"teacher_hidden": hidden, "teacher_weight": weight, "teacher_bias": bias}
     for name in ("teacher_hidden", "teacher_weight"):
         if sides[name] is None:

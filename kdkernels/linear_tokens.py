@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Optional, Union, overload
 
 import torch
 from torch import Tensor
 
-from kdkernels import checks, modules, ops, reference, symbols, transforms
+from kdkernels import checks, distributed, modules, ops, reference, symbols, transforms
 from kdkernels.autograd import TokenCall, refuse_second_derivative, scaled
 from kdkernels.capture import TeacherTopK
-from kdkernels.chunked import Rows, chunk_rows, even_chunks, indices, logits_of_whole, no_autocast, product_dtypes
+from kdkernels.chunked import (
+    Ahead,
+    HiddenGrad,
+    Rows,
+    agreed_chunks,
+    chunk_rows,
+    indices,
+    logits_of_whole,
+    no_autocast,
+    product_dtypes,
+)
 from kdkernels.heads import Fp16Range, Head, HeadGrad, Scratch, sum_dtype
 from kdkernels.launch import flat
 from kdkernels.linear import as_student, is_transformed
@@ -21,9 +32,11 @@ from kdkernels.stats import TokenStats
 from kdkernels.tokens import TokenLogprobs, first_of_equals, shaped, token_call
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
     from kdkernels import options as keywords
+    from kdkernels.parallel.shards import Shards
 
 
 @overload
@@ -81,6 +94,7 @@ def linear_token_logprobs(
         chunk_bytes: of the logits of a chunk; by default 96 MiB on a CPU and 512 MiB on a GPU.
         logits_dtype: as in ``linear_kd_loss``: float32 unless 16 bits are asked for by name.
         temperature, entropy, return_stats, softcap, vocab_size, ignore_index, backend: as in ``token_logprobs``.
+        process_group: as in ``linear_kd_loss``.
 
     Returns:
         ``TokenLogprobs(logprobs, entropy, lse)``, float32 (float64 for float64); with ``return_stats`` a pair
@@ -103,6 +117,9 @@ def linear_token_logprobs(
         torch.Size([8, 16])
     """
     given = LinearTokenOptions.of(options)
+    if checks.is_dtensor(hidden):
+        arguments = {"hidden": hidden, "weight": weight, "ids": ids, "bias": bias, **given.given()}
+        return distributed.of_heads(linear_token_logprobs, arguments, "")
     given, hidden, weight, bias = modules.student(given, hidden, weight, bias, "")
     call, head, offset, tokens, logits = _prepared(given, hidden, weight, ids, bias, "")
     inputs = tuple(item for item in (hidden, head, offset) if item is not None)
@@ -135,12 +152,14 @@ def linear_gather_logprobs(
     softcap: Optional[float] = None,
     chunk_bytes: Optional[int] = None,
     logits_dtype: Optional[torch.dtype] = None,
+    process_group: Optional[ProcessGroup] = None,
     backend: str = "auto",
 ) -> TeacherTopK:
     """``gather_logprobs`` of the logits ``hidden @ weight.T + bias``, which are never stored whole.
 
     Args:
-        teacher_hidden, teacher_weight, teacher_bias, chunk_bytes, logits_dtype: as in ``linear_token_logprobs``.
+        teacher_hidden, teacher_weight, teacher_bias, chunk_bytes, logits_dtype, process_group: as in
+            ``linear_token_logprobs``.
         ids, temperature, vocab_size, softcap, backend: as in ``gather_logprobs``.
 
     Returns:
@@ -159,8 +178,12 @@ def linear_gather_logprobs(
     """
     options = {"temperature": temperature, "vocab_size": vocab_size, "softcap": softcap, "backend": backend}
     given = LinearTokenOptions.of(
-        {**options, "chunk_bytes": chunk_bytes, "logits_dtype": logits_dtype, "ignore_index": -1}
+        {**options, "chunk_bytes": chunk_bytes, "logits_dtype": logits_dtype, "process_group": process_group}
     )
+    if checks.is_dtensor(teacher_hidden):
+        arguments = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight, "teacher_bias": teacher_bias}
+        return distributed.of_heads(linear_gather_logprobs, {**arguments, "ids": ids, **given.given()}, "teacher_")
+    given = dataclasses.replace(given, ignore_index=-1)
     given, *teacher = modules.student(given, teacher_hidden, teacher_weight, teacher_bias, "teacher_")
     teacher_hidden, teacher_weight, teacher_bias = teacher
     operands = (teacher_hidden, teacher_weight, ids, teacher_bias)
@@ -187,6 +210,7 @@ class LinearTokenCall(NamedTuple):
     chunk_bytes: Optional[int]
     product_dtype: Optional[torch.dtype]
     logits_dtype: Optional[torch.dtype]
+    shards: Optional[Shards] = None  # of the vocabulary: the head is this rank's rows
 
     def op_options(self) -> dict[str, Any]:
         return {
@@ -235,28 +259,26 @@ class LinearTokens(torch.autograd.Function):
             dlogprobs = torch.zeros_like(ids, dtype=norm.dtype)
         if not torch.compiler.is_compiling():
             again = torch.is_grad_enabled()
-            if again and call.tokens.backend != "torch":
-                refuse_second_derivative()
+            if again and (call.tokens.backend != "torch" or call.shards is not None):
+                refuse_second_derivative(call.shards is not None)
             given = (dlogprobs,) if dentropy is None else (dlogprobs, dentropy)
+            if call.shards is not None:
+                checks.one_gradient(*given)
             if again or any(map(transforms.stands_for_others, given)):
                 # Neither a graph nor a batch of gradients goes through the loop.
                 inputs = (hidden, weight, bias)
                 return (*_differentiable(call, inputs, ids, dlogprobs, dentropy, needs), *nothing)
-        dhidden, dweight, dbias, factors = ops.call_linear(
-            "token_bwd",
-            (
-                hidden,
-                weight,
-                bias,
-                ids,
-                norm,
-                entropy if dentropy is not None else None,
-                dlogprobs.contiguous(),
-                None if dentropy is None else dentropy.contiguous(),
-                temperature_rows,
-            ),
-            {**call.op_options(), "needs": needs},
+        operands = (
+            hidden,
+            weight,
+            bias,
+            ids,
+            norm,
+            entropy if dentropy is not None else None,
+            dlogprobs.contiguous(),
+            None if dentropy is None else dentropy.contiguous(),
         )
+        dhidden, dweight, dbias, factors = _backward(call, operands, needs)
         shared = torch.compiler.is_compiling()
         of_weight, of_bias = factors.unbind()
         if weight.dtype == torch.float16 and needs[1]:
@@ -271,6 +293,10 @@ def _prepared(
     given: LinearTokenOptions, hidden: Any, weight: Any, ids: Any, bias: Any, side: str
 ) -> tuple[LinearTokenCall, Tensor, Optional[Tensor], Tensor, Tensor]:
     """The call, the head's weight and bias, the ids ``[N, K]``, and what stands for the logits."""
+    if given.process_group is not None:
+        from kdkernels.parallel.linear import prepared_tokens
+
+        return prepared_tokens(given, hidden, weight, ids, bias, side)
     head, offset, product_dtype, logits = as_student(given, hidden, weight, bias, side)
     checks.logits(f"{side}hidden", logits)
     columns = checks.vocabulary(given.vocab_size, logits, f"{side}weight")
@@ -311,7 +337,19 @@ def _differentiable(
 
 
 def _forward(call: LinearTokenCall, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], ids: Tensor) -> Any:
+    if call.shards is not None:
+        with torch.no_grad(), no_autocast(hidden):
+            return _forward_loop(call, hidden, weight, bias, ids)
     return ops.call_linear("token_fwd", (hidden, weight, bias, ids, call.tokens.temperature_rows), call.op_options())
+
+
+def _backward(call: LinearTokenCall, operands: tuple[Any, ...], needs: Sequence[bool]) -> Any:
+    if call.shards is not None:
+        loop: Any = _backward_loop
+        with torch.no_grad(), no_autocast(operands[0]):
+            return loop(call, *operands, needs)
+    options = {**call.op_options(), "needs": needs}
+    return ops.call_linear("token_bwd", (*operands, call.tokens.temperature_rows), options)
 
 
 class _Loop(NamedTuple):
@@ -330,15 +368,19 @@ class _Loop(NamedTuple):
         cls, call: LinearTokenCall, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], extra_bytes: int = 0
     ) -> _Loop:
         dtype, logits_dtype = product_dtypes(hidden, call.product_dtype, call.logits_dtype)
-        columns, scratch = call.tokens.options["vocab_size"], Scratch(hidden)
+        columns, scratch, shards = call.tokens.options["vocab_size"], Scratch(hidden), call.shards
+        columns = columns if shards is None else shards.columns
         head = Head(weight, bias, columns=columns, dtype=dtype, logits_dtype=logits_dtype, scratch=scratch)
-        size = chunk_rows(call.chunk_bytes, hidden.device, head.row_bytes(columns) + extra_bytes)
+        # Of shards two chunks are there at a time, of the same rows on all ranks.
+        row_bytes = head.row_bytes(columns) if shards is None else 2 * head.row_bytes(max(shards.widths))
+        size = chunk_rows(call.chunk_bytes, hidden.device, row_bytes + extra_bytes)
         # A product of 16-bit matrices may read what lies between rows.
         return cls(head, hidden.to(dtype).contiguous(), scratch, dtype, logits_dtype, columns, size)
 
-    def project(self, rows: Rows, count: int) -> Tensor:
-        logits = self.scratch.logits("student logits", count, self.columns, self.logits_dtype)
-        self.head.project(self.inputs[rows], logits)
+    def project(self, rows: Rows, count: int, turn: int = 0) -> Tensor:
+        logits = self.scratch.logits(f"student logits {turn}", count, self.columns, self.logits_dtype)
+        if self.columns:
+            self.head.project(self.inputs[rows], logits)
         return logits
 
 
@@ -365,13 +407,21 @@ def _forward_loop(
     stats = zeros(num, 2 + ids.shape[1]) if options["stats"] else zeros(0)
     loop = _Loop.of(call, hidden, weight, bias)
     kept = indices(_counted(ids, options["ignore_index"]).any(-1))
-    for rows, count in even_chunks(kept, num, loop.size):
-        logits = loop.project(rows, count)
+    chunks = agreed_chunks(call.shards, kept, num, loop.size, hidden)
+    ahead = Ahead(lambda k: loop.project(*chunks[k], 0 if call.shards is None else k % 2), len(chunks))
+    for k, (rows, _) in enumerate(chunks):
+        logits = ahead.take(k)
         some_ids, temperature = _of_rows(rows, ids, call.tokens.temperature_rows)
         part = call.tokens._replace(temperature_rows=temperature)
-        if backend == "torch":
+        results: Any
+        if call.shards is not None:
+            from kdkernels.parallel.tokens import values_of
+
+            busy = dataclasses.replace(call.shards, meanwhile=ahead.prepare)
+            *results, norm_rows = values_of(part, logits, some_ids, busy)
+        elif backend == "torch":
             found = reference.token_rows(logits, some_ids, **part.reference_options())
-            results: Any = found
+            results = found
             by = part.reference_options()["temperature"]
             norm_rows = torch.stack([found.lse * by, torch.ones_like(found.lse)], -1)
         else:
@@ -398,10 +448,15 @@ def _backward_loop(
     dentropy: Optional[Tensor],
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    options, backend = call.tokens.options, call.tokens.backend
+    tokens, shards = call.tokens, call.shards
+    if shards is not None:
+        from kdkernels.parallel.tokens import of_own_columns
+
+        tokens, ids, dlogprobs = of_own_columns(tokens, shards, ids, dlogprobs)
+    options, backend = tokens.options, tokens.backend
     loop = _Loop.of(call, hidden, weight, bias)
     head, columns = loop.head, loop.columns
-    dhidden = torch.zeros_like(hidden) if needs[0] else None
+    dhidden = HiddenGrad(torch.zeros_like(hidden), shards) if needs[0] else None
     dweight = HeadGrad(weight, head.blocks) if needs[1] else None
     dbias = HeadGrad(bias, head.blocks) if needs[2] and bias is not None else None
     counted = _counted(ids, options["ignore_index"])
@@ -416,12 +471,16 @@ def _backward_loop(
         dlogprobs = dlogprobs * power
         dentropy = None if dentropy is None else dentropy * power
         fp16_range, rest = Fp16Range(power, True), power.reciprocal()
-    for rows, count in even_chunks(indices(counts), len(hidden), loop.size):
+    for rows, count in agreed_chunks(shards, indices(counts), len(hidden), loop.size, hidden):
         logits = loop.project(rows, count)
         some = _of_rows(rows, ids, norm, entropy, dlogprobs, dentropy)
-        (temperature,) = _of_rows(rows, call.tokens.temperature_rows)
+        (temperature,) = _of_rows(rows, tokens.temperature_rows)
+        if columns == 0:
+            if dhidden is not None:
+                dhidden.add(rows, torch.zeros_like(hidden[rows]))
+            continue
         if backend == "torch":
-            part = call.tokens._replace(temperature_rows=temperature).gradient_options()
+            part = tokens._replace(temperature_rows=temperature).gradient_options()
             logits.copy_(reference.token_gradient(logits, *some, **part))
         else:
             ops.call("token_bwd", backend, (logits[None], *some, logits[None], temperature), options)
@@ -434,11 +493,12 @@ def _backward_loop(
             fp16_range=fp16_range,
         )
         if dhidden is not None and dh is not None:
-            dhidden[rows] = dh.to(dhidden.dtype)
+            dhidden.add(rows, dh)
     one = norm.new_ones(())
     grads = [(hidden.new_empty(0), one) if grad is None else grad.finish(rest) for grad in (dweight, dbias)]
     factors = torch.stack([factor.to(norm.dtype) for _, factor in grads])
-    return (hidden.new_empty(0) if dhidden is None else dhidden), grads[0][0], grads[1][0], factors
+    found = hidden.new_empty(0) if dhidden is None else dhidden.finish()
+    return found, grads[0][0], grads[1][0], factors
 
 
 def _call_of(pattern: str, temperature_rows: Optional[Tensor], backend: str, given: dict[str, Any]) -> LinearTokenCall:

@@ -525,7 +525,7 @@ class LinearTokenOptions(_OnHidden, TokenOptions):
     """The options of ``linear_token_logprobs``."""
 
     function = "linear_token_logprobs"
-    without = ("inplace_backward", "process_group")
+    without = ("inplace_backward",)
 
 
 @_options
@@ -559,7 +559,7 @@ class LinearLKObjective(LinearObjective, _Acceptance):
     """The options of ``linear_lk_loss``."""
 
     function = "linear_lk_loss"
-    without = ("divergence", "row_param", "process_group")
+    without = ("divergence", "row_param")
 
 
 @_options

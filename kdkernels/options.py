@@ -108,7 +108,7 @@ class LKOptions(_OnLogits, _OnShards, _Acceptance, total=False):
     """Of ``lk_loss``."""
 
 
-class LinearLKOptions(_OnHidden, _Acceptance, total=False):
+class LinearLKOptions(_OnHidden, _OnShards, _Acceptance, total=False):
     """Of ``linear_lk_loss``."""
 
     return_stats: bool
@@ -155,5 +155,5 @@ class TokenOptions(_Tokens, total=False):
     process_group: Optional[torch.distributed.ProcessGroup]
 
 
-class LinearTokenOptions(_OnHidden, _Tokens, total=False):
+class LinearTokenOptions(_OnHidden, _OnShards, _Tokens, total=False):
     """Of ``linear_token_logprobs``."""

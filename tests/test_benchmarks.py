@@ -24,7 +24,7 @@ for _package in ("matplotlib", "tabulate"):
     pytest.importorskip(_package, reason=f"{_package} is not installed; the extra 'bench' brings it")
 
 from benchmarks import __main__ as command_line
-from benchmarks import eager, measure, plots, report, runner, worker
+from benchmarks import eager, measure, parallel, plots, report, runner, worker
 from benchmarks.model import DTYPES, SUITES, Absent, Candidate, Case, Outcome, load_suite
 from benchmarks.suites import dense
 from benchmarks.suites.common import FUSED
@@ -45,6 +45,19 @@ def run_command(*arguments, pythonpath=None):
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(pythonpath), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "benchmarks", "--allow-plain-torch", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.slow
+def test_a_sharded_vocabulary_is_measured_beside_gathering_it():
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "benchmarks.parallel", "--shape", "24x256", "--width", "16", "--rounds", "2"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    table = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith(("| logits", "| hidden"))]
+    assert [row[1] for row in table] == [name for names in parallel.NAMES.values() for name in names]
+    assert all(float(row[2].split()[0]) >= 0 and float(row[-1].strip(" |")) < 1e-3 for row in table)
 
 
 @pytest.mark.slow

@@ -356,30 +356,21 @@ def test_an_interrupt_says_that_the_same_call_goes_on(teacher, tmp_path, monkeyp
     assert capsys.readouterr().err.endswith("kdkernels: stopped; the same call goes on\n")
 
 
-@pytest.mark.parametrize("command", ["info", "verify"])
-def test_a_missing_package_of_the_cache_is_named(command, tmp_path, monkeypatch, capsys):
-    for name in [name for name in sys.modules if name == "kdkernels.cache" or name.startswith("kdkernels.cache.")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr(kd, "cache")
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    assert cli.main(["cache", command, str(tmp_path)]) == 1
-    assert capsys.readouterr().err == (
-        "kdkernels: kdkernels.cache needs the package safetensors: pip install numpy safetensors\n"
-    )
-
-
 def test_a_shape_that_does_not_fit_into_memory_is_no_traceback(capsys):
     assert cli.main(["check", "--shape", "99999999x99999999"]) == 1
     assert capsys.readouterr().err.startswith("kdkernels: RuntimeError: ")
 
 
-@pytest.mark.parametrize("buffered", ["", "1"], ids=["buffered", "unbuffered"])
-def test_output_that_nobody_reads_on_is_no_error(tmp_path, buffered):
+def test_a_reader_of_a_cache_s_shards_that_has_enough_is_no_error(tmp_path):
+    """The error comes from a line's own write here, amid those of files that cannot be read."""
     run(tmp_path)
-    command = f"{sys.executable} -m kdkernels cache verify {tmp_path}"
-    environment = {**os.environ, "PYTHONUNBUFFERED": buffered, "PYTHONPATH": str(Path(kd.__file__).parent.parent)}
-    done = subprocess.run(f"{command} | true", shell=True, capture_output=True, text=True, env=environment)
-    assert done.stderr == ""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(Path(kd.__file__).parent.parent)}
+    command = [sys.executable, "-m", "kdkernels", "cache", "verify", str(tmp_path)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
 
 
 def test_a_missing_package_of_the_capture_is_named(tmp_path, monkeypatch, capsys):

@@ -242,7 +242,7 @@ def trained(loss_of):
         with torch.no_grad():
             for value, gradient in zip(student.parameters(), gradients, strict=True):
                 value -= 0.1 * gradient
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses, [value.detach().clone() for value in student.parameters()]
 
 
@@ -357,7 +357,8 @@ def test_a_teacher_in_another_process_teaches_as_one_in_this(tmp_path):
         text=True,
         timeout=240,
     )
-    assert done.returncode == 0 and done.stdout == "both are done\n", done.stderr[-3000:]
+    # Gloo of some versions says there that it is connected.
+    assert done.returncode == 0 and done.stdout.endswith("both are done\n"), done.stderr[-3000:]
 
 
 if __name__ == "__main__":

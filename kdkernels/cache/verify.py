@@ -83,7 +83,8 @@ def _unfinished(folder: Path) -> Iterator[tuple[str, Optional[str]]]:
 
 def _strays(folder: Path, count: int) -> Iterator[tuple[str, Optional[str]]]:
     """Shards that belong to nothing: such as those of another cache, copied here."""
-    names = {SHARD_NAME.format(number) for number in range(count)}
+    # The one behind the last may be what a killed writer left, which the next one removes.
+    names = {SHARD_NAME.format(number) for number in range(count + 1)}
     for path in sorted(folder.glob("teacher-*.safetensors")):
         if path.name not in names:
             yield path.name, "no shard of this cache: the index does not name it"

@@ -24,6 +24,7 @@ from kdkernels.checks.dense import (
     mixture_of,
     mixture_weights,
     no_probabilities,
+    one_gradient,
     part_of_teacher,
     probabilities,
     reverse_mode_only,

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from kdkernels import backends, checks, memory, ops, symbols
+from kdkernels import backends, checks, ops, symbols
 from kdkernels.autograd import graph_is_kept, has_saved_tensor_hooks, refuse_second_derivative
 from kdkernels.launch import Launch, dense_launch, dual, without_teacher
 from kdkernels.objective import Objective, TAIDObjective
 from kdkernels.parallel.calls import facts_of
 from kdkernels.parallel.models import Models, temperatures
 from kdkernels.parallel.shards import Shards, outside_graphs, shards_of
-from kdkernels.parallel.tokens import Part
+from kdkernels.parallel.tokens import Part, empty_gradient
 from kdkernels.reduction import num_rows
 from kdkernels.reference import divergences
 from kdkernels.reference.dense import PerRow, is_there
@@ -46,7 +46,7 @@ def kd_loss(given: Objective, student: Any, teacher: Any, labels: Any, of_column
     single = not isinstance(teacher, (list, tuple))
     several: tuple[Any, ...] = (teacher,) if single else tuple(teacher)
     several = () if teacher is None else several
-    biases = tuple(of_columns[:2]) or (None, None)
+    student_bias, teacher_bias = of_columns[:2] or (None, None)
     learns = torch.is_grad_enabled() and any(getattr(item, "requires_grad", False) for item in several)
     facts = facts_of(
         given,
@@ -54,7 +54,7 @@ def kd_loss(given: Objective, student: Any, teacher: Any, labels: Any, of_column
         labels=labels is not None,
         teacher=len(several) if single else -len(several),
         teacher_grad=learns,
-        student_bias=biases[0] is not None,
+        student_bias=student_bias is not None,
     )
 
     def check(total: int) -> Launch:
@@ -71,11 +71,11 @@ def kd_loss(given: Objective, student: Any, teacher: Any, labels: Any, of_column
         why = checks.why_no_teacher_grad(given, mixed=weights is not None) if learns else None
         if why:
             raise ValueError(f"teacher must not require grad with process_group: {why}")
-        offsets = checks.of_columns(given, student, several, student.shape[-1], *biases, None)
+        offsets = checks.of_columns(given, student, several, student.shape[-1], student_bias, teacher_bias, None)
         backend = backends.choose(given.backend, student, divergence=given.resolved.name, pattern="shard_fwd")
         checks.reverse_mode_only(None, student, *several, labels, *offsets.values(), *given.tensors)
-        names = ("labels", "student_bias", "teacher_bias")
-        checks.apart_in_place(given, student, dict(zip(names, (labels, *biases), strict=True)), several)
+        others = {"labels": labels, "student_bias": student_bias, "teacher_bias": teacher_bias}
+        checks.apart_in_place(given, student, others, several)
         mixture = given.mixture if teacher is None else checks.mixture_of(given)
         launch = dense_launch(given, student, labels, total, backend, weights, mixture, offsets)
         for k, item in enumerate(several):
@@ -124,9 +124,9 @@ def _evaluate(
     given: Objective, launch: Launch, shards: Shards, student: Tensor, teachers: Sequence[Tensor]
 ) -> tuple[Tensor, Optional[Tensor]]:
     """Losses of rows ``[N]``, and their statistics."""
-    first, *more = [item.detach() for item in teachers] or [None]
-    bias = launch.rows.student_offsets
-    result = ShardedLoss.apply(student, first, launch, shards, given.inplace, tuple(more), bias)
+    first = teachers[0].detach() if teachers else None
+    more, bias = tuple(item.detach() for item in teachers[1:]), launch.rows.student_offsets
+    result = ShardedLoss.apply(student, first, launch, shards, given.inplace, more, bias)
     return result if isinstance(result, tuple) else (result, None)
 
 
@@ -215,7 +215,7 @@ class ShardedLoss(torch.autograd.Function):
         if ctx.shards.columns == 0:
             gradient = torch.zeros_like(student)
         else:
-            gradient = student if over else memory.empty_like(student)
+            gradient = student if over else empty_gradient(student)
             _differentiate(models, gradient, counted, found, dloss)
             if over:
                 torch.autograd.graph.increment_version(student)
@@ -256,7 +256,7 @@ def counted_rows(launch: Launch, student: Tensor) -> Tensor:
 
 
 def _summed(models: Models, counted: Tensor, *, with_teacher: bool) -> tuple[Rows, Optional[Tensor]]:
-    """What all ranks together know of their rows, and the statistics that were asked for."""
+    """The numbers of rows over all ranks, and the statistics that were asked for."""
     launch, shards = models.launch, models.shards
     options, rows = launch.options, launch.rows
     temperature, teacher_temperature = temperatures(launch)
@@ -277,7 +277,7 @@ def _summed(models: Models, counted: Tensor, *, with_teacher: bool) -> tuple[Row
         parts[k] = models.teacher_part(counted, k if isinstance(k, int) else None)
     zero = torch.zeros(counted.shape, dtype=models.dtype, device=counted.device)
     tops = dict(zip(parts, shards.largest(*(part.top for part in parts.values())), strict=True)) if parts else {}
-    student_top = tops.get("student", tops.get("hard", zero))
+    student_top: Tensor = tops.get("student", tops.get("hard", zero))  # type: ignore[assignment]
     sums: dict[Any, Tensor] = {}
     for name, part in parts.items():
         top = student_top if name == "hard" else tops[name]
@@ -311,7 +311,8 @@ def _summed(models: Models, counted: Tensor, *, with_teacher: bool) -> tuple[Row
         of_teacher = tops["teacher"], log["teacher"]
         if rows.teacher_lse_rows is not None:
             of_teacher = tops["teacher"], rows.teacher_lse_rows - tops["teacher"] / teacher_temperature
-            mass = (log["teacher"] - of_teacher[1]).exp()
+            # A teacher has no mass here where all of a row is -inf.
+            mass = torch.where(sums["teacher"] == 0, 0.0, (log["teacher"] - of_teacher[1]).exp())
     found = Rows(
         *of_student,
         *of_teacher,
@@ -349,16 +350,25 @@ def _of_sums(
     numbers = numbers_of(models, counted, found)
     sums = models.sums(numbers, "tvd" if acceptance else name, stats=with_distances)
     agreement = found.divergence
+    # A row without a distribution, whose NaN a summand may have lost.
+    spoilt = found.student_log_z.isnan() | found.teacher_log_z.isnan()
+    for k, (_, log_z) in enumerate(models.norms):
+        weights = models.launch.rows.mixture_weights
+        assert weights is not None
+        spoilt = spoilt | (log_z.isnan() & (weights[:, k] != 0))
     if stats:
         # Not a reduction: of equal logits the first rank's is the first.
         every = torch.stack(shards.gathered(torch.cat([sums, models.most_likely()], 1)))
         sums = every[..., : len(ops.SHARD_SUMS)].sum(0)
         s, t = (every[..., k].argmax(0) for k in (-3, -2))
         same = every[..., -1].gather(0, s.unsqueeze(0)).squeeze(0)
-        agreement = torch.where(s == t, same, 0.0) + 0 * (found.student_log_z + found.teacher_log_z)
+        agreement = torch.where((s == t) & ~spoilt, same, 0.0)
     else:
         (sums,) = shards.sum(sums)
     of = dict(zip(ops.SHARD_SUMS, sums.unbind(-1), strict=False))
+    of |= {
+        key: torch.where(spoilt & counted, torch.nan, of[key]) for key in ("value", "score", "acceptance") if key in of
+    }
     value, score = of["value"], of["score"]
     if models.launch.rows.teacher_lse_rows is not None and (acceptance or name == "tvd"):
         # The outcomes that are not here.
@@ -456,6 +466,7 @@ def of_linear(
     c_pp, c_pq, c_qp, c_qq = coefficients
     log_teacher, log_z = found.teacher_log_z, found.student_log_z
     of_p = mass * (sums["of_p"] / sums["teacher"] - c_pp * log_teacher - c_pq * log_z)
+    of_p = torch.where((mass == 0) & ~log_z.isnan(), 0.0, of_p)
     of_q = sums["of_q"] / sums["student"] - c_qp * log_teacher - c_qq * log_z
     return found._replace(divergence=of_p + of_q, score=c_pq * mass + c_qq + of_q)
 

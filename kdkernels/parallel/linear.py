@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Optional
+from typing import Any, Optional, TypeVar
 
 import torch
 from torch import Tensor
 
 from kdkernels import backends, checks
+from kdkernels.autograd import TokenCall
 from kdkernels.chunked import (
+    Ahead,
     Call,
+    HiddenGrad,
     Products,
-    Rows,
     Sums,
+    agreed_chunks,
     chunk_rows,
-    even_chunks,
     fp16_range_of,
     kept_rows,
     of_rows,
@@ -31,14 +33,18 @@ from kdkernels.chunked import (
     zeros_for_gradient,
 )
 from kdkernels.heads import Head, HeadGrad, Scratch, sum_dtype
-from kdkernels.launch import Launch, dense_launch, flat, topk_launch
-from kdkernels.linear import as_student, result_of
+from kdkernels.launch import Launch, dense_launch, flat, topk_launch, without_teacher
+from kdkernels.linear import as_student, result_of, teachers_of
+from kdkernels.linear_tokens import LinearTokenCall
+from kdkernels.objective import LinearTokenOptions
 from kdkernels.parallel import topk
 from kdkernels.parallel.calls import facts_of
 from kdkernels.parallel.dense import ShardedLoss
 from kdkernels.parallel.shards import Shards, outside_graphs, shards_of
 from kdkernels.stats import KDStats, TopKStats
+from kdkernels.tokens import token_call
 
+_CheckedT = TypeVar("_CheckedT")
 Given = tuple[Any, Any, Any]  # hidden states, weight, bias
 
 
@@ -47,41 +53,47 @@ def linear_kd_loss(objective: Any, student: Given, teacher: Given, labels: Any, 
     """``kdkernels.linear_kd_loss`` of heads of which this rank has some rows; ``others`` stand for a teacher."""
     head, bias, product_dtype, logits = as_student(objective, *student, least=0)
     alone = all(item is None for item in (*teacher, *others.values()))
+    single = objective.teacher_weights is None and not isinstance(teacher[0], (list, tuple))
     missing = {
-        "a mixture of teachers": objective.teacher_weights is not None or isinstance(teacher[0], (list, tuple)),
         f"teacher_form={objective.teacher_form!r}": objective.teacher_form != "logits",
-        "teacher_lse": objective.teacher_lse is not None,
         "standardize": objective.standardize,
-        "return_stats": objective.return_stats,
         **{name: value is not None for name, value in others.items()},
     }
-    states, matrix, offset = _teacher_tensors(teacher)
 
-    def check(total: int) -> Launch:
-        _refuse("linear_kd_loss", missing)
+    def check(total: int) -> tuple[Launch, list[Given]]:
+        _refuse(objective.function, missing)
+        teachers: list[Given] = []
         if alone:
             checks.without_teacher(objective)
         else:
-            checks.head("teacher_", states, matrix, offset, product_dtype is not None, least=0)
-            checks.teacher_shard_head(states, matrix, logits, total, objective.vocab_size)
+            teachers = teachers_of(*teacher)
+            for each in teachers:
+                checks.head("teacher_", *each, product_dtype is not None, least=0)
+                checks.teacher_shard_head(*each[:2], logits, total, objective.vocab_size)
+        weights = checks.mixture_weights(objective, len(teachers), logits, single=single)
         backend = backends.choose(objective.backend, logits, divergence=objective.resolved.name, pattern="shard_fwd")
-        checks.reverse_mode_only(None, *student, states, matrix, offset, labels, *objective.tensors)
-        return dense_launch(objective, logits, labels, total, backend, None, objective.mixture)
+        tensors = [item for each in teachers for item in each]
+        checks.reverse_mode_only(None, *student, *tensors, labels, *objective.tensors)
+        mixture = checks.mixture_of(objective)
+        return dense_launch(objective, logits, labels, total, backend, weights, mixture), teachers
 
-    facts = {"labels": labels is not None, "teacher": not alone}
-    shards, launch = _agreed(objective, student[0], logits, facts, check)
-    call = Call(launch, objective.chunk_bytes, product_dtype, objective.logits_dtype, shards=shards)
-    if not alone:
-        if len(matrix) != len(head):
-            # All of it is here.
-            own = slice(shards.first, shards.first + shards.columns)
-            matrix, offset = matrix[own], None if offset is None else offset[own]
-        call = call._replace(
-            teacher_hidden=(flat(states.detach()),),
-            teacher_weight=(matrix.detach(),),
-            teacher_bias=(None if offset is None else offset.detach(),),
-        )
-    return result_of(objective, call, student[0], head, bias, [states, matrix, offset, labels], KDStats)
+    count = len(teacher[0]) if isinstance(teacher[0], (list, tuple)) else int(not alone)
+    facts = {"labels": labels is not None, "teachers": count}
+    shards, (launch, teachers) = _agreed(objective, (student[0], head, bias), logits, facts, check)
+    tensors = [item for each in teachers for item in each]
+    own = [_of_this_rank(each, len(head), shards) for each in teachers]
+    hiddens, heads, biases = zip(*own, strict=True) if own else ((), (), ())
+    options = product_dtype, objective.logits_dtype
+    call = Call(launch, objective.chunk_bytes, *options, hiddens, heads, biases, shards=shards)
+    result = result_of(objective, call, student[0], head, bias, [*tensors, labels], KDStats)
+    return without_teacher(result) if alone else result
+
+
+def _of_this_rank(teacher: Given, rows: int, shards: Shards) -> Given:
+    """Flat hidden states, and this rank's part of a head that may be here whole."""
+    hidden, weight, bias = teacher
+    own = slice(shards.first, shards.first + shards.columns) if len(weight) != rows else slice(None)
+    return flat(hidden.detach()), weight.detach()[own], None if bias is None else bias.detach()[own]
 
 
 @outside_graphs
@@ -90,16 +102,33 @@ def linear_topk_kd_loss(objective: Any, student: Given, ids: Any, logprobs: Any,
     head, bias, product_dtype, logits = as_student(objective, *student, least=0)
 
     def check(total: int) -> Launch:
-        names = ("sparse_grad", "return_stats")
-        _refuse("linear_topk_kd_loss", {name: getattr(objective, name) for name in names})
+        _refuse("linear_topk_kd_loss", {"sparse_grad": objective.sparse_grad})
         launch = topk_launch(objective, logits, (ids, logprobs), labels, tail_logprob, total)
         checks.reverse_mode_only(None, *student, ids, logprobs, labels, tail_logprob, *objective.tensors)
         return launch
 
     facts = {"ids": getattr(ids, "shape", None), "labels": labels is not None}
-    shards, launch = _agreed(objective, student[0], logits, facts, check)
+    shards, launch = _agreed(objective, (student[0], head, bias), logits, facts, check)
     call = Call(launch, objective.chunk_bytes, product_dtype, objective.logits_dtype, shards=shards)
     return result_of(objective, call, student[0], head, bias, [ids, logprobs, labels, tail_logprob], TopKStats)
+
+
+@outside_graphs
+def prepared_tokens(
+    given: LinearTokenOptions, hidden: Any, weight: Any, ids: Any, bias: Any, side: str
+) -> tuple[LinearTokenCall, Tensor, Optional[Tensor], Tensor, Tensor]:
+    """As ``linear_tokens`` prepares a call, of a head of which this rank has some rows."""
+    head, offset, product_dtype, logits = as_student(given, hidden, weight, bias, side, least=0)
+
+    def check(total: int) -> tuple[Tensor, TokenCall]:
+        tokens = checks.token_ids(ids, logits, total, given.ignore_index)
+        checks.reverse_mode_only(None, hidden, head, offset, ids, *given.tensors)
+        return tokens, token_call(given, logits, tokens, total)
+
+    facts = {"ids": getattr(ids, "shape", None)}
+    shards, (tokens, call) = _agreed(given, (hidden, head, offset), logits, facts, check)
+    found = LinearTokenCall(call, given.chunk_bytes, product_dtype, given.logits_dtype, shards)
+    return found, head, offset, tokens, logits
 
 
 def _refuse(function: str, missing: Mapping[str, bool]) -> None:
@@ -108,78 +137,20 @@ def _refuse(function: str, missing: Mapping[str, bool]) -> None:
             raise ValueError(f"{what} cannot be combined with process_group in {function}")
 
 
-def _teacher_tensors(teacher: Given) -> Given:
-    hidden, weight, bias = teacher
-    if hidden is None or isinstance(hidden, (list, tuple)):
-        return None, None, None
-    return hidden, *checks.head_tensors("teacher_", weight, bias)
-
-
 def _agreed(
-    objective: Any, hidden: Tensor, logits: Tensor, facts: Mapping[str, Any], check: Callable[[int], Launch]
-) -> tuple[Shards, Launch]:
-    """The shards of a call, whose ranks must agree on the gradient of the hidden states."""
+    objective: Any, student: Given, logits: Tensor, facts: Mapping[str, Any], check: Callable[[int], _CheckedT]
+) -> tuple[Shards, _CheckedT]:
+    """The shards of a call of plain tensors, whose ranks must agree on what gets a gradient: its sums travel."""
     checks.shard("student", logits)
-    of_hidden = {
-        "student_hidden.shape[-1]": hidden.shape[-1],
-        "student_hidden.requires_grad": hidden.requires_grad and torch.is_grad_enabled(),
+    hidden, *head = student
+    learns = [item is not None and item.requires_grad and torch.is_grad_enabled() for item in (hidden, *head)]
+    of_tensors = {
+        "hidden.shape[-1]": hidden.shape[-1],
+        "hidden.requires_grad": learns[0],
+        "weight.requires_grad": any(learns[1:]),
     }
-    facts = facts_of(objective, logits, **of_hidden, **facts)
+    facts = facts_of(objective, logits, **of_tensors, **facts)
     return shards_of(objective.process_group, logits, objective.vocab_size, facts, check)
-
-
-def _chunks(call: Call, num_rows: int, size: int, like: Tensor) -> list[tuple[Rows, int]]:
-    kept = kept_rows(call.launch)
-    if call.shards is not None and checks.reads_values(like):
-        # Or a reduction would wait for another of a different size.
-        call.shards.agree("rows that count", num_rows if kept is None else len(kept), like.device)
-    return list(even_chunks(kept, num_rows, size))
-
-
-class _HiddenGrad:
-    """The gradient of hidden states ``[N, D]``: the sum over all ranks, of a chunk at a time."""
-
-    def __init__(self, hidden: Tensor, shards: Shards) -> None:
-        self.whole, self._shards = zeros_for_gradient(hidden), shards
-        self._last: Callable[[], None] = lambda: None
-
-    def add(self, rows: Rows, part: Tensor) -> None:
-        """Begin with the sum of a chunk's, and end with that of the chunk before."""
-        total = part.to(sum_dtype(part.dtype), copy=True)
-        wait, self._last = self._last, self._ending(rows, total)
-        wait()
-
-    def finish(self) -> Tensor:
-        self._last()
-        return self.whole
-
-    def _ending(self, rows: Rows, total: Tensor) -> Callable[[], None]:
-        wait = self._shards.started(total) if total.numel() else lambda: None
-
-        def end() -> None:
-            wait()
-            self.whole[rows] = total.to(self.whole.dtype)
-
-        return end
-
-
-class _Ahead:
-    """The logits of chunks, each made once: when it is asked for, or before."""
-
-    def __init__(self, make: Callable[[int], Any], count: int) -> None:
-        self._make, self._left = make, iter(range(count))
-        self._found: dict[int, Any] = {}
-
-    def prepare(self) -> None:
-        """Make the next ones, unless some are waiting."""
-        if not self._found:
-            for k in self._left:
-                self._found[k] = self._make(k)
-                return
-
-    def take(self, k: int) -> Any:
-        self.prepare()
-        return self._found.pop(k)
 
 
 def logits_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], needs: Sequence[bool]) -> Sums:
@@ -192,7 +163,7 @@ def logits_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tenso
     # A product of 16-bit matrices may read what lies between rows.
     inputs = hidden.to(dtype).contiguous()
     loss, stats = outputs(hidden, launch)
-    dhidden = _HiddenGrad(hidden, shards) if needs[0] else None
+    dhidden = HiddenGrad(zeros_for_gradient(hidden), shards) if needs[0] else None
     dweight = HeadGrad(weight, head.blocks) if needs[1] else None
     dbias = HeadGrad(bias, head.blocks) if needs[2] and bias is not None else None
     fp16_range, launch = fp16_range_of(launch, loss, head) if dtype == torch.float16 and any(needs) else (None, launch)
@@ -203,22 +174,22 @@ def logits_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tenso
     row_bytes = (3 if sparse else 2) * head.row_bytes(widest) + 2 * row_bytes
     products = Products.of(widest, hidden, dtype, [states for _, states in teachers], needs)
     size = chunk_rows(call.chunk_bytes, hidden.device, row_bytes, products)
-    chunks = _chunks(call, len(hidden), size, hidden)
+    chunks = agreed_chunks(shards, kept_rows(call.launch), len(hidden), size, hidden)
 
     def project(k: int) -> list[Tensor]:
         rows, count = chunks[k]
         found = []
-        for name, (each, states) in zip(("student", "teacher"), [(head, inputs), *teachers], strict=False):
-            found.append(scratch.logits(f"{name} logits {k % 2}", count, columns, each.logits_dtype))
+        for number, (each, states) in enumerate([(head, inputs), *teachers]):
+            found.append(scratch.logits(f"logits {number} {k % 2}", count, columns, each.logits_dtype))
             if columns:
                 each.project(states[rows], found[-1])
         return found
 
-    ahead = _Ahead(project, len(chunks))
+    ahead = Ahead(project, len(chunks))
     busy = dataclasses.replace(shards, meanwhile=ahead.prepare)
     for k, (rows, _) in enumerate(chunks):
         logits, *targets = ahead.take(k)
-        loss[rows] = _run_in_place(of_rows(launch, rows), busy, logits, targets, any(needs))
+        loss[rows], stats[rows] = _run_in_place(of_rows(launch, rows), busy, logits, targets, any(needs))
         h, dh = inputs[rows], None
         if any(needs) and columns:
             dh = head.backward(logits, h, wants_dhidden=needs[0], dweight=dweight, dbias=dbias, fp16_range=fp16_range)
@@ -233,20 +204,24 @@ def logits_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tenso
     return Sums(loss, stats, found, dweight, dbias, rest, rest if fp16_range.in_chunk else None)
 
 
-def _run_in_place(launch: Launch, shards: Shards, logits: Tensor, targets: Sequence[Tensor], with_grad: bool) -> Tensor:
-    """Losses of a chunk of this rank's columns; the gradient takes the place of the logits."""
+def _run_in_place(
+    launch: Launch, shards: Shards, logits: Tensor, targets: Sequence[Tensor], with_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """Losses and statistics of a chunk of this rank's columns; the gradient takes the place of the logits."""
+    first: Optional[Tensor] = targets[0] if targets else None
     with torch.set_grad_enabled(with_grad):
         leaf = logits.detach().requires_grad_(with_grad)
         if launch.pattern == "topk_fwd":
-            losses = topk.losses_of_rows(launch, shards, leaf)
+            found = topk.losses_of_rows(launch, shards, leaf)
         else:
-            losses = ShardedLoss.apply(leaf, targets[0] if targets else None, launch, shards, True)
+            found = ShardedLoss.apply(leaf, first, launch, shards, True, tuple(targets[1:]))
+        losses, stats = found if isinstance(found, tuple) else (found, None)
         total = losses.sum()
     if with_grad:
         (gradient,) = torch.autograd.grad(total, leaf)
         if gradient.data_ptr() != logits.data_ptr():
             logits.copy_(gradient)
-    return losses.detach()
+    return losses.detach(), losses.new_empty(len(losses), 0) if stats is None else stats.detach()
 
 
 def columns_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], needs: Sequence[bool]) -> Sums:
@@ -257,13 +232,14 @@ def columns_loop(call: Call, hidden: Tensor, weight: Tensor, bias: Optional[Tens
     sums, width = sum_dtype(dtype), hidden.shape[1]
     ids, launch = positions(call.launch, shards.total)
     loss, stats = outputs(hidden, launch)
-    dhidden = _HiddenGrad(hidden, shards) if needs[0] else None
+    dhidden = HiddenGrad(zeros_for_gradient(hidden), shards) if needs[0] else None
     whole = [slice(0, len(weight))] if len(weight) else []
     dweight = HeadGrad(weight, whole) if needs[1] else None
     dbias = HeadGrad(bias, whole) if needs[2] and bias is not None else None
 
     row_bytes = ids.shape[1] * width * (sums.itemsize + (weight.dtype.itemsize if weight.dtype != sums else 0))
-    for rows, count in _chunks(call, len(hidden), chunk_rows(call.chunk_bytes, hidden.device, row_bytes), hidden):
+    size = chunk_rows(call.chunk_bytes, hidden.device, row_bytes)
+    for rows, count in agreed_chunks(shards, kept_rows(launch), len(hidden), size, hidden):
         h, here = hidden[rows].to(dtype).to(sums), shards.here(ids[rows])
         flat_ids = torch.where(here, ids[rows] - shards.first, 0).reshape(-1)
         head = scratch.empty("head", (count, ids.shape[1], width), sums).zero_()

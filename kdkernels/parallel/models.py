@@ -7,7 +7,7 @@ are made of some rows at a time, so that there is never more than a block of the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -109,7 +109,7 @@ class Models:
         return found if self.of_probs else apply_softcap(found, self.launch.options["teacher_softcap"])
 
     def _sum_of_logits(self, block: Block, weights: list[Tensor]) -> Tensor:
-        # What one teacher rules out stays ruled out, whatever the sign of its weight; of weight 0 it counts nothing.
+        # An outcome that one teacher rules out stays so, whatever the sign of its weight; weight 0 counts nothing.
         total: Optional[Tensor] = None
         for teacher, weight in zip(block.teachers, weights, strict=True):
             logits = self._capped(teacher)
@@ -141,7 +141,7 @@ class Models:
         return logits.masked_fill(here, -torch.inf)
 
     def student_part(self, counted: Tensor, temperature: PerRow, *, mean: bool = False) -> Part:
-        """What this rank's columns tell of the student's softmax."""
+        """The part of this rank's columns in the student's softmax."""
         cap = self.launch.options.get("student_softcap", 0.0)
         return self._part(self._student_of, self.makes_student, counted, temperature, cap, mean=mean)
 
@@ -168,8 +168,10 @@ class Models:
             of_rows = temperature[block.rows] if isinstance(temperature, Tensor) else temperature
             call = call_of(self.launch.backend, of_rows, cap, stats=mean)
             found.append(part_of(call, logits_of(block), ids[block.rows], self.shards))
-        columns = zip(*found, strict=True)
-        return Part(*(None if items[0] is None else torch.cat(items).to(self.dtype) for items in columns))
+        columns: Any = (
+            None if items[0] is None else torch.cat(items).to(self.dtype) for items in zip(*found, strict=True)
+        )
+        return Part(*columns)
 
     def label_logits(self, labels: Tensor) -> Tensor:
         """The student's logits after the softcap of labels that are columns here, 0 of others; all ``[N]``."""

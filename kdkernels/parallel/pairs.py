@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels import backends, checks, memory
+from kdkernels import backends, checks
 from kdkernels.autograd import RowLoss, graph_is_kept, has_saved_tensor_hooks, refuse_second_derivative
 from kdkernels.launch import Launch, flat, row_tensors, run_reference
 from kdkernels.objective import DKDObjective, MSEObjective
@@ -16,6 +16,7 @@ from kdkernels.parallel.dense import LINEAR, Rows, counted_rows, linear_parts, n
 from kdkernels.parallel.models import Models
 from kdkernels.parallel.reduce import SumOfShards
 from kdkernels.parallel.shards import Shards, outside_graphs, shards_of
+from kdkernels.parallel.tokens import empty_gradient
 
 
 def _launch(given: Any, pattern: str, of_op: str, student: Tensor, teacher: Any, labels: Any, total: int) -> Launch:
@@ -100,7 +101,7 @@ class _ShardedDKD(torch.autograd.Function):
         nothing = (None,) * 4
         if ctx.shards.columns == 0 or ctx.shards.total == 1:
             return torch.zeros_like(student), *nothing
-        gradient = student if over else memory.empty_like(student)
+        gradient = student if over else empty_gradient(student)
         models = _without_labels(ctx.launch, ctx.shards, student, teacher)
         _differentiate(models, gradient, counted, Rows(*found), excess, dloss)
         if over:
@@ -119,7 +120,7 @@ def _factor(launch: Launch) -> float:
 
 
 def _of_rows(models: Models, counted: Tensor) -> tuple[Rows, Tensor, Tensor]:
-    """What all ranks know of the classes beside the label, q - p of the label, and the losses."""
+    """The numbers of the classes beside the label over all ranks, q - p of the label, and the losses."""
     launch, shards, options = models.launch, models.shards, models.launch.options
     labels = launch.rows.labels
     assert labels is not None
@@ -171,7 +172,7 @@ def _differentiate(
     at_label = torch.where(of_two != 0, of_two * excess, zero)
     factors = {
         "of_score": of_others,
-        # What the label gains all others lose.
+        # All others lose as much as the label gains.
         "of_q": torch.where(of_others != 0, of_others * found.score, zero) + at_label,
         "at_label": at_label,
     }
@@ -181,4 +182,4 @@ def _differentiate(
     models.write_gradient(gradient, labels.contiguous(), numbers, "forward_kl", soft=True)
 
 
-LOSSES = {"dkd_fwd": dkd_loss, "mse_fwd": logit_mse_loss}
+LOSSES: dict[str, Any] = {"dkd_fwd": dkd_loss, "mse_fwd": logit_mse_loss}

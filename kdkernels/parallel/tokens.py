@@ -62,11 +62,9 @@ class ShardedTokens(torch.autograd.Function):
         if all(item is None for item in (dlogprobs, dentropy, dlse, dtail)):
             return None, *nothing
         logits, ids, norm, entropy, rows, logprobs, tail = ctx.saved_tensors
-        shards, options = ctx.shards, ctx.call.options
-        local = shards.local(ids, options["ignore_index"])
+        shards = ctx.shards
         upstream = torch.zeros_like(logprobs) if dlogprobs is None else dlogprobs
-        missing = (local == ops.ELSEWHERE) & (ids != ops.ELSEWHERE) & ((ids < 0) | (ids >= shards.total))
-        upstream = torch.where(missing, torch.nan, upstream)
+        _, local, upstream = of_own_columns(ctx.call, shards, ids, upstream)
         if dtail is not None:
             # d tail = -sum_S q_id / tail (dlogprobs_id): outside S that leaves q (1 - tail) / tail.
             share = torch.where(torch.isneginf(tail), 0.0, dtail).unsqueeze(-1)
@@ -78,6 +76,16 @@ class ShardedTokens(torch.autograd.Function):
             upstream = torch.cat([upstream, -dlse.unsqueeze(-1)], 1)
         gradient = _gradient(ctx, logits, local, norm, entropy, upstream.contiguous(), dentropy, rows)
         return gradient, *nothing
+
+
+def of_own_columns(call: TokenCall, shards: Shards, ids: Tensor, upstream: Tensor) -> tuple[TokenCall, Tensor, Tensor]:
+    """For the gradient of this rank's columns: the call, ids, and their upstream gradients."""
+    local = shards.local(ids, call.options["ignore_index"])
+    missing = (local == ops.ELSEWHERE) & (ids != ops.ELSEWHERE) & ((ids < 0) | (ids >= shards.total))
+    options = {**call.options, "vocab_size": shards.columns, "ignore_index": -1, "stats": False, "tail_mass": False}
+    # A kernel takes a column that is alone for a sure one.
+    backend = "torch" if shards.columns <= 1 else call.backend
+    return call._replace(backend=backend, options=options), local, torch.where(missing, torch.nan, upstream)
 
 
 def _gradient(
@@ -104,7 +112,7 @@ def _gradient(
             rows_of(logits), ids, norm, entropy, dlogprobs, dentropy, **call.gradient_options()
         ).reshape(logits.shape)
         return logits.detach().copy_(found) if over else found
-    gradient = logits.detach() if over else memory.empty_like(logits)
+    gradient = logits.detach() if over else empty_gradient(logits)
     source, destination = as_rows((logits.detach(), gradient))
     dentropy = None if dentropy is None else dentropy.contiguous()
     operands = (source, ids, norm, entropy, dlogprobs, dentropy, destination, rows)
@@ -268,6 +276,14 @@ def call_of(
         "stats": stats,
     }
     return TokenCall(backend, of_rows, options)
+
+
+def empty_gradient(logits: Tensor) -> Tensor:
+    """Memory for a gradient, laid out as logits are that are the view ``[b, s, V]`` of ``[s, b, V]``: the product that
+    they come from has no copy to make of it then."""
+    if logits.dim() == 3 and not logits.is_contiguous() and logits.transpose(0, 1).is_contiguous():
+        return memory.empty_like(logits.transpose(0, 1)).transpose(0, 1)
+    return memory.empty_like(logits)
 
 
 def rows_of(logits: Tensor) -> Tensor:

@@ -41,14 +41,9 @@ def topk_kd_loss(given: TopKObjective, student: Any, ids: Any, logprobs: Any, la
         return launch
 
     shards, launch = shards_of(given.process_group, student, given.vocab_size, facts, check)
-    loss, stats = _losses(launch, shards, student)
+    loss, stats = losses_of_rows(launch, shards, student)
     loss = loss.reshape(student.shape[:-1]) if given.reduction == "none" else loss.sum()
     return with_stats(loss, stats, student, TopKStats)
-
-
-def losses_of_rows(launch: Launch, shards: Shards, student: Tensor) -> Tensor:
-    """With all that multiplies them."""
-    return _losses(launch, shards, student)[0]
 
 
 class _Student(NamedTuple):
@@ -61,7 +56,8 @@ class _Student(NamedTuple):
     lse1: Optional[Tensor]
 
 
-def _losses(launch: Launch, shards: Shards, student: Tensor) -> tuple[Tensor, Optional[Tensor]]:
+def losses_of_rows(launch: Launch, shards: Shards, student: Tensor) -> tuple[Tensor, Optional[Tensor]]:
+    """Losses ``[N]`` with all that multiplies them, and the statistics that are asked for."""
     options, rows = launch.options, launch.rows
     counted = counted_rows(launch, student)
     given_ids, given_logprobs = launch.sparse_teacher

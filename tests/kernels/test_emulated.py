@@ -343,13 +343,16 @@ def test_phases_of_a_shard(arch, V):
     with executed(arch) as reports:
         sums = shard_fwd(student, teacher, None, None, rows, None, **options)
         shard_fwd(student, teacher, gradient, labels, rows, None, **options)
+        told = shard_fwd(student, teacher, None, None, rows, None, **{**options, "stats": True})
     wide = [x.double()[None] for x in (student, teacher)]
     expected = torch.empty_like(wide[0])
-    of_rows = shard_rows(*wide, None, None, rows.double(), None, **options)
+    of_rows = shard_rows(*wide, None, None, rows.double(), None, **{**options, "stats": True})
     shard_rows(*wide, expected, labels, rows.double(), None, **options)
-    torch.testing.assert_close(sums.double(), of_rows, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(told.double(), of_rows, rtol=1e-5, atol=1e-5)
+    assert torch.equal(sums, told[:, :2])
     torch.testing.assert_close(gradient.double(), expected[0], rtol=2**-8, atol=2e-6)
-    assert_traffic(reports[0], student, 2, 0, N, V)
+    for report in reports[::2]:
+        assert_traffic(report, student, 2, 0, N, V)
     assert_traffic(reports[1], student, 2, 1, N, V)
 
 
