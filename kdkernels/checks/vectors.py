@@ -30,8 +30,8 @@ def features(student: Any, teacher: Any) -> None:
 def _without_gradient(name: str, value: Tensor) -> None:
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            f"{name} must not require grad: vectors of a teacher get no gradient; run the teacher under torch.no_grad, or "
-            "detach them"
+            f"{name} must not require grad: vectors of a teacher get no gradient; run the teacher under torch.no_grad, "
+            "or detach them"
         )
 
 
