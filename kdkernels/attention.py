@@ -130,7 +130,7 @@ def relation_kd_loss(
 
     Args:
         student: tensors ``(B, n, d)``, such as queries, keys and values.
-        teacher: as many of the same B and n, of any width. They get no gradient.
+        teacher: as many of the same B and n, of any width. They must not require grad.
         heads: the number of relation heads, which divides both widths.
         pairs: which two of the tensors are multiplied; by default Q-Q, K-K and V-V.
         weights: a number for each pair; by default 1.

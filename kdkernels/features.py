@@ -54,7 +54,7 @@ def feature_loss(
     Args:
         student: ``(..., D)``, float32, bfloat16 or float16 (float64 on the CPU), projected to the teacher's width by
             the caller where they differ.
-        teacher: ``(..., D)``, of the same shape. It gets no gradient.
+        teacher: ``(..., D)``, of the same shape. It must not require grad.
         kind: "mse", "l1", "smooth_l1" or "cosine".
         normalize: None; "l2", each vector over its length; or "layernorm", less its mean and over its standard
             deviation (``eps`` 1e-5, no weights). Of both, with the gradient through the student's.

@@ -656,9 +656,10 @@ def dense(
         mapped = of_columns is not None and of_columns[2] is not None
         if isinstance(teacher, Tensor) and objective.teacher_weights is None:
             # The common case in few steps.
-            own = objective.function == "kd_loss"
-            vocab_size = objective.vocab_size
-            checks.teacher_like("teacher", teacher, student, vocab_size, strided=strided, mapped=mapped, mappable=own)
+            mappable = objective.function == "kd_loss"
+            checks.teacher_like(
+                "teacher", teacher, student, objective.vocab_size, strided=strided, mapped=mapped, mappable=mappable
+            )
             teachers = (teacher,)
         else:
             teachers = checks.teachers_of(objective, teacher, student, strided=strided, mapped=mapped)

@@ -155,8 +155,11 @@ def test_only_what_requires_grad_gets_one():
         inputs = [item.clone().requires_grad_(need) for item, need in zip((query, key), needs, strict=True)]
         kd.attention_kd_loss(*inputs, *teacher).backward()
         assert [item.grad is not None for item in inputs] == list(needs)
-    teacher = [item.clone().requires_grad_() for item in teacher]
     assert not kd.attention_kd_loss(query, key, *teacher).requires_grad
+    for k, name in enumerate(("teacher_query", "teacher_key")):
+        learning = [item.clone().requires_grad_(j == k) for j, item in enumerate(teacher)]
+        with pytest.raises(ValueError, match=f"{name} must not require grad"):
+            kd.attention_kd_loss(query, key, *learning)
 
 
 def test_a_second_derivative_is_refused():

@@ -24,6 +24,15 @@ def features(student: Any, teacher: Any) -> None:
             "student to the teacher's width where they differ"
         )
     same_device("teacher", teacher, student)
+    _without_gradient("teacher", teacher)
+
+
+def _without_gradient(name: str, value: Tensor) -> None:
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} must not require grad: vectors of a teacher get no gradient; run the teacher under torch.no_grad, "
+            "or detach them"
+        )
 
 
 def attention_operands(names: Sequence[str], operands: Sequence[Any]) -> None:
@@ -34,6 +43,8 @@ def attention_operands(names: Sequence[str], operands: Sequence[Any]) -> None:
         if value.dim() != 4 or 0 in value.shape[1:]:
             raise ValueError(f"{name} must have shape (B, H, n, d), none of them 0 but B, got {tuple(value.shape)}")
         same_device(name, value, operands[0], f"{names[0]}'s")
+    for name, value in zip(names[2:], operands[2:], strict=True):
+        _without_gradient(name, value)
     query = operands[0]
     for k in (0, 2):
         a, b = operands[k], operands[k + 1]
