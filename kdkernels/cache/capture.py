@@ -68,6 +68,7 @@ def run(
 
     Raises:
         CaptureError: the folder was begun with other sequences or settings.
+        MissingShardError, TruncatedShardError, ChecksumError: the cache was whole, and a shard is not there any more.
     """
     if not sequences:
         raise CaptureError("there is no sequence to capture")
