@@ -67,6 +67,9 @@ def times(result: dict[str, Any]) -> Iterator[tuple[tuple[str, str], float]]:
 
 def main() -> int:
     files = [Path(name) for name in sys.argv[1:]] or committed()
+    if missing := [str(path) for path in files if not path.is_file()]:
+        print(f"no such file: {', '.join(missing)}", file=sys.stderr)
+        return 2
     found = {path: why_not(json.loads(path.read_text())) for path in files}
     for path, reasons in found.items():
         print(f"{path}: " + ("; ".join(reasons) or "the CUDA dense losses are right and faster here"))

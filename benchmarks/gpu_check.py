@@ -344,7 +344,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     where = "the file (default: benchmarks/results/gpu/CARD.json; of a rehearsal out/gpu-check/rehearsal.json)"
     parser.add_argument("--output", type=Path, help=where)
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything (default: %(default)s)")
-    parser.add_argument("--only", default="", help="names of steps, separated by semicolons (default: all)")
+    which = "names of steps, separated by semicolons; a wrong one lists them (default: all)"
+    parser.add_argument("--only", default="", help=which)
     parser.add_argument("--python", default=sys.executable, help="the interpreter of the steps")
     parser.add_argument("--commit", help="of the sources, where this is a copy without .git")
     rehearse = "cpu rehearses: the same steps on a machine without a GPU, whose results are no evidence"

@@ -227,9 +227,9 @@ def sparse() -> dict[str, dict[str, Work]]:
     Of the CUDA kernels, which keep a row of this width on chip where there are clusters (docs/internals/cuda.md has the
     instructions), and of the Triton one.
     """
-    a100 = Work(2, 1, 30, tensors=1, rows=Rows(1, 256, 2, 2, columns=32))
-    later = Work(1, 1, 43, tensors=1, rows=Rows(4, 256, 2, barriers=4))
-    capture = Work(1, 0, 24, tensors=1, rows=Rows(1, 256, 2, 1))
+    a100 = Work(2, 1, 20.5, tensors=1, rows=Rows(1, 256, 2, 2, columns=32))
+    later = Work(1, 1, 22.9, tensors=1, rows=Rows(4, 256, 2, barriers=4))
+    capture = Work(1, 0, 16.5, tensors=1, rows=Rows(1, 256, 2, 1))
     triton = {d.name: of_budget(budgets()[f"{d.target}/topk-bucket"], 2, 2, tensors=1) for d in NVIDIA}
     return {
         "kdkernels topk_kd_loss, CUDA": {d.name: a100 if d.name == "A100" else later for d in NVIDIA},

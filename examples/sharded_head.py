@@ -38,7 +38,7 @@ def main() -> None:
     torch.manual_seed(0)
     student = LanguageModel(training, **STUDENT)
     rows = slice(rank * VOCABULARY // ranks, (rank + 1) * VOCABULARY // ranks)
-    # Its own rows of the head. What is before it is whole on every rank, and so is its gradient.
+    # Its own rows of the head. All before it is whole on every rank, and so is its gradient.
     head, bias = (nn.Parameter(x.detach()[rows].clone()) for x in (student.tokens.weight, student.bias))
     learning = [p for name, p in student.named_parameters() if name != "bias"]
     optimizer = torch.optim.AdamW([*learning, head, bias], lr=5e-3)

@@ -17,7 +17,7 @@ from kdkernels.backends import cpu, cuda
 
 # Losses and what makes them; those on hidden states make the dense or the sparse one of each chunk.
 LOSSES = {
-    "kd_loss, taid_loss, linear_kd_loss": "dense_fwd",
+    "kd_loss, taid_loss, lk_loss, linear_kd_loss, linear_lk_loss": "dense_fwd",
     "topk_kd_loss, linear_topk_kd_loss": "topk_fwd",
     "dkd_loss": "dkd_fwd",
     "logit_mse_loss": "mse_fwd",
@@ -26,7 +26,7 @@ LOSSES = {
     "kd_loss of a sharded vocabulary": "shard_fwd",
     "capture_topk": "capture_topk",
     "capture_topp, akl_ratio": "topp_count",
-    "token_logprobs": "token_fwd",
+    "token_logprobs, gather_logprobs, linear_token_logprobs, linear_gather_logprobs": "token_fwd",
 }
 
 

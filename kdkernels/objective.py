@@ -28,6 +28,8 @@ ALIASES = {"T": "temperature", "tau": "temperature", "temp": "temperature", "alp
 ELSEWHERE = {
     "beta": "divergence=kdkernels.JSD(beta)",
     "jsd_beta": "divergence=kdkernels.JSD(beta)",
+    "reverse": "divergence=kdkernels.MixedKL(reverse)",
+    "sym_kd_ratio": "divergence=kdkernels.MixedKL(reverse=1 - sym_kd_ratio)",
     "lmbda": "nothing: it is a trainer's share of on-policy data",
     "log_target": "teacher_form='log_probs'",
     "size_average": "reduction",

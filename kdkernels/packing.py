@@ -68,7 +68,7 @@ class Rows(abc.ABC):
 class Layout(Rows):
     """Of K ids and log-probabilities a token.
 
-    ``dtype`` is that of the log-probabilities as they come back. Those in 16 bits are stored as they are, and so are
+    ``dtype`` is that of the log-probabilities as they come back. 16 bits are stored as they are, and so are
     float32 ones where ``exact`` says so.
     """
 
@@ -250,7 +250,7 @@ class TopKLayout:
     def unpack(self, buffer: Tensor) -> TeacherSequence:
         """Ids, log-probabilities, tails and extras in the shape of the rows; none shares memory with the buffer.
 
-        What a buffer on a CPU begins with is compared with this layout; a GPU would have to be waited for.
+        The beginning of a buffer on a CPU is compared with this layout; a GPU would have to be waited for.
 
         Raises:
             ValueError: the buffer is of another layout.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kdkernels import checks
 
-# What servers write where a token has no log-probability worth the name, and below.
+# Servers write this where a token has no log-probability worth the name, and below.
 LEAST_LOGPROB = -9000.0
 # Of float32 log-probabilities: the mass outside the entries is not known better.
 ROUNDING = torch.finfo(torch.float32).eps

@@ -285,6 +285,16 @@ def test_a_damaged_record_or_shard_is_written_again(whole, tmp_path):
     assert files(tmp_path) == files(whole)
 
 
+def test_a_whole_cache_that_lost_a_shard_is_not_called_whole(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "cache")
+    (tmp_path / "cache" / "teacher-00002.safetensors").unlink()
+    with pytest.raises(kd_cache.MissingShardError, match=r"teacher-00002\.safetensors is missing"):
+        run(tmp_path / "cache")
+    (tmp_path / "cache" / "index.json").unlink()
+    assert run(tmp_path / "cache")
+    assert files(tmp_path / "cache") == files(whole)
+
+
 def test_a_writer_and_a_capture_keep_out_of_each_other_s_folder(whole, tmp_path):
     begun = {**IDENTITY, "k": K, "extras": {"input_ids": torch.int32}}
 

@@ -287,7 +287,7 @@ CALLS = {
     "teacher_weights-negative": (
         {"teacher": [logits()] * 2, "teacher_weights": [-0.5, 1.5]},
         ValueError,
-        "teacher_weights must be >= 0, got -0.5",
+        'teacher_weights must be >= 0, got -0.5; those of mixture="logits" may be below 0',
     ),
     "teacher_weights-zero": (
         {"teacher": [logits()] * 2, "teacher_weights": torch.ones(N, L, 2).index_fill(1, torch.tensor([1]), 0.0)},

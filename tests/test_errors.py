@@ -98,6 +98,7 @@ OPTIONS = {
     "TVD": ({"divergence": "TVD"}, "got 'TVD'; did you mean 'tvd'?"),
     "logprobs": ({"teacher_form": "logprobs"}, "got 'logprobs'; did you mean 'log_probs'?"),
     "eager": ({"backend": "eager"}, "got 'eager'; did you mean 'torch'?"),
+    "akl": ({"divergence": "akl"}, "got 'akl'; did you mean 'mixed_kl'?"),
     "nothing": ({"reduction": "xyzzy"}, "got 'xyzzy'$"),
 }
 KEYWORDS = {
@@ -105,6 +106,7 @@ KEYWORDS = {
     "temprature": "did you mean 'temperature'?",
     "alpha": "did you mean 'kd_weight'?",
     "beta": r"unexpected option 'beta'; here it is divergence=kdkernels.JSD\(beta\)",
+    "reverse": r"unexpected option 'reverse'; here it is divergence=kdkernels.MixedKL\(reverse\)",
     "lmbda": "here it is nothing: it is a trainer's share of on-policy data",
     "log_target": "here it is teacher_form='log_probs'",
     "num_items_in_batch": "here it is normalizer",

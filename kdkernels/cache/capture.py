@@ -59,7 +59,7 @@ def run(
         batch_size: sequences in a call of the model. A call that goes on may have another one.
         rank, world_size: of this process among those that work at the same time; they only say where it begins.
         shard_bytes: size at which a shard is closed, after a whole batch: at most 64 MiB, and less for a small cache,
-            so that there are shards for many processes. What a kill loses is the shard of each process.
+            so that there are shards for many processes. A kill loses the shard of each process.
         settings: further facts that a call which goes on must agree in.
         tell: gets lines of progress.
 
@@ -68,6 +68,7 @@ def run(
 
     Raises:
         CaptureError: the folder was begun with other sequences or settings.
+        MissingShardError, TruncatedShardError, ChecksumError: the cache was whole, and a shard is not there any more.
     """
     if not sequences:
         raise CaptureError("there is no sequence to capture")

@@ -1,6 +1,6 @@
 """The bytes of a sequence in a shard: a teacher's expectations under a student's head, and the checksum of both kinds.
 
-Those of K ids and log-probabilities a token are in ``kdkernels.packing``.
+The codec of K ids and log-probabilities a token is in ``kdkernels.packing``.
 """
 
 from __future__ import annotations

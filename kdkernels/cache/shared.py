@@ -70,7 +70,7 @@ class SharedFolder:
 
     Raises:
         CaptureError: the folder was begun with other settings, or has something else in it.
-        CacheError: it was begun with another identity, or is open in a writer.
+        CacheError: it was begun with another identity, is open in a writer, or was whole and has lost a shard.
     """
 
     def __init__(self, folder: Path, index: Index, plan: Sequence[int], settings: dict[str, Any]) -> None:
@@ -109,6 +109,10 @@ class SharedFolder:
                 )
         found = dataclasses.replace(self._index.identity, **identity)
         found.require(self.folder, expectations=False, **vars(self._index.identity))
+        if self.finished:
+            # The records went when the index came, so that a shard which was lost since cannot be written for itself.
+            for shard in Index.read(self.folder).shards:
+                check_size(self.folder, shard)
         return plan
 
     @property

@@ -173,7 +173,11 @@ def mixture_weights(options: Any, count: int, student: Tensor, *, single: bool) 
     if not isinstance(weights, (Tensor, list, tuple)):
         raise TypeError(f"teacher_weights must be a tensor or a sequence of numbers, got {type(weights).__name__}")
     if not isinstance(weights, Tensor):
-        numbers = [number("teacher_weights", w, low=low) for w in weights]
+        numbers = [number("teacher_weights", w) for w in weights]
+        for w in numbers:
+            if w < low:
+                got = symbols.shown(w)
+                raise ValueError(f'teacher_weights must be >= 0, got {got}; those of mixture="logits" may be below 0')
         if any(symbols.is_symbol(w) for w in numbers):
             weights = torch.stack([symbols.as_tensor(w, dtype, student.device) for w in numbers])
         else:

@@ -46,6 +46,7 @@ SYNONYMS = {
     "js_div": "jsd",
     "generalized_jsd": "jsd",
     "tv": "tvd",
+    "akl": "mixed_kl",
     "ce": "soft_ce",
 }
 

@@ -55,7 +55,7 @@ class KDTrainer(Trainer):
         for name in _OWN:
             if name in options:
                 raise TypeError(f"kd_options must not have {name!r}, which the trainer gives itself")
-        # What is no option is an error here, not at the first batch.
+        # A name that is no option is an error here, not at the first batch.
         Objective.of(options)
         if not isinstance(teacher_model, torch.nn.Module):
             raise TypeError(f"teacher_model must be a torch.nn.Module, got {type(teacher_model).__name__}")

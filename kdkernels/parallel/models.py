@@ -1,7 +1,7 @@
 """The logits of student and teachers as a shard's kernels read them.
 
-A plain teacher's are read where they stand. Those of a mixture, of probabilities, beside a bias, or without a column
-are made of some rows at a time, so that there is never more than a block of them.
+A plain teacher's are read where they stand. The logits of a mixture, of probabilities, beside a bias, or without a
+column are made of some rows at a time, so that there is never more than a block of them.
 """
 
 from __future__ import annotations
