@@ -145,7 +145,7 @@ def errors_of(found: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
 
 
 def work(job: dict[str, Any]) -> Optional[dict[str, Any]]:
-    """What a rank measures; the first one tells of all."""
+    """The measurements of a rank; the first one tells of all."""
     torch.set_num_threads(1)
     store = f"file://{job['folder']}/store-{job['mode']}"
     dist.init_process_group("gloo", init_method=store, rank=job["rank"], world_size=job["ranks"])

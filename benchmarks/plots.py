@@ -111,7 +111,7 @@ def _name_curves(ax: Axes, found: Sequence[Row]) -> None:
 
 
 def _score(row: Row) -> Optional[tuple[str, float, float]]:
-    """What a trained student's score is called, the teacher's, and its own; None where there is none."""
+    """The name of a trained student's score, the teacher's, and its own; None where there is none."""
     for name, value in row.figures.items():
         if found := re.fullmatch(r"(\w+) \(teacher: (.*)\)", name):
             return found[1], float(found[2]), value

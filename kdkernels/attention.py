@@ -454,7 +454,7 @@ def _whole(query: Tensor, key: Tensor, call: _Call) -> Tensor:
 
 
 def _weights(call: _Call, query: Tensor) -> Tensor:
-    """What multiplies the losses of a sequence's queries ``[B]``, on the device."""
+    """The factor of the losses of a sequence's queries ``[B]``, on the device."""
     batch, heads, length, _ = query.shape
     ones = torch.ones(batch, dtype=sum_dtype(query.dtype), device=query.device)
     if call.reduction == "sum":

@@ -174,7 +174,7 @@ class TeacherTopK(NamedTuple):
 
     @classmethod
     def unpack(cls, buffer: Tensor, layout: Optional[TopKLayout] = None) -> TeacherTopK:
-        r"""What ``pack`` made a buffer of. Extras are in ``TopKLayout.unpack(buffer).extras``.
+        r"""The teacher that ``pack`` made a buffer of. Extras are in ``TopKLayout.unpack(buffer).extras``.
 
         Args:
             buffer: uint8 ``(nbytes,)``.

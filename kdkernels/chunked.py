@@ -57,7 +57,7 @@ class Expectation(NamedTuple):
         return Expectation(self.weight[rows], bias, entropy)
 
     def rest(self, launch: Launch, hidden: Tensor, mean: tuple[Tensor, Optional[Tensor]]) -> tuple[Tensor, Tensor]:
-        """What the loss ``[R]`` of a uniform teacher lacks, and its gradient ``[R, D]``, with the weights of the rows.
+        """The rest of a uniform teacher's loss ``[R]``, and its gradient ``[R, D]``, with the weights of the rows.
 
         ``mean`` is that of the head's rows and bias.
         """

@@ -63,7 +63,7 @@ def _run(given: list[str]) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except ImportError as error:
-        # Those that say which packages to install are made by hand, and name no module.
+        # Errors that say which packages to install are made by hand, and name no module.
         if error.name is not None:
             raise
         print(f"kdkernels: {error}", file=sys.stderr)

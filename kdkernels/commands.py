@@ -247,7 +247,7 @@ def capture(
 
 
 def _errors_of_caches() -> tuple[type[Exception], ...]:
-    """What commands on caches may fail with; their packages are here, or this is the end."""
+    """The errors of commands on caches, whose packages are here, or this is the end."""
     try:
         from kdkernels.cache import CacheError
         from kdkernels.cache.shared import CaptureError
@@ -283,7 +283,7 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 
 def _of_kind(index: Any) -> dict[str, Any]:
-    """What a cache of entries has, or one of expectations."""
+    """The facts of a cache of entries, or of one of expectations."""
     if not index.identity.hidden_size:
         return {"top-k": index.identity.k, "tail": "yes" if index.tail else "no"}
     return {

@@ -187,7 +187,7 @@ def of_heads(function: Callable[..., Any], arguments: Mapping[str, Any], side: s
 
 
 class _RowsLike(NamedTuple):
-    """What the placement of an argument is compared with."""
+    """The placement that an argument's is compared with."""
 
     device_mesh: Any
     placements: Sequence[Any]

@@ -528,7 +528,7 @@ def resolve(divergence: Union[str, Divergence]) -> Divergence:
 
 
 def of_acceptance(kind: str, number: float) -> Divergence:
-    """What ``lk_loss`` computes: with the least rate that a logarithm sees, or with eta."""
+    """The loss of ``lk_loss``: with the least rate that a logarithm sees, or with eta."""
     return _NegativeLogAcceptance(number) if kind == "nla" else _LKHybrid(number)
 
 

@@ -272,7 +272,7 @@ class Head:
         return self._wide("logits", dblock)
 
     def _residual(self, dblock: Tensor, operand: Tensor, scale: Optional[Tensor]) -> Tensor:
-        """What an operand lacks of the block that it was rounded from, whose place it takes."""
+        """The rest that an operand lacks of the block that it was rounded from, whose place it takes."""
         if scale is not None:
             dblock *= scale
         dblock -= operand.to(self._rounded)

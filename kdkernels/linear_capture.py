@@ -29,7 +29,7 @@ def capture_expectation(
     softcap: Optional[float] = None,
     chunk_bytes: Optional[int] = None,
 ) -> TeacherExpectation:
-    r"""What a student whose head is frozen needs of a teacher for the exact forward KL: D numbers a token, not V.
+    r"""All that a student whose head is frozen needs of a teacher for the exact forward KL: D numbers a token, not V.
 
     With the teacher's ``p = softmax(t / T)`` and the student's head W ``[V, D]`` and bias b, the loss and its gradient
     in the student's hidden states h are ::

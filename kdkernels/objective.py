@@ -24,7 +24,7 @@ PerRow = Union[float, Tensor]
 
 # Names of other libraries for an option.
 ALIASES = {"T": "temperature", "tau": "temperature", "temp": "temperature", "alpha": "kd_weight"}
-# What stands for an option of another library, where that is no option's name.
+# Values of ours that stand for an option of another library, where that is no option's name.
 ELSEWHERE = {
     "beta": "divergence=kdkernels.JSD(beta)",
     "jsd_beta": "divergence=kdkernels.JSD(beta)",

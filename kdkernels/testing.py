@@ -163,7 +163,7 @@ def textbook_divergence(
 
 
 def _of_options(options: Any, logp: Tensor, logq: Tensor, row_param: Optional[Tensor]) -> Tensor:
-    """What stands in the place of ``D(p, q) [N]`` for options of ``kd_loss`` or, with a ``kind``, of ``lk_loss``."""
+    """The number ``[N]`` in the place of ``D(p, q)`` for options of ``kd_loss`` or, with a ``kind``, of ``lk_loss``."""
     p, q = logp.exp(), logq.exp()
     part = options.get("teacher_lse") is not None
     rate, distance = torch.minimum(p, q).sum(-1), 0.5 * (p - q).abs().sum(-1)

@@ -126,7 +126,7 @@ def mixed_on_any_cpu(a, b, out, *, add):
 @pytest.mark.parametrize("distance", [0.02, 1.0])
 @pytest.mark.parametrize("on_gpu", [False, True], ids=["cpu", "gpu"])
 def test_products_of_16_bit_operands_lose_nothing_of_q(dtype, distance, on_gpu, monkeypatch):
-    """What the rounding of an operand takes off is multiplied too, in the capture and in the loss."""
+    """The part that the rounding of an operand takes off is multiplied too, in the capture and in the loss."""
     monkeypatch.setattr(heads, "products", lambda device, dtype, **_: "mixed" if dtype.itemsize == 2 else "plain")
     monkeypatch.setattr(heads, "mixed_product", mixed_on_any_cpu)
     init = heads.Head.__init__

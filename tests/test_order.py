@@ -1,4 +1,4 @@
-"""What knows the order of a row: ULD, top p, and the weight of adaptive KL, against fp64 and sorts."""
+"""Functions of the order of a row: ULD, top p, and the weight of adaptive KL, against fp64 and sorts."""
 
 import pytest
 import torch

@@ -1181,7 +1181,7 @@ def die(rank, world, folder):
 
 
 def run(program, world, folder):
-    """What each rank wrote down."""
+    """The results that each rank wrote down."""
     # The package that this process tests, wherever it is.
     path = os.pathsep.join([str(Path(kd.__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")])
     processes = [

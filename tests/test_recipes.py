@@ -130,7 +130,7 @@ def table(text):
 
 
 def public(name):
-    """What `kd.name` stands for."""
+    """The thing that `kd.name` stands for."""
     value = kd
     for part in name.split("."):
         value = getattr(value, part)

@@ -74,7 +74,7 @@ def test_every_time_of_ours_has_an_instruction_count():
         if name.startswith("kdkernels"):
             assert all(work.instructions for work in works.values()), name
     by_name = dict(roofline.rows())
-    # What has none of an AMD GPU's own has no milliseconds there.
+    # Rows without a count of an AMD GPU's own have no milliseconds there.
     assert "MI300X" not in by_name["kdkernels topk_kd_loss, Triton"]
     assert "MI300X" not in by_name["Fast-LLM forward/reverse KL"]
     amd = roofline.ours(device("MI300X"))["forward_kl"]

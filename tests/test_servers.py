@@ -32,7 +32,7 @@ def entries(row, extra=None):
     return found
 
 
-# What a model says of token i stands at i.
+# A model's word on token i stands at i.
 VLLM = [None, *({t: Logprob(x, r, str(t)) for t, x, r in entries(i, TOKENS[i + 1])} for i in range(L - 1))]
 SGLANG = [None, *([(x, t, None) for t, x, _ in entries(i)] for i in range(L - 1))]
 

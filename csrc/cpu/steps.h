@@ -171,7 +171,7 @@ struct Counters {
 };
 
 // Bins of 1/256 in logit / T, below the largest of a row. Two columns of a bin differ by less than 0.4 %, and their
-// mean is known to 1e-6, so that a sum of whole bins is as good as one of all columns. What is in the last bin or
+// mean is known to 1e-6, so that a sum of whole bins is as good as one of all columns. All that is in the last bin or
 // beyond, e^-32 of the largest, counts as 0.
 constexpr int32_t kBinBits = 13, kPlaceBits = 18, kBins = 1 << kBinBits;
 constexpr float kBinsPerUnit = 256;

@@ -32,7 +32,7 @@ void launch(const Tensor& teacher, const std::optional<Tensor>& temperature_rows
   void* stream = nullptr;
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(teacher.get_device_index(), &stream) == AOTI_TORCH_SUCCESS,
                   "kdkernels: torch has no current stream on this device");
-  // What the largest k needs: a state of the kernel, which other threads with another k must find alike.
+  // The need of the largest k: a state of the kernel, which other threads with another k must find alike.
   check(cudaFuncSetAttribute(capture_topk_kernel<X>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes(kMaxK)));
   capture_topk_kernel<X><<<unsigned(ids.size(0)), kThreads, shared_bytes(int(k)), static_cast<cudaStream_t>(stream)>>>(
       static_cast<const X*>(teacher.const_data_ptr()), teacher.stride(0), teacher.stride(1), teacher.size(1),

@@ -190,7 +190,7 @@ class ExpectationCache(_Cache):
         return self._sequence(item)
 
     def teacher(self, tensors: Union[ExpectationSequence, Mapping[str, Tensor]]) -> TeacherExpectation:
-        """What ``linear_kd_loss`` takes of a sequence, or of a batch by ``collate``, with the temperature."""
+        """The argument of ``linear_kd_loss``, of a sequence, or of a batch by ``collate``, with the temperature."""
         found = tensors._asdict() if isinstance(tensors, ExpectationSequence) else tensors
         return TeacherExpectation(
             found["expectation"], found["entropy"], found.get("expected_bias"), self.identity.temperature

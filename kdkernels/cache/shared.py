@@ -169,7 +169,7 @@ class SharedFolder:
         return self._record(number) is not None or self.finished
 
     def _record(self, number: int) -> Optional[Shard]:
-        """What is known of a shard that is on the disk, whole; None where it is to be written, again perhaps."""
+        """The record of a shard that is on the disk, whole; None where it is to be written, again perhaps."""
         path = self.folder / RECORD_NAME.format(number)
         try:
             shard = Shard(**json.loads(path.read_text()))

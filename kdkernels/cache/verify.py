@@ -1,4 +1,4 @@
-"""What is wrong with the shards of a cache, one by one: what ``kdkernels cache verify`` prints."""
+"""The faults of a cache's shards, one by one, as ``kdkernels cache verify`` prints them."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ _open_writers: weakref.WeakSet[_Writer] = weakref.WeakSet()
 
 
 class _Writer:
-    """What all writers have in common: sequences gather as rows of arrays, and shards are closed."""
+    """The common part of all writers: sequences gather as rows of arrays, and shards are closed."""
 
     def __init__(self, path: Union[str, Path], new: Index, shard_bytes: int) -> None:
         self._shard_bytes = checks.integer("shard_bytes", shard_bytes, low=1)

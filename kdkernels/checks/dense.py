@@ -277,7 +277,7 @@ def reverse_mode_only(backend: Optional[str], *tensors: Optional[Tensor]) -> Non
 
 
 def one_gradient(*gradients: Tensor) -> None:
-    """What comes into a backward over a sharded vocabulary is no batch of gradients."""
+    """A backward over a sharded vocabulary takes no batch of gradients."""
     if any(map(transforms.stands_for_others, gradients)):
         raise RuntimeError(
             "a loss of hidden states over a sharded vocabulary takes one gradient at a time: leave out "

@@ -1,4 +1,4 @@
-"""What the modules share: divergences by ``beta``, masks, students of log-probabilities."""
+"""Shared by the modules: divergences by ``beta``, masks, students of log-probabilities."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class DistillKLDivLoss(torch.nn.Module):
             checks.number(name, getattr(self, name), low=0.0, exclusive_low=True)
 
     def get_config_dict(self) -> dict[str, Any]:
-        """What a model card says of the loss."""
+        """The loss as a model card has it."""
         name = getattr(self.similarity_fct, "__name__", repr(self.similarity_fct))
         found = {"similarity_fct": name, "temperature": self.temperature}
         for side in ("student_temperature", "teacher_temperature"):

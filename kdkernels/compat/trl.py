@@ -342,7 +342,7 @@ _PLACES: dict[str, tuple[Optional[str], tuple[tuple[str, Callable[..., Any]], ..
     "trl.experimental.sdpo.sdpo_trainer": (None, _SELF),
     "trl.experimental.async_distillation.async_distillation_trainer": (None, (_ASYNC,)),
 }
-# What was there before, by owner and name.
+# The functions of TRL that were replaced, by owner and name.
 _originals: dict[tuple[Any, str], Any] = {}
 
 

@@ -232,7 +232,7 @@ def hits_of(x, offs_v, key, at, last, KIND: tl.constexpr):
     return tl.sum(tl.sum(hits.to(tl.int32), axis=2), axis=0)
 
 
-# What few rows need reads them once more: else registers would keep them for it.
+# Steps that few rows need read them once more: else registers would keep them for it.
 @triton.jit
 def count_in_row(row_ptr, span, key, at, last, KIND: tl.constexpr, TILE: tl.constexpr):
     BLOCK_V: tl.constexpr = TILE[0] * TILE[1] * TILE[2]

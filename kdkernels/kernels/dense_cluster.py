@@ -190,7 +190,7 @@ def plus(k: tl.constexpr, total, x):
 # the others. The rest are whole, but for the last piece where a row may end there, by where it starts: CUT is 2.
 @triton.constexpr_function
 def at_end(k, TILE):
-    """Whether a piece can reach beyond its row, and of one that cuts vectors has to move columns one by one."""
+    """True if a piece can reach beyond its row, and of one that cuts vectors has to move columns one by one."""
     return k == 0 or (TILE[3] == 2 and k == TILE[0] - 1) if TILE[3] else k == TILE[0] - 1
 
 

@@ -55,7 +55,7 @@ class TritonDivergence(NamedTuple):
     # The kernels take the row's largest p as the unit, which keeps logarithms, and their rounding, small.
     scalable: bool = False
     full: Optional[Full] = None
-    # What is made of the distance before its gradient, see terms.outer_value; or 3: the full pair's score lacks forward
+    # The function of the distance before its gradient, see terms.outer_value; or 3: the full pair's score lacks forward
     # KL's part, which weighs 1 less the row's parameter.
     outer: int = 0
 

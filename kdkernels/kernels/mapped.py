@@ -290,7 +290,7 @@ def mapped_fwd_kernel(
         kd_scale = divergence_scale(row_scale, weights, values.temperature, rows, index, counted)
 
     if GRAD:
-        # What other threads read of a row is read before its gradient may take its place.
+        # All reads of a row, by any thread, come before its gradient may take its place.
         tl.debug_barrier()
         first_d = first_elements(dstudent, batch, row)
         for start in range(0, V, BLOCK_V):

@@ -321,7 +321,7 @@ def tile_heads(TILE: tl.constexpr):
 
 @triton.jit
 def is_at_end(start, span, TILE: tl.constexpr):
-    """Whether the tile from start on has an end of the row in it."""
+    """True if the tile from start on has an end of the row in it."""
     return (start < span.start) | (start + TILE[0] * TILE[1] * TILE[2] > span.stop)
 
 
@@ -336,7 +336,7 @@ def load_tile(row_ptr, start, span, TILE: tl.constexpr, PART: tl.constexpr = 0):
 
 @triton.jit
 def empty_tile(row_ptr, TILE: tl.constexpr):
-    """What a loop that loads tiles starts from."""
+    """The start of a loop that loads tiles."""
     ROLL: tl.constexpr = TILE[0]
     LANES: tl.constexpr = TILE[1]
     VEC: tl.constexpr = TILE[2]

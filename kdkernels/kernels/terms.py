@@ -122,7 +122,7 @@ def statistics_of(p, logp, q, logq):
 
 @triton.jit
 def outer_value(distance, rate, kl, param, OUTER: tl.constexpr):
-    """What ``lk_loss`` makes of a row's TVD, acceptance rate and KL; the factors of the gradients of KL and TVD.
+    """The value of ``lk_loss`` from a row's TVD, acceptance rate and KL; the factors of the gradients of KL and TVD.
 
     OUTER 1: -log of the rate, which counts as no less than param. 2: KL by exp(-param rate), and TVD by the rest.
     """

@@ -339,7 +339,7 @@ _PLACEABLE: dict[tuple, bool] = {}
 
 
 def _placeable(plan: Plan, name: str, device: Optional[int], compiled: Callable[[Plan], Any]) -> bool:
-    """Whether the GPU, of which this process may have a part, has room for one cluster of the plan."""
+    """True if the GPU, of which this process may have a part, has room for one cluster of the plan."""
     key = (plan, name, device)
     if key not in _PLACEABLE:
         try:

@@ -190,7 +190,7 @@ def values_of(call: TokenCall, logits: Tensor, ids: Tensor, shards: Shards) -> V
 
 
 def part_of(call: TokenCall, logits: Tensor, local: Tensor, shards: Shards) -> Part:
-    """What this rank's columns tell of every row."""
+    """The numbers of every row that this rank's columns tell."""
     options, columns = call.options, shards.columns
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     entropy, tail, stats = options["entropy"], options["tail_mass"], options["stats"]

@@ -47,7 +47,7 @@ def topk_kd_loss(given: TopKObjective, student: Any, ids: Any, logprobs: Any, la
 
 
 class _Student(NamedTuple):
-    """What the student says of a row's distinct ids ``[N, K]``, of all others together, and of its label."""
+    """The student's numbers of a row's distinct ids ``[N, K]``, of all others together, and of its label."""
 
     picked: Tensor  # log-probabilities at the loss's temperature
     log_outside: Tensor

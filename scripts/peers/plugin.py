@@ -101,7 +101,7 @@ if PEER == "trl":
     from kdkernels.compat import trl
 
     trl.patch()
-    # What the tests of another release ask of it is not there.
+    # Parts that the tests of another release ask of it are not there.
     importlib.import_module("trl.import_utils").__getattr__ = lambda name: lambda *_, **__: False
 
 

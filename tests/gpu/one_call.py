@@ -142,7 +142,7 @@ CALLS = [
 
 
 def check(call, device, backend):
-    """What is wrong with the backend's results of a call; None where nothing is."""
+    """The fault of the backend's results of a call; None where there is none."""
     tensors = make(call, device)
     found = call.run(tensors, backend)
     if device != "cpu":
@@ -164,7 +164,7 @@ def launch(number):
 
 
 def compile_calls(**options):
-    """What Triton's kernels need for all calls, from all processors."""
+    """Compile all that Triton's kernels need for all calls, on all processors."""
     from ahead import compile_ahead
 
     calls = [(launch, number) for number, call in enumerate(CALLS) if "triton" not in ops.LACKING.get(call.pattern, {})]

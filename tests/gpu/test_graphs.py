@@ -10,7 +10,7 @@ KINDS = {call.name: call for call in CALLS if call.columns in (1000, 4097, 50257
 
 
 def replayed(call, backend, device="cuda"):
-    """What a graph of the call on some inputs gives after others were copied into its place, and a call on those."""
+    """The results of a graph of the call on some inputs after others took their place, and of a call on those."""
     first, second = (make(call, device, seed) for seed in (1, 2))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

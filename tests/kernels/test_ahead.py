@@ -1,4 +1,4 @@
-"""What is compiled ahead is what a launch on the GPU looks for: no kernel is compiled twice."""
+"""A launch on the GPU looks for the kernels that are compiled ahead: no kernel is compiled twice."""
 
 from pathlib import Path
 

@@ -195,7 +195,7 @@ LAYOUTS = [
 @pytest.mark.parametrize("arch, V, N, dtype, of_teacher, offsets, gap, name", LAYOUTS, ids=str)
 def test_layouts(arch, V, N, dtype, of_teacher, offsets, gap, name):
     """Dtypes of their own, rows anywhere, mass in the last column alone, labels at both ends, and a column's number as
-    the one to ignore; by one pass and by sweeps. What lies between the rows stays."""
+    the one to ignore; by one pass and by sweeps. All that lies between the rows stays."""
     types = DTYPES[dtype], DTYPES[of_teacher], DTYPES[dtype]
     buffers = [torch.full((n + N * (V + gap),), math.nan, dtype=x) for n, x in zip(offsets, types, strict=True)]
     views = [x[n:].view(N, V + gap)[:, :V] for x, n in zip(buffers, offsets, strict=True)]

@@ -1,4 +1,4 @@
-"""What the Triton at hand makes of every form of ``budgets.py``: ``python tests/kernels/versions.py RESULT.json``.
+"""The binaries of the Triton at hand of every form of ``budgets.py``: ``python tests/kernels/versions.py RESULT.json``.
 
 The budgets are those of one version of Triton. Of any other one it is asked that every form compiles for every target,
 and that a tile is not spilled. ``scripts/test-triton-versions`` runs this in an environment for each version.

@@ -544,7 +544,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) topk_fwd_kernel(const __grid_c
   void* const memory = launch.workspace == nullptr
                            ? static_cast<void*>(shared + plan.entries_at)
                            : static_cast<char*>(launch.workspace) + row * plan.workspace_per_row;
-  // What needs to know which logits are entries: softcaps, sums of logits, outcomes one by one.
+  // Operands that need to know which logits are entries: softcaps, sums of logits, outcomes one by one.
   const bool smooths = args.label_smoothing != 0 && (args.ce_weight != 0 || args.stats != nullptr);
   const bool marks_all = !plan.resident || plan.every || smooths || args.student_softcap != 0;
   const int vectors = grid.vectors(columns), begin = min(vectors, team.block * plan.share);
