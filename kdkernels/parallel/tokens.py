@@ -67,8 +67,8 @@ class ShardedTokens(torch.autograd.Function):
         _, local, upstream = of_own_columns(ctx.call, shards, ids, upstream)
         if dtail is not None:
             # d tail = -sum_S q_id / tail (dlogprobs_id): outside S that leaves q (1 - tail) / tail.
-            share = torch.where(torch.isneginf(tail), 0.0, dtail).unsqueeze(-1)
-            none = (local == -1) | (ids == ops.ELSEWHERE)
+            share, nothing_outside = dtail.unsqueeze(-1), torch.isneginf(tail).unsqueeze(-1)
+            none = (local == -1) | (ids == ops.ELSEWHERE) | nothing_outside
             upstream = upstream - torch.where(none, 0.0, share * (logprobs - tail.unsqueeze(-1)).exp())
         if dlse is not None:
             # A token that no rank has, of which all columns take their part.
