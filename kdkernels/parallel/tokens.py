@@ -66,16 +66,77 @@ class ShardedTokens(torch.autograd.Function):
         upstream = torch.zeros_like(logprobs) if dlogprobs is None else dlogprobs
         _, local, upstream = of_own_columns(ctx.call, shards, ids, upstream)
         if dtail is not None:
-            # d tail = -sum_S q_id / tail (dlogprobs_id): outside S that leaves q (1 - tail) / tail.
-            share, nothing_outside = dtail.unsqueeze(-1), torch.isneginf(tail).unsqueeze(-1)
-            none = (local == -1) | (ids == ops.ELSEWHERE) | nothing_outside
-            upstream = upstream - torch.where(none, 0.0, share * (logprobs - tail.unsqueeze(-1)).exp())
-        if dlse is not None:
+            dlse = torch.zeros_like(dtail) if dlse is None else dlse
+            local, norm, upstream, of_ids = _of_tail(ctx.call, logits, local, norm, upstream, dtail, dlse, tail)
+        elif dlse is not None:
             # A token that no rank has, of which all columns take their part.
             local = torch.cat([local, torch.full_like(local[:, :1], ops.ELSEWHERE)], 1)
             upstream = torch.cat([upstream, -dlse.unsqueeze(-1)], 1)
         gradient = _gradient(ctx, logits, local, norm, entropy, upstream.contiguous(), dentropy, rows)
+        if dtail is not None and shards.columns:
+            of_ids.write(gradient)
         return gradient, *nothing
+
+
+class _OfIds(NamedTuple):
+    """Columns of this rank ``[N, K]``, where ``here``, and their gradient."""
+
+    columns: Tensor
+    here: Tensor
+    gradient: Tensor
+
+    def write(self, gradient: Tensor) -> None:
+        """Put them in their places."""
+        # A slot that is of another rank says the same as the first one of this rank; without one nothing changes.
+        first = self.here.to(torch.int8).argmax(-1, keepdim=True)
+        some = self.here.any(-1, keepdim=True)
+        columns = torch.where(self.here, self.columns, torch.where(some, self.columns.gather(1, first), 0))
+        values = torch.where(self.here, self.gradient, self.gradient.gather(1, first)).to(gradient.dtype)
+        columns = columns.reshape(*gradient.shape[:-1], columns.shape[1])
+        values = torch.where(some, values, rows_of(gradient[..., :1]))
+        gradient.scatter_(-1, columns, values.reshape(columns.shape))
+
+
+def _of_tail(
+    call: TokenCall,
+    logits: Tensor,
+    local: Tensor,
+    norm: Tensor,
+    upstream: Tensor,
+    dtail: Tensor,
+    dlse: Tensor,
+    tail: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, _OfIds]:
+    """Ids, norm and upstream gradients for the kernel, which writes columns outside the ids, and those of the ids.
+
+    The tail's gradient is q / Q - q outside, of mass Q, and -q at the ids. There it must not be the difference of two
+    numbers of the size of 1 / Q: where the student is sure of the ids nothing would be left of it.
+    """
+    temperature, softcap = column(call.reference_options()["temperature"]), call.options["softcap"]
+    top, z = norm.unbind(-1)
+    upstream = torch.where(local == -1, 0.0, upstream)
+    some = torch.isneginf(tail).logical_not() & (local != -1).any(-1)
+    share = torch.where(some, dtail, 0.0)
+    of_all = upstream.sum(-1) - dlse + share
+    counted = (upstream != 0).any(-1) | (dlse != 0) | (share != 0)
+    # Outside a column counts by its part of Q: as if Q were all there is.
+    of_each = temperature.squeeze(-1) if isinstance(temperature, Tensor) else temperature
+    log_mass = torch.where(some, z.log() + tail, 0.0)
+    of_outside = torch.where(some, top + of_each * log_mass, top)
+    rest = (log_mass - (of_outside - top) / of_each).exp()
+    kernel_norm = torch.stack([of_outside, torch.where(some, rest, z)], -1)
+    factor = torch.where(some, of_all * tail.exp() - share, of_all)
+    factor = torch.where(counted, factor, 0.0)
+    slot = torch.where((local != -1).any(-1), ops.ELSEWHERE, -1).unsqueeze(-1)
+
+    here = local >= 0
+    x = torch.where(here, picked_logits(logits.detach(), local, softcap, z.dtype), 0.0)
+    q = ((x - top.unsqueeze(-1)) / temperature).exp() / z.unsqueeze(-1)
+    gradient = (upstream - q * of_all.unsqueeze(-1)) / temperature
+    if softcap:
+        gradient = gradient * (1 - (x / softcap).square())
+    gradient = torch.where(counted.unsqueeze(-1), gradient, 0.0)
+    return slot.to(local.dtype), kernel_norm, factor.unsqueeze(-1), _OfIds(local, here, gradient)
 
 
 def of_own_columns(call: TokenCall, shards: Shards, ids: Tensor, upstream: Tensor) -> tuple[TokenCall, Tensor, Tensor]:
