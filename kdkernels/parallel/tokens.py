@@ -189,7 +189,7 @@ class Part(NamedTuple):
     top: Tensor
     z: Tensor
     weighted: Optional[Tensor]  # sum e^a a, a = (x - m) / T
-    outside: Optional[Tensor]  # sum of e^a outside the ids
+    outside: Optional[Tensor]  # log of the sum of e^a outside the ids
     squares: Optional[Tensor]  # sum e^2a
     mean: Optional[Tensor]  # the sum of its logits over the size of the vocabulary
 
@@ -204,8 +204,14 @@ def values_of(call: TokenCall, logits: Tensor, ids: Tensor, shards: Shards) -> V
     counted = (local != -1).any(-1)
     # Of which m is but near.
     highest = [_highest(logits[..., : shards.columns], options["softcap"], part.z.dtype)] if options["stats"] else []
-    top, *highest = shards.largest(part.top, *highest)
-    shift = (part.top - top) / temperature
+    # The mass outside may be too small a part of all for a number: a shard tells it relative to the largest.
+    levels = [] if part.outside is None else [part.top / temperature + part.outside]
+    top, *maxima = shards.largest(part.top, *highest, *levels)
+    shift, level = (part.top - top) / temperature, torch.zeros_like(top)
+    outside_here = []
+    if part.outside is not None:
+        level = torch.where(torch.isneginf(maxima[-1]), level, maxima[-1] - top / temperature)
+        outside_here = [(part.outside + shift - level).exp()]
     fall = torch.where(part.z == 0, 0.0, shift.exp())
 
     def relative(value: Optional[Tensor], factor: Tensor) -> list[Tensor]:
@@ -220,7 +226,7 @@ def values_of(call: TokenCall, logits: Tensor, ids: Tensor, shards: Shards) -> V
         part.z * fall,
         x,
         *relative(weighted, fall),
-        *relative(part.outside, fall),
+        *outside_here,
         *relative(part.squares, fall.square()),
         *mean,
     ]
@@ -240,11 +246,11 @@ def values_of(call: TokenCall, logits: Tensor, ids: Tensor, shards: Shards) -> V
     if weighted is not None:
         entropy = torch.where(counted, (log_z - next(rest) / z).clamp(min=0.0), zero)
     if part.outside is not None:
-        outside = torch.where(counted, (next(rest).log() - log_z).clamp(max=0.0), zero)
+        outside = torch.where(counted, (level + next(rest).log() - log_z).clamp(max=0.0), zero)
     if part.squares is not None:
         squares = torch.where(counted, (next(rest).log() - 2 * log_z).clamp(max=0.0), zero)
         of_mean = torch.where(counted, next(rest) + 0 * log_z, zero)
-        largest = (local != -1) & known & (x + top.unsqueeze(-1) == highest[0].unsqueeze(-1)) & ~z.isnan().unsqueeze(-1)
+        largest = (local != -1) & known & (x + top.unsqueeze(-1) == maxima[0].unsqueeze(-1)) & ~z.isnan().unsqueeze(-1)
         stats = torch.cat([squares.unsqueeze(-1), of_mean.unsqueeze(-1), largest.to(z.dtype)], 1)
     norm = torch.stack([torch.where(counted, top, zero), torch.where(counted, z, zero)], -1)
     return Values(logprobs, entropy, lse, outside, stats, norm)
@@ -262,7 +268,7 @@ def part_of(call: TokenCall, logits: Tensor, local: Tensor, shards: Shards) -> P
             lowest,
             zero,
             zero if entropy else None,
-            zero if tail else None,
+            torch.full_like(zero, -torch.inf) if tail else None,
             zero if stats else None,
             zero if stats else None,
         )
@@ -280,7 +286,7 @@ def part_of(call: TokenCall, logits: Tensor, local: Tensor, shards: Shards) -> P
         top,
         z,
         z * (z.log() - of_entropy) if entropy else None,
-        z * of_tail.exp() if tail else None,
+        torch.where(z == 0, -torch.inf, z.log() + of_tail) if tail else None,
         z.square() * of_stats[:, 0].exp() if stats else None,
         mean,
     )
@@ -300,7 +306,7 @@ def _part_in_torch(call: TokenCall, rows: Tensor, local: Tensor, total: int) -> 
     if options["tail_mass"]:
         among = torch.zeros(x.shape[0], x.shape[1] + 1, dtype=torch.bool, device=x.device)
         among = among.scatter(1, torch.where(local >= 0, local, x.shape[1]), True)[:, :-1]
-        outside = torch.where(among, 0.0, e).sum(-1)
+        outside = torch.where(among, -torch.inf, a).logsumexp(-1)
     if options["stats"]:
         squares, mean = e.square().sum(-1), (x / total).sum(-1)
     return Part(top.squeeze(-1), e.sum(-1), weighted, outside, squares, mean)
