@@ -223,12 +223,12 @@ def check_a_student_that_is_sure_of_the_ids():
     """What is left outside them is too little for a number, or all but nothing beside 1."""
     of_ranks = widths()[0]
     ids = torch.arange(0, VOCABULARY, 9).expand(ROWS, -1).contiguous()
-    for gap in (6.0, 14.0, 30.0, 130.0):
+    for gap in (14.0, 130.0):
         student, teacher, labels = inputs(7)
         student[3], labels[1] = 0.0, ids[1, 2]
         student = student.scatter_add(1, ids, torch.full(ids.shape, gap))
         logprobs = torch.log_softmax(teacher, -1).gather(1, ids)
-        expected = kd.gather_logprobs(student.double(), ids, backend="torch").tail_logprob
+        expected = kd.gather_logprobs(student.double(), ids, backend="torch").tail_logprob.float()
         for k, divergence in enumerate(("forward_kl", "reverse_kl", "jsd")):
             options = {"divergence": divergence, "reduction": "none", "ce_weight": 0.1 * (k % 2)}
             wide = student.double().requires_grad_()
@@ -242,8 +242,12 @@ def check_a_student_that_is_sure_of_the_ids():
                 torch.testing.assert_close(got, loss.float(), rtol=2e-5, atol=1e-5, **told)
                 gradient = wide.grad[:, columns_of_rank(of_ranks)].float()
                 torch.testing.assert_close(mine.grad, gradient, rtol=1e-4, atol=4e-6, **told)
-                found = kd.gather_logprobs(mine.detach(), ids, backend=backend, process_group=group()).tail_logprob
-                torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5, **told)
+                if not k:
+                    found = kd.gather_logprobs(mine.detach(), ids, backend=backend, process_group=group()).tail_logprob
+                    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, **told)
+                    found = kd.capture_topk(mine.detach(), ids.shape[1], backend=backend, process_group=group())
+                    of_all = kd.capture_topk(student.double(), ids.shape[1], backend="torch").tail_logprob.float()
+                    torch.testing.assert_close(found.tail_logprob, of_all, rtol=1e-5, atol=1e-5, **told)
 
 
 def check_sparse_teachers_of_all_columns_of_no_row_and_of_no_term():

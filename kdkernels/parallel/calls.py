@@ -118,11 +118,11 @@ def capture_topk(
     none = part.z == 0  # nothing of the row is finite here
     if local_k == 0:
         ids = torch.empty((len(nowhere), 0), dtype=torch.int64, device=logits.device)
-        outside = part.z
+        outside = torch.full_like(part.z, -torch.inf)
     else:
         ids, tail = _captured(name, logits, local_k, call, shards.columns)
         ids = torch.where(none.unsqueeze(-1), -1, ids)
-        outside = torch.where(none, 0.0, part.z * tail.exp())
+        outside = torch.where(none, -torch.inf, part.z.log() + tail)
     found = _Candidates(shards, picked_logits(logits, ids, 0.0, part.z.dtype), ids, k)
     parts = shards.gathered(found.packed(part.top, part.z, outside))
     x = torch.cat([item[:, :k] for item in parts], 1)
@@ -160,8 +160,10 @@ def _merged(
     x, order = x.sort(dim=-1, descending=True, stable=True)
     ids = ids.gather(1, order)
     scaled = (x - highest) / temperature
-    left = torch.where(ids[:, k:] == -1, 0.0, scaled[:, k:].exp()).sum(-1, keepdim=True)
-    tail = (((outside * fall).sum(-1, keepdim=True) + left) / total).log().clamp(max=0.0)
+    # In logarithms: the mass outside may be too small a part of all for a number.
+    left = torch.where(ids[:, k:] == -1, -torch.inf, scaled[:, k:])
+    outside = torch.where(torch.isneginf(outside), outside, outside + (top - highest) / temperature)
+    tail = (torch.cat([outside, left], 1).logsumexp(-1, keepdim=True) - total.log()).clamp(max=0.0)
     ids, logprobs = ids[:, :k], (scaled[:, :k] - total.log()).clamp(max=0.0)
     logprobs = torch.where(ids == -1, -torch.inf, logprobs)
     # A row without a distribution.
