@@ -229,7 +229,7 @@ def check_a_student_that_is_sure_of_the_ids():
         student = student.scatter_add(1, ids, torch.full(ids.shape, gap))
         logprobs = torch.log_softmax(teacher, -1).gather(1, ids)
         expected = kd.gather_logprobs(student.double(), ids, backend="torch").tail_logprob.float()
-        for k, divergence in enumerate(("forward_kl", "reverse_kl", "jsd")):
+        for k, divergence in enumerate(("forward_kl", "jsd")):
             options = {"divergence": divergence, "reduction": "none", "ce_weight": 0.1 * (k % 2)}
             wide = student.double().requires_grad_()
             loss = kd.topk_kd_loss(wide, ids, logprobs, labels, backend="torch", **options)
@@ -429,6 +429,17 @@ def check_ranks_that_disagree_are_told():
         ValueError,
         "dtype must be the same",
         lambda: kd.kd_loss(s.to((torch.float32, torch.bfloat16)[rank == 1]), t, **here),
+    )
+    # Calls that tell as many facts, and others.
+    for other in (kd.lk_loss, kd.logit_mse_loss, lambda s, t, **more: kd.gather_logprobs(s, labels[:, None], **more)):
+        refused(ValueError, "function must be the same", lambda call=(kd.kd_loss if rank else other): call(s, t, **here))
+    # Backward has a sum over the ranks, which a rank without a gradient would not come to.
+    top = kd.capture_topk(teacher, 3)
+    mine = s.clone().requires_grad_(rank == 0)
+    refused(
+        ValueError,
+        "student.requires_grad must be the same",
+        lambda: kd.topk_kd_loss(mine, top.ids, top.logprobs, tail="uniform", **here),
     )
     # An error of one rank alone.
     wrong = labels.clone()

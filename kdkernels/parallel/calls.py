@@ -18,11 +18,11 @@ from kdkernels.reference.dense import column
 from kdkernels.tokens import first_of_equals, shaped, token_call
 
 
-def facts_of(options: Options, logits: Tensor, **more: Any) -> dict[str, Any]:
+def facts_of(function: str, options: Options, logits: Tensor, **more: Any) -> dict[str, Any]:
     """Of a call, what all ranks must have in common, by name."""
     given = {name: value for name, value in options.given().items() if name != "process_group"}
     told = sorted((name, "tensor" if isinstance(value, Tensor) else str(value)) for name, value in given.items())
-    return {"rows": logits.shape[:-1].numel(), "dtype": logits.dtype, "options": told, **more}
+    return {"function": function, "rows": logits.shape[:-1].numel(), "dtype": logits.dtype, "options": told, **more}
 
 
 @outside_graphs
@@ -31,7 +31,7 @@ def token_logprobs(given: TokenOptions, logits: Tensor, ids: Any) -> Any:
     checks.shard("logits", logits)
     if given.inplace_backward:
         checks.inplace_allowed(logits, "inplace_backward", "logits tensor")
-    facts = facts_of(given, logits, ids=getattr(ids, "shape", None))
+    facts = facts_of("token_logprobs", given, logits, ids=getattr(ids, "shape", None))
 
     def check(total: int) -> tuple[Tensor, TokenCall]:
         tokens = checks.token_ids(ids, logits, total, given.ignore_index)
@@ -59,7 +59,7 @@ def gather_logprobs(given: TokenOptions, teacher_logits: Tensor, ids: Any) -> Te
         call = token_call(given, logits, tokens, total)
         return tokens, call._replace(options={**call.options, "tail_mass": True, "ignore_index": -1})
 
-    facts = facts_of(given, logits, ids=getattr(ids, "shape", None))
+    facts = facts_of("gather_logprobs", given, logits, ids=getattr(ids, "shape", None))
     shards, (tokens, call) = shards_of(given.process_group, logits, given.vocab_size, facts, check)
     logprobs, _, _, tail, _ = sharded_values(call, logits, tokens, shards)
     logprobs = torch.where(tokens == -1, -torch.inf, logprobs)
@@ -111,7 +111,7 @@ def capture_topk(
         return given, name, nowhere, token_call(given, logits, nowhere, total)
 
     of_rows = "tensor" if isinstance(temperature, Tensor) else temperature
-    facts = facts_of(TokenOptions(), logits, temperature=of_rows, k=k, vocab_size=vocab_size)
+    facts = facts_of("capture_topk", TokenOptions(), logits, temperature=of_rows, k=k, vocab_size=vocab_size)
     shards, (_, name, nowhere, call) = shards_of(group, logits, vocab_size, facts, check)
     local_k = min(k, shards.columns)
     part = part_of(call, logits, nowhere, shards)

@@ -33,7 +33,10 @@ def topk_kd_loss(given: TopKObjective, student: Any, ids: Any, logprobs: Any, la
     checks.shard("student", student)
     if given.inplace:
         raise ValueError("inplace cannot be combined with process_group in topk_kd_loss")
-    facts = facts_of(given, student, ids=getattr(ids, "shape", None), labels=labels is not None)
+    facts = facts_of(given.function, given, student, ids=getattr(ids, "shape", None), labels=labels is not None)
+    if _each_column(given.tail, given.resolved.name):
+        # Backward has a sum over the ranks.
+        facts["student.requires_grad"] = student.requires_grad and torch.is_grad_enabled()
 
     def check(total: int) -> Launch:
         launch = topk_launch(given, student, (ids, logprobs), labels, tail_logprob, total)
@@ -164,6 +167,13 @@ def _of_student(launch: Launch, shards: Shards, student: Tensor, ids: Tensor, co
     return _Student(picked, log_outside, lse, label_logprob, lse1)
 
 
+def _each_column(tail: str, divergence: str) -> bool:
+    """True where the divergence is a sum over all columns, of which each is looked at by itself."""
+    if tail in ("renormalize", "drop"):
+        return not by_name(divergence).linear_without_teacher
+    return tail == "uniform"
+
+
 def _divergence(
     launch: Launch,
     shards: Shards,
@@ -198,7 +208,7 @@ def _divergence(
         # Of no column f may have no gradient.
         logp, logq = (torch.where(outside > 0, x, 0.0)[:, None] for x in (teacher.log_rest, found.log_outside))
         return d + torch.where(outside > 0, pointwise(logp, logq).squeeze(1), 0.0)
-    if tail in ("renormalize", "drop") and by_name(name).linear_without_teacher:
+    if not _each_column(tail, name):
         # The terms at p = 0 add up to f(0, 1) sum q.
         one = torch.zeros_like(d)[:, None]
         return d + pointwise(one - torch.inf, one).squeeze(1) * found.log_outside.exp()
