@@ -432,7 +432,9 @@ def check_ranks_that_disagree_are_told():
     )
     # Calls that tell as many facts, and others.
     for other in (kd.lk_loss, kd.logit_mse_loss, lambda s, t, **more: kd.gather_logprobs(s, labels[:, None], **more)):
-        refused(ValueError, "function must be the same", lambda call=(kd.kd_loss if rank else other): call(s, t, **here))
+        refused(
+            ValueError, "function must be the same", lambda call=(kd.kd_loss if rank else other): call(s, t, **here)
+        )
     # Backward has a sum over the ranks, which a rank without a gradient would not come to.
     top = kd.capture_topk(teacher, 3)
     mine = s.clone().requires_grad_(rank == 0)
