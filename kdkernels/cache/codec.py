@@ -96,4 +96,4 @@ def as_bytes(tensor: Tensor) -> memoryview:
     if not tensor.is_contiguous() or (tensor.dim() and tensor.stride(-1) != 1):
         # One number of a column passes for contiguous, and has no view as bytes.
         tensor = tensor.clone(memory_format=torch.contiguous_format)
-    return memoryview(tensor.view(torch.uint8).numpy())
+    return tensor.view(torch.uint8).numpy().data
