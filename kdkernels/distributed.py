@@ -288,7 +288,9 @@ def _local(name: str, value: Any, student: Any) -> Any:
 def _local_tensor(name: str, value: Any, student: Any) -> Tensor:
     rows = student.shape[:-1]
     num_dims = len(rows) + (name.partition("[")[0] in WIDE)
-    by_row = value.dim() == num_dims and (value.numel() != 1 or value.shape[: len(rows)] == rows)
+    # Ids of tokens are one or several of a row.
+    with_dims = value.dim() == num_dims or (name == "ids" and value.dim() == num_dims + 1)
+    by_row = with_dims and (value.numel() != 1 or value.shape[: len(rows)] == rows)
     checks.sharded_argument(name, value, student, by_row=by_row)
     if not checks.is_dtensor(value):
         return value

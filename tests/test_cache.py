@@ -200,6 +200,19 @@ def test_error_of_the_loss(tmp_path, divergence, lead):
         assert unshifted.abs().mean() > 10 * difference.abs().mean()
 
 
+@pytest.mark.parametrize("length", [1, 4])
+def test_sequences_of_any_strides(tmp_path, length):
+    logprobs = torch.log_softmax(torch.randn(K + 1, length), 0).T
+    ids, tail = torch.randint(V, (2 * K, length)).T[:, ::2], torch.cat([logprobs, logprobs], 1)[:, K]
+    with kd_cache.TeacherCacheWriter(tmp_path, **WRITER) as writer:
+        writer.append(ids, logprobs[:, :K], tail, input_ids=ids[:, 0].int())
+    (found,) = kd_cache.TeacherCache(tmp_path, **IDENTITY, verify="full")
+    assert torch.equal(found.ids, ids.int()) and torch.equal(found.tail_logprob, tail)
+    torch.testing.assert_close(found.logprobs.float(), logprobs[:, :K], rtol=1e-2, atol=1e-3)
+    assert torch.equal(found.extras["input_ids"], ids[:, 0].int())
+    assert kd_cache.head_fingerprint(logprobs[:, :K]) == kd_cache.head_fingerprint(logprobs[:, :K].contiguous())
+
+
 def test_wrong_input_adds_nothing(tmp_path):
     ids, logprobs, tail, input_ids = captured(0)
     wrong = [

@@ -206,6 +206,19 @@ def check_statistics_are_sharded_as_the_rows():
     assert isinstance(stats, kd.KDStats) and stats.lse.placements == (t.Shard(0),) and not stats.lse.requires_grad
 
 
+def check_several_tokens_of_sharded_rows():
+    t, on = tensors(), mesh()
+    (logits, _, _), ids = inputs(7), torch.arange(21).view(7, 3)
+    for of_ids in (t.Shard(0), t.Replicate()):
+        student = placed(logits, on, t.Shard(0), requires_grad=True)
+        found = kd.token_logprobs(student, placed(ids, on, of_ids)).logprobs
+        assert found.placements == (t.Shard(0),)
+        close(found, kd.token_logprobs(logits, ids).logprobs)
+        taken = kd.gather_logprobs(student.detach(), placed(ids, on, of_ids))
+        for got, expected in zip(taken, kd.gather_logprobs(logits, ids), strict=True):
+            close(got, expected)
+
+
 def check_replicas_beside_sharded_rows_are_sliced():
     t, on = tensors(), mesh()
     student, teacher, labels = inputs(5)

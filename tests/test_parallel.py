@@ -219,6 +219,60 @@ def check_sparse_teachers_of_every_tail():
                     sparse(student, ids, top.logprobs, labels, of_ranks, backend, every)
 
 
+def check_a_student_that_is_sure_of_the_ids():
+    """What is left outside them is too little for a number, or all but nothing beside 1."""
+    of_ranks = widths()[0]
+    ids = torch.arange(0, VOCABULARY, 9).expand(ROWS, -1).contiguous()
+    for gap in (14.0, 130.0):
+        student, teacher, labels = inputs(7)
+        student[3], labels[1] = 0.0, ids[1, 2]
+        student = student.scatter_add(1, ids, torch.full(ids.shape, gap))
+        logprobs = torch.log_softmax(teacher, -1).gather(1, ids)
+        expected = kd.gather_logprobs(student.double(), ids, backend="torch").tail_logprob.float()
+        for k, divergence in enumerate(("forward_kl", "jsd")):
+            options = {"divergence": divergence, "reduction": "none", "ce_weight": 0.1 * (k % 2)}
+            wide = student.double().requires_grad_()
+            loss = kd.topk_kd_loss(wide, ids, logprobs, labels, backend="torch", **options)
+            loss.sum().backward()
+            for backend in BACKENDS:
+                mine = student[:, columns_of_rank(of_ranks)].clone().requires_grad_()
+                got = kd.topk_kd_loss(mine, ids, logprobs, labels, backend=backend, process_group=group(), **options)
+                got.sum().backward()
+                told = {"msg": lambda text, what=(gap, divergence, backend): f"{what}: {text}"}
+                torch.testing.assert_close(got, loss.float(), rtol=2e-5, atol=1e-5, **told)
+                gradient = wide.grad[:, columns_of_rank(of_ranks)].float()
+                torch.testing.assert_close(mine.grad, gradient, rtol=1e-4, atol=4e-6, **told)
+                if not k:
+                    found = kd.gather_logprobs(mine.detach(), ids, backend=backend, process_group=group()).tail_logprob
+                    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, **told)
+                    found = kd.capture_topk(mine.detach(), ids.shape[1], backend=backend, process_group=group())
+                    of_all = kd.capture_topk(student.double(), ids.shape[1], backend="torch").tail_logprob.float()
+                    torch.testing.assert_close(found.tail_logprob, of_all, rtol=1e-5, atol=1e-5, **told)
+
+
+def check_sparse_teachers_of_all_columns_of_no_row_and_of_no_term():
+    of_ranks = (1, 1, *[0] * (dist.get_world_size() - 2))
+    student, teacher, labels = inputs(3, size=2)
+    student[3], ids = 0.0, torch.tensor([[1, 0]]).expand(ROWS, -1).contiguous()
+    logprobs = torch.log_softmax(teacher, -1).gather(1, ids)
+    for backend in BACKENDS:
+        for options in (
+            *({"divergence": divergence} for divergence in ("forward_kl", "jsd", kd.SkewKL(0.1))),
+            {"kd_weight": 0.0},
+            {"kd_weight": 0.0, "tail": "uniform"},
+        ):
+            sparse(student, ids, logprobs, labels, of_ranks, backend, options)
+        # The label is all that there is outside the ids, and the student excludes it.
+        masked, lone = student.clone(), torch.zeros(ROWS, 1, dtype=torch.long)
+        masked[:2, 1], aside = -torch.inf, torch.ones_like(labels)
+        options = {"divergence": "jsd", "ce_weight": torch.tensor([0.0, 0.0, 1, 1, 1, 1])}
+        sparse(masked, lone, logprobs[:, 1:], aside, of_ranks, backend, options)
+        nothing = student[:0, columns_of_rank(of_ranks)].clone().requires_grad_()
+        loss, stats = kd.topk_kd_loss(nothing, ids[:0], logprobs[:0], return_stats=True, process_group=group())
+        loss.backward()
+        assert loss == 0 and stats.overlap.shape == (0,) and nothing.grad.shape == nothing.shape
+
+
 def check_tokens_gathered_and_captured():
     for seed, of_ranks in enumerate(widths()):
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
@@ -375,6 +429,19 @@ def check_ranks_that_disagree_are_told():
         ValueError,
         "dtype must be the same",
         lambda: kd.kd_loss(s.to((torch.float32, torch.bfloat16)[rank == 1]), t, **here),
+    )
+    # Calls that tell as many facts, and others.
+    for other in (kd.lk_loss, kd.logit_mse_loss, lambda s, t, **more: kd.gather_logprobs(s, labels[:, None], **more)):
+        refused(
+            ValueError, "function must be the same", lambda call=(kd.kd_loss if rank else other): call(s, t, **here)
+        )
+    # Backward has a sum over the ranks, which a rank without a gradient would not come to.
+    top = kd.capture_topk(teacher, 3)
+    mine = s.clone().requires_grad_(rank == 0)
+    refused(
+        ValueError,
+        "student.requires_grad must be the same",
+        lambda: kd.topk_kd_loss(mine, top.ids, top.logprobs, tail="uniform", **here),
     )
     # An error of one rank alone.
     wrong = labels.clone()

@@ -87,5 +87,13 @@ def checksum(first: int, last: int, rows: Mapping[str, Tensor]) -> int:
     """The CRC-32 of a sequence: of where its rows begin and end in the shard, and of all their bytes."""
     crc = zlib.crc32(struct.pack("<qq", first, last))
     for name in sorted(rows):
-        crc = zlib.crc32(rows[name].view(torch.uint8).numpy().data, crc)
+        crc = zlib.crc32(as_bytes(rows[name]), crc)
     return crc
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor on a CPU, row by row, whatever its strides are."""
+    if not tensor.is_contiguous() or (tensor.dim() and tensor.stride(-1) != 1):
+        # One number of a column passes for contiguous, and has no view as bytes.
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.view(torch.uint8).numpy().data

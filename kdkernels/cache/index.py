@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import checks
-from kdkernels.cache.codec import MAX_VOCAB_SIZE, ExpectationLayout, Layout
+from kdkernels.cache.codec import MAX_VOCAB_SIZE, ExpectationLayout, Layout, as_bytes
 from kdkernels.cache.errors import (
     CacheFormatError,
     ChecksumError,
@@ -295,7 +295,7 @@ def head_fingerprint(weight: Any, bias: Optional[Tensor] = None) -> str:
         if item is not None:
             digest.update(f"{name_of(item.dtype)}{list(item.shape)}".encode())
             for part in item.detach().split(2**16):
-                digest.update(part.cpu().contiguous().view(torch.uint8).numpy().data)
+                digest.update(as_bytes(part.cpu()))
     return f"sha256:{digest.hexdigest()}"
 
 

@@ -18,11 +18,11 @@ from kdkernels.reference.dense import column
 from kdkernels.tokens import first_of_equals, shaped, token_call
 
 
-def facts_of(options: Options, logits: Tensor, **more: Any) -> dict[str, Any]:
+def facts_of(function: str, options: Options, logits: Tensor, **more: Any) -> dict[str, Any]:
     """Of a call, what all ranks must have in common, by name."""
     given = {name: value for name, value in options.given().items() if name != "process_group"}
     told = sorted((name, "tensor" if isinstance(value, Tensor) else str(value)) for name, value in given.items())
-    return {"rows": logits.shape[:-1].numel(), "dtype": logits.dtype, "options": told, **more}
+    return {"function": function, "rows": logits.shape[:-1].numel(), "dtype": logits.dtype, "options": told, **more}
 
 
 @outside_graphs
@@ -31,7 +31,7 @@ def token_logprobs(given: TokenOptions, logits: Tensor, ids: Any) -> Any:
     checks.shard("logits", logits)
     if given.inplace_backward:
         checks.inplace_allowed(logits, "inplace_backward", "logits tensor")
-    facts = facts_of(given, logits, ids=getattr(ids, "shape", None))
+    facts = facts_of("token_logprobs", given, logits, ids=getattr(ids, "shape", None))
 
     def check(total: int) -> tuple[Tensor, TokenCall]:
         tokens = checks.token_ids(ids, logits, total, given.ignore_index)
@@ -59,7 +59,7 @@ def gather_logprobs(given: TokenOptions, teacher_logits: Tensor, ids: Any) -> Te
         call = token_call(given, logits, tokens, total)
         return tokens, call._replace(options={**call.options, "tail_mass": True, "ignore_index": -1})
 
-    facts = facts_of(given, logits, ids=getattr(ids, "shape", None))
+    facts = facts_of("gather_logprobs", given, logits, ids=getattr(ids, "shape", None))
     shards, (tokens, call) = shards_of(given.process_group, logits, given.vocab_size, facts, check)
     logprobs, _, _, tail, _ = sharded_values(call, logits, tokens, shards)
     logprobs = torch.where(tokens == -1, -torch.inf, logprobs)
@@ -111,18 +111,18 @@ def capture_topk(
         return given, name, nowhere, token_call(given, logits, nowhere, total)
 
     of_rows = "tensor" if isinstance(temperature, Tensor) else temperature
-    facts = facts_of(TokenOptions(), logits, temperature=of_rows, k=k, vocab_size=vocab_size)
+    facts = facts_of("capture_topk", TokenOptions(), logits, temperature=of_rows, k=k, vocab_size=vocab_size)
     shards, (_, name, nowhere, call) = shards_of(group, logits, vocab_size, facts, check)
     local_k = min(k, shards.columns)
     part = part_of(call, logits, nowhere, shards)
     none = part.z == 0  # nothing of the row is finite here
     if local_k == 0:
         ids = torch.empty((len(nowhere), 0), dtype=torch.int64, device=logits.device)
-        outside = part.z
+        outside = torch.full_like(part.z, -torch.inf)
     else:
         ids, tail = _captured(name, logits, local_k, call, shards.columns)
         ids = torch.where(none.unsqueeze(-1), -1, ids)
-        outside = torch.where(none, 0.0, part.z * tail.exp())
+        outside = torch.where(none, -torch.inf, part.z.log() + tail)
     found = _Candidates(shards, picked_logits(logits, ids, 0.0, part.z.dtype), ids, k)
     parts = shards.gathered(found.packed(part.top, part.z, outside))
     x = torch.cat([item[:, :k] for item in parts], 1)
@@ -160,8 +160,10 @@ def _merged(
     x, order = x.sort(dim=-1, descending=True, stable=True)
     ids = ids.gather(1, order)
     scaled = (x - highest) / temperature
-    left = torch.where(ids[:, k:] == -1, 0.0, scaled[:, k:].exp()).sum(-1, keepdim=True)
-    tail = (((outside * fall).sum(-1, keepdim=True) + left) / total).log().clamp(max=0.0)
+    # In logarithms: the mass outside may be too small a part of all for a number.
+    left = torch.where(ids[:, k:] == -1, -torch.inf, scaled[:, k:])
+    outside = torch.where(torch.isneginf(outside), outside, outside + (top - highest) / temperature)
+    tail = (torch.cat([outside, left], 1).logsumexp(-1, keepdim=True) - total.log()).clamp(max=0.0)
     ids, logprobs = ids[:, :k], (scaled[:, :k] - total.log()).clamp(max=0.0)
     logprobs = torch.where(ids == -1, -torch.inf, logprobs)
     # A row without a distribution.

@@ -49,6 +49,7 @@ def kd_loss(given: Objective, student: Any, teacher: Any, labels: Any, of_column
     student_bias, teacher_bias = of_columns[:2] or (None, None)
     learns = torch.is_grad_enabled() and any(getattr(item, "requires_grad", False) for item in several)
     facts = facts_of(
+        given.function,
         given,
         student,
         labels=labels is not None,
@@ -100,7 +101,7 @@ def taid_loss(given: TAIDObjective, student: Any, teacher: Any, labels: Any) -> 
     checks.shard("student", student)
     if given.inplace:
         checks.inplace_allowed(student)
-    facts = facts_of(given, student, labels=labels is not None)
+    facts = facts_of(given.function, given, student, labels=labels is not None)
 
     def check(total: int) -> Launch:
         refuse_what_is_missing(given, ())

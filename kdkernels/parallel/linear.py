@@ -125,7 +125,7 @@ def prepared_tokens(
         checks.reverse_mode_only(None, hidden, head, offset, ids, *given.tensors)
         return tokens, token_call(given, logits, tokens, total)
 
-    facts = {"ids": getattr(ids, "shape", None)}
+    facts = {"ids": getattr(ids, "shape", None), "side": side}
     shards, (tokens, call) = _agreed(given, (hidden, head, offset), logits, facts, check)
     found = LinearTokenCall(call, given.chunk_bytes, product_dtype, given.logits_dtype, shards)
     return found, head, offset, tokens, logits
@@ -149,7 +149,7 @@ def _agreed(
         "hidden.requires_grad": learns[0],
         "weight.requires_grad": any(learns[1:]),
     }
-    facts = facts_of(objective, logits, **of_tensors, **facts)
+    facts = facts_of(objective.function, objective, logits, **of_tensors, **facts)
     return shards_of(objective.process_group, logits, objective.vocab_size, facts, check)
 
 

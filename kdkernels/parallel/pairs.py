@@ -35,7 +35,7 @@ def _begin(given: Any, student: Any, labels: Any) -> dict[str, Any]:
     checks.shard("student", student)
     if given.inplace:
         checks.inplace_allowed(student)
-    return facts_of(given, student, labels=labels is not None)
+    return facts_of(given.function, given, student, labels=labels is not None)
 
 
 def _shaped(given: Any, student: Tensor, rows: Tensor) -> Tensor:

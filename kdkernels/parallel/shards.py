@@ -18,6 +18,8 @@ from kdkernels import checks, ops
 
 # Seconds for which a rank waits for the others to say that they are there.
 PATIENCE = 5.0
+# Numbers that a rank tells of a call, at most.
+FACTS = 16
 
 _ResultT = TypeVar("_ResultT")
 
@@ -203,12 +205,13 @@ def _same_on_all(group: Any, names: Sequence[str], rows: Sequence[Sequence[int]]
 
 
 # Facts of which the number says nothing.
-_TEXTS = ("options", "dtype", "temperature", "vocab_size", "ids")
+_TEXTS = ("function", "side", "options", "dtype", "temperature", "vocab_size", "ids")
 
 
 def _told(group: Any, device: torch.device, numbers: Sequence[int]) -> list[list[int]]:
     """The numbers of all ranks."""
-    mine = torch.tensor(numbers, dtype=torch.int64, device=device)
+    # Of one size, also where ranks have called different functions.
+    mine = torch.tensor([*numbers, *[0] * (FACTS - len(numbers))], dtype=torch.int64, device=device)
     table = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     _together(group, lambda: dist.all_gather(table, mine, group=group))
     return [row.tolist() for row in table]

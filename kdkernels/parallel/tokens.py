@@ -66,16 +66,77 @@ class ShardedTokens(torch.autograd.Function):
         upstream = torch.zeros_like(logprobs) if dlogprobs is None else dlogprobs
         _, local, upstream = of_own_columns(ctx.call, shards, ids, upstream)
         if dtail is not None:
-            # d tail = -sum_S q_id / tail (dlogprobs_id): outside S that leaves q (1 - tail) / tail.
-            share = torch.where(torch.isneginf(tail), 0.0, dtail).unsqueeze(-1)
-            none = (local == -1) | (ids == ops.ELSEWHERE)
-            upstream = upstream - torch.where(none, 0.0, share * (logprobs - tail.unsqueeze(-1)).exp())
-        if dlse is not None:
+            dlse = torch.zeros_like(dtail) if dlse is None else dlse
+            local, norm, upstream, of_ids = _of_tail(ctx.call, logits, local, norm, upstream, dtail, dlse, tail)
+        elif dlse is not None:
             # A token that no rank has, of which all columns take their part.
             local = torch.cat([local, torch.full_like(local[:, :1], ops.ELSEWHERE)], 1)
             upstream = torch.cat([upstream, -dlse.unsqueeze(-1)], 1)
         gradient = _gradient(ctx, logits, local, norm, entropy, upstream.contiguous(), dentropy, rows)
+        if dtail is not None and shards.columns:
+            of_ids.write(gradient)
         return gradient, *nothing
+
+
+class _OfIds(NamedTuple):
+    """Columns of this rank ``[N, K]``, where ``here``, and their gradient."""
+
+    columns: Tensor
+    here: Tensor
+    gradient: Tensor
+
+    def write(self, gradient: Tensor) -> None:
+        """Put them in their places."""
+        # A slot that is of another rank says the same as the first one of this rank; without one nothing changes.
+        first = self.here.to(torch.int8).argmax(-1, keepdim=True)
+        some = self.here.any(-1, keepdim=True)
+        columns = torch.where(self.here, self.columns, torch.where(some, self.columns.gather(1, first), 0))
+        values = torch.where(self.here, self.gradient, self.gradient.gather(1, first)).to(gradient.dtype)
+        columns = columns.reshape(*gradient.shape[:-1], columns.shape[1])
+        values = torch.where(some, values, rows_of(gradient[..., :1]))
+        gradient.scatter_(-1, columns, values.reshape(columns.shape))
+
+
+def _of_tail(
+    call: TokenCall,
+    logits: Tensor,
+    local: Tensor,
+    norm: Tensor,
+    upstream: Tensor,
+    dtail: Tensor,
+    dlse: Tensor,
+    tail: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, _OfIds]:
+    """Ids, norm and upstream gradients for the kernel, which writes columns outside the ids, and those of the ids.
+
+    The tail's gradient is q / Q - q outside, of mass Q, and -q at the ids. There it must not be the difference of two
+    numbers of the size of 1 / Q: where the student is sure of the ids nothing would be left of it.
+    """
+    temperature, softcap = column(call.reference_options()["temperature"]), call.options["softcap"]
+    top, z = norm.unbind(-1)
+    upstream = torch.where(local == -1, 0.0, upstream)
+    some = torch.isneginf(tail).logical_not() & (local != -1).any(-1)
+    share = torch.where(some, dtail, 0.0)
+    of_all = upstream.sum(-1) - dlse + share
+    counted = (upstream != 0).any(-1) | (dlse != 0) | (share != 0)
+    # Outside a column counts by its part of Q: as if Q were all there is.
+    of_each = temperature.squeeze(-1) if isinstance(temperature, Tensor) else temperature
+    log_mass = torch.where(some, z.log() + tail, 0.0)
+    of_outside = torch.where(some, top + of_each * log_mass, top)
+    rest = (log_mass - (of_outside - top) / of_each).exp()
+    kernel_norm = torch.stack([of_outside, torch.where(some, rest, z)], -1)
+    factor = torch.where(some, of_all * tail.exp() - share, of_all)
+    factor = torch.where(counted, factor, 0.0)
+    slot = torch.where((local != -1).any(-1), ops.ELSEWHERE, -1).unsqueeze(-1)
+
+    here = local >= 0
+    x = torch.where(here, picked_logits(logits.detach(), local, softcap, z.dtype), 0.0)
+    q = ((x - top.unsqueeze(-1)) / temperature).exp() / z.unsqueeze(-1)
+    gradient = (upstream - q * of_all.unsqueeze(-1)) / temperature
+    if softcap:
+        gradient = gradient * (1 - (x / softcap).square())
+    gradient = torch.where(counted.unsqueeze(-1), gradient, 0.0)
+    return slot.to(local.dtype), kernel_norm, factor.unsqueeze(-1), _OfIds(local, here, gradient)
 
 
 def of_own_columns(call: TokenCall, shards: Shards, ids: Tensor, upstream: Tensor) -> tuple[TokenCall, Tensor, Tensor]:
@@ -128,7 +189,7 @@ class Part(NamedTuple):
     top: Tensor
     z: Tensor
     weighted: Optional[Tensor]  # sum e^a a, a = (x - m) / T
-    outside: Optional[Tensor]  # sum of e^a outside the ids
+    outside: Optional[Tensor]  # log of the sum of e^a outside the ids
     squares: Optional[Tensor]  # sum e^2a
     mean: Optional[Tensor]  # the sum of its logits over the size of the vocabulary
 
@@ -143,8 +204,14 @@ def values_of(call: TokenCall, logits: Tensor, ids: Tensor, shards: Shards) -> V
     counted = (local != -1).any(-1)
     # Of which m is but near.
     highest = [_highest(logits[..., : shards.columns], options["softcap"], part.z.dtype)] if options["stats"] else []
-    top, *highest = shards.largest(part.top, *highest)
-    shift = (part.top - top) / temperature
+    # The mass outside may be too small a part of all for a number: a shard tells it relative to the largest.
+    levels = [] if part.outside is None else [part.top / temperature + part.outside]
+    top, *maxima = shards.largest(part.top, *highest, *levels)
+    shift, level = (part.top - top) / temperature, torch.zeros_like(top)
+    outside_here = []
+    if part.outside is not None:
+        level = torch.where(torch.isneginf(maxima[-1]), level, maxima[-1] - top / temperature)
+        outside_here = [(part.outside + shift - level).exp()]
     fall = torch.where(part.z == 0, 0.0, shift.exp())
 
     def relative(value: Optional[Tensor], factor: Tensor) -> list[Tensor]:
@@ -159,7 +226,7 @@ def values_of(call: TokenCall, logits: Tensor, ids: Tensor, shards: Shards) -> V
         part.z * fall,
         x,
         *relative(weighted, fall),
-        *relative(part.outside, fall),
+        *outside_here,
         *relative(part.squares, fall.square()),
         *mean,
     ]
@@ -179,11 +246,11 @@ def values_of(call: TokenCall, logits: Tensor, ids: Tensor, shards: Shards) -> V
     if weighted is not None:
         entropy = torch.where(counted, (log_z - next(rest) / z).clamp(min=0.0), zero)
     if part.outside is not None:
-        outside = torch.where(counted, (next(rest).log() - log_z).clamp(max=0.0), zero)
+        outside = torch.where(counted, (level + next(rest).log() - log_z).clamp(max=0.0), zero)
     if part.squares is not None:
         squares = torch.where(counted, (next(rest).log() - 2 * log_z).clamp(max=0.0), zero)
         of_mean = torch.where(counted, next(rest) + 0 * log_z, zero)
-        largest = (local != -1) & known & (x + top.unsqueeze(-1) == highest[0].unsqueeze(-1)) & ~z.isnan().unsqueeze(-1)
+        largest = (local != -1) & known & (x + top.unsqueeze(-1) == maxima[0].unsqueeze(-1)) & ~z.isnan().unsqueeze(-1)
         stats = torch.cat([squares.unsqueeze(-1), of_mean.unsqueeze(-1), largest.to(z.dtype)], 1)
     norm = torch.stack([torch.where(counted, top, zero), torch.where(counted, z, zero)], -1)
     return Values(logprobs, entropy, lse, outside, stats, norm)
@@ -201,7 +268,7 @@ def part_of(call: TokenCall, logits: Tensor, local: Tensor, shards: Shards) -> P
             lowest,
             zero,
             zero if entropy else None,
-            zero if tail else None,
+            torch.full_like(zero, -torch.inf) if tail else None,
             zero if stats else None,
             zero if stats else None,
         )
@@ -219,7 +286,7 @@ def part_of(call: TokenCall, logits: Tensor, local: Tensor, shards: Shards) -> P
         top,
         z,
         z * (z.log() - of_entropy) if entropy else None,
-        z * of_tail.exp() if tail else None,
+        torch.where(z == 0, -torch.inf, z.log() + of_tail) if tail else None,
         z.square() * of_stats[:, 0].exp() if stats else None,
         mean,
     )
@@ -239,7 +306,7 @@ def _part_in_torch(call: TokenCall, rows: Tensor, local: Tensor, total: int) -> 
     if options["tail_mass"]:
         among = torch.zeros(x.shape[0], x.shape[1] + 1, dtype=torch.bool, device=x.device)
         among = among.scatter(1, torch.where(local >= 0, local, x.shape[1]), True)[:, :-1]
-        outside = torch.where(among, 0.0, e).sum(-1)
+        outside = torch.where(among, -torch.inf, a).logsumexp(-1)
     if options["stats"]:
         squares, mean = e.square().sum(-1), (x / total).sum(-1)
     return Part(top.squeeze(-1), e.sum(-1), weighted, outside, squares, mean)

@@ -33,7 +33,10 @@ def topk_kd_loss(given: TopKObjective, student: Any, ids: Any, logprobs: Any, la
     checks.shard("student", student)
     if given.inplace:
         raise ValueError("inplace cannot be combined with process_group in topk_kd_loss")
-    facts = facts_of(given, student, ids=getattr(ids, "shape", None), labels=labels is not None)
+    facts = facts_of(given.function, given, student, ids=getattr(ids, "shape", None), labels=labels is not None)
+    if _each_column(given.tail, given.resolved.name):
+        # Backward has a sum over the ranks.
+        facts["student.requires_grad"] = student.requires_grad and torch.is_grad_enabled()
 
     def check(total: int) -> Launch:
         launch = topk_launch(given, student, (ids, logprobs), labels, tail_logprob, total)
@@ -94,6 +97,9 @@ def losses_of_rows(launch: Launch, shards: Shards, student: Tensor) -> tuple[Ten
     of_label = ce if is_there(options["ce_weight"]) else None
     for weight, value in terms_of_rows(launch, d, of_label, found.lse1):
         loss = loss + (torch.where(weight != 0, weight * value, zero) if isinstance(weight, Tensor) else weight * value)
+    if torch.is_grad_enabled() and student.requires_grad and not loss.requires_grad:
+        # Without a term the gradient is 0, and is there.
+        loss = loss + rows_of(student)[:, :0].sum(-1).to(loss.dtype)
     loss = torch.where(counted, loss * options["scale"], zero)
     loss = loss if rows.row_weight is None else loss * rows.row_weight
     if not options["stats"]:
@@ -112,7 +118,8 @@ def _overlap(shards: Shards, student: Tensor, ids: Tensor, used: Tensor) -> Tens
     """``TopKStats.overlap``, of the largest logits of every rank and those of the ids, in one gathering."""
     K, here = used.shape[1], shards.here(ids) & used
     dtype = checks.sum_dtype(student)
-    largest = student.detach()[..., : shards.columns].topk(min(K, shards.columns), -1).values.reshape(len(used), -1)
+    largest = student.detach()[..., : shards.columns].topk(min(K, shards.columns), -1).values
+    largest = rows_of(largest)
     largest = torch.nn.functional.pad(largest.to(dtype), (0, K - largest.shape[1]), value=-torch.inf)
     picked = picked_logits(student.detach(), shards.local(ids), 0.0, dtype)
     every = shards.gathered(torch.cat([largest, torch.where(here, picked, -torch.inf)], 1))
@@ -143,7 +150,9 @@ def _of_student(launch: Launch, shards: Shards, student: Tensor, ids: Tensor, co
         call_of(launch.backend, temperature, options["student_softcap"], tail_mass=True), student, slots, shards
     )
     picked, of_label = logprobs[:, :K], torch.where(aside, logprobs[:, K], 0.0)
-    log_outside = torch.where(aside, torch.logaddexp(log_outside, of_label), log_outside)
+    # The gradient of the sum of nothing and nothing is NaN.
+    added = aside & ~torch.isneginf(of_label)
+    log_outside = torch.where(added, torch.logaddexp(log_outside, torch.where(added, of_label, 0.0)), log_outside)
     label_logprob = lse1 = None
     if hard and at_one:
         at = among.to(torch.int8).argmax(-1, keepdim=True)
@@ -156,6 +165,13 @@ def _of_student(launch: Launch, shards: Shards, student: Tensor, ids: Tensor, co
         )
         label_logprob = of_label.squeeze(-1) if with_label else None
     return _Student(picked, log_outside, lse, label_logprob, lse1)
+
+
+def _each_column(tail: str, divergence: str) -> bool:
+    """True where the divergence is a sum over all columns, of which each is looked at by itself."""
+    if tail in ("renormalize", "drop"):
+        return not by_name(divergence).linear_without_teacher
+    return tail == "uniform"
 
 
 def _divergence(
@@ -189,9 +205,10 @@ def _divergence(
         return d
     if tail == "bucket":
         assert teacher.log_rest is not None
-        f = pointwise(teacher.log_rest[:, None], found.log_outside[:, None]).squeeze(1)
-        return d + torch.where(outside > 0, f, 0.0)
-    if tail in ("renormalize", "drop") and by_name(name).linear_without_teacher:
+        # Of no column f may have no gradient.
+        logp, logq = (torch.where(outside > 0, x, 0.0)[:, None] for x in (teacher.log_rest, found.log_outside))
+        return d + torch.where(outside > 0, pointwise(logp, logq).squeeze(1), 0.0)
+    if not _each_column(tail, name):
         # The terms at p = 0 add up to f(0, 1) sum q.
         one = torch.zeros_like(d)[:, None]
         return d + pointwise(one - torch.inf, one).squeeze(1) * found.log_outside.exp()
