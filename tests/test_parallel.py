@@ -790,6 +790,8 @@ def check_what_is_missing_is_named():
 
 
 def check_graphs_of_torch_compile_break_at_the_loss():
+    if dist.get_world_size() > 2:
+        return  # more ranks show nothing more, and compile each
     student, teacher, labels = inputs(9)
     top = kd.capture_topk(teacher, 5)
     calls = (
