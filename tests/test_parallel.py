@@ -250,6 +250,17 @@ def check_a_student_that_is_sure_of_the_ids():
                     torch.testing.assert_close(found.tail_logprob, of_all, rtol=1e-5, atol=1e-5, **told)
 
 
+def check_a_student_that_is_sure_far_into_a_row_at_two_temperatures():
+    """A kernel's top of a row is but near the largest logit, the nearer the lower the temperature."""
+    of_ranks = (301, *[7] * (dist.get_world_size() - 1))
+    student, teacher, labels = inputs(8, size=sum(of_ranks))
+    student[:, 200] += 100
+    options = {"temperature": 4.0, "ce_weight": 0.5, "z_loss_weight": 0.01, "label_smoothing": 0.1}
+    for backend in BACKENDS:
+        for divergence in ("forward_kl", "jsd"):
+            dense(student, teacher, labels, of_ranks, backend, {"divergence": divergence, **options})
+
+
 def check_sparse_teachers_of_all_columns_of_no_row_and_of_no_term():
     of_ranks = (1, 1, *[0] * (dist.get_world_size() - 2))
     student, teacher, labels = inputs(3, size=2)

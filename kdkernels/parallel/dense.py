@@ -281,9 +281,8 @@ def _summed(models: Models, counted: Tensor, *, with_teacher: bool) -> tuple[Row
     student_top: Tensor = tops.get("student", tops.get("hard", zero))  # type: ignore[assignment]
     sums: dict[Any, Tensor] = {}
     for name, part in parts.items():
-        top = student_top if name == "hard" else tops[name]
         of_rows = 1.0 if name == "hard" else temperature if name == "student" else teacher_temperature
-        sums[name] = rising(part, top, of_rows).exp()
+        sums[name] = rising(part, tops[name], of_rows).exp()
     # Log-probabilities are relative to nothing.
     base = zero if free else student_top
     if with_ce:
@@ -303,7 +302,10 @@ def _summed(models: Models, counted: Tensor, *, with_teacher: bool) -> tuple[Row
         sums = dict(zip(sums, shards.sum(*sums.values()), strict=True))
     # A row without a distribution is NaN.
     log = {name: torch.where(sums[name] == 0, torch.nan, sums[name]).log() for name in parts}
-    log_z1 = log.get("hard", log.get("student", zero))
+    log_z1 = log.get("student", zero)
+    if "hard" in parts:
+        # Of each temperature the top is but near the largest logit: relative to the other one a sum may overflow.
+        log_z1 = log["hard"] + (tops["hard"] - student_top)
     of_student = (zero, zero) if free else (student_top, log.get("student", zero))
     of_teacher, mass = (zero, zero), torch.ones_like(zero)
     if soft and models.mixture == "probs":
