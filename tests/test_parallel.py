@@ -261,6 +261,28 @@ def check_a_student_that_is_sure_far_into_a_row_at_two_temperatures():
             dense(student, teacher, labels, of_ranks, backend, {"divergence": divergence, **options})
 
 
+def check_gradients_of_16_bits_are_rounded_once():
+    """A tail that looks at every column has two parts of a gradient, which cancel where the student is sure."""
+    of_ranks = widths()[0]
+    ids, columns = torch.tensor([[5]]).expand(ROWS, -1).contiguous(), columns_of_rank(of_ranks)
+    for dtype in (torch.bfloat16, torch.float16):
+        student, teacher, _ = inputs(9, dtype)
+        student[3] = 0.0
+        student[:, 11] += 20
+        logprobs = torch.log_softmax(teacher.float(), -1).gather(1, ids)
+        for tail, divergence in (("renormalize", kd.AlphaBeta(0.3, 0.7)), ("uniform", kd.Triangular())):
+            options = {"tail": tail, "divergence": divergence, "temperature": 2.0, "reduction": "sum"}
+            options["teacher_temperature"] = 1.0
+            wide = student.double().requires_grad_()
+            kd.topk_kd_loss(wide, ids, logprobs, backend="torch", **options).backward()
+            largest = wide.grad.abs().amax(-1, keepdim=True)
+            for backend in BACKENDS:
+                mine = student[:, columns].clone().requires_grad_()
+                kd.topk_kd_loss(mine, ids, logprobs, backend=backend, process_group=group(), **options).backward()
+                error = (mine.grad - wide.grad[:, columns]).abs() / largest
+                assert mine.numel() == 0 or error.max() < 0.02, (dtype, tail, backend, error.max())
+
+
 def check_sparse_teachers_of_all_columns_of_no_row_and_of_no_term():
     of_ranks = (1, 1, *[0] * (dist.get_world_size() - 2))
     student, teacher, labels = inputs(3, size=2)

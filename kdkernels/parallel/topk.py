@@ -62,6 +62,9 @@ class _Student(NamedTuple):
 def losses_of_rows(launch: Launch, shards: Shards, student: Tensor) -> tuple[Tensor, Optional[Tensor]]:
     """Losses ``[N]`` with all that multiplies them, and the statistics that are asked for."""
     options, rows = launch.options, launch.rows
+    if _each_column(options["tail"], options["divergence"]):
+        # The gradient has two parts, which may all but cancel: of 16 bits their sum is rounded, not each of them.
+        student = student.to(checks.sum_dtype(student))
     counted = counted_rows(launch, student)
     given_ids, given_logprobs = launch.sparse_teacher
     exact = torch.float32 if student.device.type == "mps" else torch.float64
