@@ -1331,6 +1331,18 @@ def test_processes(world, check, results):
         assert found[check] is None, f"rank {rank}: {found[check]}"
 
 
+def test_a_group_that_begins_anew_is_asked_anew():
+    names = []
+    for width in (4, 5):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        names.append(group().group_name)
+        assert not shards._seen_by(group())
+        kd.kd_loss(torch.randn(2, width), torch.randn(2, width), process_group=group())
+        assert list(shards._seen_by(group()).values()) == [(width,)]
+        dist.destroy_process_group()
+    assert names[0] == names[1]
+
+
 def test_a_rank_that_dies_is_named(tmp_path):
     for text in run("die", 2, tmp_path).values():
         assert "lost the other ranks of its process_group [0, 1]" in text, text

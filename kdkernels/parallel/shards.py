@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import functools
 import time
+import weakref
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional, TypeVar, cast
@@ -137,8 +138,8 @@ def shards_of(
     checks.group_of_ranks(group)
     width = logits.shape[-1]
     known = {name: fact if isinstance(fact, int) else zlib.crc32(str(fact).encode()) for name, fact in facts.items()}
-    key = (group.group_name, width, vocab_size, *known.values())
-    widths = _seen.get(key)
+    key, seen = (width, vocab_size, *known.values()), _seen_by(group)
+    widths = seen.get(key)
     fault: Optional[Exception] = None
     result: Any = None
     # For how many columns the arguments have been checked.
@@ -162,9 +163,9 @@ def shards_of(
             )
     if fault is not None:
         raise fault
-    if len(_seen) > 1024:
-        _seen.clear()
-    _seen[key] = widths
+    if len(seen) > 1024:
+        seen.clear()
+    seen[key] = widths
     return Shards(group, dist.get_rank(group), _without_padding(widths, vocab_size)), result
 
 
@@ -175,8 +176,19 @@ def _checked(check: Callable[[int], _ResultT], total: int) -> tuple[Any, Optiona
         return None, error
 
 
-# Widths of the shards by the facts of a call, which all ranks have asked for.
-_seen: dict[Any, tuple[int, ...]] = {}
+# Widths of the shards by the facts of a call, which all ranks have asked for, by the name of their group. A group's are
+# forgotten by all of its ranks at the same call, or some would ask the others, who would not answer.
+_seen: dict[str, dict[Any, tuple[int, ...]]] = {}
+_world: Optional[weakref.ref[Any]] = None
+
+
+def _seen_by(group: Any) -> dict[Any, tuple[int, ...]]:
+    global _world
+    if _world is None or _world() is not dist.group.WORLD:
+        # Names begin anew with every init_process_group.
+        _seen.clear()
+        _world = weakref.ref(dist.group.WORLD)
+    return _seen.setdefault(group.group_name, {})
 
 
 def _without_padding(widths: tuple[int, ...], vocab_size: Optional[int]) -> tuple[int, ...]:
