@@ -24,6 +24,9 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
+    # Files with slow tests first: of several processes none is left alone with one at the end.
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
