@@ -12,8 +12,8 @@ namespace kdk {
 inline namespace KDK_ISA {
 namespace uld {
 
-// The difference that rounding may leave between two probabilities that are equal, as where the logits of the models differ by a
-// constant: less than this times the student's has no sign.
+// The difference that rounding may leave between two probabilities that are equal, as where the logits of the models
+// differ by a constant: less than this times the student's has no sign.
 template <class C>
 constexpr C kNoDifference = 64 * std::numeric_limits<C>::epsilon();
 
