@@ -458,7 +458,7 @@ def lk_loss(
         eps: of "nla", in (0, 1]: the least rate that the logarithm sees. The gradient does not end there: it is
             that of ``-A / eps``.
         options: the other keyword arguments of ``kd_loss``, but for ``divergence``, ``row_param``, ``student_form``,
-            ``dim``, ``process_group``, and the biases and ``teacher_columns``, which have one number for each column.
+            ``dim``, and the biases and ``teacher_columns``, which have one number for each column.
             Weights of positions, as drafters have them, are ``row_weight``. Of a draft vocabulary give
             ``teacher[..., columns]``, or the rows of the teacher's head, and ``teacher_lse``.
 
@@ -800,8 +800,7 @@ def pair(pattern: str, options: Any, student: Any, teacher: Any, labels: Any) ->
         widths["teacher_vocab_size"] = checks.teacher_of_width("teacher", teacher, student, options.teacher_vocab_size)
     else:
         checks.teacher_like("teacher", teacher, student, options.vocab_size)
-    if teacher.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"teacher must not require grad in {options.function}: it gets no gradient; detach it")
+    checks.teacher_gets_none(options.function, teacher)
     checks.apart_in_place(options, student, {"labels": labels}, (teacher,))
     torch_only = None
     if pattern == "uld_fwd" and (student.device.type != "cpu" or options.backend == "triton"):

@@ -807,7 +807,7 @@ def check_what_is_missing_is_named():
     refused(TypeError, "unexpected option 'process_group'", lambda: kd.uld_loss(s, t, **here))
     wants = t.clone().requires_grad_()
     refused(ValueError, "a mixture of teachers gets a gradient from plain", lambda: kd.kd_loss(s, [t, wants], **here))
-    refused(ValueError, "taid_loss gives it none", lambda: kd.taid_loss(s, wants, interpolation=0.5, **here))
+    refused(ValueError, "in taid_loss: it gets no gradient", lambda: kd.taid_loss(s, wants, interpolation=0.5, **here))
     refused(ValueError, "none negative", lambda: kd.kd_loss(s, t - 100, teacher_form="probs", **here))
     refused(
         TypeError, "process_group must be a torch.distributed.ProcessGroup", lambda: kd.kd_loss(s, t, process_group=1)
@@ -837,6 +837,13 @@ def check_graphs_of_torch_compile_break_at_the_loss():
         shards = lambda s, c, f=compiled: f(s, teacher[:, c].contiguous(), process_group=group())  # noqa: E731
         for _ in range(2):
             same(lambda s, f=call: f(s, teacher), shards, student, widths()[0], "compiled")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    columns = distribute_tensor(student, mesh, [Shard(-1)]), distribute_tensor(teacher, mesh, [Shard(-1)])
+    compiled = torch.compile(calls[0], backend="aot_eager")
+    torch.testing.assert_close(compiled(*columns).full_tensor(), calls[0](student, teacher))
 
 
 def check_dtensors_sharded_by_columns_and_rows():

@@ -32,6 +32,7 @@ from kdkernels.checks.dense import (
     shard,
     shard_of_probabilities,
     student_of,
+    teacher_gets_none,
     teacher_like,
     teacher_of_width,
     teacher_probs,

@@ -256,6 +256,12 @@ def why_no_teacher_grad(options: Any, *, mixed: bool, mapped: bool = False) -> O
     return None
 
 
+def teacher_gets_none(function: str, teacher: Tensor) -> None:
+    """The teacher of a loss that has no gradient for one."""
+    if teacher.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"teacher must not require grad in {function}: it gets no gradient; detach it")
+
+
 def reverse_mode_only(backend: Optional[str], *tensors: Optional[Tensor]) -> None:
     """The kernels give a gradient in reverse mode: no tangents, and no tensors that stand for others.
 

@@ -116,11 +116,6 @@ def sharded_student(student: Any, others: Sequence[str], *, columns: bool) -> No
     if student.dim() == 0:
         raise ValueError("student must have shape (..., V) with V >= 1, got ()")
     if columns and len(column_dims(student)) == 1:
-        if torch.compiler.is_compiling():
-            raise ValueError(
-                "student must not be sharded in its last dimension inside a graph: wrap the call in "
-                "torch.compiler.disable"
-            )
         return
     _sharded_by_rows("student", student, student.dim() - 1)
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from kdkernels import backends, checks, ops, symbols
-from kdkernels.autograd import graph_is_kept, has_saved_tensor_hooks, refuse_second_derivative
-from kdkernels.launch import Launch, dense_launch, dual, without_teacher
+from kdkernels.autograd import graph_is_kept, has_saved_tensor_hooks, reduced, refuse_second_derivative
+from kdkernels.launch import Launch, dense_launch, dual, with_stats, without_teacher
 from kdkernels.objective import Objective, TAIDObjective
 from kdkernels.parallel.calls import facts_of
 from kdkernels.parallel.models import Models, temperatures
@@ -106,8 +106,7 @@ def taid_loss(given: TAIDObjective, student: Any, teacher: Any, labels: Any) -> 
     def check(total: int) -> Launch:
         refuse_what_is_missing(given, ())
         checks.teacher_shard("teacher", teacher, student)
-        if teacher.requires_grad and torch.is_grad_enabled():
-            raise ValueError("teacher must not require grad with process_group: taid_loss gives it none; detach it")
+        checks.teacher_gets_none(given.function, teacher)
         share = checks.per_row("interpolation", given.interpolation, student, low=0.0, high=1.0, exclusive=False)
         if not isinstance(share, Tensor):
             share = symbols.as_tensor(share, checks.sum_dtype(student), student.device)
@@ -132,10 +131,7 @@ def _evaluate(
 
 
 def _shaped(given: Objective, student: Tensor, loss: Tensor, stats: Optional[Tensor]) -> Any:
-    loss = loss.reshape(student.shape[:-1]) if given.reduction == "none" else loss.sum()
-    if stats is None:
-        return loss
-    return loss, KDStats(*(item.reshape(student.shape[:-1]) for item in stats.unbind(-1)))
+    return with_stats(reduced(loss, given, student), stats, student, KDStats)
 
 
 def refuse_what_is_missing(given: Objective, of_columns: Sequence[Any]) -> None:

@@ -64,7 +64,7 @@ def linear_kd_loss(objective: Any, student: Given, teacher: Given, labels: Any, 
         _refuse(objective.function, missing)
         teachers: list[Given] = []
         if alone:
-            checks.without_teacher(objective)
+            checks.without_teacher(objective, "teacher_hidden")
         else:
             teachers = teachers_of(*teacher)
             for each in teachers:

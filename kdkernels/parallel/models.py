@@ -62,10 +62,6 @@ class Models:
         """The cap that is left to the kernels."""
         return 0.0 if self.mixture is not None or self.of_probs else self.launch.options.get("teacher_softcap", 0.0)
 
-    def temperatures(self) -> tuple[PerRow, PerRow]:
-        """Of student and teacher, numbers or ``[N]``."""
-        return temperatures(self.launch)
-
     def _blocks(self, made: bool, gradient: Optional[Tensor] = None) -> Iterator[Block]:
         """All rows at once, or some at a time where logits are ``made``."""
         more = () if gradient is None else (gradient,)
@@ -121,7 +117,7 @@ class Models:
 
     def _sum_of_probs(self, block: Block, weights: list[Tensor]) -> Tensor:
         """The log-probabilities of the mixture."""
-        temperature, total = self.temperatures()[1], None
+        temperature, total = temperatures(self.launch)[1], None
         shape = (*block.student.shape[:2], 1)
         if isinstance(temperature, Tensor):
             temperature = temperature[block.rows].view(shape)
@@ -147,7 +143,7 @@ class Models:
 
     def teacher_part(self, counted: Tensor, k: Optional[int] = None) -> Part:
         """The same of the teacher, or of one in a mixture of probabilities."""
-        temperature = self.temperatures()[1]
+        temperature = temperatures(self.launch)[1]
         return self._part(
             lambda block: self._teacher_of(block, k), self.makes_teacher, counted, temperature, self.teacher_softcap
         )

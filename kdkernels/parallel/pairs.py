@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import backends, checks
-from kdkernels.autograd import RowLoss, graph_is_kept, has_saved_tensor_hooks, refuse_second_derivative
+from kdkernels.autograd import RowLoss, graph_is_kept, has_saved_tensor_hooks, reduced, refuse_second_derivative
 from kdkernels.launch import Launch, flat, row_tensors, run_reference
 from kdkernels.objective import DKDObjective, MSEObjective
 from kdkernels.parallel.calls import facts_of
@@ -21,8 +21,7 @@ from kdkernels.parallel.tokens import empty_gradient
 
 def _launch(given: Any, pattern: str, of_op: str, student: Tensor, teacher: Any, labels: Any, total: int) -> Launch:
     checks.teacher_shard("teacher", teacher, student)
-    if teacher.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"teacher must not require grad in {given.function}: it gets no gradient; detach it")
+    checks.teacher_gets_none(given.function, teacher)
     checks.apart_in_place(given, student, {"labels": labels}, (teacher,))
     backend = backends.choose(given.backend, student, pattern=of_op)
     checks.reverse_mode_only(None, student, teacher, labels, *given.tensors)
@@ -36,10 +35,6 @@ def _begin(given: Any, student: Any, labels: Any) -> dict[str, Any]:
     if given.inplace:
         checks.inplace_allowed(student)
     return facts_of(given.function, given, student, labels=labels is not None)
-
-
-def _shaped(given: Any, student: Tensor, rows: Tensor) -> Tensor:
-    return rows.reshape(student.shape[:-1]) if given.reduction == "none" else rows.sum()
 
 
 @outside_graphs
@@ -64,7 +59,7 @@ def logit_mse_loss(given: MSEObjective, student: Any, teacher: Any, labels: Any)
             rows = run_reference(launch, flat(student), [flat(teacher.detach())])[0]
         else:
             rows = RowLoss.apply(student, teacher.detach(), (), launch, None, True, given.inplace, None)
-    return _shaped(given, student, SumOfShards.apply(rows, shards))
+    return reduced(SumOfShards.apply(rows, shards), given, student)
 
 
 @outside_graphs
@@ -77,7 +72,7 @@ def dkd_loss(given: DKDObjective, student: Any, teacher: Any, labels: Any) -> Te
         return launch._replace(options={**launch.options, "divergence": "forward_kl"})
 
     shards, launch = shards_of(given.process_group, student, given.vocab_size, facts, check)
-    return _shaped(given, student, _ShardedDKD.apply(student, teacher.detach(), launch, shards, given.inplace))
+    return reduced(_ShardedDKD.apply(student, teacher.detach(), launch, shards, given.inplace), given, student)
 
 
 class _ShardedDKD(torch.autograd.Function):

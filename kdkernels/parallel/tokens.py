@@ -64,7 +64,8 @@ class ShardedTokens(torch.autograd.Function):
         logits, ids, norm, entropy, rows, logprobs, tail = ctx.saved_tensors
         shards = ctx.shards
         upstream = torch.zeros_like(logprobs) if dlogprobs is None else dlogprobs
-        _, local, upstream = of_own_columns(ctx.call, shards, ids, upstream)
+        call, local, upstream = of_own_columns(ctx.call, shards, ids, upstream)
+        call = call._replace(temperature_rows=rows, options={**call.options, "entropy": dentropy is not None})
         if dtail is not None:
             dlse = torch.zeros_like(dtail) if dlse is None else dlse
             local, norm, upstream, of_ids = _of_tail(ctx.call, logits, local, norm, upstream, dtail, dlse, tail)
@@ -72,7 +73,9 @@ class ShardedTokens(torch.autograd.Function):
             # A token that no rank has, of which all columns take their part.
             local = torch.cat([local, torch.full_like(local[:, :1], ops.ELSEWHERE)], 1)
             upstream = torch.cat([upstream, -dlse.unsqueeze(-1)], 1)
-        gradient = _gradient(ctx, logits, local, norm, entropy, upstream.contiguous(), dentropy, rows)
+        over = ctx.inplace and not ctx.shared and not graph_is_kept()
+        entropy = None if dentropy is None else entropy
+        gradient = _gradient(call, shards, logits, local, norm, entropy, upstream.contiguous(), dentropy, over=over)
         if dtail is not None and shards.columns:
             of_ids.write(gradient)
         return gradient, *nothing
@@ -150,25 +153,21 @@ def of_own_columns(call: TokenCall, shards: Shards, ids: Tensor, upstream: Tenso
 
 
 def _gradient(
-    ctx: Any,
+    call: TokenCall,
+    shards: Shards,
     logits: Tensor,
     ids: Tensor,
     norm: Tensor,
     entropy: Optional[Tensor],
     dlogprobs: Tensor,
     dentropy: Optional[Tensor],
-    rows: Optional[Tensor],
+    *,
+    over: bool,
 ) -> Tensor:
-    call: TokenCall = ctx.call
-    if ctx.shards.columns == 0:
+    """That of this rank's columns, ``over`` its logits or not."""
+    if shards.columns == 0:
         return torch.zeros_like(logits)
-    options = {**call.options, "vocab_size": ctx.shards.columns, "ignore_index": -1, "stats": False, "tail_mass": False}
-    call = TokenCall(call.backend, rows, {**options, "entropy": dentropy is not None})
-    entropy = None if dentropy is None else entropy
-    over = ctx.inplace and not ctx.shared and not graph_is_kept()
-    plain = call.backend == "torch" or ctx.shards.columns <= 1
-    if plain:
-        # A kernel takes a column that is alone for a sure one.
+    if call.backend == "torch":
         found = reference.token_gradient(
             rows_of(logits), ids, norm, entropy, dlogprobs, dentropy, **call.gradient_options()
         ).reshape(logits.shape)
@@ -176,7 +175,7 @@ def _gradient(
     gradient = logits.detach() if over else empty_gradient(logits)
     source, destination = as_rows((logits.detach(), gradient))
     dentropy = None if dentropy is None else dentropy.contiguous()
-    operands = (source, ids, norm, entropy, dlogprobs, dentropy, destination, rows)
+    operands = (source, ids, norm, entropy, dlogprobs, dentropy, destination, call.temperature_rows)
     ops.call("token_bwd", call.backend, operands, call.options)
     if over:
         torch.autograd.graph.increment_version(logits)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import checks, ops, reference
+from kdkernels.autograd import reduced
 from kdkernels.divergences import by_name
 from kdkernels.launch import Launch, topk_launch, with_stats
 from kdkernels.objective import TopKObjective
@@ -45,8 +46,7 @@ def topk_kd_loss(given: TopKObjective, student: Any, ids: Any, logprobs: Any, la
 
     shards, launch = shards_of(given.process_group, student, given.vocab_size, facts, check)
     loss, stats = losses_of_rows(launch, shards, student)
-    loss = loss.reshape(student.shape[:-1]) if given.reduction == "none" else loss.sum()
-    return with_stats(loss, stats, student, TopKStats)
+    return with_stats(reduced(loss, given, student), stats, student, TopKStats)
 
 
 class _Student(NamedTuple):
