@@ -29,6 +29,8 @@ import torch
 pytest.importorskip("safetensors", reason="the cache writes safetensors")
 pytest.importorskip("numpy", reason="safetensors saves torch tensors through numpy")
 
+from dying import die_at
+
 import kdkernels as kd
 from kdkernels import cache as kd_cache
 from kdkernels import cli
@@ -708,41 +710,7 @@ def die(point, folder, report):
     After each sequence the number of those that are closed goes into ``report``, which outlives the process. The exit
     status is 0 if the process got to the end.
     """
-    events = itertools.count()
-
-    def event():
-        if next(events) == point:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def with_event(function):
-        def call(*arguments):
-            event()
-            return function(*arguments)
-
-        return call
-
-    class HalfWritten:
-        def __init__(self, *arguments, **options):
-            self.file = open(*arguments, **options)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            self.file.close()
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
-        def write(self, content):
-            half = len(content) // 2
-            self.file.write(content[:half])
-            self.file.flush()
-            event()
-            self.file.write(content[half:])
-
-    # Writes outlive their process without fsync, which would take most of the time.
-    os.fsync, os.replace, index.open = with_event(lambda descriptor: None), with_event(os.replace), HalfWritten
+    die_at(point)
     with kd_cache.TeacherCacheWriter(folder, **WRITER) as writer:
         for number in range(len(writer), NUM_SEQUENCES):
             append(writer, number)
