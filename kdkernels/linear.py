@@ -11,7 +11,8 @@ from torch import Tensor
 from kdkernels import backends, checks, distributed, modules, symbols, transforms
 from kdkernels.autograd import reduced
 from kdkernels.capture import TeacherExpectation
-from kdkernels.chunked import Call, Expectation, LinearLoss, LinearRows, Rows, execute, projects_columns, whole
+from kdkernels.chunked import Call, Expectation, LinearLoss, LinearRows, execute, projects_columns, whole
+from kdkernels.chunks import Rows
 from kdkernels.launch import dense_launch, flat, topk_launch, uniform_launch, with_stats, without_teacher
 from kdkernels.objective import LinearLKObjective, LinearObjective, LinearTopKObjective, takes
 from kdkernels.reduction import num_rows

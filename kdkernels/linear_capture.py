@@ -9,7 +9,8 @@ from torch import Tensor
 
 from kdkernels import checks
 from kdkernels.capture import PerRow, TeacherExpectation
-from kdkernels.chunked import chunk_rows, even_chunks, no_autocast, product_dtypes
+from kdkernels.chunked import no_autocast, product_dtypes
+from kdkernels.chunks import chunk_rows, even_chunks
 from kdkernels.heads import Fp16Range, Head, Scratch, sum_dtype
 from kdkernels.launch import flat
 from kdkernels.linear import autocast_dtype, stand_in

@@ -12,17 +12,8 @@ from torch import Tensor
 from kdkernels import checks, distributed, modules, ops, reference, symbols, transforms
 from kdkernels.autograd import TokenCall, refuse_second_derivative, scaled
 from kdkernels.capture import TeacherTopK
-from kdkernels.chunked import (
-    Ahead,
-    HiddenGrad,
-    Rows,
-    agreed_chunks,
-    chunk_rows,
-    indices,
-    logits_of_whole,
-    no_autocast,
-    product_dtypes,
-)
+from kdkernels.chunked import logits_of_whole, no_autocast, product_dtypes
+from kdkernels.chunks import Ahead, HiddenGrad, Rows, agreed_chunks, chunk_rows, indices
 from kdkernels.heads import Fp16Range, Head, HeadGrad, Scratch, sum_dtype
 from kdkernels.launch import flat
 from kdkernels.linear import as_student, is_transformed

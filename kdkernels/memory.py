@@ -79,7 +79,7 @@ def estimate(
         >>> {call: size // 2**20 for call, size in memory.estimate(8192, 151936).items()}["kd_loss"]
         7122
     """
-    from kdkernels.chunked import GPU_CHUNK_BYTES
+    from kdkernels.chunks import GPU_CHUNK_BYTES
 
     one = rows * vocab_size * dtype.itemsize
     chunk = GPU_CHUNK_BYTES if chunk_bytes is None else chunk_bytes

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kdkernels as kd
-from kdkernels import chunked, memory
+from kdkernels import chunks, memory
 from kdkernels.heads import Head, HeadGrad, Scratch
 
 H100, B200 = 50 * 2**20, 126 * 2**20
@@ -12,10 +12,10 @@ H100, B200 = 50 * 2**20, 126 * 2**20
 
 def rows(l2_bytes, columns, width, teachers=1):
     hidden = torch.empty(1, width, dtype=torch.bfloat16, device="meta")
-    products = chunked.Products.of(columns, hidden, torch.bfloat16, [hidden] * teachers, [True, True, False])
+    products = chunks.Products.of(columns, hidden, torch.bfloat16, [hidden] * teachers, [True, True, False])
     # Of fp32 logits of student and teachers, and the gradient that is rounded.
     row_bytes = 4 * columns * (1 + teachers) + 2 * min(columns, 16384)
-    return chunked.gpu_chunk_rows(l2_bytes, row_bytes, products), row_bytes
+    return chunks.gpu_chunk_rows(l2_bytes, row_bytes, products), row_bytes
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def rows(l2_bytes, columns, width, teachers=1):
 )
 def test_small_heads_have_chunks_that_stay_in_half_of_the_l2_cache(l2_bytes, columns, width):
     count, row_bytes = rows(l2_bytes, columns, width)
-    assert count == l2_bytes // 2 // row_bytes >= chunked.GPU_PRODUCT_ROWS
+    assert count == l2_bytes // 2 // row_bytes >= chunks.GPU_PRODUCT_ROWS
 
 
 @pytest.mark.parametrize(
@@ -40,13 +40,13 @@ def test_small_heads_have_chunks_that_stay_in_half_of_the_l2_cache(l2_bytes, col
 )
 def test_others_have_the_chunks_of_512_mib(l2_bytes, columns, width):
     count, row_bytes = rows(l2_bytes, columns, width)
-    assert count == chunked.GPU_CHUNK_BYTES // row_bytes
+    assert count == chunks.GPU_CHUNK_BYTES // row_bytes
 
 
 def test_what_was_asked_for_is_the_size_of_a_chunk_on_every_device():
     for device in ("cpu", "cuda"):
-        assert chunked.chunk_rows(1000, torch.device(device), 10) == 100
-    assert chunked.chunk_rows(None, torch.device("cpu"), 2**20) == 96
+        assert chunks.chunk_rows(1000, torch.device(device), 10) == 100
+    assert chunks.chunk_rows(None, torch.device("cpu"), 2**20) == 96
     assert memory.l2_bytes(torch.device("cpu")) == 0
 
 

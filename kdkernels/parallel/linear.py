@@ -16,15 +16,9 @@ from torch import Tensor
 from kdkernels import backends, checks
 from kdkernels.autograd import TokenCall
 from kdkernels.chunked import (
-    Ahead,
     Call,
-    HiddenGrad,
-    Products,
     Sums,
-    agreed_chunks,
-    chunk_rows,
     fp16_range_of,
-    kept_rows,
     of_rows,
     outputs,
     positions,
@@ -32,6 +26,7 @@ from kdkernels.chunked import (
     teacher_heads,
     zeros_for_gradient,
 )
+from kdkernels.chunks import Ahead, HiddenGrad, Products, agreed_chunks, chunk_rows, kept_rows
 from kdkernels.heads import Head, HeadGrad, Scratch, sum_dtype
 from kdkernels.launch import Launch, dense_launch, flat, topk_launch, without_teacher
 from kdkernels.linear import as_student, result_of, teachers_of
